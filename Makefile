@@ -1,0 +1,37 @@
+# `make repro` runs the main job, `make test` the tests; each works alone on a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+export DVC_NO_ANALYTICS := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: repro test test-slow test-gpu check ui clean-env
+
+repro: .venv/ready
+	$(BIN)/dvc repro; status=$$?; $(BIN)/dmat runs reap; exit $$status
+	$(BIN)/dmat show
+
+test: check
+	$(BIN)/pytest -n 2 --dist worksteal
+
+test-slow: .venv/ready
+	$(BIN)/pytest -m slow
+
+test-gpu: .venv/ready
+	$(BIN)/pytest -m gpu
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+ui: .venv/ready
+	$(BIN)/dmat ui
+
+# uv installs the pinned set in half a minute; the virtual environment is marked ready only when it is whole.
+.venv/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean-env:
+	rm -rf .venv

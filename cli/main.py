@@ -1,0 +1,54 @@
+"""Entry point of `dmat`. A DmatError becomes its sentence on stderr and exit code 2; an interruption its own code."""
+
+import sys
+
+import typer
+
+from cli import recipes, runs, stages
+from dmat import __version__
+from dmat.errors import DmatError, Interrupted
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Does better generated data make classifiers more robust? Stages run by themselves here, or all "
+    "together by `dvc repro`.\n\nExample: dmat train-robust --arm generated --seed 1",
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"dmat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    pass
+
+
+stages.add_to(app)
+recipes.add_to(app)
+runs.add_to(app)
+
+
+def main() -> None:
+    """Runs the command line; never returns."""
+    try:
+        app()
+    except DmatError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except Interrupted as stop:
+        typer.echo(str(stop), err=True)
+        sys.exit(stop.exit_code)
+
+
+if __name__ == "__main__":
+    main()

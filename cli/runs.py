@@ -1,0 +1,51 @@
+"""`dmat runs` and `dmat ui`: what MLflow holds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def add_to(app: typer.Typer) -> None:
+    group = typer.Typer(no_args_is_help=True, help="Tracked runs.\n\nExample: dmat runs reap")
+    group.command(
+        "reap",
+        help="End runs whose process is gone: stages KILLED, parents by their children.\n\nExample: dmat runs reap",
+    )(_reap)
+    app.add_typer(group, name="runs")
+    app.command("ui", help="Open the MLflow UI on 127.0.0.1.\n\nExample: dmat ui --port 5000")(_ui)
+
+
+def _reap() -> None:
+    from dmat import tracking
+    from dmat.jobs import workspace
+
+    for line in tracking.reap(workspace.find(Path.cwd()).home):
+        typer.echo(line)
+
+
+def _ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
+    from dmat import tracking
+    from dmat.jobs import workspace
+
+    home = workspace.find(Path.cwd()).home
+    tracking.connect(home)
+    typer.echo(f"MLflow UI: http://127.0.0.1:{port} (store {tracking.store(home)}); Ctrl-C ends it")
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        tracking.store(home),
+        "--artifacts-destination",
+        tracking.artifact_folder(home).as_uri(),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    raise typer.Exit(subprocess.run(command, env=os.environ, check=False).returncode)

@@ -1,0 +1,89 @@
+"""One command per stage, made from the table `STAGES`."""
+
+import inspect
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dmat.jobs import STAGES, Stage
+
+_INSTANCE_OPTIONS = {
+    "generator": (str, "Name in `generators` of params.yaml."),
+    "chunk": (str, "Name in `chunks` of params.yaml."),
+    "image_set": (str, "Name in `image_sets` of params.yaml."),
+    "arm": (str, "Name in `arms` of params.yaml."),
+    "seed": (int, "One of `seeds` of params.yaml."),
+}
+
+
+def add_to(app: typer.Typer) -> None:
+    for stage in STAGES.values():
+        app.command(stage.command, help=f"{stage.summary}\n\nExample: {stage.example}")(_command(stage))
+
+
+def _command(stage: Stage) -> Callable[..., None]:
+    """A function whose signature Typer reads: the stage's own options, then those of every stage."""
+
+    def command(fresh: bool, dry_run: bool, as_json: bool, params: Path, **chosen: Any) -> None:
+        _run(stage, chosen, params, fresh, dry_run, as_json)
+
+    own = [
+        _parameter(name, Annotated[kind, typer.Option(help=text)])
+        for name, (kind, text) in _INSTANCE_OPTIONS.items()
+        if name in stage.each
+    ]
+    shared = [
+        _parameter(
+            "fresh", Annotated[bool, typer.Option("--fresh", help="Set earlier work aside and start over.")], False
+        ),
+        _parameter("dry_run", Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")], False),
+        _parameter(
+            "as_json", Annotated[bool, typer.Option("--json", help="No progress bar; the result as JSON.")], False
+        ),
+        _parameter("params", Annotated[Path, typer.Option(help="Parameter file.")], Path("params.yaml")),
+    ]
+    command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    return command
+
+
+def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _run(stage: Stage, chosen: dict[str, Any], path: Path, fresh: bool, dry_run: bool, as_json: bool) -> None:
+    from dmat import config
+    from dmat.jobs import execution, workspace
+
+    params = config.load(path)
+    place = workspace.find(path.resolve().parent)
+    plan = execution.plan(stage, chosen, params, place)
+    if dry_run:
+        typer.echo(json.dumps(plan.describe(), indent=2))
+        return
+    started = time.monotonic()
+    metrics = execution.execute(plan, params, place, fresh=fresh, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(metrics, sort_keys=True))
+    else:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in _headline(metrics))
+        typer.echo(f"{stage.word} {stage.instance(chosen)}: {numbers} ({time.monotonic() - started:.0f} s)")
+
+
+def _headline(metrics: dict[str, Any]) -> list[tuple[str, float]]:
+    """Plain numbers, and the value of each accuracy."""
+    found = []
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            found += [
+                (f"{name}.{inner}", number)
+                for inner, number in _headline(
+                    {key: v["value"] if isinstance(v, dict) and "value" in v else v for key, v in value.items()}
+                )
+            ]
+        elif isinstance(value, (int, float)):
+            found.append((name, value))
+    return found

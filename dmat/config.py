@@ -1,0 +1,471 @@
+"""`params.yaml` as frozen, validated records: one per stage, with every problem of the file told at once.
+
+The three lists (`generators`, `image_sets`, `arms`) hold overrides of the section of their stage; a record is the
+section with its overrides merged in. Limits stand in the records alone; messages are made from them.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import AfterValidator, Field
+from pydantic_core import CoreSchema, core_schema
+
+from dmat import ARTIFACTS
+from dmat.errors import ConfigError, DmatError
+
+REAL_ONLY = f"{ARTIFACTS}/prepare_data/train"  # what an arm without generated images names
+
+
+class Fraction(float):
+    """A number that remembers how it was written, so that 8/255 stays 8/255 in every record and log."""
+
+    text: str
+
+    def __new__(cls, value: Any) -> Self:
+        """value: a number or text such as "8/255". Raises ValueError."""
+        text = str(value).strip()
+        top, _, bottom = text.partition("/")
+        try:
+            number = float(top) / (float(bottom) if bottom else 1.0)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError("expected a number or a fraction such as 8/255") from None
+        made = super().__new__(cls, number)
+        made.text = text
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.text,)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls, serialization=core_schema.plain_serializer_function_ser_schema(lambda value: value.text)
+        )
+
+
+def _radius(value: Fraction) -> Fraction:
+    if not value > 0:
+        raise ValueError("expected a number above 0, for example 8/255")
+    return value
+
+
+def _name(value: str) -> str:
+    if not value or not all(c.isalnum() or c in "_" for c in value):
+        raise ValueError("expected letters, digits and underscores only (it becomes a folder and a stage name)")
+    return value
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Radius = Annotated[Fraction, AfterValidator(_radius)]
+Name = Annotated[str, AfterValidator(_name)]
+
+
+class Record(pydantic.BaseModel):
+    """Frozen; unknown keys are refused; text is not taken for a number."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def plain(self) -> dict[str, Any]:
+        """JSON values, fractions as written."""
+        return self.model_dump(mode="json")
+
+
+class Compute(Record):
+    """How to compute. Not part of any result's identity, so changing it reruns nothing."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as cores
+    save_every_seconds: Positive = 60.0  # between two checkpoints
+
+
+class PrepareData(Record):
+    source: Literal["digits", "npz"]
+    path: str | None = None  # of the npz source
+    train: Count  # images
+    validation: Count
+    test: Count
+    seed: int
+
+
+class Network(Record):
+    name: Literal["wide_resnet"]
+    depth: Annotated[int, Field(ge=10)]
+    width: Count
+    activation: Literal["relu", "silu"]
+
+    @pydantic.field_validator("depth")
+    @classmethod
+    def _whole_blocks(cls, depth: int) -> int:
+        if (depth - 4) % 6:
+            raise ValueError("expected 6 n + 4, for example 10, 16 or 28")
+        return depth
+
+
+class ClassifierTraining(Record):
+    """Satisfies `training.classifier.Settings`. Lengths are in images seen, not steps."""
+
+    network: Network
+    loss: Literal["trades", "standard"]
+    beta: NotNegative = 0.0
+    label_smoothing: Share = 0.0
+    attack_steps: Annotated[int, Field(ge=0)] = 0
+    attack_step_size: Radius = Fraction(1)  # pixels in [0, 1]
+    images: Count
+    batch: Count
+    learning_rate: Positive  # at the peak
+    warm_up: Share = 0.025  # of the run
+    schedule_every: Count  # images between two changes of the learning rate
+    cycle_momentum: bool = True  # 0.95 -> 0.85 -> 0.95 as published; else 0.9
+    weight_decay: NotNegative = 5e-4
+    clip_gradient: NotNegative = 0.0  # 0: off
+    average_tau: Share = 0.995
+    augmentation: Literal["none", "crop1", "crop4", "crop4_flip"]
+    evaluate_every: Count  # images
+    selection_steps: Annotated[int, Field(ge=0)]  # of PGD on the validation split; 0 selects on clean accuracy
+    selection_step_size: Radius = Fraction(1)
+
+
+class TrainScorer(ClassifierTraining):
+    seed: int
+
+
+class Threat(Record):
+    norm: Literal["linf", "l2"]
+    epsilon: Radius  # pixels in [0, 1], kept as written
+
+    @pydantic.model_validator(mode="after")
+    def _pixel_range(self) -> Self:
+        if self.norm == "linf" and self.epsilon > 1:
+            raise ValueError(
+                f"epsilon {self.epsilon.text} is larger than the pixel range [0, 1]; "
+                f"for {self.epsilon.text} of 255 levels write {self.epsilon.text}/255"
+            )
+        return self
+
+
+class TrainRobust(ClassifierTraining):
+    threat: Threat
+    generated_share: Share = 0.0  # of each batch
+
+
+class Generator(Record):
+    """Satisfies `training.denoiser.Settings`."""
+
+    channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    multipliers: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
+    blocks: Count  # residual blocks per size
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    sigma_data: Positive  # standard deviation of the images in [-1, 1]
+    p_mean: float = -1.2
+    p_std: Positive = 1.2
+    images: Count
+    batch: Count
+    learning_rate: Positive
+    ramp_up: Annotated[float, Field(gt=0, lt=1)]  # share of the run
+    average_half_life: Positive  # images
+    log_every: Count  # images
+    seed: int
+
+
+class Sampler(Record):
+    """Satisfies `diffusion.samplers.SamplerSettings`. Defaults: Karras et al. 2022, deterministic."""
+
+    name: Literal["heun", "euler"] = "heun"
+    steps: Count = 18
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    rho: Positive = 7.0
+    s_churn: NotNegative = 0.0
+    s_min: NotNegative = 0.0
+    s_max: Positive = 1e9
+    s_noise: Positive = 1.0
+
+
+class GenerateImages(Record):
+    chunk: Count  # images in a chunk
+    shard: Count  # images in a file
+    block: Count  # images sampled together; fixed, because sums in another order round differently
+    seed: int
+    sampler: Sampler
+
+
+class ScoreImages(Record):
+    batch: Count  # images scored together
+
+
+class SelectImages(Record):
+    keep: Annotated[float, Field(gt=0, le=1)]  # best-scored share of each class; 1 keeps everything
+
+
+class MeasureImages(Record):
+    images: Count  # at most this many kept images are measured
+    near: Positive  # an image is near a training image below this share of the median distance of real ones
+
+
+class MixImages(Record):
+    """What an arm trains on; taken from the arm, so that nothing is written twice."""
+
+    images_from: str  # path of a selection, or of the real training images for none
+    generated_share: Share
+    batch: Count
+    images: Count  # training images seen
+
+
+class EvaluateRobust(Record):
+    pgd_steps: Count
+    pgd_step_size: Radius
+    pgd_seed: int
+    auto_attack: Literal["standard", "none"]
+    auto_attack_seed: int
+    shard: Count  # test images per AutoAttack call: the unit of resuming
+    batch: Count
+
+
+class WriteReport(Record):
+    title: str
+    baseline: Name  # the arm that the others are compared with
+    bootstrap: Annotated[int, Field(ge=100)]  # resamples
+    seed: int
+
+
+class Chunk(Record):
+    image_set: Name
+    generator: Name
+    index: Annotated[int, Field(ge=0)]
+
+
+SECTIONS: dict[str, type[Record]] = {
+    "compute": Compute,
+    "prepare_data": PrepareData,
+    "train_scorer": TrainScorer,
+    "train_diffusion": Generator,
+    "generate_images": GenerateImages,
+    "score_images": ScoreImages,
+    "select_images": SelectImages,
+    "measure_images": MeasureImages,
+    "train_robust": TrainRobust,
+    "evaluate_robust": EvaluateRobust,
+    "write_report": WriteReport,
+}
+LISTS = ("generators", "image_sets", "chunks", "arms")
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """The whole file. image_sets[name]: records by the words of its stages."""
+
+    sections: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    generators: Mapping[str, Generator]
+    image_sets: Mapping[str, Mapping[str, Record]]
+    chunks: Mapping[str, Chunk]
+    arms: Mapping[str, TrainRobust]
+    arm_images: Mapping[str, str]  # path of a selection, or REAL_ONLY
+
+    def chunks_of(self, image_set: str) -> dict[str, Chunk]:
+        """In the order of their index."""
+        found = [(name, chunk) for name, chunk in self.chunks.items() if chunk.image_set == image_set]
+        return dict(sorted(found, key=lambda item: item[1].index))
+
+
+def load(path: Path) -> Params:
+    """Reads and checks a parameter file. Raises ConfigError with every problem found."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise DmatError(
+            f"{path} does not exist; run in the folder of a project, or bring a recipe with `dmat recipes use NAME`"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [f"not valid YAML: {str(error).splitlines()[0]}"]) from None
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), ["expected a mapping of sections; see docs/parameters.md"])
+    reader = _Reader(raw)
+    params = reader.read()
+    if reader.problems or params is None:
+        raise ConfigError(str(path), reader.problems)
+    return params
+
+
+class _Reader:
+    """Collects problems while it builds records; owns the list of them."""
+
+    def __init__(self, raw: dict[str, Any]):
+        self.raw, self.problems = raw, list[str]()
+
+    def read(self) -> Params | None:
+        known = {*SECTIONS, *LISTS, "seeds"}
+        self.problems += [
+            f"{key} is not a section; expected one of {', '.join(sorted(known))}"
+            for key in self.raw
+            if key not in known
+        ]
+        sections = {
+            word: self._record(SECTIONS[word], word, self.raw.get(word, {} if word == "compute" else None))
+            for word in SECTIONS
+        }
+        seeds = self.raw.get("seeds")
+        if not (
+            isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds) and len(set(seeds)) == len(seeds)
+        ):
+            self.problems.append(
+                f"seeds is {seeds!r}; expected a list of different whole numbers, for example [1, 2, 3]"
+            )
+            seeds = []
+        generators = {
+            name: self._merged(Generator, "generators", name, "train_diffusion", entry)
+            for name, entry in self._list("generators", needed=False)
+        }
+        image_sets = {name: self._image_set(name, entry) for name, entry in self._list("image_sets", needed=False)}
+        chunks = {
+            name: self._record(Chunk, f"chunks.{name}", entry)
+            for name, entry in self._list("chunks", needed=False, plain_names=False)
+        }
+        arms, arm_images = {}, {}
+        for name, entry in self._list("arms", needed=True):
+            overrides = dict(entry)
+            arm_images[name] = overrides.pop("images_from", REAL_ONLY)
+            arms[name] = self._merged(TrainRobust, "arms", name, "train_robust", overrides)
+        self.problems += _disagreements(sections, generators, image_sets, chunks, arms, arm_images)
+        if self.problems:
+            return None
+        return Params(sections, tuple(seeds), generators, image_sets, chunks, arms, arm_images)
+
+    def _list(self, key: str, needed: bool, plain_names: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+        entries = self.raw.get(key) or {}
+        if not isinstance(entries, dict) or (needed and not entries):
+            self.problems.append(
+                f"{key} is {entries!r}; expected at least one named entry, for example {key}: {{real_only: {{}}}}"
+            )
+            return
+        for name, entry in entries.items():
+            try:
+                _name(str(name) if plain_names else str(name).replace("-", "_"))
+            except ValueError as error:
+                self.problems.append(f"{key}: the name {name!r} cannot be used; {error}")
+                continue
+            if entry is not None and not isinstance(entry, dict):
+                self.problems.append(f"{key}.{name} is {entry!r}; expected a mapping of overrides, {{}} for none")
+                continue
+            yield str(name), entry or {}
+
+    def _merged(self, record: type[Record], key: str, name: str, section: str, overrides: dict[str, Any]) -> Any:
+        base = self.raw.get(section)
+        return self._record(
+            record, f"{key}.{name}", merge(base if isinstance(base, dict) else {}, overrides), only=overrides
+        )
+
+    def _image_set(self, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+        stages = ("generate_images", "select_images")
+        self.problems += [
+            f"image_sets.{name}.{key} is not known; expected overrides of {' or '.join(stages)}"
+            for key in entry
+            if key not in stages
+        ]
+        return {word: self._merged(SECTIONS[word], "image_sets", name, word, entry.get(word) or {}) for word in stages}
+
+    def _record(self, record: type[Record], where: str, value: Any, only: dict[str, Any] | None = None) -> Any:
+        """A validated record or None. `only`: report no problem that the base section has reported already."""
+        if value is None:
+            self.problems.append(f"{where} is missing; expected a section with {', '.join(record.model_fields)}")
+            return None
+        try:
+            return record.model_validate(value)
+        except pydantic.ValidationError as error:
+            for item in error.errors():
+                if only is None or _reaches(only, item["loc"]) or not _same_elsewhere(item, self.problems):
+                    self.problems.append(_sentence(where, item, record))
+            return None
+
+
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """base with overrides, mappings merged by key."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if nested else value
+    return merged
+
+
+def _reaches(value: Any, location: tuple[Any, ...]) -> bool:
+    """Whether `value` itself holds the key at `location`."""
+    for key in location:
+        if not isinstance(value, Mapping) or key not in value:
+            return False
+        value = value[key]
+    return True
+
+
+def _same_elsewhere(item: Any, problems: list[str]) -> bool:
+    tail = ".".join(str(part) for part in item["loc"])
+    return any(f".{tail} " in problem for problem in problems)
+
+
+def _sentence(where: str, item: Any, record: type[Record]) -> str:
+    """Found, expected, from a pydantic error."""
+    path = ".".join([where, *(str(part) for part in item["loc"])])
+    if item["type"] == "extra_forbidden":
+        return f"{path} is not known; expected one of {', '.join(record.model_fields)}"
+    if item["type"] == "missing":
+        return f"{path} is missing; give it a value"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message if message.startswith("expected") else message[0].lower() + message[1:]
+    message = message.replace("input should be", "expected")
+    found = item["input"]
+    return f"{path} is {found!r}; {message}" if not isinstance(found, Mapping) else f"{path}: {message}"
+
+
+def _disagreements(
+    sections: Mapping[str, Any],
+    generators: Mapping[str, Any],
+    image_sets: Mapping[str, Any],
+    chunks: Mapping[str, Any],
+    arms: Mapping[str, Any],
+    arm_images: Mapping[str, str],
+) -> Iterator[str]:
+    """Problems between sections; entries that are None have been reported already."""
+    of_set: dict[str, dict[str, Chunk]] = {}
+    for name, chunk in chunks.items():
+        if chunk is None:
+            continue
+        if chunk.image_set not in image_sets:
+            yield f"chunks.{name}.image_set is {chunk.image_set!r}; expected one of {_names(image_sets)}"
+        if chunk.generator not in generators:
+            yield f"chunks.{name}.generator is {chunk.generator!r}; expected one of {_names(generators)}"
+        if not name.startswith(f"{chunk.image_set}-"):
+            example = f"{chunk.image_set}-{chunk.index:04d}"
+            yield f"chunks: the name {name!r} should begin with its image set, for example {example}"
+        of_set.setdefault(chunk.image_set, {})[name] = chunk
+    for name in image_sets:
+        mine = of_set.get(name, {})
+        if not mine:
+            yield f"image_sets.{name} has no chunk; add one to `chunks`, for example {name}-0000"
+        if len({chunk.generator for chunk in mine.values()}) > 1:
+            yield f"image_sets.{name} mixes generators in its chunks {', '.join(mine)}; name one in all of them"
+        if len({chunk.index for chunk in mine.values()}) < len(mine):
+            yield f"image_sets.{name}: two of its chunks {', '.join(mine)} have the same index; give each its own"
+    for name, path in arm_images.items():
+        sets = {f"{ARTIFACTS}/select_images/{image_set}" for image_set in image_sets}
+        arm = arms.get(name)
+        if path not in {REAL_ONLY, *sets}:
+            yield f"arms.{name}.images_from is {path!r}; expected {REAL_ONLY} or one of {_names(sets)}"
+        elif arm is not None and (path == REAL_ONLY) != (arm.generated_share == 0):
+            yield (
+                f"arms.{name} has generated_share {arm.generated_share} and images_from {path}; "
+                f"expected a share above 0 exactly where a selection is named"
+            )
+    report = sections.get("write_report")
+    if report is not None and arms and report.baseline not in arms:
+        yield f"write_report.baseline is {report.baseline!r}; expected one of {_names(arms)}"
+
+
+def _names(values: Any) -> str:
+    return ", ".join(sorted(values)) or "(none defined)"

@@ -1,0 +1,77 @@
+"""Which images a training step sees: an exact number of real and of generated ones, by name, without state.
+
+Real and generated images each follow their own endless sequence of permutations (without replacement within an
+epoch of that source); position p of a sequence is a pure function of (seed, source, p). A restarted run therefore
+asks for the same images, and so does a run with another number of workers.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from dmat import seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """A batch of `batch` images of which round(batch * generated_share) are generated.
+
+    real: how many real images there are; generated: how many generated ones (0 with generated_share 0).
+    """
+
+    real: int
+    generated: int
+    batch: int
+    generated_share: float
+
+    @property
+    def generated_per_batch(self) -> int:
+        return round(self.batch * self.generated_share)
+
+    @property
+    def real_per_batch(self) -> int:
+        return self.batch - self.generated_per_batch
+
+    def coverage(self, images_seen: int) -> dict[str, float]:
+        """How far `images_seen` training images go: drawn, epochs and distinct share of either source."""
+        steps = images_seen // self.batch
+        drawn = {"real": steps * self.real_per_batch, "generated": steps * self.generated_per_batch}
+        sizes = {"real": self.real, "generated": self.generated}
+        report: dict[str, float] = {}
+        for source, count in drawn.items():
+            epochs = count / sizes[source] if sizes[source] else 0.0
+            report |= {f"{source}_drawn": count, f"{source}_epochs": epochs, f"{source}_coverage": min(1.0, epochs)}
+        return report
+
+
+class Sequence:
+    """An endless shuffled order of `count` items, readable at any position; remembers the current permutation only."""
+
+    def __init__(self, root: int, purpose: str, count: int):
+        self.root, self.purpose, self.count = root, purpose, count
+        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    def at(self, position: int, length: int) -> np.ndarray:
+        """Items at positions [position, position + length), int64."""
+        parts = []
+        while length > 0:
+            epoch, offset = divmod(position, self.count)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, seeds.order(self.root, self.purpose, epoch, self.count)
+            parts.append(self._order[offset : offset + length])
+            position, length = position + len(parts[-1]), length - len(parts[-1])
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+class BatchOrder:
+    """Indices of the images of every step of a `Mix`."""
+
+    def __init__(self, mix: Mix, seed: int):
+        self.mix = mix
+        self._real = Sequence(seed, "order/real", mix.real)
+        self._generated = Sequence(seed, "order/generated", max(mix.generated, 1))
+
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of real and of generated images of step 0, 1, ...: int64, of fixed lengths."""
+        real, generated = self.mix.real_per_batch, self.mix.generated_per_batch
+        return self._real.at(step * real, real), self._generated.at(step * generated, generated)

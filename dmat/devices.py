@@ -1,0 +1,79 @@
+"""Where a run computes and in which precision: resolved once, then passed along as a value."""
+
+import contextlib
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from dmat.errors import DmatError
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """A resolved device and precision. Weights, losses and attack updates stay float32 in either precision."""
+
+    device: torch.device
+    precision: str  # "fp32" or "bf16"
+    reason: str  # why this precision, for people
+    threads: int
+
+    def exact(self) -> "Compute":
+        """The same device in float32: what reported accuracies are computed in."""
+        return dataclasses.replace(self, precision="fp32", reason="evaluation is in fp32")
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Matrix products and convolutions in bfloat16 inside the block, if that is the precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device; images [B, C, H, W] in channels-last memory."""
+        layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+        return tensor.to(self.device, memory_format=layout, non_blocking=True)
+
+    def place_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model.to(self.device).to(memory_format=torch.channels_last)
+
+    def describe(self) -> dict[str, Any]:
+        """What a number computed here must be reported with."""
+        cuda = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self.device)
+            if cuda
+            else f"cpu ({torch.backends.cpu.get_cpu_capability()})",
+            "precision": self.precision,
+            "precision_reason": self.reason,
+            "threads": self.threads,
+            "torch": torch.__version__,
+        }
+
+
+def resolve(device: str = "auto", precision: str = "auto", threads: int = 0) -> Compute:
+    """Chooses what "auto" means here and sets the number of threads (0: as many as cores this process may use)."""
+    if device not in DEVICES:
+        raise DmatError(f"device is {device!r}; expected one of {', '.join(DEVICES)}")
+    if precision not in PRECISIONS:
+        raise DmatError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DmatError("device is 'cuda' but torch finds no CUDA device; install a driver or say device: auto")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    native, reason = _native_bf16(kind)
+    chosen = ("bf16" if native else "fp32") if precision == "auto" else precision
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    return Compute(torch.device(kind), chosen, reason if precision == "auto" else "asked for", torch.get_num_threads())
+
+
+def _native_bf16(kind: str) -> tuple[bool, str]:
+    """Whether the hardware multiplies bfloat16 itself; emulated bfloat16 is slower than float32."""
+    if kind == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return major >= 8, f"CUDA capability {major}.{minor}"
+    for name, check in (("AMX", "_is_amx_tile_supported"), ("AVX512_BF16", "_is_avx512_bf16_supported")):
+        # Private names of torch.cpu: absent in some versions, in which case the safe answer is float32.
+        if getattr(torch.cpu, check, lambda: False)():
+            return True, f"CPU has {name}"
+    return False, "no native bfloat16 multiplication"

@@ -1,0 +1,157 @@
+"""A class-conditional U-Net F(x; c_noise, class): group norm, scale-shift embedding, attention at the lowest size.
+
+A small relative of the "DDPM++" network of Song et al. 2021 as configured in Karras et al. 2022, appendix F.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_GROUPS = 8  # assumed: 4 channels a group at the digits' width of 32; the paper has at least 4 too
+
+
+class UNet(nn.Module):
+    """Raw network of `Preconditioned`. Height and width must be divisible by 2 ** (len(multipliers) - 1)."""
+
+    def __init__(
+        self,
+        image_channels: int,
+        classes: int,
+        channels: int,
+        multipliers: tuple[int, ...],
+        blocks: int,
+        dropout: float,
+    ):
+        super().__init__()
+        embedding = 4 * channels
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", _frequencies(channels), persistent=False)
+        self.embed_noise = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.embed_class = nn.Embedding(classes + 1, embedding)  # the last row stands for "no class"
+        self.first = nn.Conv2d(image_channels, channels, 3, padding=1)
+        widths = [channels * m for m in multipliers]
+        self.down, skips, width = nn.ModuleList(), [channels], channels
+        for level, wanted in enumerate(widths):
+            if level:
+                self.down.append(Downsample(width))
+                skips.append(width)
+            for _ in range(blocks):
+                self.down.append(Block(width, wanted, embedding, dropout, attention=wanted_attention(level, widths)))
+                width = wanted
+                skips.append(width)
+        self.middle = nn.ModuleList(
+            [
+                Block(width, width, embedding, dropout, attention=True),
+                Block(width, width, embedding, dropout, attention=False),
+            ]
+        )
+        self.up = nn.ModuleList()
+        for level, wanted in reversed(list(enumerate(widths))):
+            for _ in range(blocks + 1):
+                self.up.append(
+                    Block(width + skips.pop(), wanted, embedding, dropout, attention=wanted_attention(level, widths))
+                )
+                width = wanted
+            if level:
+                self.up.append(Upsample(width))
+        self.last = nn.Sequential(
+            nn.GroupNorm(_GROUPS, width), nn.SiLU(), _zeroed(nn.Conv2d(width, image_channels, 3, padding=1))
+        )
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """x [B, C, H, W], c_noise [B], labels int64 [B] or None -> [B, C, H, W]."""
+        if labels is None:
+            labels = torch.full((len(x),), self.embed_class.num_embeddings - 1, device=x.device)
+        angle = c_noise[:, None] * self.frequencies  # [B, channels / 2]
+        embedding = self.embed_noise(torch.cat([angle.cos(), angle.sin()], 1)) + self.embed_class(labels)
+        embedding = F.silu(embedding)  # [B, 4 channels]
+        h = self.first(x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, embedding)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, embedding)
+        for layer in self.up:
+            h = layer(h if isinstance(layer, Upsample) else torch.cat([h, skips.pop()], 1), embedding)
+        return self.last(h)
+
+
+def wanted_attention(level: int, widths: list[int]) -> bool:
+    """Self-attention where images are smallest."""
+    return level == len(widths) - 1
+
+
+class Block(nn.Module):
+    """Residual block with a scale and shift from the embedding, then optional self-attention."""
+
+    def __init__(self, width: int, wanted: int, embedding: int, dropout: float, attention: bool):
+        super().__init__()
+        self.norm_0 = nn.GroupNorm(_GROUPS, width)
+        self.conv_0 = nn.Conv2d(width, wanted, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * wanted)
+        self.norm_1 = nn.GroupNorm(_GROUPS, wanted)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_1 = _zeroed(nn.Conv2d(wanted, wanted, 3, padding=1))
+        self.shortcut = nn.Conv2d(width, wanted, 1) if width != wanted else nn.Identity()
+        self.attention = Attention(wanted) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv_0(F.silu(self.norm_0(x)))
+        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, 1)
+        h = self.dropout(F.silu(self.norm_1(h) * (1 + scale) + shift))
+        return self.attention((self.shortcut(x) + self.conv_1(h)) * math.sqrt(0.5))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over pixels."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(_GROUPS, width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = _zeroed(nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, 2)  # [B, H W, C] each
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return (x + self.out(h)) * math.sqrt(0.5)
+
+
+class Downsample(nn.Module):
+    """Halves height and width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def _zeroed(conv: nn.Conv2d) -> nn.Conv2d:
+    """A layer that starts as zero, so that the network starts near the identity (Ho et al. 2020's code; usual)."""
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv
+
+
+def _frequencies(channels: int) -> Tensor:
+    """Angular frequencies of the noise embedding, geometric from 1 to 100, for c_noise of about -1.6 to 1.1.
+
+    c_noise = ln(sigma) / 4 is small, so frequencies above those of integer time steps are used (assumed).
+    """
+    return torch.logspace(0, 2, channels // 2)

@@ -1,0 +1,32 @@
+"""The one error family of dmat: what the person at the keyboard can mend.
+
+A `DmatError` is printed as its message, without a traceback, and ends the command with exit code 2.
+Anything else that escapes is a defect of dmat and keeps its traceback.
+"""
+
+from collections.abc import Iterable
+
+
+class DmatError(Exception):
+    """What was found, what was expected, what to do: in this order, naming the path or key."""
+
+
+class ConfigError(DmatError):
+    """All problems of one parameter file at once."""
+
+    def __init__(self, path: str, problems: Iterable[str]):
+        self.problems = list(problems)
+        count = f"{len(self.problems)} problem" + ("s" if len(self.problems) != 1 else "")
+        super().__init__("\n".join([f"{path}: {count}", *(f"  - {line}" for line in self.problems)]))
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved. `exit_code` is 75 for "requeue me", else 128 + signal."""
+
+    def __init__(self, exit_code: int, sentence: str):
+        self.exit_code = exit_code
+        super().__init__(sentence)
+
+
+class Diverged(DmatError):
+    """Training met a number that is not finite; the run ends FAILED and its last good checkpoint stays."""

@@ -1,0 +1,52 @@
+"""Classifiers between jobs: what their sidecars say, and how they are built again from them."""
+
+from pathlib import Path
+from typing import Any
+
+from dmat import seeds
+from dmat.config import Network
+from dmat.data.shards import Shards
+from dmat.devices import Compute
+from dmat.jobs.execution import Job
+from dmat.robust.networks import NETWORKS, Facts, WideResNet
+from dmat.training import weights
+
+
+def facts_of(real: Shards) -> Facts:
+    """Facts of a data set from the manifest of its training split."""
+    return Facts(real.classes, real.shape[2], tuple(real.manifest["mean"]), tuple(real.manifest["std"]))
+
+
+def new_classifier(network: Network, facts: Facts, seed: int) -> WideResNet:
+    """A network with initial weights named by the seed."""
+    seeds.reseed_torch(seed, "initial weights", 0)
+    return NETWORKS[network.name](facts, network.depth, network.width, network.activation)
+
+
+def classifier_sidecar(network: Network, facts: Facts, real: Shards, job: Job, **more: Any) -> dict[str, Any]:
+    """What a classifier's weights must be shipped with."""
+    return {
+        "kind": "classifier",
+        "weights": "averaged",
+        "network": network.plain(),
+        "classes": facts.classes,
+        "channels": facts.channels,
+        "mean": list(facts.mean),
+        "std": list(facts.std),
+        "image_shape": list(real.shape),
+        "class_names": real.manifest["class_names"],
+        "licence_of_data": real.manifest["licence"],
+        "precision": job.compute.precision,
+        **more,
+    }
+
+
+def load_classifier(path: Path, compute: Compute) -> tuple[WideResNet, dict[str, Any]]:
+    """A classifier in evaluation mode without gradients, and its sidecar."""
+    state, sidecar = weights.read(path, "classifier")
+    facts = Facts(sidecar["classes"], sidecar["channels"], tuple(sidecar["mean"]), tuple(sidecar["std"]))
+    spec = sidecar["network"]
+    model = NETWORKS[spec["name"]](facts, spec["depth"], spec["width"], spec["activation"])
+    weights.fill(model, state, path)
+    compute.place_model(model).eval().requires_grad_(False)
+    return model, sidecar

@@ -1,0 +1,227 @@
+"""Runs one instance of a stage by the contract of every job (docs/architecture.md).
+
+Inputs are hashed, the fingerprint of settings and inputs names the work folder, a lock keeps a second writer out,
+the job fills `result/`, and only a complete result is hard-linked to `artifacts/`. The work folder stays, so a
+result that DVC loses before it wrote its lock file is published again instead of computed again.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from dmat import devices, files, tracking
+from dmat.config import Params, Record
+from dmat.devices import Compute
+from dmat.errors import DmatError, Interrupted
+from dmat.jobs.stages import Stage
+from dmat.jobs.workspace import Workspace
+from dmat.training.long_run import LongRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a job's run() gets besides its settings: where to read, where to write, how to compute, whom to tell."""
+
+    inputs: Mapping[str, Path]
+    chosen: Mapping[str, Any]  # the options that name this instance
+    params: Params
+    root: Path  # the project's folder
+    work: Path  # for state that a restart needs
+    result: Path  # for what is published, one folder per output
+    pictures: Path  # for PNG files that people look at and no stage reads
+    compute: Compute
+    save_seconds: float
+    quiet: bool
+
+    def project_path(self, path: str | None) -> Path | None:
+        """A path of params.yaml, relative to the project."""
+        return None if path is None else self.root / path
+
+    def long_run(self, total: int, unit: str = "images") -> LongRun:
+        """Checkpoints, metrics and progress bar of this instance."""
+        return LongRun(
+            self.work,
+            self.compute,
+            total,
+            unit=unit,
+            label=self.work.parent.name,
+            quiet=self.quiet,
+            save_seconds=self.save_seconds,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a command would do; `--dry-run` prints it."""
+
+    stage: Stage
+    chosen: Mapping[str, Any]
+    settings: Record
+    inputs: dict[str, dict[str, str]]  # name -> path, sha256
+    outputs: dict[str, str]
+    fingerprint: str
+    work: Path
+
+    @property
+    def state(self) -> str:
+        if (self.work / "finished.json").exists():
+            return "finished: the result is published again"
+        return "resumes" if (self.work / "checkpoint.dmat").exists() else "starts"
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage.word,
+            "instance": self.stage.instance(self.chosen),
+            "state": self.state,
+            "settings": self.settings.plain(),
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "work": str(self.work),
+        }
+
+
+def plan(stage: Stage, chosen: Mapping[str, Any], params: Params, workspace: Workspace) -> Plan:
+    """Resolves settings and inputs. Raises DmatError for an unknown instance or a missing input."""
+    valid = stage.choices(params)
+    if dict(chosen) not in valid:
+        known = ", ".join(stage.instance(one) for one in valid) or "(none)"
+        raise DmatError(
+            f"{stage.word} has no instance {stage.instance(chosen)!r} in params.yaml; expected one of {known}"
+        )
+    settings = stage.settings(params, **chosen)
+    inputs = {
+        name: {"path": path, "sha256": files.checksum(workspace.at(path))}
+        for name, path in stage.inputs(params, **chosen).items()
+    }
+    identity = {
+        "stage": stage.word,
+        "chosen": dict(chosen),
+        "settings": settings.plain(),
+        "inputs": {name: entry["sha256"] for name, entry in inputs.items()},
+        **stage_identity(stage, chosen, params),
+    }
+    fingerprint = files.fingerprint(identity)
+    work = workspace.run_folder(stage.word, stage.instance(chosen), fingerprint)
+    return Plan(stage, chosen, settings, inputs, stage.outputs(params, **chosen), fingerprint, work)
+
+
+def stage_identity(stage: Stage, chosen: Mapping[str, Any], params: Params) -> dict[str, Any]:
+    """What else decides a result: the position of a chunk, the chunks of a set."""
+    if "chunk" in chosen:
+        return {"chunk": params.chunks[chosen["chunk"]].plain()}
+    if "image_set" in chosen:
+        return {"chunks": list(params.chunks_of(chosen["image_set"]))}
+    return {}
+
+
+def execute(
+    plan: Plan, params: Params, workspace: Workspace, *, fresh: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Runs, resumes or republishes one instance; returns its metrics. Raises DmatError and Interrupted."""
+    plan.work.mkdir(parents=True, exist_ok=True)
+    with _lock(plan.work):
+        if fresh:
+            _set_aside(plan.work)
+        if (plan.work / "finished.json").exists():
+            finished: dict[str, Any] = files.read_json(plan.work / "finished.json")
+        else:
+            finished = _compute(plan, params, workspace, quiet)
+        _publish(plan, finished, workspace)
+    metrics: dict[str, Any] = finished["metrics"]
+    return metrics
+
+
+def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> dict[str, Any]:
+    wanted: Any = params.sections["compute"]
+    compute = devices.resolve(wanted.device, wanted.precision, wanted.threads)
+    started = time.time()
+    run = tracking.open_run(
+        workspace.home,
+        plan.work,
+        stage=plan.stage.word,
+        instance=plan.stage.instance(plan.chosen),
+        settings=plan.settings.plain(),
+        inputs=plan.inputs,
+        compute=compute.describe(),
+    )
+    result = plan.work / "result"
+    job = Job(
+        {name: workspace.at(entry["path"]) for name, entry in plan.inputs.items()},
+        plan.chosen,
+        params,
+        workspace.root,
+        plan.work,
+        result,
+        plan.work / "pictures",
+        compute,
+        wanted.save_every_seconds,
+        quiet,
+    )
+    with run:  # ends the tracked run with the status that fits what happened inside
+        module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
+        metrics = module.run(plan.settings, job)
+        finished = {
+            "metrics": metrics,
+            "provenance": {
+                **run.provenance(),
+                "stage": plan.stage.word,
+                "instance": plan.stage.instance(plan.chosen),
+                "fingerprint": plan.fingerprint,
+                "settings": plan.settings.plain(),
+                "inputs": plan.inputs,
+                "compute": compute.describe(),
+                "seconds": round(_spent(plan.work) + time.time() - started, 1),
+            },
+        }
+        files.write_json(plan.work / "finished.json", finished)
+        run.finish_with(metrics, sorted(job.pictures.glob("*.png")))
+    return finished
+
+
+def _publish(plan: Plan, finished: dict[str, Any], workspace: Workspace) -> None:
+    for name, path in plan.outputs.items():
+        files.publish(plan.work / "result" / name, workspace.at(path))
+    if (plan.work / "pictures").exists():
+        files.publish(plan.work / "pictures", workspace.at(plan.stage.pictures_path(plan.chosen)))
+    files.write_json(workspace.at(plan.stage.metrics_path(plan.chosen)), finished["metrics"])
+    files.write_json(workspace.at(plan.stage.provenance_path(plan.chosen)), finished["provenance"])
+
+
+def _lock(work: Path) -> filelock.FileLock:
+    lock = filelock.FileLock(work / "lock", timeout=0)
+    holder = work / "holder.json"
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        who = json.loads(holder.read_text())["pid"] if holder.exists() else "unknown"
+        raise DmatError(
+            f"{work} is being computed by process {who}; wait for it, or stop it and run the same command "
+            f"again: it goes on from the last checkpoint"
+        ) from None
+    files.write_json(holder, {"pid": os.getpid()})
+    return lock
+
+
+def _set_aside(work: Path) -> None:
+    """--fresh: earlier state moves to `before-<time>/` beside the new one; nothing is deleted."""
+    old = work / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+    for path in [
+        p for p in work.iterdir() if p.name not in ("lock", "holder.json") and not p.name.startswith("before-")
+    ]:
+        old.mkdir(exist_ok=True)
+        path.rename(old / path.name)
+
+
+def _spent(work: Path) -> float:
+    """Seconds that earlier, interrupted attempts took, noted by the tracker."""
+    return tracking.seconds_before(work)
+
+
+__all__ = ["Interrupted", "Job", "Plan", "execute", "plan"]

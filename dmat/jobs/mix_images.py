@@ -1,0 +1,71 @@
+"""mix_images: train split and a selection (or none) -> what exactly an arm trains on.
+
+The one file that `train_robust` needs to find its images. It depends on the content of the selection and not on how
+it was made, so `real_only` never depends on a generator, and an unchanged selection retrains nothing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmat import ARTIFACTS, files
+from dmat.config import REAL_ONLY, MixImages
+from dmat.data import shards
+from dmat.data.mixing import Mix
+from dmat.data.shards import Shards
+from dmat.errors import DmatError
+from dmat.jobs.execution import Job
+
+
+def run(settings: MixImages, job: Job) -> dict[str, Any]:
+    real = shards.open_shards(job.inputs["train"])
+    selection = (
+        None if settings.images_from == REAL_ONLY else files.read_json(job.inputs["images_from"] / "selection.json")
+    )
+    mix = Mix(len(real), selection["kept"] if selection else 0, settings.batch, settings.generated_share)
+    if selection and not 0 < mix.generated_per_batch < mix.batch:
+        raise DmatError(
+            f"arm {job.chosen['arm']}: generated_share {settings.generated_share} of a batch of {mix.batch} leaves "
+            f"{mix.generated_per_batch} generated and {mix.real_per_batch} real images; expected some of both; "
+            f"change the share or the batch"
+        )
+    facts = {"real": mix.real_per_batch, "generated": mix.generated_per_batch}
+    files.write_json(
+        job.result / "mix" / "mix.json",
+        {
+            "schema": 1,
+            "real_images": mix.real,
+            "generated_images": mix.generated,
+            "generated_share": mix.generated_share,
+            "batch": mix.batch,
+            "per_batch": facts,
+            "generated_to_real": f"{mix.generated_per_batch}:{mix.real_per_batch}",
+            "images_seen": settings.images,
+            "coverage": mix.coverage(settings.images),
+            "selection": selection
+            and {
+                "path": settings.images_from,
+                **selection,
+                "indices_sha256": files.sha256(job.inputs["images_from"] / "indices.npy"),
+            },
+        },
+    )
+    return {**facts, **mix.coverage(settings.images)}
+
+
+def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None, np.ndarray | None]:
+    """The mix of an arm, its opened generated images and the indices kept. Refuses anything that changed since."""
+    facts = files.read_json(folder / "mix.json")
+    mix = Mix(len(real), facts["generated_images"], facts["batch"], facts["generated_share"])
+    selection = facts["selection"]
+    if selection is None:
+        return mix, None, None
+    folders = [root / ARTIFACTS / "generate_images" / selection["image_set"] / name for name in selection["chunks"]]
+    for chunk in folders:
+        if files.sha256(chunk / shards.MANIFEST) != selection["manifest_sha256"][chunk.name]:
+            raise DmatError(f"{chunk} is not the chunk that was selected from; run `dvc repro` to bring them together")
+    indices = root / selection["path"] / "indices.npy"
+    if files.sha256(indices) != selection["indices_sha256"]:
+        raise DmatError(f"{indices} changed after the mix was made; run `dvc repro` to bring them together")
+    return mix, shards.open_shards(folders), np.load(indices)

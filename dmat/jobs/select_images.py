@@ -1,0 +1,53 @@
+"""select_images: scores of all chunks -> sorted indices of the images that are kept. Images are never copied.
+
+The best `keep` share of each class stays, as Wang et al. 2023 kept the best 20 % of each class of 5M images.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from dmat import files
+from dmat.config import SelectImages
+from dmat.data import shards
+from dmat.errors import DmatError
+from dmat.jobs.execution import Job
+
+
+def run(settings: SelectImages, job: Job) -> dict[str, Any]:
+    names = list(job.params.chunks_of(job.chosen["image_set"]))
+    pool = shards.open_shards([job.inputs["images"] / name for name in names], verify=False)
+    scores = np.concatenate([np.load(job.inputs["scores"] / name / "scores.npy") for name in names])
+    if len(scores) != len(pool):
+        raise DmatError(
+            f"{job.inputs['scores']} holds {len(scores)} scores for {len(pool)} images; run score_images again"
+        )
+    labels = np.concatenate([np.asarray(labels) for labels in pool.labels])
+    kept = best_of_each_class(scores, labels, settings.keep)
+    folder = job.result / "selection"
+    with files.writing(folder / "indices.npy") as file:
+        np.save(file, kept)
+    checksums = {name: files.sha256(job.inputs["images"] / name / shards.MANIFEST) for name in names}
+    files.write_json(
+        folder / "selection.json",
+        {
+            "schema": 1,
+            "image_set": job.chosen["image_set"],
+            "chunks": names,
+            "manifest_sha256": checksums,
+            "pool": len(pool),
+            "kept": len(kept),
+            "keep": settings.keep,
+            "class_counts": np.bincount(labels[kept]).tolist(),
+        },
+    )
+    return {"pool": len(pool), "kept": len(kept), "lowest_kept_score": float(scores[kept].min())}
+
+
+def best_of_each_class(scores: np.ndarray, labels: np.ndarray, keep: float) -> np.ndarray:
+    """Sorted int64 indices of the round(keep * n) best-scored of each class's n images; ties go to earlier ones."""
+    kept = []
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
+        kept.append(mine[np.argsort(-scores[mine], kind="stable")[: round(keep * len(mine))]])
+    return np.sort(np.concatenate(kept)).astype(np.int64)

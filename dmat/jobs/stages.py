@@ -1,0 +1,216 @@
+"""The table of stages. A word here is a section of params.yaml, a stage of dvc.yaml, a file `jobs/<word>.py`, a
+command `dmat <word-with-dashes>`, a folder `artifacts/<word>/` and the MLflow tag `dmat.stage`.
+
+Loads neither torch nor pydantic, so that the command line starts at once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dmat import ARTIFACTS
+
+if TYPE_CHECKING:
+    from dmat.config import Params, Record
+
+Paths = dict[str, str]  # input or output name -> path below the project
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """each: the options that name one instance, in the order of its name. settings and inputs: of an instance."""
+
+    word: str
+    summary: str
+    each: tuple[str, ...]
+    settings: Callable[..., "Record"]
+    inputs: Callable[..., Paths]
+    outputs: Callable[..., Paths]
+    example: str
+
+    @property
+    def command(self) -> str:
+        return self.word.replace("_", "-")
+
+    def instance(self, chosen: Mapping[str, Any]) -> str:
+        """Name of an instance as in dvc.yaml (`train_robust@real_only-1`) and of folders; "all" without options."""
+        return "-".join(str(chosen[option]) for option in self.each) or "all"
+
+    def metrics_path(self, chosen: Mapping[str, Any]) -> str:
+        return f"{ARTIFACTS}/metrics/{self.word}/{self.instance(chosen)}.json"
+
+    def provenance_path(self, chosen: Mapping[str, Any]) -> str:
+        return f"{ARTIFACTS}/provenance/{self.word}/{self.instance(chosen)}.json"
+
+    def pictures_path(self, chosen: Mapping[str, Any]) -> str:
+        return f"{ARTIFACTS}/pictures/{self.word}/{self.instance(chosen)}"
+
+    def choices(self, params: "Params") -> list[dict[str, Any]]:
+        """Every instance that a parameter file asks for."""
+        lists: dict[str, Any] = {
+            "generator": params.generators,
+            "chunk": params.chunks,
+            "image_set": params.image_sets,
+            "arm": params.arms,
+            "seed": params.seeds,
+        }
+        found: list[dict[str, Any]] = [{}]
+        for option in self.each:
+            found = [{**one, option: value} for one in found for value in lists[option]]
+        return found
+
+
+def _split(name: str) -> str:
+    return f"{ARTIFACTS}/prepare_data/{name}"
+
+
+def _chunk_folder(word: str, params: "Params", chunk: str) -> str:
+    return f"{ARTIFACTS}/{word}/{params.chunks[chunk].image_set}/{chunk}"
+
+
+def _mix_settings(params: "Params", arm: str) -> "Record":
+    from dmat.config import MixImages  # pydantic takes a third of the command line's start
+
+    record = params.arms[arm]
+    return MixImages(
+        images_from=params.arm_images[arm],
+        generated_share=record.generated_share,
+        batch=record.batch,
+        images=record.images,
+    )
+
+
+SCORER = f"{ARTIFACTS}/train_scorer/scorer"
+
+STAGES: dict[str, Stage] = {
+    stage.word: stage
+    for stage in (
+        Stage(
+            "prepare_data",
+            "Split real images into train, validation and test.",
+            (),
+            settings=lambda p: p.sections["prepare_data"],
+            inputs=lambda p: {},
+            outputs=lambda p: {name: _split(name) for name in ("train", "validation", "test")},
+            example="dmat prepare-data",
+        ),
+        Stage(
+            "train_scorer",
+            "Train an ordinary classifier that judges generated images.",
+            (),
+            settings=lambda p: p.sections["train_scorer"],
+            inputs=lambda p: {"train": _split("train"), "validation": _split("validation")},
+            outputs=lambda p: {"scorer": SCORER},
+            example="dmat train-scorer",
+        ),
+        Stage(
+            "train_diffusion",
+            "Train a diffusion model on the real training images.",
+            ("generator",),
+            settings=lambda p, generator: p.generators[generator],
+            inputs=lambda p, generator: {"train": _split("train")},
+            outputs=lambda p, generator: {"denoiser": f"{ARTIFACTS}/train_diffusion/{generator}"},
+            example="dmat train-diffusion --generator edm",
+        ),
+        Stage(
+            "generate_images",
+            "Generate one chunk of a labelled image set.",
+            ("chunk",),
+            settings=lambda p, chunk: p.image_sets[p.chunks[chunk].image_set]["generate_images"],
+            inputs=lambda p, chunk: {"denoiser": f"{ARTIFACTS}/train_diffusion/{p.chunks[chunk].generator}"},
+            outputs=lambda p, chunk: {"images": _chunk_folder("generate_images", p, chunk)},
+            example="dmat generate-images --chunk edm18-0000",
+        ),
+        Stage(
+            "score_images",
+            "Score every image of a chunk by the scorer's confidence in its label.",
+            ("chunk",),
+            settings=lambda p, chunk: p.sections["score_images"],
+            inputs=lambda p, chunk: {"images": _chunk_folder("generate_images", p, chunk), "scorer": SCORER},
+            outputs=lambda p, chunk: {"scores": _chunk_folder("score_images", p, chunk)},
+            example="dmat score-images --chunk edm18-0000",
+        ),
+        Stage(
+            "select_images",
+            "Keep the best-scored images of each class of an image set.",
+            ("image_set",),
+            settings=lambda p, image_set: p.image_sets[image_set]["select_images"],
+            inputs=lambda p, image_set: {
+                "images": f"{ARTIFACTS}/generate_images/{image_set}",
+                "scores": f"{ARTIFACTS}/score_images/{image_set}",
+            },
+            outputs=lambda p, image_set: {"selection": f"{ARTIFACTS}/select_images/{image_set}"},
+            example="dmat select-images --image-set edm18",
+        ),
+        Stage(
+            "measure_images",
+            "Measure quality, memorisation and duplicates of an image set.",
+            ("image_set",),
+            settings=lambda p, image_set: p.sections["measure_images"],
+            inputs=lambda p, image_set: {
+                "images": f"{ARTIFACTS}/generate_images/{image_set}",
+                "selection": f"{ARTIFACTS}/select_images/{image_set}",
+                "scorer": SCORER,
+                "train": _split("train"),
+                "validation": _split("validation"),
+            },
+            outputs=lambda p, image_set: {"measures": f"{ARTIFACTS}/measure_images/{image_set}"},
+            example="dmat measure-images --image-set edm18",
+        ),
+        Stage(
+            "mix_images",
+            "State which real and generated images an arm trains on.",
+            ("arm",),
+            settings=_mix_settings,
+            inputs=lambda p, arm: {"train": _split("train"), "images_from": p.arm_images[arm]},
+            outputs=lambda p, arm: {"mix": f"{ARTIFACTS}/mix_images/{arm}"},
+            example="dmat mix-images --arm generated",
+        ),
+        Stage(
+            "train_robust",
+            "Train a robust classifier: one arm with one seed.",
+            ("arm", "seed"),
+            settings=lambda p, arm, seed: p.arms[arm],
+            inputs=lambda p, arm, seed: {
+                "train": _split("train"),
+                "validation": _split("validation"),
+                "mix": f"{ARTIFACTS}/mix_images/{arm}",
+            },
+            outputs=lambda p, arm, seed: {"classifier": f"{ARTIFACTS}/train_robust/{arm}-{seed}"},
+            example="dmat train-robust --arm generated --seed 1",
+        ),
+        Stage(
+            "evaluate_robust",
+            "Evaluate a robust classifier on the test images with PGD and AutoAttack.",
+            ("arm", "seed"),
+            settings=lambda p, arm, seed: p.sections["evaluate_robust"],
+            inputs=lambda p, arm, seed: {
+                "train": _split("train"),
+                "test": _split("test"),
+                "classifier": f"{ARTIFACTS}/train_robust/{arm}-{seed}",
+            },
+            outputs=lambda p, arm, seed: {"evaluation": f"{ARTIFACTS}/evaluate_robust/{arm}-{seed}"},
+            example="dmat evaluate-robust --arm generated --seed 1",
+        ),
+        Stage(
+            "write_report",
+            "Compare all arms in one page.",
+            (),
+            settings=lambda p: p.sections["write_report"],
+            inputs=lambda p: {
+                word: f"{ARTIFACTS}/{word}"
+                for word in (
+                    "train_diffusion",
+                    "measure_images",
+                    "mix_images",
+                    "train_robust",
+                    "evaluate_robust",
+                    "metrics",
+                    "provenance",
+                )
+            },
+            outputs=lambda p: {"report": f"{ARTIFACTS}/write_report/report"},
+            example="dmat write-report",
+        ),
+    )
+}

@@ -1,0 +1,43 @@
+"""train_diffusion: train split -> averaged weights of an EDM denoiser, loss curve, sample sheet."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmat import files, seeds
+from dmat.config import Generator, Sampler
+from dmat.data import shards
+from dmat.data.pixels import to_bytes
+from dmat.diffusion.samplers import SAMPLERS
+from dmat.jobs.denoisers import denoiser_sidecar, load_denoiser, new_denoiser
+from dmat.jobs.execution import Job
+from dmat.metrics import pictures
+from dmat.training import denoiser, weights
+
+
+def run(settings: Generator, job: Job) -> dict[str, Any]:
+    real = shards.open_shards(job.inputs["train"])
+    images, labels = real.all()
+    model = new_denoiser(settings, real.shape[2], real.classes)
+    with job.long_run(settings.images) as run:
+        averaged, history = denoiser.train(model, images, labels, settings, settings.seed, run, job.compute)
+    folder = job.result / "denoiser"
+    weights.save(folder / "denoiser.safetensors", averaged, denoiser_sidecar(settings, real, job))
+    files.write_json(folder / "history.json", history)
+    pictures.curves(job.pictures / "loss.png", history, ["loss"], "Denoising loss of the live weights", "loss")
+    _sample_sheet(folder, settings.seed, job)
+    return {"loss": history[-1]["loss"], "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def _sample_sheet(folder: Any, seed: int, job: Job) -> None:
+    """A first look: ten images of each class by the default sampler."""
+    model, sidecar = load_denoiser(folder / "denoiser.safetensors", job.compute)
+    height, width, channels = sidecar["image_shape"]
+    labels = np.repeat(np.arange(len(sidecar["class_names"])), 10)
+    latents = seeds.normal(seeds.stream(seed, "sample sheet"), (len(labels), channels, height, width))
+    with job.compute.autocast():
+        made = SAMPLERS["heun"](
+            model, job.compute.place(latents), torch.from_numpy(labels).to(job.compute.device), Sampler()
+        )
+    pictures.sheet(job.pictures / "samples.png", to_bytes(made), labels, "Generated images, one row a class")

@@ -1,0 +1,71 @@
+"""train_robust: an arm's images and a seed -> best and last averaged weights of a robust classifier, history."""
+
+from typing import Any
+
+from dmat import files
+from dmat.config import TrainRobust
+from dmat.data import shards
+from dmat.data.batches import MixedBatches
+from dmat.data.pixels import everything
+from dmat.jobs.classifiers import classifier_sidecar, facts_of, new_classifier
+from dmat.jobs.execution import Job
+from dmat.jobs.mix_images import open_mix
+from dmat.metrics import pictures
+from dmat.robust.attacks import Ball
+from dmat.robust.losses import Recipe
+from dmat.training import classifier, weights
+
+
+def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
+    seed = job.chosen["seed"]
+    real = shards.open_shards(job.inputs["train"])
+    mix, generated, kept = open_mix(job.inputs["mix"], real, job.root)
+    facts = facts_of(real)
+    model = new_classifier(settings.network, facts, seed)
+    ball = Ball(settings.threat.norm, settings.threat.epsilon)
+    recipe = Recipe(ball, settings.attack_steps, settings.attack_step_size, settings.beta, settings.label_smoothing)
+    with job.long_run(settings.images) as run:
+        outcome = classifier.train(
+            model,
+            MixedBatches(mix, seed, real, generated, kept),
+            everything(shards.open_shards(job.inputs["validation"])),
+            recipe,
+            settings,
+            seed,
+            run,
+            job.compute,
+        )
+    folder = job.result / "classifier"
+    sidecar = classifier_sidecar(
+        settings.network,
+        facts,
+        real,
+        job,
+        threat=settings.threat.plain(),
+        seed=seed,
+        arm=job.chosen["arm"],
+        loss=settings.loss,
+        beta=settings.beta,
+        mix_sha256=files.sha256(job.inputs["mix"] / "mix.json"),
+    )
+    weights.save(folder / "best.safetensors", outcome.best, sidecar | {"images_seen": outcome.best_images_seen})
+    weights.save(
+        folder / "last.safetensors", outcome.last, sidecar | {"images_seen": outcome.history[-1]["images_seen"]}
+    )
+    files.write_json(folder / "history.json", outcome.history)
+    pictures.curves(
+        job.pictures / "accuracy.png",
+        outcome.history,
+        ["validation_clean", "validation_robust", "train_robust"],
+        f"{job.chosen['arm']}, seed {seed}: averaged weights on validation, live weights on training batches",
+        "accuracy",
+        mark=outcome.best_images_seen,
+    )
+    last = outcome.history[-1]
+    return {
+        "best_validation_robust": outcome.best_accuracy,
+        "best_images_seen": outcome.best_images_seen,
+        "last_validation_robust": last.get("validation_robust", 0.0),
+        "last_validation_clean": last["validation_clean"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }

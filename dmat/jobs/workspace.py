@@ -1,0 +1,30 @@
+"""Where a project's files are: parameters and artifacts here, work in progress and tracking in the main checkout."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+_TEMPORARY = "/.dvc/tmp/exps/"  # DVC runs queued experiments in copies of the project below this folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """root: the folder of params.yaml and artifacts/. home: the main checkout, which holds runs/ and tracking/."""
+
+    root: Path
+    home: Path
+
+    def at(self, relative: str) -> Path:
+        return self.root / relative
+
+    def run_folder(self, word: str, instance: str, fingerprint: str) -> Path:
+        return self.home / "runs" / word / f"{instance}-{fingerprint}"
+
+
+def find(start: Path) -> Workspace:
+    """The workspace of a folder. A copy that DVC made for an experiment shares the main checkout's home, because the
+    copy vanishes when the experiment ends. DMAT_HOME names another home."""
+    root = start.resolve()
+    head, found, _ = root.as_posix().partition(_TEMPORARY)
+    home = Path(os.environ["DMAT_HOME"]).resolve() if "DMAT_HOME" in os.environ else Path(head) if found else root
+    return Workspace(root, home)

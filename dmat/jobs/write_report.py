@@ -1,0 +1,222 @@
+"""write_report: everything measured -> one self-contained HTML page, a Markdown table, and data for `dvc plots`.
+
+Reads per-image tables, so every comparison is paired. Provenance is read here and nowhere else.
+"""
+
+import base64
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmat import ARTIFACTS, files, seeds
+from dmat.config import WriteReport
+from dmat.jobs.execution import Job
+from dmat.metrics import intervals, pictures
+
+MEASURES = {  # column of the per-image table -> heading
+    "best_clean": "clean, best",
+    "best_pgd": "PGD, best",
+    "best_auto_attack": "AutoAttack, best",
+    "last_clean": "clean, last",
+    "last_pgd": "PGD, last",
+}
+
+
+def run(settings: WriteReport, job: Job) -> dict[str, Any]:
+    names = {arm: [f"{arm}-{seed}" for seed in job.params.seeds] for arm in job.params.arms}
+    tables = {
+        run: _table(job.inputs["evaluate_robust"] / run / "per_image.parquet")
+        for runs in names.values()
+        for run in runs
+    }
+    comparison = compare(names, tables, settings)
+    for arm, runs in names.items():
+        gaps = [files.read_json(job.inputs["metrics"] / "evaluate_robust" / f"{run}.json") for run in runs]
+        comparison["arms"][arm] |= {
+            f"gap_{which}": float(np.mean([gap[which]["train_test_gap"] for gap in gaps])) for which in ("best", "last")
+        }
+    histories = {
+        run: files.read_json(job.inputs["train_robust"] / run / "history.json")
+        for runs in names.values()
+        for run in runs
+    }
+    folder = job.result / "report"
+    files.write_json(folder / "comparison.json", comparison)
+    files.write_text(folder / "history.csv", _history_csv(histories))
+    files.write_text(folder / "table.md", markdown(comparison, settings.baseline))
+    pictures.bars(job.pictures / "comparison.png", _bar_values(comparison), settings.title)
+    pictures.arms(
+        job.pictures / "validation_robust.png",
+        histories,
+        "validation_robust",
+        "PGD accuracy of the averaged weights on the validation split",
+        "accuracy",
+    )
+    pictures.arms(
+        job.pictures / "train_robust.png",
+        histories,
+        "train_robust",
+        "Accuracy under the training attack on training batches",
+        "accuracy",
+    )
+    files.write_text(folder / "report.html", _page(settings, job, comparison, names))
+    return comparison
+
+
+def compare(
+    names: dict[str, list[str]], tables: dict[str, dict[str, np.ndarray]], settings: WriteReport
+) -> dict[str, Any]:
+    """Accuracy of each arm and its paired difference from the baseline, for every measure that all tables hold."""
+    measures = [measure for measure in MEASURES if all(measure in table for table in tables.values())]
+    draw = seeds.stream(settings.seed, "bootstrap")
+    arms: dict[str, dict[str, Any]] = {
+        arm: {
+            measure: intervals.over_seeds([tables[run][measure] for run in runs], settings.bootstrap, draw)
+            for measure in measures
+        }
+        for arm, runs in names.items()
+    }
+    baseline = [tables[run] for run in names[settings.baseline]]
+    differences = {
+        arm: {
+            measure: intervals.paired_difference(
+                [tables[run][measure] for run in runs], [table[measure] for table in baseline], settings.bootstrap, draw
+            )
+            for measure in measures
+        }
+        for arm, runs in names.items()
+        if arm != settings.baseline
+    }
+    return {"baseline": settings.baseline, "arms": arms, "differences": differences}
+
+
+def markdown(comparison: dict[str, Any], baseline: str) -> str:
+    """The table people quote: per cent with 95 % intervals, differences in points."""
+    first = next(iter(comparison["arms"].values()))
+    measures = [measure for measure in MEASURES if measure in first]
+    lines = [
+        "| arm | " + " | ".join(MEASURES[m] for m in measures) + " | train − test PGD, best | last |",
+        "|---" * (len(measures) + 3) + "|",
+    ]
+    for arm, values in comparison["arms"].items():
+        cells = [_per_cent(values[m]) for m in measures]
+        lines.append(
+            f"| {arm} | " + " | ".join(cells) + f" | {100 * values['gap_best']:.1f} | {100 * values['gap_last']:.1f} |"
+        )
+    for arm, values in comparison["differences"].items():
+        cells = [_points(values[m]) for m in measures]
+        lines.append(f"| {arm} − {baseline} | " + " | ".join(cells) + " | | |")
+    n, count = first[measures[0]]["n"], first[measures[0]]["seeds"]
+    lines += [
+        "",
+        f"Per cent of n = {n} test images, {count} seed{'s' if count > 1 else ''}, 95 % intervals in brackets; "
+        f"differences are paired by image, in points.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _per_cent(value: dict[str, float]) -> str:
+    spread = f" ± {100 * value['spread']:.1f}" if value["seeds"] > 1 else ""
+    return f"{100 * value['value']:.1f}{spread} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+
+
+def _points(value: dict[str, float]) -> str:
+    return f"**{100 * value['value']:+.1f}** [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+
+
+def _table(path: Path) -> dict[str, np.ndarray]:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def _history_csv(histories: dict[str, Sequence[dict[str, float]]]) -> str:
+    names = list(dict.fromkeys(name for history in histories.values() for row in history for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["run", *names], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"run": run, **row} for run, history in histories.items() for row in history)
+    return text.getvalue()
+
+
+def _bar_values(comparison: dict[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    return {
+        arm: {
+            heading: (values[m]["value"], values[m]["low"], values[m]["high"])
+            for m, heading in MEASURES.items()
+            if m in values
+        }
+        for arm, values in comparison["arms"].items()
+    }
+
+
+def _page(settings: WriteReport, job: Job, comparison: dict[str, Any], names: dict[str, list[str]]) -> str:
+    """Renders report.html.j2; pictures are embedded, so that the page needs no other file."""
+    import jinja2
+
+    folder = job.root / ARTIFACTS / "pictures"
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"per_cent": _per_cent, "points": lambda value: _points(value).replace("**", "")}
+    provenance = {
+        path.relative_to(job.inputs["provenance"]).with_suffix("").as_posix(): files.read_json(path)
+        for path in files.visible_files(job.inputs["provenance"])
+        if "write_report" not in path.parts
+    }
+    quality = {
+        path.stem: files.read_json(path) for path in files.visible_files(job.inputs["metrics"] / "measure_images")
+    }
+    mixes = {arm: files.read_json(job.inputs["mix_images"] / arm / "mix.json") for arm in names}
+    first = next(iter(names.values()))[0]
+    protocol = files.read_json(job.inputs["evaluate_robust"] / first / "protocol.json")
+    own = [
+        (job.pictures / f"{name}.png", text)
+        for name, text in (
+            ("comparison", "Accuracy of every arm on the test images"),
+            ("validation_robust", "Selection curve; one line a seed"),
+            ("train_robust", "Fit to the training attack"),
+        )
+    ]
+    groups = {
+        "What came out": own,
+        "Generated images": _found(folder, "measure_images", "train_diffusion"),
+        "Adversarial images": [
+            item
+            for item in _found(folder, "evaluate_robust")
+            if item[1].startswith(tuple(runs[0] for runs in names.values()))
+        ],
+    }
+    figures = {title: [(_embedded(path), text) for path, text in items] for title, items in groups.items()}
+    return environment.get_template("report.html.j2").render(
+        settings=settings,
+        comparison=comparison,
+        measures=MEASURES,
+        figures=figures,
+        provenance=provenance,
+        quality=quality,
+        mixes=mixes,
+        protocol=protocol,
+        seeds=job.params.seeds,
+    )
+
+
+def _found(folder: Path, *words: str) -> list[tuple[Path, str]]:
+    return [
+        (path, f"{path.parent.name}: {path.stem.replace('_', ' ')}")
+        for word in words
+        for path in sorted((folder / word).glob("*/*.png"))
+    ]
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

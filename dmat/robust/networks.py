@@ -1,0 +1,121 @@
+"""Classifiers: (images in [0, 1]) -> logits. Classes, channels, mean and std come from the data set's facts.
+
+`WideResNet` has the layout and the parameter names of the networks that Gowal et al. 2020 and Wang et al. 2023
+published (TensorFlow-style "same" padding for stride 2: right and bottom only), so that weights can be exchanged.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a network must know of its data: number of classes, channels, and each channel's mean and std in [0, 1]."""
+
+    classes: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def wide_resnet(facts: Facts, depth: int, width: int, activation: str) -> "WideResNet":
+    """WRN-depth-width. depth = 6 n + 4 with n >= 1."""
+    return WideResNet(facts, depth, width, ACTIVATIONS[activation])
+
+
+NETWORKS = {"wide_resnet": wide_resnet}
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std by channel. The constants are not part of the state dict, as in the published networks."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class WideResNet(nn.Module):
+    """Pre-activation wide residual network (Zagoruyko and Komodakis 2016): groups of 16, 32, 64 x width channels."""
+
+    def __init__(self, facts: Facts, depth: int, width: int, activation: type[nn.Module]):
+        super().__init__()
+        blocks = (depth - 4) // 6
+        widths = [16, 16 * width, 32 * width, 64 * width]
+        self.normalise = Normalise(facts.mean, facts.std)
+        self.init_conv = nn.Conv2d(facts.channels, widths[0], 3, padding=1, bias=False)
+        self.layer = nn.Sequential(
+            *(
+                Group(widths[k], widths[k + 1], blocks, stride=1 if k == 0 else 2, activation=activation)
+                for k in range(3)
+            )
+        )
+        self.batchnorm = nn.BatchNorm2d(widths[3], momentum=0.01)
+        self.activation = activation()
+        self.logits = nn.Linear(widths[3], facts.classes)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, C, H, W] in [0, 1] -> logits [B, classes]."""
+        return self.logits(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the last layer sees: [B, 64 * width]."""
+        h = self.layer(self.init_conv(self.normalise(images)))
+        return self.activation(self.batchnorm(h)).mean((2, 3))
+
+
+class Group(nn.Module):
+    """Blocks of one width; the first one changes width and size."""
+
+    def __init__(self, width: int, wanted: int, blocks: int, stride: int, activation: type[nn.Module]):
+        super().__init__()
+        self.block = nn.Sequential(
+            *(Block(width if k == 0 else wanted, wanted, stride if k == 0 else 1, activation) for k in range(blocks))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+class Block(nn.Module):
+    """Two convolutions, each after batch norm and activation; a 1x1 shortcut only where the width changes."""
+
+    def __init__(self, width: int, wanted: int, stride: int, activation: type[nn.Module]):
+        super().__init__()
+        self.batchnorm_0 = nn.BatchNorm2d(width, momentum=0.01)
+        self.activation_0 = activation()
+        # Stride 2 pads right and bottom in forward(); stride 1 pads symmetrically inside the convolution.
+        self.conv_0 = nn.Conv2d(width, wanted, 3, stride=stride, padding=1 if stride == 1 else 0, bias=False)
+        self.batchnorm_1 = nn.BatchNorm2d(wanted, momentum=0.01)
+        self.activation_1 = activation()
+        self.conv_1 = nn.Conv2d(wanted, wanted, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(width, wanted, 1, stride=stride, bias=False) if width != wanted else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.activation_0(self.batchnorm_0(x))
+        padded = active if self.conv_0.stride[0] == 1 else F.pad(active, (0, 1, 0, 1))
+        h = self.conv_1(self.activation_1(self.batchnorm_1(self.conv_0(padded))))
+        return h + (x if self.shortcut is None else self.shortcut(active))
+
+
+def _initialise(layer: nn.Module) -> None:
+    """Convolutions: normal, std sqrt(2 / (k k out)); linear bias 0 (facts of the published code)."""
+    if isinstance(layer, nn.Conv2d):
+        fan_out = layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels
+        nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
+    elif isinstance(layer, nn.Linear):
+        nn.init.zeros_(layer.bias)

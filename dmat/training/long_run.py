@@ -1,0 +1,140 @@
+"""The parts of a long run that do not depend on what it trains: checkpoints, metrics, progress, stopping.
+
+The clock counts images. Metrics go to `metrics.jsonl` before anywhere else; a record that a resumed run computes
+a second time is not written twice.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from dmat.devices import Compute
+from dmat.errors import Diverged, DmatError
+from dmat.training import checkpoints
+from dmat.training.interruption import Interruption
+
+State = dict[str, Any]
+
+
+class MetricsLog:
+    """Append-only JSON lines {"images_seen": n, name: value, ...}; only finite numbers are written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._last = self._mend()
+        self._file = open(path, "a")  # noqa: SIM115 - closed by close(); one handle for the whole run
+
+    def write(self, images_seen: int, values: dict[str, float]) -> None:
+        """Drops what an earlier attempt of this run has written already."""
+        if images_seen <= self._last:
+            return
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        broken = len(values) - len(finite)
+        record = {"images_seen": images_seen, **finite, **({"nonfinite": broken} if broken else {})}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self._last = images_seen
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _mend(self) -> int:
+        """Cuts a half-written last line off; returns the newest images_seen, or -1."""
+        if not self.path.exists():
+            return -1
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text:
+            with open(self.path, "r+b") as file:
+                file.truncate(len(whole))
+        lines = whole.splitlines()
+        return int(json.loads(lines[-1])["images_seen"]) if lines else -1
+
+
+class LongRun:
+    """Use as a context: `with LongRun(...) as run: state = run.resume(); ...; run.turn(...)` once per step."""
+
+    def __init__(
+        self,
+        folder: Path,
+        compute: Compute,
+        total: int,
+        *,
+        unit: str = "images",
+        label: str = "",
+        save_seconds: float = 60.0,
+        quiet: bool = False,
+    ):
+        self.path = folder / "checkpoint.dmat"
+        self.metrics = MetricsLog(folder / "metrics.jsonl")
+        self.compute, self.total, self.save_seconds = compute, total, save_seconds
+        self._interruption = Interruption()
+        self._bar = tqdm(
+            total=total,
+            unit=f" {unit}",
+            desc=label,
+            disable=quiet,
+            unit_scale=True,
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
+        self._saved_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._interruption.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._interruption.__exit__(*exception)
+        self._bar.close()
+        self.metrics.close()
+
+    def resume(self) -> State | None:
+        """The state of the last checkpoint, or None on a fresh start. Refuses another precision."""
+        if not self.path.exists():
+            return None
+        header, state = checkpoints.load(self.path)
+        if header["precision"] != self.compute.precision:
+            raise DmatError(
+                f"{self.path} was computed in {header['precision']}, this run would use "
+                f"{self.compute.precision}; results would mix: set precision: {header['precision']}, or start "
+                f"over with --fresh"
+            )
+        if header["threads"] != self.compute.threads:
+            tqdm.write(
+                f"note: resumed with {self.compute.threads} threads instead of {header['threads']}; the last digits "
+                f"of the result may differ from an undisturbed run"
+            )
+        self._bar.update(header["images_seen"])
+        return state
+
+    def turn(self, images_seen: int, state: Callable[[], State]) -> None:
+        """Between two steps: moves the bar, saves if it is time, saves and stops if a signal asked for it."""
+        self._bar.update(images_seen - self._bar.n)
+        if self._interruption.asked or time.monotonic() - self._saved_at >= self.save_seconds:
+            self.save(images_seen, state())
+        self._interruption.raise_if_asked()
+
+    def save(self, images_seen: int, state: State) -> None:
+        header = {"images_seen": images_seen, "precision": self.compute.precision, "threads": self.compute.threads}
+        checkpoints.save(self.path, header, state)
+        self._saved_at = time.monotonic()
+
+    def show(self, **values: float) -> None:
+        """Newest numbers at the right of the progress bar."""
+        self._bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+
+
+def stop_if_not_finite(loss: float, images_seen: int) -> None:
+    """Raises Diverged; the last checkpoint is from before this step."""
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"the loss is {loss} after {images_seen} images; expected a finite number; lower the learning rate "
+            f"or beta and run again (the last good checkpoint is kept)"
+        )

@@ -1,0 +1,40 @@
+"""Learning rates as pure functions of progress, so that a restarted run needs no scheduler state."""
+
+import math
+
+
+def one_cycle(
+    step: int,
+    steps: int,
+    peak: float,
+    *,
+    warm_up: float = 0.025,
+    start_divisor: float = 25.0,
+    end_divisor: float = 1e4,
+    momentum: tuple[float, float] | None = (0.85, 0.95),
+) -> tuple[float, float]:
+    """Learning rate and momentum of torch's OneCycleLR with cosine annealing, at step 0 .. steps - 1.
+
+    Rises from peak / start_divisor to peak during the first `warm_up` share of the steps, then falls to
+    peak / start_divisor / end_divisor. momentum = (at the peak, at both ends): the cycling that Wang et al.'s run
+    really had, since torch overwrites the optimiser's 0.9. None: 0.9 throughout.
+    """
+    first, last = warm_up * steps - 1, steps - 1
+    start, end = peak / start_divisor, peak / start_divisor / end_divisor
+    low, high = momentum or (0.9, 0.9)
+    if step < first:  # torch divides by zero where the warm-up is exactly one step; here it starts at the peak
+        share = step / first
+        return _cosine(start, peak, share), _cosine(high, low, share)
+    share = min(1.0, (step - max(first, 0)) / max(last - max(first, 0), 1))
+    return _cosine(peak, end, share), _cosine(low, high, share)
+
+
+def ramp_then_cosine(progress: float, peak: float, ramp: float) -> float:
+    """Linear from 0 to peak during the first `ramp` share, then half a cosine to 0. progress in [0, 1]."""
+    if progress < ramp:
+        return peak * progress / ramp
+    return _cosine(peak, 0.0, (progress - ramp) / (1 - ramp))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
