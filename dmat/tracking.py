@@ -48,6 +48,7 @@ class Run:
         self.home, self.work, self.tags, self.settings = home, work, tags, settings
         self._memory = _Memory(work / "tracking.json")
         self._client: Any = None
+        self._status = "FAILED"
         self._closing, self._connected = threading.Event(), threading.Event()
         self._final: tuple[dict[str, float], list[Path]] = ({}, [])
         self._thread = threading.Thread(target=self._serve, daemon=True)

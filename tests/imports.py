@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 @cache
 def imported(module: str) -> frozenset[str]:
-    """Modules of dmat and cli that a module names in import statements, functions included, type-checking blocks not."""
+    """Modules of dmat and cli in a module's import statements: functions included, type-checking blocks not."""
     tree = ast.parse(path_of(module).read_text())
     found = set()
     skipped = {

@@ -55,7 +55,7 @@ def run(settings: GenerateImages, job: Job) -> dict[str, Any]:
         },
     )
     sample = np.load(folder / entries[0]["images"], mmap_mode="r")[:100]
-    pictures.sheet(job.pictures / "sheet.png", sample, labels[:100], "Generated images, one row a class")
+    pictures.sheet(job.pictures / "sheet.png", sample, labels[: len(sample)], "Generated images, one row a class")
     return {"images": len(labels)}
 
 

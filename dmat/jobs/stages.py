@@ -80,6 +80,21 @@ def _mix_settings(params: "Params", arm: str) -> "Record":
     )
 
 
+# What the report reads, below artifacts/. Its own metrics and provenance stand beside those of the others, so they are
+# named one by one.
+REPORTED = (
+    *("train_diffusion", "measure_images", "mix_images", "train_robust", "evaluate_robust"),
+    *(f"metrics/{word}" for word in ("measure_images", "evaluate_robust")),
+    *(f"pictures/{word}" for word in ("train_diffusion", "measure_images", "evaluate_robust")),
+    *(
+        f"provenance/{word}"
+        for word in (
+            *("prepare_data", "train_scorer", "train_diffusion", "generate_images", "score_images", "select_images"),
+            *("measure_images", "mix_images", "train_robust", "evaluate_robust"),
+        )
+    ),
+)
+
 SCORER = f"{ARTIFACTS}/train_scorer/scorer"
 
 STAGES: dict[str, Stage] = {
@@ -197,18 +212,7 @@ STAGES: dict[str, Stage] = {
             "Compare all arms in one page.",
             (),
             settings=lambda p: p.sections["write_report"],
-            inputs=lambda p: {
-                word: f"{ARTIFACTS}/{word}"
-                for word in (
-                    "train_diffusion",
-                    "measure_images",
-                    "mix_images",
-                    "train_robust",
-                    "evaluate_robust",
-                    "metrics",
-                    "provenance",
-                )
-            },
+            inputs=lambda p: {path: f"{ARTIFACTS}/{path}" for path in REPORTED},
             outputs=lambda p: {"report": f"{ARTIFACTS}/write_report/report"},
             example="dmat write-report",
         ),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dmat import ARTIFACTS, files, seeds
+from dmat import files, seeds
 from dmat.config import WriteReport
 from dmat.jobs.execution import Job
 from dmat.metrics import intervals, pictures
@@ -35,7 +35,7 @@ def run(settings: WriteReport, job: Job) -> dict[str, Any]:
     }
     comparison = compare(names, tables, settings)
     for arm, runs in names.items():
-        gaps = [files.read_json(job.inputs["metrics"] / "evaluate_robust" / f"{run}.json") for run in runs]
+        gaps = [files.read_json(job.inputs["metrics/evaluate_robust"] / f"{run}.json") for run in runs]
         comparison["arms"][arm] |= {
             f"gap_{which}": float(np.mean([gap[which]["train_test_gap"] for gap in gaps])) for which in ("best", "last")
         }
@@ -159,7 +159,6 @@ def _page(settings: WriteReport, job: Job, comparison: dict[str, Any], names: di
     """Renders report.html.j2; pictures are embedded, so that the page needs no other file."""
     import jinja2
 
-    folder = job.root / ARTIFACTS / "pictures"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -169,13 +168,12 @@ def _page(settings: WriteReport, job: Job, comparison: dict[str, Any], names: di
     )
     environment.filters |= {"per_cent": _per_cent, "points": lambda value: _points(value).replace("**", "")}
     provenance = {
-        path.relative_to(job.inputs["provenance"]).with_suffix("").as_posix(): files.read_json(path)
-        for path in files.visible_files(job.inputs["provenance"])
-        if "write_report" not in path.parts
+        f"{path.parent.name} {path.stem}": files.read_json(path)
+        for name, folder in job.inputs.items()
+        if name.startswith("provenance/")
+        for path in files.visible_files(folder)
     }
-    quality = {
-        path.stem: files.read_json(path) for path in files.visible_files(job.inputs["metrics"] / "measure_images")
-    }
+    quality = {path.stem: files.read_json(path) for path in files.visible_files(job.inputs["metrics/measure_images"])}
     mixes = {arm: files.read_json(job.inputs["mix_images"] / arm / "mix.json") for arm in names}
     first = next(iter(names.values()))[0]
     protocol = files.read_json(job.inputs["evaluate_robust"] / first / "protocol.json")
@@ -187,14 +185,11 @@ def _page(settings: WriteReport, job: Job, comparison: dict[str, Any], names: di
             ("train_robust", "Fit to the training attack"),
         )
     ]
+    first_runs = tuple(runs[0] for runs in names.values())
     groups = {
         "What came out": own,
-        "Generated images": _found(folder, "measure_images", "train_diffusion"),
-        "Adversarial images": [
-            item
-            for item in _found(folder, "evaluate_robust")
-            if item[1].startswith(tuple(runs[0] for runs in names.values()))
-        ],
+        "Generated images": _found(job, "measure_images") + _found(job, "train_diffusion"),
+        "Adversarial images": [item for item in _found(job, "evaluate_robust") if item[1].startswith(first_runs)],
     }
     figures = {title: [(_embedded(path), text) for path, text in items] for title, items in groups.items()}
     return environment.get_template("report.html.j2").render(
@@ -210,12 +205,10 @@ def _page(settings: WriteReport, job: Job, comparison: dict[str, Any], names: di
     )
 
 
-def _found(folder: Path, *words: str) -> list[tuple[Path, str]]:
-    return [
-        (path, f"{path.parent.name}: {path.stem.replace('_', ' ')}")
-        for word in words
-        for path in sorted((folder / word).glob("*/*.png"))
-    ]
+def _found(job: Job, word: str) -> list[tuple[Path, str]]:
+    """Pictures of a stage with their captions."""
+    paths = sorted(job.inputs[f"pictures/{word}"].glob("*/*.png"))
+    return [(path, f"{path.parent.name}: {path.stem.replace('_', ' ')}") for path in paths]
 
 
 def _embedded(path: Path) -> str:
