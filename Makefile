@@ -8,7 +8,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 repro: .venv/ready
 	$(BIN)/dvc repro; status=$$?; $(BIN)/dmat runs reap; exit $$status
-	$(BIN)/dmat show
+	@cat artifacts/write_report/report/table.md
+	@echo "The whole comparison: artifacts/write_report/report/report.html; every run: make ui"
 
 test: check
 	$(BIN)/pytest -n 2 --dist worksteal

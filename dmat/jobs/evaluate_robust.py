@@ -32,14 +32,14 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
     test = everything(shards.open_shards(job.inputs["test"]))
     train = everything(shards.open_shards(job.inputs["train"]))
     table: dict[str, np.ndarray] = {"index": np.arange(len(test[1])), "label": test[1].numpy()}
-    metrics: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for which in ("best", "last"):
         model, sidecar = load_classifier(job.inputs["classifier"] / f"{which}.safetensors", compute)
         ball = Ball(sidecar["threat"]["norm"], Fraction(sidecar["threat"]["epsilon"]))
         clean, robust, adversarial = _pgd(model, test, ball, settings, compute)
         _, train_robust, _ = _pgd(model, train, ball, settings, compute)
         table |= {f"{which}_clean": clean, f"{which}_pgd": robust}
-        metrics[which] = {
+        summary[which] = {
             "clean": wilson(clean).plain(),
             "pgd": wilson(robust).plain(),
             "train_pgd": wilson(train_robust).plain(),
@@ -51,7 +51,7 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
             if settings.auto_attack == "standard":
                 flags, margins, sizes = _auto_attack(model, test, ball, settings, job, compute)
                 table |= {"best_auto_attack": flags, "best_margin": margins, "best_perturbation": sizes}
-                metrics[which]["auto_attack"] = wilson(flags).plain()
+                summary[which]["auto_attack"] = wilson(flags).plain()
     _write_table(job.result / "evaluation" / "per_image.parquet", table)
     files.write_json(
         job.result / "evaluation" / "protocol.json",
@@ -63,7 +63,12 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
             "settings": settings.plain(),
         },
     )
-    return metrics
+    files.write_json(job.result / "evaluation" / "summary.json", summary)
+    return {
+        f"{which}_{name}": value["value"] if isinstance(value, dict) else value
+        for which, values in summary.items()
+        for name, value in values.items()
+    }
 
 
 def _pgd(

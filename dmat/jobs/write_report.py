@@ -35,9 +35,10 @@ def run(settings: WriteReport, job: Job) -> dict[str, Any]:
     }
     comparison = compare(names, tables, settings)
     for arm, runs in names.items():
-        gaps = [files.read_json(job.inputs["metrics/evaluate_robust"] / f"{run}.json") for run in runs]
+        summaries = [files.read_json(job.inputs["evaluate_robust"] / run / "summary.json") for run in runs]
         comparison["arms"][arm] |= {
-            f"gap_{which}": float(np.mean([gap[which]["train_test_gap"] for gap in gaps])) for which in ("best", "last")
+            f"{which}_gap": float(np.mean([one[which]["train_test_gap"] for one in summaries]))
+            for which in ("best", "last")
         }
     histories = {
         run: files.read_json(job.inputs["train_robust"] / run / "history.json")
@@ -64,7 +65,11 @@ def run(settings: WriteReport, job: Job) -> dict[str, Any]:
         "accuracy",
     )
     files.write_text(folder / "report.html", _page(settings, job, comparison, names))
-    return comparison
+    groups = comparison["arms"] | {f"{arm}_minus_baseline": v for arm, v in comparison["differences"].items()}
+    return {
+        group: {measure: value["value"] for measure, value in values.items() if isinstance(value, dict)}
+        for group, values in groups.items()
+    }
 
 
 def compare(
@@ -105,7 +110,7 @@ def markdown(comparison: dict[str, Any], baseline: str) -> str:
     for arm, values in comparison["arms"].items():
         cells = [_per_cent(values[m]) for m in measures]
         lines.append(
-            f"| {arm} | " + " | ".join(cells) + f" | {100 * values['gap_best']:.1f} | {100 * values['gap_last']:.1f} |"
+            f"| {arm} | " + " | ".join(cells) + f" | {100 * values['best_gap']:.1f} | {100 * values['last_gap']:.1f} |"
         )
     for arm, values in comparison["differences"].items():
         cells = [_points(values[m]) for m in measures]
