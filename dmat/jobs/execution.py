@@ -20,6 +20,7 @@ from dmat import devices, files, tracking
 from dmat.config import Params, Record
 from dmat.devices import Compute
 from dmat.errors import DmatError, Interrupted
+from dmat.jobs import code
 from dmat.jobs.stages import Stage
 from dmat.jobs.workspace import Workspace
 from dmat.training.long_run import LongRun
@@ -66,12 +67,20 @@ class Plan:
     settings: Record
     inputs: dict[str, dict[str, str]]  # name -> path, sha256
     outputs: dict[str, str]
+    code: dict[str, str]  # source file -> sha256
     fingerprint: str
     work: Path
 
     @property
+    def finished(self) -> dict[str, Any] | None:
+        """The note of a complete result that this code computed."""
+        path = self.work / "finished.json"
+        note: dict[str, Any] | None = files.read_json(path) if path.exists() else None
+        return note if note is not None and note["code"] == self.code else None
+
+    @property
     def state(self) -> str:
-        if (self.work / "finished.json").exists():
+        if self.finished:
             return "finished: the result is published again"
         return "resumes" if (self.work / "checkpoint.dmat").exists() else "starts"
 
@@ -109,7 +118,9 @@ def plan(stage: Stage, chosen: Mapping[str, Any], params: Params, workspace: Wor
     }
     fingerprint = files.fingerprint(identity)
     work = workspace.run_folder(stage.word, stage.instance(chosen), fingerprint)
-    return Plan(stage, chosen, settings, inputs, stage.outputs(params, **chosen), fingerprint, work)
+    return Plan(
+        stage, chosen, settings, inputs, stage.outputs(params, **chosen), code.checksums(stage.word), fingerprint, work
+    )
 
 
 def stage_identity(stage: Stage, chosen: Mapping[str, Any], params: Params) -> dict[str, Any]:
@@ -129,9 +140,10 @@ def execute(
     with _lock(plan.work):
         if fresh:
             _set_aside(plan.work)
-        if (plan.work / "finished.json").exists():
-            finished: dict[str, Any] = files.read_json(plan.work / "finished.json")
-        else:
+        finished = plan.finished
+        if finished is None:
+            if (plan.work / "finished.json").exists():  # by other code: a result is never mixed from two versions
+                _set_aside(plan.work)
             finished = _compute(plan, params, workspace, quiet)
         _publish(plan, finished, workspace)
     metrics: dict[str, Any] = finished["metrics"]
@@ -169,6 +181,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
         metrics = module.run(plan.settings, job)
         finished = {
             "metrics": metrics,
+            "code": plan.code,
             "provenance": {
                 **run.provenance(),
                 "stage": plan.stage.word,
@@ -210,7 +223,7 @@ def _lock(work: Path) -> filelock.FileLock:
 
 
 def _set_aside(work: Path) -> None:
-    """--fresh: earlier state moves to `before-<time>/` beside the new one; nothing is deleted."""
+    """Earlier state moves to `before-<time>/` beside the new one; nothing is deleted."""
     old = work / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
     for path in [
         p for p in work.iterdir() if p.name not in ("lock", "holder.json") and not p.name.startswith("before-")

@@ -31,7 +31,8 @@ def adversarial(
         seed=seed,
         device=str(images.device),
     )
-    result: Tensor = attack.run_standard_evaluation(images, labels, batch_size=batch)
+    result: Tensor
+    result, _ = attack.run_standard_evaluation(images, labels, batch_size=batch)
     return result.detach()
 
 

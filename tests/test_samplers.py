@@ -1,0 +1,299 @@
+"""The samplers solve the probability-flow equation: noise levels of equation 5, Algorithm 2 of Karras et al. 2022.
+
+Oracles: the exact denoiser of a finite data set, a Gaussian whose solution is known in closed form, and a second
+implementation of the algorithm written line by line in numpy. Run alone: pytest tests/test_samplers.py
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dmat.diffusion.exact import ExactDenoiser
+from dmat.diffusion.samplers import SAMPLERS, noise_levels
+
+
+@dataclasses.dataclass
+class Settings:
+    steps: int = 8
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    s_churn: float = 0.0
+    s_min: float = 0.0
+    s_max: float = 1e9
+    s_noise: float = 1.0
+
+
+CHURNED = Settings(steps=12, s_churn=4.0, s_min=0.05, s_max=50.0, s_noise=1.003)
+
+
+def latents(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def named_noise(*shape):
+    """Noise of a step is named by the step."""
+    return lambda step: latents(*shape, seed=1000 + step)
+
+
+class Recorder:
+    """A denoiser that writes down every call."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.calls = denoiser, []
+
+    def __call__(self, noisy, sigma, labels):
+        self.calls.append((noisy, sigma, labels))
+        return self.denoiser(noisy, sigma, labels)
+
+    def sigmas(self):
+        return [sigma[0].item() for _, sigma, _ in self.calls]
+
+
+def gaussian(spread):
+    """The optimal denoiser of images whose pixels are independent, of mean 0 and standard deviation `spread`."""
+    return lambda noisy, sigma, labels: (
+        noisy * (spread**2 / (spread**2 + sigma.double() ** 2))[:, None, None, None].to(noisy)
+    )
+
+
+# --- noise levels
+
+
+@pytest.mark.parametrize("steps", [2, 3, 18, 40])
+@pytest.mark.parametrize(("low", "high", "rho"), [(0.002, 80.0, 7.0), (0.01, 10.0, 1.0), (0.5, 2.0, 3.0)])
+def test_noise_levels_are_equation_5(steps, low, high, rho):
+    expected = [
+        (high ** (1 / rho) + i / (steps - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(steps)
+    ]
+    found = noise_levels(steps, low, high, rho)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([*expected, 0.0], rel=1e-12)
+    assert found[0].item() == pytest.approx(high)
+    assert found[-2].item() == pytest.approx(low)
+
+
+def test_one_step_goes_from_the_highest_level_to_zero():
+    assert noise_levels(1, 0.002, 80.0, 7.0).tolist() == pytest.approx([80.0, 0.0])
+
+
+# --- every sampler
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(steps=1), Settings(steps=2), CHURNED], ids=repr)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_image_is_where_every_path_ends(name, settings):
+    image = latents(1, 3, 4, 4, seed=1).clamp(-1, 1)
+    start = latents(5, 3, 4, 4, seed=2)
+    found = SAMPLERS[name](ExactDenoiser(image), start, None, settings, named_noise(5, 3, 4, 4))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, image.double().expand(5, -1, -1, -1), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_are_images_of_the_class_asked_for(name):
+    """Ten images in three classes are few enough to be remembered: every sample must be one of them."""
+    data, labels = latents(10, 1, 6, 6, seed=3).clamp(-1, 1), torch.arange(10) % 3
+    asked = torch.arange(12) % 3
+    found = SAMPLERS[name](ExactDenoiser(data, labels), latents(12, 1, 6, 6, seed=4), asked, Settings(steps=18))
+    distance = (found[:, None] - data.double()[None]).flatten(2).norm(dim=2)
+    assert (distance.amin(1) < 0.01).all(), distance.amin(1)
+    assert torch.equal(labels[distance.argmin(1)], asked)
+    assert len(distance.argmin(1).unique()) > 3  # not one image per class
+
+
+@pytest.mark.parametrize(("name", "calls"), [("heun", 15), ("euler", 8)])
+def test_calls_of_the_denoiser(name, calls):
+    """2 n - 1 calls of Heun and n of Euler, each with the level as [B] float32 and the labels as they came."""
+    recorder, labels = Recorder(gaussian(0.5)), torch.tensor([3, 1])
+    SAMPLERS[name](recorder, latents(2, 1, 4, 4), labels, Settings(steps=8))
+    levels = noise_levels(8, 0.002, 80.0, 7.0).tolist()[:-1]
+    expected = levels if name == "euler" else [levels[0], *(s for level in levels[1:] for s in (level, level))]
+    assert len(recorder.calls) == calls
+    assert recorder.sigmas() == pytest.approx(expected)
+    for noisy, sigma, asked in recorder.calls:
+        assert (noisy.dtype, sigma.dtype, sigma.shape) == (torch.float32, torch.float32, (2,))
+        assert asked is labels
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_missing_labels_stay_missing(name):
+    recorder = Recorder(gaussian(0.5))
+    SAMPLERS[name](recorder, latents(2, 1, 4, 4), None, Settings())
+    assert {labels for _, _, labels in recorder.calls} == {None}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sampling_keeps_no_graph_and_leaves_the_latents(name):
+    weight, start = torch.nn.Parameter(torch.tensor(0.3)), latents(2, 1, 4, 4)
+    before = start.clone()
+    found = SAMPLERS[name](lambda x, sigma, labels: x * weight, start, None, Settings())
+    assert not found.requires_grad
+    assert torch.equal(start, before)
+
+
+@pytest.mark.parametrize("settings", [Settings(), CHURNED], ids=repr)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_an_image_does_not_depend_on_its_neighbours(name, settings):
+    data, start, noise = latents(10, 1, 4, 4, seed=3), latents(6, 1, 4, 4), named_noise(6, 1, 4, 4)
+    together = SAMPLERS[name](ExactDenoiser(data), start, None, settings, noise)
+    alone = [
+        SAMPLERS[name](ExactDenoiser(data), start[k : k + 1], None, settings, lambda step, k=k: noise(step)[k : k + 1])
+        for k in range(6)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+# --- accuracy on a Gaussian, where the solution is known
+
+
+def relative_error(name, steps, spread=0.5):
+    """Of the position at sigma_min, against the solution x(sigma) ~ sqrt(spread^2 + sigma^2) of the flow.
+
+    The last step, to 0, is D itself for every sampler and is divided out.
+    """
+    settings = Settings(steps=steps, sigma_min=0.02, sigma_max=20.0, rho=3.0)
+    start = torch.ones(1, 1, 1, 1)
+    end = SAMPLERS[name](gaussian(spread), start, None, settings).item()
+    at_sigma_min = end * (spread**2 + 0.02**2) / spread**2
+    exact = 20.0 * math.sqrt(spread**2 + 0.02**2) / math.sqrt(spread**2 + 20.0**2)
+    return abs(at_sigma_min / exact - 1)
+
+
+@pytest.mark.parametrize(("name", "order", "bound"), [("euler", 1, 0.05), ("heun", 2, 0.002)])
+def test_error_falls_with_the_order_of_the_method(name, order, bound):
+    coarse, middle, fine = (relative_error(name, steps) for steps in (33, 65, 129))
+    assert fine < bound
+    assert coarse / middle == pytest.approx(2**order, rel=0.25)
+    assert middle / fine == pytest.approx(2**order, rel=0.2)
+
+
+@pytest.mark.parametrize(("steps", "bound"), [(18, 0.06), (40, 0.012)])
+def test_heun_with_the_published_levels_is_close_to_the_solution(steps, bound):
+    start = latents(50, 1, 2, 2)
+    found = SAMPLERS["heun"](gaussian(0.5), start, None, Settings(steps=steps))
+    exact = 80 * start.double() * 0.5 / math.sqrt(0.5**2 + 80**2)
+    torch.testing.assert_close(found, exact, rtol=bound, atol=0)
+
+
+# --- churn
+
+
+@pytest.mark.parametrize("s_churn", [1.0, 4.0, 1000.0])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_churn_raises_the_level_by_gamma_inside_its_window(name, s_churn):
+    settings = Settings(steps=10, sigma_min=0.02, sigma_max=10.0, s_churn=s_churn, s_min=0.1, s_max=5.0)
+    asked, recorder = [], Recorder(gaussian(0.5))
+
+    def noise(step):
+        asked.append(step)
+        return torch.zeros(1, 1, 2, 2)
+
+    SAMPLERS[name](recorder, latents(1, 1, 2, 2), None, settings, noise)
+    levels = noise_levels(10, 0.02, 10.0, 7.0).tolist()[:-1]
+    gamma = min(s_churn / 10, math.sqrt(2) - 1)
+    inside = [0.1 <= level <= 5.0 for level in levels]
+    assert 2 < sum(inside) < 9  # the window cuts both ends off
+    assert asked == [step for step in range(10) if inside[step]]
+    raised = [level * (1 + gamma) if within else level for level, within in zip(levels, inside, strict=True)]
+    first_calls = recorder.sigmas() if name == "euler" else recorder.sigmas()[::2]
+    assert first_calls == pytest.approx(raised)
+
+
+@pytest.mark.parametrize("edge", ["s_min", "s_max"])
+def test_churn_window_holds_its_edges(edge):
+    """Algorithm 2: S_tmin <= t <= S_tmax."""
+    levels = noise_levels(5, 0.02, 10.0, 7.0).tolist()
+    settings = Settings(steps=5, sigma_min=0.02, sigma_max=10.0, s_churn=1.0, **{edge: levels[2]})
+    asked = []
+    SAMPLERS["heun"](
+        gaussian(0.5), latents(1, 1, 2, 2), None, settings, lambda step: asked.append(step) or torch.zeros(1, 1, 2, 2)
+    )
+    assert asked == ([0, 1, 2] if edge == "s_min" else [2, 3, 4])
+
+
+def test_churn_adds_the_noise_that_the_raised_level_lacks():
+    """One step of one pixel by hand: x + sqrt(raised^2 - sigma^2) * s_noise * noise, in what the denoiser sees."""
+    settings = Settings(steps=2, sigma_min=1.0, sigma_max=3.0, s_churn=0.5, s_noise=1.5)
+    recorder = Recorder(lambda noisy, sigma, labels: torch.zeros_like(noisy))
+    SAMPLERS["euler"](recorder, torch.full((1, 1, 1, 1), 2.0), None, settings, lambda step: torch.ones(1, 1, 1, 1))
+    raised = 3 * 1.25
+    assert recorder.calls[0][0].item() == pytest.approx(2 * 3 + math.sqrt(raised**2 - 9) * 1.5)
+
+
+def test_churn_keeps_the_spread_of_the_data():
+    """The noise added and the noise removed balance: samples of a Gaussian stay samples of it."""
+    settings = Settings(steps=96, sigma_min=0.02, sigma_max=20.0, rho=3.0, s_churn=16.0)
+    shape = (20_000, 1, 1, 1)
+    found = SAMPLERS["heun"](gaussian(0.5), latents(*shape), None, settings, named_noise(*shape))
+    assert found.std().item() == pytest.approx(0.5, abs=0.012)  # standard error 0.0025
+    # and the paths really were stirred: end points no longer follow from the latents
+    correlation = np.corrcoef(found.flatten().numpy(), latents(*shape).flatten().numpy())[0, 1]
+    assert correlation < 0.9
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_churn_without_noise_is_refused(name):
+    with pytest.raises(ValueError, match=r"s_churn > 0 needs a source of noise"):
+        SAMPLERS[name](gaussian(0.5), latents(1, 1, 2, 2), None, Settings(s_churn=1.0))
+
+
+def test_window_that_no_level_meets_needs_no_noise():
+    quiet = SAMPLERS["heun"](gaussian(0.5), latents(1, 1, 2, 2), None, Settings())
+    aside = Settings(s_churn=1.0, s_min=100.0)
+    assert torch.equal(SAMPLERS["heun"](gaussian(0.5), latents(1, 1, 2, 2), None, aside), quiet)
+
+
+# --- a second implementation
+
+
+def algorithm_2(denoise, start, settings, noise, second_order):
+    """Karras et al. 2022, Algorithm 2, line by line for one image in numpy float64."""
+    n = settings.steps
+    t = [
+        (
+            settings.sigma_max ** (1 / settings.rho)
+            + i / (n - 1) * (settings.sigma_min ** (1 / settings.rho) - settings.sigma_max ** (1 / settings.rho))
+        )
+        ** settings.rho
+        for i in range(n)
+    ] + [0.0]
+    x = t[0] * start  # line 2
+    for i in range(n):  # line 3
+        gamma = min(settings.s_churn / n, math.sqrt(2) - 1) if settings.s_min <= t[i] <= settings.s_max else 0.0
+        epsilon = settings.s_noise * noise(i)  # line 4
+        t_hat = t[i] + gamma * t[i]  # line 5
+        x_hat = x + math.sqrt(t_hat**2 - t[i] ** 2) * epsilon  # line 6
+        d = (x_hat - denoise(x_hat, t_hat)) / t_hat  # line 7
+        x = x_hat + (t[i + 1] - t_hat) * d  # line 8
+        if second_order and t[i + 1] != 0:  # line 9
+            d_next = (x - denoise(x, t[i + 1])) / t[i + 1]  # line 10
+            x = x_hat + (t[i + 1] - t_hat) * (d / 2 + d_next / 2)  # line 11
+    return x
+
+
+@pytest.mark.parametrize("settings", [Settings(steps=6), Settings(steps=5, rho=2.0, sigma_max=5.0), CHURNED], ids=repr)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_agrees_with_algorithm_2_written_line_by_line(name, settings):
+    # wide data, so that paths keep bending between images instead of settling at once
+    data = 2 * latents(5, 1, 3, 3, seed=8)
+    start, noise = latents(4, 1, 3, 3, seed=9), named_noise(4, 1, 3, 3)
+    found = SAMPLERS[name](ExactDenoiser(data), start, None, settings, noise)
+
+    def denoise(x, t):
+        weights = np.array([-((x - image) ** 2).sum() / (2 * t**2) for image in data.double().numpy()])
+        weights = np.exp(weights - weights.max())
+        return sum(w * image for w, image in zip(weights / weights.sum(), data.double().numpy(), strict=True))
+
+    for k in range(4):
+        expected = algorithm_2(
+            denoise,
+            start[k].double().numpy(),
+            settings,
+            lambda step, k=k: noise(step)[k].double().numpy(),
+            second_order=name == "heun",
+        )
+        np.testing.assert_allclose(found[k].numpy(), expected, rtol=0, atol=1e-4)
