@@ -340,11 +340,9 @@ class _Reader:
         return Params(sections, tuple(seeds), generators, image_sets, chunks, arms, arm_images)
 
     def _list(self, key: str, needed: bool, plain_names: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
-        entries = self.raw.get(key) or {}
+        entries = self.raw.get(key, {})
         if not isinstance(entries, dict) or (needed and not entries):
-            self.problems.append(
-                f"{key} is {entries!r}; expected at least one named entry, for example {key}: {{real_only: {{}}}}"
-            )
+            self.problems.append(f"{key} is {entries!r}; expected named entries, for example {key}: {{NAME: {{}}}}")
             return
         for name, entry in entries.items():
             try:

@@ -73,7 +73,7 @@ class Knowing(torch.nn.Module):
 
 @pytest.mark.parametrize("delta", [0.0, 0.25])
 def test_loss_is_the_squared_error_of_the_raw_network(delta):
-    """0 for an exact denoiser; and lambda = 1 / c_out^2 makes an error of the raw network weigh the same at any sigma."""
+    """0 for an exact denoiser; lambda = 1 / c_out^2 makes an error of the raw network weigh the same at any sigma."""
     generator = torch.Generator().manual_seed(2)
     sigma = torch.tensor([0.05, 0.5, 2.0, 5.0])
     images = torch.rand(4, 1, 5, 5, generator=generator) * 2 - 1

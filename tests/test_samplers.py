@@ -229,10 +229,10 @@ def test_churn_keeps_the_spread_of_the_data():
     settings = Settings(steps=96, sigma_min=0.02, sigma_max=20.0, rho=3.0, s_churn=16.0)
     shape = (20_000, 1, 1, 1)
     found = SAMPLERS["heun"](gaussian(0.5), latents(*shape), None, settings, named_noise(*shape))
-    assert found.std().item() == pytest.approx(0.5, abs=0.012)  # standard error 0.0025
+    assert found.std().item() == pytest.approx(0.5, abs=0.01)  # standard error 0.0025
     # and the paths really were stirred: end points no longer follow from the latents
     correlation = np.corrcoef(found.flatten().numpy(), latents(*shape).flatten().numpy())[0, 1]
-    assert correlation < 0.9
+    assert abs(correlation) < 0.1
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

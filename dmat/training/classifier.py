@@ -77,7 +77,14 @@ def train(
     averaged = copy.deepcopy(model)
     optimiser = torch.optim.SGD(_groups(model, settings.weight_decay), lr=0.0, momentum=0.9, nesterov=True)
     steps = -(-settings.images // settings.batch)
-    progress: dict[str, Any] = {"step": 0, "best_accuracy": -1.0, "best_images_seen": 0, "best": {}, "history": []}
+    progress: dict[str, Any] = {
+        "step": 0,
+        "best_accuracy": -1.0,
+        "best_images_seen": 0,
+        "best": {},
+        "history": [],
+        "pending": [],
+    }
 
     if (state := run.resume()) is not None:
         model.load_state_dict(state["model"])
@@ -93,7 +100,7 @@ def train(
             "progress": progress,
         }
 
-    sums: list[Tensor] = []
+    pending: list[Tensor] = progress["pending"]  # values of the steps since the last evaluation
     while True:
         step, images_seen = progress["step"], progress["step"] * settings.batch
         done = step >= steps
@@ -103,7 +110,7 @@ def train(
             averaging.copy_buffers(averaged, model)
             measured = evaluate(averaged, validation, recipe.ball, settings, seed, compute)
             _keep_best(progress, measured, averaged, images_seen, robust=settings.selection_steps > 0)
-            training = _mean(sums)
+            training = _mean(pending)
             progress["history"].append({"images_seen": images_seen, **measured, **training})
             run.metrics.write(
                 images_seen,
@@ -115,7 +122,7 @@ def train(
                 },
             )
             run.show(**measured)
-            sums = []
+            pending.clear()
             stop_if_not_finite(training.get("train_loss", 0.0), images_seen)
         run.turn(images_seen, snapshot)
         if done:
@@ -133,7 +140,7 @@ def train(
         averaging.update(
             averaged, model, averaging.classifier_decay(step, steps, settings.average_tau, settings.warm_up)
         )
-        sums.append(_step_values(loss, labels))
+        pending.append(_step_values(loss, labels))
         progress["step"] = step + 1
 
     return Outcome(
@@ -223,11 +230,11 @@ def _step_values(loss: losses.Loss, labels: Tensor) -> Tensor:
     )
 
 
-def _mean(sums: list[Tensor]) -> dict[str, float]:
-    if not sums:
+def _mean(pending: list[Tensor]) -> dict[str, float]:
+    if not pending:
         return {}
     names = ("train_loss", "train_natural_loss", "train_robust_loss", "train_clean", "train_robust")
-    return dict(zip(names, torch.stack(sums).mean(0).tolist(), strict=True))
+    return dict(zip(names, torch.stack(pending).mean(0).tolist(), strict=True))
 
 
 def _cpu_copy(model: nn.Module) -> dict[str, Tensor]:

@@ -48,14 +48,14 @@ def train(
     order = Sequence(seed, "order/real", len(labels))
     steps = -(-settings.images // settings.batch)
     log_steps = max(1, settings.log_every // settings.batch)
-    progress: dict[str, Any] = {"step": 0, "history": []}
+    progress: dict[str, Any] = {"step": 0, "history": [], "pending": []}
 
     if (state := run.resume()) is not None:
         denoiser.load_state_dict(state["denoiser"])
         averaged.load_state_dict(state["averaged"])
         optimiser.load_state_dict(state["optimiser"])
         progress = state["progress"]
-    pending: list[Tensor] = progress.setdefault("pending", [])
+    pending: list[Tensor] = progress["pending"]  # losses since the last record
 
     def snapshot() -> dict[str, Any]:
         return {

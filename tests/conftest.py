@@ -1,0 +1,52 @@
+"""What all tests share: two threads would fight over two cores when tests run side by side, so each process has one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+os.environ["DMAT_TRACKING"] = "off"  # tests of tracking switch it on
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture
+def tiny_params() -> dict:
+    """params.yaml of the repository, made so small that every stage takes about a second."""
+    return _tiny()
+
+
+@pytest.fixture(scope="module")
+def tiny_params_once() -> dict:
+    """`tiny_params` for fixtures that live as long as a test file."""
+    return _tiny()
+
+
+def _tiny() -> dict:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["compute"] |= {"threads": 1, "precision": "fp32"}
+    params["prepare_data"] |= {"train": 100, "validation": 50, "test": 40}
+    params["train_scorer"] |= {"images": 2560, "evaluate_every": 1280}
+    params["train_diffusion"] |= {"channels": 8, "images": 1024, "batch": 64, "log_every": 256}
+    params["generate_images"] |= {"chunk": 100, "shard": 50, "block": 25, "sampler": {"name": "heun", "steps": 3}}
+    params["measure_images"] |= {"images": 60}
+    params["train_robust"] |= {
+        "images": 640,
+        "batch": 64,
+        "evaluate_every": 320,
+        "schedule_every": 64,
+        "attack_steps": 2,
+        "selection_steps": 2,
+    }
+    params["evaluate_robust"] |= {"pgd_steps": 3, "shard": 20, "batch": 20, "auto_attack": "none"}
+    params["write_report"] |= {"bootstrap": 100}
+    return params

@@ -1,0 +1,140 @@
+"""params.yaml: every problem of a file in one answer, found and expected in each; overrides; identity of numbers."""
+
+import copy
+
+import pytest
+import yaml
+
+from dmat import config
+from dmat.config import Fraction
+from dmat.errors import ConfigError, DmatError
+
+# dotted key, value put there, words that the answer must hold (the key is always one of them)
+BAD = [
+    ("train_robust.beta", -1, ["is -1", "greater than or equal to 0"]),
+    ("train_robust.beta", "five", ["is 'five'", "valid number"]),
+    ("train_robust.betta", 5.0, ["is not known", "beta"]),
+    ("train_robust.batch", 0, ["is 0", "greater than or equal to 1"]),
+    ("train_robust.batch", 1.5, ["is 1.5", "valid integer"]),
+    ("train_robust.images", "many", ["is 'many'", "valid integer"]),
+    ("train_robust.learning_rate", 0.0, ["is 0.0", "greater than 0"]),
+    ("train_robust.learning_rate", float("nan"), ["is nan", "finite"]),
+    ("train_robust.threat.epsilon", 8, ["epsilon 8 is larger than the pixel range", "8/255"]),
+    ("train_robust.threat.epsilon", "8/0", ["is '8/0'", "8/255"]),
+    ("train_robust.threat.epsilon", "eight", ["is 'eight'", "8/255"]),
+    ("train_robust.threat.epsilon", 0, ["is 0", "above 0"]),
+    ("train_robust.threat.norm", "l3", ["is 'l3'", "'linf' or 'l2'"]),
+    ("train_robust.loss", "mart", ["is 'mart'", "'trades' or 'standard'"]),
+    ("train_robust.network.depth", 12, ["is 12", "6 n + 4"]),
+    ("train_robust.network.activation", "gelu", ["is 'gelu'", "'relu' or 'silu'"]),
+    ("train_robust.label_smoothing", 2.0, ["is 2.0", "less than or equal to 1"]),
+    ("train_robust.augmentation", "blur", ["is 'blur'", "'crop1'"]),
+    ("arms.generated.generated_share", 1.5, ["is 1.5", "less than or equal to 1"]),
+    ("arms.generated.generated_share", 0.0, ["has generated_share 0.0", "above 0"]),
+    ("arms.generated.images_from", "artifacts/select_images/none", ["is 'artifacts/select_images/none'", "edm18"]),
+    ("arms.real_only.generated_share", 0.5, ["has generated_share 0.5", "selection"]),
+    ("arms.generated", 3, ["is 3", "mapping of overrides"]),
+    ("arms", {}, ["is {}", "named entries"]),
+    ("arms", [], ["is []", "named entries"]),
+    ("seeds", [], ["is []", "[1, 2, 3]"]),
+    ("seeds", [1, 1], ["is [1, 1]", "different"]),
+    ("seeds", 1, ["is 1", "list"]),
+    ("generators.edm.channels", 12, ["is 12", "multiple of 8"]),
+    ("generators.edm.dropout", 1.0, ["is 1.0", "less than 1"]),
+    ("generators.edm.multipliers", [], ["is []", "at least 1 item"]),
+    ("generators.e-m", {}, ["'e-m'", "letters, digits and underscores"]),
+    ("generate_images.sampler.steps", 0, ["is 0", "greater than or equal to 1"]),
+    ("generate_images.sampler.name", "dpm", ["is 'dpm'", "'heun' or 'euler'"]),
+    ("image_sets.edm18.sampler", {}, ["is not known", "generate_images"]),
+    ("image_sets.empty", {}, ["has no chunk", "empty-0000"]),
+    ("select_images.keep", 0.0, ["is 0.0", "greater than 0"]),
+    ("chunks.edm18-0000.image_set", "edm5", ["is 'edm5'", "edm18"]),
+    ("chunks.edm18-0000.generator", "ddpm", ["is 'ddpm'", "edm"]),
+    ("chunks.edm18-0000.index", -1, ["is -1", "greater than or equal to 0"]),
+    ("chunks.edm18-0001", {"image_set": "edm18", "generator": "edm", "index": 0}, ["same index"]),
+    ("prepare_data.train", 0, ["is 0", "greater than or equal to 1"]),
+    ("prepare_data.source", "mnist", ["is 'mnist'", "'digits' or 'npz'"]),
+    ("evaluate_robust.auto_attack", "plus", ["is 'plus'", "'standard' or 'none'"]),
+    ("evaluate_robust.shard", 0, ["is 0", "greater than or equal to 1"]),
+    ("write_report.baseline", "nobody", ["is 'nobody'", "generated, real_only"]),
+    ("compute.precision", "fp16", ["is 'fp16'", "'bf16'"]),
+    ("trian_robust", {}, ["trian_robust is not a section", "train_robust"]),
+    ("measure_images", None, ["is missing", "near"]),
+]
+
+
+@pytest.fixture
+def params(root):
+    return yaml.safe_load((root / "params.yaml").read_text())
+
+
+def _put(params, key, value):
+    *path, last = key.split(".")
+    for part in path:
+        params[part] = params[part] or {}
+        params = params[part]
+    params[last] = value
+
+
+def _load(tmp_path, params):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(params))
+    return config.load(path)
+
+
+@pytest.mark.parametrize(("key", "value", "words"), BAD, ids=[f"{key}={value}"[:50] for key, value, _ in BAD])
+def test_bad_input_is_answered(tmp_path, params, key, value, words):
+    _put(params, key, value)
+    with pytest.raises(ConfigError) as caught:
+        _load(tmp_path, params)
+    text = str(caught.value)
+    assert key.partition(".")[0] in text
+    assert all(word in text for word in words), text
+
+
+def test_all_problems_come_at_once_and_each_only_once(tmp_path, params):
+    for key, value in (("train_robust.beta", -1), ("prepare_data.train", 0), ("compute.device", "tpu")):
+        _put(params, key, value)
+    with pytest.raises(ConfigError) as caught:
+        _load(tmp_path, params)
+    assert len(caught.value.problems) == 3
+    assert "3 problems" in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(DmatError, match=r"does not exist; .*`dmat recipes"):
+        config.load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        config.load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("5")
+    with pytest.raises(ConfigError, match="mapping of sections"):
+        config.load(tmp_path / "params.yaml")
+
+
+def test_an_arm_overrides_its_section_and_nothing_else(tmp_path, params):
+    params["arms"]["generated"] |= {"beta": 3.0, "threat": {"epsilon": "1/10"}}
+    loaded = _load(tmp_path, params)
+    assert loaded.arms["generated"].beta == 3.0
+    assert loaded.arms["generated"].threat.norm == "linf"
+    assert loaded.arms["generated"].threat.epsilon.text == "1/10"
+    assert loaded.arms["real_only"].beta == 5.0
+    assert loaded.arms["real_only"].threat.epsilon.text == "1/5"
+
+
+def test_fractions_stay_as_written():
+    assert Fraction("8/255") == 8 / 255
+    assert Fraction("8/255").text == "8/255"
+    assert copy.deepcopy(Fraction("8/255")).text == "8/255"
+    assert Fraction(0.5).text == "0.5"
+
+
+def test_records_are_frozen(root):
+    params = config.load(root / "params.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        params.arms["real_only"].beta = 1.0
+
+
+def test_l2_radius_may_exceed_one(tmp_path, params):
+    params["train_robust"]["threat"] = {"norm": "l2", "epsilon": 2}
+    assert _load(tmp_path, params).arms["real_only"].threat.epsilon == 2.0

@@ -1,0 +1,511 @@
+"""Images reach a batch unchanged, in the promised numbers and order, and damaged or foreign files are refused.
+
+Oracles: counting, slow versions per image, and reading the same thing back another way. Run alone:
+pytest tests/test_data.py
+"""
+
+import collections
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from dmat import files, seeds
+from dmat.data import shards
+from dmat.data.augmentation import AUGMENTATIONS
+from dmat.data.batches import MixedBatches
+from dmat.data.mixing import BatchOrder, Mix, Sequence
+from dmat.data.pixels import everything, in_order, to_bytes, to_unit
+from dmat.data.sources import SOURCES, digits, npz, stratified
+from dmat.errors import DmatError
+
+
+def some_images(n, shape=(4, 5, 3), seed=0):
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (n, *shape), dtype=np.uint8), generator.integers(0, 3, n)
+
+
+def write_in_shards(folder, images, labels, sizes):
+    """A set of several shards with the given numbers of images."""
+    edges = np.cumsum([0, *sizes])
+    assert edges[-1] == len(images)
+    entries = [
+        shards.write_shard(folder, k, images[a:b], labels[a:b]) for k, (a, b) in enumerate(itertools.pairwise(edges))
+    ]
+    shards.write_manifest(
+        folder,
+        entries,
+        shape=images.shape[1:],
+        class_names=["a", "b", "c"],
+        class_counts=np.bincount(labels, minlength=3),
+        facts={"licence": "none"},
+    )
+    return folder
+
+
+# --- splits
+
+
+@pytest.mark.parametrize("count", [0, 1, 10, 299, 300])
+def test_split_has_the_class_shares_of_the_whole(count):
+    labels = np.random.default_rng(1).choice(4, 300, p=[0.5, 0.3, 0.15, 0.05])
+    chosen = stratified(labels, count, seeds.stream(1, "split"))
+    assert len(chosen) == count
+    assert (np.diff(chosen) > 0).all()  # sorted and without repetition
+    for c in range(4):
+        assert abs((labels[chosen] == c).sum() - count * (labels == c).mean()) < 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "takes"),
+    [
+        ((8, 8), 3, (2, 1)),  # a tie goes to the lower class
+        ((5, 3, 2), 5, (3, 1, 1)),  # 2.5, 1.5 and 1: the odd one to the lower class
+        ((6, 3, 1), 4, (2, 1, 1)),  # 2.4, 1.2 and 0.4: largest remainders are 0.4 twice
+        ((1, 99), 50, (1, 49)),  # 0.5 and 49.5
+    ],
+)
+def test_odd_items_go_to_the_largest_remainders(sizes, count, takes):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    if (sizes, count) == ((6, 3, 1), 4):
+        takes = (3, 1, 0)  # 0.4 and 0.4 tie, one item is left: the lower class
+    chosen = stratified(labels, count, seeds.stream(1, "split"))
+    assert tuple(np.bincount(labels[chosen], minlength=len(sizes))) == takes
+
+
+def test_split_is_named_by_its_seed_and_draws_evenly():
+    labels = np.arange(60) % 3
+    same = [stratified(labels, 20, seeds.stream(5, "split/test")) for _ in range(2)]
+    assert np.array_equal(*same)
+    other = stratified(labels, 20, seeds.stream(6, "split/test"))
+    assert not np.array_equal(same[0], other)
+    drawn = np.bincount(np.concatenate([stratified(labels, 20, seeds.stream(k, "s")) for k in range(600)]))
+    assert stats.chisquare(drawn).pvalue > 0.001
+
+
+def test_splits_drawn_one_after_another_are_disjoint_and_stratified():
+    labels = digits().labels
+    left, splits = np.arange(len(labels)), []
+    for name, count in (("test", 1000), ("validation", 297), ("train", 500)):
+        chosen = left[stratified(labels[left], count, seeds.stream(1, f"split/{name}"))]
+        left = np.setdiff1d(left, chosen)
+        splits.append(chosen)
+    together = np.concatenate(splits)
+    assert len(np.unique(together)) == len(together) == 1797
+    for chosen in splits:
+        shares = np.bincount(labels[chosen]) / len(chosen)
+        assert np.abs(shares - np.bincount(labels) / 1797).max() < 2 / len(chosen)
+
+
+@pytest.mark.parametrize("count", [-1, 11])
+def test_split_of_too_many_is_refused(count):
+    with pytest.raises(DmatError, match=f"a split of {count} images was asked from 10; ask for fewer"):
+        stratified(np.zeros(10, dtype=int), count, seeds.stream(1, "split"))
+
+
+# --- sources
+
+
+def test_digits_are_the_1797_of_scikit_learn_in_17_levels():
+    source = digits()
+    assert source.images.shape == (1797, 8, 8, 1)
+    assert (source.images.dtype, source.labels.dtype) == (np.uint8, np.int64)
+    assert set(np.unique(source.images).tolist()) == {round(v * 255 / 16) for v in range(17)}
+    assert np.bincount(source.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert source.class_names == tuple("0123456789")
+    assert source.licence == "CC BY 4.0"
+    # the first row of the first image, a zero, as in scikit-learn's documentation: 0 0 5 13 9 1 0 0
+    assert (source.images[0, 0, :, 0] / 255 * 16).round().tolist() == [0, 0, 5, 13, 9, 1, 0, 0]
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64])
+def test_npz_source_reads_the_published_layout(tmp_path, save, kind):
+    images, labels = some_images(7)
+    save(tmp_path / "set.npz", image=images, label=labels.astype(kind))
+    source = npz(tmp_path / "set.npz")
+    assert np.array_equal(source.images, images)
+    assert np.array_equal(source.labels, labels)
+    assert source.labels.dtype == np.int64
+    assert source.class_names == ("0", "1", "2")
+    assert source.origin == "set.npz"
+    assert SOURCES["npz"] is npz
+
+
+IMAGES, LABELS = some_images(4)
+REFUSED = {
+    "no label": ({"image": IMAGES}, "lacks label; expected arrays `image` and `label`; it holds image"),
+    "neither": ({"x": IMAGES}, "lacks image, label; expected arrays `image` and `label`; it holds x"),
+    "floats": ({"image": IMAGES / 255, "label": LABELS}, "`image` is float64 (4, 4, 5, 3); expected uint8 [N, H, W,"),
+    "flat": ({"image": IMAGES[..., 0], "label": LABELS}, "`image` is uint8 (4, 4, 5); expected uint8 [N, H, W, 1 or"),
+    "channels first": (
+        {"image": IMAGES.transpose(0, 3, 1, 2), "label": LABELS},
+        "`image` is uint8 (4, 3, 4, 5); expected uint8 [N, H, W, 1 or 3]",
+    ),
+    "too few": ({"image": IMAGES, "label": LABELS[:3]}, "`label` is int64 (3,); expected 4 integers from 0"),
+    "one-hot": ({"image": IMAGES, "label": np.eye(4, dtype=int)}, "`label` is int64 (4, 4); expected 4 integers"),
+    "float labels": ({"image": IMAGES, "label": LABELS / 1}, "`label` is float64 (4,); expected 4 integers from 0"),
+    "negative": ({"image": IMAGES, "label": LABELS - 5}, "`label` is int64 (4,); expected 4 integers from 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_npz_source_refuses_other_arrays(tmp_path, name):
+    arrays, text = REFUSED[name]
+    path = tmp_path / "set.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(DmatError) as refused:
+        npz(path)
+    assert str(refused.value).startswith(str(path))
+    assert text in str(refused.value)
+
+
+@pytest.mark.parametrize("path", [None, "missing.npz"])
+def test_npz_source_needs_a_file(tmp_path, path):
+    path = path and tmp_path / path
+    with pytest.raises(DmatError) as refused:
+        npz(path)
+    assert str(refused.value) == (
+        f"prepare_data.path is {path}; expected an .npz file with `image` and `label`; give its path"
+    )
+
+
+# --- shards
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("sizes", [(9,), (4, 4, 1), (0, 5, 0, 4)])
+def test_shards_give_back_what_was_written(tmp_path, sizes, verify):
+    images, labels = some_images(9)
+    opened = shards.open_shards(write_in_shards(tmp_path, images, labels, sizes), verify)
+    assert (len(opened), opened.shape, opened.classes) == (9, (4, 5, 3), 3)
+    for found, expected in zip(opened.all(), (images, labels), strict=True):
+        assert np.array_equal(found, expected)
+        assert found.dtype == expected.dtype
+    assert opened.manifest["class_counts"] == np.bincount(labels, minlength=3).tolist()
+    assert opened.manifest["count"] == 9
+    assert opened.manifest["licence"] == "none"
+
+
+@pytest.mark.parametrize("sizes", [(9,), (4, 4, 1), (0, 5, 0, 4)])
+def test_take_is_global_in_any_order_and_with_repetition(tmp_path, sizes):
+    images, labels = some_images(9)
+    opened = shards.open_shards(write_in_shards(tmp_path, images, labels, sizes))
+    for indices in ([8, 0, 4, 3], [5, 5, 5], [], list(range(8, -1, -1)), *([k] for k in range(9))):
+        wanted = np.array(indices, dtype=np.int64)
+        found = opened.take(wanted)
+        assert np.array_equal(found[0], images[wanted])
+        assert np.array_equal(found[1], labels[wanted])
+    for outside in (9, -1):
+        with pytest.raises(IndexError):
+            opened.take(np.array([outside]))
+
+
+def test_folders_open_as_one_set_in_the_order_given(tmp_path):
+    images, labels = some_images(9)
+    first = write_in_shards(tmp_path / "1", images[:5], labels[:5], (3, 2))
+    second = write_in_shards(tmp_path / "2", images[5:], labels[5:], (4,))
+    for order in ((first, second), (second, first)):
+        found, _ = shards.open_shards(order).all()
+        expected = images if order[0] == first else np.concatenate([images[5:], images[:5]])
+        assert np.array_equal(found, expected)
+
+
+def test_a_set_is_written_byte_for_byte_alike_twice(tmp_path):
+    images, labels = some_images(9)
+    strided = np.asfortranarray(images)  # the same numbers, otherwise laid out in memory
+    for name, array in (("1", images), ("2", strided)):
+        shards.write_set(tmp_path / name, array, labels, class_names=["a", "b", "c"], facts={"x": 1})
+    first, second = (sorted((tmp_path / name).iterdir()) for name in "12")
+    assert [path.name for path in first] == ["images-00000.npy", "labels-00000.npy", "manifest.json"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert files.checksum(tmp_path / "1") == files.checksum(tmp_path / "2")
+
+
+def test_manifest_names_count_and_checksum_of_every_shard(tmp_path):
+    images, labels = some_images(9)
+    manifest = json.loads((write_in_shards(tmp_path, images, labels, (4, 5)) / shards.MANIFEST).read_text())
+    assert [entry["count"] for entry in manifest["shards"]] == [4, 5]
+    for entry in manifest["shards"]:
+        for key in ("images", "labels"):
+            assert entry[f"{key}_sha256"] == files.sha256(tmp_path / entry[key])
+
+
+@pytest.mark.parametrize("name", ["images-00000.npy", "labels-00001.npy"])
+@pytest.mark.parametrize("damage", ["one bit", "cut", "empty"])
+def test_altered_shard_is_refused(tmp_path, name, damage):
+    images, labels = some_images(9)
+    path = write_in_shards(tmp_path, images, labels, (4, 5)) / name
+    content, before = bytearray(path.read_bytes()), files.sha256(path)
+    content[-1] ^= 1
+    path.write_bytes({"one bit": bytes(content), "cut": bytes(content[:-8]), "empty": b""}[damage])
+    with pytest.raises(DmatError) as refused:
+        shards.open_shards(tmp_path)
+    assert str(refused.value) == (
+        f"{path} has checksum {files.sha256(path)[:12]}; its manifest says {before[:12]}; the file was altered or "
+        f"cut: restore it (`dvc checkout`) or delete the folder and run its stage again"
+    )
+
+
+@pytest.mark.parametrize("name", ["images-00000.npy", "labels-00001.npy", shards.MANIFEST])
+def test_missing_file_is_refused(tmp_path, name):
+    images, labels = some_images(9)
+    write_in_shards(tmp_path, images, labels, (4, 5))
+    shutil.move(tmp_path / name, tmp_path / "elsewhere")
+    with pytest.raises(DmatError) as refused:
+        shards.open_shards(tmp_path)
+    assert str(refused.value) == f"{tmp_path / name} does not exist; run the stage that makes it, or `dvc repro`"
+
+
+def change_manifest(folder, change):
+    path = folder / shards.MANIFEST
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_other_schema_is_refused(tmp_path):
+    images, labels = some_images(3)
+    write_in_shards(tmp_path, images, labels, (3,))
+    change_manifest(tmp_path, lambda manifest: manifest.update(schema=99))
+    with pytest.raises(DmatError) as refused:
+        shards.open_shards(tmp_path)
+    assert str(refused.value) == (
+        f"{tmp_path / shards.MANIFEST} has schema 99; this dmat reads {shards.SCHEMA}; make the set again or use the "
+        f"dmat that wrote it"
+    )
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_count_that_the_file_does_not_hold_is_refused(tmp_path, verify):
+    images, labels = some_images(3)
+    write_in_shards(tmp_path, images, labels, (3,))
+    change_manifest(tmp_path, lambda manifest: manifest["shards"][0].update(count=4))
+    with pytest.raises(DmatError, match=r"images-00000\.npy holds 3 items; its manifest says 4; make the set again"):
+        shards.open_shards(tmp_path, verify)
+
+
+@pytest.mark.parametrize("key", ["shape", "class_names"])
+def test_folders_that_differ_are_not_one_set(tmp_path, key):
+    images, labels = some_images(3)
+    write_in_shards(tmp_path / "1", images, labels, (3,))
+    write_in_shards(tmp_path / "2", images, labels, (3,))
+    change_manifest(tmp_path / "2", lambda manifest: manifest.update({"shape": [5, 4, 3], "class_names": ["a"]}))
+    with pytest.raises(DmatError) as refused:
+        shards.open_shards([tmp_path / "1", tmp_path / "2"])
+    assert str(refused.value) == (
+        f"{tmp_path / '2'} holds images [5, 4, 3] of 1 classes; expected [4, 5, 3] of 3 as in {tmp_path / '1'}; "
+        f"generate both alike"
+    )
+
+
+# --- pixels
+
+
+def test_bytes_and_floats_are_each_others_inverse_at_every_level():
+    levels = np.arange(256, dtype=np.uint8).reshape(2, 8, 16, 1)
+    unit = to_unit(levels)
+    assert unit.dtype == torch.float32
+    assert unit.shape == (2, 1, 8, 16)
+    assert unit.flatten().tolist() == pytest.approx([v / 255 for v in range(256)])
+    assert (unit.min(), unit.max()) == (0, 1)
+    assert np.array_equal(to_bytes(unit * 2 - 1), levels)
+
+
+def test_to_bytes_rounds_to_the_nearest_and_clips():
+    values = np.linspace(-1.3, 1.3, 4001)
+    expected = [min(255, max(0, round((v + 1) / 2 * 255))) for v in values]
+    found = to_bytes(torch.from_numpy(values).reshape(1, 1, 1, -1))
+    assert found.dtype == np.uint8
+    assert found.flatten().tolist() == expected
+    assert set(found.flatten().tolist()) == set(range(256))
+
+
+def test_channels_move_to_the_front_and_back():
+    images, _ = some_images(2)
+    unit = to_unit(images)
+    for n, row, column, channel in itertools.product(range(2), range(4), range(5), range(3)):
+        assert unit[n, channel, row, column].item() == pytest.approx(images[n, row, column, channel] / 255)
+    assert np.array_equal(to_bytes(unit * 2 - 1), images)
+
+
+def test_consecutive_batches_cover_everything_once(tmp_path):
+    images, labels = some_images(9)
+    x, y = everything(shards.open_shards(write_in_shards(tmp_path, images, labels, (4, 5))))
+    assert torch.equal(x, to_unit(images))
+    batches = list(in_order(x, y, 4))
+    assert [where for where, _, _ in batches] == [slice(0, 4), slice(4, 8), slice(8, 9)]
+    assert torch.equal(torch.cat([part for _, part, _ in batches]), x)
+    assert torch.equal(torch.cat([part for _, _, part in batches]), y)
+    assert all(torch.equal(x[where], part) for where, part, _ in batches)
+
+
+# --- mixing
+
+
+@pytest.mark.parametrize(
+    ("batch", "share", "generated"), [(128, 0.7, 90), (512, 0.7, 358), (2048, 0.8, 1638), (10, 0.0, 0), (10, 1.0, 10)]
+)
+def test_every_batch_holds_the_exact_numbers(batch, share, generated):
+    mix = Mix(100, 300, batch, share)
+    order = BatchOrder(mix, seed=1)
+    assert (mix.real_per_batch, mix.generated_per_batch) == (batch - generated, generated)
+    for step in (0, 1, 7, 1000):
+        real, made = order.at(step)
+        assert (len(real), len(made)) == (batch - generated, generated)
+        assert (real.dtype, made.dtype) == (np.int64, np.int64)
+        assert set(real.tolist()) <= set(range(100))
+        assert set(made.tolist()) <= set(range(300))
+
+
+@pytest.mark.parametrize("count", [1, 7, 50])
+def test_every_epoch_of_a_sequence_is_a_permutation_of_its_own(count):
+    sequence = Sequence(3, "order/real", count)
+    everything_read = sequence.at(0, 4 * count)
+    epochs = everything_read.reshape(4, count)
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(count))
+    if count > 1:
+        assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
+
+
+def test_positions_do_not_depend_on_what_was_read_before():
+    whole = Sequence(3, "order/real", 7).at(0, 100)
+    reader = Sequence(3, "order/real", 7)
+    for position, length in [(93, 7), (0, 1), (6, 2), (50, 0), (13, 15), (7, 7), (0, 100), (99, 1)]:
+        assert np.array_equal(reader.at(position, length), whole[position : position + length])
+
+
+def test_order_is_named_by_seed_and_source():
+    def read(seed, purpose):
+        return tuple(Sequence(seed, purpose, 50).at(0, 50).tolist())
+
+    names = [(1, "order/real"), (2, "order/real"), (1, "order/generated")]
+    assert len({read(*name) for name in names}) == 3
+    real, generated = BatchOrder(Mix(50, 50, 100, 0.5), seed=1).at(0)
+    assert tuple(real.tolist()) == read(1, "order/real")
+    assert tuple(generated.tolist()) == read(1, "order/generated")
+
+
+@pytest.mark.parametrize(("real", "generated", "share"), [(20, 300, 0.7), (100, 15, 0.25), (30, 0, 0.0)])
+def test_coverage_counts_what_a_run_sees(real, generated, share):
+    mix = Mix(real, generated, 10, share)
+    order, seen = BatchOrder(mix, 1), {"real": collections.Counter(), "generated": collections.Counter()}
+    for step in range(9):
+        for source, indices in zip(seen, order.at(step), strict=True):
+            seen[source].update(indices.tolist())
+    report = mix.coverage(90)
+    for source, size in (("real", real), ("generated", generated)):
+        assert report[f"{source}_drawn"] == seen[source].total()
+        assert report[f"{source}_epochs"] == pytest.approx(seen[source].total() / size if size else 0)
+        assert report[f"{source}_coverage"] == pytest.approx(len(seen[source]) / size if size else 0)
+
+
+# --- batches
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Real images are dark and generated ones bright, so that a batch shows where each image is from."""
+    real, real_labels = some_images(6, (2, 2, 1))
+    generated, generated_labels = some_images(20, (2, 2, 1), seed=1)
+    real, generated = real // 2, generated // 2 + 128
+    kept = np.array([1, 2, 5, 8, 13, 17, 18, 19])
+    opened = (
+        shards.open_shards(write_in_shards(tmp_path / "real", real, real_labels, (6,))),
+        shards.open_shards(write_in_shards(tmp_path / "generated", generated, generated_labels, (9, 11))),
+    )
+    return lambda: MixedBatches(Mix(6, len(kept), 5, 0.6), 4, *opened, kept), (real, generated, generated_labels, kept)
+
+
+def test_batches_are_the_same_in_any_order_of_asking(mixed):
+    make, _ = mixed
+    forward = [make().at(step) for step in range(8)]
+    batches = make()
+    for step in (7, 0, 3, 3, 6, 1, 2, 5, 4):
+        images, labels = batches.at(step)
+        assert torch.equal(images, forward[step][0])
+        assert torch.equal(labels, forward[step][1])
+
+
+def test_batches_hold_real_images_first_and_only_kept_ones_after(mixed):
+    make, (real, generated, generated_labels, kept) = mixed
+    batches, seen = make(), collections.Counter()
+    known = {generated[k].tobytes(): k for k in kept}
+    assert len(known) == len(kept)
+    for step in range(8):
+        images, labels = batches.at(step)
+        assert images.shape == (5, 1, 2, 2)
+        assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+        as_bytes = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        assert all(any(np.array_equal(image, r) for r in real) for image in as_bytes[:2])
+        for image, label in zip(as_bytes[2:], labels[2:], strict=True):
+            index = known[image.tobytes()]
+            assert label == generated_labels[index]
+            seen[index] += 1
+    assert seen == {k: 3 for k in kept.tolist()}  # 24 draws of 8 images: three epochs without replacement
+
+
+def test_batches_without_generated_images(tmp_path):
+    images, labels = some_images(6)
+    opened = shards.open_shards(write_in_shards(tmp_path, images, labels, (6,)))
+    found, found_labels = MixedBatches(Mix(6, 0, 6, 0.0), 1, opened, None, None).at(0)
+    order = BatchOrder(Mix(6, 0, 6, 0.0), 1).at(0)[0]
+    assert torch.equal(found, to_unit(images[order]))
+    assert np.array_equal(found_labels.numpy(), labels[order])
+
+
+# --- augmentation
+
+
+PADS = {"none": 0, "crop1": 1, "crop4": 4, "crop4_flip": 4}
+
+
+def candidates(image, pad, mirrored):
+    """Every image that a crop by `pad` (and a flip) may make of one: {bytes: (down, right, mirrored)}."""
+    channels, height, width = image.shape
+    padded = np.zeros((channels, height + 2 * pad, width + 2 * pad), dtype=np.float32)
+    padded[:, pad : pad + height, pad : pad + width] = image
+    found = {}
+    for row, column, mirror in itertools.product(range(2 * pad + 1), range(2 * pad + 1), range(1 + mirrored)):
+        piece = padded[:, row : row + height, column : column + width]
+        piece = piece[:, :, ::-1] if mirror else piece
+        found[np.ascontiguousarray(piece).tobytes()] = (row, column, mirror)
+    assert len(found) == (2 * pad + 1) ** 2 * (1 + mirrored)
+    return found
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentation_makes_one_of_the_slow_versions_with_even_chances(name):
+    """Against every shift and mirror image made by slicing; each as often as chance allows."""
+    image = np.random.default_rng(1).random((2, 6, 7)).astype(np.float32) + 0.1
+    mirrored = name.endswith("flip")
+    known = candidates(image, PADS[name], mirrored)
+    draws = 40 * len(known)
+    batch = torch.from_numpy(image).expand(draws, -1, -1, -1).contiguous()
+    augmented = AUGMENTATIONS[name](batch, seeds.stream(1, "augmentation"))
+    assert augmented.shape == batch.shape
+    counts = collections.Counter(known[np.ascontiguousarray(one).tobytes()] for one in augmented.numpy())
+    if name == "none":
+        assert torch.equal(augmented, batch)
+        return
+    assert stats.chisquare([counts[place] for place in known.values()]).pvalue > 0.001
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentation_treats_each_image_by_its_place_and_the_generator(name):
+    images = torch.rand(12, 1, 6, 7, generator=torch.Generator().manual_seed(1))
+    before = images.clone()
+    first, again = (AUGMENTATIONS[name](images, seeds.stream(1, "augmentation", 3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(images, before)
+    for image, result in zip(images.numpy(), first.numpy(), strict=True):
+        assert np.ascontiguousarray(result).tobytes() in candidates(image, PADS[name], name.endswith("flip"))
+
+
+def test_every_augmentation_is_tested():
+    assert set(PADS) == set(AUGMENTATIONS)

@@ -1,0 +1,225 @@
+"""Intervals and image quality agree with reference libraries, closed forms and double loops.
+
+Run alone: pytest tests/test_metrics.py
+"""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+import scipy.linalg
+from scipy import stats
+
+from dmat import seeds
+from dmat.metrics.intervals import over_seeds, paired_difference, wilson
+from dmat.metrics.quality import duplicates, frechet_distance, inception_score, kernel_distance, nearest_distances
+
+
+def flags(right, n):
+    return np.arange(n) < right
+
+
+# --- intervals
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [  # Newcombe 1998, Table I, method 3 (score without continuity correction)
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_equals_published_values(right, n, low, high):
+    found = wilson(flags(right, n))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 297, 10_000])
+def test_wilson_equals_scipy(n):
+    for right in sorted({0, 1, n // 3, n - 1, n}):
+        found = wilson(flags(right, n))
+        expected = stats.binomtest(right, n).proportion_ci(method="wilson")
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+        assert (found.right, found.n) == (right, n)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        assert found.plain() == {"value": right / n, "low": found.low, "high": found.high, "right": right, "n": n}
+
+
+def test_paired_difference_is_exact_where_there_is_nothing_to_guess():
+    """The same change on every image has no spread, however uncertain either accuracy alone is."""
+    nothing, everything = np.zeros(50, dtype=bool), np.ones(50, dtype=bool)
+    found = paired_difference([everything] * 2, [nothing] * 2, 100, seeds.stream(1, "bootstrap"))
+    assert found == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 50, "seeds": 2}
+    alike = [flags(20, 50), flags(31, 50)]
+    found = paired_difference(alike, alike, 100, seeds.stream(1, "bootstrap"))
+    assert (found["value"], found["low"], found["high"]) == (0, 0, 0)
+    # two seeds that cancel image by image have no spread over images either
+    found = paired_difference([everything, nothing], [nothing, everything], 100, seeds.stream(1, "bootstrap"))
+    assert (found["value"], found["low"], found["high"]) == (0, 0, 0)
+
+
+def test_paired_difference_equals_a_slow_bootstrap():
+    generator = np.random.default_rng(2)
+    ours, theirs = [generator.random(40) < 0.7 for _ in range(3)], [generator.random(40) < 0.5 for _ in range(3)]
+    found = paired_difference(ours, theirs, 60, seeds.stream(1, "bootstrap"))
+    draw, means = seeds.stream(1, "bootstrap"), []
+    for _ in range(60):
+        chosen = draw.integers(0, 40, 40)
+        means.append(sum(int(a[i]) - int(b[i]) for a, b in zip(ours, theirs, strict=True) for i in chosen) / 120)
+    assert found["value"] == pytest.approx(sum(int(a.sum()) - int(b.sum()) for a, b in zip(ours, theirs)) / 120)  # noqa: B905
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+
+
+def test_paired_difference_swaps_its_sign_with_its_arms():
+    generator = np.random.default_rng(3)
+    ours, theirs = generator.random(80) < 0.7, generator.random(80) < 0.5
+    one = paired_difference([ours], [theirs], 200, seeds.stream(1, "bootstrap"))
+    other = paired_difference([theirs], [ours], 200, seeds.stream(1, "bootstrap"))
+    assert (one["value"], one["low"], one["high"]) == pytest.approx((-other["value"], -other["high"], -other["low"]))
+
+
+def test_paired_interval_covers_the_truth_about_as_often_as_it_says():
+    """150 experiments in which a tenth of the images truly gains; binomial bounds for 95 %."""
+    covered = 0
+    for k in range(150):
+        draw = np.random.default_rng(k)
+        kind = draw.random(200)  # 0.65 both right, 0.15 gained, 0.05 lost, 0.15 neither
+        ours, theirs = kind < 0.8, (kind < 0.65) | ((kind >= 0.8) & (kind < 0.85))
+        found = paired_difference([ours], [theirs], 200, draw)
+        covered += found["low"] <= 0.1 <= found["high"]
+    assert 0.89 <= covered / 150 <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [([flags(1, 5)], [flags(1, 5)] * 2), ([flags(1, 5)], [flags(1, 6)]), ([flags(1, 5)], [])]
+)
+def test_arms_that_are_no_pair_are_refused(ours, theirs):
+    with pytest.raises(ValueError, match="paired arms need the same seeds and the same images"):
+        paired_difference(ours, theirs, 100, seeds.stream(1, "bootstrap"))
+
+
+def test_one_seed_has_wilsons_interval_and_no_spread():
+    found = over_seeds([flags(81, 263)], 100, seeds.stream(1, "bootstrap"))
+    assert found == {**wilson(flags(81, 263)).plain(), "seeds": 1, "spread": 0.0}
+
+
+def test_several_seeds_have_a_bootstrap_over_images_and_a_spread():
+    generator = np.random.default_rng(4)
+    easy = generator.random(400) < 0.6
+    runs = [easy ^ (generator.random(400) < 0.1) for _ in range(3)]
+    found = over_seeds(runs, 2000, seeds.stream(1, "bootstrap"))
+    shares = [one.mean() for one in runs]
+    assert found["value"] == pytest.approx(statistics.mean(shares))
+    assert found["spread"] == pytest.approx(statistics.stdev(shares))
+    assert (found["n"], found["seeds"]) == (400, 3)
+    # a normal interval for the mean over images of each image's mean over seeds
+    per_image = np.mean(runs, axis=0)
+    half = 1.96 * per_image.std(ddof=1) / math.sqrt(400)
+    assert found["low"] == pytest.approx(found["value"] - half, abs=0.006)
+    assert found["high"] == pytest.approx(found["value"] + half, abs=0.006)
+
+
+# --- quality
+
+
+def features(n, d, seed, scale=1.0, shift=0.0):
+    generator = np.random.default_rng(seed)
+    return (scale * generator.standard_normal((n, d)) @ generator.standard_normal((d, d)) + shift).astype(np.float32)
+
+
+def exactly(mean, covariance, n=50, seed=0):
+    """Features whose sample mean and covariance are exactly these."""
+    raw = np.random.default_rng(seed).standard_normal((n, len(mean)))
+    raw -= raw.mean(0)
+    white = raw @ np.linalg.inv(np.linalg.cholesky(np.cov(raw, rowvar=False)).T)
+    return white @ np.linalg.cholesky(covariance).T + mean
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(60, 80, 5), (300, 200, 16)])
+def test_frechet_distance_equals_the_matrix_square_root(n, m, d):
+    a, b = features(n, d, 1), features(m, d, 2, scale=1.3, shift=0.5)
+    cov_a, cov_b = np.cov(a.astype(float), rowvar=False), np.cov(b.astype(float), rowvar=False)
+    difference = a.astype(float).mean(0) - b.astype(float).mean(0)
+    expected = difference @ difference + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_of_known_gaussians():
+    """Equal axes: |mean difference|^2 + sum of squared differences of the standard deviations along them."""
+    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((4, 4)))[0]
+    ours, theirs = np.array([1.0, 2.0, 0.5, 3.0]), np.array([2.0, 2.0, 1.5, 0.1])
+    a = exactly(np.array([0.0, 1.0, 2.0, 3.0]), turn @ np.diag(ours**2) @ turn.T)
+    b = exactly(np.array([1.0, 1.0, 0.0, 3.0]), turn @ np.diag(theirs**2) @ turn.T, n=70, seed=1)
+    assert frechet_distance(a, b) == pytest.approx(1 + 4 + ((ours - theirs) ** 2).sum())
+
+
+def test_frechet_distance_with_fewer_images_than_features():
+    a, b = features(10, 30, 1), features(12, 30, 2)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5 * np.trace(np.cov(a, rowvar=False)))
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
+    assert frechet_distance(a, b) > 1
+
+
+def test_kernel_distance_equals_a_double_loop():
+    a, b = features(7, 4, 1), features(9, 4, 2, shift=0.3)
+
+    def k(x, y):
+        return (sum(float(p) * float(q) for p, q in zip(x, y, strict=True)) / 4 + 1) ** 3
+
+    def within(x):
+        return statistics.mean(k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j)
+
+    expected = within(a) + within(b) - 2 * statistics.mean(k(x, y) for x in a for y in b)
+    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased():
+    """Two samples of one distribution: zero on average, so it must be negative at times."""
+    generator = np.random.default_rng(5)
+    values = [kernel_distance(generator.standard_normal((8, 3)), generator.standard_normal((8, 3))) for _ in range(500)]
+    assert min(values) < 0 < max(values)
+    assert abs(statistics.mean(values)) < 4 * statistics.stdev(values) / math.sqrt(500)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_inception_score_lies_between_one_and_the_number_of_classes(classes):
+    certain = np.eye(classes)[np.arange(20 * classes) % classes]
+    assert inception_score(certain) == pytest.approx(classes)  # sure of itself and even over classes
+    assert inception_score(np.full((20, classes), 1 / classes)) == pytest.approx(1)  # never sure
+    assert inception_score(np.tile(np.eye(classes)[0], (20, 1))) == pytest.approx(1)  # always the same
+    p = np.random.default_rng(1).dirichlet(np.ones(classes), 30)
+    mean = [sum(row[c] for row in p) / 30 for c in range(classes)]
+    divergence = [sum(row[c] * math.log(row[c] / mean[c]) for c in range(classes)) for row in p]
+    assert inception_score(p) == pytest.approx(math.exp(statistics.mean(divergence)))
+
+
+@pytest.mark.parametrize("block", [1, 4, 1000])
+def test_nearest_distance_equals_brute_force(block):
+    generator = np.random.default_rng(1)
+    images = generator.integers(0, 256, (11, 4, 4, 3), dtype=np.uint8)
+    references = generator.integers(0, 256, (9, 4, 4, 3), dtype=np.uint8)
+    images[3] = references[5]
+    expected = [
+        min(math.sqrt(((int_image - ref.astype(int)) ** 2).sum()) / 255 for ref in references)
+        for int_image in images.astype(int)
+    ]
+    found = nearest_distances(images, references, block)
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    assert found[3] == 0
+    # one grey level in one pixel is seen
+    images[3, 0, 0, 0] ^= 1
+    assert nearest_distances(images, references, block)[3] == pytest.approx(1 / 255)
+
+
+def test_duplicates_are_later_copies_byte_for_byte():
+    images = np.random.default_rng(1).integers(0, 256, (6, 3, 3, 1), dtype=np.uint8)
+    assert duplicates(images) == 0
+    images[4] = images[5] = images[1]
+    assert duplicates(images) == 2
+    images[5, 2, 2, 0] ^= 1
+    assert duplicates(images) == 1
+    assert duplicates(images.transpose(0, 2, 1, 3)) == 1  # not contiguous in memory
+    assert duplicates(np.zeros((5, 2, 2, 3), dtype=np.uint8)) == 4

@@ -1,0 +1,205 @@
+"""The wide residual network has the published sizes, names and arithmetic, so that weights can be exchanged.
+
+Oracle: the whole network again, written with functions from the published tensor names. Run alone:
+pytest tests/test_networks.py
+"""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dmat.robust.networks import ACTIVATIONS, Block, Facts, wide_resnet
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+
+
+def facts(classes=10, channels=3):
+    return Facts(classes, channels, CIFAR_MEAN[:channels], CIFAR_STD[:channels])
+
+
+def network(depth=10, width=1, activation="silu", moved=True, **kind):
+    """moved: batch norms as after some training, so that none of their four tensors can be mixed up unseen."""
+    torch.manual_seed(0)
+    model = wide_resnet(facts(**kind), depth, width, activation)
+    if moved:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "batchnorm" in name and tensor.is_floating_point():
+                tensor.data.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+# --- sizes and names
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "classes", "count"),
+    [
+        (28, 10, 10, 36_479_194),  # the papers' networks: shared facts, section 4.3
+        (28, 10, 100, 36_536_884),
+        (70, 16, 10, 266_796_506),
+        (70, 16, 100, 266_888_756),
+    ],
+)
+def test_number_of_parameters_is_the_published_one(depth, width, classes, count):
+    with torch.device("meta"):  # shapes only
+        model = wide_resnet(facts(classes), depth, width, "silu")
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@pytest.mark.parametrize("depth", [10, 16, 28])
+def test_names_of_the_state_dict_are_the_published_ones(depth):
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    expected = {"init_conv.weight", "logits.weight", "logits.bias", *(f"batchnorm.{part}" for part in norm)}
+    for group in range(3):
+        for block in range((depth - 4) // 6):
+            base = f"layer.{group}.block.{block}"
+            expected |= {f"{base}.conv_0.weight", f"{base}.conv_1.weight"}
+            expected |= {f"{base}.batchnorm_{k}.{part}" for k in (0, 1) for part in norm}
+            if block == 0:
+                expected.add(f"{base}.shortcut.weight")
+    with torch.device("meta"):
+        found = set(wide_resnet(facts(), depth, 2, "silu").state_dict())
+    assert found == expected  # no mean and no std either
+
+
+def test_shortcut_stands_only_where_the_width_changes():
+    with torch.device("meta"):
+        names = set(wide_resnet(facts(), 16, 1, "silu").state_dict())
+    assert "layer.0.block.0.shortcut.weight" not in names  # 16 channels in, 16 out
+    assert "layer.1.block.0.shortcut.weight" in names
+    assert "layer.1.block.1.shortcut.weight" not in names
+
+
+# --- arithmetic
+
+
+def slow_conv(x, weight, stride, pad):
+    """A convolution as a sum over its taps; pad = (top, left, bottom, right), written out."""
+    top, left, bottom, right = pad
+    n, channels, height, width = x.shape
+    padded = x.new_zeros(n, channels, height + top + bottom, width + left + right)
+    padded[:, :, top : top + height, left : left + width] = x
+    size = weight.shape[2]
+    out_height = (padded.shape[2] - size) // stride + 1
+    out_width = (padded.shape[3] - size) // stride + 1
+    total = 0
+    for i in range(size):
+        for j in range(size):
+            rows = range(i, i + stride * out_height, stride)
+            columns = range(j, j + stride * out_width, stride)
+            seen = padded[:, :, list(rows)][:, :, :, list(columns)]  # [N, C, H', W']
+            total = total + torch.einsum("nchw,oc->nohw", seen, weight[:, :, i, j])
+    return total
+
+
+def slow_norm(x, state, name):
+    """Batch norm with running statistics."""
+    parts = ("weight", "bias", "running_mean", "running_var")
+    weight, bias, mean, variance = (state[f"{name}.{part}"][:, None, None] for part in parts)
+    return (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+
+def slow_features(state, images, depth, mean, std, act):
+    """Zagoruyko and Komodakis 2016 with activation before the shortcut and TensorFlow's padding for stride 2."""
+    x = (images - torch.tensor(mean)[:, None, None].double()) / torch.tensor(std)[:, None, None].double()
+    x = slow_conv(x, state["init_conv.weight"], 1, (1, 1, 1, 1))
+    for group in range(3):
+        for block in range((depth - 4) // 6):
+            base = f"layer.{group}.block.{block}"
+            stride = 2 if group > 0 and block == 0 else 1
+            pad = (1, 1, 1, 1) if stride == 1 else (0, 0, 1, 1)
+            active = act(slow_norm(x, state, f"{base}.batchnorm_0"))
+            h = slow_conv(active, state[f"{base}.conv_0.weight"], stride, pad)
+            h = act(slow_norm(h, state, f"{base}.batchnorm_1"))
+            h = slow_conv(h, state[f"{base}.conv_1.weight"], 1, (1, 1, 1, 1))
+            shortcut = state.get(f"{base}.shortcut.weight")
+            x = h + (x if shortcut is None else slow_conv(active, shortcut, stride, (0, 0, 0, 0)))
+    return act(slow_norm(x, state, "batchnorm")).mean((2, 3))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("depth", "width", "channels", "size"), [(10, 2, 3, 8), (16, 1, 1, 12)])
+def test_logits_equal_the_network_written_from_its_tensor_names(depth, width, channels, size, activation):
+    model = network(depth, width, activation, channels=channels)
+    images = torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(1))
+    state = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    act = torch.relu if activation == "relu" else lambda x: x * torch.sigmoid(x)
+    features = slow_features(state, images.double(), depth, CIFAR_MEAN[:channels], CIFAR_STD[:channels], act)
+    logits = features @ state["logits.weight"].T + state["logits.bias"]
+    torch.testing.assert_close(model.features(images).double(), features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(images).double(), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_stride_two_looks_right_and_down_only():
+    """The first output pixel of a downsampling block sees the pixels 0 to 2, not a border above or left of them."""
+    block = Block(8, 16, stride=2, activation=torch.nn.ReLU).eval()
+    torch.nn.init.zeros_(block.shortcut.weight)
+    with torch.no_grad():
+        block.conv_1.weight.zero_()[:, :, 1, 1] = 0.1  # the second convolution looks at its own pixel
+    images = torch.rand(1, 8, 8, 8).add_(0.5).requires_grad_(True)
+    block(images)[0, :, 0, 0].sum().backward()
+    seen = images.grad.abs().sum((0, 1)) > 0
+    assert seen.nonzero().amax(0).tolist() == [2, 2]
+    assert seen[:3, :3].all()
+    images.grad = None
+    block(images)[0, :, 3, 3].sum().backward()  # the last one: pixels 6 and 7, and the border of zeros
+    seen = images.grad.abs().sum((0, 1)) > 0
+    assert seen.nonzero().tolist() == [[6, 6], [6, 7], [7, 6], [7, 7]]
+
+
+@pytest.mark.parametrize(("size", "last"), [(8, 2), (32, 8), (64, 16)])
+def test_any_size_gives_one_row_of_logits(size, last):
+    model = network(classes=7, channels=3)
+    sizes = []
+    model.batchnorm.register_forward_hook(lambda module, given, result: sizes.append(tuple(result.shape[2:])))
+    images = torch.rand(2, 3, size, size)
+    assert model(images).shape == (2, 7)
+    assert model.features(images).shape == (2, 64)
+    assert sizes == [(last, last)] * 2  # halved twice
+
+
+def test_normalisation_is_a_layer_of_the_network():
+    """The network takes pixels in [0, 1]: the same weights without it need normalised images."""
+    model, bare = network(), wide_resnet(Facts(10, 3, (0.0,) * 3, (1.0,) * 3), 10, 1, "silu").eval()
+    bare.load_state_dict(model.state_dict())
+    images = torch.rand(2, 3, 8, 8)
+    normalised = torch.stack([(images[:, c] - CIFAR_MEAN[c]) / CIFAR_STD[c] for c in range(3)], 1)
+    torch.testing.assert_close(model(images), bare(normalised))
+    # another mean is another shift of the pixels
+    moved = wide_resnet(Facts(10, 3, tuple(m + 0.125 for m in CIFAR_MEAN), CIFAR_STD), 10, 1, "silu").eval()
+    moved.load_state_dict(model.state_dict())
+    torch.testing.assert_close(moved(images + 0.125), model(images), rtol=1e-4, atol=1e-5)
+
+
+# --- the start
+
+
+def test_initialisation_is_the_published_one():
+    """Convolutions: std sqrt(2 / (k k out)); batch norm 1 and 0 with momentum 0.01; linear bias 0."""
+    torch.manual_seed(0)
+    model = wide_resnet(facts(), 10, 4, "silu")
+    convolutions = norms = 0
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            expected = math.sqrt(2 / (layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels))
+            spread = 4 / math.sqrt(2 * layer.weight.numel())  # four standard errors of a standard deviation
+            assert layer.weight.std().item() == pytest.approx(expected, rel=spread)
+            assert abs(layer.weight.mean().item()) < 4 * expected / math.sqrt(layer.weight.numel())
+            assert layer.bias is None
+            convolutions += 1
+        elif isinstance(layer, torch.nn.BatchNorm2d):
+            assert (layer.weight == 1).all()
+            assert (layer.bias == 0).all()
+            assert (layer.momentum, layer.eps) == (0.01, 1e-5)
+            norms += 1
+    assert (convolutions, norms) == (1 + 3 * 2 + 3, 3 * 2 + 1)
+    assert (model.logits.bias == 0).all()
+    assert model.logits.weight.any()
+
+
+def test_gradient_reaches_every_parameter():
+    model = network().train()
+    F.cross_entropy(model(torch.rand(4, 3, 8, 8)), torch.arange(4)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []

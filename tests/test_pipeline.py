@@ -1,0 +1,206 @@
+"""The whole main job through `dvc repro` at a tiny size in a fresh copy of the repository, and what reruns when."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+PIPELINE_STAGES = 14  # instances in the repository's params.yaml
+
+
+class Project:
+    """A fresh clone with parameters of its own. Its code is what runs, not that of the installed checkout."""
+
+    def __init__(self, folder: Path, root: Path, params: dict):
+        names = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+            cwd=root, capture_output=True, text=True, check=True,
+        ).stdout.split("\0")  # fmt: skip
+        for name in filter(None, names):
+            if (root / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, folder / name)
+        (folder / "dvc.lock").unlink(missing_ok=True)
+        self.folder, self.params = folder, params
+        self.write()
+        for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "as cloned"]):
+            subprocess.run(
+                ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words], cwd=folder, check=True
+            )
+
+    def write(self) -> None:
+        (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False))
+
+    def run(self, *words: str, code: int = 0, **environment: str) -> str:
+        bin_folder = Path(sys.executable).parent
+        result = subprocess.run(
+            [str(bin_folder / words[0]), *words[1:]], cwd=self.folder, text=True, capture_output=True,
+            env={**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(self.folder),
+                 "OMP_NUM_THREADS": "1", **environment},
+        )  # fmt: skip
+        assert result.returncode == code, result.stdout + result.stderr
+        return result.stdout + result.stderr
+
+    def repro(self, **environment: str) -> list[str]:
+        """Names of the stages that ran."""
+        lines = self.run("dvc", "repro", **environment).splitlines()
+        return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+
+    def json(self, path: str):
+        return json.loads((self.folder / path).read_text())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, request):
+    from tests.conftest import ROOT
+
+    tiny = request.getfixturevalue("tiny_params_once")
+    project = Project(tmp_path_factory.mktemp("clone"), ROOT, tiny)
+    project.first = project.repro(DMAT_TRACKING="on")
+    return project
+
+
+def test_everything_runs_and_ends_with_a_comparison(project):
+    assert len(project.first) == PIPELINE_STAGES
+    comparison = project.json("artifacts/write_report/report/comparison.json")
+    assert set(comparison["arms"]) == {"real_only", "generated"}
+    for arm in comparison["arms"].values():
+        assert arm["best_clean"]["n"] == 40
+        assert arm["best_pgd"]["value"] <= arm["best_clean"]["value"]
+    table = (project.folder / "artifacts/write_report/report/table.md").read_text()
+    assert "generated − real_only" in table
+    assert "n = 40" in table
+    page = (project.folder / "artifacts/write_report/report/report.html").read_text()
+    assert 'src="data:image/png' in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_table_is_made_of_per_image_results(project):
+    """A number of the report, counted again by hand from the per-image tables."""
+    import pyarrow.parquet
+
+    ours, theirs = (
+        pyarrow.parquet.read_table(project.folder / f"artifacts/evaluate_robust/{arm}-1/per_image.parquet")["best_pgd"]
+        .to_numpy().astype(int) for arm in ("generated", "real_only"))  # fmt: skip
+    difference = project.json("artifacts/write_report/report/comparison.json")["differences"]["generated"]["best_pgd"]
+    assert difference["value"] == pytest.approx((ours - theirs).mean())
+    assert difference["low"] <= difference["value"] <= difference["high"]
+
+
+def test_the_test_split_is_untouched_by_everything_else(project):
+    lock = yaml.safe_load((project.folder / "dvc.lock").read_text())["stages"]
+    readers = {
+        name for name, entry in lock.items() if any(d["path"] == "artifacts/prepare_data/test" for d in entry["deps"])
+    }
+    assert readers == {"evaluate_robust@real_only-1", "evaluate_robust@generated-1"}
+
+
+def test_mlflow_has_one_parent_and_a_finished_run_for_each_stage(project):
+    project.run("dmat", "runs", "reap")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project.folder}/mlruns/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("dmat").experiment_id])
+    parents = [run for run in runs if run.data.tags["dmat.stage"] == "dvc"]
+    children = [run for run in runs if run.data.tags["dmat.stage"] != "dvc"]
+    assert len(parents) == 1
+    assert len(children) == PIPELINE_STAGES
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    trained = next(run for run in children if run.data.tags["dvc.stage"] == "train_robust@generated-1")
+    assert trained.data.params["beta"] == "5.0"
+    assert trained.data.params["threat.epsilon"] == "1/5"
+    assert trained.data.tags["git.commit"]
+    assert trained.data.tags["input.mix"]
+    points = client.get_metric_history(trained.info.run_id, "validation_robust")
+    assert [point.step for point in points] == [320, 640]
+    assert "accuracy.png" in [item.path for item in client.list_artifacts(trained.info.run_id)]
+
+
+def test_again_runs_nothing_and_a_changed_beta_reruns_its_arm_only(project):
+    assert project.repro() == []
+    before = project.json("artifacts/metrics/train_robust/real_only-1.json")
+    project.params["arms"]["generated"]["beta"] = 3.0
+    project.write()
+    ran = project.repro()
+    # mix_images depends on its arm as a whole: it runs for a moment and writes the same file
+    assert sorted(ran) == [
+        "evaluate_robust@generated-1",
+        "mix_images@generated",
+        "train_robust@generated-1",
+        "write_report",
+    ]
+    assert project.json("artifacts/metrics/train_robust/real_only-1.json") == before
+    assert project.json("artifacts/provenance/train_robust/generated-1.json")["settings"]["beta"] == 3.0
+
+
+def test_a_changed_generator_leaves_the_real_arm_alone(project):
+    project.params["generators"]["edm"] = {"learning_rate": 0.001}
+    project.write()
+    ran = project.repro()
+    assert "train_diffusion@edm" in ran
+    assert "train_robust@generated-1" in ran
+    assert not [name for name in ran if "real_only" in name or name in ("prepare_data", "train_scorer")]
+
+
+def test_compute_settings_are_no_dependency(project):
+    project.params["compute"]["save_every_seconds"] = 1.0
+    project.write()
+    assert project.repro() == []
+
+
+def test_a_result_that_dvc_lost_is_published_again(project):
+    """As after a kill between the end of a stage and DVC's writing of its lock: nothing is computed twice."""
+    weights = project.folder / "artifacts/train_robust/real_only-1/best.safetensors"
+    before = weights.read_bytes()
+    stamp = next((project.folder / "runs/train_robust").glob("real_only-1-*/finished.json")).stat().st_mtime_ns
+    shutil.rmtree(weights.parent)
+    project.run("dmat", "train-robust", "--arm", "real_only", "--seed", "1")
+    assert weights.read_bytes() == before
+    assert next((project.folder / "runs/train_robust").glob("real_only-1-*/finished.json")).stat().st_mtime_ns == stamp
+
+
+def test_a_lost_chunk_comes_back_alone_and_identical(project):
+    shard = project.folder / "artifacts/generate_images/edm18/edm18-0000/images-00000.npy"
+    before = np.load(shard)
+    shutil.rmtree(shard.parent)
+    project.run("dmat", "generate-images", "--chunk", "edm18-0000", "--fresh")
+    assert np.array_equal(np.load(shard), before)
+
+
+def test_tampered_input_is_refused_with_a_sentence(project):
+    labels = project.folder / "artifacts/prepare_data/validation/labels-00000.npy"
+    original = labels.read_bytes()
+    labels.unlink()
+    labels.write_bytes(original[:-8] + bytes(8))
+    text = project.run("dmat", "train-scorer", code=2)
+    labels.write_bytes(original)
+    assert "labels-00000.npy has checksum" in text
+    assert "its manifest says" in text
+    assert "Traceback" not in text
+
+
+def test_commands_refuse_unknown_instances(project):
+    text = project.run("dmat", "train-robust", "--arm", "nobody", "--seed", "1", code=2)
+    assert "no instance 'nobody-1'" in text
+    assert "expected one of real_only-1, generated-1" in text
+
+
+def test_dry_run_plans_without_doing(project):
+    plan = json.loads(project.run("dmat", "train-robust", "--arm", "generated", "--seed", "1", "--dry-run"))
+    assert plan["state"].startswith("finished")
+    assert plan["settings"]["threat"]["epsilon"] == "1/5"
+    assert set(plan["inputs"]) == {"train", "validation", "mix"}
+
+
+def test_dvc_shows_metrics_and_plots(project):
+    shown = json.loads(project.run("dvc", "metrics", "show", "--json"))
+    files = shown[""]["data"]
+    assert 0 <= files["artifacts/metrics/evaluate_robust/generated-1.json"]["data"]["best_pgd"] <= 1
+    assert "html" in project.run("dvc", "plots", "show", "-o", "plots")

@@ -1,0 +1,211 @@
+"""The shape of the project: layers, one word per stage, one home per opinionated package, and files that agree."""
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from cli.main import app
+from dmat import config
+from dmat.jobs import STAGES, code
+
+# A module imports from its own row and from lower rows only; rows as in docs/architecture.md.
+ROWS = (
+    ("dmat", "dmat.errors"),
+    ("dmat.files", "dmat.seeds", "dmat.modes", "dmat.devices"),
+    ("dmat.data", "dmat.diffusion", "dmat.robust", "dmat.metrics"),
+    ("dmat.training", "dmat.tracking"),
+    ("dmat.config", "dmat.recipes"),
+    ("dmat.jobs",),
+    ("cli",),
+)
+SUBJECTS = ROWS[2]  # these know nothing of each other
+HOMES = {  # package -> the only modules that import it
+    "mlflow": {"dmat.tracking"},
+    "pyautoattack": {"dmat.robust.auto_attack"},
+    "typer": {"cli.main", "cli.stages", "cli.recipes", "cli.runs", "cli.reference"},
+    "pydantic": {"dmat.config"},
+    "sklearn": {"dmat.data.sources"},
+    "dvc": set(),
+}
+
+
+def _modules(root: Path) -> list[str]:
+    found = [*(root / "dmat").rglob("*.py"), *(root / "cli").rglob("*.py")]
+    return sorted(".".join(f.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for f in found)
+
+
+def _owner(module: str) -> tuple[int, str]:
+    """Row number and the entry of ROWS that a module belongs to (the longest that fits)."""
+    fits = [
+        (len(entry), row, entry)
+        for row, entries in enumerate(ROWS)
+        for entry in entries
+        if module == entry or (module.startswith(f"{entry}.") and entry != "dmat")
+    ]
+    assert fits, f"{module} has no row in ROWS"
+    _, row, entry = max(fits)
+    return row, entry
+
+
+def _imports(root: Path, module: str) -> set[str]:
+    """Absolute names of everything a module imports, whatever the package."""
+    base = root / module.replace(".", "/")
+    path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} uses a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_imports_go_down_the_layers(root):
+    seen = 0
+    for module in _modules(root):
+        row, entry = _owner(module)
+        for name in code.imported(module) if module.startswith("dmat") else ():
+            seen += 1
+            their_row, their_entry = _owner(name)
+            assert their_row <= row, f"{module} (row {row}) imports {name} (row {their_row})"
+            if entry in SUBJECTS and their_entry in SUBJECTS:
+                assert entry == their_entry, f"{module} imports {name}: {entry} and {their_entry} are strangers"
+    assert seen > 100
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_opinionated_packages_have_one_home(root, package):
+    users = {m for m in _modules(root) if any(re.match(rf"{package}(\.|$)", name) for name in _imports(root, m))}
+    assert users == HOMES[package]
+
+
+def test_every_stage_has_one_word_everywhere(root):
+    pipeline = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+    commands = {command.name for command in app.registered_commands}
+    assert list(pipeline) == list(STAGES)
+    assert len(STAGES) == 11
+    for word, stage in STAGES.items():
+        assert (root / "dmat" / "jobs" / f"{word}.py").is_file()
+        assert stage.command in commands
+        assert word in config.SECTIONS or word == "mix_images"  # mix_images takes all it needs from its arm
+        assert stage.example.startswith(f"dmat {stage.command}")
+
+
+def test_dvc_stages_agree_with_the_table(root):
+    """Commands, dependencies and outputs that DVC resolves are those of STAGES, for every instance."""
+    params = config.load(root / "params.yaml")
+    listed = {}
+    for word, entry in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].items():
+        template = entry.get("do", entry)
+        for chosen in STAGES[word].choices(params):
+            listed[f"{word} {STAGES[word].instance(chosen)}"] = _resolved(template, word, chosen, params)
+    assert len(listed) == 14
+    for word, stage in STAGES.items():
+        for chosen in stage.choices(params):
+            entry = listed[f"{word} {stage.instance(chosen)}"]
+            options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
+            assert entry["cmd"] == f"dmat {stage.command} {options}".strip()
+            inputs = set(stage.inputs(params, **chosen).values())
+            assert set(entry["deps"]) == inputs | set(code.of_stage(word)), word
+            outputs = set(stage.outputs(params, **chosen).values())
+            outputs |= {stage.metrics_path(chosen), stage.provenance_path(chosen)}
+            assert set(entry["outs"]) - {stage.pictures_path(chosen)} == outputs, word
+            assert {name.partition(".")[0] for name in entry["params"]} <= {
+                word,
+                "seeds",
+                *config.LISTS,
+                "train_robust",
+            }
+
+
+def _resolved(template: dict, word: str, chosen: dict, params: config.Params) -> dict:
+    """What DVC would fill in for one instance; ${key} and ${item...} are the only templates that dvc.yaml uses."""
+    stage = STAGES[word]
+    values = {"key": stage.instance(chosen), **{f"item.{name}": str(value) for name, value in chosen.items()}}
+    if "chunk" in chosen:
+        values |= {f"item.{name}": str(value) for name, value in params.chunks[chosen["chunk"]].plain().items()}
+    if stage.each == ("arm",):
+        values["item.images_from"] = params.arm_images[chosen["arm"]]
+    fill = lambda text: re.sub(r"\$\{([^}]+)\}", lambda m: values[m[1]], text)  # noqa: E731
+    outs = [*template["outs"], *template.get("metrics", [])]
+    return {"cmd": fill(template["cmd"]), "params": template["params"], "outs": [fill(o) for o in outs],
+            "deps": [fill(d) for d in template["deps"]]}  # fmt: skip
+
+
+def test_params_are_a_recipe_and_every_recipe_is_valid(root):
+    recipes = sorted((root / "dmat" / "recipes").glob("*.yaml"))
+    assert len(recipes) >= 2
+    assert (root / "params.yaml").read_text() in [path.read_text() for path in recipes]
+    for path in recipes:
+        assert config.load(path).arms
+
+
+def test_settings_of_training_loops_are_met_by_the_records(root):
+    """The protocols of row 3 name only fields that the records of row 4 have (mypy checks their types)."""
+    from dmat.diffusion.samplers import SamplerSettings
+    from dmat.training import classifier, denoiser
+
+    for protocol, record in (
+        (classifier.Settings, config.TrainRobust),
+        (denoiser.Settings, config.Generator),
+        (SamplerSettings, config.Sampler),
+    ):
+        names = {name for name in (*protocol.__annotations__, *vars(protocol)) if not name.startswith("_")}
+        assert len(names) >= 8
+        assert names <= set(record.model_fields)
+
+
+def test_help_is_quick_and_loads_no_torch():
+    """Under half a second on a quiet machine; the best of three, because tests run side by side."""
+    script = "import sys, cli.main; print(sorted({'torch', 'mlflow', 'numpy', 'dvc'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-m", "cli.main", "--help"], capture_output=True, check=True)
+        times.append(time.monotonic() - started)
+    assert min(times) < 0.5, times
+
+
+def test_constraints_hold_every_direct_dependency(root):
+    import tomllib
+
+    pinned = {line.partition("==")[0].lower() for line in (root / "constraints.txt").read_text().splitlines()}
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower() for line in wanted}
+    assert len(names) >= 20
+    assert names <= pinned
+
+
+def test_no_unsafe_reading(root):
+    """No code path unpickles: weights_only=False, pickle, allow_pickle=True, yaml.load."""
+    bad = re.compile(r"weights_only=False|\bpickle\.load|allow_pickle=True|yaml\.load\(")
+    files = [*(root / "dmat").rglob("*.py"), *(root / "cli").rglob("*.py")]
+    assert len(files) > 40
+    assert [str(f) for f in files if bad.search(f.read_text())] == []
+
+
+def test_the_readme_tree_is_true(root):
+    """Every path in the README's map exists, and every top-level folder and module folder is on it."""
+    text = (root / "README.md").read_text()
+    tree = re.search(r"```text\n(.*?)```", text, re.S)[1]
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip()}
+    missing = [name for name in named if not (root / name).exists() and name not in ("artifacts", "runs", "mlruns")]
+    assert missing == []
+    parts = {f"dmat/{p.name}" for p in (root / "dmat").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert parts | {"cli", "tests", "docs", "dvc.yaml", "params.yaml", "docker-compose.yml"} <= named
+
+
+def test_typer_commands_have_examples():
+    group = typer.main.get_command(app)
+    assert all("Example:" in (command.help or "") for command in group.commands.values())
+    assert len(group.commands) >= 14
