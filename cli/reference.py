@@ -14,7 +14,11 @@ HEAD = """\
 # Commands
 
 Made by `python -m cli.reference > docs/commands.md` from the commands; a test compares the two. `dmat COMMAND --help`
-shows the same. Exit code 2 means that something you gave must change; the sentence on stderr says what.
+shows the same.
+
+Exit codes: 0 done; 2 something that you gave must change, and the sentence on stderr says what; 75 saved and stopped
+because of SIGUSR1, so queue the same command again; 130 and 143 saved and stopped because of Ctrl-C and SIGTERM;
+anything else is a defect of dmat and comes with a traceback.
 """
 
 
@@ -38,12 +42,11 @@ def _section(words: str, command: Any) -> str:
     context = typer.Context(command, info_name=words)
     text, _, example = (command.help or "").partition("\n\nExample: ")
     usage = " ".join([words, *command.collect_usage_pieces(context)])
-    lines = [f"## `{words}`", "", " ".join(text.split()), "", "```sh", usage]
-    lines += [f"# Example: {example}"] * bool(example) + ["```", ""]
+    lines = [f"## `{words}`", "", " ".join(text.split()), "", f"- Usage: `{usage}`", f"- Example: `{example}`", ""]
     options = [record for option in command.params if (record := option.get_help_record(context))]
     if options:
         lines += ["| option | meaning |", "|---|---|"]
-        lines += [f"| `{name}` | {meaning.replace('|', '&#124;')} |" for name, meaning in options]
+        lines += [f"| `{name}` | {' '.join(meaning.split())} |" for name, meaning in options]
         lines += [""]
     return "\n".join(lines)
 

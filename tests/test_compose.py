@@ -60,6 +60,11 @@ def test_is_refused_without_a_password(environment: dict[str, str]) -> None:
     assert "required variable POSTGRES_PASSWORD is missing a value: set it in .env" in done.stderr
 
 
+def test_no_use_of_the_password_has_a_default() -> None:
+    uses = re.findall(r"\$\{?POSTGRES_PASSWORD(..)", (ROOT / "docker-compose.yml").read_text())
+    assert uses == [":?", ":?"]  # of both services; compose reports the first one only
+
+
 def test_env_example_names_what_is_required_and_holds_no_password(tmp_path: Path) -> None:
     example = (ROOT / ".env.example").read_text()
     copy = tmp_path / ".env"

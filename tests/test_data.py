@@ -65,14 +65,20 @@ def test_split_has_the_class_shares_of_the_whole(count):
     [
         ((8, 8), 3, (2, 1)),  # a tie goes to the lower class
         ((5, 3, 2), 5, (3, 1, 1)),  # 2.5, 1.5 and 1: the odd one to the lower class
-        ((6, 3, 1), 4, (2, 1, 1)),  # 2.4, 1.2 and 0.4: largest remainders are 0.4 twice
-        ((1, 99), 50, (1, 49)),  # 0.5 and 49.5
+        ((7, 2, 1), 5, (4, 1, 0)),  # 3.5, 1 and 0.5
+        ((1, 2, 5), 4, (1, 1, 2)),  # 0.5, 1 and 2.5
+        ((10, 5, 1), 4, (3, 1, 0)),  # 2.5, 1.25 and 0.25
+        ((1, 5, 10), 4, (0, 1, 3)),
+        pytest.param(
+            (4, 1, 1),
+            2,
+            (2, 0, 0),  # 4/3, 1/3 and 1/3: three ties, the lower class
+            marks=pytest.mark.xfail(strict=True, reason="4 * (2 / 6) has a smaller remainder than 1 * (2 / 6)"),
+        ),
     ],
 )
 def test_odd_items_go_to_the_largest_remainders(sizes, count, takes):
     labels = np.repeat(np.arange(len(sizes)), sizes)
-    if (sizes, count) == ((6, 3, 1), 4):
-        takes = (3, 1, 0)  # 0.4 and 0.4 tie, one item is left: the lower class
     chosen = stratified(labels, count, seeds.stream(1, "split"))
     assert tuple(np.bincount(labels[chosen], minlength=len(sizes))) == takes
 
@@ -174,6 +180,19 @@ def test_npz_source_needs_a_file(tmp_path, path):
     )
 
 
+@pytest.mark.xfail(strict=True, reason="np.load's own errors come through")
+@pytest.mark.parametrize("kind", ["text", "npy", "empty"])
+def test_npz_source_refuses_what_is_no_archive(tmp_path, kind):
+    path = tmp_path / "set.npz"
+    with open(path, "wb") as file:
+        if kind == "npy":
+            np.save(file, IMAGES)
+        elif kind == "text":
+            file.write(b"<html>404</html>")
+    with pytest.raises(DmatError, match=r"set\.npz"):
+        npz(path)
+
+
 # --- shards
 
 
@@ -251,13 +270,26 @@ def test_altered_shard_is_refused(tmp_path, name, damage):
     )
 
 
-@pytest.mark.parametrize("name", ["images-00000.npy", "labels-00001.npy", shards.MANIFEST])
-def test_missing_file_is_refused(tmp_path, name):
+NO_CHECK = pytest.mark.xfail(strict=True, reason="without `verify` np.load's FileNotFoundError comes through")
+
+
+@pytest.mark.parametrize("verify", [True, pytest.param(False, marks=NO_CHECK)])
+@pytest.mark.parametrize("name", ["images-00000.npy", "labels-00001.npy"])
+def test_missing_shard_is_refused(tmp_path, name, verify):
+    refuses_without(tmp_path, name, verify)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_missing_manifest_is_refused(tmp_path, verify):
+    refuses_without(tmp_path, shards.MANIFEST, verify)
+
+
+def refuses_without(tmp_path, name, verify):
     images, labels = some_images(9)
     write_in_shards(tmp_path, images, labels, (4, 5))
     shutil.move(tmp_path / name, tmp_path / "elsewhere")
     with pytest.raises(DmatError) as refused:
-        shards.open_shards(tmp_path)
+        shards.open_shards(tmp_path, verify)
     assert str(refused.value) == f"{tmp_path / name} does not exist; run the stage that makes it, or `dvc repro`"
 
 
@@ -447,7 +479,7 @@ def test_batches_hold_real_images_first_and_only_kept_ones_after(mixed):
             index = known[image.tobytes()]
             assert label == generated_labels[index]
             seen[index] += 1
-    assert seen == {k: 3 for k in kept.tolist()}  # 24 draws of 8 images: three epochs without replacement
+    assert seen == dict.fromkeys(kept.tolist(), 3)  # 24 draws of 8 images: three epochs without replacement
 
 
 def test_batches_without_generated_images(tmp_path):

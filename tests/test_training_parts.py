@@ -245,12 +245,18 @@ def test_checkpoint_of_another_schema_is_refused(checkpoint, schema):
     )
 
 
+NO_CHECKPOINT = [b"", b"\x80\x02}q\x00.", b"PK\x03\x04 zip\n", b'{"schema": 1', b"a text\nof two lines\n"]
+OTHER_JSON = pytest.mark.xfail(strict=True, reason="JSON without the keys of a header: AttributeError or KeyError")
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"\x80\x02}q\x00.", b"PK\x03\x04 zip\n", b'{"schema": 1', b"a text\nof two lines\n"]
+    "content", [*NO_CHECKPOINT, *(pytest.param(c, marks=OTHER_JSON) for c in (b"7\nx", b"[]\n", b'{"schema": 1}\nx'))]
 )
 def test_file_that_is_no_checkpoint_is_refused(checkpoint, content):
     checkpoint.write_bytes(content)
-    assert refusal(checkpoint) == (f"{checkpoint} is not a checkpoint of dmat (its first line is not JSON); {ADVICE}")
+    text = refusal(checkpoint)
+    assert text.startswith(f"{checkpoint} is not a checkpoint of dmat (its first line is not ")
+    assert text.endswith(f"; {ADVICE}")
 
 
 class Harmful:
@@ -259,10 +265,10 @@ class Harmful:
 
 
 def test_loading_executes_nothing(checkpoint, capsys):
-    payload = pickle.dumps(Harmful())
+    payload = pickle.dumps(Harmful(), protocol=2)
     header = {"schema": checkpoints.SCHEMA, "sha256": hashlib.sha256(payload).hexdigest()}
     checkpoint.write_bytes(json.dumps(header).encode() + b"\n" + payload)
-    with pytest.raises(pickle.UnpicklingError, match="weights_only|Weights only"):
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         checkpoints.load(checkpoint)
     assert "executed" not in capsys.readouterr().out
 
@@ -371,9 +377,9 @@ def test_a_name_gives_its_numbers_and_no_other():
         (1, "a", 10),
         (11, "a", 0),
         (2, "a", 0),
+        (-1, "a", 0),
         (1, "b", 0),
         (1, "a/0", 0),
-        (-1, "a", 0),
     ]
     assert len({numbers(*name) for name in names}) == len(names)
     assert numbers(1, "a", 3) == numbers(1, "a", 3)
@@ -428,12 +434,8 @@ class Broken(Exception):
 
 
 def described(model):
-    norm = model[1]
-    return (
-        [m.training for m in model.modules()],
-        [p.requires_grad for p in model.parameters()],
-        norm.track_running_stats,
-    )
+    training, required = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    return training, required, model[1].track_running_stats
 
 
 BLOCKS = {

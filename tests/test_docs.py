@@ -1,0 +1,165 @@
+"""docs/parameters.md and docs/commands.md against the code: complete, and with the values that hold."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cli import reference
+from dmat import config
+from dmat.config import Fraction, Record
+from dmat.jobs import STAGES
+
+ROOT = Path(__file__).parent.parent
+PARAMETERS = (ROOT / "docs" / "parameters.md").read_text()
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+LEFT_OUT = "–"  # a key that params.yaml does not give
+RECORDS = {**config.SECTIONS, "chunks": config.Chunk}
+
+Key = tuple[str, str]  # section, dotted path inside it
+
+
+def fields(record: type[Record], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and pydantic field of every key that holds a value, those of nested records too."""
+    for name, field in record.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Record):
+            yield from fields(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def in_code() -> dict[Key, Any]:
+    return {(word, path): field for word, record in RECORDS.items() for path, field in fields(record)}
+
+
+def tables(text: str) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Heading above, header cells and rows of every Markdown table; backticks kept."""
+    heading, lines = "", list[list[str]]()
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            lines.append([cell.strip() for cell in line.strip("|").split("|")])
+            continue
+        if lines:
+            yield heading, lines[0], lines[2:]
+            lines = []
+        if line.startswith("#"):
+            heading = line
+
+
+def documented() -> dict[Key, tuple[str, str | None]]:
+    """Default and shipped cell, without backticks, of every row of a parameter table. A table names its sections in
+    its header, or in its heading where the file has no value to show."""
+    found: dict[Key, tuple[str, str | None]] = {}
+    for heading, header, rows in tables(PARAMETERS):
+        if header[0] != "key":
+            continue
+        columns = {name.strip("`"): k for k, name in enumerate(header) if name.strip("`") in RECORDS}
+        for row in rows:
+            assert len(row) == len(header), f"{heading}: {row}"
+            path, default = row[0].strip("`"), row[header.index("default")].strip("`")
+            assert row[0] == f"`{path}`", f"{heading}: the key {row[0]} is not in backticks"
+            for word, k in columns.items():
+                if row[k]:
+                    assert (word, path) not in found, f"{word}.{path} is documented twice"
+                    found[word, path] = (default, row[k].strip("`"))
+            for word in [] if columns else re.findall("`(.+?)`", heading):
+                found[word, path] = (default, None)
+    return found
+
+
+def same(cell: str, value: Any) -> bool:
+    """Whether a cell is how YAML writes the value."""
+    if isinstance(value, (Fraction, str)):
+        return cell == (value.text if isinstance(value, Fraction) else value)
+    return yaml.safe_load(cell) == (list(value) if isinstance(value, tuple) else value)
+
+
+def test_every_parameter_is_documented() -> None:
+    wanted, found = in_code(), documented()
+    assert len(wanted) >= 103
+    missing = [".".join(key) for key in wanted if key not in found]
+    unknown = [".".join(key) for key in found if key not in wanted]
+    assert not missing, f"docs/parameters.md has no row for {', '.join(missing)}; add one to the table of the section"
+    assert not unknown, f"docs/parameters.md describes {', '.join(unknown)}; no such key exists"
+    for name in (*RECORDS, *config.LISTS, "seeds", "images_from"):
+        assert f"`{name}`" in PARAMETERS, name
+
+
+def test_documented_defaults_are_those_of_the_records() -> None:
+    wanted, found = in_code(), documented()
+    wrong = [
+        f"{'.'.join(key)}: {found[key][0]}, in the code {'required' if field.is_required() else repr(field.default)}"
+        for key, field in wanted.items()
+        if not (found[key][0] == "required" if field.is_required() else same(found[key][0], field.default))
+    ]
+    assert len(wanted) >= 103
+    assert not wrong, "defaults in docs/parameters.md: " + "; ".join(wrong)
+
+
+def test_documented_values_are_those_of_params_yaml() -> None:
+    wrong, seen = [], 0
+    for (word, path), (_, cell) in documented().items():
+        if cell is None:
+            continue
+        value: Any = PARAMS[word]
+        for part in path.split("."):
+            value = value.get(part, LEFT_OUT)
+        seen += 1
+        if not same(cell, value):
+            wrong.append(f"{word}.{path}: {cell}, in the file {value}")
+    assert seen >= 100
+    assert not wrong, "values of params.yaml in docs/parameters.md: " + "; ".join(wrong)
+    assert f"`{PARAMS['seeds']}` in `params.yaml`" in PARAMETERS
+
+
+def test_every_value_has_a_source() -> None:
+    sources = [
+        row[header.index("source")] for _, header, rows in tables(PARAMETERS) if "source" in header for row in rows
+    ]
+    assert len(sources) >= 78
+    assert {source.partition(" (")[0] for source in sources} <= {"paper", "measured", "assumed", "choice"}
+
+
+def test_examples_are_valid_additions_to_params_yaml(tmp_path: Path) -> None:
+    examples = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.+?)```", PARAMETERS, re.DOTALL)]
+    assert len(examples) == 4
+    together = PARAMS
+    for example in examples:
+        together = config.merge(together, example)
+        for content in (config.merge(PARAMS, example), together):
+            path = tmp_path / "params.yaml"
+            path.write_text(yaml.safe_dump(content))
+            params = config.load(path)
+            for name, entries in example.items():
+                assert set(entries) <= set(getattr(params, name))
+
+
+def test_table_of_reruns_is_that_of_dvc_yaml() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert sorted(stages) == sorted(STAGES)
+    watched: dict[str, set[str]] = {key: set() for key in PARAMS}
+    for word, stage in stages.items():
+        for parameter in stage.get("do", stage)["params"]:
+            watched[parameter.partition(".")[0]].add(word)
+    (rows,) = [rows for heading, _, rows in tables(PARAMETERS) if heading == "## What a change reruns"]
+    assert {row[0].strip("`"): set(re.findall("`(.+?)`", row[1])) for row in rows} == watched
+
+
+@pytest.mark.parametrize(
+    ("words", "command"), [pytest.param(words, command, id=words) for words, command in reference.commands()]
+)
+def test_every_command_is_documented(words: str, command: Any) -> None:
+    assert f"Example: {words}" in command.help, f"the help of `{words}` ends with a line `Example: {words} ...`"
+    assert f"## `{words}`\n" in (ROOT / "docs" / "commands.md").read_text()
+
+
+def test_command_reference_is_fresh() -> None:
+    words = [words for words, _ in reference.commands()]
+    assert {f"dmat {stage.command}" for stage in STAGES.values()} <= set(words)
+    assert len(words) >= 17
+    stale = "docs/commands.md is stale; run: python -m cli.reference > docs/commands.md"
+    assert (ROOT / "docs" / "commands.md").read_text() == reference.markdown(), stale
