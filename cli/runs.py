@@ -32,6 +32,9 @@ def _ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=
     from dmat.jobs import workspace
 
     home = workspace.find(Path.cwd()).home
+    if tracking.store(home).startswith("http"):
+        typer.echo(f"MLFLOW_TRACKING_URI names a server, which has the UI: {tracking.store(home)}")
+        return
     tracking.connect(home)
     typer.echo(f"MLflow UI: http://127.0.0.1:{port} (store {tracking.store(home)}); Ctrl-C ends it")
     command = [

@@ -48,8 +48,8 @@ class Fraction(float):
 
 
 def _radius(value: Fraction) -> Fraction:
-    if not value > 0:
-        raise ValueError("expected a number above 0, for example 8/255")
+    if not 0 < value < float("inf"):
+        raise ValueError("expected a finite number above 0, for example 8/255")
     return value
 
 
@@ -64,6 +64,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Radius = Annotated[Fraction, AfterValidator(_radius)]
+NOT_GIVEN = Fraction(0)  # of a Radius: no value that a person could write
 Name = Annotated[str, AfterValidator(_name)]
 
 
@@ -94,6 +95,12 @@ class PrepareData(Record):
     test: Count
     seed: int
 
+    @pydantic.model_validator(mode="after")
+    def _npz_has_a_path(self) -> Self:
+        if (self.source == "npz") != (self.path is not None):
+            raise ValueError(f"source is {self.source!r} and path is {self.path!r}; expected a path exactly with npz")
+        return self
+
 
 class Network(Record):
     name: Literal["wide_resnet"]
@@ -117,7 +124,7 @@ class ClassifierTraining(Record):
     beta: NotNegative = 0.0
     label_smoothing: Share = 0.0
     attack_steps: Annotated[int, Field(ge=0)] = 0
-    attack_step_size: Radius = Fraction(1)  # pixels in [0, 1]
+    attack_step_size: Radius = NOT_GIVEN  # pixels in [0, 1]; needed with attack_steps
     images: Count
     batch: Count
     learning_rate: Positive  # at the peak
@@ -130,10 +137,20 @@ class ClassifierTraining(Record):
     augmentation: Literal["none", "crop1", "crop4", "crop4_flip"]
     evaluate_every: Count  # images
     selection_steps: Annotated[int, Field(ge=0)]  # of PGD on the validation split; 0 selects on clean accuracy
-    selection_step_size: Radius = Fraction(1)
+    selection_step_size: Radius = NOT_GIVEN  # pixels in [0, 1]; needed with selection_steps
+
+    @pydantic.model_validator(mode="after")
+    def _attacks_are_whole(self) -> Self:
+        if self.loss == "trades" and self.attack_steps == 0:
+            raise ValueError("attack_steps is 0 and loss is 'trades'; expected at least 1 step, or loss: standard")
+        for name in ("attack", "selection"):
+            if getattr(self, f"{name}_steps") and not getattr(self, f"{name}_step_size"):
+                raise ValueError(f"{name}_step_size is missing; expected a part of the pixel range, for example 2/255")
+        return self
 
 
 class TrainScorer(ClassifierTraining):
+    loss: Literal["standard"]
     seed: int
 
 
@@ -187,6 +204,12 @@ class Sampler(Record):
     s_min: NotNegative = 0.0
     s_max: Positive = 1e9
     s_noise: Positive = 1.0
+
+    @pydantic.model_validator(mode="after")
+    def _levels_fall(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min is {self.sigma_min}; expected less than sigma_max, {self.sigma_max}")
+        return self
 
 
 class GenerateImages(Record):
@@ -300,6 +323,7 @@ class _Reader:
 
     def __init__(self, raw: dict[str, Any]):
         self.raw, self.problems = raw, list[str]()
+        self.sound = set[str]()  # sections that are valid by themselves
 
     def read(self) -> Params | None:
         known = {*SECTIONS, *LISTS, "seeds"}
@@ -308,10 +332,11 @@ class _Reader:
             for key in self.raw
             if key not in known
         ]
-        sections = {
-            word: self._record(SECTIONS[word], word, self.raw.get(word, {} if word == "compute" else None))
-            for word in SECTIONS
-        }
+        sections = {}
+        for word, record in SECTIONS.items():
+            given = self.raw.get(word) or ({} if word == "compute" else None)
+            sections[word] = self._record(record, word, given)
+        self.sound = {word for word, made in sections.items() if made is not None}
         seeds = self.raw.get("seeds")
         if not (
             isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds) and len(set(seeds)) == len(seeds)
@@ -322,26 +347,26 @@ class _Reader:
             seeds = []
         generators = {
             name: self._merged(Generator, "generators", name, "train_diffusion", entry)
-            for name, entry in self._list("generators", needed=False)
+            for name, entry in self._list("generators")
         }
-        image_sets = {name: self._image_set(name, entry) for name, entry in self._list("image_sets", needed=False)}
+        image_sets = {name: self._image_set(name, entry) for name, entry in self._list("image_sets")}
         chunks = {
             name: self._record(Chunk, f"chunks.{name}", entry)
-            for name, entry in self._list("chunks", needed=False, plain_names=False)
+            for name, entry in self._list("chunks", plain_names=False)
         }
         arms, arm_images = {}, {}
-        for name, entry in self._list("arms", needed=True):
+        for name, entry in self._list("arms"):
             overrides = dict(entry)
-            arm_images[name] = overrides.pop("images_from", REAL_ONLY)
+            arm_images[name] = overrides.pop("images_from", None)
             arms[name] = self._merged(TrainRobust, "arms", name, "train_robust", overrides)
         self.problems += _disagreements(sections, generators, image_sets, chunks, arms, arm_images)
         if self.problems:
             return None
         return Params(sections, tuple(seeds), generators, image_sets, chunks, arms, arm_images)
 
-    def _list(self, key: str, needed: bool, plain_names: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _list(self, key: str, plain_names: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
         entries = self.raw.get(key, {})
-        if not isinstance(entries, dict) or (needed and not entries):
+        if not isinstance(entries, dict) or not entries:
             self.problems.append(f"{key} is {entries!r}; expected named entries, for example {key}: {{NAME: {{}}}}")
             return
         for name, entry in entries.items():
@@ -356,10 +381,13 @@ class _Reader:
             yield str(name), entry or {}
 
     def _merged(self, record: type[Record], key: str, name: str, section: str, overrides: dict[str, Any]) -> Any:
-        base = self.raw.get(section)
-        return self._record(
-            record, f"{key}.{name}", merge(base if isinstance(base, dict) else {}, overrides), only=overrides
-        )
+        """A list entry over its section. Of an unsound section only the problems of the entry itself are told again."""
+        base, where = self.raw.get(section), f"{key}.{name}"
+        if not isinstance(overrides, dict):
+            self.problems.append(f"{where} is {overrides!r}; expected a mapping of overrides")
+            return None
+        merged = merge(base if isinstance(base, dict) else {}, overrides)
+        return self._record(record, where, merged, only=None if section in self.sound else overrides)
 
     def _image_set(self, name: str, entry: dict[str, Any]) -> dict[str, Any]:
         stages = ("generate_images", "select_images")
@@ -368,10 +396,13 @@ class _Reader:
             for key in entry
             if key not in stages
         ]
-        return {word: self._merged(SECTIONS[word], "image_sets", name, word, entry.get(word) or {}) for word in stages}
+        return {
+            word: self._merged(SECTIONS[word], f"image_sets.{name}", word, word, entry.get(word) or {})
+            for word in stages
+        }
 
     def _record(self, record: type[Record], where: str, value: Any, only: dict[str, Any] | None = None) -> Any:
-        """A validated record or None. `only`: report no problem that the base section has reported already."""
+        """A validated record or None. `only`: report no problem but those at the keys of this mapping."""
         if value is None:
             self.problems.append(f"{where} is missing; expected a section with {', '.join(record.model_fields)}")
             return None
@@ -379,7 +410,7 @@ class _Reader:
             return record.model_validate(value)
         except pydantic.ValidationError as error:
             for item in error.errors():
-                if only is None or _reaches(only, item["loc"]) or not _same_elsewhere(item, self.problems):
+                if only is None or _reaches(only, item["loc"]):
                     self.problems.append(_sentence(where, item, record))
             return None
 
@@ -394,17 +425,12 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
 
 
 def _reaches(value: Any, location: tuple[Any, ...]) -> bool:
-    """Whether `value` itself holds the key at `location`."""
+    """Whether `value` itself holds the key at `location`; a location without keys is nobody's own."""
     for key in location:
         if not isinstance(value, Mapping) or key not in value:
             return False
         value = value[key]
-    return True
-
-
-def _same_elsewhere(item: Any, problems: list[str]) -> bool:
-    tail = ".".join(str(part) for part in item["loc"])
-    return any(f".{tail} " in problem for problem in problems)
+    return bool(location)
 
 
 def _sentence(where: str, item: Any, record: type[Record]) -> str:
@@ -414,11 +440,22 @@ def _sentence(where: str, item: Any, record: type[Record]) -> str:
         return f"{path} is not known; expected one of {', '.join(record.model_fields)}"
     if item["type"] == "missing":
         return f"{path} is missing; give it a value"
-    message = item["msg"].removeprefix("Value error, ")
+    message, found = item["msg"].removeprefix("Value error, "), item["input"]
     message = message if message.startswith("expected") else message[0].lower() + message[1:]
     message = message.replace("input should be", "expected")
-    found = item["input"]
-    return f"{path} is {found!r}; {message}" if not isinstance(found, Mapping) else f"{path}: {message}"
+    if item["type"] in ("model_type", "dict_type"):
+        message = "expected a mapping of keys"
+    if item["type"] in ("float_type", "int_type") and isinstance(found, str) and _is_number(found):
+        message += f" (YAML reads {found} as text; write {float(found)})"
+    return f"{path}: {message}" if isinstance(found, Mapping) else f"{path} is {found!r}; {message}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _disagreements(
@@ -453,7 +490,7 @@ def _disagreements(
     for name, path in arm_images.items():
         sets = {f"{ARTIFACTS}/select_images/{image_set}" for image_set in image_sets}
         arm = arms.get(name)
-        if path not in {REAL_ONLY, *sets}:
+        if not isinstance(path, str) or path not in {REAL_ONLY, *sets}:
             yield f"arms.{name}.images_from is {path!r}; expected {REAL_ONLY} or one of {_names(sets)}"
         elif arm is not None and (path == REAL_ONLY) != (arm.generated_share == 0):
             yield (

@@ -34,7 +34,12 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 def store(home: Path) -> str:
     """MLFLOW_TRACKING_URI, or the embedded SQLite store at an absolute path."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlruns' / 'mlflow.db'}"
+    return _server() or f"sqlite:///{home / 'mlruns' / 'mlflow.db'}"
+
+
+def _server() -> str:
+    """MLFLOW_TRACKING_URI, where unset and empty mean the same."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "")
 
 
 def artifact_folder(home: Path) -> Path:
@@ -46,7 +51,7 @@ class Run:
 
     def __init__(self, home: Path, work: Path, tags: dict[str, str], settings: Mapping[str, Any], enabled: bool = True):
         self.home, self.work, self.tags, self.settings = home, work, tags, settings
-        self._memory = _Memory(work / "tracking.json")
+        self._memory = _Memory(work / "tracking.json", store(home))
         self._client: Any = None
         self._status = "FAILED"
         self._closing, self._connected = threading.Event(), threading.Event()
@@ -110,7 +115,8 @@ class Run:
         self._client, experiment = connect(self.home)
         reap(self.home, self._client)
         run_id = self._memory["run"]
-        if run_id is None:
+        if run_id is None or _run_or_none(self._client, run_id) is None:
+            self._memory.update(sent=0)
             parent = _parent(self.home, self._client, experiment)
             tags = self.tags | ({"mlflow.parentRunId": parent} if parent else {})
             run = self._client.create_run(
@@ -191,7 +197,8 @@ def open_run(
 
 def seconds_before(work: Path) -> float:
     """Time that earlier attempts at this work spent."""
-    return float(_Memory(work / "tracking.json")["seconds"])
+    path = work / "tracking.json"
+    return float(files.read_json(path)["seconds"]) if path.exists() else 0.0
 
 
 def connect(home: Path) -> tuple[Any, str]:
@@ -205,7 +212,7 @@ def connect(home: Path) -> tuple[Any, str]:
         client = MlflowClient(store(home))
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is None:
-            where = None if "MLFLOW_TRACKING_URI" in os.environ else artifact_folder(home).as_uri()
+            where = None if _server() else artifact_folder(home).as_uri()
             return client, client.create_experiment(EXPERIMENT, artifact_location=where)
         return client, found.experiment_id
 
@@ -218,11 +225,14 @@ def reap(home: Path, client: Any = None) -> list[str]:
     ended = []
     for path in sorted((home / "mlruns" / "active").glob("*.json")):
         note = files.read_json(path)
-        if _alive(note["pid"], note["started"]):
+        if note["store"] != store(home) or _alive(note["pid"], note["started"]):
             continue
         if client is None:
             client, _ = connect(home)
-        run = client.get_run(path.stem)
+        run = _run_or_none(client, path.stem)
+        if run is None:  # the store was replaced by another one at the same address
+            path.unlink(missing_ok=True)
+            continue
         status = "KILLED"
         if note["parent"]:
             children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{path.stem}'")
@@ -232,6 +242,17 @@ def reap(home: Path, client: Any = None) -> list[str]:
             ended.append(f"{run.info.run_name}: {status}")
         path.unlink(missing_ok=True)
     return ended
+
+
+def _run_or_none(client: Any, run_id: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -244,13 +265,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 class _Memory:
-    """What the next attempt must know about the tracked run; lives in the work folder."""
+    """What the next attempt must know about the tracked run; lives in the work folder. Runs belong to one store."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, address: str):
         self._path = path
-        self._values: dict[str, Any] = {"run": None, "parent": None, "sent": 0, "seconds": 0.0}
-        if path.exists():
-            self._values |= files.read_json(path)
+        fresh: dict[str, Any] = {"store": address, "run": None, "parent": None, "sent": 0, "seconds": 0.0}
+        known = files.read_json(path) if path.exists() else fresh
+        self._values = known if known["store"] == address else {**fresh, "seconds": known["seconds"]}
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> Any:
@@ -268,7 +289,7 @@ def _parent(home: Path, client: Any, experiment: str) -> str | None:
     if not above:
         return None
     dvc = above[-1]
-    note = home / "mlruns" / "parents" / f"{dvc.pid}-{dvc.create_time():.2f}"
+    note = home / "mlruns" / "parents" / f"{dvc.pid}-{dvc.create_time():.2f}-{files.fingerprint(store(home))}"
     note.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(home / "mlruns" / "parents.lock", timeout=60):
         if not note.exists():
@@ -286,7 +307,7 @@ def _parent(home: Path, client: Any, experiment: str) -> str | None:
 def _note_active(home: Path, run_id: str, pid: int, parent: bool) -> None:
     files.write_json(
         home / "mlruns" / "active" / f"{run_id}.json",
-        {"pid": pid, "started": psutil.Process(pid).create_time(), "parent": parent},
+        {"pid": pid, "started": psutil.Process(pid).create_time(), "parent": parent, "store": store(home)},
     )
 
 

@@ -58,6 +58,20 @@ BAD = [
     ("evaluate_robust.shard", 0, ["is 0", "greater than or equal to 1"]),
     ("write_report.baseline", "nobody", ["is 'nobody'", "generated, real_only"]),
     ("compute.precision", "fp16", ["is 'fp16'", "'bf16'"]),
+    ("train_robust.attack_steps", 0, ["attack_steps is 0", "loss: standard"]),
+    ("train_robust.attack_step_size", float("inf"), ["is inf", "finite number above 0"]),
+    ("train_robust.learning_rate", "1e-3", ["is '1e-3'", "write 0.001"]),
+    ("train_robust.threat", 5, ["is 5", "mapping of keys"]),
+    ("train_robust", 5, ["is 5", "mapping of keys"]),
+    ("train_scorer.loss", "trades", ["is 'trades'", "'standard'"]),
+    ("train_scorer.selection_steps", 3, ["selection_step_size is missing", "2/255"]),
+    ("prepare_data.source", "npz", ["expected a path exactly with npz"]),
+    ("generate_images.sampler.sigma_min", 100.0, ["sigma_min is 100.0", "80.0"]),
+    ("image_sets.edm18.generate_images", 5, ["image_sets.edm18.generate_images is 5", "mapping"]),
+    ("image_sets.edm18.select_images", {"kep": 0.1}, ["image_sets.edm18.select_images.kep is not known", "keep"]),
+    ("arms.generated.images_from", ["x"], ["is ['x']", "edm18"]),
+    ("arms.real_only", {}, ["images_from is None", "artifacts/prepare_data/train"]),
+    ("generators", {}, ["is {}", "named entries"]),
     ("trian_robust", {}, ["trian_robust is not a section", "train_robust"]),
     ("measure_images", None, ["is missing", "near"]),
 ]
@@ -97,7 +111,7 @@ def test_all_problems_come_at_once_and_each_only_once(tmp_path, params):
         _put(params, key, value)
     with pytest.raises(ConfigError) as caught:
         _load(tmp_path, params)
-    assert len(caught.value.problems) == 3
+    assert len(caught.value.problems) == 3, str(caught.value)
     assert "3 problems" in str(caught.value)
 
 

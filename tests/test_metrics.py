@@ -48,7 +48,6 @@ def test_wilson_equals_scipy(n):
         assert found.plain() == {"value": right / n, "low": found.low, "high": found.high, "right": right, "n": n}
 
 
-@pytest.mark.xfail(strict=True, reason="rounding: 635 of these n with all right, 249 with none; `bars` then fails")
 def test_wilson_contains_its_value():
     for n in range(1, 2001):
         for right in (0, n // 2, n):

@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from dmat.diffusion.unet import Attention, UNet
+from dmat.diffusion.unet import Attention, Block, UNet
 
 
 def unet(image_channels=1, classes=10, channels=16, multipliers=(1, 2), blocks=1, dropout=0.0, moved=True):
@@ -125,3 +126,29 @@ def test_attention_is_softmax_of_products_of_queries_and_keys():
     mixed = torch.stack(rows) @ layer.out.weight[:, :, 0, 0].double().T  # [6, 8]
     expected = (x[0].double() + mixed.T.reshape(8, 2, 3)) * math.sqrt(0.5)
     torch.testing.assert_close(layer(x)[0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def slow_group_norm(x, layer):
+    """Mean 0 and variance 1 over the pixels of 8 groups of channels, then weight and bias by channel."""
+    grouped = x.reshape(len(x), 8, -1)
+    grouped = (grouped - grouped.mean(2, keepdim=True)) / (grouped.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    return grouped.reshape(x.shape) * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+
+@pytest.mark.parametrize(("width", "wanted"), [(16, 16), (8, 16)])
+def test_block_scales_and_shifts_by_the_embedding_and_adds_its_input(width, wanted):
+    """(input + conv(silu(norm(conv(silu(norm(x)))) * (1 + scale) + shift))) / sqrt(2)."""
+    torch.manual_seed(3)
+    block = Block(width, wanted, embedding=6, dropout=0.0, attention=False)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.3)
+    x, embedding = torch.randn(2, width, 4, 4), torch.randn(2, 6)
+    h = slow_group_norm(x, block.norm_0)
+    h = F.conv2d(h * torch.sigmoid(h), block.conv_0.weight, block.conv_0.bias, padding=1)
+    numbers = embedding @ block.modulate.weight.T + block.modulate.bias
+    scale, shift = numbers[:, :wanted, None, None], numbers[:, wanted:, None, None]
+    h = slow_group_norm(h, block.norm_1) * (1 + scale) + shift
+    h = F.conv2d(h * torch.sigmoid(h), block.conv_1.weight, block.conv_1.bias, padding=1)
+    kept = x if width == wanted else F.conv2d(x, block.shortcut.weight, block.shortcut.bias)
+    torch.testing.assert_close(block(x, embedding), (kept + h) / math.sqrt(2), rtol=1e-4, atol=1e-5)

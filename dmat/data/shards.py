@@ -127,6 +127,8 @@ def open_shards(folders: Path | Iterable[Path], verify: bool = True) -> Shards:
 
 def _open(folder: Path, entry: dict[str, Any], key: str, verify: bool) -> np.ndarray:
     path = folder / entry[key]
+    if not path.is_file():
+        raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`")
     if verify and (found := files.sha256(path)) != entry[f"{key}_sha256"]:
         raise DmatError(
             f"{path} has checksum {found[:12]}; its manifest says {entry[f'{key}_sha256'][:12]}; the file was "

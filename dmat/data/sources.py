@@ -4,6 +4,7 @@ A source may bring its own test images; otherwise `prepare_data` splits them off
 """
 
 import dataclasses
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,10 @@ def npz(path: Path | None) -> Source:
     """An uncompressed or compressed .npz with `image` uint8 [N, H, W, C] and `label` integers [N] from 0."""
     if path is None or not path.is_file():
         raise DmatError(f"prepare_data.path is {path}; expected an .npz file with `image` and `label`; give its path")
+    if not zipfile.is_zipfile(path):
+        raise DmatError(
+            f"{path} is no .npz archive; expected arrays `image` and `label`; save it by numpy.savez"
+        )
     with np.load(path, allow_pickle=False) as archive:
         missing = {"image", "label"} - set(archive.files)
         if missing:
@@ -72,9 +77,8 @@ def stratified(labels: np.ndarray, count: int, generator: np.random.Generator) -
     classes, sizes = np.unique(labels, return_counts=True)
     if not 0 <= count <= len(labels):
         raise DmatError(f"a split of {count} images was asked from {len(labels)}; ask for fewer")
-    exact = sizes * (count / len(labels))
-    takes = np.floor(exact).astype(int)
-    for winner in np.argsort(takes - exact, kind="stable")[: count - takes.sum()]:
+    takes, remainders = np.divmod(sizes * count, max(len(labels), 1))  # whole numbers: ties are exact
+    for winner in np.argsort(-remainders, kind="stable")[: count - takes.sum()]:
         takes[winner] += 1
     chosen = [generator.permutation(np.flatnonzero(labels == c))[:take] for c, take in zip(classes, takes, strict=True)]
     return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=np.int64)

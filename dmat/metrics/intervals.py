@@ -32,7 +32,8 @@ def wilson(flags: np.ndarray) -> Accuracy:
     share, z2 = right / n, _Z * _Z
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return Accuracy(right, n, max(0.0, middle - half), min(1.0, middle + half))
+    # The interval holds the share and stays in [0, 1]; rounding may say otherwise where all or none are right.
+    return Accuracy(right, n, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
 
 
 def paired_difference(

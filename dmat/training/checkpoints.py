@@ -37,7 +37,9 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         header = json.loads(first)
     except ValueError:
-        raise DmatError(f"{path} is not a checkpoint of dmat (its first line is not JSON); {advice}") from None
+        header = None
+    if not isinstance(header, dict) or not {"schema", "sha256"} <= set(header):
+        raise DmatError(f"{path} is not a checkpoint of dmat (its first line is not a header); {advice}")
     if header.get("schema") != SCHEMA:
         raise DmatError(
             f"{path} has checkpoint schema {header.get('schema')}; this dmat reads {SCHEMA}; use the dmat "
