@@ -27,7 +27,13 @@ class Settings:
     s_noise: float = 1.0
 
 
-CHURNED = Settings(steps=12, s_churn=4.0, s_min=0.05, s_max=50.0, s_noise=1.003)
+CASES = {
+    "usual": Settings(),
+    "one step": Settings(steps=1),
+    "two steps": Settings(steps=2),
+    "short": Settings(steps=5, rho=2.0, sigma_max=5.0),
+    "churned": Settings(steps=12, s_churn=4.0, s_min=0.05, s_max=50.0, s_noise=1.003),
+}
 
 
 def latents(*shape, seed=0):
@@ -83,14 +89,14 @@ def test_one_step_goes_from_the_highest_level_to_zero():
 # --- every sampler
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(steps=1), Settings(steps=2), CHURNED], ids=repr)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_one_image_is_where_every_path_ends(name, settings):
-    image = latents(1, 3, 4, 4, seed=1).clamp(-1, 1)
+def test_one_image_is_where_every_path_ends(name, case):
+    image = latents(1, 3, 4, 4, seed=1).double().clamp(-1, 1) / 3  # not a float32 number
     start = latents(5, 3, 4, 4, seed=2)
-    found = SAMPLERS[name](ExactDenoiser(image), start, None, settings, named_noise(5, 3, 4, 4))
+    found = SAMPLERS[name](ExactDenoiser(image), start, None, CASES[case], named_noise(5, 3, 4, 4))
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found, image.double().expand(5, -1, -1, -1), rtol=0, atol=1e-9)
+    torch.testing.assert_close(found, image.expand(5, -1, -1, -1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -135,9 +141,10 @@ def test_sampling_keeps_no_graph_and_leaves_the_latents(name):
     assert torch.equal(start, before)
 
 
-@pytest.mark.parametrize("settings", [Settings(), CHURNED], ids=repr)
+@pytest.mark.parametrize("case", ["usual", "churned"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_an_image_does_not_depend_on_its_neighbours(name, settings):
+def test_an_image_does_not_depend_on_its_neighbours(name, case):
+    settings = CASES[case]
     data, start, noise = latents(10, 1, 4, 4, seed=3), latents(6, 1, 4, 4), named_noise(6, 1, 4, 4)
     together = SAMPLERS[name](ExactDenoiser(data), start, None, settings, noise)
     alone = [
@@ -275,9 +282,10 @@ def algorithm_2(denoise, start, settings, noise, second_order):
     return x
 
 
-@pytest.mark.parametrize("settings", [Settings(steps=6), Settings(steps=5, rho=2.0, sigma_max=5.0), CHURNED], ids=repr)
+@pytest.mark.parametrize("case", ["usual", "two steps", "short", "churned"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_agrees_with_algorithm_2_written_line_by_line(name, settings):
+def test_agrees_with_algorithm_2_written_line_by_line(name, case):
+    settings = CASES[case]
     # wide data, so that paths keep bending between images instead of settling at once
     data = 2 * latents(5, 1, 3, 3, seed=8)
     start, noise = latents(4, 1, 3, 3, seed=9), named_noise(4, 1, 3, 3)
@@ -297,3 +305,25 @@ def test_agrees_with_algorithm_2_written_line_by_line(name, settings):
             second_order=name == "heun",
         )
         np.testing.assert_allclose(found[k].numpy(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["usual", "churned"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_positions_are_kept_in_float64(name, case):
+    """With a denoiser that computes in float32, as networks do, everything else agrees to the digits of float64."""
+    start, noise = latents(1, 1, 8, 8, seed=9), named_noise(1, 1, 8, 8)
+    # c_skip, smooth in sigma and rounded to float32 once
+    shrink = [np.float32(0.25 / (0.25 + sigma**2)) for sigma in np.geomspace(0.001, 200, 400)]
+
+    def factor(sigma):
+        return shrink[int(np.clip(np.searchsorted(np.geomspace(0.001, 200, 400), sigma), 0, 399))]
+
+    found = SAMPLERS[name](lambda x, sigma, labels: x * factor(sigma[0].item()), start, None, CASES[case], noise)
+    expected = algorithm_2(
+        lambda x, t: (x.astype(np.float32) * factor(np.float32(t))).astype(np.float64),
+        start.double().numpy(),
+        CASES[case],
+        lambda step: noise(step).double().numpy(),
+        second_order=name == "heun",
+    )
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-12)

@@ -47,9 +47,7 @@ def npz(path: Path | None) -> Source:
     if path is None or not path.is_file():
         raise DmatError(f"prepare_data.path is {path}; expected an .npz file with `image` and `label`; give its path")
     if not zipfile.is_zipfile(path):
-        raise DmatError(
-            f"{path} is no .npz archive; expected arrays `image` and `label`; save it by numpy.savez"
-        )
+        raise DmatError(f"{path} is no .npz archive; expected arrays `image` and `label`; save it by numpy.savez")
     with np.load(path, allow_pickle=False) as archive:
         missing = {"image", "label"} - set(archive.files)
         if missing:

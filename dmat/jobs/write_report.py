@@ -15,6 +15,7 @@ import numpy as np
 from dmat import files, seeds
 from dmat.config import WriteReport
 from dmat.jobs.execution import Job
+from dmat.jobs.stages import STAGES
 from dmat.metrics import intervals, pictures
 
 MEASURES = {  # column of the per-image table -> heading
@@ -173,12 +174,15 @@ def _page(settings: WriteReport, job: Job, comparison: dict[str, Any], names: di
     )
     environment.filters |= {"per_cent": _per_cent, "points": lambda value: _points(value).replace("**", "")}
     provenance = {
-        f"{path.parent.name} {path.stem}": files.read_json(path)
-        for name, folder in job.inputs.items()
-        if name.startswith("provenance/")
-        for path in files.visible_files(folder)
+        f"{stage.word} {stage.instance(chosen)}": files.read_json(job.inputs[f"provenance/{stage.word}"] / name)
+        for stage in STAGES.values()
+        if stage.word != "write_report"
+        for chosen in stage.choices(job.params)  # and not what an earlier params.yaml left behind
+        for name in [f"{stage.instance(chosen)}.json"]
     }
-    quality = {path.stem: files.read_json(path) for path in files.visible_files(job.inputs["metrics/measure_images"])}
+    quality = {
+        name: files.read_json(job.inputs["metrics/measure_images"] / f"{name}.json") for name in job.params.image_sets
+    }
     mixes = {arm: files.read_json(job.inputs["mix_images"] / arm / "mix.json") for arm in names}
     first = next(iter(names.values()))[0]
     protocol = files.read_json(job.inputs["evaluate_robust"] / first / "protocol.json")
@@ -212,7 +216,8 @@ def _page(settings: WriteReport, job: Job, comparison: dict[str, Any], names: di
 
 def _found(job: Job, word: str) -> list[tuple[Path, str]]:
     """Pictures of a stage with their captions."""
-    paths = sorted(job.inputs[f"pictures/{word}"].glob("*/*.png"))
+    folders = [job.inputs[f"pictures/{word}"] / STAGES[word].instance(c) for c in STAGES[word].choices(job.params)]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.png"))]
     return [(path, f"{path.parent.name}: {path.stem.replace('_', ' ')}") for path in paths]
 
 
