@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmat.errors import DmatError
 from dmat.robust.attacks import Ball
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
@@ -21,6 +22,13 @@ def adversarial(
     is misclassified already comes back as it was.
     """
     from pyautoattack import AutoAttack
+
+    classes = logits_of(images[:1]).shape[1]
+    if classes < MINIMUM_CLASSES:
+        raise DmatError(
+            f"the model has {classes} classes; expected at least {MINIMUM_CLASSES}, since standard AutoAttack aims at 9 "
+            f"wrong ones; say evaluate_robust.auto_attack: none"
+        )
 
     wrapped: Any = _Module(logits_of)  # the package looks for parameters of a module
     attack = AutoAttack(
