@@ -26,7 +26,7 @@ def adversarial(
     classes = logits_of(images[:1]).shape[1]
     if classes < MINIMUM_CLASSES:
         raise DmatError(
-            f"the model has {classes} classes; expected at least {MINIMUM_CLASSES}, since standard AutoAttack aims at 9 "
+            f"the model has {classes} classes; expected at least {MINIMUM_CLASSES}, as standard AutoAttack aims at 9 "
             f"wrong ones; say evaluate_robust.auto_attack: none"
         )
 
