@@ -416,6 +416,13 @@ def test_order_is_named_by_seed_and_source():
     assert tuple(generated.tolist()) == read(1, "order/generated")
 
 
+def test_coverage_counts_the_last_batch_as_whole():
+    """1,000 images in batches of 128 are 8 steps, as many as training makes."""
+    report = Mix(real=256, generated=512, batch=128, generated_share=0.5).coverage(1000)
+    assert (report["real_drawn"], report["generated_drawn"]) == (512, 512)
+    assert (report["real_epochs"], report["generated_epochs"]) == (2.0, 1.0)
+
+
 @pytest.mark.parametrize(("real", "generated", "share"), [(20, 300, 0.7), (100, 15, 0.25), (30, 0, 0.0)])
 def test_coverage_counts_what_a_run_sees(real, generated, share):
     mix = Mix(real, generated, 10, share)

@@ -259,6 +259,13 @@ def test_file_that_is_no_checkpoint_is_refused(checkpoint, content):
     assert text.endswith(f"; {ADVICE}")
 
 
+def test_weights_of_another_shape_are_refused(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    state = {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}
+    with pytest.raises(DmatError, match=r"weight is \(2, 4\), expected \(2, 3\); use the file and sidecar of one run"):
+        weights.fill(model, state, tmp_path / "w.safetensors")
+
+
 class Harmful:
     def __reduce__(self):
         return (print, ("executed",))

@@ -34,7 +34,7 @@ class Mix:
 
     def coverage(self, images_seen: int) -> dict[str, float]:
         """How far `images_seen` training images go: drawn, epochs and distinct share of either source."""
-        steps = images_seen // self.batch
+        steps = -(-images_seen // self.batch)  # as training counts: the last step is a whole batch
         drawn = {"real": steps * self.real_per_batch, "generated": steps * self.generated_per_batch}
         sizes = {"real": self.real, "generated": self.generated}
         report: dict[str, float] = {}

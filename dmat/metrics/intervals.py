@@ -63,10 +63,11 @@ def over_seeds(flags: Sequence[np.ndarray], resamples: int, generator: np.random
     n = len(per_image)
     means = np.array([per_image[generator.integers(0, n, n)].mean() for _ in range(resamples)])
     low, high = np.quantile(means, [0.025, 0.975])
+    value = float(np.mean(shares))
     return {
-        "value": float(np.mean(shares)),
-        "low": float(low),
-        "high": float(high),
+        "value": value,
+        "low": min(value, float(low)),  # rounding, where all images have one mean
+        "high": max(value, float(high)),
         "n": n,
         "seeds": len(flags),
         "spread": float(np.std(shares, ddof=1)),

@@ -15,6 +15,9 @@ def one_cycle(
 ) -> tuple[float, float]:
     """Learning rate and momentum of torch's OneCycleLR with cosine annealing, at step 0 .. steps - 1.
 
+    Equal to torch's from 1 / warm_up steps on; a run shorter than that starts at the peak (torch: just below it, or a
+    division by zero at exactly 1 / warm_up steps).
+
     Rises from peak / start_divisor to peak during the first `warm_up` share of the steps, then falls to
     peak / start_divisor / end_divisor. momentum = (at the peak, at both ends): the cycling that Wang et al.'s run
     really had, since torch overwrites the optimiser's 0.9. None: 0.9 throughout.

@@ -47,5 +47,11 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
             f"{path} does not fit the network its sidecar describes: missing {sorted(wanted - found)[:3]}, "
             f"unexpected {sorted(found - wanted)[:3]}; use the file and sidecar of one run"
         )
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if other := [name for name in state if state[name].shape != shapes[name]]:
+        raise DmatError(
+            f"{path} does not fit the network its sidecar describes: {other[0]} is {tuple(state[other[0]].shape)}, "
+            f"expected {tuple(shapes[other[0]])}; use the file and sidecar of one run"
+        )
     model.load_state_dict(state)
     return model
