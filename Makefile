@@ -12,7 +12,7 @@ repro: .venv/ready
 	@echo "The whole comparison: artifacts/write_report/report/report.html; every run: make ui"
 
 test: check
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: .venv/ready
 	$(BIN)/pytest -m slow
