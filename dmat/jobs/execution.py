@@ -19,7 +19,7 @@ import filelock
 from dmat import devices, files, tracking
 from dmat.config import Params, Record
 from dmat.devices import Compute
-from dmat.errors import DmatError, Interrupted
+from dmat.errors import DmatError
 from dmat.jobs import code
 from dmat.jobs.stages import Stage
 from dmat.jobs.workspace import Workspace
@@ -45,13 +45,12 @@ class Job:
         """A path of params.yaml, relative to the project."""
         return None if path is None else self.root / path
 
-    def long_run(self, total: int, unit: str = "images") -> LongRun:
+    def long_run(self, total: int) -> LongRun:
         """Checkpoints, metrics and progress bar of this instance."""
         return LongRun(
             self.work,
             self.compute,
             total,
-            unit=unit,
             label=self.work.parent.name,
             quiet=self.quiet,
             save_seconds=self.save_seconds,
@@ -235,6 +234,3 @@ def _set_aside(work: Path) -> None:
 def _spent(work: Path) -> float:
     """Seconds that earlier, interrupted attempts took, noted by the tracker."""
     return tracking.seconds_before(work)
-
-
-__all__ = ["Interrupted", "Job", "Plan", "execute", "plan"]

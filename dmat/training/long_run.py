@@ -66,7 +66,6 @@ class LongRun:
         compute: Compute,
         total: int,
         *,
-        unit: str = "images",
         label: str = "",
         save_seconds: float = 60.0,
         quiet: bool = False,
@@ -77,7 +76,7 @@ class LongRun:
         self._interruption = Interruption()
         self._bar = tqdm(
             total=total,
-            unit=f" {unit}",
+            unit=" images",
             desc=label,
             disable=quiet,
             unit_scale=True,
