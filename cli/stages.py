@@ -14,7 +14,7 @@ from dmat.jobs import STAGES, Stage
 _INSTANCE_OPTIONS = {
     "generator": (str, "Name in `generators` of params.yaml."),
     "chunk": (str, "Name in `chunks` of params.yaml."),
-    "image_set": (str, "Name in `image_sets` of params.yaml."),
+    "selection": (str, "Name in `selections` of params.yaml."),
     "arm": (str, "Name in `arms` of params.yaml."),
     "seed": (int, "One of `seeds` of params.yaml."),
 }

@@ -1,7 +1,7 @@
 """`params.yaml` as frozen, validated records: one per stage, with every problem of the file told at once.
 
-The three lists (`generators`, `image_sets`, `arms`) hold overrides of the section of their stage; a record is the
-section with its overrides merged in. Limits stand in the records alone; messages are made from them.
+The lists (`generators`, `image_sets`, `selections`, `arms`) hold overrides of the section of their stage; a record is
+the section with its overrides merged in. Limits stand in the records alone; messages are made from them.
 """
 
 import dataclasses
@@ -278,18 +278,20 @@ SECTIONS: dict[str, type[Record]] = {
     "evaluate_robust": EvaluateRobust,
     "write_report": WriteReport,
 }
-LISTS = ("generators", "image_sets", "chunks", "arms")
+LISTS = ("generators", "image_sets", "chunks", "selections", "arms")
 
 
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """The whole file. image_sets[name]: records by the words of its stages."""
+    """The whole file: every list with its overrides merged in."""
 
     sections: Mapping[str, Any]
     seeds: tuple[int, ...]
     generators: Mapping[str, Generator]
-    image_sets: Mapping[str, Mapping[str, Record]]
+    image_sets: Mapping[str, GenerateImages]
     chunks: Mapping[str, Chunk]
+    selections: Mapping[str, SelectImages]
+    selected_from: Mapping[str, str]  # selection -> image set
     arms: Mapping[str, TrainRobust]
     arm_images: Mapping[str, str]  # path of a selection, or REAL_ONLY
 
@@ -349,20 +351,30 @@ class _Reader:
             name: self._merged(Generator, "generators", name, "train_diffusion", entry)
             for name, entry in self._list("generators")
         }
-        image_sets = {name: self._image_set(name, entry) for name, entry in self._list("image_sets")}
+        image_sets = {
+            name: self._merged(GenerateImages, "image_sets", name, "generate_images", entry)
+            for name, entry in self._list("image_sets")
+        }
         chunks = {
             name: self._record(Chunk, f"chunks.{name}", entry)
             for name, entry in self._list("chunks", plain_names=False)
         }
-        arms, arm_images = {}, {}
-        for name, entry in self._list("arms"):
+        selections, selected_from = self._merged_list("selections", SelectImages, "select_images", "image_set")
+        arms, arm_images = self._merged_list("arms", TrainRobust, "train_robust", "images_from")
+        lists = (generators, image_sets, chunks, selections, selected_from, arms, arm_images)
+        self.problems += _disagreements(sections, *lists)
+        return None if self.problems else Params(sections, tuple(seeds), *lists)
+
+    def _merged_list(
+        self, key: str, record: type[Record], section: str, source: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Records of a list, and what each entry names under `source`: a key of the entry alone."""
+        records, sources = {}, {}
+        for name, entry in self._list(key):
             overrides = dict(entry)
-            arm_images[name] = overrides.pop("images_from", None)
-            arms[name] = self._merged(TrainRobust, "arms", name, "train_robust", overrides)
-        self.problems += _disagreements(sections, generators, image_sets, chunks, arms, arm_images)
-        if self.problems:
-            return None
-        return Params(sections, tuple(seeds), generators, image_sets, chunks, arms, arm_images)
+            sources[name] = overrides.pop(source, None)
+            records[name] = self._merged(record, key, name, section, overrides)
+        return records, sources
 
     def _list(self, key: str, plain_names: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
         entries = self.raw.get(key, {})
@@ -383,23 +395,8 @@ class _Reader:
     def _merged(self, record: type[Record], key: str, name: str, section: str, overrides: dict[str, Any]) -> Any:
         """A list entry over its section. Of an unsound section only the problems of the entry itself are told again."""
         base, where = self.raw.get(section), f"{key}.{name}"
-        if not isinstance(overrides, dict):
-            self.problems.append(f"{where} is {overrides!r}; expected a mapping of overrides")
-            return None
         merged = merge(base if isinstance(base, dict) else {}, overrides)
         return self._record(record, where, merged, only=None if section in self.sound else overrides)
-
-    def _image_set(self, name: str, entry: dict[str, Any]) -> dict[str, Any]:
-        stages = ("generate_images", "select_images")
-        self.problems += [
-            f"image_sets.{name}.{key} is not known; expected overrides of {' or '.join(stages)}"
-            for key in entry
-            if key not in stages
-        ]
-        return {
-            word: self._merged(SECTIONS[word], f"image_sets.{name}", word, word, entry.get(word) or {})
-            for word in stages
-        }
 
     def _record(self, record: type[Record], where: str, value: Any, only: dict[str, Any] | None = None) -> Any:
         """A validated record or None. `only`: report no problem but those at the keys of this mapping."""
@@ -463,8 +460,10 @@ def _disagreements(
     generators: Mapping[str, Any],
     image_sets: Mapping[str, Any],
     chunks: Mapping[str, Any],
+    selections: Mapping[str, Any],
+    selected_from: Mapping[str, Any],
     arms: Mapping[str, Any],
-    arm_images: Mapping[str, str],
+    arm_images: Mapping[str, Any],
 ) -> Iterator[str]:
     """Problems between sections; entries that are None have been reported already."""
     of_set: dict[str, dict[str, Chunk]] = {}
@@ -487,8 +486,11 @@ def _disagreements(
             yield f"image_sets.{name} mixes generators in its chunks {', '.join(mine)}; name one in all of them"
         if len({chunk.index for chunk in mine.values()}) < len(mine):
             yield f"image_sets.{name}: two of its chunks {', '.join(mine)} have the same index; give each its own"
+    for name, image_set in selected_from.items():
+        if not isinstance(image_set, str) or image_set not in image_sets:
+            yield f"selections.{name}.image_set is {image_set!r}; expected one of {_names(image_sets)}"
+    sets = {f"{ARTIFACTS}/select_images/{selection}" for selection in selections}
     for name, path in arm_images.items():
-        sets = {f"{ARTIFACTS}/select_images/{image_set}" for image_set in image_sets}
         arm = arms.get(name)
         if not isinstance(path, str) or path not in {REAL_ONLY, *sets}:
             yield f"arms.{name}.images_from is {path!r}; expected {REAL_ONLY} or one of {_names(sets)}"

@@ -132,6 +132,8 @@ def _resolved(template: dict, word: str, chosen: dict, params: config.Params) ->
     values = {"key": stage.instance(chosen), **{f"item.{name}": str(value) for name, value in chosen.items()}}
     if "chunk" in chosen:
         values |= {f"item.{name}": str(value) for name, value in params.chunks[chosen["chunk"]].plain().items()}
+    if "selection" in chosen:
+        values["item.image_set"] = params.selected_from[chosen["selection"]]
     if stage.each == ("arm",):
         values["item.images_from"] = params.arm_images[chosen["arm"]]
     fill = lambda text: re.sub(r"\$\{([^}]+)\}", lambda m: values[m[1]], text)  # noqa: E731

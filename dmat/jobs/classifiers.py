@@ -7,6 +7,7 @@ from dmat import seeds
 from dmat.config import Network
 from dmat.data.shards import Shards
 from dmat.devices import Compute
+from dmat.errors import DmatError
 from dmat.jobs.execution import Job
 from dmat.robust.networks import NETWORKS, Facts, WideResNet
 from dmat.training import weights
@@ -41,9 +42,16 @@ def classifier_sidecar(network: Network, facts: Facts, real: Shards, job: Job, *
     }
 
 
-def load_classifier(path: Path, compute: Compute) -> tuple[WideResNet, dict[str, Any]]:
-    """A classifier in evaluation mode without gradients, and its sidecar."""
+def load_classifier(path: Path, images: Shards, compute: Compute) -> tuple[WideResNet, dict[str, Any]]:
+    """A classifier in evaluation mode without gradients, and its sidecar. Refuses one that was trained for other
+    classes or another shape than `images` have."""
     state, sidecar = weights.read(path, "classifier")
+    trained, given = (sidecar["image_shape"], sidecar["classes"]), (list(images.shape), images.classes)
+    if trained != given:
+        raise DmatError(
+            f"{path} is for images {trained[0]} of {trained[1]} classes, these images are {given[0]} of {given[1]}; "
+            f"expected the same; train a classifier on this data set, or name other images"
+        )
     facts = Facts(sidecar["classes"], sidecar["channels"], tuple(sidecar["mean"]), tuple(sidecar["std"]))
     spec = sidecar["network"]
     model = NETWORKS[spec["name"]](facts, spec["depth"], spec["width"], spec["activation"])

@@ -29,12 +29,13 @@ _TOLERANCE = 1e-6  # float32 rounding of x + perturbation - x
 
 def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
     compute = job.compute.exact()
-    test = everything(shards.open_shards(job.inputs["test"]))
+    opened = shards.open_shards(job.inputs["test"])
+    test = everything(opened)
     train = everything(shards.open_shards(job.inputs["train"]))
     table: dict[str, np.ndarray] = {"index": np.arange(len(test[1])), "label": test[1].numpy()}
     summary: dict[str, Any] = {}
     for which in ("best", "last"):
-        model, sidecar = load_classifier(job.inputs["classifier"] / f"{which}.safetensors", compute)
+        model, sidecar = load_classifier(job.inputs["classifier"] / f"{which}.safetensors", opened, compute)
         ball = Ball(sidecar["threat"]["norm"], Fraction(sidecar["threat"]["epsilon"]))
         clean, robust, adversarial = _pgd(model, test, ball, settings, compute)
         _, train_robust, _ = _pgd(model, train, ball, settings, compute)

@@ -126,8 +126,9 @@ def stage_identity(stage: Stage, chosen: Mapping[str, Any], params: Params) -> d
     """What else decides a result: the position of a chunk, the chunks of a set."""
     if "chunk" in chosen:
         return {"chunk": params.chunks[chosen["chunk"]].plain()}
-    if "image_set" in chosen:
-        return {"chunks": list(params.chunks_of(chosen["image_set"]))}
+    if "selection" in chosen:
+        image_set = params.selected_from[chosen["selection"]]
+        return {"image_set": image_set, "chunks": list(params.chunks_of(image_set))}
     return {}
 
 

@@ -28,7 +28,7 @@ def run(settings: MeasureImages, job: Job) -> dict[str, Any]:
     images, labels = pool.take(kept[evenly])
     real, _ = shards.open_shards(job.inputs["train"]).all()
     held_out, held_out_labels = shards.open_shards(job.inputs["validation"]).all()
-    scorer, _ = load_classifier(job.inputs["scorer"] / "best.safetensors", job.compute)
+    scorer, _ = load_classifier(job.inputs["scorer"] / "best.safetensors", pool, job.compute)
 
     made_features, made = _judge(scorer, images, job)
     real_features, judged = _judge(scorer, held_out, job)

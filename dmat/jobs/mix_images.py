@@ -23,6 +23,12 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
     selection = (
         None if settings.images_from == REAL_ONLY else files.read_json(job.inputs["images_from"] / "selection.json")
     )
+    if selection and (selection["shape"], selection["classes"]) != (list(real.shape), real.classes):
+        raise DmatError(
+            f"arm {job.chosen['arm']}: {settings.images_from} holds images {selection['shape']} of "
+            f"{selection['classes']} classes, the training images are {list(real.shape)} of {real.classes}; expected "
+            f"the same; name images of a generator that was trained on this data set"
+        )
     mix = Mix(len(real), selection["kept"] if selection else 0, settings.batch, settings.generated_share)
     if selection and not 0 < mix.generated_per_batch < mix.batch:
         raise DmatError(

@@ -19,7 +19,7 @@ from dmat.robust import prediction
 
 def run(settings: ScoreImages, job: Job) -> dict[str, Any]:
     chunk = shards.open_shards(job.inputs["images"])
-    model, _ = load_classifier(job.inputs["scorer"] / "best.safetensors", job.compute)
+    model, _ = load_classifier(job.inputs["scorer"] / "best.safetensors", chunk, job.compute)
     scores = np.empty(len(chunk), dtype=np.float32)
     for start in range(0, len(chunk), settings.batch):
         where = np.arange(start, min(start + settings.batch, len(chunk)))

@@ -15,7 +15,8 @@ from dmat.jobs.execution import Job
 
 
 def run(settings: SelectImages, job: Job) -> dict[str, Any]:
-    names = list(job.params.chunks_of(job.chosen["image_set"]))
+    image_set = job.params.selected_from[job.chosen["selection"]]
+    names = list(job.params.chunks_of(image_set))
     pool = shards.open_shards([job.inputs["images"] / name for name in names], verify=False)
     scores = np.concatenate([np.load(job.inputs["scores"] / name / "scores.npy") for name in names])
     if len(scores) != len(pool):
@@ -32,7 +33,9 @@ def run(settings: SelectImages, job: Job) -> dict[str, Any]:
         folder / "selection.json",
         {
             "schema": 1,
-            "image_set": job.chosen["image_set"],
+            "image_set": image_set,
+            "shape": list(pool.shape),
+            "classes": pool.classes,
             "chunks": names,
             "manifest_sha256": checksums,
             "pool": len(pool),

@@ -50,7 +50,7 @@ class Stage:
         lists: dict[str, Any] = {
             "generator": params.generators,
             "chunk": params.chunks,
-            "image_set": params.image_sets,
+            "selection": params.selections,
             "arm": params.arms,
             "seed": params.seeds,
         }
@@ -131,7 +131,7 @@ STAGES: dict[str, Stage] = {
             "generate_images",
             "Generate one chunk of a labelled image set.",
             ("chunk",),
-            settings=lambda p, chunk: p.image_sets[p.chunks[chunk].image_set]["generate_images"],
+            settings=lambda p, chunk: p.image_sets[p.chunks[chunk].image_set],
             inputs=lambda p, chunk: {"denoiser": f"{ARTIFACTS}/train_diffusion/{p.chunks[chunk].generator}"},
             outputs=lambda p, chunk: {"images": _chunk_folder("generate_images", p, chunk)},
             example="dmat generate-images --chunk edm18-0000",
@@ -148,29 +148,29 @@ STAGES: dict[str, Stage] = {
         Stage(
             "select_images",
             "Keep the best-scored images of each class of an image set.",
-            ("image_set",),
-            settings=lambda p, image_set: p.image_sets[image_set]["select_images"],
-            inputs=lambda p, image_set: {
-                "images": f"{ARTIFACTS}/generate_images/{image_set}",
-                "scores": f"{ARTIFACTS}/score_images/{image_set}",
+            ("selection",),
+            settings=lambda p, selection: p.selections[selection],
+            inputs=lambda p, selection: {
+                "images": f"{ARTIFACTS}/generate_images/{p.selected_from[selection]}",
+                "scores": f"{ARTIFACTS}/score_images/{p.selected_from[selection]}",
             },
-            outputs=lambda p, image_set: {"selection": f"{ARTIFACTS}/select_images/{image_set}"},
-            example="dmat select-images --image-set edm18",
+            outputs=lambda p, selection: {"selection": f"{ARTIFACTS}/select_images/{selection}"},
+            example="dmat select-images --selection edm18_best",
         ),
         Stage(
             "measure_images",
-            "Measure quality, memorisation and duplicates of an image set.",
-            ("image_set",),
-            settings=lambda p, image_set: p.sections["measure_images"],
-            inputs=lambda p, image_set: {
-                "images": f"{ARTIFACTS}/generate_images/{image_set}",
-                "selection": f"{ARTIFACTS}/select_images/{image_set}",
+            "Measure quality, memorisation and duplicates of a selection.",
+            ("selection",),
+            settings=lambda p, selection: p.sections["measure_images"],
+            inputs=lambda p, selection: {
+                "images": f"{ARTIFACTS}/generate_images/{p.selected_from[selection]}",
+                "selection": f"{ARTIFACTS}/select_images/{selection}",
                 "scorer": SCORER,
                 "train": _split("train"),
                 "validation": _split("validation"),
             },
-            outputs=lambda p, image_set: {"measures": f"{ARTIFACTS}/measure_images/{image_set}"},
-            example="dmat measure-images --image-set edm18",
+            outputs=lambda p, selection: {"measures": f"{ARTIFACTS}/measure_images/{selection}"},
+            example="dmat measure-images --selection edm18_best",
         ),
         Stage(
             "mix_images",

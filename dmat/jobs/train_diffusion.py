@@ -10,6 +10,7 @@ from dmat.config import Generator, Sampler
 from dmat.data import shards
 from dmat.data.pixels import to_bytes
 from dmat.diffusion.samplers import SAMPLERS
+from dmat.errors import DmatError
 from dmat.jobs.denoisers import denoiser_sidecar, load_denoiser, new_denoiser
 from dmat.jobs.execution import Job
 from dmat.metrics import pictures
@@ -18,6 +19,12 @@ from dmat.training import denoiser, weights
 
 def run(settings: Generator, job: Job) -> dict[str, Any]:
     real = shards.open_shards(job.inputs["train"])
+    halvings = len(settings.multipliers) - 1
+    if any(side % 2**halvings for side in real.shape[:2]):
+        raise DmatError(
+            f"generator {job.chosen['generator']}: {len(settings.multipliers)} multipliers halve the images "
+            f"{halvings} times, which {real.shape[0]}x{real.shape[1]} pixels do not allow; give fewer multipliers"
+        )
     images, labels = real.all()
     model = new_denoiser(settings, real.shape[2], real.classes)
     with job.long_run(settings.images) as run:

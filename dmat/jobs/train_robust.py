@@ -1,5 +1,6 @@
 """train_robust: an arm's images and a seed -> best and last averaged weights of a robust classifier, history."""
 
+import math
 from typing import Any
 
 from dmat import files
@@ -7,6 +8,7 @@ from dmat.config import TrainRobust
 from dmat.data import shards
 from dmat.data.batches import MixedBatches
 from dmat.data.pixels import everything
+from dmat.errors import DmatError
 from dmat.jobs.classifiers import classifier_sidecar, facts_of, new_classifier
 from dmat.jobs.execution import Job
 from dmat.jobs.mix_images import open_mix
@@ -21,6 +23,12 @@ def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
     real = shards.open_shards(job.inputs["train"])
     mix, generated, kept = open_mix(job.inputs["mix"], real, job.root)
     facts = facts_of(real)
+    largest = math.sqrt(math.prod(real.shape))
+    if settings.threat.norm == "l2" and settings.threat.epsilon > largest:
+        raise DmatError(
+            f"arm {job.chosen['arm']}: threat.epsilon {settings.threat.epsilon.text} is larger than the distance "
+            f"from a black to a white image of {real.shape}, {largest:.2f}; expected less, for example 128/255"
+        )
     model = new_classifier(settings.network, facts, seed)
     ball = Ball(settings.threat.norm, settings.threat.epsilon)
     recipe = Recipe(ball, settings.attack_steps, settings.attack_step_size, settings.beta, settings.label_smoothing)

@@ -181,7 +181,7 @@ def _page(settings: WriteReport, job: Job, comparison: dict[str, Any], names: di
         for name in [f"{stage.instance(chosen)}.json"]
     }
     quality = {
-        name: files.read_json(job.inputs["metrics/measure_images"] / f"{name}.json") for name in job.params.image_sets
+        name: files.read_json(job.inputs["metrics/measure_images"] / f"{name}.json") for name in job.params.selections
     }
     mixes = {arm: files.read_json(job.inputs["mix_images"] / arm / "mix.json") for arm in names}
     first = next(iter(names.values()))[0]
