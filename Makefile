@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: repro test test-slow test-gpu check ui clean-env
 
 repro: .venv/ready
-	$(BIN)/dvc repro; status=$$?; $(BIN)/dmat runs reap; exit $$status
+	$(BIN)/dvc repro; status=$$?; $(BIN)/dmat runs sync; exit $$status
 	@cat artifacts/write_report/report/table.md
 	@echo "The whole comparison: artifacts/write_report/report/report.html; every run: make ui"
 

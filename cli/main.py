@@ -1,5 +1,6 @@
 """Entry point of `dmat`. A DmatError becomes its sentence on stderr and exit code 2; an interruption its own code."""
 
+import errno
 import sys
 
 import typer
@@ -7,6 +8,12 @@ import typer
 from cli import recipes, runs, stages
 from dmat import __version__
 from dmat.errors import DmatError, Interrupted
+
+# What the person at the keyboard can mend: a full, read-only, forbidden or wrong place.
+_MENDABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG),
+}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,6 +51,15 @@ def main() -> None:
         app()
     except DmatError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        typer.echo(
+            f"error: {error.filename or 'a file'}: {error.strerror}; expected a place to read and write; free or "
+            f"unlock it and run the same command again, it goes on",
+            err=True,
+        )
         sys.exit(2)
     except Interrupted as stop:
         typer.echo(str(stop), err=True)

@@ -10,20 +10,21 @@ import typer
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Tracked runs.\n\nExample: dmat runs reap")
+    group = typer.Typer(no_args_is_help=True, help="Tracked runs.\n\nExample: dmat runs sync")
     group.command(
-        "reap",
-        help="End runs whose process is gone: stages KILLED, parents by their children.\n\nExample: dmat runs reap",
-    )(_reap)
+        "sync",
+        help="Bring MLflow up to date: send what an outage kept back, end runs whose process is gone.\n\n"
+        "Example: dmat runs sync",
+    )(_sync)
     app.add_typer(group, name="runs")
     app.command("ui", help="Open the MLflow UI on 127.0.0.1.\n\nExample: dmat ui --port 5000")(_ui)
 
 
-def _reap() -> None:
+def _sync() -> None:
     from dmat import tracking
     from dmat.jobs import workspace
 
-    for line in tracking.reap(workspace.find(Path.cwd()).home):
+    for line in tracking.sync(workspace.find(Path.cwd()).home, report=True):
         typer.echo(line)
 
 

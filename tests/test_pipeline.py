@@ -102,7 +102,7 @@ def test_the_test_split_is_untouched_by_everything_else(project):
 
 
 def test_mlflow_has_one_parent_and_a_finished_run_for_each_stage(project):
-    project.run("dmat", "runs", "reap")
+    project.run("dmat", "runs", "sync")
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{project.folder}/mlruns/mlflow.db")

@@ -27,7 +27,7 @@ ROWS = (
 )
 SUBJECTS = ROWS[2]  # these know nothing of each other
 HOMES = {  # package -> the only modules that import it
-    "mlflow": {"dmat.tracking"},
+    "mlflow": {"dmat.tracking.stores", "dmat.tracking.memory"},
     "pyautoattack": {"dmat.robust.auto_attack"},
     "typer": {"cli.main", "cli.stages", "cli.recipes", "cli.runs", "cli.reference"},
     "pydantic": {"dmat.config"},

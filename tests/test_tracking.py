@@ -1,13 +1,15 @@
 """MLflow: true status however a run ends, nothing sent twice or lost, and a broken store that stops nothing."""
 
-import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 
-from dmat import tracking
+from dmat import files, tracking
 from dmat.errors import DmatError, Interrupted
+from dmat.tracking import notes, runs, stores
 from dmat.training.long_run import MetricsLog
 
 
@@ -15,16 +17,16 @@ from dmat.training.long_run import MetricsLog
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("DMAT_TRACKING", "on")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracking, "_PATIENCE", 120.0)
+    monkeypatch.setattr(runs, "_PATIENCE", 120.0)
     return tmp_path
 
 
-def _open(home, name="one"):
+def _open(home, name="one", parent=None):
     work = home / "runs" / name
     work.mkdir(parents=True, exist_ok=True)
     return tracking.open_run(
         home, work, stage="train_robust", instance=name, settings={"beta": 5.0, "threat": {"epsilon": "8/255"}},
-        inputs={"train": {"path": "p", "sha256": "abc"}}, compute={"device": "cpu"},
+        inputs={"train": {"path": "p", "sha256": "abc"}}, compute={"device": "cpu"}, parent=parent,
     )  # fmt: skip
 
 
@@ -62,39 +64,133 @@ def test_a_killed_and_resumed_run_is_one_run_with_each_point_once(home):
 def test_an_error_ends_failed(home):
     with pytest.raises(DmatError), _open(home):
         raise DmatError("diverged")
-    assert [run.info.status for run in _runs(home)[1]] == ["FAILED"]
+    (run,) = _runs(home)[1]
+    assert run.info.status == "FAILED"
+    assert run.data.tags["dmat.error"] == "diverged"
 
 
-def test_a_run_whose_process_died_is_ended_by_the_next_command(home):
-    client, experiment = tracking.connect(home)
-    run = client.create_run(experiment, run_name="lost")
-    dead = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
-    )
-    note = home / "mlruns" / "active" / f"{run.info.run_id}.json"
-    note.parent.mkdir()
-    about = {"pid": int(dead.stdout), "started": 0.0, "parent": False, "store": tracking.store(home)}
-    note.write_text(json.dumps(about))
-    (note.parent / "unknown.json").write_text(json.dumps(about))
-    elsewhere = note.parent / "elsewhere.json"
-    elsewhere.write_text(json.dumps(about | {"store": "http://127.0.0.1:9"}))
-    assert tracking.reap(home) == ["lost: KILLED"]
-    assert client.get_run(run.info.run_id).info.status == "KILLED"
-    assert sorted(path.name for path in note.parent.iterdir()) == ["elsewhere.json"]
-    assert tracking.reap(home) == []
+@pytest.fixture(scope="module")
+def dead_pid():
+    """Of a process that has ended."""
+    script = "import os; print(os.getpid())"
+    return int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
 
 
-def test_an_unreachable_server_stops_nothing_and_its_metrics_are_sent_later(home, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.warns(UserWarning, match="cannot be reached .*; the run goes on"), _open(home) as run:
-        _log(home, 10, loss=2.0)
-        run.finish_with({"best": 1.0}, [])
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with _open(home):
+def _as_if_dead(home, pid):
+    """Every tracked run of this process becomes that of a process that is gone."""
+    for path in (home / "mlruns" / "active").glob("*.json"):
+        files.write_json(path, files.read_json(path) | {"pid": pid, "started": 0.0})
+
+
+_KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from dmat import tracking
+from dmat.training.long_run import MetricsLog
+home = Path(sys.argv[1])
+work = home / "runs" / "one"
+work.mkdir(parents=True)
+with tracking.open_run(home, work, stage="train_robust", instance="one", settings={}, inputs={}, compute={}) as run:
+    MetricsLog(work / "metrics.jsonl").write(10, {"loss": 2.0})
+    run.provenance()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_killed_with_9_is_ended_by_the_next_command_with_all_its_metrics(home):
+    subprocess.run([sys.executable, "-c", _KILLED, str(home)], check=False, timeout=120)
+    _, before = _runs(home)
+    assert [run.info.status for run in before] == ["RUNNING"]
+    with _open(home, "two"):
         pass
-    client, runs = _runs(home)
-    assert [point.step for point in client.get_metric_history(runs[0].info.run_id, "loss")] == [10]
+    runs = {run.info.run_name: run for run in _runs(home)[1]}
+    assert runs["train_robust two"].info.status == "FINISHED"
+    assert runs["train_robust one"].info.status == "KILLED"
+    assert runs["train_robust one"].data.tags["dmat.error"] == notes.LOST
+    assert runs["train_robust one"].data.metrics == {"loss": 2.0}
+    assert tracking.sync(home) == []
+
+
+def test_a_parent_ends_as_its_children_did(home, dead_pid):
+    parent = home / "mlruns" / "parents" / "study"
+    memory = runs.Memory(parent, tracking.store(home))
+    memory.update(about={"name": "study", "tags": {}, "settings": {}, "started": 1.0, "parent": None})
+    notes.write(home, parent, os.getpid(), by_children=True)
+    with _open(home, parent=parent):
+        pass
+    with pytest.raises(DmatError), _open(home, "two", parent=parent):
+        raise DmatError("diverged")
+    _as_if_dead(home, dead_pid)
+    assert tracking.sync(home) == ["study: FAILED"]
+    found = _runs(home)[1]
+    ids = {run.info.run_name: run.info.run_id for run in found}
+    assert {run.data.tags.get("mlflow.parentRunId") for run in found if run.info.run_name != "study"} == {ids["study"]}
+
+
+def test_notes_of_another_store_and_of_living_processes_are_left_alone(home, dead_pid, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    (home / "runs" / "x" / "elsewhere").mkdir(parents=True)
+    notes.write(home, home / "runs" / "x" / "elsewhere", os.getpid())
+    _as_if_dead(home, dead_pid)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    notes.write(home, home / "runs" / "x" / "alive", os.getpid())
+    assert tracking.sync(home) == []
+    assert sorted(path.name for path in (home / "mlruns" / "active").iterdir()) == ["x-alive.json", "x-elsewhere.json"]
+
+
+@pytest.mark.parametrize("known_before", [False, True], ids=["never reached", "lost on the way"])
+def test_a_server_that_is_away_costs_no_metric(home, monkeypatch, dead_pid, known_before):
+    """What an outage kept back arrives by `dmat runs sync`: points, final numbers, status, each once."""
+    if known_before:
+        with pytest.raises(Interrupted), _open(home):
+            _log(home, 5, loss=3.0)
+            raise Interrupted(143, "stopped")
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be reached .*; the run goes on"):
+        patch.setattr(stores, "connect", _unreachable)
+        started = time.monotonic()
+        with _open(home) as run:
+            _log(home, 10, loss=2.0)
+            run.finish_with({"best": 1.0}, [])
+        assert time.monotonic() - started < 15
+    assert tracking.sync(home) == []  # the process lives: its own thread may still deliver
+    _as_if_dead(home, dead_pid)
+    assert tracking.sync(home) == ["train_robust one: FINISHED"]
+    client, found = _runs(home)
+    assert [run.info.status for run in found] == ["FINISHED"]
+    steps = [point.step for point in client.get_metric_history(found[0].info.run_id, "loss")]
+    assert steps == ([5, 10] if known_before else [10])
+    assert found[0].data.metrics["best"] == 1.0
+
+
+def _unreachable(home):
+    raise ConnectionError("nobody answers")
+
+
+def test_a_server_that_comes_back_gets_everything_while_the_run_goes_on(home, monkeypatch):
+    monkeypatch.setattr(runs, "_SEND_EVERY", 0.05)
+    answers = iter([_unreachable, _unreachable])
+    real = stores.connect
+    monkeypatch.setattr(stores, "connect", lambda home: next(answers, real)(home))
+    with pytest.warns(UserWarning, match="cannot be reached"), _open(home):
+        _log(home, 10, loss=2.0)
+        deadline = time.monotonic() + 60
+        while not files.read_json(home / "runs" / "one" / "tracking.json")["sent"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert [run.data.metrics for run in _runs(home)[1]] == [{"loss": 2.0}]
+    assert [run.info.status for run in _runs(home)[1]] == ["FINISHED"]
+
+
+def test_a_point_that_was_sent_but_not_remembered_is_not_sent_again(home):
+    with pytest.raises(Interrupted), _open(home):
+        _log(home, 10, loss=2.0)
+        raise Interrupted(143, "stopped")
+    path = home / "runs" / "one" / "tracking.json"
+    files.write_json(path, files.read_json(path) | {"sent": 0})  # killed between the two
+    with _open(home):
+        _log(home, 20, loss=1.0)
+    client, found = _runs(home)
+    history = client.get_metric_history(found[0].info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(10, 2.0), (20, 1.0)]
 
 
 def test_an_empty_address_is_the_embedded_store(home, monkeypatch):

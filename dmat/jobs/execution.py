@@ -23,6 +23,7 @@ from dmat.errors import DmatError
 from dmat.jobs import code
 from dmat.jobs.stages import Stage
 from dmat.jobs.workspace import Workspace
+from dmat.training.interruption import Interruption
 from dmat.training.long_run import LongRun
 
 
@@ -81,7 +82,7 @@ class Plan:
     def state(self) -> str:
         if self.finished:
             return "finished: the result is published again"
-        return "resumes" if (self.work / "checkpoint.dmat").exists() else "starts"
+        return "resumes" if _kept(self.work) else "starts"
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -137,7 +138,7 @@ def execute(
 ) -> dict[str, Any]:
     """Runs, resumes or republishes one instance; returns its metrics. Raises DmatError and Interrupted."""
     plan.work.mkdir(parents=True, exist_ok=True)
-    with _lock(plan.work):
+    with _lock(plan.work), Interruption(at_once=True):
         if fresh:
             _set_aside(plan.work)
         finished = plan.finished
@@ -154,6 +155,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
     wanted: Any = params.sections["compute"]
     compute = devices.resolve(wanted.device, wanted.precision, wanted.threads)
     started = time.time()
+    changed = _code_changed(plan)
     run = tracking.open_run(
         workspace.home,
         plan.work,
@@ -162,6 +164,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
         settings=plan.settings.plain(),
         inputs=plan.inputs,
         compute=compute.describe(),
+        tags={"code.changed": "true"} if changed else {},
     )
     result = plan.work / "result"
     job = Job(
@@ -190,6 +193,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
                 "settings": plan.settings.plain(),
                 "inputs": plan.inputs,
                 "compute": compute.describe(),
+                "code_changed": changed,
                 "seconds": round(_spent(plan.work) + time.time() - started, 1),
             },
         }
@@ -220,6 +224,22 @@ def _lock(work: Path) -> filelock.FileLock:
         ) from None
     files.write_json(holder, {"pid": os.getpid()})
     return lock
+
+
+def _kept(work: Path) -> list[Path]:
+    """State of an earlier attempt that this one goes on from."""
+    notes = ("lock", "holder.json", "code.json", "tracking.json")
+    found = sorted(work.iterdir()) if work.exists() else []
+    return [path for path in found if path.name not in notes and not path.name.startswith(("before-", "."))]
+
+
+def _code_changed(plan: Plan) -> bool:
+    """Whether part of the work was done by other code than this. Allowed, but said: in the run and its provenance."""
+    path = plan.work / "code.json"
+    if not path.exists() or not _kept(plan.work):
+        files.write_json(path, plan.code)
+        return False
+    return bool(files.read_json(path) != plan.code)
 
 
 def _set_aside(work: Path) -> None:

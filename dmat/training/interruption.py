@@ -1,5 +1,6 @@
 """Signals as a question that a run asks between two steps, so that it stops only where its state is whole."""
 
+import os
 import signal
 from types import FrameType
 from typing import Self
@@ -11,10 +12,14 @@ _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """Inside the block SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT acts at once."""
+    """Inside the block SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT acts at once.
 
-    def __init__(self) -> None:
+    at_once: for work that has no state to save; the first signal already raises Interrupted. Blocks may be nested.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
         self.asked: signal.Signals | None = None
+        self._at_once = at_once
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in _ASKING}
@@ -27,7 +32,11 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number)
+        first, self.asked = self.asked is None, signal.Signals(number)
+        if self._at_once:
+            self.raise_if_asked()
+        elif first:  # os.write, because print may be at work where the signal came
+            os.write(2, f"\n{self.asked.name}: saving and stopping; Ctrl-C stops without saving\n".encode())
 
     def raise_if_asked(self) -> None:
         """Raises Interrupted; call it after saving."""

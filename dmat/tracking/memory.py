@@ -1,0 +1,175 @@
+"""What is remembered of a tracked run between processes, in the work folder, and how it is sent to MLflow.
+
+A `Memory` is enough to make the run, send its metrics and end it, so another process can finish what a dead one or an
+outage left.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from dmat import files
+from dmat.tracking import stores
+
+_BATCH = 1000  # MLflow's limit of metrics in one request
+FRESH: dict[str, Any] = {
+    "run": None,  # id in the store
+    "parent": None,
+    "sent": 0,  # bytes of metrics.jsonl
+    "seconds": 0.0,  # that attempts spent so far
+    "about": None,  # name, tags, settings, started, parent's folder
+    "ending": None,  # status, error, metrics, pictures, ended; None while the run goes on
+}
+
+
+class Memory:
+    """The file `tracking.json` of a folder. A run belongs to one store; another store starts anew."""
+
+    def __init__(self, folder: Path, address: str):
+        self.folder = folder
+        self._path = folder / "tracking.json"
+        known = files.read_json(self._path) if self._path.exists() else {}
+        kept = known if known.get("store") == address else {"seconds": known.get("seconds", 0.0)}
+        self._values = {**FRESH, "store": address, **kept}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def update(self, **values: Any) -> None:
+        with self._lock:
+            self._values |= values
+            files.write_json(self._path, self._values)
+
+
+class Sender:
+    """Carries one memory to its store. Every method may raise whatever MLflow raises and can be called again."""
+
+    def __init__(self, home: Path, memory: Memory):
+        self.home, self.memory = home, memory
+        self._client: Any = None
+        self._already: set[tuple[str, int]] | None = None
+
+    def connect(self, live: bool) -> None:
+        """Makes the run, or finds it. live: it goes on now; otherwise it is only caught up with."""
+        self._client, experiment = stores.connect(self.home)
+        about = self.memory["about"]
+        if stores.run_or_none(self._client, self.memory["run"]) is None:
+            parent = self._parent(about["parent"])
+            tags = about["tags"] | ({"mlflow.parentRunId": parent} if parent else {})
+            run = self._client.create_run(
+                experiment, start_time=int(1000 * about["started"]), tags=tags, run_name=about["name"]
+            )
+            self._log_params(run.info.run_id, about["settings"])
+            self._already = set()
+            self.memory.update(run=run.info.run_id, parent=parent, sent=0)
+        elif live:
+            self._client.update_run(self.memory["run"], status="RUNNING")
+            self.tag("dmat.resumed", "true")
+
+    def tag(self, name: str, value: str) -> None:
+        self._client.set_tag(self.memory["run"], name, value)
+
+    def send_new(self) -> None:
+        """Whole lines of metrics.jsonl beyond what was sent, in batches of whole lines."""
+        path = self.memory.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        with open(path, "rb") as file:
+            file.seek(self.memory["sent"])
+            new = file.read()
+        lines = new[: new.rfind(b"\n") + 1].splitlines(keepends=True)
+        for batch in _batches(lines):
+            records = [json.loads(line) for line in batch]
+            points = [
+                (name, value, record["images_seen"])
+                for record in records
+                for name, value in record.items()
+                if name != "images_seen"
+            ]
+            self._log(self._unknown(points))
+            self.memory.update(sent=self.memory["sent"] + sum(map(len, batch)))
+
+    def send_end(self, status: str, end: Mapping[str, Any]) -> None:
+        """Final numbers, pictures and status. end: as in `ending` of the memory."""
+        run = self.memory["run"]
+        self._log([(name, value, 0) for name, value in end["metrics"].items()])
+        for picture in end["pictures"]:
+            if (path := self.memory.folder / picture).exists():
+                self._client.log_artifact(run, str(path))
+        if end["error"]:
+            self.tag("dmat.error", end["error"][:4000])
+        self._client.set_terminated(run, status=status, end_time=int(1000 * end["ended"]))
+
+    def status_by_children(self) -> tuple[str, float]:
+        """FINISHED if every child is, else FAILED; and when the last one ended."""
+        run = self._client.get_run(self.memory["run"])
+        children = self._client.search_runs(
+            [run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+        )
+        ended = max((child.info.end_time or 0 for child in children), default=0) / 1000
+        good = all(child.info.status == "FINISHED" for child in children)
+        return ("FINISHED" if good else "FAILED"), ended or time.time()
+
+    def _parent(self, folder: str | None) -> str | None:
+        """The run of the folder that the parent is remembered in; made if it is not there yet."""
+        if folder is None:
+            return None
+        with filelock.FileLock(Path(folder) / "lock", timeout=60):
+            parent = Memory(Path(folder), self.memory["store"])
+            if parent["about"] is None:  # remembered for another store
+                return None
+            Sender(self.home, parent).connect(live=False)
+            run: str = parent["run"]
+            return run
+
+    def _unknown(self, points: list[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
+        """Points that the store has not: a process may have died between sending and remembering that it sent."""
+        if self._already is None:
+            names = sorted({name for name, _, _ in points})
+            histories = [self._client.get_metric_history(self.memory["run"], name) for name in names]
+            self._already = {(point.key, point.step) for history in histories for point in history}
+        return [point for point in points if (point[0], point[2]) not in self._already]
+
+    def _log(self, points: list[tuple[str, float, int]]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        numbers = [Metric(name, value, now, step) for name, value, step in points]
+        for start in range(0, len(numbers), _BATCH):
+            self._client.log_batch(self.memory["run"], metrics=numbers[start : start + _BATCH])
+
+    def _log_params(self, run: str, settings: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        pairs = [Param(name, str(value)[:6000]) for name, value in _leaves(settings)]
+        for start in range(0, len(pairs), 100):
+            self._client.log_batch(run, params=pairs[start : start + 100])
+
+
+def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
+    """Lines in groups of about as many numbers as one request may hold."""
+    group: list[bytes] = []
+    held = 0
+    for line in lines:
+        numbers = line.count(b":")
+        if group and held + numbers > _BATCH:
+            yield group
+            group, held = [], 0
+        group.append(line)
+        held += numbers
+    if group:
+        yield group
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

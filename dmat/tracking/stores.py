@@ -1,0 +1,75 @@
+"""Where tracked runs are kept: the server that MLFLOW_TRACKING_URI names, or SQLite inside the project."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+EXPERIMENT = "dmat"
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+
+
+def store(home: Path) -> str:
+    """MLFLOW_TRACKING_URI, or the embedded SQLite store at an absolute path."""
+    return _server() or f"sqlite:///{home / 'mlruns' / 'mlflow.db'}"
+
+
+def _server() -> str:
+    """MLFLOW_TRACKING_URI, where unset and empty mean the same."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "")
+
+
+def artifact_folder(home: Path) -> Path:
+    return home / "mlruns" / "artifacts"
+
+
+def connect(home: Path) -> tuple[Any, str]:
+    """An MLflow client and the id of the experiment. Creates the embedded store under a lock, since two processes that
+    open a fresh SQLite store at once do not both survive."""
+    from mlflow import MlflowClient
+
+    folder = home / "mlruns"
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / "create.lock", timeout=60), _quiet():
+        client = MlflowClient(store(home))
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            where = None if _server() else artifact_folder(home).as_uri()
+            return client, client.create_experiment(EXPERIMENT, artifact_location=where)
+        return client, found.experiment_id
+
+
+def run_or_none(client: Any, run_id: str | None) -> Any:
+    """The run, or None if the store does not know it: another store may stand at the same address by now."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """MLflow and alembic announce every migration of a fresh store; people need none of it."""
+    import logging
+
+    names = ("mlflow", "alembic")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,18 @@
+"""What the server process of tests/forked.py imports before its first fork: all that jobs import, early or late."""
+
+import importlib
+
+import matplotlib.pyplot as plt
+import pyarrow.parquet
+import sklearn.datasets
+import torch
+import torch._dynamo  # by the first optimiser
+from pyautoattack import AutoAttack
+
+from cli import main
+from dmat.jobs import STAGES, execution
+
+for _word in STAGES:
+    importlib.import_module(f"dmat.jobs.{_word}")
+torch.set_num_threads(1)
+LOADED = (plt, pyarrow, sklearn, AutoAttack, main, execution)
