@@ -10,9 +10,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dmat.errors import DmatError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _READ_SIZE = 1 << 20
 
@@ -64,6 +67,21 @@ def read_json(path: Path) -> Any:
         raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`") from None
     except ValueError as error:
         raise DmatError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def load_array(path: Path) -> "np.ndarray":
+    """A whole .npy file. Raises DmatError if it is missing or cut."""
+    import numpy as np  # not above: `dmat --help` needs this module, and not numpy
+
+    try:
+        array: np.ndarray = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`") from None
+    except (ValueError, EOFError) as error:
+        raise DmatError(
+            f"{path} is not a whole array ({error}); delete its folder and run its stage again, or `dvc checkout`"
+        ) from None
+    return array
 
 
 def sha256(path: Path) -> str:

@@ -31,6 +31,20 @@ def tiny_params_once() -> dict:
     return _tiny()
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A project in which every stage but the report has run once, undisturbed. Tests work on copies."""
+    from tests.projects import IN_ORDER, Project
+
+    params = _tiny()
+    params["compute"]["save_every_seconds"] = 0.05
+    params["evaluate_robust"] |= {"auto_attack": "standard", "shard": 5}
+    project = Project(tmp_path_factory.mktemp("finished"), params)
+    for word in IN_ORDER:
+        project.run(word)
+    return project
+
+
 def _tiny() -> dict:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["compute"] |= {"threads": 1, "precision": "fp32"}

@@ -5,6 +5,7 @@ import copy
 import pytest
 import yaml
 
+from cli.main import main
 from dmat import config
 from dmat.config import Fraction
 from dmat.errors import ConfigError, DmatError
@@ -101,13 +102,21 @@ def _load(tmp_path, params):
 
 
 @pytest.mark.parametrize(("key", "value", "words"), BAD, ids=[f"{key}={value}"[:50] for key, value, _ in BAD])
-def test_bad_input_is_answered(tmp_path, params, key, value, words):
+def test_bad_input_is_answered(tmp_path, params, monkeypatch, capsys, key, value, words):
+    """By the command itself: exit code 2, one list on stderr, no traceback, nothing made."""
     _put(params, key, value)
-    with pytest.raises(ConfigError) as caught:
-        _load(tmp_path, params)
-    text = str(caught.value)
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(params))
+    monkeypatch.setattr("sys.argv", ["dmat", "prepare-data", "--params", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    text = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert text.startswith(f"error: {path}: ")
+    assert "Traceback" not in text
     assert key.partition(".")[0] in text
     assert all(word in text for word in words), text
+    assert [found.name for found in tmp_path.iterdir()] == ["params.yaml"]
 
 
 def test_all_problems_come_at_once_and_each_only_once(tmp_path, params):

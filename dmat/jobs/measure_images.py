@@ -23,7 +23,7 @@ from dmat.robust.networks import WideResNet
 def run(settings: MeasureImages, job: Job) -> dict[str, Any]:
     selection = files.read_json(job.inputs["selection"] / "selection.json")
     pool = shards.open_shards([job.inputs["images"] / name for name in selection["chunks"]])
-    kept = np.load(job.inputs["selection"] / "indices.npy")
+    kept = files.load_array(job.inputs["selection"] / "indices.npy")
     evenly = np.unique(np.linspace(0, len(kept) - 1, min(settings.images, len(kept))).astype(np.int64))
     images, labels = pool.take(kept[evenly])
     real, _ = shards.open_shards(job.inputs["train"]).all()

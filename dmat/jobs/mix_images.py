@@ -30,6 +30,11 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
             f"the same; name images of a generator that was trained on this data set"
         )
     mix = Mix(len(real), selection["kept"] if selection else 0, settings.batch, settings.generated_share)
+    if selection and not mix.generated:
+        raise DmatError(
+            f"arm {job.chosen['arm']}: {settings.images_from} keeps 0 generated images; expected some; run its "
+            f"selection again"
+        )
     if selection and not 0 < mix.generated_per_batch < mix.batch:
         raise DmatError(
             f"arm {job.chosen['arm']}: generated_share {settings.generated_share} of a batch of {mix.batch} leaves "
@@ -74,4 +79,4 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None
     indices = root / selection["path"] / "indices.npy"
     if files.sha256(indices) != selection["indices_sha256"]:
         raise DmatError(f"{indices} changed after the mix was made; run `dvc repro` to bring them together")
-    return mix, shards.open_shards(folders), np.load(indices)
+    return mix, shards.open_shards(folders), files.load_array(indices)

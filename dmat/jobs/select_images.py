@@ -18,13 +18,18 @@ def run(settings: SelectImages, job: Job) -> dict[str, Any]:
     image_set = job.params.selected_from[job.chosen["selection"]]
     names = list(job.params.chunks_of(image_set))
     pool = shards.open_shards([job.inputs["images"] / name for name in names], verify=False)
-    scores = np.concatenate([np.load(job.inputs["scores"] / name / "scores.npy") for name in names])
+    scores = np.concatenate([files.load_array(job.inputs["scores"] / name / "scores.npy") for name in names])
     if len(scores) != len(pool):
         raise DmatError(
             f"{job.inputs['scores']} holds {len(scores)} scores for {len(pool)} images; run score_images again"
         )
     labels = np.concatenate([np.asarray(labels) for labels in pool.labels])
     kept = best_of_each_class(scores, labels, settings.keep)
+    if not len(kept):
+        raise DmatError(
+            f"selection {job.chosen['selection']}: keep {settings.keep} of {len(pool)} images leaves none; "
+            f"expected at least one of a class; keep more, or generate more chunks"
+        )
     folder = job.result / "selection"
     with files.writing(folder / "indices.npy") as file:
         np.save(file, kept)

@@ -1,0 +1,59 @@
+"""Small projects without git and DVC, in which single commands run, are disturbed and are refused."""
+
+import shutil
+
+import yaml
+
+from dmat import config, files
+from dmat.jobs import STAGES
+from tests import forked
+
+# Each stage with the options of one instance, in an order in which they can run.
+IN_ORDER = {
+    "prepare_data": [],
+    "train_scorer": [],
+    "train_diffusion": ["--generator", "edm"],
+    "generate_images": ["--chunk", "edm18-0000"],
+    "score_images": ["--chunk", "edm18-0000"],
+    "select_images": ["--selection", "edm18_best"],
+    "measure_images": ["--selection", "edm18_best"],
+    "mix_images": ["--arm", "generated"],
+    "train_robust": ["--arm", "generated", "--seed", "1"],
+    "evaluate_robust": ["--arm", "generated", "--seed", "1"],
+}
+
+
+class Project:
+    """A folder with params.yaml and artifacts, without git and DVC."""
+
+    def __init__(self, folder, params):
+        self.folder, self.params = folder, params
+        self.write({})
+
+    def write(self, changes):
+        """params.yaml with some values changed."""
+        self.params = config.merge(self.params, changes)
+        (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False))
+
+    def command(self, word, **environment):
+        return forked.Command(self.folder, STAGES[word].command, *IN_ORDER[word], "--json", **environment)
+
+    def run(self, word, code=0):
+        found, text = self.command(word).wait()
+        assert found == code, text
+        return text
+
+    def outputs(self, word):
+        """Hash of everything that an instance leaves for other stages and for people, provenance apart."""
+        folder = self.folder / "artifacts"
+        found = sorted(p for p in (folder / word, folder / "metrics" / word) if p.exists())
+        work = list((self.folder / "runs" / word).glob("*/metrics.jsonl"))
+        return {str(p.relative_to(self.folder)): files.checksum(p) for p in [*found, *work]}
+
+    def copy_without(self, word, to):
+        """The same project as it was before a stage ran."""
+        leave = [f"runs/{word}", f"artifacts/{word}", f"artifacts/metrics/{word}"]
+        shutil.copytree(
+            self.folder, to, ignore=lambda at, names: {n for n in names if f"{at}/{n}".endswith(tuple(leave))}
+        )
+        return Project(to, self.params)
