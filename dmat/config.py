@@ -259,6 +259,37 @@ class WriteReport(Record):
     seed: int
 
 
+class Range(Record):
+    low: float
+    high: float
+    scale: Literal["linear", "log"] = "linear"
+
+    @pydantic.model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low} and high is {self.high}; expected low below high")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(f"low is {self.low} on a log scale; expected above 0, or scale: linear")
+        return self
+
+
+Space = Annotated[dict[Literal["beta", "learning_rate", "generated_share"], Range], Field(min_length=1)]
+
+
+class Tune(Record):
+    """A study: trials are short runs of train_robust that start from an arm and differ in `space` alone."""
+
+    arm: Name
+    images: Count  # training images that a trial sees, the same for all
+    evaluate_every: Count  # images between two reports of validation PGD accuracy
+    sampler: Literal["tpe", "random"] = "tpe"
+    pruner: Literal["median", "none"] = "median"
+    startup_trials: Annotated[int, Field(ge=0)] = 5  # before anything is pruned
+    warm_up_images: Annotated[int, Field(ge=0)] = 0  # of a trial before it may be pruned
+    seed: int  # of the sampler, and of every trial's training
+    space: Space
+
+
 class Chunk(Record):
     image_set: Name
     generator: Name
@@ -277,7 +308,9 @@ SECTIONS: dict[str, type[Record]] = {
     "train_robust": TrainRobust,
     "evaluate_robust": EvaluateRobust,
     "write_report": WriteReport,
+    "tune": Tune,
 }
+NOT_NEEDED = ("compute", "tune")  # sections that a file may leave out
 LISTS = ("generators", "image_sets", "chunks", "selections", "arms")
 
 
@@ -337,7 +370,8 @@ class _Reader:
         sections = {}
         for word, record in SECTIONS.items():
             given = self.raw.get(word) or ({} if word == "compute" else None)
-            sections[word] = self._record(record, word, given)
+            if given is not None or word not in NOT_NEEDED:
+                sections[word] = self._record(record, word, given)
         self.sound = {word for word, made in sections.items() if made is not None}
         seeds = self.raw.get("seeds")
         if not (
@@ -499,9 +533,37 @@ def _disagreements(
                 f"arms.{name} has generated_share {arm.generated_share} and images_from {path}; "
                 f"expected a share above 0 exactly where a selection is named"
             )
+    yield from _study_disagreements(sections.get("tune"), arms, arm_images)
     report = sections.get("write_report")
     if report is not None and arms and report.baseline not in arms:
         yield f"write_report.baseline is {report.baseline!r}; expected one of {_names(arms)}"
+
+
+def _study_disagreements(study: Any, arms: Mapping[str, Any], arm_images: Mapping[str, Any]) -> Iterator[str]:
+    if study is None:
+        return
+    if study.arm not in arms:
+        yield f"tune.arm is {study.arm!r}; expected one of {_names(arms)}"
+        return
+    arm, share = arms[study.arm], study.space.get("generated_share")
+    if share is not None and arm_images[study.arm] == REAL_ONLY:
+        yield f"tune.space has generated_share and arm {study.arm} has no generated images; leave it out"
+    elif share is not None and arm is not None:
+        least, most = round(arm.batch * share.low), round(arm.batch * share.high)
+        if least < 1 or most > arm.batch - 1:
+            yield (
+                f"tune.space.generated_share goes from {share.low} to {share.high}, {least} to {most} of a batch of "
+                f"{arm.batch} images; expected at least one generated and one real image"
+            )
+    for name, least in (("beta", 0.0), ("learning_rate", 1e-12)):
+        wanted = study.space.get(name)
+        if wanted is not None and wanted.low < least:
+            yield f"tune.space.{name}.low is {wanted.low}; expected {'0 or more' if least == 0 else 'above 0'}"
+    if study.evaluate_every > study.images:
+        yield (
+            f"tune.evaluate_every is {study.evaluate_every} and tune.images {study.images}; expected at least one "
+            f"report in a trial"
+        )
 
 
 def _names(values: Any) -> str:

@@ -28,5 +28,9 @@ class Interrupted(Exception):
         super().__init__(sentence)
 
 
+class Pruned(Exception):
+    """Whoever watches a run asked it to end early; what it reported so far stands."""
+
+
 class Diverged(DmatError):
     """Training met a number that is not finite; the run ends FAILED and its last good checkpoint stays."""

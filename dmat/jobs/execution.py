@@ -24,7 +24,7 @@ from dmat.jobs import code
 from dmat.jobs.stages import Stage
 from dmat.jobs.workspace import Workspace
 from dmat.training.interruption import Interruption
-from dmat.training.long_run import LongRun
+from dmat.training.long_run import LongRun, Watcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Job:
     compute: Compute
     save_seconds: float
     quiet: bool
+    watcher: Watcher | None = None  # of the metrics of a long run
 
     def project_path(self, path: str | None) -> Path | None:
         """A path of params.yaml, relative to the project."""
@@ -55,6 +56,7 @@ class Job:
             label=self.work.parent.name,
             quiet=self.quiet,
             save_seconds=self.save_seconds,
+            watcher=self.watcher,
         )
 
 
@@ -138,13 +140,13 @@ def execute(
 ) -> dict[str, Any]:
     """Runs, resumes or republishes one instance; returns its metrics. Raises DmatError and Interrupted."""
     plan.work.mkdir(parents=True, exist_ok=True)
-    with _lock(plan.work), Interruption(at_once=True):
+    with lock(plan.work), Interruption(at_once=True):
         if fresh:
-            _set_aside(plan.work)
+            set_aside(plan.work)
         finished = plan.finished
         if finished is None:
             if (plan.work / "finished.json").exists():  # by other code: a result is never mixed from two versions
-                _set_aside(plan.work)
+                set_aside(plan.work)
             finished = _compute(plan, params, workspace, quiet)
         _publish(plan, finished, workspace)
     metrics: dict[str, Any] = finished["metrics"]
@@ -211,11 +213,12 @@ def _publish(plan: Plan, finished: dict[str, Any], workspace: Workspace) -> None
     files.write_json(workspace.at(plan.stage.provenance_path(plan.chosen)), finished["provenance"])
 
 
-def _lock(work: Path) -> filelock.FileLock:
-    lock = filelock.FileLock(work / "lock", timeout=0)
+def lock(work: Path) -> filelock.FileLock:
+    """Keeps a second writer out of a work folder. Raises DmatError with the process that is at work."""
+    held = filelock.FileLock(work / "lock", timeout=0)
     holder = work / "holder.json"
     try:
-        lock.acquire()
+        held.acquire()
     except filelock.Timeout:
         who = json.loads(holder.read_text())["pid"] if holder.exists() else "unknown"
         raise DmatError(
@@ -223,7 +226,7 @@ def _lock(work: Path) -> filelock.FileLock:
             f"again: it goes on from the last checkpoint"
         ) from None
     files.write_json(holder, {"pid": os.getpid()})
-    return lock
+    return held
 
 
 def _kept(work: Path) -> list[Path]:
@@ -242,7 +245,7 @@ def _code_changed(plan: Plan) -> bool:
     return bool(files.read_json(path) != plan.code)
 
 
-def _set_aside(work: Path) -> None:
+def set_aside(work: Path) -> None:
     """Earlier state moves to `before-<time>/` beside the new one; nothing is deleted."""
     old = work / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
     for path in [

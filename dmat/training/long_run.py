@@ -19,21 +19,29 @@ from dmat.training import checkpoints
 from dmat.training.interruption import Interruption
 
 State = dict[str, Any]
+Watcher = Callable[[int, dict[str, float]], None]  # images seen, values
 
 
 class MetricsLog:
-    """Append-only JSON lines {"images_seen": n, name: value, ...}; only finite numbers are written."""
+    """Append-only JSON lines {"images_seen": n, name: value, ...}; only finite numbers are written.
 
-    def __init__(self, path: Path):
-        self.path = path
+    watcher: is told every record, also one that a resumed run computes again, and may raise Pruned.
+    """
+
+    def __init__(self, path: Path, watcher: Watcher | None = None):
+        self.path, self._watcher = path, watcher
         path.parent.mkdir(parents=True, exist_ok=True)
         self._last = self._mend()
         self._file = open(path, "a")  # noqa: SIM115 - closed by close(); one handle for the whole run
 
     def write(self, images_seen: int, values: dict[str, float]) -> None:
         """Drops what an earlier attempt of this run has written already."""
-        if images_seen <= self._last:
-            return
+        if images_seen > self._last:
+            self._append(images_seen, values)
+        if self._watcher is not None:
+            self._watcher(images_seen, values)
+
+    def _append(self, images_seen: int, values: dict[str, float]) -> None:
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         broken = len(values) - len(finite)
         record = {"images_seen": images_seen, **finite, **({"nonfinite": broken} if broken else {})}
@@ -69,9 +77,10 @@ class LongRun:
         label: str = "",
         save_seconds: float = 60.0,
         quiet: bool = False,
+        watcher: Watcher | None = None,
     ):
         self.path = folder / "checkpoint.dmat"
-        self.metrics = MetricsLog(folder / "metrics.jsonl")
+        self.metrics = MetricsLog(folder / "metrics.jsonl", watcher)
         self.compute, self.total, self.save_seconds = compute, total, save_seconds
         self._interruption = Interruption()
         self._bar = tqdm(

@@ -1,0 +1,368 @@
+"""Tuning studies, and the only importer of Optuna: which beta, learning rate and generated share give the highest
+PGD accuracy on the validation split, at equal images seen.
+
+A trial is a short run of `train_robust` that starts from an arm. It reports at every evaluation and is stopped early
+when it falls behind the others. The study lives in `runs/tune/<arm>-<fingerprint>/` and in the SQLite file beside it;
+another space, arm or data set is another study. A killed command goes on with the very trial that it was at.
+"""
+
+import csv
+import dataclasses
+import io
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
+
+from dmat import ARTIFACTS, config, devices, files, seeds, tracking
+from dmat.config import MixImages, Params, TrainRobust, Tune
+from dmat.devices import Compute
+from dmat.errors import Diverged, DmatError, Pruned
+from dmat.jobs import STAGES, execution, mix_images, train_robust
+from dmat.jobs.execution import Job
+from dmat.jobs.workspace import Workspace
+from dmat.training.interruption import Interruption
+from dmat.training.long_run import MetricsLog
+
+OBJECTIVE = "validation_robust"  # share of 1, of the averaged weights
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study that a parameter file asks for; `--dry-run` prints it."""
+
+    settings: Tune
+    arm: TrainRobust
+    images_from: str
+    inputs: dict[str, dict[str, str]]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def storage(self) -> str:
+        """Address of the file that holds all studies of this project."""
+        return f"sqlite:///{self.folder.parent / 'studies.db'}"
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "study": self.name,
+            "settings": self.settings.plain(),
+            "arm": self.arm.plain(),
+            "inputs": self.inputs,
+            "storage": self.storage,
+            "work": str(self.folder),
+        }
+
+
+def plan(params: Params, workspace: Workspace) -> Study:
+    """Resolves a study. Raises DmatError if the file asks for none, or an input is missing."""
+    settings = params.sections.get("tune")
+    if settings is None:
+        raise DmatError(
+            "params.yaml has no section `tune`; add one (docs/parameters.md), or bring a recipe that has it"
+        )
+    arm, images_from = params.arms[settings.arm], params.arm_images[settings.arm]
+    wanted = STAGES["mix_images"].inputs(params, settings.arm) | STAGES["train_robust"].inputs(params, settings.arm, 0)
+    inputs = {
+        name: {"path": path, "sha256": files.checksum(workspace.at(path))}
+        for name, path in wanted.items()
+        if name != "mix"  # trials make their own
+    }
+    identity = {
+        "settings": settings.plain(),
+        "arm": arm.plain(),
+        "inputs": {name: entry["sha256"] for name, entry in inputs.items()},
+    }
+    folder = workspace.run_folder("tune", settings.arm, files.fingerprint(identity))
+    return Study(settings, arm, images_from, inputs, folder)
+
+
+def run(
+    plan: Study, params: Params, workspace: Workspace, trials: int, *, fresh: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Runs or resumes a study until `trials` trials have ended; returns its summary.
+
+    Raises Interrupted on a signal, with the trial at work saved, and DmatError on bad input.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with execution.lock(plan.folder), Interruption(at_once=True):
+        study = _open(plan, fresh)
+        wanted: Any = params.sections["compute"]
+        compute = devices.resolve(wanted.device, wanted.precision, wanted.threads)
+        tracked = tracking.open_run(
+            workspace.home,
+            plan.folder,
+            stage="tune",
+            instance=plan.settings.arm,
+            settings=plan.settings.plain(),
+            inputs=plan.inputs,
+            compute=compute.describe(),
+            tags={"optuna.study": plan.name, "optuna.storage": plan.storage},
+        )
+        with tracked:
+            bar = tqdm(total=trials, unit=" trials", desc=f"tune {plan.settings.arm}", disable=quiet)
+            log = MetricsLog(plan.folder / "metrics.jsonl")
+            worker = _Worker(plan, params, workspace, compute, wanted.save_every_seconds)
+            with bar:
+                while len(_ended(study)) < trials:
+                    _show(bar, study)
+                    worker.run(study, _next(study, plan))
+                    # the step of the study's own metrics is the number of trials
+                    log.write(len(_ended(study)), _best_so_far(study))
+                _show(bar, study)
+            log.close()
+            summary = _summary(study, plan)
+            tracked.finish_with(
+                {name: value for name, value in summary.items() if name != "best"} | {"best": summary["best"] or {}},
+                _report(study, plan, summary),
+            )
+        _publish(plan, workspace)
+    return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    """Runs one trial after the other."""
+
+    plan: Study
+    params: Params
+    workspace: Workspace
+    compute: Compute
+    save_seconds: float
+
+    def run(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """One trial to its end, in storage and in MLflow; or resumed if an earlier process was killed in it."""
+        folder = self.plan.folder / f"trial-{trial.number:04d}"
+        folder.mkdir(exist_ok=True)
+        record = self.record(trial.params)
+        tracked = tracking.open_run(
+            self.workspace.home,
+            folder,
+            stage="train_robust",
+            instance=f"trial {trial.number}",
+            settings=record.plain(),
+            inputs=self.plan.inputs,
+            compute=self.compute.describe(),
+            parent=self.plan.folder,
+            tags={
+                "optuna.study": self.plan.name,
+                "optuna.trial": str(trial.number),
+                "dmat.arm": self.plan.settings.arm,
+            },
+        )
+        with tracked:
+            started = time.time()
+            try:
+                state, value, reason = TrialState.COMPLETE, self.train(folder, record, _watcher(study, trial)), ""
+                tracked.finish_with({f"best_{OBJECTIVE}": value}, [])
+            except Pruned as stop:
+                state, value, reason = TrialState.PRUNED, None, str(stop)
+                tracked.end_as("KILLED", f"pruned: {reason}")
+            except Diverged as error:
+                state, value, reason = TrialState.FAIL, None, str(error)
+                tracked.end_as("FAILED", reason)
+            tracked.tag("optuna.state", state.name)
+            live = optuna.Trial(study, trial._trial_id)
+            live.set_user_attr("seconds", round(tracking.seconds_before(folder) + time.time() - started, 1))
+            live.set_user_attr("reason", reason)
+            study.tell(trial.number, value, state)
+            (folder / "checkpoint.dmat").unlink(missing_ok=True)  # as large as the network and needed no more
+
+    def record(self, chosen: Mapping[str, float]) -> TrainRobust:
+        """The arm with the length of a trial and the values that were chosen."""
+        length = {"images": self.plan.settings.images, "evaluate_every": self.plan.settings.evaluate_every}
+        return TrainRobust.model_validate(config.merge(self.plan.arm.plain(), {**length, **chosen}))
+
+    def train(self, folder: Path, record: TrainRobust, watcher: Callable[[int, dict[str, float]], None]) -> float:
+        """Best validation PGD accuracy of a training, in its own folder."""
+        inputs = {name: self.workspace.at(entry["path"]) for name, entry in self.plan.inputs.items()}
+        job = Job(
+            inputs,
+            {"arm": self.plan.settings.arm, "seed": self.plan.settings.seed},
+            self.params,
+            self.workspace.root,
+            folder,
+            folder / "result",
+            folder / "pictures",
+            self.compute,
+            self.save_seconds,
+            quiet=True,
+            watcher=watcher,
+        )
+        mix = MixImages(
+            images_from=self.plan.images_from,
+            generated_share=record.generated_share,
+            batch=record.batch,
+            images=record.images,
+        )
+        mix_images.run(mix, job)
+        found = train_robust.run(record, dataclasses.replace(job, inputs=inputs | {"mix": folder / "result" / "mix"}))
+        best: float = found["best_validation_robust"]
+        return best
+
+
+def _open(plan: Study, fresh: bool) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = optuna.storages.RDBStorage(plan.storage)
+    known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
+    if fresh and plan.name in known:
+        old = f"{plan.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"
+        optuna.copy_study(from_study_name=plan.name, from_storage=storage, to_storage=storage, to_study_name=old)
+        optuna.delete_study(study_name=plan.name, storage=storage)
+        known.remove(plan.name)
+        execution.set_aside(plan.folder)
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+    if plan.settings.pruner == "median":
+        # the warm-up is over after the report at warm_up_images
+        pruner = optuna.pruners.MedianPruner(plan.settings.startup_trials, plan.settings.warm_up_images + 1)
+    study = optuna.create_study(
+        storage=storage, pruner=pruner, study_name=plan.name, direction="maximize", load_if_exists=True
+    )
+    files.write_json(plan.folder / "study.json", plan.describe())
+    if not study.get_trials(deepcopy=False):
+        # the arm as it is comes first: a known point, and what the others are compared with
+        own: dict[str, float] = {name: getattr(plan.arm, name) for name in plan.settings.space}
+        if all(wanted.low <= own[name] <= wanted.high for name, wanted in plan.settings.space.items()):
+            study.enqueue_trial(own)
+    return study
+
+
+def _next(study: optuna.Study, plan: Study) -> FrozenTrial:
+    """The trial that a killed process was at, else a new one. Its sampler is named by seed and trial, so that a
+    resumed study does not repeat its start."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if set(trial.params) == set(plan.settings.space):
+            return trial
+        study.tell(trial.number, state=TrialState.FAIL)  # killed between its birth and its values
+    number = len(study.get_trials(deepcopy=False))
+    seed = int(seeds.stream(plan.settings.seed, "tune/sampler", number).integers(2**31))
+    study.sampler = (
+        optuna.samplers.RandomSampler(seed=seed)
+        if plan.settings.sampler == "random"
+        else optuna.samplers.TPESampler(seed=seed, n_startup_trials=10)
+    )
+    made = study.ask()
+    for name, wanted in plan.settings.space.items():
+        made.suggest_float(name, wanted.low, wanted.high, log=wanted.scale == "log")
+    return study.get_trials(deepcopy=False)[made.number]
+
+
+def _watcher(study: optuna.Study, frozen: FrozenTrial) -> Callable[[int, dict[str, float]], None]:
+    """Reports validation PGD accuracy against images seen; raises Pruned when the pruner says so."""
+    trial = optuna.Trial(study, frozen._trial_id)
+    known = set(frozen.intermediate_values)  # a resumed trial computes its last report again
+
+    def watch(images_seen: int, values: dict[str, float]) -> None:
+        if images_seen not in known:
+            trial.report(values[OBJECTIVE], images_seen)
+        if trial.should_prune():
+            raise Pruned(f"{values[OBJECTIVE]:.4f} after {images_seen} images is below the median of the other trials")
+
+    return watch
+
+
+def _ended(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=ENDED)
+
+
+def _best(study: optuna.Study) -> FrozenTrial | None:
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return max(complete, key=lambda trial: trial.value or 0.0, default=None)
+
+
+def _best_so_far(study: optuna.Study) -> dict[str, float]:
+    best = _best(study)
+    return {} if best is None or best.value is None else {f"best_{OBJECTIVE}": best.value, **best.params}
+
+
+def _show(bar: Any, study: optuna.Study) -> None:
+    bar.update(len(_ended(study)) - bar.n)
+    best = _best(study)
+    if best is not None:
+        bar.set_postfix({"best": f"{best.value:.4f}", **{name: f"{value:.3g}" for name, value in best.params.items()}})
+
+
+def _summary(study: optuna.Study, plan: Study) -> dict[str, Any]:
+    """Counts, cost and the best trial."""
+    ended, best = _ended(study), _best(study)
+    seen = sum(max(trial.intermediate_values, default=0) for trial in ended)
+    full = plan.settings.images * len(ended)
+    return {
+        "trials": len(ended),
+        **{state.name.lower(): sum(trial.state == state for trial in ended) for state in ENDED},
+        "images_seen": seen,
+        "images_saved_by_pruning": 1 - seen / full if full else 0.0,
+        "longest_trial_seconds": max(
+            (trial.user_attrs["seconds"] for trial in ended if "seconds" in trial.user_attrs), default=0.0
+        ),
+        "best": best and {"trial": best.number, OBJECTIVE: best.value, **best.params},
+    }
+
+
+def _report(study: optuna.Study, plan: Study, summary: dict[str, Any]) -> list[Path]:
+    """Table, summary and pictures in the study's result folder; returns the pictures."""
+    folder = plan.folder / "result"
+    files.write_text(folder / "trials.csv", _table(study, plan))
+    files.write_json(folder / "summary.json", {**summary, **plan.describe()})
+    from optuna.visualization import matplotlib as plots
+
+    drawn: dict[str, Callable[[], Any]] = {
+        "history": lambda: plots.plot_optimization_history(study),
+        "curves": lambda: plots.plot_intermediate_values(study),
+        "slices": lambda: plots.plot_slice(study),
+    }
+    if summary["complete"] >= 4 and len({trial.value for trial in _ended(study)}) > 1:
+        drawn["importances"] = lambda: plots.plot_param_importances(study)
+    return [_drawn(folder / f"{name}.png", draw) for name, draw in drawn.items()]
+
+
+def _drawn(path: Path, draw: Callable[[], Any]) -> Path:
+    """Saves a plot of Optuna's. They are marked experimental, which is no news for the person who reads them."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        axes = draw()
+        figure = (axes if hasattr(axes, "figure") else axes.flat[0]).figure
+        figure.set_layout_engine("tight")
+        with files.writing(path) as file:
+            figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+        plt.close(figure)
+    return path
+
+
+def _table(study: optuna.Study, plan: Study) -> str:
+    """One line a trial."""
+    text = io.StringIO()
+    names = ["trial", "state", *plan.settings.space, OBJECTIVE, "images_seen", "seconds", "reason"]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for trial in _ended(study):
+        writer.writerow(
+            {
+                "trial": trial.number,
+                "state": trial.state.name,
+                **trial.params,
+                OBJECTIVE: trial.value,
+                "images_seen": max(trial.intermediate_values, default=0),
+                "seconds": trial.user_attrs.get("seconds"),
+                "reason": trial.user_attrs.get("reason"),
+            }
+        )
+    return text.getvalue()
+
+
+def _publish(plan: Study, workspace: Workspace) -> None:
+    files.publish(plan.folder / "result", workspace.at(f"{ARTIFACTS}/tune/{plan.settings.arm}"))
