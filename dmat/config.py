@@ -287,6 +287,7 @@ class Tune(Record):
     startup_trials: Annotated[int, Field(ge=0)] = 5  # before anything is pruned
     warm_up_images: Annotated[int, Field(ge=0)] = 0  # of a trial before it may be pruned
     seed: int  # of the sampler, and of every trial's training
+    overrides: dict[str, Any] = {}  # of the arm, in every trial: what a short run needs otherwise
     space: Space
 
 
@@ -327,6 +328,7 @@ class Params:
     selected_from: Mapping[str, str]  # selection -> image set
     arms: Mapping[str, TrainRobust]
     arm_images: Mapping[str, str]  # path of a selection, or REAL_ONLY
+    trial: TrainRobust | None  # the arm of the study with the study's overrides and length
 
     def chunks_of(self, image_set: str) -> dict[str, Chunk]:
         """In the order of their index."""
@@ -396,8 +398,31 @@ class _Reader:
         selections, selected_from = self._merged_list("selections", SelectImages, "select_images", "image_set")
         arms, arm_images = self._merged_list("arms", TrainRobust, "train_robust", "images_from")
         lists = (generators, image_sets, chunks, selections, selected_from, arms, arm_images)
+        trial = self._trial(sections.get("tune"), arms)
         self.problems += _disagreements(sections, *lists)
-        return None if self.problems else Params(sections, tuple(seeds), *lists)
+        self.problems += _study_disagreements(sections.get("tune"), trial, arm_images)
+        return None if self.problems else Params(sections, tuple(seeds), *lists, trial)
+
+    def _trial(self, study: Tune | None, arms: Mapping[str, TrainRobust | None]) -> TrainRobust | None:
+        """What all trials of a study have in common."""
+        if study is None:
+            return None
+        if study.arm not in arms:
+            self.problems.append(f"tune.arm is {study.arm!r}; expected one of {_names(arms)}")
+            return None
+        arm = arms[study.arm]
+        if arm is None:  # its own problems are told already
+            return None
+        both = sorted({*study.overrides} & {*study.space, "images", "evaluate_every"})
+        if both:
+            self.problems.append(
+                f"tune.overrides gives {', '.join(both)}, which the study itself decides; leave it out"
+            )
+        length = {"images": study.images, "evaluate_every": study.evaluate_every}
+        made: TrainRobust | None = self._record(
+            TrainRobust, "tune.overrides", merge(arm.plain(), {**study.overrides, **length})
+        )
+        return made
 
     def _merged_list(
         self, key: str, record: type[Record], section: str, source: str
@@ -533,32 +558,28 @@ def _disagreements(
                 f"arms.{name} has generated_share {arm.generated_share} and images_from {path}; "
                 f"expected a share above 0 exactly where a selection is named"
             )
-    yield from _study_disagreements(sections.get("tune"), arms, arm_images)
     report = sections.get("write_report")
     if report is not None and arms and report.baseline not in arms:
         yield f"write_report.baseline is {report.baseline!r}; expected one of {_names(arms)}"
 
 
-def _study_disagreements(study: Any, arms: Mapping[str, Any], arm_images: Mapping[str, Any]) -> Iterator[str]:
-    if study is None:
+def _study_disagreements(study: Tune | None, trial: TrainRobust | None, arm_images: Mapping[str, Any]) -> Iterator[str]:
+    if study is None or trial is None:
         return
-    if study.arm not in arms:
-        yield f"tune.arm is {study.arm!r}; expected one of {_names(arms)}"
-        return
-    arm, share = arms[study.arm], study.space.get("generated_share")
+    share = study.space.get("generated_share")
     if share is not None and arm_images[study.arm] == REAL_ONLY:
         yield f"tune.space has generated_share and arm {study.arm} has no generated images; leave it out"
-    elif share is not None and arm is not None:
-        least, most = round(arm.batch * share.low), round(arm.batch * share.high)
-        if least < 1 or most > arm.batch - 1:
+    elif share is not None:
+        least, most = round(trial.batch * share.low), round(trial.batch * share.high)
+        if least < 1 or most > trial.batch - 1:
             yield (
                 f"tune.space.generated_share goes from {share.low} to {share.high}, {least} to {most} of a batch of "
-                f"{arm.batch} images; expected at least one generated and one real image"
+                f"{trial.batch} images; expected at least one generated and one real image"
             )
-    for name, least in (("beta", 0.0), ("learning_rate", 1e-12)):
-        wanted = study.space.get(name)
-        if wanted is not None and wanted.low < least:
-            yield f"tune.space.{name}.low is {wanted.low}; expected {'0 or more' if least == 0 else 'above 0'}"
+    for name, wanted in study.space.items():
+        if wanted.low < 0 or (name == "learning_rate" and wanted.low == 0):
+            floor = "above 0" if name == "learning_rate" else "0 or more"
+            yield f"tune.space.{name}.low is {wanted.low}; expected {floor}"
     if study.evaluate_every > study.images:
         yield (
             f"tune.evaluate_every is {study.evaluate_every} and tune.images {study.images}; expected at least one "

@@ -38,7 +38,7 @@ class Study:
     """A study that a parameter file asks for; `--dry-run` prints it."""
 
     settings: Tune
-    arm: TrainRobust
+    trial: TrainRobust  # what all trials have in common
     images_from: str
     inputs: dict[str, dict[str, str]]
     folder: Path
@@ -56,7 +56,7 @@ class Study:
         return {
             "study": self.name,
             "settings": self.settings.plain(),
-            "arm": self.arm.plain(),
+            "trial": self.trial.plain(),
             "inputs": self.inputs,
             "storage": self.storage,
             "work": str(self.folder),
@@ -70,7 +70,8 @@ def plan(params: Params, workspace: Workspace) -> Study:
         raise DmatError(
             "params.yaml has no section `tune`; add one (docs/parameters.md), or bring a recipe that has it"
         )
-    arm, images_from = params.arms[settings.arm], params.arm_images[settings.arm]
+    trial, images_from = params.trial, params.arm_images[settings.arm]
+    assert trial is not None  # as the section is there
     wanted = STAGES["mix_images"].inputs(params, settings.arm) | STAGES["train_robust"].inputs(params, settings.arm, 0)
     inputs = {
         name: {"path": path, "sha256": files.checksum(workspace.at(path))}
@@ -79,11 +80,11 @@ def plan(params: Params, workspace: Workspace) -> Study:
     }
     identity = {
         "settings": settings.plain(),
-        "arm": arm.plain(),
+        "trial": trial.plain(),
         "inputs": {name: entry["sha256"] for name, entry in inputs.items()},
     }
     folder = workspace.run_folder("tune", settings.arm, files.fingerprint(identity))
-    return Study(settings, arm, images_from, inputs, folder)
+    return Study(settings, trial, images_from, inputs, folder)
 
 
 def run(
@@ -111,6 +112,8 @@ def run(
         with tracked:
             bar = tqdm(total=trials, unit=" trials", desc=f"tune {plan.settings.arm}", disable=quiet)
             log = MetricsLog(plan.folder / "metrics.jsonl")
+            import torch._dynamo  # noqa: F401 - by the first optimiser; seconds that no trial should be charged with
+
             worker = _Worker(plan, params, workspace, compute, wanted.save_every_seconds)
             with bar:
                 while len(_ended(study)) < trials:
@@ -178,9 +181,8 @@ class _Worker:
             (folder / "checkpoint.dmat").unlink(missing_ok=True)  # as large as the network and needed no more
 
     def record(self, chosen: Mapping[str, float]) -> TrainRobust:
-        """The arm with the length of a trial and the values that were chosen."""
-        length = {"images": self.plan.settings.images, "evaluate_every": self.plan.settings.evaluate_every}
-        return TrainRobust.model_validate(config.merge(self.plan.arm.plain(), {**length, **chosen}))
+        """The settings of one trial."""
+        return TrainRobust.model_validate(config.merge(self.plan.trial.plain(), chosen))
 
     def train(self, folder: Path, record: TrainRobust, watcher: Callable[[int, dict[str, float]], None]) -> float:
         """Best validation PGD accuracy of a training, in its own folder."""
@@ -230,7 +232,7 @@ def _open(plan: Study, fresh: bool) -> optuna.Study:
     files.write_json(plan.folder / "study.json", plan.describe())
     if not study.get_trials(deepcopy=False):
         # the arm as it is comes first: a known point, and what the others are compared with
-        own: dict[str, float] = {name: getattr(plan.arm, name) for name in plan.settings.space}
+        own: dict[str, float] = {name: getattr(plan.trial, name) for name in plan.settings.space}
         if all(wanted.low <= own[name] <= wanted.high for name, wanted in plan.settings.space.items()):
             study.enqueue_trial(own)
     return study

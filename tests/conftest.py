@@ -63,4 +63,5 @@ def _tiny() -> dict:
     }
     params["evaluate_robust"] |= {"pgd_steps": 3, "shard": 20, "batch": 20, "auto_attack": "none"}
     params["write_report"] |= {"bootstrap": 100}
+    params["tune"] |= {"images": 640, "evaluate_every": 128, "warm_up_images": 0, "startup_trials": 2, "overrides": {}}
     return params

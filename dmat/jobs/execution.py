@@ -231,7 +231,7 @@ def lock(work: Path) -> filelock.FileLock:
 
 def _kept(work: Path) -> list[Path]:
     """State of an earlier attempt that this one goes on from."""
-    notes = ("lock", "holder.json", "code.json", "tracking.json")
+    notes = ("lock", "holder.json", "code.json", "tracking.json", "tracking.lock")
     found = sorted(work.iterdir()) if work.exists() else []
     return [path for path in found if path.name not in notes and not path.name.startswith(("before-", "."))]
 

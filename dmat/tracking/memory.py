@@ -5,7 +5,6 @@ outage left.
 """
 
 import json
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,23 +27,30 @@ FRESH: dict[str, Any] = {
 
 
 class Memory:
-    """The file `tracking.json` of a folder. A run belongs to one store; another store starts anew."""
+    """The file `tracking.json` of a folder. A run belongs to one store; another store starts anew.
+
+    Several threads and processes may remember the same run (a study and its trials): a change is merged into what the
+    file holds by then. lock: held while a run is made, so that it is made once.
+    """
 
     def __init__(self, folder: Path, address: str):
-        self.folder = folder
+        self.folder, self._address = folder, address
         self._path = folder / "tracking.json"
-        known = files.read_json(self._path) if self._path.exists() else {}
-        kept = known if known.get("store") == address else {"seconds": known.get("seconds", 0.0)}
-        self._values = {**FRESH, "store": address, **kept}
-        self._lock = threading.Lock()
+        self.lock = filelock.FileLock(folder / "tracking.lock", timeout=60)
+        self._values = self._read()
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
 
     def update(self, **values: Any) -> None:
-        with self._lock:
-            self._values |= values
+        with self.lock:
+            self._values = self._read() | values
             files.write_json(self._path, self._values)
+
+    def _read(self) -> dict[str, Any]:
+        known = files.read_json(self._path) if self._path.exists() else {}
+        kept = known if known.get("store") == self._address else {"seconds": known.get("seconds", 0.0)}
+        return {**FRESH, "store": self._address, **kept}
 
 
 class Sender:
@@ -58,6 +64,11 @@ class Sender:
     def connect(self, live: bool) -> None:
         """Makes the run, or finds it. live: it goes on now; otherwise it is only caught up with."""
         self._client, experiment = stores.connect(self.home)
+        with self.memory.lock:
+            self._make_or_find(experiment, live)
+
+    def _make_or_find(self, experiment: str, live: bool) -> None:
+        self.memory.update()  # another process may have made it
         about = self.memory["about"]
         if stores.run_or_none(self._client, self.memory["run"]) is None:
             parent = self._parent(about["parent"])
@@ -120,13 +131,12 @@ class Sender:
         """The run of the folder that the parent is remembered in; made if it is not there yet."""
         if folder is None:
             return None
-        with filelock.FileLock(Path(folder) / "lock", timeout=60):
-            parent = Memory(Path(folder), self.memory["store"])
-            if parent["about"] is None:  # remembered for another store
-                return None
-            Sender(self.home, parent).connect(live=False)
-            run: str = parent["run"]
-            return run
+        parent = Memory(Path(folder), self.memory["store"])
+        if parent["about"] is None:  # remembered for another store
+            return None
+        Sender(self.home, parent).connect(live=False)
+        run: str = parent["run"]
+        return run
 
     def _unknown(self, points: list[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
         """Points that the store has not: a process may have died between sending and remembering that it sent."""

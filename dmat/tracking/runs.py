@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import filelock
 import psutil
 
 from dmat import files
@@ -187,8 +186,9 @@ def _dvc_folder(home: Path) -> Path | None:
     name = f"{dvc.pid}-{dvc.create_time():.2f}-{files.fingerprint(address)}"
     folder = home / "mlruns" / "parents" / name
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / "lock", timeout=60):
-        memory = Memory(folder, address)
+    memory = Memory(folder, address)
+    with memory.lock:
+        memory.update()
         if memory["about"] is None:
             command = " ".join(["dvc", *dvc.cmdline()[2:]])
             tags = {"dmat.stage": "dvc", "dmat.command": command, **{k: str(v) for k, v in _git(home).items()}}
