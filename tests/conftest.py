@@ -47,7 +47,7 @@ def finished(tmp_path_factory):
 
 def _tiny() -> dict:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["compute"] |= {"threads": 1, "precision": "fp32"}
+    params["compute"] |= {"threads": 1, "precision": "fp32", "save_every_seconds": 0.5}
     params["prepare_data"] |= {"train": 100, "validation": 50, "test": 40}
     params["train_scorer"] |= {"images": 2560, "evaluate_every": 1280}
     params["train_diffusion"] |= {"channels": 8, "images": 1024, "batch": 64, "log_every": 256}

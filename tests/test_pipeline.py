@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
+
+from tests import forked
 
 PIPELINE_STAGES = 14  # instances in the repository's params.yaml
 
@@ -37,20 +40,29 @@ class Project:
     def write(self) -> None:
         (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False))
 
-    def run(self, *words: str, code: int = 0, **environment: str) -> str:
+    def start(self, *words: str, **environment: str) -> subprocess.Popen:
         bin_folder = Path(sys.executable).parent
-        result = subprocess.run(
-            [str(bin_folder / words[0]), *words[1:]], cwd=self.folder, text=True, capture_output=True,
+        return subprocess.Popen(
+            [str(bin_folder / words[0]), *words[1:]], cwd=self.folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(self.folder),
-                 "OMP_NUM_THREADS": "1", **environment},
+                 "OMP_NUM_THREADS": "1", "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org",
+                 "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org", **environment},
         )  # fmt: skip
-        assert result.returncode == code, result.stdout + result.stderr
-        return result.stdout + result.stderr
+
+    def run(self, *words: str, code: int = 0, **environment: str) -> str:
+        process = self.start(*words, **environment)
+        text, _ = process.communicate(timeout=500)
+        assert process.returncode == code, text
+        return text
 
     def repro(self, **environment: str) -> list[str]:
         """Names of the stages that ran."""
-        lines = self.run("dvc", "repro", **environment).splitlines()
-        return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+        return self.ran(self.run("dvc", "repro", **environment))
+
+    @staticmethod
+    def ran(text: str) -> list[str]:
+        return [line.split("'")[1] for line in text.splitlines() if line.startswith("Running stage")]
 
     def json(self, path: str):
         return json.loads((self.folder / path).read_text())
@@ -123,12 +135,12 @@ def test_mlflow_has_one_parent_and_a_finished_run_for_each_stage(project):
     assert "accuracy.png" in [item.path for item in client.list_artifacts(trained.info.run_id)]
 
 
-def test_again_runs_nothing_and_a_changed_beta_reruns_its_arm_only(project):
+def test_again_runs_nothing_and_an_experiment_with_another_beta_reruns_its_arm_only(project):
     assert project.repro() == []
     before = project.json("artifacts/metrics/train_robust/real_only-1.json")
-    project.params["arms"]["generated"]["beta"] = 3.0
-    project.write()
-    ran = project.repro()
+    text = project.run("dvc", "exp", "run", "--name", "gentle", "-S", "+arms.generated.beta=3.0")
+    project.params = yaml.safe_load((project.folder / "params.yaml").read_text())
+    ran = project.ran(text)
     # mix_images depends on its arm as a whole: it runs for a moment and writes the same file
     assert sorted(ran) == [
         "evaluate_robust@generated-1",
@@ -138,6 +150,44 @@ def test_again_runs_nothing_and_a_changed_beta_reruns_its_arm_only(project):
     ]
     assert project.json("artifacts/metrics/train_robust/real_only-1.json") == before
     assert project.json("artifacts/provenance/train_robust/generated-1.json")["settings"]["beta"] == 3.0
+    assert "Ran experiment(s): gentle" in text
+    shown = project.run("dvc", "exp", "show", "--csv")
+    header, *rows = [line.split(",") for line in shown.splitlines() if "," in line]
+    (gentle,) = [dict(zip(header, row, strict=True)) for row in rows if "gentle" in row]
+    assert gentle["arms.generated.beta"] == "3.0"
+    best = project.json("artifacts/metrics/evaluate_robust/generated-1.json")["best_pgd"]
+    shown_best = [value for name, value in gentle.items() if name.endswith("generated-1.json:best_pgd")]
+    assert float(shown_best[0] if shown_best else gentle["best_pgd"]) == pytest.approx(best)
+
+
+def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
+    """The second repro names the process in the way; a stage that lost its dvc has no second writer; and the result
+    that dvc could not note any more, as after a kill before it wrote its lock, is published and not computed again."""
+    project.params["arms"]["generated"] |= {"images": 6400, "evaluate_every": 6400}
+    project.write()
+    folder, target = project.folder / "runs/train_robust", "train_robust@generated-1"
+    before = set(folder.glob("generated-1-*/holder.json"))
+    first = project.start("dvc", "repro", target)
+    forked.until(
+        lambda: set(folder.glob("generated-1-*/checkpoint.dmat")) - {p.with_name("checkpoint.dmat") for p in before},
+        200,
+    )
+    (work,) = {path.parent for path in folder.glob("generated-1-*/holder.json")} - {path.parent for path in before}
+    stage = json.loads((work / "holder.json").read_text())["pid"]
+
+    second = project.start("dvc", "repro", target).communicate(timeout=200)[0]
+    assert f"(PID {first.pid}): dvc repro" in second
+
+    first.kill()
+    third = project.start("dvc", "repro", target).communicate(timeout=200)[0]
+    assert f"is being computed by process {stage}" in third
+    assert "Traceback" not in third
+
+    forked.until(lambda: not psutil.pid_exists(stage), 400)
+    stamp = (work / "finished.json").stat().st_mtime_ns
+    assert target in project.repro()
+    assert (work / "finished.json").stat().st_mtime_ns == stamp
+    assert project.repro() == []
 
 
 def test_a_changed_generator_leaves_the_real_arm_alone(project):

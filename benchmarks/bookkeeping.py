@@ -1,0 +1,80 @@
+"""What checkpoints, metrics and tracking cost in the digits training, as shares of its time.
+
+    python benchmarks/bookkeeping.py --repeats 3 --images 64000
+
+Needs the artifacts of `make repro`. Trains the arm `generated` again in a temporary home with the parameters as they
+ship, and adds up the wall time inside checkpoint saving and metric writing, and the processor time of the tracking
+thread. Prints one JSON line a repeat and the medians.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dmat import config
+from dmat.jobs import STAGES, execution
+from dmat.jobs.workspace import Workspace
+from dmat.tracking.runs import Run
+from dmat.training.long_run import LongRun, MetricsLog
+
+ROOT = Path(__file__).parent.parent
+spent: dict[str, float] = {}
+
+
+def timed(owner: type, method: str, name: str, clock: Callable[[], float]) -> None:
+    """Adds the time inside a method to `spent[name]`."""
+    original = getattr(owner, method)
+
+    def measured(*arguments: Any, **named: Any) -> Any:
+        started = clock()
+        try:
+            return original(*arguments, **named)
+        finally:
+            spent[name] = spent.get(name, 0.0) + clock() - started
+
+    setattr(owner, method, measured)
+
+
+def once(images: int) -> dict[str, float]:
+    spent.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        content = yaml.safe_load((ROOT / "params.yaml").read_text())
+        content["train_robust"]["images"] = images
+        path = Path(folder) / "params.yaml"
+        path.write_text(yaml.safe_dump(content))
+        params, place = config.load(path), Workspace(Path(folder), Path(folder))
+        (Path(folder) / "artifacts").mkdir()
+        for word in ("prepare_data", "generate_images", "select_images", "mix_images"):
+            (Path(folder) / "artifacts" / word).symlink_to(ROOT / "artifacts" / word)
+        plan = execution.plan(STAGES["train_robust"], {"arm": "generated", "seed": 1}, params, place)
+        started = time.perf_counter()
+        execution.execute(plan, params, place, quiet=True)
+        total = time.perf_counter() - started
+    return {"seconds": total, **spent, **{f"{name}_share": value / total for name, value in spent.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--images", type=int, default=256000, help="training images; the recipe has 256000")
+    arguments = parser.parse_args()
+    timed(LongRun, "save", "checkpoints", time.perf_counter)
+    timed(MetricsLog, "write", "metrics", time.perf_counter)
+    timed(Run, "_serve", "tracking", time.thread_time)
+    found = []
+    for _ in range(arguments.repeats):
+        found.append(once(arguments.images))
+        print(json.dumps({name: round(value, 5) for name, value in found[-1].items()}), flush=True)
+    medians = {name: round(statistics.median(one[name] for one in found), 5) for name in found[0]}
+    print("median", json.dumps(medians))
+
+
+if __name__ == "__main__":
+    main()
