@@ -254,3 +254,20 @@ def test_dvc_shows_metrics_and_plots(project):
     files = shown[""]["data"]
     assert 0 <= files["artifacts/metrics/evaluate_robust/generated-1.json"]["data"]["best_pgd"] <= 1
     assert "html" in project.run("dvc", "plots", "show", "-o", "plots")
+
+
+def test_clean_removes_what_dvc_can_bring_back_and_everything_stays_up_to_date(project):
+    """Last, because it removes what other tests look at. Nothing that a stage leaves may look strange to it."""
+    project.repro()
+    shown = json.loads(project.run("dmat", "clean", "--unfinished", "--json"))
+    kept = {one["path"]: one["reason"] for one in shown["kept"]}
+    # a direct command with --fresh made it, so DVC has no record of it
+    assert [Path(path).parent.name for path in kept] == ["generate_images"], kept
+    gone = {Path(one["paths"][0]).parent.name for one in shown["candidates"] if one["kind"] == "finished"}
+    assert len(gone | {"generate_images"}) == 11
+    project.run("dmat", "clean", "--unfinished", "--yes")
+    assert [str(path) for path in (project.folder / "runs").glob("*/*")] == list(kept)
+    assert project.repro() == []
+    project.params["generators"]["edm"] = {}  # back to values whose work folders are gone: DVC has the results
+    project.write()
+    assert project.repro() == []

@@ -23,14 +23,14 @@ ROWS = (
     ("dmat.training", "dmat.tracking"),
     ("dmat.config", "dmat.recipes"),
     ("dmat.jobs",),
-    ("dmat.tuning",),
+    ("dmat.tuning", "dmat.doctor", "dmat.machine", "dmat.cleaning", "dmat.work_folders", "dmat.dvc_files"),
     ("cli",),
 )
 SUBJECTS = ROWS[2]  # these know nothing of each other
 HOMES = {  # package -> the only modules that import it
     "mlflow": {"dmat.tracking.stores", "dmat.tracking.memory"},
     "pyautoattack": {"dmat.robust.auto_attack"},
-    "typer": {"cli.main", "cli.stages", "cli.recipes", "cli.runs", "cli.tune", "cli.reference"},
+    "typer": {"cli.main", "cli.stages", "cli.recipes", "cli.runs", "cli.tune", "cli.upkeep", "cli.reference"},
     "pydantic": {"dmat.config"},
     "sklearn": {"dmat.data.sources"},
     "optuna": {"dmat.tuning"},

@@ -1,0 +1,288 @@
+"""What `dmat doctor` looks at: everything that a run needs from this machine and this project.
+
+Looks only: it makes no folder, no lock and no database. A check that fails by itself is a finding like any other.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dmat import ARTIFACTS, config, dvc_files, files, machine, tracking, work_folders
+from dmat.config import Params
+from dmat.errors import ConfigError, DmatError
+from dmat.jobs import STAGES
+from dmat.jobs.workspace import Workspace
+from dmat.machine import NOTE, OK, PROBLEM, Marked
+from dmat.work_folders import WorkFolder
+
+_PATIENCE = 3.0  # seconds for a tracking server to answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    mark: str  # OK, NOTE or PROBLEM
+    check: str
+    found: str
+    do: str  # "" if it is OK
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What is looked at. params: None where params.yaml is missing or wrong."""
+
+    place: Workspace
+    params: Params | None
+
+    @property
+    def compute(self) -> Any:
+        return self.params.sections["compute"] if self.params else config.Compute()
+
+
+def examine(place: Workspace) -> Iterator[Finding]:
+    """Every finding, each as soon as it is known."""
+    try:
+        site = Site(place, config.load(place.at("params.yaml")))
+    except (DmatError, OSError, ValueError):
+        site = Site(place, None)  # the check of params.yaml says why
+    for name, check in CHECKS.items():
+        try:
+            for mark, found, do in check(site):
+                yield Finding(mark, name, found, do)
+        except DmatError as error:
+            found, _, do = str(error).rpartition("; ")  # an error ends with what to do
+            yield Finding(PROBLEM, name, found or do, do)
+        except Exception as error:  # whatever one check meets must not hide what the others find
+            do = "mend what it names; if nothing is wrong with that, it is a defect of dmat"
+            yield Finding(PROBLEM, name, f"the check itself failed: {type(error).__name__}: {error}", do)
+
+
+def _device(site: Site) -> Iterator[Marked]:
+    yield from machine.device(site.compute.device, site.compute.precision, site.compute.threads)
+
+
+def _git(site: Site) -> Iterator[Marked]:
+    def ask(*words: str) -> str:
+        command = ["git", "--no-optional-locks", *words]  # else `git status` writes its index
+        return subprocess.run(command, cwd=site.place.root, capture_output=True, text=True, check=True).stdout
+
+    unknown = "results will not say which code made them; "
+    try:
+        ask("rev-parse", "--git-dir")
+    except (OSError, subprocess.CalledProcessError):
+        yield NOTE, "no repository here, or no git", f"{unknown}`git init` and commit"
+        return
+    try:
+        commit = ask("rev-parse", "HEAD").strip()
+    except subprocess.CalledProcessError:
+        yield NOTE, "a repository without a commit", f"{unknown}commit"
+        return
+    changed = len(ask("status", "--porcelain", "--untracked-files=no").splitlines())
+    if changed:
+        yield (
+            NOTE,
+            f"commit {commit[:12]}, changed files: {changed}",
+            "commit, or results are marked as of changed code",
+        )
+    else:
+        yield OK, f"commit {commit[:12]}, nothing changed", ""
+
+
+def _params(site: Site) -> Iterator[Marked]:
+    try:
+        params = config.load(site.place.at("params.yaml"))
+    except ConfigError as error:
+        wrong = "; ".join(error.problems)
+        yield PROBLEM, f"{len(error.problems)} wrong: {wrong}", "mend it; docs/parameters.md explains every key"
+        return
+    lists = [f"{name}: {len(getattr(params, name))}" for name in config.LISTS]
+    yield OK, ", ".join([*lists, f"seeds: {len(params.seeds)}"]), ""
+
+
+def _dvc(site: Site) -> Iterator[Marked]:
+    root = site.place.root
+    alone = "stages run one by one as dmat commands; for `dvc repro` "
+    if not (root / ".dvc").is_dir():
+        yield NOTE, "no .dvc folder", f"{alone}call `dvc init`"
+    elif not (root / "dvc.yaml").exists():
+        yield NOTE, "no dvc.yaml", f"{alone}bring the file from dmat's repository"
+    else:
+        stages = len(dvc_files.read_pipeline(root)["stages"])
+        found = (
+            f"stages in dvc.yaml: {stages}, instances in dvc.lock: {len(dvc_files.read_lock(root).get('stages', {}))}"
+        )
+        if shutil.which("dmat"):
+            yield OK, found, ""
+        else:
+            yield PROBLEM, f"{found}; `dmat`, which they start, is not on PATH", "activate the virtual environment"
+
+
+def _dvc_locks(site: Site) -> Iterator[Marked]:
+    root = site.place.root
+    claims = dvc_files.claims(root)
+    for claim in claims:
+        held = f"process {claim.pid} (`{claim.command}`) claims {claim.paths} paths"
+        if claim.state == "alive":
+            yield OK, f"{held} and runs", ""
+        elif claim.state == "gone":
+            do = "nothing: the next dvc command drops the claim; if one says it is blocked, delete .dvc/tmp/rwlock"
+            yield NOTE, f"{held}, but is gone", do
+        else:
+            do = "delete .dvc/tmp/rwlock while no dvc runs: DVC waits for that program in vain"
+            yield NOTE, f"{held}, but its number belongs to another program by now", do
+    if holder := dvc_files.repository_holder(root):
+        yield OK, f"{holder} holds the repository", ""
+    elif not claims:
+        yield OK, "nobody holds one", ""
+
+
+def _mlflow(site: Site) -> Iterator[Marked]:
+    address = tracking.store(site.place.home)
+    shown = re.sub(r"//[^/@]*@", "//…@", address)  # without a password
+    if os.environ.get("DMAT_TRACKING") == "off":
+        yield NOTE, "off, by DMAT_TRACKING=off", "unset it to track runs"
+    elif address.startswith(("http://", "https://")):
+        yield _server(address, shown)
+    elif address.startswith("sqlite:///"):
+        yield _database(Path(address.removeprefix("sqlite:///")))
+    else:
+        yield NOTE, f"{shown}: a kind of store that is not looked at", "start a run to see whether it answers"
+
+
+def _server(address: str, shown: str) -> Marked:
+    parts = urllib.parse.urlsplit(address)
+    url = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=f"{parts.path.rstrip('/')}/health").geturl()
+    do = "start it (docs/services.md) or unset MLFLOW_TRACKING_URI; runs go on, and `dmat runs sync` sends them later"
+    started = time.monotonic()
+    try:
+        with urllib.request.urlopen(url, timeout=_PATIENCE):
+            return OK, f"{shown} answers after {time.monotonic() - started:.1f} s", ""
+    except urllib.error.HTTPError as error:
+        error.close()
+        return PROBLEM, f"{shown} answers {error.code} {error.reason} at /health", do
+    except OSError as error:
+        return PROBLEM, f"{shown} does not answer ({getattr(error, 'reason', error)})", do
+
+
+def _database(path: Path) -> Marked:
+    if not path.exists():
+        return OK, f"{path}: not made yet; the first run makes it", ""
+    with open(path, "r+b") as file:  # fails where it cannot be written; writes nothing
+        header = file.read(20)
+    # In WAL mode, a database that nobody has open can be read without making files beside it only as immutable.
+    alone = header[18:19] == b"\2" and not path.with_name(f"{path.name}-wal").exists()
+    address = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' * alone}"
+    connection = sqlite3.connect(address, uri=True, timeout=_PATIENCE)
+    try:
+        tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
+        runs = connection.execute("select count(*) from runs").fetchone()[0] if "runs" in tables else 0
+    except sqlite3.OperationalError as error:
+        return NOTE, f"{path}: {error}", "look again when nothing is being written there"
+    except sqlite3.DatabaseError as error:
+        return PROBLEM, f"{path}: {error}", "move it away; the next run makes a new one, and no result depends on it"
+    finally:
+        connection.close()
+    if not {"alembic_version", "experiments", "runs"} <= tables:
+        return (
+            NOTE,
+            f"{path}: not a store of MLflow yet",
+            "start a run, which makes the rest; if that fails, move it away",
+        )
+    return OK, f"{path}: {runs} runs", ""
+
+
+def _tracked_runs(site: Site) -> Iterator[Marked]:
+    notes = [files.read_json(path) for path in sorted((site.place.home / "mlruns" / "active").glob("[!.]*.json"))]
+    gone = [note for note in notes if not _runs(note["pid"], note["started"])]
+    found = f"running: {len(notes) - len(gone)}"
+    if gone:
+        yield NOTE, f"{found}; process gone: {len(gone)}", "`dmat runs sync` sends what they owe and ends them"
+    else:
+        yield OK, found, ""
+
+
+def _runs(pid: int, started: float) -> bool:
+    try:
+        return bool(abs(psutil.Process(pid).create_time() - started) < 1)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _work(site: Site) -> Iterator[Marked]:
+    finished = 0
+    for work in work_folders.all_of(site.place.home):
+        name = f"{work.word} {work.instance}"
+        if holder := work.holder:
+            yield OK, f"{name}: {holder} computes it{_checkpoint(work)}", ""
+        elif (work.path / "finished.json").exists():
+            finished += 1
+        elif work.word == work_folders.STUDY:
+            if cut := sorted(work.path.glob("trial-*/checkpoint.dmat")):  # one that ended has none
+                yield (
+                    NOTE,
+                    f"{name}: stopped in {cut[-1].parent.name}",
+                    "`dmat tune` goes on if nothing it needs was changed",
+                )
+        elif work.progress:
+            yield NOTE, f"{name}: stopped{_checkpoint(work)}", _continuation(site, work)
+    yield OK, f"finished in runs/: {finished}", ""
+
+
+def _checkpoint(work: WorkFolder) -> str:
+    path = work.path / "checkpoint.dmat"
+    try:
+        with open(path, "rb") as file:
+            seen = json.loads(file.readline())["images_seen"]
+        return f", checkpoint at {seen:,} images, {(time.time() - path.stat().st_mtime) / 60:.0f} minutes old"
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ", its checkpoint cannot be read"
+
+
+def _continuation(site: Site, work: WorkFolder) -> str:
+    """The command that goes on with a stopped run. Whether its settings are still those is the command's to find."""
+    stage = STAGES[work.word]
+    for chosen in stage.choices(site.params) if site.params else ():
+        if stage.instance(chosen) == work.instance:
+            command = " ".join([f"dmat {stage.command}", *(f"--{key} {value}" for key, value in chosen.items())])
+            return f"`{command}` goes on if nothing it needs was changed; `dmat clean --unfinished` removes it"
+    return "params.yaml does not name it; `dmat clean --unfinished` removes it"
+
+
+CHECKS: dict[str, Callable[[Site], Iterator[Marked]]] = {
+    "versions": lambda site: machine.versions(site.place.root),
+    "device": _device,
+    "threads": lambda site: machine.threads(site.compute.threads),
+    "memory": lambda site: machine.memory(),
+    "disk": lambda site: machine.disks({"the project": site.place.root, "runs/": site.place.home / "runs"}),
+    "writable": lambda site: machine.writable(
+        {
+            "the project": site.place.root,
+            f"{ARTIFACTS}/": site.place.at(ARTIFACTS),
+            "runs/": site.place.home / "runs",
+            "mlruns/": site.place.home / "mlruns",
+            "the temporary folder": Path(os.environ.get("TMPDIR") or tempfile.gettempdir()),
+        }
+    ),
+    "git": _git,
+    "params.yaml": _params,
+    "dvc": _dvc,
+    "dvc locks": _dvc_locks,
+    "mlflow": _mlflow,
+    "tracked runs": _tracked_runs,
+    "work": _work,
+}

@@ -1,0 +1,137 @@
+"""DVC's own files, read without starting DVC: who holds its locks, and which results it can bring back.
+
+Formats as of DVC 3.67 (`dvc/rwlock.py`, `dvc/lock.py`, `dvc/stage/cache.py`). Changes nothing.
+"""
+
+import configparser
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from dmat import work_folders
+from dmat.errors import DmatError
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C reads a large dvc.lock ten times faster
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One process's entries in `.dvc/tmp/rwlock`."""
+
+    pid: int
+    command: str
+    paths: int
+
+    @property
+    def state(self) -> str:
+        """alive, gone, or reused: its number belongs to another program by now, which DVC takes for the holder."""
+        try:
+            return "alive" if "dvc" in " ".join(psutil.Process(self.pid).cmdline()) else "reused"
+        except psutil.NoSuchProcess:
+            return "gone"
+        except psutil.AccessDenied:
+            return "alive"
+
+
+def claims(root: Path) -> list[Claim]:
+    """Everyone who reads or writes stages, as DVC noted it: entries of killed processes stay."""
+    path = root / ".dvc" / "tmp" / "rwlock"
+    if not path.exists():
+        return []
+    try:
+        noted = json.loads(path.read_text())
+        entries = [*noted.get("write", {}).values(), *(one for many in noted.get("read", {}).values() for one in many)]
+        who = [(int(entry["pid"]), str(entry["cmd"])) for entry in entries]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DmatError(
+            f"{path} cannot be read ({type(error).__name__}: {error}), so every dvc command stops; "
+            f"delete it while no dvc runs"
+        ) from None
+    return [Claim(pid, command, who.count((pid, command))) for pid, command in sorted(set(who))]
+
+
+def repository_holder(root: Path) -> str | None:
+    """Who holds `.dvc/tmp/lock`, which DVC keeps while it plans and not while a stage runs."""
+    lock = root / ".dvc" / "tmp" / "lock"
+    return f"process {lock.read_text().strip()}" if work_folders.is_held(lock) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one run of a stage left, as DVC recorded it."""
+
+    outs: dict[str, str]  # path below the project -> md5
+    locked: bool  # named by dvc.lock, not by the run cache alone
+    objects: Path
+
+    @functools.cached_property
+    def copies(self) -> dict[str, Path] | None:
+        """Path of each file below the project -> the copy in DVC's cache; None if one of them is not there."""
+        found: dict[str, Path] = {}
+        for path, md5 in self.outs.items():
+            copy = self._object(md5)
+            if not copy.is_file():
+                return None
+            if md5.endswith(".dir"):
+                inside = json.loads(copy.read_text())
+                found |= {f"{path}/{entry['relpath']}": self._object(entry["md5"]) for entry in inside}
+            else:
+                found[path] = copy
+        return found if all(copy.is_file() for copy in found.values()) else None
+
+    def _object(self, md5: str) -> Path:
+        return self.objects / md5[:2] / md5[2:]
+
+
+def results(root: Path) -> list[Result]:
+    """Everything that dvc.lock and the run cache name: what DVC brings back instead of computing it."""
+    cache = _cache_folder(root)
+    lock = read_lock(root)
+    found = [(entry, True) for entry in lock.get("stages", {}).values()]
+    found += [(_yaml(path), False) for path in sorted((cache / "runs").glob("*/*/*")) if path.is_file()]
+    return [
+        Result({out["path"]: out["md5"] for out in outs}, locked, cache / "files" / "md5")
+        for entry, locked in found
+        if (outs := entry.get("outs", [])) and all({"path", "md5"} <= set(out) for out in outs)
+    ]
+
+
+def read_lock(root: Path) -> dict[str, Any]:
+    """dvc.lock; empty if there is none."""
+    return _yaml(root / "dvc.lock") if (root / "dvc.lock").exists() else {}
+
+
+def read_pipeline(root: Path) -> dict[str, Any]:
+    """dvc.yaml. Raises DmatError if it has no stages."""
+    pipeline = _yaml(root / "dvc.yaml")
+    if not isinstance(pipeline.get("stages"), dict):
+        raise DmatError(f"{root / 'dvc.yaml'} has no stages; bring the file back from git")
+    return pipeline
+
+
+def _cache_folder(root: Path) -> Path:
+    """`cache.dir` of the project's configuration. DVC reads wider ones too; a cache that is elsewhere because of them
+    looks empty here."""
+    folder = root / ".dvc"
+    config = configparser.ConfigParser(interpolation=None, strict=False)
+    config.read([folder / "config", folder / "config.local"])
+    given = config.get("cache", "dir", fallback="cache").strip("'\"")
+    return folder / Path(given).expanduser()
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    loader = _Loader(path.read_text())
+    try:
+        value = loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise DmatError(f"{path} is not valid YAML ({str(error).splitlines()[0]}); bring it back from git") from None
+    finally:
+        loader.dispose()
+    if not isinstance(value, dict):
+        raise DmatError(f"{path} holds {type(value).__name__}; expected a mapping; bring it back from git")
+    return value

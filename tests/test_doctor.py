@@ -1,0 +1,504 @@
+"""`dmat doctor`: each check on a state made by hand, and that looking changes nothing."""
+
+import fcntl
+import http.server
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from cli.main import app
+from dmat import doctor, dvc_files, files, machine
+from dmat.doctor import Finding
+from dmat.jobs import workspace
+from dmat.machine import NOTE, OK, PROBLEM
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def project(tmp_path, root, tiny_params, monkeypatch) -> Path:
+    """Parameters, pipeline, .dvc and a commit; nothing was run yet."""
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params))
+    shutil.copy(root / "dvc.yaml", tmp_path)
+    shutil.copy(root / "constraints.txt", tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "all")
+    monkeypatch.setenv("DMAT_TRACKING", "on")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(machine.psutil, "cpu_percent", lambda *_, **__: [0.0] * 512)
+    return tmp_path
+
+
+@pytest.fixture
+def dead() -> int:
+    """A process number that nobody has."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def git(folder: Path, *words: str) -> None:
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    subprocess.run(["git", *identity, *words], cwd=folder, check=True)
+
+
+def look(folder: Path, *checks: str) -> list[Finding]:
+    """The findings of some checks, which must not need the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in checks})
+        return list(doctor.examine(workspace.find(folder)))
+
+
+def one(folder: Path, check: str) -> tuple[str, str, str]:
+    (finding,) = look(folder, check)
+    assert (finding.do == "") == (finding.mark == OK), finding
+    return finding.mark, finding.found, finding.do
+
+
+def state(folder: Path) -> dict[str, tuple[bool, float, bytes]]:
+    """Everything below a folder; of folders only that they are there, because a probe changes their time."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        is_file = path.is_file()
+        found[str(path)] = (is_file, path.stat().st_mtime if is_file else 0.0, path.read_bytes() if is_file else b"")
+    return found
+
+
+# The whole
+
+
+def test_a_sound_project_is_well_and_stays_as_it_was(project, monkeypatch):
+    os.utime(project / "dvc.yaml", (1, 1))  # `git status` would note the new time in its index
+    before = state(project)
+    monkeypatch.chdir(project)
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    found = json.loads(result.output)
+    assert {record["check"] for record in found} == set(doctor.CHECKS)
+    assert [record for record in found if record["mark"] == PROBLEM and record["check"] not in ("memory", "disk")] == []
+    assert result.exit_code in (0, 2)
+    assert state(project) == before
+
+
+def test_an_empty_folder_gets_an_answer_to_every_check(project, tmp_path_factory, monkeypatch):
+    empty = tmp_path_factory.mktemp("empty")
+    monkeypatch.chdir(empty)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    lines = result.output.splitlines()
+    assert "PROBLEM params.yaml   " + f"{empty}/params.yaml does not exist" in lines
+    assert any(line.strip().startswith("-> run in the folder of a project") for line in lines)
+    for check, mark in {"git": NOTE, "dvc": NOTE, "mlflow": OK, "work": OK, "device": OK}.items():
+        assert any(line.startswith(f"{mark:8s}{check:14s}") for line in lines), check
+    assert list(empty.iterdir()) == []
+
+
+def test_a_check_that_fails_is_a_finding_and_the_others_go_on(project, monkeypatch):
+    def broken(site: doctor.Site) -> Iterator[machine.Marked]:
+        yield OK, "so far", ""
+        raise ZeroDivisionError("by hand")
+
+    monkeypatch.setattr(doctor, "CHECKS", {"broken": broken, "dvc locks": doctor.CHECKS["dvc locks"]})
+    first, failed, last = doctor.examine(workspace.find(project))
+    assert (first.mark, failed.mark, last.mark) == (OK, PROBLEM, OK)
+    assert failed.found == "the check itself failed: ZeroDivisionError: by hand"
+    monkeypatch.chdir(project)
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 2
+
+
+# The machine
+
+
+def test_versions_other_than_pinned_are_named(project):
+    assert one(project, "versions")[0] == OK
+    pins = (project / "constraints.txt").read_text()
+    (project / "constraints.txt").write_text(pins.replace("optuna==", "optuna==1."))
+    mark, found, _ = one(project, "versions")
+    assert mark == NOTE
+    assert "other than in constraints.txt: optuna " in found
+    assert "numpy" not in found  # of two pins for two Pythons, one is enough
+    (project / "constraints.txt").unlink()
+    assert "no constraints.txt" in one(project, "versions")[1]
+
+
+def test_a_build_of_the_pinned_version_is_that_version(project, monkeypatch):
+    monkeypatch.setattr(machine, "_installed", lambda name: {"torch": "2.14.1+cpu"}.get(name, "1"))
+    (project / "constraints.txt").write_text("torch==2.14.1\n")
+    assert one(project, "versions")[0] == OK
+
+
+def test_a_missing_package_is_a_problem(project, monkeypatch):
+    monkeypatch.setattr(machine, "PACKAGES", ("torch", "no-such-package"))
+    mark, found, _ = one(project, "versions")
+    assert mark == PROBLEM
+    assert "no-such-package (missing)" in found
+
+
+def test_code_of_another_checkout_is_a_problem(project):
+    """DVC would note the checksums of this folder's modules as those that computed."""
+    (project / "dmat").mkdir()
+    (project / "dmat/__init__.py").touch()
+    assert [finding.mark for finding in look(project, "versions")] == [OK, PROBLEM]
+
+
+def test_device_and_precision_are_those_that_params_ask_for(project):
+    before = torch.get_num_threads()
+    mark, found, _ = one(project, "device")
+    assert mark in (OK, NOTE)
+    assert "fp32 (asked for); asked: auto, fp32" in found
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device is there")
+def test_a_device_that_is_not_there_is_a_problem(project, tiny_params):
+    tiny_params["compute"]["device"] = "cuda"
+    (project / "params.yaml").write_text(yaml.safe_dump(tiny_params))
+    mark, found, do = one(project, "device")
+    assert mark == PROBLEM
+    assert "torch finds no CUDA device" in found
+    assert "device: auto" in do
+
+
+def test_emulated_bf16_is_noted(monkeypatch):
+    monkeypatch.setattr(machine.devices, "_native_bf16", lambda kind: (False, "no native bfloat16 multiplication"))
+    ((mark, _, _),) = machine.device("cpu", "auto", 1)
+    assert mark == OK
+    ((mark, found, _),) = machine.device("cpu", "bf16", 1)
+    assert mark == NOTE
+    assert "no native" in found
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "quota", "others", "mark", "said"),
+    [
+        (1, 2, None, 0.0, OK, "1 on 2 cores"),
+        (1, 2, None, 1.0, OK, "others use 1.0"),
+        (1, 2, None, 1.8, NOTE, "twice as long"),
+        (2, 2, None, 0.3, OK, ""),
+        (2, 2, None, 1.0, PROBLEM, "compute.threads to 1"),
+        (0, 8, None, 3.0, PROBLEM, "compute.threads to 5"),
+        (0, 8, None, 0.0, OK, "8 on 8 cores"),
+        (0, 64, 2.0, 0.0, PROBLEM, "compute.threads to 2"),
+        (4, 2, None, 0.0, PROBLEM, "may use 2"),
+        (1, 8, 0.5, 0.0, PROBLEM, "may use 0.5"),
+    ],
+)
+def test_threads_against_free_cores(asked, cores, quota, others, mark, said):
+    found = machine.judge_threads(asked, cores, quota, others)
+    assert found[0] == mark
+    assert said in " ".join(found)
+
+
+def test_limits_of_a_container_are_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_CONTROL_GROUP", tmp_path)
+    assert machine._quota() is None
+    free = next(machine.memory())[1]
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine._quota() is None
+    assert next(machine.memory())[1].split()[-3] == free.split()[-3]
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
+    (tmp_path / "memory.current").write_text(f"{3 * GIB + GIB // 2}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {GIB}\nfile 2\n")
+    assert machine._quota() == 1.5
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: type("M", (), {"available": 9e10, "total": 1e11}))
+    assert next(machine.memory())[:2] == (NOTE, "1.5 of 4.0 GiB free")
+
+
+@pytest.mark.parametrize(("free", "mark"), [(0.99, PROBLEM), (1.0, NOTE), (4.99, NOTE), (5.0, OK)])
+def test_free_disk(tmp_path, monkeypatch, free, mark):
+    usage = type("Usage", (), {"free": free * GIB})
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
+    places = {"the project": tmp_path, "runs/": tmp_path / "not/there/yet"}
+    ((found, said, _),) = machine.disks(places)
+    assert found == mark
+    assert said.endswith("free for the project and runs/")
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    places = {"here": tmp_path, "runs/": tmp_path / "runs", "/proc": Path("/proc"), "mlruns/": tmp_path / "mlruns"}
+    found = list(machine.writable(places))
+    assert [mark for mark, _, _ in found] == [PROBLEM, PROBLEM, OK]
+    assert f"runs/ ({tmp_path}/runs) cannot be written: Not a directory" in found[0][1]
+    assert "/proc (/proc) cannot be written" in found[1][1]
+    assert found[2][1] == "here; not there yet: mlruns/"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+# Git, parameters, DVC
+
+
+def test_git(project):
+    mark, found, _ = one(project, "git")
+    assert (mark, found.split(", ")[1]) == (OK, "nothing changed")
+    (project / "dvc.yaml").write_text("stages: {}\n")
+    (project / "untracked").touch()
+    assert one(project, "git")[:2] == (NOTE, found.replace("nothing changed", "changed files: 1"))
+    shutil.rmtree(project / ".git")
+    assert "no repository" in one(project, "git")[1]
+    git(project, "init", "-q")
+    assert "without a commit" in one(project, "git")[1]
+
+
+def test_every_problem_of_the_parameters_is_shown(project, tiny_params):
+    tiny_params["train_robust"]["bata"] = 5
+    tiny_params["seeds"] = []
+    (project / "params.yaml").write_text(yaml.safe_dump(tiny_params))
+    mark, found, _ = one(project, "params.yaml")
+    assert mark == PROBLEM
+    assert "bata" in found
+    assert "seeds is []" in found
+    assert look(project, "device", "threads", "work")[0].mark in (OK, NOTE)  # the others do without
+
+
+@pytest.mark.parametrize("name", ["dvc.yaml", "dvc.lock"])
+def test_a_file_of_dvc_that_cannot_be_read(project, name):
+    (project / name).write_text("<<<<<<< HEAD\n: {")
+    mark, found, do = one(project, "dvc")
+    assert mark == PROBLEM
+    assert f"{project / name} is not valid YAML" in found
+    assert "git" in do
+
+
+def test_the_command_must_be_where_dvc_finds_it(project, monkeypatch):
+    assert one(project, "dvc")[:2] == (OK, "stages in dvc.yaml: 11, instances in dvc.lock: 0")
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert "not on PATH" in one(project, "dvc")[1]
+
+
+def test_locks_that_dvc_writes_are_read(project, dead):
+    """Written by DVC itself: while it holds them, after it was killed, and when its number went to another program."""
+    script = (
+        "import sys\nfrom dvc.fs import localfs\nfrom dvc.lock import make_lock\nfrom dvc.rwlock import rwlock\n"
+        "folder, command = sys.argv[1], 'dvc repro'\n"
+        "with make_lock(folder + '/lock'), rwlock(folder, localfs, command, ['/a', '/b'], ['/c'], False):\n"
+        "    print('held', flush=True)\n    sys.stdin.readline()\n"
+    )
+    folder = project / ".dvc/tmp"
+    folder.mkdir()
+    command = [sys.executable, "-W", "ignore", "-c", script, str(folder)]
+    dvc = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert dvc.stdout.readline() == "held\n"
+    try:
+        claim, repository = look(project, "dvc locks")
+        assert (claim.mark, claim.found) == (OK, f"process {dvc.pid} (`dvc repro`) claims 3 paths and runs")
+        assert (repository.mark, repository.found) == (OK, f"process {dvc.pid} holds the repository")
+        kept = (folder / "rwlock").read_text()
+    finally:
+        dvc.kill()
+        dvc.communicate()
+    mark, found, do = one(project, "dvc locks")
+    assert (mark, found) == (NOTE, f"process {dvc.pid} (`dvc repro`) claims 3 paths, but is gone")
+    assert "delete .dvc/tmp/rwlock" in do
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        (folder / "rwlock").write_text(kept.replace(str(dvc.pid), str(other.pid)))
+        mark, found, _ = one(project, "dvc locks")
+        assert mark == NOTE
+        assert "belongs to another program" in found
+    finally:
+        other.kill()
+        other.wait()
+    (folder / "rwlock").write_text("")
+    mark, found, do = one(project, "dvc locks")
+    assert mark == PROBLEM
+    assert "every dvc command stops" in found
+    assert do == "delete it while no dvc runs"
+    (folder / "rwlock").unlink()
+    assert one(project, "dvc locks") == (OK, "nobody holds one", "")  # .dvc/tmp/lock itself stays, unheld
+
+
+# MLflow
+
+
+def database(project: Path, *statements: str) -> Path:
+    path = project / "mlruns/mlflow.db"
+    path.parent.mkdir(exist_ok=True)
+    connection = sqlite3.connect(path)
+    for statement in statements:
+        connection.execute(statement)
+    connection.commit()
+    connection.close()
+    return path
+
+
+TABLES = ("create table runs (id)", "create table experiments (id)", "create table alembic_version (id)")
+
+
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_the_embedded_store_is_only_read(project, mode):
+    assert one(project, "mlflow")[1].endswith("not made yet; the first run makes it")
+    assert not (project / "mlruns").exists()
+    database(project, f"pragma journal_mode = {mode}", *TABLES, "insert into runs values (1)")
+    before = state(project / "mlruns")
+    assert one(project, "mlflow")[:2] == (OK, f"{project}/mlruns/mlflow.db: 1 runs")
+    assert state(project / "mlruns") == before
+
+
+def test_what_is_no_store_of_mlflow_is_said(project):
+    path = database(project, TABLES[0])
+    assert one(project, "mlflow")[0] == NOTE
+    path.write_bytes(b"no database at all, but long enough to look at" * 9)
+    mark, found, _ = one(project, "mlflow")
+    assert mark == PROBLEM
+    assert "not a database" in found
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers /well/health, refuses others, and says nothing at /slow until it is let go."""
+
+    waiting = threading.Event()
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/slow"):
+            self.waiting.wait(10)
+        self.send_response(200 if self.path == "/well/health" else 503)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_server_is_asked_for_its_health(project, monkeypatch):
+    monkeypatch.setattr(doctor, "_PATIENCE", 0.3)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{server.server_port}"
+    try:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{address}/well")
+        mark, found, _ = one(project, "mlflow")
+        assert mark == OK
+        assert found.startswith(f"http://…@{address}/well answers after")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address}/other/")
+        assert one(project, "mlflow")[:2] == (
+            PROBLEM,
+            f"http://{address}/other/ answers 503 Service Unavailable at /health",
+        )
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{address}/slow")
+        started = time.monotonic()
+        mark, found, do = one(project, "mlflow")
+        assert time.monotonic() - started < 5
+        assert mark == PROBLEM
+        assert "does not answer (timed out)" in found
+        assert "secret" not in found + do
+    finally:
+        Server.waiting.set()
+        server.shutdown()
+        server.server_close()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address}")
+    mark, found, do = one(project, "mlflow")
+    assert mark == PROBLEM
+    assert "refused" in found
+    assert "docs/services.md" in do
+
+
+def test_other_stores_and_no_tracking_are_noted(project, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db/mlflow")
+    mark, found, _ = one(project, "mlflow")
+    assert mark == NOTE
+    assert found.startswith("postgresql://…@db/mlflow")
+    monkeypatch.setenv("DMAT_TRACKING", "off")
+    assert "DMAT_TRACKING=off" in one(project, "mlflow")[1]
+
+
+def test_tracked_runs_of_dead_processes(project, dead):
+    import psutil
+
+    alive = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    folder = project / "mlruns/active"
+    files.write_json(folder / "a.json", alive)
+    assert one(project, "tracked runs") == (OK, "running: 1", "")
+    files.write_json(folder / "b.json", {"pid": dead, "started": 0.0})
+    files.write_json(folder / "c.json", {**alive, "started": 5.0})  # the number was given again
+    mark, found, do = one(project, "tracked runs")
+    assert (mark, found) == (NOTE, "running: 1; process gone: 2")
+    assert "dmat runs sync" in do
+
+
+# Work in progress
+
+
+def work(project: Path, instance: str, *names: str) -> Path:
+    folder = project / f"runs/train_robust/{instance}-{'a' * 12}"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text('{"images_seen": 25600}\nrest')
+    (folder / "lock").touch()
+    return folder
+
+
+def test_work_in_progress(project):
+    work(project, "real_only-1", "finished.json", "checkpoint.dmat")
+    work(project, "generated-1", "checkpoint.dmat")
+    work(project, "gone-1", "checkpoint.dmat")
+    work(project, "gone-2")  # locked once, nothing kept
+    (project / "runs/train_robust/notes").mkdir()
+    stopped, unlisted, finished = look(project, "work")
+    assert (stopped.mark, unlisted.mark) == (NOTE, NOTE)
+    assert "train_robust generated-1: stopped, checkpoint at 25,600 images, 0 minutes old" in stopped.found
+    assert "`dmat train-robust --arm generated --seed 1` goes on" in stopped.do
+    assert "params.yaml does not name it" in unlisted.do
+    assert (finished.mark, finished.found) == (OK, "finished in runs/: 1")
+
+
+def test_studies(project):
+    folder = project / f"runs/tune/generated-{'a' * 12}"
+    for name in ("trial-0000/result/weights", "trial-0001/checkpoint.dmat", "study.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "lock").touch()
+    stopped, _ = look(project, "work")
+    assert (stopped.mark, stopped.found) == (NOTE, "tune generated: stopped in trial-0001")
+    assert "`dmat tune` goes on" in stopped.do
+    (folder / "trial-0001/checkpoint.dmat").unlink()
+    assert [finding.found for finding in look(project, "work")] == ["finished in runs/: 0"]
+    with filelock.FileLock(folder / "lock"):
+        assert "tune generated: an unknown process computes it" in look(project, "work")[0].found
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+def test_who_is_at_work(project, pid):
+    folder = work(project, "generated-1", "checkpoint.dmat")
+    files.write_json(folder / "holder.json", {"pid": pid})
+    with filelock.FileLock(folder / "lock"):
+        running, _ = look(project, "work")
+    elsewhere = "" if pid == os.getpid() else " of another machine"
+    assert running.mark == OK
+    assert f"train_robust generated-1: process {pid}{elsewhere} computes it" in running.found
+    assert look(project, "work")[0].mark == NOTE
+
+
+def test_looking_at_a_lock_leaves_it_free(tmp_path):
+    """A job asks for its lock without waiting, so a look must not hold it a moment longer than the question."""
+    from dmat import work_folders
+
+    assert not work_folders.is_held(tmp_path / "lock")
+    assert not (tmp_path / "lock").exists()
+    (tmp_path / "lock").touch()
+    assert not work_folders.is_held(tmp_path / "lock")
+    with open(tmp_path / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert work_folders.is_held(tmp_path / "lock")
+
+
+def test_a_lock_without_a_repository(tmp_path):
+    assert dvc_files.claims(tmp_path) == []
+    assert dvc_files.repository_holder(tmp_path) is None
