@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dmat.cleaning import Survey
     from dmat.jobs.workspace import Workspace
+    from dmat.upkeep.cleaning import Survey
 
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON.")]
 
@@ -29,8 +29,8 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _doctor(as_json: AsJson = False) -> None:
-    from dmat import doctor, machine
     from dmat.jobs import workspace
+    from dmat.upkeep import doctor, machine
 
     found = []
     for one in doctor.examine(workspace.find(Path.cwd())):
@@ -50,8 +50,9 @@ def _clean(
     ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    from dmat import cleaning, config
+    from dmat import config
     from dmat.jobs import workspace
+    from dmat.upkeep import cleaning
 
     place = workspace.find(Path.cwd())
     params = config.load(place.at("params.yaml"))
@@ -77,7 +78,7 @@ def _clean(
 
 
 def _record(survey: "Survey") -> dict[str, object]:
-    from dmat import cleaning
+    from dmat.upkeep import cleaning
 
     return {
         "candidates": [
@@ -96,7 +97,7 @@ def _record(survey: "Survey") -> dict[str, object]:
 
 
 def _show(place: "Workspace", survey: "Survey", frees: int) -> None:
-    from dmat import cleaning
+    from dmat.upkeep import cleaning
 
     for kind, meaning in cleaning.KINDS.items():
         group = [one for one in survey.candidates if one.kind == kind]

@@ -15,9 +15,10 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
-from dmat import cleaning, config, files
+from dmat import config, files
 from dmat.errors import DmatError
 from dmat.jobs import STAGES, workspace
+from dmat.upkeep import cleaning
 
 NOW, OLD = "a" * 12, "b" * 12  # fingerprints
 ARM = {"stage": "train_robust", "instance": "generated-1"}

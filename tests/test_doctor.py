@@ -20,10 +20,11 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
-from dmat import doctor, dvc_files, files, machine
-from dmat.doctor import Finding
+from dmat import files
 from dmat.jobs import workspace
-from dmat.machine import NOTE, OK, PROBLEM
+from dmat.upkeep import doctor, dvc_files, machine
+from dmat.upkeep.doctor import Finding
+from dmat.upkeep.machine import NOTE, OK, PROBLEM
 
 GIB = 1 << 30
 
@@ -488,7 +489,7 @@ def test_who_is_at_work(project, pid):
 
 def test_looking_at_a_lock_leaves_it_free(tmp_path):
     """A job asks for its lock without waiting, so a look must not hold it a moment longer than the question."""
-    from dmat import work_folders
+    from dmat.upkeep import work_folders
 
     assert not work_folders.is_held(tmp_path / "lock")
     assert not (tmp_path / "lock").exists()

@@ -23,7 +23,7 @@ ROWS = (
     ("dmat.training", "dmat.tracking"),
     ("dmat.config", "dmat.recipes"),
     ("dmat.jobs",),
-    ("dmat.tuning", "dmat.doctor", "dmat.machine", "dmat.cleaning", "dmat.work_folders", "dmat.dvc_files"),
+    ("dmat.tuning", "dmat.upkeep"),
     ("cli",),
 )
 SUBJECTS = ROWS[2]  # these know nothing of each other
@@ -213,3 +213,11 @@ def test_typer_commands_have_examples():
     group = typer.main.get_command(app)
     assert all("Example:" in (command.help or "") for command in group.commands.values())
     assert len(group.commands) >= 14
+
+
+def test_every_package_is_installed(root):
+    import tomllib
+
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = [path.parent.relative_to(root) for name in ("cli", "dmat") for path in (root / name).rglob("__init__.py")]
+    assert sorted(listed) == sorted(path.as_posix().replace("/", ".") for path in there)

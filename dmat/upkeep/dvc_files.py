@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import yaml
 
-from dmat import work_folders
 from dmat.errors import DmatError
+from dmat.upkeep import work_folders
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C reads a large dvc.lock ten times faster
 

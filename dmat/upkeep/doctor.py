@@ -21,13 +21,14 @@ from typing import Any
 
 import psutil
 
-from dmat import ARTIFACTS, config, dvc_files, files, machine, tracking, work_folders
+from dmat import ARTIFACTS, config, files, tracking
 from dmat.config import Params
 from dmat.errors import ConfigError, DmatError
 from dmat.jobs import STAGES
 from dmat.jobs.workspace import Workspace
-from dmat.machine import NOTE, OK, PROBLEM, Marked
-from dmat.work_folders import WorkFolder
+from dmat.upkeep import dvc_files, machine, work_folders
+from dmat.upkeep.machine import NOTE, OK, PROBLEM, Marked
+from dmat.upkeep.work_folders import WorkFolder
 
 _PATIENCE = 3.0  # seconds for a tracking server to answer
 

@@ -19,14 +19,15 @@ from typing import Any
 import filelock
 import psutil
 
-from dmat import ARTIFACTS, dvc_files, files, work_folders
+from dmat import ARTIFACTS, files
 from dmat.config import Params
-from dmat.dvc_files import Result
 from dmat.errors import DmatError
 from dmat.jobs import STAGES
 from dmat.jobs.stages import REPORTED
 from dmat.jobs.workspace import Workspace
-from dmat.work_folders import WorkFolder
+from dmat.upkeep import dvc_files, work_folders
+from dmat.upkeep.dvc_files import Result
+from dmat.upkeep.work_folders import WorkFolder
 
 KINDS = {
     "finished": "work folders of results that DVC has",
