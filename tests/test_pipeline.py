@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+from dmat import config
 from tests import forked
 
 PIPELINE_STAGES = 14  # instances in the repository's params.yaml
@@ -247,6 +248,17 @@ def test_dry_run_plans_without_doing(project):
     assert plan["state"].startswith("finished")
     assert plan["settings"]["threat"]["epsilon"] == "1/5"
     assert set(plan["inputs"]) == {"train", "validation", "mix"}
+
+
+def test_another_list_of_seeds_or_arms_is_another_report(project):
+    """Also where it reads the same files: a report of three seeds is not published again for one."""
+    works = set()
+    for changes in ({}, {"seeds": [1, 2]}, {"arms": {"third": project.params["arms"]["generated"]}}):
+        path = project.folder / "other.yaml"
+        path.write_text(yaml.safe_dump(config.merge(project.params, changes)))
+        works.add(json.loads(project.run("dmat", "write-report", "--dry-run", "--params", "other.yaml"))["work"])
+    path.unlink()
+    assert len(works) == 3
 
 
 def test_dvc_shows_metrics_and_plots(project):

@@ -21,7 +21,7 @@ from dmat.config import Params, Record
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.jobs import code
-from dmat.jobs.stages import Stage
+from dmat.jobs.stages import STAGES, Stage
 from dmat.jobs.workspace import Workspace
 from dmat.training.interruption import Interruption
 from dmat.training.long_run import LongRun, Watcher
@@ -126,12 +126,14 @@ def plan(stage: Stage, chosen: Mapping[str, Any], params: Params, workspace: Wor
 
 
 def stage_identity(stage: Stage, chosen: Mapping[str, Any], params: Params) -> dict[str, Any]:
-    """What else decides a result: the position of a chunk, the chunks of a set."""
+    """What else decides a result: the position of a chunk, the chunks of a set, what there is to report."""
     if "chunk" in chosen:
         return {"chunk": params.chunks[chosen["chunk"]].plain()}
     if "selection" in chosen:
         image_set = params.selected_from[chosen["selection"]]
         return {"image_set": image_set, "chunks": list(params.chunks_of(image_set))}
+    if stage.word == "write_report":
+        return {"reported": {word: [one.instance(c) for c in one.choices(params)] for word, one in STAGES.items()}}
     return {}
 
 
