@@ -327,6 +327,14 @@ def test_locks_that_dvc_writes_are_read(project, dead):
     assert one(project, "dvc locks") == (OK, "nobody holds one", "")  # .dvc/tmp/lock itself stays, unheld
 
 
+def test_a_lock_file_that_dvc_is_writing_is_read_again(project, monkeypatch):
+    path = project / ".dvc/tmp/rwlock"
+    path.parent.mkdir()
+    path.write_text('{"write": {"/a": {"pi')
+    monkeypatch.setattr(dvc_files.time, "sleep", lambda seconds: path.write_text("{}"))
+    assert one(project, "dvc locks")[0] == OK
+
+
 # MLflow
 
 

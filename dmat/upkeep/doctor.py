@@ -232,11 +232,8 @@ def _work(site: Site) -> Iterator[Marked]:
             finished += 1
         elif work.word == work_folders.STUDY:
             if cut := sorted(work.path.glob("trial-*/checkpoint.dmat")):  # one that ended has none
-                yield (
-                    NOTE,
-                    f"{name}: stopped in {cut[-1].parent.name}",
-                    "`dmat tune` goes on if nothing it needs was changed",
-                )
+                do = "`dmat tune` goes on if nothing it needs was changed"
+                yield NOTE, f"{name}: stopped in {cut[-1].parent.name}", do
         elif work.progress:
             yield NOTE, f"{name}: stopped{_checkpoint(work)}", _continuation(site, work)
     yield OK, f"finished in runs/: {finished}", ""

@@ -7,6 +7,7 @@ import configparser
 import dataclasses
 import functools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,24 @@ def claims(root: Path) -> list[Claim]:
     if not path.exists():
         return []
     try:
-        noted = json.loads(path.read_text())
-        entries = [*noted.get("write", {}).values(), *(one for many in noted.get("read", {}).values() for one in many)]
-        who = [(int(entry["pid"]), str(entry["cmd"])) for entry in entries]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DmatError(
-            f"{path} cannot be read ({type(error).__name__}: {error}), so every dvc command stops; "
-            f"delete it while no dvc runs"
-        ) from None
+        who = _claimed(path)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        time.sleep(0.2)  # DVC writes it in place, so it may have been half a file
+        try:
+            who = _claimed(path)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DmatError(
+                f"{path} cannot be read ({type(error).__name__}: {error}), so every dvc command stops; "
+                f"delete it while no dvc runs"
+            ) from None
     return [Claim(pid, command, who.count((pid, command))) for pid, command in sorted(set(who))]
+
+
+def _claimed(path: Path) -> list[tuple[int, str]]:
+    """Process and command of each entry."""
+    noted = json.loads(path.read_text())
+    entries = [*noted.get("write", {}).values(), *(one for many in noted.get("read", {}).values() for one in many)]
+    return [(int(entry["pid"]), str(entry["cmd"])) for entry in entries]
 
 
 def repository_holder(root: Path) -> str | None:
