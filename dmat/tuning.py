@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import io
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,12 @@ from dmat.errors import Diverged, DmatError, Pruned
 from dmat.jobs import STAGES, execution, mix_images, train_robust
 from dmat.jobs.execution import Job
 from dmat.jobs.workspace import Workspace
+from dmat.metrics import study_pictures
 from dmat.training.interruption import Interruption
 from dmat.training.long_run import MetricsLog
 
 OBJECTIVE = "validation_robust"  # share of 1, of the averaged weights
+MINIMUM_FOR_IMPORTANCES = 4  # complete trials
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -315,34 +316,24 @@ def _report(study: optuna.Study, plan: Study, summary: dict[str, Any]) -> list[P
     folder = plan.folder / "result"
     files.write_text(folder / "trials.csv", _table(study, plan))
     files.write_json(folder / "summary.json", {**summary, **plan.describe()})
-    from optuna.visualization import matplotlib as plots
+    trials = [_seen(trial) for trial in _ended(study)]
+    scales: dict[str, str] = {name: wanted.scale for name, wanted in plan.settings.space.items()}
+    drawn = ["history", "curves", "slices"]
+    study_pictures.history(folder / "history.png", trials)
+    study_pictures.curves(folder / "curves.png", trials)
+    study_pictures.slices(folder / "slices.png", trials, scales)
+    if summary["complete"] >= MINIMUM_FOR_IMPORTANCES and len({trial.value for trial in trials}) > 1:
+        importances = optuna.importance.get_param_importances(study)
+        study_pictures.importances(folder / "importances.png", importances, summary["complete"])
+        drawn.append("importances")
+    return [folder / f"{name}.png" for name in drawn]
 
-    drawn: dict[str, Callable[[], Any]] = {
-        "history": lambda: plots.plot_optimization_history(study),
-        "curves": lambda: plots.plot_intermediate_values(study),
-        "slices": lambda: plots.plot_slice(study),
-    }
-    if summary["complete"] >= 4 and len({trial.value for trial in _ended(study)}) > 1:
-        drawn["importances"] = lambda: plots.plot_param_importances(study)
-    return [_drawn(folder / f"{name}.png", draw) for name, draw in drawn.items()]
 
-
-def _drawn(path: Path, draw: Callable[[], Any]) -> Path:
-    """Saves a plot of Optuna's. They are marked experimental, which is no news for the person who reads them."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        axes = draw()
-        figure = (axes if hasattr(axes, "figure") else axes.flat[0]).figure
-        figure.set_layout_engine("tight")
-        with files.writing(path) as file:
-            figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-        plt.close(figure)
-    return path
+def _seen(trial: FrozenTrial) -> study_pictures.Trial:
+    """A trial as pictures show it; one that was stopped early has the value it had last."""
+    last = trial.intermediate_values.get(max(trial.intermediate_values, default=0))
+    value = last if trial.state == TrialState.PRUNED else trial.value
+    return study_pictures.Trial(trial.number, trial.state.name, trial.params, value, trial.intermediate_values)
 
 
 def _table(study: optuna.Study, plan: Study) -> str:

@@ -250,6 +250,9 @@ def _code_changed(plan: Plan) -> bool:
 def set_aside(work: Path) -> None:
     """Earlier state moves to `before-<time>/` beside the new one; nothing is deleted."""
     old = work / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+    while old.exists():  # set aside twice within a second
+        time.sleep(0.2)
+        old = work / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
     for path in [
         p for p in work.iterdir() if p.name not in ("lock", "holder.json") and not p.name.startswith("before-")
     ]:

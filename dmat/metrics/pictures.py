@@ -23,7 +23,7 @@ def sheet(path: Path, images: np.ndarray, labels: np.ndarray, title: str, column
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             canvas[r * (height + 1) : r * (height + 1) + height, c * (width + 1) : c * (width + 1) + width] = image
-    figure, axes = _figure(columns * 0.45, len(rows) * 0.47 + 0.4)
+    figure, axes = new_figure(columns * 0.45, len(rows) * 0.47 + 0.4)
     axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_yticks(
@@ -32,7 +32,7 @@ def sheet(path: Path, images: np.ndarray, labels: np.ndarray, title: str, column
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves(
@@ -44,20 +44,20 @@ def curves(
     mark: float | None = None,
 ) -> None:
     """Values of a history over images seen; `mark`: a dashed line at the best weights."""
-    figure, axes = _figure(7, 3.6)
+    figure, axes = new_figure(7, 3.6)
     for colour, name in zip(PALETTE, names, strict=False):
         points = [(row["images_seen"], row[name]) for row in history if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), color=colour, linewidth=1.6)
     if mark is not None:
         axes.axvline(mark, color="#868e96", linestyle="--", linewidth=1, label="best")
-    _dress(axes, title, "images seen", y_label)
-    _save(figure, path)
+    dress(axes, title, "images seen", y_label)
+    save(figure, path)
 
 
 def arms(path: Path, histories: dict[str, Sequence[dict[str, float]]], name: str, title: str, y_label: str) -> None:
     """One value of several runs over images seen; runs of one arm (text before the last "-") share a colour."""
-    figure, axes = _figure(7, 3.8)
+    figure, axes = new_figure(7, 3.8)
     groups = list(dict.fromkeys(run.rpartition("-")[0] for run in histories))
     for run, history in histories.items():
         group = run.rpartition("-")[0]
@@ -69,13 +69,13 @@ def arms(path: Path, histories: dict[str, Sequence[dict[str, float]]], name: str
             linewidth=1.5,
             label=group.replace("_", " ") if first else None,
         )
-    _dress(axes, title, "images seen", y_label)
-    _save(figure, path)
+    dress(axes, title, "images seen", y_label)
+    save(figure, path)
 
 
 def bars(path: Path, table: dict[str, dict[str, tuple[float, float, float]]], title: str) -> None:
     """Accuracies with intervals: table[arm][measure] = (value, low, high) in shares of 1."""
-    figure, axes = _figure(7, 3.8)
+    figure, axes = new_figure(7, 3.8)
     measures = list(next(iter(table.values())))
     width = 0.8 / len(table)
     for k, (arm, values) in enumerate(table.items()):
@@ -88,8 +88,8 @@ def bars(path: Path, table: dict[str, dict[str, tuple[float, float, float]]], ti
     axes.set_xticks(range(len(measures)), measures, fontsize=8)
     axes.set_ylim(0, 118)  # bars start at 0; room for the legend
     axes.set_yticks(range(0, 101, 20))
-    _dress(axes, title, "", "accuracy on test, % (95 % interval)")
-    _save(figure, path)
+    dress(axes, title, "", "accuracy on test, % (95 % interval)")
+    save(figure, path)
 
 
 def perturbations(
@@ -105,7 +105,7 @@ def perturbations(
 
     natural and adversarial: float [N, H, W, C] in [0, 1].
     """
-    figure, grid = _figure(1.05 * len(natural), 3.6, rows=3, columns=len(natural))
+    figure, grid = new_figure(1.05 * len(natural), 3.6, rows=3, columns=len(natural))
     change = adversarial - natural
     scaled = 0.5 + change / (2 * max(float(np.abs(change).max()), 1e-12))
     for k in range(len(natural)):
@@ -119,10 +119,11 @@ def perturbations(
     figure.suptitle(
         f"Test images, perturbation (epsilon {epsilon}), adversarial images: prediction before → after", fontsize=9
     )
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
+    """A figure of so many inches, and its axes."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -131,7 +132,8 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any
     return pyplot.subplots(rows, columns, figsize=(max(width, 4), height), layout="constrained")
 
 
-def _dress(axes: Any, title: str, x_label: str, y_label: str) -> None:
+def dress(axes: Any, title: str, x_label: str, y_label: str, legend: bool = True) -> None:
+    """Title, labels and grid as in all pictures."""
     axes.set_title(title, fontsize=9.5, loc="left")
     axes.set_xlabel(x_label, fontsize=8.5)
     axes.set_ylabel(y_label, fontsize=8.5)
@@ -139,10 +141,12 @@ def _dress(axes: Any, title: str, x_label: str, y_label: str) -> None:
     axes.grid(axis="y", color="#dee2e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    if legend:
+        axes.legend(frameon=False, fontsize=8, ncols=2)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Writes the figure and lets it go."""
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
