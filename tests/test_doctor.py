@@ -483,7 +483,7 @@ def test_studies(project):
         assert "tune generated: an unknown process computes it" in look(project, "work")[0].found
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1], ids=["ours", "nobody"])
 def test_who_is_at_work(project, pid):
     folder = work(project, "generated-1", "checkpoint.dmat")
     files.write_json(folder / "holder.json", {"pid": pid})

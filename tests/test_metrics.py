@@ -12,6 +12,7 @@ import scipy.linalg
 from scipy import stats
 
 from dmat import seeds
+from dmat.metrics import study_pictures
 from dmat.metrics.intervals import over_seeds, paired_difference, wilson
 from dmat.metrics.quality import duplicates, frechet_distance, inception_score, kernel_distance, nearest_distances
 
@@ -230,3 +231,36 @@ def test_duplicates_are_later_copies_byte_for_byte():
     assert duplicates(images) == 1
     assert duplicates(images.transpose(0, 2, 1, 3)) == 1  # not contiguous in memory
     assert duplicates(np.zeros((5, 2, 2, 3), dtype=np.uint8)) == 4
+
+
+def _study_trials():
+    shape = [("COMPLETE", 0.5), ("PRUNED", 0.2), ("FAIL", None), ("COMPLETE", 0.6)]
+    made = []
+    for k, (state, value) in enumerate(shape):
+        reports = {} if value is None else {100: value / 2, 200: value}
+        made.append(study_pictures.Trial(k, state, {"beta": 1.0 + k, "learning_rate": 0.1 * (k + 1)}, value, reports))
+    return made
+
+
+def test_pictures_of_a_study_show_its_trials_and_are_equal_for_equal_studies(tmp_path):
+    scales = {"beta": "linear", "learning_rate": "log"}
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        study_pictures.history(tmp_path / folder / "history.png", _study_trials())
+        study_pictures.curves(tmp_path / folder / "curves.png", _study_trials())
+        study_pictures.slices(tmp_path / folder / "slices.png", _study_trials(), scales)
+        study_pictures.importances(tmp_path / folder / "importances.png", {"beta": 0.75, "learning_rate": 0.25}, 2)
+    pictures = sorted((tmp_path / "one").iterdir())
+    assert len(pictures) == 4
+    for path in pictures:
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    study_pictures.history(tmp_path / "fewer.png", _study_trials()[:2])
+    assert (tmp_path / "fewer.png").read_bytes() != (tmp_path / "one" / "history.png").read_bytes()
+
+
+def test_a_study_in_which_every_trial_failed_can_be_drawn(tmp_path):
+    failed = [study_pictures.Trial(0, "FAIL", {"beta": 1.0}, None, {})]
+    study_pictures.history(tmp_path / "history.png", failed)
+    study_pictures.curves(tmp_path / "curves.png", failed)
+    study_pictures.slices(tmp_path / "slices.png", failed, {"beta": "log"})
+    assert len(list(tmp_path.iterdir())) == 3
