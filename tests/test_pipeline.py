@@ -1,5 +1,6 @@
 """The whole main job through `dvc repro` at a tiny size in a fresh copy of the repository, and what reruns when."""
 
+import csv
 import json
 import os
 import shutil
@@ -152,9 +153,8 @@ def test_again_runs_nothing_and_an_experiment_with_another_beta_reruns_its_arm_o
     assert project.json("artifacts/metrics/train_robust/real_only-1.json") == before
     assert project.json("artifacts/provenance/train_robust/generated-1.json")["settings"]["beta"] == 3.0
     assert "Ran experiment(s): gentle" in text
-    shown = project.run("dvc", "exp", "show", "--csv")
-    header, *rows = [line.split(",") for line in shown.splitlines() if "," in line]
-    (gentle,) = [dict(zip(header, row, strict=True)) for row in rows if "gentle" in row]
+    rows = csv.DictReader(project.run("dvc", "exp", "show", "--csv").splitlines())
+    (gentle,) = [row for row in rows if row["Experiment"] == "gentle"]
     assert gentle["arms.generated.beta"] == "3.0"
     best = project.json("artifacts/metrics/evaluate_robust/generated-1.json")["best_pgd"]
     shown_best = [value for name, value in gentle.items() if name.endswith("generated-1.json:best_pgd")]
@@ -177,9 +177,11 @@ def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
     stage = json.loads((work / "holder.json").read_text())["pid"]
 
     second = project.start("dvc", "repro", target).communicate(timeout=200)[0]
-    assert f"(PID {first.pid}): dvc repro" in second
+    assert "is being blocked by" in second
+    assert f"(PID {first.pid})" in second
 
     first.kill()
+    first.wait()  # else it stays as a zombie, which DVC takes for alive
     third = project.start("dvc", "repro", target).communicate(timeout=200)[0]
     assert f"is being computed by process {stage}" in third
     assert "Traceback" not in third
