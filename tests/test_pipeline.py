@@ -174,7 +174,8 @@ def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
         200,
     )
     (work,) = {path.parent for path in folder.glob("generated-1-*/holder.json")} - {path.parent for path in before}
-    stage = json.loads((work / "holder.json").read_text())["pid"]
+    stage = psutil.Process(json.loads((work / "holder.json").read_text())["pid"])
+    stage.suspend()  # it is at work for as long as the others take
 
     second = project.start("dvc", "repro", target).communicate(timeout=200)[0]
     assert "is being blocked by" in second
@@ -183,10 +184,12 @@ def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
     first.kill()
     first.wait()  # else it stays as a zombie, which DVC takes for alive
     third = project.start("dvc", "repro", target).communicate(timeout=200)[0]
-    assert f"is being computed by process {stage}" in third
+    assert f"is being computed by process {stage.pid}" in third
     assert "Traceback" not in third
 
-    forked.until(lambda: not psutil.pid_exists(stage), 400)
+    stage.resume()
+    forked.until((work / "finished.json").exists, 400)
+    forked.until(lambda: not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE, 100)
     stamp = (work / "finished.json").stat().st_mtime_ns
     assert target in project.repro()
     assert (work / "finished.json").stat().st_mtime_ns == stamp
