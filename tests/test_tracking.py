@@ -86,7 +86,9 @@ _KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 from dmat import tracking
+from dmat.tracking import runs
 from dmat.training.long_run import MetricsLog
+runs._PATIENCE = 300.0
 home = Path(sys.argv[1])
 work = home / "runs" / "one"
 work.mkdir(parents=True)
@@ -98,7 +100,7 @@ with tracking.open_run(home, work, stage="train_robust", instance="one", setting
 
 
 def test_a_run_killed_with_9_is_ended_by_the_next_command_with_all_its_metrics(home):
-    subprocess.run([sys.executable, "-c", _KILLED, str(home)], check=False, timeout=120)
+    subprocess.run([sys.executable, "-c", _KILLED, str(home)], check=False, timeout=400)
     _, before = _runs(home)
     assert [run.info.status for run in before] == ["RUNNING"]
     with _open(home, "two"):
