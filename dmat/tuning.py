@@ -125,11 +125,8 @@ def run(
                 _show(bar, study)
             log.close()
             summary = _summary(study, plan)
-            tracked.finish_with(
-                {name: value for name, value in summary.items() if name != "best"} | {"best": summary["best"] or {}},
-                _report(study, plan, summary),
-            )
-        _publish(plan, workspace)
+            tracked.finish_with(summary, _report(study, plan, summary))
+        files.publish(plan.folder / "result", workspace.at(f"{ARTIFACTS}/tune/{plan.settings.arm}"))
     return summary
 
 
@@ -216,12 +213,10 @@ class _Worker:
 def _open(plan: Study, fresh: bool) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.RDBStorage(plan.storage)
-    known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
-    if fresh and plan.name in known:
+    if fresh and plan.name in {summary.study_name for summary in optuna.get_all_study_summaries(storage)}:
         old = f"{plan.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"
         optuna.copy_study(from_study_name=plan.name, from_storage=storage, to_storage=storage, to_study_name=old)
         optuna.delete_study(study_name=plan.name, storage=storage)
-        known.remove(plan.name)
         execution.set_aside(plan.folder)
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if plan.settings.pruner == "median":
@@ -355,7 +350,3 @@ def _table(study: optuna.Study, plan: Study) -> str:
             }
         )
     return text.getvalue()
-
-
-def _publish(plan: Study, workspace: Workspace) -> None:
-    files.publish(plan.folder / "result", workspace.at(f"{ARTIFACTS}/tune/{plan.settings.arm}"))

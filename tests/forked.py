@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
@@ -60,9 +61,9 @@ def run(folder: Path, *words: str, **environment: str) -> tuple[int, str]:
     return Command(folder, *words, **environment).wait()
 
 
-def until(true: object, seconds: float = 60) -> None:
+def until(happened: Callable[[], object], seconds: float = 60) -> None:
     """Waits for something to happen."""
     deadline = time.monotonic() + seconds
-    while not true():  # type: ignore[operator]
+    while not happened():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)

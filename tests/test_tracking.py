@@ -200,3 +200,17 @@ def test_an_empty_address_is_the_embedded_store(home, monkeypatch):
     client, experiment = tracking.connect(home)
     assert tracking.store(home) == f"sqlite:///{home}/mlruns/mlflow.db"
     assert client.get_experiment(experiment).artifact_location == (home / "mlruns" / "artifacts").as_uri()
+
+
+def test_two_that_remember_one_run_keep_what_the_other_learned_and_make_it_once(home):
+    """A study's own thread and its trials both may be the first to need the study's run."""
+    folder = home / "runs" / "tune" / "study"
+    one, other = (runs.Memory(folder, tracking.store(home)) for _ in range(2))
+    one.update(about={"name": "study", "tags": {}, "settings": {}, "started": 1.0, "parent": None})
+    for memory in (one, other):
+        runs.Sender(home, memory).connect(live=False)
+    assert one["run"] == other["run"]
+    assert len(_runs(home)[1]) == 1
+    one.update(seconds=5.0)
+    other.update(ending=None)
+    assert runs.Memory(folder, tracking.store(home))["seconds"] == 5.0

@@ -5,12 +5,13 @@ the job fills `result/`, and only a complete result is hard-linked to `artifacts
 result that DVC loses before it wrote its lock file is published again instead of computed again.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Plan:
     def state(self) -> str:
         if self.finished:
             return "finished: the result is published again"
-        return "resumes" if _kept(self.work) else "starts"
+        return "resumes" if kept(self.work) else "starts"
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -215,7 +216,8 @@ def _publish(plan: Plan, finished: dict[str, Any], workspace: Workspace) -> None
     files.write_json(workspace.at(plan.stage.provenance_path(plan.chosen)), finished["provenance"])
 
 
-def lock(work: Path) -> filelock.FileLock:
+@contextlib.contextmanager
+def lock(work: Path) -> Iterator[None]:
     """Keeps a second writer out of a work folder. Raises DmatError with the process that is at work."""
     held = filelock.FileLock(work / "lock", timeout=0)
     holder = work / "holder.json"
@@ -227,11 +229,14 @@ def lock(work: Path) -> filelock.FileLock:
             f"{work} is being computed by process {who}; wait for it, or stop it and run the same command "
             f"again: it goes on from the last checkpoint"
         ) from None
-    files.write_json(holder, {"pid": os.getpid()})
-    return held
+    try:
+        files.write_json(holder, {"pid": os.getpid()})
+        yield
+    finally:
+        held.release()
 
 
-def _kept(work: Path) -> list[Path]:
+def kept(work: Path) -> list[Path]:
     """State of an earlier attempt that this one goes on from."""
     notes = ("lock", "holder.json", "code.json", "tracking.json", "tracking.lock")
     found = sorted(work.iterdir()) if work.exists() else []
@@ -241,7 +246,7 @@ def _kept(work: Path) -> list[Path]:
 def _code_changed(plan: Plan) -> bool:
     """Whether part of the work was done by other code than this. Allowed, but said: in the run and its provenance."""
     path = plan.work / "code.json"
-    if not path.exists() or not _kept(plan.work):
+    if not path.exists() or not kept(plan.work):
         files.write_json(path, plan.code)
         return False
     return bool(files.read_json(path) != plan.code)

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-_TEMPORARY = "/.dvc/tmp/exps/"  # DVC runs queued experiments in copies of the project below this folder
+EXPERIMENT_COPIES = "/.dvc/tmp/exps/"  # DVC runs queued experiments in copies of the project below this folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,6 @@ def find(start: Path) -> Workspace:
     """The workspace of a folder. A copy that DVC made for an experiment shares the main checkout's home, because the
     copy vanishes when the experiment ends. DMAT_HOME names another home."""
     root = start.resolve()
-    head, found, _ = root.as_posix().partition(_TEMPORARY)
+    head, found, _ = root.as_posix().partition(EXPERIMENT_COPIES)
     home = Path(os.environ["DMAT_HOME"]).resolve() if "DMAT_HOME" in os.environ else Path(head) if found else root
     return Workspace(root, home)

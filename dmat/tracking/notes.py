@@ -3,7 +3,6 @@
 A note outlives its process. `sync` sends what such a run still owes: metrics, its end as it was, or KILLED.
 """
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,19 @@ def write(home: Path, folder: Path, pid: int, by_children: bool = False) -> None
     )
 
 
+def read(home: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every note with its path."""
+    return [(path, files.read_json(path)) for path in sorted((home / "mlruns" / "active").glob("[!.]*.json"))]
+
+
+def alive(note: dict[str, Any]) -> bool:
+    """Whether the process that the note names still runs; its number alone may belong to another by now."""
+    try:
+        return bool(abs(psutil.Process(note["pid"]).create_time() - note["started"]) < 1)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def remove(home: Path, folder: Path) -> None:
     _path(home, folder).unlink(missing_ok=True)
 
@@ -41,8 +53,8 @@ def sync(home: Path, report: bool = False) -> list[str]:
 
     report: raise what goes wrong, for a person who asked; else warn and go on.
     """
-    paths = sorted((home / "mlruns" / "active").glob("*.json"))
-    waiting = [(path, note) for path in paths if _due(note := files.read_json(path), home)]
+    address = stores.store(home)
+    waiting = [(path, note) for path, note in read(home) if note["store"] == address and not alive(note)]
     if not waiting:
         return []
     done = []
@@ -60,10 +72,6 @@ def sync(home: Path, report: bool = False) -> list[str]:
             raise
         warnings.warn(f"earlier runs could not be brought up to date ({first_line(error)})", stacklevel=1)
     return done
-
-
-def _due(note: dict[str, Any], home: Path) -> bool:
-    return note["store"] == stores.store(home) and not _alive(note["pid"], note["started"])
 
 
 def _catch_up(home: Path, note: dict[str, Any]) -> str:
@@ -87,13 +95,6 @@ def _catch_up(home: Path, note: dict[str, Any]) -> str:
 
 def _path(home: Path, folder: Path) -> Path:
     return home / "mlruns" / "active" / f"{folder.parent.name}-{folder.name}.json"
-
-
-def _alive(pid: int, started: float) -> bool:
-    try:
-        return pid == os.getpid() or abs(psutil.Process(pid).create_time() - started) < 1
-    except psutil.NoSuchProcess:
-        return False
 
 
 def first_line(error: Exception) -> str:

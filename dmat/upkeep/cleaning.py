@@ -22,9 +22,10 @@ import psutil
 from dmat import ARTIFACTS, files
 from dmat.config import Params
 from dmat.errors import DmatError
-from dmat.jobs import STAGES
+from dmat.jobs import STAGES, workspace
 from dmat.jobs.stages import REPORTED
 from dmat.jobs.workspace import Workspace
+from dmat.tracking import notes
 from dmat.upkeep import dvc_files, work_folders
 from dmat.upkeep.dvc_files import Result
 from dmat.upkeep.work_folders import WorkFolder
@@ -67,7 +68,7 @@ class Survey:
 
 def survey(place: Workspace, params: Params, *, unfinished: bool = False, older_than: float = 0.0) -> Survey:
     """What could go. older_than: days since the last change inside. Changes nothing."""
-    if "/.dvc/tmp/exps/" in place.root.as_posix():
+    if workspace.EXPERIMENT_COPIES in place.root.as_posix():
         raise DmatError(f"{place.root} is a copy that DVC made for an experiment; clean in {place.home}")
     current = {(word, stage.instance(one)) for word, stage in STAGES.items() for one in stage.choices(params)}
     results = dvc_files.results(place.root)
@@ -288,8 +289,7 @@ def _busy(place: Workspace) -> str | None:
 
 def _unsent(home: Path) -> set[Path]:
     """Work folders that `mlruns/active/` has a note of: not everything of their run is in the store."""
-    notes = [files.read_json(path) for path in (home / "mlruns" / "active").glob("[!.]*.json")]
-    return {Path(note["folder"]) for note in notes if "folder" in note}
+    return {Path(note["folder"]) for _, note in notes.read(home)}
 
 
 def _by_provenance(results: list[Result]) -> dict[str, list[Result]]:

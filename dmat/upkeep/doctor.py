@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from dmat import ARTIFACTS, config, files, tracking
+from dmat import ARTIFACTS, config, tracking
 from dmat.config import Params
 from dmat.errors import ConfigError, DmatError
 from dmat.jobs import STAGES
 from dmat.jobs.workspace import Workspace
+from dmat.tracking import notes
 from dmat.upkeep import dvc_files, machine, work_folders
 from dmat.upkeep.machine import NOTE, OK, PROBLEM, Marked
 from dmat.upkeep.work_folders import WorkFolder
@@ -206,20 +205,13 @@ def _database(path: Path) -> Marked:
 
 
 def _tracked_runs(site: Site) -> Iterator[Marked]:
-    notes = [files.read_json(path) for path in sorted((site.place.home / "mlruns" / "active").glob("[!.]*.json"))]
-    gone = [note for note in notes if not _runs(note["pid"], note["started"])]
-    found = f"running: {len(notes) - len(gone)}"
+    running = [notes.alive(note) for _, note in notes.read(site.place.home)]
+    gone = running.count(False)
+    found = f"running: {len(running) - gone}"
     if gone:
-        yield NOTE, f"{found}; process gone: {len(gone)}", "`dmat runs sync` sends what they owe and ends them"
+        yield NOTE, f"{found}; process gone: {gone}", "`dmat runs sync` sends what they owe and ends them"
     else:
         yield OK, found, ""
-
-
-def _runs(pid: int, started: float) -> bool:
-    try:
-        return bool(abs(psutil.Process(pid).create_time() - started) < 1)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _work(site: Site) -> Iterator[Marked]:

@@ -15,12 +15,11 @@ import psutil
 
 from dmat import files
 from dmat.errors import DmatError
-from dmat.jobs import STAGES
+from dmat.jobs import STAGES, execution
 
 _NAME = re.compile(r"(?P<instance>.+)-(?P<fingerprint>[0-9a-f]{12})")
 _ASIDE = re.compile(r"before-\d{8}-\d{6}")
 STUDY = "tune"  # where a stage has its word
-_NOTES = {"lock", "holder.json", "code.json", "tracking.json", "tracking.lock"}
 # What jobs write at the top of their folder. Anything else was put there by a person.
 _STATE = re.compile(
     r"finished\.json|checkpoint\.dmat|metrics\.jsonl|result|pictures|shard-\d+\.json|auto-attack-\d+\.npz"
@@ -52,7 +51,7 @@ class WorkFolder:
     @property
     def progress(self) -> list[Path]:
         """State that an unfinished run goes on from."""
-        return [path for path in self._visible() if path.name not in _NOTES and not _ASIDE.fullmatch(path.name)]
+        return execution.kept(self.path)
 
     @property
     def aside(self) -> list[Path]:
