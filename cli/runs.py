@@ -1,6 +1,8 @@
 """`dmat runs` and `dmat ui`: what MLflow holds."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +22,15 @@ def add_to(app: typer.Typer) -> None:
     app.command("ui", help="Open the MLflow UI on 127.0.0.1.\n\nExample: dmat ui --port 5000")(_ui)
 
 
-def _sync() -> None:
+def _sync(
+    gone: Annotated[
+        list[str] | None, typer.Option("--gone", help="A machine that is gone for good: end its runs too.")
+    ] = None,
+) -> None:
     from dmat import tracking
     from dmat.jobs import workspace
 
-    for line in tracking.sync(workspace.find(Path.cwd()).home, report=True):
+    for line in tracking.sync(workspace.find(Path.cwd()).home, report=True, gone=gone or ()):
         typer.echo(line)
 
 
@@ -52,4 +58,20 @@ def _ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=
         "--port",
         str(port),
     ]
-    raise typer.Exit(subprocess.run(command, env=os.environ, check=False).returncode)
+    raise typer.Exit(_until_told(command))
+
+
+def _until_told(command: list[str]) -> int:
+    """Runs a server that has processes of its own; a signal that ends this process ends all of them."""
+    server = subprocess.Popen(command, start_new_session=True)
+
+    def end(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM if number == signal.SIGHUP else number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+    code = server.wait()
+    with contextlib.suppress(ProcessLookupError):  # what the server left in its session
+        os.killpg(server.pid, signal.SIGTERM)
+    return 128 - code if code < 0 else code

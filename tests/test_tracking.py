@@ -115,7 +115,7 @@ def test_a_run_killed_with_9_is_ended_by_the_next_command_with_all_its_metrics(h
 
 def test_a_parent_ends_as_its_children_did(home, dead_pid):
     parent = home / "mlruns" / "parents" / "study"
-    memory = runs.Memory(parent, tracking.store(home))
+    memory = runs.Memory(parent, stores.identity(home))
     memory.update(about={"name": "study", "tags": {}, "settings": {}, "started": 1.0, "parent": None})
     notes.write(home, parent, os.getpid(), by_children=True)
     with _open(home, parent=parent):
@@ -137,11 +137,15 @@ def test_notes_of_another_store_and_of_living_processes_are_left_alone(home, dea
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     notes.write(home, home / "runs" / "x" / "alive", os.getpid())
     assert tracking.sync(home) == []
-    assert sorted(path.name for path in (home / "mlruns" / "active").iterdir()) == ["x-alive.json", "x-elsewhere.json"]
+    assert [path.name for path, _ in notes.read(home)] == ["x-alive.json", "x-elsewhere.json"]
+    assert tracking.sync(home, report=True) == [
+        "1 of another store, http://127.0.0.1:9: set MLFLOW_TRACKING_URI to it and run this again"
+    ]
 
 
 @pytest.mark.parametrize("known_before", [False, True], ids=["never reached", "lost on the way"])
-def test_a_server_that_is_away_costs_no_metric(home, monkeypatch, dead_pid, known_before):
+@pytest.mark.parametrize("process_ends", [False, True], ids=["in its process", "by another"])
+def test_a_server_that_is_away_costs_no_metric(home, monkeypatch, dead_pid, known_before, process_ends):
     """What an outage kept back arrives by `dmat runs sync`: points, final numbers, status, each once."""
     if known_before:
         with pytest.raises(Interrupted), _open(home):
@@ -152,20 +156,45 @@ def test_a_server_that_is_away_costs_no_metric(home, monkeypatch, dead_pid, know
         started = time.monotonic()
         with _open(home) as run:
             _log(home, 10, loss=2.0)
+            run.tag("optuna.state", "COMPLETE")
             run.finish_with({"best": 1.0}, [])
         assert time.monotonic() - started < 15
-    assert tracking.sync(home) == []  # the process lives: its own thread may still deliver
-    _as_if_dead(home, dead_pid)
+        with pytest.raises(DmatError, match="cannot be reached .nobody answers.; 0 of 1 runs .* run the same command"):
+            tracking.sync(home, report=True)
+    if process_ends:
+        _as_if_dead(home, dead_pid)
     assert tracking.sync(home) == ["train_robust one: FINISHED"]
+    assert tracking.sync(home, report=True) == []
     client, found = _runs(home)
     assert [run.info.status for run in found] == ["FINISHED"]
     steps = [point.step for point in client.get_metric_history(found[0].info.run_id, "loss")]
     assert steps == ([5, 10] if known_before else [10])
     assert found[0].data.metrics["best"] == 1.0
+    assert found[0].data.tags["optuna.state"] == "COMPLETE"
 
 
 def _unreachable(home):
     raise ConnectionError("nobody answers")
+
+
+def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, monkeypatch):
+    """The trials of a study are runs of one process."""
+
+    def slow(home):
+        time.sleep(1.5)
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(stores, "connect", slow)
+    with pytest.warns(UserWarning, match="cannot be reached") as told:
+        seconds = []
+        for name in ("one", "two", "three"):
+            started = time.monotonic()
+            with _open(home, name):
+                pass
+            seconds.append(time.monotonic() - started)
+    assert seconds[0] >= 1.5
+    assert max(seconds[1:]) < 0.75
+    assert len(told) == 1
 
 
 def test_a_server_that_comes_back_gets_everything_while_the_run_goes_on(home, monkeypatch):
@@ -205,12 +234,143 @@ def test_an_empty_address_is_the_embedded_store(home, monkeypatch):
 def test_two_that_remember_one_run_keep_what_the_other_learned_and_make_it_once(home):
     """A study's own thread and its trials both may be the first to need the study's run."""
     folder = home / "runs" / "tune" / "study"
-    one, other = (runs.Memory(folder, tracking.store(home)) for _ in range(2))
+    one, other = (runs.Memory(folder, stores.identity(home)) for _ in range(2))
     one.update(about={"name": "study", "tags": {}, "settings": {}, "started": 1.0, "parent": None})
     for memory in (one, other):
-        runs.Sender(home, memory).connect(live=False)
+        sender = runs.Sender(home, memory)
+        with sender.turn():
+            sender.connect(live=False)
     assert one["run"] == other["run"]
     assert len(_runs(home)[1]) == 1
     one.update(seconds=5.0)
     other.update(ending=None)
-    assert runs.Memory(folder, tracking.store(home))["seconds"] == 5.0
+    assert runs.Memory(folder, stores.identity(home))["seconds"] == 5.0
+
+
+def test_what_was_set_aside_is_ended_too(home):
+    """kill -9, then --fresh: two runs, and the first does not stay RUNNING."""
+    subprocess.run([sys.executable, "-c", _KILLED, str(home)], check=False, timeout=400)
+    work = home / "runs" / "one"
+    tracking.set_aside(home, work, work / "before-1")
+    with _open(home):
+        _log(home, 10, loss=1.0)
+    found = {run.info.status: run.data.metrics for run in _runs(home)[1]}
+    assert found == {"KILLED": {"loss": 2.0}, "FINISHED": {"loss": 1.0}}
+    assert notes.read(home) == []
+
+
+def test_a_run_that_was_started_again_is_not_ended_for_its_predecessor(home, dead_pid):
+    """Somebody found its process gone; before they act it is at work again."""
+    with pytest.raises(Interrupted), _open(home):
+        raise Interrupted(143, "stopped")
+    work = home / "runs" / "one"
+    notes.write(home, work, os.getpid())
+    _as_if_dead(home, dead_pid)
+    ((path, stale),) = notes.read(home)
+    runs.Memory(work, stores.EMBEDDED).update(ending=None)
+    notes.write(home, work, os.getpid())
+    assert notes._catch_up(home, path, stale, ()) == []
+    assert path.exists()
+    notes._unlink_if(home, path, stale)
+    assert path.exists()
+
+
+def test_a_resumed_run_does_not_keep_the_reason_of_its_last_end(home):
+    with pytest.raises(DmatError), _open(home):
+        raise DmatError("diverged")
+    with _open(home):
+        pass
+    (run,) = _runs(home)[1]
+    assert run.info.status == "FINISHED"
+    assert "dmat.error" not in run.data.tags
+
+
+def test_damaged_notes_and_memories_stop_nothing(home):
+    with pytest.raises(Interrupted), _open(home):
+        raise Interrupted(143, "stopped")
+    active = home / "mlruns" / "active"
+    (active / "a-empty.json").write_text("{}")
+    (active / "b-cut.json").write_text('{"folder": ')
+    tracked = home / "runs" / "one" / "tracking.json"
+    for damage in ("[]", tracked.read_text()[:40]):
+        tracked.write_text(damage)
+        with pytest.warns(UserWarning, match="is damaged; MLflow gets a new run"), _open(home):
+            pass
+    assert sorted(run.info.status for run in _runs(home)[1]) == ["FINISHED", "FINISHED", "KILLED"]
+    assert tracking.sync(home, report=True) == [
+        f"{active / name} is no note of a run; delete it" for name in ("a-empty.json", "b-cut.json")
+    ]
+
+
+def test_a_moved_project_keeps_its_run_and_gets_its_pictures_at_the_new_place(home):
+    old, new = home / "old", home / "new"
+    with pytest.raises(Interrupted), _open(old):
+        _log(old, 10, loss=2.0)
+        raise Interrupted(143, "stopped")
+    old.rename(new)
+    with _open(new) as run:
+        _log(new, 20, loss=1.0)
+        (new / "runs" / "one" / "picture.png").write_bytes(b"a picture")
+        run.finish_with({}, [new / "runs" / "one" / "picture.png"])
+    client, (found,) = _runs(new)
+    assert found.info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "loss")] == [10, 20]
+    assert len(list((new / "mlruns" / "artifacts").rglob("picture.png"))) == 1
+    assert not old.exists()
+
+
+def test_runs_of_another_machine_are_left_until_a_person_says_it_is_gone(home, dead_pid):
+    with pytest.raises(Interrupted), _open(home):
+        raise Interrupted(143, "stopped")
+    notes.write(home, home / "runs" / "one", os.getpid())
+    runs.Memory(home / "runs" / "one", stores.EMBEDDED).update(ending=None)
+    _as_if_dead(home, dead_pid)
+    ((path, note),) = notes.read(home)
+    files.write_json(path, note | {"host": "elsewhere"})
+    assert tracking.sync(home, report=True) == [
+        "1 of machine elsewhere: if it is gone, `dmat runs sync --gone elsewhere`"
+    ]
+    assert tracking.sync(home, report=True, gone=["elsewhere"]) == ["train_robust one: KILLED"]
+    assert notes.read(home) == []
+
+
+def test_an_answer_that_was_lost_does_not_double_points(home, monkeypatch):
+    """The server stored the points; its answer never came."""
+    monkeypatch.setattr(runs, "_SEND_EVERY", 0.05)
+    from mlflow import MlflowClient
+
+    real, lost = MlflowClient.log_batch, []
+
+    def log_batch(self, run_id, metrics=(), params=(), tags=()):
+        real(self, run_id, metrics, params, tags)
+        if metrics and not lost:
+            lost.append(True)
+            raise ConnectionError("the answer was lost")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    with pytest.warns(UserWarning, match="the answer was lost"), _open(home):
+        _log(home, 10, loss=2.0)
+        deadline = time.monotonic() + 60
+        while not files.read_json(home / "runs" / "one" / "tracking.json")["sent"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+    client, (run,) = _runs(home)
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [10]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("dvc repro", ["repro"]),
+        ("/venv/bin/python /venv/bin/dvc repro -s", ["repro", "-s"]),
+        ("python3.11 -m dvc exp run", ["exp", "run"]),
+        ("python -I -m dvc repro", ["repro"]),
+        ("/venv/bin/python -P /venv/bin/dvc status", ["status"]),
+        ("vim dvc", None),
+        ("python train.py dvc", None),
+        ("python -m pytest dvc", None),
+        ("bash -c dvc", None),
+        ("", None),
+    ],
+)
+def test_only_dvc_itself_is_taken_for_dvc(line, words):
+    assert runs.after_dvc(line.split()) == words

@@ -145,11 +145,11 @@ def execute(
     plan.work.mkdir(parents=True, exist_ok=True)
     with lock(plan.work), Interruption(at_once=True):
         if fresh:
-            set_aside(plan.work)
+            set_aside(plan.work, workspace.home)
         finished = plan.finished
         if finished is None:
             if (plan.work / "finished.json").exists():  # by other code: a result is never mixed from two versions
-                set_aside(plan.work)
+                set_aside(plan.work, workspace.home)
             finished = _compute(plan, params, workspace, quiet)
         _publish(plan, finished, workspace)
     metrics: dict[str, Any] = finished["metrics"]
@@ -238,9 +238,9 @@ def lock(work: Path) -> Iterator[None]:
 
 def kept(work: Path) -> list[Path]:
     """State of an earlier attempt that this one goes on from."""
-    notes = ("lock", "holder.json", "code.json", "tracking.json", "tracking.lock")
+    about = ("lock", "holder.json", "code.json", *tracking.FILES)
     found = sorted(work.iterdir()) if work.exists() else []
-    return [path for path in found if path.name not in notes and not path.name.startswith(("before-", "."))]
+    return [path for path in found if path.name not in about and not path.name.startswith(("before-", "."))]
 
 
 def _code_changed(plan: Plan) -> bool:
@@ -252,15 +252,15 @@ def _code_changed(plan: Plan) -> bool:
     return bool(files.read_json(path) != plan.code)
 
 
-def set_aside(work: Path) -> None:
+def set_aside(work: Path, home: Path) -> None:
     """Earlier state moves to `before-<time>/` beside the new one; nothing is deleted."""
     old = work / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
     while old.exists():  # set aside twice within a second
         time.sleep(0.2)
         old = work / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
-    for path in [
-        p for p in work.iterdir() if p.name not in ("lock", "holder.json") and not p.name.startswith("before-")
-    ]:
+    tracking.set_aside(home, work, old)
+    stay = {"lock", "holder.json", *tracking.FILES}
+    for path in [p for p in work.iterdir() if p.name not in stay and not p.name.startswith("before-")]:
         old.mkdir(exist_ok=True)
         path.rename(old / path.name)
 

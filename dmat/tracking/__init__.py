@@ -5,8 +5,9 @@ how far it came in the work folder. What an outage kept back, and the end of run
 command or by `dmat runs sync`.
 """
 
-from dmat.tracking.notes import sync
+from dmat.tracking.memory import FILES
+from dmat.tracking.notes import set_aside, sync
 from dmat.tracking.runs import Run, open_run, seconds_before
 from dmat.tracking.stores import artifact_folder, connect, store
 
-__all__ = ["Run", "artifact_folder", "connect", "open_run", "seconds_before", "store", "sync"]
+__all__ = ["FILES", "Run", "artifact_folder", "connect", "open_run", "seconds_before", "set_aside", "store", "sync"]

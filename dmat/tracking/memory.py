@@ -4,8 +4,10 @@ A `Memory` is enough to make the run, send its metrics and end it, so another pr
 outage left.
 """
 
+import contextlib
 import json
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import filelock
 
 from dmat import files
+from dmat.errors import DmatError
 from dmat.tracking import stores
 
 _BATCH = 1000  # MLflow's limit of metrics in one request
@@ -22,19 +25,21 @@ FRESH: dict[str, Any] = {
     "sent": 0,  # bytes of metrics.jsonl
     "seconds": 0.0,  # that attempts spent so far
     "about": None,  # name, tags, settings, started, parent's folder
-    "ending": None,  # status, error, metrics, pictures, ended; None while the run goes on
+    "ending": None,  # status, error, metrics, pictures, tags, ended; None while the run goes on
 }
+FILES = ("tracking.json", "tracking.lock", "sending.lock")
 
 
 class Memory:
     """The file `tracking.json` of a folder. A run belongs to one store; another store starts anew.
 
     Several threads and processes may remember the same run (a study and its trials): a change is merged into what the
-    file holds by then. lock: held while a run is made, so that it is made once.
+    file holds by then. lock: held for that alone, never while a store is spoken to.
     """
 
-    def __init__(self, folder: Path, address: str):
-        self.folder, self._address = folder, address
+    def __init__(self, folder: Path, identity: str):
+        """identity: the store's, as `stores.identity` has it."""
+        self.folder, self._identity = folder, identity
         self._path = folder / "tracking.json"
         self.lock = filelock.FileLock(folder / "tracking.lock", timeout=60)
         self._values = self._read()
@@ -47,30 +52,55 @@ class Memory:
             self._values = self._read() | values
             files.write_json(self._path, self._values)
 
+    def refresh(self) -> None:
+        """Takes in what others wrote."""
+        self._values = self._read()
+
     def _read(self) -> dict[str, Any]:
-        known = files.read_json(self._path) if self._path.exists() else {}
-        kept = known if known.get("store") == self._address else {"seconds": known.get("seconds", 0.0)}
-        return {**FRESH, "store": self._address, **kept}
+        known = remembered(self.folder)
+        kept = known if known.get("store") == self._identity else {"seconds": known.get("seconds", 0.0)}
+        return {**FRESH, "store": self._identity, **kept}
+
+
+def remembered(folder: Path) -> dict[str, Any]:
+    """What tracking.json of a folder says. A damaged one says nothing: tracking never stops a run."""
+    path = folder / "tracking.json"
+    if not path.exists():
+        return {}
+    try:
+        known = files.read_json(path)
+    except (DmatError, OSError):
+        known = None
+    if not isinstance(known, dict):
+        warnings.warn(f"{path} is damaged; MLflow gets a new run for this work", stacklevel=2)
+        return {}
+    return known
 
 
 class Sender:
-    """Carries one memory to its store. Every method may raise whatever MLflow raises and can be called again."""
+    """Carries one memory to its store. Every method may raise whatever MLflow raises and can be called again.
+
+    All but the constructor are to be called inside `turn()`.
+    """
 
     def __init__(self, home: Path, memory: Memory):
         self.home, self.memory = home, memory
         self._client: Any = None
         self._already: set[tuple[str, int]] | None = None
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside, no other thread or process speaks to the store about this run; what they did before is known."""
+        with filelock.FileLock(self.memory.folder / "sending.lock", timeout=120):
+            self.memory.refresh()
+            yield
+
     def connect(self, live: bool) -> None:
         """Makes the run, or finds it. live: it goes on now; otherwise it is only caught up with."""
         self._client, experiment = stores.connect(self.home)
-        with self.memory.lock:
-            self._make_or_find(experiment, live)
-
-    def _make_or_find(self, experiment: str, live: bool) -> None:
-        self.memory.update()  # another process may have made it
         about = self.memory["about"]
-        if stores.run_or_none(self._client, self.memory["run"]) is None:
+        known = stores.run_or_none(self._client, self.memory["run"])
+        if known is None:
             parent = self._parent(about["parent"])
             tags = about["tags"] | ({"mlflow.parentRunId": parent} if parent else {})
             run = self._client.create_run(
@@ -82,6 +112,8 @@ class Sender:
         elif live:
             self._client.update_run(self.memory["run"], status="RUNNING")
             self.tag("dmat.resumed", "true")
+            if "dmat.error" in known.data.tags:  # how an earlier attempt ended
+                self._client.delete_tag(self.memory["run"], "dmat.error")
 
     def tag(self, name: str, value: str) -> None:
         self._client.set_tag(self.memory["run"], name, value)
@@ -96,19 +128,14 @@ class Sender:
             new = file.read()
         lines = new[: new.rfind(b"\n") + 1].splitlines(keepends=True)
         for batch in _batches(lines):
-            records = [json.loads(line) for line in batch]
-            points = [
-                (name, value, record["images_seen"])
-                for record in records
-                for name, value in record.items()
-                if name != "images_seen"
-            ]
-            self._log(self._unknown(points))
+            self._log(self._unknown([point for line in batch for point in _points(line)]))
             self.memory.update(sent=self.memory["sent"] + sum(map(len, batch)))
 
     def send_end(self, status: str, end: Mapping[str, Any]) -> None:
-        """Final numbers, pictures and status. end: as in `ending` of the memory."""
+        """Final numbers, pictures, tags and status. end: as in `ending` of the memory."""
         run = self.memory["run"]
+        for name, value in end["tags"].items():
+            self.tag(name, value)
         self._log([(name, value, 0) for name, value in end["metrics"].items()])
         for picture in end["pictures"]:
             if (path := self.memory.folder / picture).exists():
@@ -131,11 +158,12 @@ class Sender:
         """The run of the folder that the parent is remembered in; made if it is not there yet."""
         if folder is None:
             return None
-        parent = Memory(Path(folder), self.memory["store"])
-        if parent["about"] is None:  # remembered for another store
+        sender = Sender(self.home, Memory(self.home / folder, self.memory["store"]))
+        if sender.memory["about"] is None:  # remembered for another store
             return None
-        Sender(self.home, parent).connect(live=False)
-        run: str = parent["run"]
+        with sender.turn():
+            sender.connect(live=False)
+        run: str = sender.memory["run"]
         return run
 
     def _unknown(self, points: list[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
@@ -151,8 +179,12 @@ class Sender:
 
         now = int(time.time() * 1000)
         numbers = [Metric(name, value, now, step) for name, value, step in points]
-        for start in range(0, len(numbers), _BATCH):
-            self._client.log_batch(self.memory["run"], metrics=numbers[start : start + _BATCH])
+        try:
+            for start in range(0, len(numbers), _BATCH):
+                self._client.log_batch(self.memory["run"], metrics=numbers[start : start + _BATCH])
+        except Exception:
+            self._already = None  # an answer that was lost does not tell what arrived
+            raise
 
     def _log_params(self, run: str, settings: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -160,6 +192,15 @@ class Sender:
         pairs = [Param(name, str(value)[:6000]) for name, value in _leaves(settings)]
         for start in range(0, len(pairs), 100):
             self._client.log_batch(run, params=pairs[start : start + 100])
+
+
+def _points(line: bytes) -> list[tuple[str, float, int]]:
+    """Name, value, step of a record; nothing of a line that a crash of the machine left damaged."""
+    try:
+        record = json.loads(line)
+        return [(name, value, record["images_seen"]) for name, value in record.items() if name != "images_seen"]
+    except (ValueError, KeyError, AttributeError):
+        return []
 
 
 def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:

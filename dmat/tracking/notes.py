@@ -1,9 +1,11 @@
-"""Which runs of this machine are not ended in their store yet: one note each in `mlruns/active/`.
+"""Which runs are not ended in their store yet: one note each in `mlruns/active/`.
 
 A note outlives its process. `sync` sends what such a run still owes: metrics, its end as it was, or KILLED.
 """
 
+import platform
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,91 +13,208 @@ import filelock
 import psutil
 
 from dmat import files
+from dmat.errors import DmatError
 from dmat.tracking import stores
-from dmat.tracking.memory import Memory, Sender
+from dmat.tracking.memory import FILES, Memory, Sender
 
 LOST = "the process ended without a word: killed, or the machine stopped"
+_KEYS = {"folder", "host", "pid", "started", "by_children", "store"}
 
 
 def write(home: Path, folder: Path, pid: int, by_children: bool = False) -> None:
-    """A run remembered in `folder` is the work of process `pid`. by_children: its status is that of its children."""
-    files.write_json(
-        _path(home, folder),
-        {
-            "folder": str(folder),
-            "pid": pid,
-            "started": psutil.Process(pid).create_time(),
-            "by_children": by_children,
-            "store": stores.store(home),
-        },
-    )
+    """A run remembered in `folder` is the work of process `pid` here. by_children: its status is its children's."""
+    about = {"pid": pid, "started": psutil.Process(pid).create_time(), "host": platform.node()}
+    note = {"folder": relative(home, folder), "by_children": by_children, "store": stores.identity(home)}
+    _write(home, folder, about | note)
 
 
 def read(home: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Every note with its path."""
-    return [(path, files.read_json(path)) for path in sorted((home / "mlruns" / "active").glob("[!.]*.json"))]
+    """Every note with its path. One that cannot be read is left out; `damaged` names it."""
+    return [(path, note) for path in _paths(home) if (note := _read(path)) is not None]
+
+
+def damaged(home: Path) -> list[Path]:
+    """Files among the notes that are none."""
+    return [path for path in _paths(home) if path.exists() and _read(path) is None]
+
+
+def folder_of(home: Path, note: dict[str, Any]) -> Path:
+    """The folder that remembers the run of a note."""
+    return home / note["folder"]
 
 
 def alive(note: dict[str, Any]) -> bool:
-    """Whether the process that the note names still runs; its number alone may belong to another by now."""
+    """Whether the process that the note names still runs; its number alone may belong to another by now. What
+    happens on another machine is not known here: its processes count as alive."""
+    if elsewhere(note):
+        return True
     try:
         return bool(abs(psutil.Process(note["pid"]).create_time() - note["started"]) < 1)
     except psutil.NoSuchProcess:
         return False
 
 
-def remove(home: Path, folder: Path) -> None:
-    _path(home, folder).unlink(missing_ok=True)
+def elsewhere(note: dict[str, Any]) -> bool:
+    """Whether the note is of another machine that shares this project."""
+    return bool(note["host"] != platform.node())
 
 
-def sync(home: Path, report: bool = False) -> list[str]:
+def set_aside(home: Path, work: Path, old: Path) -> None:
+    """Moves what is remembered of the run in `work` to `old`, and its note with it: it is still to be ended."""
+    with filelock.FileLock(work / "sending.lock", timeout=120):
+        path = _path(home, work)
+        note = _read(path) if path.exists() else None
+        if note is not None:  # before the move: whoever is killed in between leaves one note too many, not none
+            _write(home, old, note | {"folder": relative(home, old)})
+        for name in ("metrics.jsonl", "tracking.json"):
+            if (work / name).exists():
+                old.mkdir(exist_ok=True)
+                (work / name).rename(old / name)
+        with _lock(home):
+            path.unlink(missing_ok=True)
+
+
+def sync(home: Path, report: bool = False, gone: Collection[str] = ()) -> list[str]:
     """Brings the store up to date with runs whose process is gone; returns a line for each.
 
-    report: raise what goes wrong, for a person who asked; else warn and go on.
+    report: raise DmatError if the store cannot be reached, and say what is left, for a person who asked; else warn and
+    go on. gone: names of machines whose processes have all ended.
     """
-    address = stores.store(home)
-    waiting = [(path, note) for path, note in read(home) if note["store"] == address and not alive(note)]
-    if not waiting:
-        return []
+    identity = stores.identity(home)
+    waiting = [(path, note) for path, note in read(home) if note["store"] == identity and _owed(home, note, gone)]
     done = []
     lock = filelock.FileLock(home / "mlruns" / "sync.lock", timeout=60 if report else 0)
     try:
-        with lock:
-            # parents last: their status is that of their children
-            for path, note in sorted(waiting, key=lambda item: item[1]["by_children"]):
-                done.append(_catch_up(home, note))
-                path.unlink(missing_ok=True)
+        if waiting:
+            with lock:
+                # parents last: their status is that of their children
+                for path, note in sorted(waiting, key=lambda item: item[1]["by_children"]):
+                    done += _catch_up(home, path, note, gone)
     except filelock.Timeout:
         return []  # another process does it
     except Exception as error:  # an unreachable store must not stop a stage
         if report:
-            raise
+            raise DmatError(
+                f"MLflow at {stores.store(home)} cannot be reached ({first_line(error)}); {len(done)} of {len(waiting)} "
+                f"runs were brought up to date; start it or correct MLFLOW_TRACKING_URI, and run the same command again"
+            ) from error
         warnings.warn(f"earlier runs could not be brought up to date ({first_line(error)})", stacklevel=1)
-    return done
+    return done + (_left(home, identity) if report else [])
 
 
-def _catch_up(home: Path, note: dict[str, Any]) -> str:
-    folder = Path(note["folder"])
-    memory = Memory(folder, note["store"])
-    if memory["about"] is None:
-        return f"{folder.name}: nothing is known of it any more"
-    sender = Sender(home, memory)
-    sender.connect(live=False)
-    sender.send_new()
-    ending = memory["ending"]
-    if ending is None:
-        ended = max((path.stat().st_mtime for path in folder.iterdir() if path.is_file()), default=0.0)
-        ending = {"status": "KILLED", "error": LOST, "metrics": {}, "pictures": [], "ended": ended}
-    if note["by_children"]:
-        status, ended = sender.status_by_children()
-        ending = {"status": status, "error": "", "metrics": {}, "pictures": [], "ended": ended}
-    sender.send_end(ending["status"], ending)
-    return f"{memory['about']['name']}: {ending['status']}"
+def remove(home: Path, folder: Path) -> None:
+    with _lock(home):
+        _path(home, folder).unlink(missing_ok=True)
+
+
+def exists(home: Path, folder: Path) -> bool:
+    """Whether the run in `folder` is still to be ended by somebody."""
+    return _path(home, folder).exists()
+
+
+def relative(home: Path, folder: Path) -> str:
+    """A folder as notes and memories name it: a project may be moved."""
+    return str(folder.relative_to(home) if folder.is_relative_to(home) else folder)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _owed(home: Path, note: dict[str, Any], gone: Collection[str]) -> bool:
+    """Whether a run has ended, by its own word or with its process."""
+    if note["host"] in gone and elsewhere(note):
+        return True
+    if alive(note):
+        return not note["by_children"] and Memory(folder_of(home, note), note["store"])["ending"] is not None
+    return True
+
+
+def _catch_up(home: Path, path: Path, note: dict[str, Any], gone: Collection[str]) -> list[str]:
+    """Sends what one run owes. Does nothing if it was started again, or was ended by another, since the note was read."""
+    folder = folder_of(home, note)
+    if not folder.is_dir():
+        path.unlink(missing_ok=True)
+        return [f"{folder.name}: nothing is known of it any more"]
+    sender = Sender(home, Memory(folder, note["store"]))
+    with sender.turn():
+        if _read(path) != note or not _owed(home, note, gone):
+            return []
+        if sender.memory["about"] is None:
+            _unlink_if(home, path, note)
+            return [f"{folder.name}: nothing is known of it any more"]
+        sender.connect(live=False)
+        sender.send_new()
+        ending = sender.memory["ending"]
+        if note["by_children"]:
+            status, ended = sender.status_by_children()
+            ending = _ending(status, "", ended)
+        elif ending is None:
+            changed = [file.stat().st_mtime for file in folder.iterdir() if file.name not in FILES and file.is_file()]
+            ending = _ending("KILLED", LOST, max(changed, default=sender.memory["about"]["started"]))
+        sender.send_end(ending["status"], ending)
+        _unlink_if(home, path, note)
+    return [f"{sender.memory['about']['name']}: {ending['status']}"]
+
+
+def _ending(status: str, error: str, ended: float) -> dict[str, Any]:
+    return {"status": status, "error": error, "metrics": {}, "pictures": [], "tags": {}, "ended": ended}
+
+
+def _left(home: Path, identity: str) -> list[str]:
+    """What this command could not see to, for people."""
+    others: dict[str, int] = {}
+    hosts: dict[str, int] = {}
+    for _, note in read(home):
+        if note["store"] != identity:
+            others[note["store"]] = others.get(note["store"], 0) + 1
+        elif elsewhere(note):
+            hosts[note["host"]] = hosts.get(note["host"], 0) + 1
+    lines = [
+        f"{count} of another store, {store}: set MLFLOW_TRACKING_URI to it and run this again"
+        if store != stores.EMBEDDED
+        else f"{count} of this project's own store: unset MLFLOW_TRACKING_URI and run this again"
+        for store, count in sorted(others.items())
+    ]
+    lines += [
+        f"{count} of machine {host}: if it is gone, `dmat runs sync --gone {host}`"
+        for host, count in sorted(hosts.items())
+    ]
+    return lines + [f"{path} is no note of a run; delete it" for path in damaged(home)]
 
 
 def _path(home: Path, folder: Path) -> Path:
     return home / "mlruns" / "active" / f"{folder.parent.name}-{folder.name}.json"
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _paths(home: Path) -> list[Path]:
+    return sorted((home / "mlruns" / "active").glob("[!.]*.json"))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A note; None if it is gone by now or is none."""
+    try:
+        note = files.read_json(path)
+    except (DmatError, OSError):
+        return None
+    return note if isinstance(note, dict) and set(note) >= _KEYS else None
+
+
+def _write(home: Path, folder: Path, note: dict[str, Any]) -> None:
+    path = _path(home, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(home):
+        files.write_json(path, note)
+
+
+def _unlink_if(home: Path, path: Path, note: dict[str, Any]) -> None:
+    """Removes a note unless its run was started again meanwhile."""
+    with _lock(home):
+        if _read(path) == note:
+            path.unlink(missing_ok=True)
+
+
+def _lock(home: Path) -> filelock.FileLock:
+    """Held while a note is compared and removed, or written; never while a store is spoken to."""
+    (home / "mlruns" / "active").mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(home / "mlruns" / "active" / ".lock", timeout=60)

@@ -14,11 +14,12 @@ import psutil
 from dmat import files
 from dmat.errors import Interrupted
 from dmat.tracking import notes, stores
-from dmat.tracking.memory import Memory, Sender
+from dmat.tracking.memory import Memory, Sender, remembered
 
 _SEND_EVERY = 5.0  # seconds
 _LONGEST_PAUSE = 60.0  # seconds between two attempts at a store that does not answer
 _PATIENCE = 20.0  # seconds that the end of a stage waits for a slow server
+_silent = set[str]()  # stores that did not answer last time: their runs are told once, and wait for nothing
 
 
 class Run:
@@ -26,15 +27,16 @@ class Run:
 
     def __init__(self, home: Path, folder: Path, about: dict[str, Any], enabled: bool = True):
         self.home, self.folder = home, folder
-        self._memory = Memory(folder, stores.store(home))
+        self._memory = Memory(folder, stores.identity(home))
+        self._store = stores.store(home)
         self._about, self._enabled = about, enabled
         self._closing, self._connected = threading.Event(), threading.Event()
         self._final: tuple[dict[str, float], list[str]] = ({}, [])
-        self._late_tags: dict[str, str] = {}
+        self._tags: dict[str, str] = {}
+        self._told = set[str]()  # tags that the store has
         self._status: tuple[str, str] | None = None
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._started = time.time()
-        self._healthy = True
 
     def __enter__(self) -> Self:
         if self._enabled:
@@ -53,13 +55,16 @@ class Run:
         )
         status, reason = self._status or (status, str(error) if error else "")
         metrics, pictures = self._final
-        ending = {"status": status, "error": reason, "metrics": metrics, "pictures": pictures, "ended": time.time()}
+        ending = {
+            **{"status": status, "error": reason, "metrics": metrics, "pictures": pictures},
+            **{"tags": self._tags, "ended": time.time()},
+        }
         try:
             self._memory.update(seconds=self._memory["seconds"] + time.time() - self._started, ending=ending)
         finally:
             self._closing.set()
-            if self._enabled:
-                self._thread.join(_PATIENCE if self._healthy else _PATIENCE / 10)
+            if self._enabled and self._store not in _silent:
+                self._thread.join(_PATIENCE)
 
     def finish_with(self, metrics: Mapping[str, Any], pictures: list[Path]) -> None:
         """Final numbers and pictures (inside the work folder), sent when the block ends."""
@@ -71,8 +76,7 @@ class Run:
 
     def tag(self, name: str, value: str) -> None:
         """A tag that becomes known while the run goes on."""
-        self._about["tags"][name] = value
-        self._late_tags[name] = value
+        self._tags[name] = value
 
     def provenance(self) -> dict[str, Any]:
         """Where this result can be looked up: not part of any hash."""
@@ -89,29 +93,21 @@ class Run:
     def _serve(self) -> None:
         """The thread: sends what is new until the block ends, more seldom while the store does not answer."""
         sender = Sender(self.home, self._memory)
-        connected, warned, pause = False, False, 0.0
+        connected, first, pause = False, True, 0.0
         while True:
             closing = self._closing.wait(pause)
             try:
-                if not connected:
-                    sender.connect(live=True)
-                    connected = True
+                connected = self._send(sender, connected, closing)
+                if first or self._store in _silent:
+                    _silent.discard(self._store)
                     notes.sync(self.home)
-                sender.send_new()
-                while self._late_tags:
-                    name, value = self._late_tags.popitem()
-                    sender.tag(name, value)
-                if closing:
-                    ending = self._memory["ending"]
-                    sender.send_end(ending["status"], ending)
-                    notes.remove(self.home, self.folder)
-                pause, self._healthy = _SEND_EVERY, True
+                first, pause = False, _SEND_EVERY
             except Exception as error:  # any failure of tracking must leave the run alone
-                pause, self._healthy = min(max(2 * pause, _SEND_EVERY), _LONGEST_PAUSE), False
-                if not warned:
-                    warned = True
+                pause = min(max(2 * pause, _SEND_EVERY), _LONGEST_PAUSE)
+                if self._store not in _silent:
+                    _silent.add(self._store)
                     warnings.warn(
-                        f"MLflow at {stores.store(self.home)} cannot be reached ({notes.first_line(error)}); the run "
+                        f"MLflow at {self._store} cannot be reached ({notes.first_line(error)}); the run "
                         f"goes on, its metrics are in {self.folder / 'metrics.jsonl'} and are sent later",
                         stacklevel=1,
                     )
@@ -119,6 +115,23 @@ class Run:
                 self._connected.set()
             if closing:
                 return
+
+    def _send(self, sender: Sender, connected: bool, closing: bool) -> bool:
+        """One conversation with the store. Returns True; raises whatever MLflow raises."""
+        with sender.turn():
+            if not notes.exists(self.home, self.folder):  # after an outage `sync` of another thread sent its end
+                return True
+            if not connected:
+                sender.connect(live=True)
+            sender.send_new()
+            for name in self._tags.keys() - self._told:
+                sender.tag(name, self._tags[name])
+                self._told.add(name)
+            if closing:
+                ending = self._memory["ending"]
+                sender.send_end(ending["status"], ending)
+                notes.remove(self.home, self.folder)
+        return True
 
 
 def open_run(
@@ -159,13 +172,12 @@ def open_run(
     }
     enabled = os.environ.get("DMAT_TRACKING", "on") != "off"
     above = (parent or _dvc_folder(home)) if enabled else None
-    return Run(home, work, about | {"parent": str(above) if above else None}, enabled)
+    return Run(home, work, about | {"parent": notes.relative(home, above) if above else None}, enabled)
 
 
 def seconds_before(work: Path) -> float:
     """Time that earlier attempts at this work spent."""
-    path = work / "tracking.json"
-    return float(files.read_json(path)["seconds"]) if path.exists() else 0.0
+    return float(remembered(work).get("seconds", 0.0))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -179,23 +191,49 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _dvc_folder(home: Path) -> Path | None:
     """The folder that remembers the run of the `dvc` process above this one; None for a direct command."""
-    above = [p for p in psutil.Process().parents() if "dvc" in {Path(word).name for word in p.cmdline()[:3]}]
-    if not above:
+    above, identity = _outermost_dvc(), stores.identity(home)
+    if above is None:
         return None
-    dvc, address = above[-1], stores.store(home)
-    name = f"{dvc.pid}-{dvc.create_time():.2f}-{files.fingerprint(address)}"
+    dvc, words = above
+    name = f"{dvc.pid}-{dvc.create_time():.2f}-{files.fingerprint(identity)}"
     folder = home / "mlruns" / "parents" / name
     folder.mkdir(parents=True, exist_ok=True)
-    memory = Memory(folder, address)
+    memory = Memory(folder, identity)
     with memory.lock:
-        memory.update()
+        memory.refresh()
         if memory["about"] is None:
-            command = " ".join(["dvc", *dvc.cmdline()[2:]])
+            command = " ".join(["dvc", *words])
             tags = {"dmat.stage": "dvc", "dmat.command": command, **{k: str(v) for k, v in _git(home).items()}}
             started = dvc.create_time()
             memory.update(about={"name": command, "tags": tags, "settings": {}, "started": started, "parent": None})
             notes.write(home, folder, dvc.pid, by_children=True)
     return folder
+
+
+def _outermost_dvc() -> tuple[psutil.Process, list[str]] | None:
+    """The process and the words after `dvc`."""
+    found = None
+    for process in psutil.Process().parents():
+        try:
+            words = after_dvc(process.cmdline())
+        except psutil.Error:  # ended meanwhile, or of another person
+            continue
+        if words is not None:
+            found = process, words
+    return found
+
+
+def after_dvc(words: list[str]) -> list[str] | None:
+    """The rest of a command line that is DVC's: `dvc ...`, or Python with that script or module. Else None."""
+    names = [Path(word).name for word in words]
+    if names[:1] == ["dvc"]:
+        return words[1:]
+    if not names or not names[0].startswith("python"):
+        return None
+    start = next((k for k, word in enumerate(words[1:], 1) if not word.startswith("-") or word == "-m"), len(words))
+    if words[start : start + 2] == ["-m", "dvc"]:
+        return words[start + 2 :]
+    return words[start + 1 :] if names[start : start + 1] == ["dvc"] else None
 
 
 def _git(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,23 @@ from typing import Any
 import filelock
 
 EXPERIMENT = "dmat"
+EMBEDDED = "embedded"  # what a project calls its own store, wherever the project is moved
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens its view for language models
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is for what people asked for
 
 
 def store(home: Path) -> str:
     """MLFLOW_TRACKING_URI, or the embedded SQLite store at an absolute path."""
     return _server() or f"sqlite:///{home / 'mlruns' / 'mlflow.db'}"
+
+
+def identity(home: Path) -> str:
+    """What a run remembers of its store: the server's address, or that it is the project's own."""
+    return _server() or EMBEDDED
 
 
 def _server() -> str:
@@ -37,12 +46,37 @@ def connect(home: Path) -> tuple[Any, str]:
     folder = home / "mlruns"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "create.lock", timeout=60), _quiet():
+        if not _server():
+            _follow_a_move(home)
         client = MlflowClient(store(home))
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is None:
             where = None if _server() else artifact_folder(home).as_uri()
-            return client, client.create_experiment(EXPERIMENT, artifact_location=where)
+            return client, client.create_experiment(EXPERIMENT, artifact_location=where, tags=_KIND)
         return client, found.experiment_id
+
+
+def _follow_a_move(home: Path) -> None:
+    """MLflow keeps the artifact folder as an absolute address, in the experiment and in every run, and has no call to
+    change it. After a project was moved or copied, its pictures would go to the old place."""
+    path = home / "mlruns" / "mlflow.db"
+    if not path.exists():
+        return
+    with contextlib.closing(sqlite3.connect(path, timeout=10)) as database:
+        known = "select name from sqlite_master where type = 'table' and name = 'experiments'"
+        if database.execute(known).fetchone() is None:
+            return
+        ask = "select artifact_location from experiments where name = ?"
+        (old,) = database.execute(ask, (EXPERIMENT,)).fetchone() or (None,)
+        here = artifact_folder(home).as_uri()
+        if old is None or old == here:
+            return
+        with database:  # both or neither
+            database.execute("update experiments set artifact_location = ? where name = ?", (here, EXPERIMENT))
+            database.execute(
+                "update runs set artifact_uri = ? || substr(artifact_uri, ?) where substr(artifact_uri, 1, ?) = ?",
+                (here, len(old) + 1, len(old), old),
+            )
 
 
 def run_or_none(client: Any, run_id: str | None) -> Any:

@@ -168,7 +168,10 @@ def _in_work_folders(
             yield Kept(work.path, f"{holder} works in it")
             continue
         for path in work.aside:
-            yield _locked(work, path, "aside", "set aside by --fresh or by a change of code")
+            if path in unsent:
+                yield Kept(path, "MLflow lacks part of its run; `dmat runs sync` sends it")
+            else:
+                yield _locked(work, path, "aside", "set aside by --fresh or by a change of code")
         if work.word == work_folders.STUDY:  # not a result of DVC's, and its trials are the only copy
             continue
         try:
@@ -289,7 +292,7 @@ def _busy(place: Workspace) -> str | None:
 
 def _unsent(home: Path) -> set[Path]:
     """Work folders that `mlruns/active/` has a note of: not everything of their run is in the store."""
-    return {Path(note["folder"]) for _, note in notes.read(home)}
+    return {notes.folder_of(home, note) for _, note in notes.read(home)}
 
 
 def _by_provenance(results: list[Result]) -> dict[str, list[Result]]:

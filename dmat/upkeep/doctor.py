@@ -205,13 +205,19 @@ def _database(path: Path) -> Marked:
 
 
 def _tracked_runs(site: Site) -> Iterator[Marked]:
-    running = [notes.alive(note) for _, note in notes.read(site.place.home)]
+    known = [note for _, note in notes.read(site.place.home)]
+    away = sum(notes.elsewhere(note) for note in known)
+    running = [notes.alive(note) for note in known if not notes.elsewhere(note)]
     gone = running.count(False)
     found = f"running: {len(running) - gone}"
     if gone:
         yield NOTE, f"{found}; process gone: {gone}", "`dmat runs sync` sends what they owe and ends them"
     else:
         yield OK, found, ""
+    if away:
+        yield NOTE, f"of other machines: {away}", "`dmat runs sync` names them, and how to end those of one that is gone"
+    for path in notes.damaged(site.place.home):
+        yield NOTE, f"{path}: no note of a run", "delete it"
 
 
 def _work(site: Site) -> Iterator[Marked]:
