@@ -39,6 +39,8 @@ def _tune(
         return
     counts = ", ".join(f"{summary[state]} {state}" for state in ("complete", "pruned", "fail"))
     best = summary["best"]
+    if summary["trials"] > trials:
+        typer.echo(f"{summary['trials']} trials have ended already; --trials is the total, so none was added")
     found = ", ".join(f"{name} {value:.4g}" for name, value in best.items()) if best else "no trial completed"
     typer.echo(
         f"tune {study.settings.arm}: best {found}; {counts}, pruning saved "

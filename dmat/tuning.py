@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
@@ -96,38 +97,66 @@ def run(
     Raises Interrupted on a signal, with the trial at work saved, and DmatError on bad input.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with execution.lock(plan.folder), Interruption(at_once=True):
-        study = _open(plan, fresh)
-        wanted: Any = params.sections["compute"]
-        compute = devices.resolve(wanted.device, wanted.precision, wanted.threads)
-        tracked = tracking.open_run(
-            workspace.home,
-            plan.folder,
-            stage="tune",
-            instance=plan.settings.arm,
-            settings=plan.settings.plain(),
-            inputs=plan.inputs,
-            compute=compute.describe(),
-            tags={"optuna.study": plan.name, "optuna.storage": plan.storage},
-        )
-        with tracked:
-            bar = tqdm(total=trials, unit=" trials", desc=f"tune {plan.settings.arm}", disable=quiet)
-            log = MetricsLog(plan.folder / "metrics.jsonl")
-            import torch._dynamo  # noqa: F401 - by the first optimiser; seconds that no trial should be charged with
-
-            worker = _Worker(plan, params, workspace, compute, wanted.save_every_seconds)
-            with bar:
-                while len(_ended(study)) < trials:
-                    _show(bar, study)
-                    worker.run(study, _next(study, plan))
-                    # the step of the study's own metrics is the number of trials
-                    log.write(len(_ended(study)), _best_so_far(study))
-                _show(bar, study)
-            log.close()
-            summary = _summary(study, plan)
-            tracked.finish_with(summary, _report(study, plan, summary))
+    with execution.lock(plan.folder), Interruption(at_once=True) as interruption:
+        study = _open(plan, workspace, fresh)
+        if not _finished(study, plan, trials):
+            _compute(study, plan, params, workspace, trials, interruption, quiet)
         files.publish(plan.folder / "result", workspace.at(f"{ARTIFACTS}/tune/{plan.settings.arm}"))
-    return summary
+        return _summary(study, plan)
+
+
+def _compute(
+    study: optuna.Study,
+    plan: Study,
+    params: Params,
+    workspace: Workspace,
+    trials: int,
+    interruption: Interruption,
+    quiet: bool,
+) -> None:
+    """Runs trials until enough have ended, and reports, as one tracked run."""
+    wanted: Any = params.sections["compute"]
+    compute = devices.resolve(wanted.device, wanted.precision, wanted.threads)
+    tracked = tracking.open_run(
+        workspace.home,
+        plan.folder,
+        stage="tune",
+        instance=plan.settings.arm,
+        settings=plan.settings.plain(),
+        inputs=plan.inputs,
+        compute=compute.describe(),
+        tags={"optuna.study": plan.name, "optuna.storage": plan.storage},
+    )
+    import torch._dynamo  # noqa: F401 - by the first optimiser; seconds that no trial should be charged with
+
+    worker = _Worker(plan, params, workspace, compute, wanted.save_every_seconds)
+    bar = tqdm(total=trials, unit=" trials", desc=f"tune {plan.settings.arm}", disable=quiet)
+    with tracked, bar, MetricsLog(plan.folder / "metrics.jsonl") as log:
+        _log_ended(study, log)  # a killed process may have told the study of a trial and not this log
+        while len(_ended(study)) < trials:
+            _show(bar, study)
+            worker.run(study, _next(study, plan))
+            _log_ended(study, log)
+            interruption.raise_if_asked()  # while the trial was ending
+        _show(bar, study)
+        summary = _summary(study, plan)
+        tracked.finish_with(summary, _report(study, plan, summary))
+    files.write_json(plan.folder / "finished.json", {"trials": summary["trials"]})
+
+
+def _finished(study: optuna.Study, plan: Study, trials: int) -> bool:
+    """Whether a report of all trials is there already and no more are wanted."""
+    path = plan.folder / "finished.json"
+    reported = files.read_json(path)["trials"] if path.exists() else 0
+    return bool(trials <= reported == len(_ended(study)))
+
+
+def _log_ended(study: optuna.Study, log: MetricsLog) -> None:
+    """The best value and its parameters after each trial; the step of the study's own metrics is the number of ended
+    trials. The log drops what it has already."""
+    ended = _ended(study)
+    for count in range(1, len(ended) + 1):
+        log.write(count, _best_so_far(ended[:count]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +204,9 @@ class _Worker:
             live = optuna.Trial(study, trial._trial_id)
             live.set_user_attr("seconds", round(tracking.seconds_before(folder) + time.time() - started, 1))
             live.set_user_attr("reason", reason)
-            study.tell(trial.number, value, state)
-            (folder / "checkpoint.dmat").unlink(missing_ok=True)  # as large as the network and needed no more
+        # last, because what comes after it is lost with the process: a trial that was not told ends once more
+        study.tell(trial.number, value, state)
+        (folder / "checkpoint.dmat").unlink(missing_ok=True)  # as large as the network and needed no more
 
     def record(self, chosen: Mapping[str, float]) -> TrainRobust:
         """The settings of one trial."""
@@ -210,14 +240,24 @@ class _Worker:
         return best
 
 
-def _open(plan: Study, fresh: bool) -> optuna.Study:
+def _open(plan: Study, workspace: Workspace, fresh: bool) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(plan.storage)
+    path = plan.folder.parent / "studies.db"
+    try:
+        return _open_storage(optuna.storages.RDBStorage(plan.storage), plan, workspace, fresh)
+    except (sqlalchemy.exc.DatabaseError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
+        raise DmatError(
+            f"{path} cannot be used as the storage of studies ({str(error.__cause__ or error).splitlines()[0]}); bring "
+            f"back a good copy, or move it away: a new one is made and the study begins again"
+        ) from error
+
+
+def _open_storage(storage: optuna.storages.RDBStorage, plan: Study, workspace: Workspace, fresh: bool) -> optuna.Study:
     if fresh and plan.name in {summary.study_name for summary in optuna.get_all_study_summaries(storage)}:
         old = f"{plan.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"
         optuna.copy_study(from_study_name=plan.name, from_storage=storage, to_storage=storage, to_study_name=old)
         optuna.delete_study(study_name=plan.name, storage=storage)
-        execution.set_aside(plan.folder)
+        execution.set_aside(plan.folder, workspace.home)
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if plan.settings.pruner == "median":
         # the warm-up is over after the report at warm_up_images
@@ -237,19 +277,21 @@ def _open(plan: Study, fresh: bool) -> optuna.Study:
 def _next(study: optuna.Study, plan: Study) -> FrozenTrial:
     """The trial that a killed process was at, else a new one. Its sampler is named by seed and trial, so that a
     resumed study does not repeat its start."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if set(trial.params) == set(plan.settings.space):
-            return trial
-        study.tell(trial.number, state=TrialState.FAIL)  # killed between its birth and its values
-    number = len(study.get_trials(deepcopy=False))
+    trials = study.get_trials(deepcopy=False)
+    at_work = next((trial for trial in trials if trial.state == TrialState.RUNNING), None)
+    number = len(trials) if at_work is None else at_work.number
     seed = int(seeds.stream(plan.settings.seed, "tune/sampler", number).integers(2**31))
     study.sampler = (
         optuna.samplers.RandomSampler(seed=seed)
         if plan.settings.sampler == "random"
         else optuna.samplers.TPESampler(seed=seed, n_startup_trials=10)
     )
-    made = study.ask()
+    made = study.ask() if at_work is None else optuna.Trial(study, at_work._trial_id)
     for name, wanted in plan.settings.space.items():
+        if name in made.params:
+            # killed between two values: drawing the first again brings the sampler to where the second was drawn
+            range_ = made.distributions[name]
+            study.sampler.sample_independent(study, study.get_trials(deepcopy=False)[number], name, range_)
         made.suggest_float(name, wanted.low, wanted.high, log=wanted.scale == "log")
     return study.get_trials(deepcopy=False)[made.number]
 
@@ -272,26 +314,28 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=ENDED)
 
 
-def _best(study: optuna.Study) -> FrozenTrial | None:
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def _best(ended: list[FrozenTrial]) -> FrozenTrial | None:
+    complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
     return max(complete, key=lambda trial: trial.value or 0.0, default=None)
 
 
-def _best_so_far(study: optuna.Study) -> dict[str, float]:
-    best = _best(study)
+def _best_so_far(ended: list[FrozenTrial]) -> dict[str, float]:
+    best = _best(ended)
     return {} if best is None or best.value is None else {f"best_{OBJECTIVE}": best.value, **best.params}
 
 
 def _show(bar: Any, study: optuna.Study) -> None:
-    bar.update(len(_ended(study)) - bar.n)
-    best = _best(study)
+    ended = _ended(study)
+    bar.update(len(ended) - bar.n)
+    best = _best(ended)
     if best is not None:
         bar.set_postfix({"best": f"{best.value:.4f}", **{name: f"{value:.3g}" for name, value in best.params.items()}})
 
 
 def _summary(study: optuna.Study, plan: Study) -> dict[str, Any]:
     """Counts, cost and the best trial."""
-    ended, best = _ended(study), _best(study)
+    ended = _ended(study)
+    best = _best(ended)
     seen = sum(max(trial.intermediate_values, default=0) for trial in ended)
     full = plan.settings.images * len(ended)
     return {

@@ -1,13 +1,18 @@
 """Studies: trials are what training computes, bad ones stop early, a killed study ends as an undisturbed one."""
 
 import csv
+import os
 import random
 import signal
 import sqlite3
 
+import optuna
 import pytest
 
-from dmat import config, files
+from dmat import config, files, tuning
+from dmat.errors import DmatError, Interrupted, Pruned
+from dmat.jobs import workspace
+from dmat.training.long_run import MetricsLog
 from tests import forked
 
 TRIALS = 6
@@ -164,3 +169,122 @@ def test_one_study_at_a_time_and_a_file_without_one_are_answered(finished, tmp_p
     del project.params["tune"]
     project.write({})
     assert "has no section `tune`" in _study(project, code=2)
+
+
+@pytest.fixture
+def small(finished, tmp_path, monkeypatch):
+    """A study inside this process whose trials take no time: their value is made of their parameters."""
+    project = finished.copy_without("nothing", tmp_path / "small")
+
+    def train(self, folder, record, watcher):
+        value = float(record.beta / 10 - abs(record.learning_rate - 0.3) + record.generated_share / 3)
+        for seen in (128, 256):
+            watcher(seen, {tuning.OBJECTIVE: value * seen / 256})
+        return value
+
+    monkeypatch.setattr(tuning._Worker, "train", train)
+
+    def run(trials, fresh=False):
+        params = config.load(project.folder / "params.yaml")
+        place = workspace.find(project.folder)
+        return tuning.run(tuning.plan(params, place), params, place, trials, fresh=fresh, quiet=True)
+
+    run.project = project
+    return run
+
+
+def _curve(project):
+    return next((project.folder / "runs/tune").glob("generated-*/metrics.jsonl")).read_text()
+
+
+@pytest.mark.parametrize("trial", [0, 3, 12], ids=["enqueued", "drawn at random", "drawn by TPE"])
+def test_a_trial_killed_between_two_of_its_values_is_the_same_trial(small, monkeypatch, trial):
+    small(14)
+    undisturbed = _table(small.project), _curve(small.project)
+    real, calls = optuna.Trial.suggest_float, []
+
+    def suggest_float(self, name, *rest, **more):
+        calls.append(name)
+        if len(calls) == 3 * trial + 2:
+            raise SystemExit("killed")
+        return real(self, name, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Trial, "suggest_float", suggest_float)
+        with pytest.raises(SystemExit):
+            small(14, fresh=True)
+    small(14)
+    assert (_table(small.project), _curve(small.project)) == undisturbed
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_around_the_word_that_a_trial_ended_loses_and_doubles_nothing(small, monkeypatch, when):
+    small(5)
+    undisturbed = _table(small.project), _curve(small.project)
+    real, calls = optuna.Study.tell, []
+
+    def tell(self, *words):
+        calls.append(words)
+        if len(calls) == 3 and when == "before":
+            raise SystemExit("killed")
+        real(self, *words)
+        if len(calls) == 3:
+            raise SystemExit("killed")
+
+    monkeypatch.setenv("DMAT_TRACKING", "on")
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "tell", tell)
+        with pytest.raises(SystemExit):
+            small(5, fresh=True)
+    small(5)
+    assert (_table(small.project), _curve(small.project)) == undisturbed
+    by_trial = {run.data.tags.get("optuna.trial"): run for run in _runs(small.project)}
+    assert len(by_trial) == len(_runs(small.project)) == 6  # five trials and their study
+    for row in undisturbed[0]:
+        assert by_trial[row["trial"]].data.tags["optuna.state"] == row["state"]
+
+
+def test_a_signal_while_a_trial_is_pruned_ends_the_command_after_it(small, monkeypatch):
+    small(2)
+
+    def train(self, folder, record, watcher):
+        (folder / "here").touch()
+        with tuning.Interruption():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise Pruned("below the median")
+
+    monkeypatch.setattr(tuning._Worker, "train", train)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        small(4)
+    assert len(list((small.project.folder / "runs/tune").glob("generated-*/trial-*/here"))) == 1
+    monkeypatch.undo()
+    _study(small.project, 3)
+    assert [row["state"] for row in _table(small.project)] == ["COMPLETE", "COMPLETE", "PRUNED"]
+
+
+def test_a_study_with_nothing_left_to_do_is_not_tracked_again(small, monkeypatch):
+    monkeypatch.setenv("DMAT_TRACKING", "on")
+    small(3)
+    before = {run.info.run_id: run.to_dictionary() for run in _runs(small.project)}
+    summary = small(2)
+    assert summary["trials"] == 3
+    assert {run.info.run_id: run.to_dictionary() for run in _runs(small.project)} == before
+
+
+def test_the_log_of_a_study_is_closed_when_a_trial_fails(small, monkeypatch):
+    logs = []
+    monkeypatch.setattr(MetricsLog, "__enter__", lambda self: logs.append(self) or self)
+    monkeypatch.setattr(tuning._Worker, "train", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        small(1)
+    assert logs[0]._file.closed
+
+
+def test_a_damaged_storage_is_named_and_left_as_it_is(small):
+    small(1)
+    path = small.project.folder / "runs/tune/studies.db"
+    for damage in (b"not a database, but long enough to be read as one" * 100, path.read_bytes()[:5000]):
+        path.write_bytes(damage)
+        with pytest.raises(DmatError, match=r"studies.db cannot be used .* bring back a good copy, or move it away"):
+            small(2)
+        assert path.read_bytes() == damage

@@ -14,7 +14,8 @@ _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Interruption:
     """Inside the block SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT acts at once.
 
-    at_once: for work that has no state to save; the first signal already raises Interrupted. Blocks may be nested.
+    at_once: for work that has no state to save; the first signal already raises Interrupted. Blocks may be nested:
+    what an inner one was asked and did not raise, the outer one is asked too, so that it stops at its next chance.
     """
 
     def __init__(self, at_once: bool = False) -> None:
@@ -25,7 +26,10 @@ class Interruption:
         self._before = {number: signal.signal(number, self._note) for number in _ASKING}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        outer = getattr(self._before[signal.SIGTERM], "__self__", None)
+        if self.asked is not None and isinstance(outer, Interruption) and kind is not Interrupted:
+            outer.asked = self.asked
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -52,17 +52,32 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _mend(self) -> int:
-        """Cuts a half-written last line off; returns the newest images_seen, or -1."""
+        """Cuts what a crash left damaged off the end; returns the newest images_seen, or -1."""
         if not self.path.exists():
             return -1
-        text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        whole = len(lines)
+        while whole and _images_seen(lines[whole - 1]) is None:
+            whole -= 1
+        if whole < len(lines):
             with open(self.path, "r+b") as file:
-                file.truncate(len(whole))
-        lines = whole.splitlines()
-        return int(json.loads(lines[-1])["images_seen"]) if lines else -1
+                file.truncate(sum(map(len, lines[:whole])))
+        return _images_seen(lines[whole - 1]) or 0 if whole else -1
+
+
+def _images_seen(line: bytes) -> int | None:
+    """Of a record; None for a line that is half-written, or zeros after the machine stopped."""
+    try:
+        return int(json.loads(line)["images_seen"]) if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class LongRun:

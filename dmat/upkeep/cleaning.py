@@ -172,7 +172,8 @@ def _in_work_folders(
                 yield Kept(path, "MLflow lacks part of its run; `dmat runs sync` sends it")
             else:
                 yield _locked(work, path, "aside", "set aside by --fresh or by a change of code")
-        if work.word == work_folders.STUDY:  # not a result of DVC's, and its trials are the only copy
+        if work.word == work_folders.STUDY:
+            yield Kept(work.path, "DVC has no copy of a study; delete it by hand if it is not needed")
             continue
         try:
             note = work.finished
