@@ -57,6 +57,8 @@ def _ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=
         "127.0.0.1",
         "--port",
         str(port),
+        "--workers",
+        "1",  # for one person; each takes seconds to start
     ]
     raise typer.Exit(_until_told(command))
 

@@ -5,6 +5,7 @@ the section with its overrides merged in. Limits stand in the records alone; mes
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +18,8 @@ from pydantic_core import CoreSchema, core_schema
 from dmat import ARTIFACTS
 from dmat.errors import ConfigError, DmatError
 
+_NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
+_FRACTION = re.compile(rf"(?P<top>{_NUMBER})(/(?P<bottom>{_NUMBER}))?", re.ASCII)
 REAL_ONLY = f"{ARTIFACTS}/prepare_data/train"  # what an arm without generated images names
 
 
@@ -28,11 +31,10 @@ class Fraction(float):
     def __new__(cls, value: Any) -> Self:
         """value: a number or text such as "8/255". Raises ValueError."""
         text = str(value).strip()
-        top, _, bottom = text.partition("/")
-        try:
-            number = float(top) / (float(bottom) if bottom else 1.0)
-        except (ValueError, ZeroDivisionError):
-            raise ValueError("expected a number or a fraction such as 8/255") from None
+        parts = None if isinstance(value, bool) else _FRACTION.fullmatch(text)
+        if parts is None or (bottom := float(parts["bottom"] or 1)) <= 0:
+            raise ValueError("expected a number or a fraction such as 8/255")
+        number = float(parts["top"]) / bottom
         made = super().__new__(cls, number)
         made.text = text
         return made
@@ -60,9 +62,11 @@ def _name(value: str) -> str:
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Natural = Annotated[int, Field(ge=0, le=10**12)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0, le=1e30)]  # single precision ends at 3e38
+NotNegative = Annotated[float, Field(ge=0, le=1e30)]
 Radius = Annotated[Fraction, AfterValidator(_radius)]
 NOT_GIVEN = Fraction(0)  # of a Radius: no value that a person could write
 Name = Annotated[str, AfterValidator(_name)]
@@ -83,7 +87,7 @@ class Compute(Record):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as cores
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0  # 0: as many as cores
     save_every_seconds: Positive = 60.0  # between two checkpoints
 
 
@@ -93,7 +97,7 @@ class PrepareData(Record):
     train: Count  # images
     validation: Count
     test: Count
-    seed: int
+    seed: Seed
 
     @pydantic.model_validator(mode="after")
     def _npz_has_a_path(self) -> Self:
@@ -104,8 +108,8 @@ class PrepareData(Record):
 
 class Network(Record):
     name: Literal["wide_resnet"]
-    depth: Annotated[int, Field(ge=10)]
-    width: Count
+    depth: Annotated[int, Field(ge=10, le=10_000)]
+    width: Annotated[int, Field(ge=1, le=10_000)]
     activation: Literal["relu", "silu"]
 
     @pydantic.field_validator("depth")
@@ -123,7 +127,7 @@ class ClassifierTraining(Record):
     loss: Literal["trades", "standard"]
     beta: NotNegative = 0.0
     label_smoothing: Share = 0.0
-    attack_steps: Annotated[int, Field(ge=0)] = 0
+    attack_steps: Natural = 0
     attack_step_size: Radius = NOT_GIVEN  # pixels in [0, 1]; needed with attack_steps
     images: Count
     batch: Count
@@ -136,7 +140,7 @@ class ClassifierTraining(Record):
     average_tau: Share = 0.995
     augmentation: Literal["none", "crop1", "crop4", "crop4_flip"]
     evaluate_every: Count  # images
-    selection_steps: Annotated[int, Field(ge=0)]  # of PGD on the validation split; 0 selects on clean accuracy
+    selection_steps: Natural  # of PGD on the validation split; 0 selects on clean accuracy
     selection_step_size: Radius = NOT_GIVEN  # pixels in [0, 1]; needed with selection_steps
 
     @pydantic.model_validator(mode="after")
@@ -151,7 +155,7 @@ class ClassifierTraining(Record):
 
 class TrainScorer(ClassifierTraining):
     loss: Literal["standard"]
-    seed: int
+    seed: Seed
 
 
 class Threat(Record):
@@ -176,12 +180,12 @@ class TrainRobust(ClassifierTraining):
 class Generator(Record):
     """Satisfies `training.denoiser.Settings`."""
 
-    channels: Annotated[int, Field(ge=8, multiple_of=8)]
+    channels: Annotated[int, Field(ge=8, le=100_000, multiple_of=8)]
     multipliers: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
     blocks: Count  # residual blocks per size
     dropout: Annotated[float, Field(ge=0, lt=1)]
     sigma_data: Positive  # standard deviation of the images in [-1, 1]
-    p_mean: float = -1.2
+    p_mean: Annotated[float, Field(ge=-100, le=100)] = -1.2
     p_std: Positive = 1.2
     images: Count
     batch: Count
@@ -189,7 +193,7 @@ class Generator(Record):
     ramp_up: Annotated[float, Field(gt=0, lt=1)]  # share of the run
     average_half_life: Positive  # images
     log_every: Count  # images
-    seed: int
+    seed: Seed
 
 
 class Sampler(Record):
@@ -216,7 +220,7 @@ class GenerateImages(Record):
     chunk: Count  # images in a chunk
     shard: Count  # images in a file
     block: Count  # images sampled together; fixed, because sums in another order round differently
-    seed: int
+    seed: Seed
     sampler: Sampler
 
 
@@ -245,9 +249,9 @@ class MixImages(Record):
 class EvaluateRobust(Record):
     pgd_steps: Count
     pgd_step_size: Radius
-    pgd_seed: int
+    pgd_seed: Seed
     auto_attack: Literal["standard", "none"]
-    auto_attack_seed: int
+    auto_attack_seed: Seed
     shard: Count  # test images per AutoAttack call: the unit of resuming
     batch: Count
 
@@ -255,13 +259,13 @@ class EvaluateRobust(Record):
 class WriteReport(Record):
     title: str
     baseline: Name  # the arm that the others are compared with
-    bootstrap: Annotated[int, Field(ge=100)]  # resamples
-    seed: int
+    bootstrap: Annotated[int, Field(ge=100, le=10**7)]  # resamples
+    seed: Seed
 
 
 class Range(Record):
-    low: float
-    high: float
+    low: Annotated[float, Field(ge=-1e30, le=1e30)]
+    high: Annotated[float, Field(ge=-1e30, le=1e30)]
     scale: Literal["linear", "log"] = "linear"
 
     @pydantic.model_validator(mode="after")
@@ -284,9 +288,9 @@ class Tune(Record):
     evaluate_every: Count  # images between two reports of validation PGD accuracy
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Literal["median", "none"] = "median"
-    startup_trials: Annotated[int, Field(ge=0)] = 5  # before anything is pruned
-    warm_up_images: Annotated[int, Field(ge=0)] = 0  # of a trial before it may be pruned
-    seed: int  # of the sampler, and of every trial's training
+    startup_trials: Natural = 5  # before anything is pruned
+    warm_up_images: Natural = 0  # of a trial before it may be pruned
+    seed: Seed  # of the sampler, and of every trial's training
     overrides: dict[str, Any] = {}  # of the arm, in every trial: what a short run needs otherwise
     space: Space
 
@@ -294,7 +298,7 @@ class Tune(Record):
 class Chunk(Record):
     image_set: Name
     generator: Name
-    index: Annotated[int, Field(ge=0)]
+    index: Natural
 
 
 SECTIONS: dict[str, type[Record]] = {
@@ -339,13 +343,17 @@ class Params:
 def load(path: Path) -> Params:
     """Reads and checks a parameter file. Raises ConfigError with every problem found."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), Loader=_Loader)
     except FileNotFoundError:
         raise DmatError(
             f"{path} does not exist; run in the folder of a project, or bring a recipe with `dmat recipes use NAME`"
         ) from None
+    except _KeyTwiceError as error:
+        raise ConfigError(str(path), [str(error)]) from None
     except yaml.YAMLError as error:
         raise ConfigError(str(path), [f"not valid YAML: {str(error).splitlines()[0]}"]) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, bytes that are no text
+        raise ConfigError(str(path), [f"not readable: {str(error).splitlines()[0]}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError(str(path), ["expected a mapping of sections; see docs/parameters.md"])
     reader = _Reader(raw)
@@ -353,6 +361,26 @@ def load(path: Path) -> Params:
     if reader.problems or params is None:
         raise ConfigError(str(path), reader.problems)
     return params
+
+
+class _KeyTwiceError(yaml.YAMLError):
+    """Of two equal keys YAML readers silently drop the first."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                where = f"lines {lines[key.value]} and {line}"
+                raise _KeyTwiceError(f"{key.value} is given twice, in {where}; keep one of them")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 class _Reader:
@@ -371,16 +399,21 @@ class _Reader:
         ]
         sections = {}
         for word, record in SECTIONS.items():
-            given = self.raw.get(word) or ({} if word == "compute" else None)
+            given = self.raw.get(word)
+            if given is None and word == "compute":
+                given = {}
             if given is not None or word not in NOT_NEEDED:
                 sections[word] = self._record(record, word, given)
         self.sound = {word for word, made in sections.items() if made is not None}
         seeds = self.raw.get("seeds")
         if not (
-            isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds) and len(set(seeds)) == len(seeds)
+            isinstance(seeds, list)
+            and seeds
+            and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+            and len(set(seeds)) == len(seeds)
         ):
             self.problems.append(
-                f"seeds is {seeds!r}; expected a list of different whole numbers, for example [1, 2, 3]"
+                f"seeds is {seeds!r}; expected a list of different whole numbers from 0, for example [1, 2, 3]"
             )
             seeds = []
         generators = {

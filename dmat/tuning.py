@@ -288,10 +288,9 @@ def _next(study: optuna.Study, plan: Study) -> FrozenTrial:
     )
     made = study.ask() if at_work is None else optuna.Trial(study, at_work._trial_id)
     for name, wanted in plan.settings.space.items():
-        if name in made.params:
-            # killed between two values: drawing the first again brings the sampler to where the second was drawn
-            range_ = made.distributions[name]
-            study.sampler.sample_independent(study, study.get_trials(deepcopy=False)[number], name, range_)
+        if name in made.params and name not in made.relative_params:  # killed between two values that are drawn singly
+            # drawing the first again brings the sampler to where the second was to be drawn
+            study.sampler.sample_independent(study, trials[number], name, made.distributions[name])
         made.suggest_float(name, wanted.low, wanted.high, log=wanted.scale == "log")
     return study.get_trials(deepcopy=False)[made.number]
 

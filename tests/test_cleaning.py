@@ -303,9 +303,14 @@ def test_what_changed_after_the_look_stays(project):
 
 def test_a_run_that_mlflow_lacks_part_of_stays(project):
     work = project.done()
-    project.put("mlruns/active/note.json", json.dumps({"folder": str(work), "pid": 1}).encode())
+    aside = project.put(f"{WORK}/before-20260101-000000/checkpoint.dmat", b"x").parent
+    note = {"pid": 1, "started": 0.0, "host": "h", "by_children": False, "store": "embedded"}
+    for name, folder in (("work", work), ("aside", aside)):
+        relative = str(folder.relative_to(project.folder))
+        project.put(f"mlruns/active/{name}.json", json.dumps(note | {"folder": relative}).encode())
     assert project.goes() == {}
     assert "dmat runs sync" in project.kept()[WORK]
+    assert "dmat runs sync" in project.kept()[f"{WORK}/before-20260101-000000"]
 
 
 # Work set aside, work that was stopped

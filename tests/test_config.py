@@ -61,7 +61,19 @@ BAD = [
     ("write_report.baseline", "nobody", ["is 'nobody'", "generated, real_only"]),
     ("compute.precision", "fp16", ["is 'fp16'", "'bf16'"]),
     ("train_robust.attack_steps", 0, ["attack_steps is 0", "loss: standard"]),
-    ("train_robust.attack_step_size", float("inf"), ["is inf", "finite number above 0"]),
+    ("train_robust.attack_step_size", float("inf"), ["is inf", "such as 8/255"]),
+    ("train_robust.threat.epsilon", "-1/-5", ["is '-1/-5'", "such as 8/255"]),
+    ("train_robust.threat.epsilon", "-1/5", ["is '-1/5'", "above 0"]),
+    ("train_robust.threat.epsilon", "1_0/5_0", ["is '1_0/5_0'", "such as 8/255"]),
+    ("train_robust.threat.epsilon", True, ["is True", "such as 8/255"]),
+    ("train_robust.learning_rate", 1e300, ["is 1e+300", "less than or equal to 1000"]),
+    ("train_robust.images", 10**30, ["less than or equal to 1000000000000"]),
+    ("train_scorer.seed", -1, ["is -1", "greater than or equal to 0"]),
+    ("seeds", [2**63], ["is [9223372036854775808]", "whole numbers from 0"]),
+    ("compute.threads", 99999999999, ["is 99999999999", "less than or equal to 4096"]),
+    ("compute", 0, ["compute is 0", "mapping of keys"]),
+    ("tune", 0, ["tune is 0", "mapping of keys"]),
+    ("tune.space.beta.high", 1e300, ["is 1e+300", "less than or equal to 1000"]),
     ("train_robust.learning_rate", "1e-3", ["is '1e-3'", "write 0.001"]),
     ("train_robust.threat", 5, ["is 5", "mapping of keys"]),
     ("train_robust", 5, ["is 5", "mapping of keys"]),
@@ -154,6 +166,23 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "params.yaml").write_text("5")
     with pytest.raises(ConfigError, match="mapping of sections"):
         config.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seeds: [1]\narms: {}\nseeds: [2]\n", ["seeds is given twice, in lines 1 and 3", "keep one"]),
+        ("arms: {a: {beta: 1.0, beta: 2.0}}", ["beta is given twice, in lines 1 and 1"]),
+        ("seeds: [" + "9" * 5000 + "]", ["not readable", "digits"]),
+        ("a: " + "[" * 5000, ["not readable"]),
+    ],
+    ids=["section twice", "key twice", "huge number", "nested"],
+)
+def test_what_yaml_lets_pass_is_refused(tmp_path, text, words):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(tmp_path / "params.yaml")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_an_arm_overrides_its_section_and_nothing_else(tmp_path, params):

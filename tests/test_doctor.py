@@ -4,6 +4,7 @@ import fcntl
 import http.server
 import json
 import os
+import platform
 import shutil
 import sqlite3
 import subprocess
@@ -431,15 +432,21 @@ def test_other_stores_and_no_tracking_are_noted(project, monkeypatch):
 def test_tracked_runs_of_dead_processes(project, dead):
     import psutil
 
-    alive = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    about = {"folder": "runs/x", "host": platform.node(), "by_children": False, "store": "embedded"}
+    alive = about | {"pid": os.getpid(), "started": psutil.Process().create_time()}
     folder = project / "mlruns/active"
     files.write_json(folder / "a.json", alive)
     assert one(project, "tracked runs") == (OK, "running: 1", "")
-    files.write_json(folder / "b.json", {"pid": dead, "started": 0.0})
+    files.write_json(folder / "b.json", about | {"pid": dead, "started": 0.0})
     files.write_json(folder / "c.json", {**alive, "started": 5.0})  # the number was given again
     mark, found, do = one(project, "tracked runs")
     assert (mark, found) == (NOTE, "running: 1; process gone: 2")
     assert "dmat runs sync" in do
+    files.write_json(folder / "d.json", {**alive, "host": "elsewhere"})
+    files.write_json(folder / "e.json", {})
+    _, other, damaged = look(project, "tracked runs")
+    assert (other.mark, other.found) == (NOTE, "of other machines: 1")
+    assert (damaged.mark, damaged.do) == (NOTE, "delete it")
 
 
 # Work in progress
@@ -478,7 +485,9 @@ def test_studies(project):
     assert (stopped.mark, stopped.found) == (NOTE, "tune generated: stopped in trial-0001")
     assert "`dmat tune` goes on" in stopped.do
     (folder / "trial-0001/checkpoint.dmat").unlink()
-    assert [finding.found for finding in look(project, "work")] == ["finished in runs/: 0"]
+    assert look(project, "work")[0].found == "tune generated: stopped between two trials"
+    (folder / "finished.json").touch()
+    assert [finding.found for finding in look(project, "work")] == ["finished in runs/: 1"]
     with filelock.FileLock(folder / "lock"):
         assert "tune generated: an unknown process computes it" in look(project, "work")[0].found
 

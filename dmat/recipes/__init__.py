@@ -9,8 +9,9 @@ _FOLDER = Path(__file__).parent
 
 
 def summaries() -> dict[str, str]:
-    """Name -> first comment line of each recipe."""
-    return {path.stem: path.read_text().splitlines()[0].removeprefix("# ") for path in sorted(_FOLDER.glob("*.yaml"))}
+    """Name -> first comment line of each recipe, which begins with its name."""
+    found = sorted(_FOLDER.glob("*.yaml"))
+    return {path.stem: path.read_text().splitlines()[0].removeprefix(f"# {path.stem}: ") for path in found}
 
 
 def read(name: str) -> str:

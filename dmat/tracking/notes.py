@@ -95,8 +95,9 @@ def sync(home: Path, report: bool = False, gone: Collection[str] = ()) -> list[s
     except Exception as error:  # an unreachable store must not stop a stage
         if report:
             raise DmatError(
-                f"MLflow at {stores.store(home)} cannot be reached ({first_line(error)}); {len(done)} of {len(waiting)} "
-                f"runs were brought up to date; start it or correct MLFLOW_TRACKING_URI, and run the same command again"
+                f"MLflow at {stores.store(home)} cannot be reached ({first_line(error)}); {len(done)} of "
+                f"{len(waiting)} runs were brought up to date; start it or correct MLFLOW_TRACKING_URI, and run "
+                f"the same command again"
             ) from error
         warnings.warn(f"earlier runs could not be brought up to date ({first_line(error)})", stacklevel=1)
     return done + (_left(home, identity) if report else [])
@@ -131,7 +132,7 @@ def _owed(home: Path, note: dict[str, Any], gone: Collection[str]) -> bool:
 
 
 def _catch_up(home: Path, path: Path, note: dict[str, Any], gone: Collection[str]) -> list[str]:
-    """Sends what one run owes. Does nothing if it was started again, or was ended by another, since the note was read."""
+    """Sends what one run owes. Does nothing if it was started again or was ended since the note was read."""
     folder = folder_of(home, note)
     if not folder.is_dir():
         path.unlink(missing_ok=True)

@@ -56,8 +56,12 @@ class Run:
         status, reason = self._status or (status, str(error) if error else "")
         metrics, pictures = self._final
         ending = {
-            **{"status": status, "error": reason, "metrics": metrics, "pictures": pictures},
-            **{"tags": self._tags, "ended": time.time()},
+            "status": status,
+            "error": reason,
+            "metrics": metrics,
+            "pictures": pictures,
+            "tags": self._tags,
+            "ended": time.time(),
         }
         try:
             self._memory.update(seconds=self._memory["seconds"] + time.time() - self._started, ending=ending)

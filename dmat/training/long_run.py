@@ -113,8 +113,8 @@ class LongRun:
         self._interruption.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._interruption.__exit__(*exception)
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._interruption.__exit__(kind, *rest)
         self._bar.close()
         self.metrics.close()
 

@@ -215,7 +215,7 @@ def _tracked_runs(site: Site) -> Iterator[Marked]:
     else:
         yield OK, found, ""
     if away:
-        yield NOTE, f"of other machines: {away}", "`dmat runs sync` names them, and how to end those of one that is gone"
+        yield NOTE, f"of other machines: {away}", "`dmat runs sync` says how to end those of one that is gone"
     for path in notes.damaged(site.place.home):
         yield NOTE, f"{path}: no note of a run", "delete it"
 
