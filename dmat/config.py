@@ -343,7 +343,7 @@ class Params:
 def load(path: Path) -> Params:
     """Reads and checks a parameter file. Raises ConfigError with every problem found."""
     try:
-        raw = yaml.load(path.read_text(), Loader=_Loader)
+        raw = _Loader(path.read_text()).get_single_data()
     except FileNotFoundError:
         raise DmatError(
             f"{path} does not exist; run in the folder of a project, or bring a recipe with `dmat recipes use NAME`"
