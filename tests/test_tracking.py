@@ -259,6 +259,34 @@ def test_what_was_set_aside_is_ended_too(home):
     assert notes.read(home) == []
 
 
+def test_a_study_set_aside_during_an_outage_takes_its_trials_with_it(home, dead_pid):
+    """--fresh twice while nothing could be sent: three studies with a trial each, each below its own."""
+    study = home / "runs" / "tune" / "study"
+    for attempt in range(3):
+        if attempt:
+            tracking.set_aside(home, study, study / f"before-{attempt}")
+        for folder, parent in ((study, None), (study / "trial-0000", "runs/tune/study")):
+            folder.mkdir(parents=True, exist_ok=True)
+            about = {"name": folder.name, "tags": {}, "settings": {}, "started": 1.0, "parent": parent}
+            runs.Memory(folder, stores.EMBEDDED).update(about=about)
+            notes.write(home, folder, os.getpid())
+        _log(home, attempt, "tune/study", best=float(attempt))
+        _log(home, attempt, "tune/study/trial-0000", loss=float(attempt))
+    assert sorted(path.parent.name for path in study.rglob("trial-0000")) == ["before-1", "before-2", "study"]
+    _as_if_dead(home, dead_pid)
+    assert len(tracking.sync(home, report=True)) == 6
+    assert notes.read(home) == []
+    found = _runs(home)[1]
+    studies = {run.info.run_id: run.data.metrics["best"] for run in found if "best" in run.data.metrics}
+    pairs = [
+        (studies[run.data.tags["mlflow.parentRunId"]], run.data.metrics["loss"])
+        for run in found
+        if "loss" in run.data.metrics
+    ]
+    assert sorted(pairs) == [(0.0, 0.0), (1.0, 1.0), (2.0, 2.0)]
+    assert {run.info.status for run in found} == {"KILLED"}
+
+
 def test_a_run_that_was_started_again_is_not_ended_for_its_predecessor(home, dead_pid):
     """Somebody found its process gone; before they act it is at work again."""
     with pytest.raises(Interrupted), _open(home):

@@ -3,9 +3,10 @@
 A note outlives its process. `sync` sends what such a run still owes: metrics, its end as it was, or KILLED.
 """
 
+import contextlib
 import platform
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import psutil
 from dmat import files
 from dmat.errors import DmatError
 from dmat.tracking import stores
-from dmat.tracking.memory import FILES, Memory, Sender
+from dmat.tracking.memory import FILES, Memory, Sender, remembered
 
 LOST = "the process ended without a word: killed, or the machine stopped"
 _KEYS = {"folder", "host", "pid", "started", "by_children", "store"}
@@ -60,18 +61,21 @@ def elsewhere(note: dict[str, Any]) -> bool:
 
 
 def set_aside(home: Path, work: Path, old: Path) -> None:
-    """Moves what is remembered of the run in `work` to `old`, and its note with it: it is still to be ended."""
-    with filelock.FileLock(work / "sending.lock", timeout=120):
-        path = _path(home, work)
-        note = _read(path) if path.exists() else None
-        if note is not None:  # before the move: whoever is killed in between leaves one note too many, not none
-            _write(home, old, note | {"folder": relative(home, old)})
+    """Moves what is remembered of the run in `work` to `old`, and its note with it: it is still to be ended. So do
+    the folders of runs below it (a study's trials) that are not ended either."""
+    parent = relative(home, work)
+    for note in [note for _, note in read(home) if _parent(folder_of(home, note)) == parent]:
+        folder = folder_of(home, note)
+        with _moved(home, folder, old / folder.name):
+            old.mkdir(exist_ok=True)
+            about = remembered(folder)["about"] | {"parent": relative(home, old)}
+            Memory(folder, note["store"]).update(about=about)
+            folder.rename(old / folder.name)
+    with _moved(home, work, old):
         for name in ("metrics.jsonl", "tracking.json"):
             if (work / name).exists():
                 old.mkdir(exist_ok=True)
                 (work / name).rename(old / name)
-        with _lock(home):
-            path.unlink(missing_ok=True)
 
 
 def sync(home: Path, report: bool = False, gone: Collection[str] = ()) -> list[str]:
@@ -122,6 +126,24 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+@contextlib.contextmanager
+def _moved(home: Path, folder: Path, there: Path) -> Iterator[None]:
+    """Inside, what is remembered of a run moves. Whoever is killed there leaves one note too many, not none."""
+    with filelock.FileLock(folder / "sending.lock", timeout=120), _lock(home):
+        path = _path(home, folder)
+        note = _read(path)
+        if note is not None:
+            files.write_json(_path(home, there), note | {"folder": relative(home, there)})
+        yield
+        path.unlink(missing_ok=True)
+
+
+def _parent(folder: Path) -> str | None:
+    """The folder that remembers the parent of the run in `folder`."""
+    about = remembered(folder).get("about")
+    return about.get("parent") if isinstance(about, dict) else None
+
+
 def _owed(home: Path, note: dict[str, Any], gone: Collection[str]) -> bool:
     """Whether a run has ended, by its own word or with its process."""
     if note["host"] in gone and elsewhere(note):
@@ -134,9 +156,10 @@ def _owed(home: Path, note: dict[str, Any], gone: Collection[str]) -> bool:
 def _catch_up(home: Path, path: Path, note: dict[str, Any], gone: Collection[str]) -> list[str]:
     """Sends what one run owes. Does nothing if it was started again or was ended since the note was read."""
     folder = folder_of(home, note)
-    if not folder.is_dir():
-        path.unlink(missing_ok=True)
-        return [f"{folder.name}: nothing is known of it any more"]
+    with _lock(home):  # nobody moves it now
+        if not folder.is_dir():
+            path.unlink(missing_ok=True)
+            return [f"{folder.name}: nothing is known of it any more"]
     sender = Sender(home, Memory(folder, note["store"]))
     with sender.turn():
         if _read(path) != note or not _owed(home, note, gone):
@@ -185,7 +208,8 @@ def _left(home: Path, identity: str) -> list[str]:
 
 
 def _path(home: Path, folder: Path) -> Path:
-    return home / "mlruns" / "active" / f"{folder.parent.name}-{folder.name}.json"
+    words = [part for part in Path(relative(home, folder)).parts if part not in ("runs", "mlruns", "/")]
+    return home / "mlruns" / "active" / f"{'-'.join(words)}.json"
 
 
 def _paths(home: Path) -> list[Path]:
