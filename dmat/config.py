@@ -67,6 +67,7 @@ Natural = Annotated[int, Field(ge=0, le=10**12)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, le=1e30)]  # single precision ends at 3e38
 NotNegative = Annotated[float, Field(ge=0, le=1e30)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Radius = Annotated[Fraction, AfterValidator(_radius)]
 NOT_GIVEN = Fraction(0)  # of a Radius: no value that a person could write
 Name = Annotated[str, AfterValidator(_name)]
@@ -107,25 +108,32 @@ class PrepareData(Record):
 
 
 class Network(Record):
-    name: Literal["wide_resnet"]
+    name: Literal["wide_resnet", "preact_resnet"]
     depth: Annotated[int, Field(ge=10, le=10_000)]
-    width: Annotated[int, Field(ge=1, le=10_000)]
+    width: Annotated[int, Field(ge=0, le=10_000)] = 0  # of wide_resnet
     activation: Literal["relu", "silu"]
 
-    @pydantic.field_validator("depth")
-    @classmethod
-    def _whole_blocks(cls, depth: int) -> int:
-        if (depth - 4) % 6:
-            raise ValueError("expected 6 n + 4, for example 10, 16 or 28")
-        return depth
+    @pydantic.model_validator(mode="after")
+    def _is_one_of_the_family(self) -> Self:
+        if self.name == "wide_resnet" and (self.depth - 4) % 6:
+            raise ValueError(f"depth is {self.depth}; expected 6 n + 4, for example 10, 16 or 28")
+        if self.name == "wide_resnet" and self.width == 0:
+            raise ValueError("width is missing; expected 1 or more, for example 10")
+        if self.name == "preact_resnet" and self.depth not in (18, 34):
+            raise ValueError(f"depth is {self.depth}; expected 18 or 34 with preact_resnet")
+        if self.name == "preact_resnet" and self.width:
+            raise ValueError(f"width is {self.width}; preact_resnet has none; leave it out")
+        return self
 
 
 class ClassifierTraining(Record):
     """Satisfies `training.classifier.Settings`. Lengths are in images seen, not steps."""
 
     network: Network
-    loss: Literal["trades", "standard"]
+    loss: Literal["trades", "standard", "pgd_at", "ikl"]
     beta: NotNegative = 0.0
+    alpha: NotNegative = 0.0  # of ikl
+    temperature: Positive = 4.0  # of ikl: of the predictions that its class means are made of
     label_smoothing: Share = 0.0
     attack_steps: Natural = 0
     attack_step_size: Radius = NOT_GIVEN  # pixels in [0, 1]; needed with attack_steps
@@ -133,24 +141,41 @@ class ClassifierTraining(Record):
     batch: Count
     learning_rate: Positive  # at the peak
     warm_up: Share = 0.025  # of the run
+    start_divisor: Annotated[float, Field(ge=1, le=1e30)] = 25.0  # the rate starts at the peak over this
+    end_divisor: Annotated[float, Field(ge=1, le=1e30)] = 1e4  # and ends at the start over this
     schedule_every: Count  # images between two changes of the learning rate
-    cycle_momentum: bool = True  # 0.95 -> 0.85 -> 0.95 as published; else 0.9
+    cycle_momentum: bool = True  # from the highest to the lowest and back, as published; else `momentum`
+    momentum: Momentum = 0.9
+    momentum_lowest: Momentum = 0.85
+    momentum_highest: Momentum = 0.95
     weight_decay: NotNegative = 5e-4
     clip_gradient: NotNegative = 0.0  # 0: off
     average_tau: Share = 0.995
+    average_warm_up: Share = 0.025  # of the run, in which the average is a copy
+    batch_norm_momentum: Share = 0.01
+    first_batch_norm_momentum: Share = 1.0  # of the first step
     augmentation: Literal["none", "crop1", "crop4", "crop4_flip"]
+    cutmix: NotNegative = 0.0  # both parameters of its beta distribution; 0: off
     evaluate_every: Count  # images
     selection_steps: Natural  # of PGD on the validation split; 0 selects on clean accuracy
     selection_step_size: Radius = NOT_GIVEN  # pixels in [0, 1]; needed with selection_steps
+    patience: Natural = 0  # evaluations without a new best after which the run ends; 0: never
+    on_divergence: Literal["stop", "roll_back"] = "stop"
 
     @pydantic.model_validator(mode="after")
     def _attacks_are_whole(self) -> Self:
-        if self.loss == "trades" and self.attack_steps == 0:
-            raise ValueError("attack_steps is 0 and loss is 'trades'; expected at least 1 step, or loss: standard")
+        if self.loss != "standard" and self.attack_steps == 0:
+            raise ValueError(
+                f"attack_steps is 0 and loss is {self.loss!r}; expected at least 1 step, or loss: standard"
+            )
         for name in ("attack", "selection"):
-            if getattr(self, f"{name}_steps") and not getattr(self, f"{name}_step_size"):
+            published = name == "attack" and self._is_l2()
+            if getattr(self, f"{name}_steps") and not getattr(self, f"{name}_step_size") and not published:
                 raise ValueError(f"{name}_step_size is missing; expected a part of the pixel range, for example 2/255")
         return self
+
+    def _is_l2(self) -> bool:
+        return False
 
 
 class TrainScorer(ClassifierTraining):
@@ -175,6 +200,15 @@ class Threat(Record):
 class TrainRobust(ClassifierTraining):
     threat: Threat
     generated_share: Share = 0.0  # of each batch
+    generated_sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
+
+    @property
+    def attack_step(self) -> float:
+        """Pixels in [0, 1]. l2 without one: 2 epsilon / steps, as Wang et al.'s code has it."""
+        return self.attack_step_size or 2 * self.threat.epsilon / max(1, self.attack_steps)
+
+    def _is_l2(self) -> bool:
+        return self.threat.norm == "l2"
 
 
 class Generator(Record):
@@ -244,6 +278,7 @@ class MixImages(Record):
     generated_share: Share
     batch: Count
     images: Count  # training images seen
+    with_replacement: bool  # of generated images
 
 
 class EvaluateRobust(Record):

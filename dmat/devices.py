@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
+import time
 from typing import Any
 
 import torch
@@ -65,6 +67,23 @@ def resolve(device: str = "auto", precision: str = "auto", threads: int = 0) -> 
     chosen = ("bf16" if native else "fp32") if precision == "auto" else precision
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     return Compute(torch.device(kind), chosen, reason if precision == "auto" else "asked for", torch.get_num_threads())
+
+
+@functools.cache
+def matrix_peak(compute: Compute) -> float:
+    """FLOP/s that a large matrix product reaches here in the precision of `compute`: measured, best of 5. What model
+    FLOPs utilisation is a share of."""
+    size = 8192 if compute.device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
+    left, right = (torch.ones(size, size, device=compute.device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(6):  # the first one prepares
+        started = time.perf_counter()
+        left @ right
+        if compute.device.type == "cuda":
+            torch.cuda.synchronize(compute.device)
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times[1:])
 
 
 def _native_bf16(kind: str) -> tuple[bool, str]:

@@ -6,6 +6,7 @@ Nothing else in dmat calls `.train()` or `.eval()`, or touches `requires_grad`, 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -25,15 +26,29 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for parameters inside the block: an attack needs those of its input only."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in before:
-        parameter.requires_grad_(False)
+    """No gradients for parameters inside the block: an attack needs those of its input only.
+
+    Under autocast the weights of convolutions and linear layers are also cast once, for all passes of the block:
+    autocast itself remembers only casts of what requires gradients. The numbers are the same.
+    """
+    before = [(parameter, parameter.requires_grad, parameter.data) for parameter in model.parameters()]
     try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+        for parameter in _cast_by_autocast(model):
+            parameter.data = parameter.data.to(torch.get_autocast_dtype(parameter.device.type))
         yield
     finally:
-        for parameter, required in before:
+        for parameter, required, values in before:
+            parameter.data = values
             parameter.requires_grad_(required)
+
+
+def _cast_by_autocast(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that autocast, where it is on, would cast in every pass."""
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    found = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+    return [parameter for parameter in found if torch.is_autocast_enabled(parameter.device.type)]
 
 
 @contextlib.contextmanager

@@ -233,6 +233,7 @@ class _Worker:
             generated_share=record.generated_share,
             batch=record.batch,
             images=record.images,
+            with_replacement=record.generated_sampling == "with_replacement",
         )
         mix_images.run(mix, job)
         found = train_robust.run(record, dataclasses.replace(job, inputs=inputs | {"mix": folder / "result" / "mix"}))

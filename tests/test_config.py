@@ -10,6 +10,8 @@ from dmat import config
 from dmat.config import Fraction
 from dmat.errors import ConfigError, DmatError
 
+PREACT = {"name": "preact_resnet", "depth": 18, "activation": "relu"}
+
 # dotted key, value put there, words that the answer must hold (the key is always one of them)
 BAD = [
     ("train_robust.beta", -1, ["is -1", "greater than or equal to 0"]),
@@ -25,8 +27,20 @@ BAD = [
     ("train_robust.threat.epsilon", "eight", ["is 'eight'", "8/255"]),
     ("train_robust.threat.epsilon", 0, ["is 0", "above 0"]),
     ("train_robust.threat.norm", "l3", ["is 'l3'", "'linf' or 'l2'"]),
-    ("train_robust.loss", "mart", ["is 'mart'", "'trades' or 'standard'"]),
-    ("train_robust.network.depth", 12, ["is 12", "6 n + 4"]),
+    ("train_robust.loss", "mart", ["is 'mart'", "'trades', 'standard', 'pgd_at' or 'ikl'"]),
+    ("train_robust.attack_steps", 0, ["attack_steps is 0", "loss is 'trades'"]),
+    ("train_robust.network.depth", 12, ["depth is 12", "6 n + 4"]),
+    ("train_robust.network", PREACT | {"depth": 20}, ["depth is 20", "18 or 34"]),
+    ("train_robust.network", PREACT | {"width": 4}, ["width is 4", "leave it out"]),
+    ("train_robust.network", PREACT | {"name": "wide_resnet", "depth": 16}, ["width is missing", "1 or more"]),
+    ("train_robust.cutmix", -1.0, ["is -1.0", "greater than or equal to 0"]),
+    ("train_robust.momentum", 1.0, ["is 1.0", "less than 1"]),
+    ("train_robust.temperature", 0.0, ["is 0.0", "greater than 0"]),
+    ("train_robust.patience", -1, ["is -1", "greater than or equal to 0"]),
+    ("train_robust.on_divergence", "ignore", ["is 'ignore'", "'stop' or 'roll_back'"]),
+    ("train_robust.generated_sampling", "twice", ["is 'twice'", "'with_replacement'"]),
+    ("train_robust.batch_norm_momentum", 1.5, ["is 1.5", "less than or equal to 1"]),
+    ("train_robust.start_divisor", 0.5, ["is 0.5", "greater than or equal to 1"]),
     ("train_robust.network.activation", "gelu", ["is 'gelu'", "'relu' or 'silu'"]),
     ("train_robust.label_smoothing", 2.0, ["is 2.0", "less than or equal to 1"]),
     ("train_robust.augmentation", "blur", ["is 'blur'", "'crop1'"]),

@@ -416,6 +416,23 @@ def test_order_is_named_by_seed_and_source():
     assert tuple(generated.tolist()) == read(1, "order/generated")
 
 
+def test_generated_images_may_be_drawn_anew_in_each_step():
+    """Wang et al.'s code: uniform, with replacement; the real part is as without."""
+    order, other = (BatchOrder(Mix(40, 10, 20, 0.5, with_replacement=kind), seed=1) for kind in (True, False))
+    drawn = np.stack([order.at(step)[1] for step in range(400)])
+    assert drawn.shape == (400, 10)
+    assert any(len(set(row)) < 10 for row in drawn.tolist())
+    counts = np.bincount(drawn.ravel(), minlength=10)
+    assert np.abs(counts - 400).max() < 4 * np.sqrt(4000 * 0.1 * 0.9)
+    assert np.array_equal(order.at(7)[1], drawn[7])
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert all(np.array_equal(order.at(step)[0], other.at(step)[0]) for step in range(5))
+    seen = len(set(drawn[:2].ravel().tolist())) / 10
+    assert Mix(40, 10, 20, 0.5, with_replacement=True).coverage(40)["generated_coverage"] == pytest.approx(
+        seen, abs=0.2
+    )
+
+
 def test_coverage_counts_the_last_batch_as_whole():
     """1,000 images in batches of 128 are 8 steps, as many as training makes."""
     report = Mix(real=256, generated=512, batch=128, generated_share=0.5).coverage(1000)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dmat.robust.networks import ACTIVATIONS, Block, Facts, wide_resnet
+from dmat.robust import flops
+from dmat.robust.networks import ACTIVATIONS, Block, Facts, preact_resnet, wide_resnet
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
@@ -203,3 +204,71 @@ def test_gradient_reaches_every_parameter():
     model = network().train()
     F.cross_entropy(model(torch.rand(4, 3, 8, 8)), torch.arange(4)).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+# --- PreActResNet
+
+
+def slow_preact_features(state, images, blocks, act):
+    """He et al. 2016 as Rebuffi et al. 2021 have it: 3x3 shortcuts from the input itself, padding right and below."""
+    x = (images - torch.tensor(CIFAR_MEAN)[:, None, None].double()) / torch.tensor(CIFAR_STD)[:, None, None].double()
+    x = slow_conv(x, state["conv_2d.weight"], 1, (1, 1, 1, 1))
+    for group, count in enumerate(blocks):
+        for block in range(count):
+            base = f"layer_{group}.{block}"
+            stride = 2 if group > 0 and block == 0 else 1
+            pad = (1, 1, 1, 1) if stride == 1 else (0, 0, 1, 1)
+            h = slow_conv(
+                act(slow_norm(x, state, f"{base}.batchnorm_0")), state[f"{base}.conv_2d_1.weight"], stride, pad
+            )
+            h = slow_conv(
+                act(slow_norm(h, state, f"{base}.batchnorm_1")), state[f"{base}.conv_2d_2.weight"], 1, (1,) * 4
+            )
+            shortcut = state.get(f"{base}.shortcut.weight")
+            x = h + (x if shortcut is None else slow_conv(x, shortcut, stride, pad))
+    return act(slow_norm(x, state, "batchnorm")).mean((2, 3))
+
+
+@pytest.mark.parametrize(("depth", "blocks", "size"), [(18, (2, 2, 2, 2), 16), (34, (3, 4, 6, 3), 8)])
+def test_preact_logits_equal_the_network_written_from_its_tensor_names(depth, blocks, size):
+    torch.manual_seed(0)
+    model = preact_resnet(facts(), depth, 0, "silu").eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "batchnorm" in name and tensor.is_floating_point():
+            tensor.data.uniform_(0.5, 1.5)
+    images = torch.rand(2, 3, size, size)
+    state = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    features = slow_preact_features(state, images.double(), blocks, lambda x: x * torch.sigmoid(x))
+    logits = features @ state["logits.weight"].T + state["logits.bias"]
+    torch.testing.assert_close(model(images).double(), logits, rtol=1e-4, atol=1e-4)
+    assert {name.split(".")[2] for name in state if "shortcut" in name} == {"shortcut"}
+
+
+def test_preact_has_the_published_size():
+    """ResNet-18 of CIFAR has 11.17 M parameters; the three 3x3 shortcuts instead of 1x1 add 8/9 of theirs."""
+    with torch.device("meta"):
+        model = preact_resnet(facts(), 18, 0, "silu")
+    shortcuts = sum(p.numel() for name, p in model.named_parameters() if "shortcut" in name)
+    assert shortcuts == 9 * (64 * 128 + 128 * 256 + 256 * 512)
+    rest = sum(p.numel() for p in model.parameters()) - shortcuts
+    assert rest + shortcuts / 9 == pytest.approx(11.17e6, rel=1e-3)
+
+
+# --- floating-point operations
+
+
+def test_flops_of_one_layer_are_counted_by_hand():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 5, 3, stride=2, padding=1), torch.nn.Flatten(), torch.nn.Linear(5 * 16, 7)
+    )
+    assert flops.forward(model, (3, 8, 8)) == 2 * (5 * 16 * 27 + 7 * 80)
+
+
+@pytest.mark.parametrize(("depth", "width"), [(28, 10), (70, 16)])
+def test_a_step_of_trades_costs_what_the_scaling_study_says(depth, width):
+    """Bartoldson et al. 2024: 7822 operations for each parameter and image seen, with 10 attack steps."""
+    with torch.device("meta"):
+        model = wide_resnet(facts(), depth, width, "silu")
+    step = flops.forward(model, (3, 32, 32)) * flops.forwards_of_a_step("trades", 10)
+    assert step / sum(p.numel() for p in model.parameters()) == pytest.approx(7822, rel=0.01)
+    assert [flops.forwards_of_a_step(loss, 10) for loss in ("standard", "pgd_at", "ikl")] == [3, 23, 27]

@@ -1,5 +1,6 @@
 """Interrupted and resumed equals undisturbed, bit for bit, for both trainings; what a resume refuses."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,15 +11,16 @@ import pytest
 import torch
 
 from dmat import config, devices
+from dmat.data.augmentation import AUGMENTATIONS
 from dmat.data.batches import MixedBatches
-from dmat.data.mixing import Mix
+from dmat.data.mixing import BatchOrder, Mix
 from dmat.data.pixels import everything
 from dmat.data.shards import open_shards, write_set
 from dmat.diffusion.edm import Preconditioned
 from dmat.diffusion.unet import UNet
 from dmat.errors import Diverged, DmatError, Interrupted
 from dmat.robust.attacks import Ball
-from dmat.robust.losses import Recipe
+from dmat.robust.losses import LOSSES, Recipe
 from dmat.robust.networks import Facts, wide_resnet
 from dmat.training import classifier, denoiser
 from dmat.training.long_run import LongRun, MetricsLog
@@ -49,14 +51,16 @@ class _StopAt(LongRun):
         super().turn(images_seen, state)
 
 
-def _train_classifier(folder, shards, compute, settings, stop_at=-1):
+def _train_classifier(folder, shards, compute, settings, stop_at=-1, mix=None, spoil=None):
     torch.manual_seed(3)
     model = wide_resnet(Facts(4, 1, (0.4,), (0.3,)), 10, 1, "silu")
-    recipe = Recipe(Ball("linf", 0.1), 2, 0.05, 5.0, 0.1)
-    batches = MixedBatches(Mix(48, 0, 16, 0.0), 1, shards, None, None)
+    recipe = Recipe(Ball("linf", 0.1), 2, 0.05, 5.0, 0.1, 3.0)
+    mix = mix or Mix(48, 0, 16, 0.0)
+    generated = (shards, np.arange(0, 48, 2)) if mix.generated else (None, None)
+    batches = (spoil or MixedBatches)(mix, 1, shards, *generated)
     with _StopAt(folder, compute, settings.images, quiet=True) as run:
         run.stop_at = stop_at
-        return classifier.train(model, batches, everything(shards), recipe, settings, 1, run, compute)
+        return classifier.train(model, 4, batches, everything(shards), recipe, settings, 1, run, compute)
 
 
 @pytest.fixture
@@ -80,6 +84,133 @@ def test_classifier_resumes_bit_for_bit(tmp_path, shards, compute, robust_settin
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
+
+
+# Each value of what decides a step, once: (settings, mix)
+WAYS = {
+    **{f"loss {name}": ({"loss": name}, None) for name in LOSSES},
+    **{f"augmentation {name}": ({"augmentation": name}, None) for name in AUGMENTATIONS},
+    "cutmix": ({"cutmix": 1.0}, None),
+    "cutmix with ikl": ({"cutmix": 1.0, "loss": "ikl"}, None),
+    "mixed": ({}, Mix(48, 24, 16, 0.75)),
+    "mixed with replacement": ({}, Mix(48, 24, 16, 0.75, with_replacement=True)),
+    "rolling back": ({"on_divergence": "roll_back"}, None),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_make_a_step_resumes_bit_for_bit(tmp_path, shards, compute, robust_settings, way):
+    """Inside an epoch of 48 images, 7 steps in."""
+    changes, mix = WAYS[way]
+    settings = robust_settings.model_copy(update={"schedule_every": 48, **changes})
+    whole = _train_classifier(tmp_path / "whole", shards, compute, settings, mix=mix)
+    with pytest.raises(Interrupted):
+        _train_classifier(tmp_path / "parts", shards, compute, settings, 112, mix)
+    parts = _train_classifier(tmp_path / "parts", shards, compute, settings, mix=mix)
+    assert parts.history == whole.history
+    assert all(torch.equal(parts.last[name], whole.last[name]) for name in whole.last)
+
+
+def test_the_ways_differ(tmp_path, shards, compute, robust_settings):
+    """A guard of the test above: a switch that did nothing would pass it."""
+    ends = {}
+    for way in (
+        "loss trades",
+        "loss ikl",
+        "loss pgd_at",
+        "cutmix",
+        "cutmix with ikl",
+        "mixed",
+        "mixed with replacement",
+    ):
+        changes, mix = WAYS[way]
+        settings = robust_settings.model_copy(update={"schedule_every": 48, "images": 96, **changes})
+        outcome = _train_classifier(tmp_path / way.replace(" ", "-"), shards, compute, settings, mix=mix)
+        ends[way] = outcome.last["logits.weight"].flatten()[:8].tolist()
+    assert len({tuple(values) for values in ends.values()}) == len(ends)
+
+
+class _Spoiled(MixedBatches):
+    """One step has an image that is no number, the first `times` times that it is read."""
+
+    bad_step, times = 7, 1
+
+    def at(self, step):
+        images, labels = super().at(step)
+        if step == self.bad_step and type(self).times > 0:
+            type(self).times -= 1
+            images[3] = torch.nan
+        return images, labels
+
+
+@pytest.fixture
+def spoiled():
+    return type("Spoiled", (_Spoiled,), {})
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_images(tmp_path, shards, compute, robust_settings, spoiled):
+    mix = Mix(48, 24, 16, 0.75)
+    with pytest.raises(Diverged, match=r"the loss is nan after 112 images; .*diverged.json names the images"):
+        _train_classifier(tmp_path, shards, compute, robust_settings, mix=mix, spoil=spoiled)
+    note = json.loads((tmp_path / "diverged.json").read_text())
+    real, generated = BatchOrder(mix, 1).at(7)
+    assert (note["step"], note["loss"]) == (7, "nan")
+    assert note["real"] == real.tolist()
+    assert note["generated"] == (2 * generated).tolist()  # kept: every second image
+    assert not (tmp_path / "checkpoint.dmat").exists()  # nothing was saved of what is spoiled
+
+
+def test_no_checkpoint_holds_a_loss_that_is_no_number(tmp_path, shards, compute, robust_settings, spoiled):
+    """Asked to stop after the bad step and before the next look at the loss."""
+    settings = robust_settings.model_copy(update={"evaluate_every": 160})
+    with pytest.raises(Diverged):
+        _train_classifier(tmp_path, shards, compute, settings, stop_at=128, spoil=spoiled)
+    assert not (tmp_path / "checkpoint.dmat").exists()
+
+
+def test_it_rolls_back_once_with_half_the_rate(tmp_path, shards, compute, robust_settings, spoiled):
+    settings = robust_settings.model_copy(update={"on_divergence": "roll_back"})
+    outcome = _train_classifier(tmp_path / "once", shards, compute, settings, spoil=spoiled)
+    assert [record["images_seen"] for record in outcome.history] == [48, 96, 144, 160]
+    calm = _train_classifier(tmp_path / "calm", shards, compute, settings)
+    rates, calm_rates = (
+        [json.loads(line)["learning_rate"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("once", "calm")
+    )
+    assert rates[:2] == calm_rates[:2]
+    assert rates[2:] == pytest.approx([rate / 2 for rate in calm_rates[2:]])
+    assert outcome.history[:2] == calm.history[:2]
+    assert outcome.history[2:] != calm.history[2:]
+    assert all(torch.isfinite(values).all() for values in outcome.last.values())
+    spoiled.times = 2
+    with pytest.raises(Diverged, match="the loss is nan"):
+        _train_classifier(tmp_path / "twice", shards, compute, settings, spoil=spoiled)
+
+
+def test_it_rolls_back_the_same_way_after_an_interruption(tmp_path, shards, compute, robust_settings, spoiled):
+    settings = robust_settings.model_copy(update={"on_divergence": "roll_back"})
+    whole = _train_classifier(tmp_path / "whole", shards, compute, settings, spoil=spoiled)
+    spoiled.times = 1
+    with pytest.raises(Interrupted):  # at 144 for the first time: after the way back
+        _train_classifier(tmp_path / "parts", shards, compute, settings, stop_at=144, spoil=spoiled)
+    parts = _train_classifier(tmp_path / "parts", shards, compute, settings, spoil=spoiled)
+    assert parts.history == whole.history
+    assert all(torch.equal(parts.last[name], whole.last[name]) for name in whole.last)
+
+
+def test_patience_ends_a_run_after_evaluations_without_a_new_best(tmp_path, shards, compute, robust_settings):
+    often = robust_settings.model_copy(update={"images": 320, "evaluate_every": 16, "learning_rate": 0.5})
+    scores = [r["validation_robust"] for r in _train_classifier(tmp_path / "long", shards, compute, often).history]
+    since, best, expected = 0, -1.0, len(scores)
+    for k, score in enumerate(scores):
+        since, best = (0, score) if score >= best else (since + 1, best)
+        if since == 3:
+            expected = k + 1
+            break
+    assert expected < len(scores) == 20  # else this shows nothing
+    short = _train_classifier(tmp_path / "short", shards, compute, often.model_copy(update={"patience": 3}))
+    assert [record["validation_robust"] for record in short.history] == scores[:expected]
+    assert short.best_accuracy == best
 
 
 def _train_denoiser(folder, shards, compute, settings, stop_at=-1):

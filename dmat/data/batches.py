@@ -27,3 +27,9 @@ class MixedBatches:
             more_images, more_labels = self.generated.take(self.kept[generated])
             images, labels = np.concatenate([images, more_images]), np.concatenate([labels, more_labels])
         return to_unit(images), torch.from_numpy(labels)
+
+    def names(self, step: int) -> dict[str, list[int]]:
+        """Which images those are: indices of the training split, and global ones of the image set."""
+        real, generated = self.order.at(step)
+        chosen = generated if self.kept is None else self.kept[generated]
+        return {"real": real.tolist(), "generated": chosen.tolist()}

@@ -1,11 +1,12 @@
 """Which images a training step sees: an exact number of real and of generated ones, by name, without state.
 
-Real and generated images each follow their own endless sequence of permutations (without replacement within an
-epoch of that source); position p of a sequence is a pure function of (seed, source, p). A restarted run therefore
-asks for the same images, and so does a run with another number of workers.
+Real images, and generated ones unless they are drawn with replacement, follow their own endless sequence of
+permutations (without replacement within an epoch of that source); position p of a sequence is a pure function of (seed,
+source, p). A restarted run therefore asks for the same images, and so does a run with another number of workers.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class Mix:
     generated: int
     batch: int
     generated_share: float
+    with_replacement: bool = False  # generated images are drawn anew in each step, as in Wang et al.'s code
 
     @property
     def generated_per_batch(self) -> int:
@@ -40,7 +42,9 @@ class Mix:
         report: dict[str, float] = {}
         for source, count in drawn.items():
             epochs = count / sizes[source] if sizes[source] else 0.0
-            report |= {f"{source}_drawn": count, f"{source}_epochs": epochs, f"{source}_coverage": min(1.0, epochs)}
+            anew = self.with_replacement and source == "generated"
+            covered = 1 - math.exp(-epochs) if anew else min(1.0, epochs)  # anew: what is to be expected
+            report |= {f"{source}_drawn": count, f"{source}_epochs": epochs, f"{source}_coverage": covered}
         return report
 
 
@@ -67,11 +71,16 @@ class BatchOrder:
     """Indices of the images of every step of a `Mix`."""
 
     def __init__(self, mix: Mix, seed: int):
-        self.mix = mix
+        self.mix, self._seed = mix, seed
         self._real = Sequence(seed, "order/real", mix.real)
         self._generated = Sequence(seed, "order/generated", max(mix.generated, 1))
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of real and of generated images of step 0, 1, ...: int64, of fixed lengths."""
         real, generated = self.mix.real_per_batch, self.mix.generated_per_batch
-        return self._real.at(step * real, real), self._generated.at(step * generated, generated)
+        chosen = (
+            seeds.stream(self._seed, "draw/generated", step).integers(0, self.mix.generated, generated)
+            if self.mix.with_replacement and generated
+            else self._generated.at(step * generated, generated)
+        )
+        return self._real.at(step * real, real), chosen

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from dmat import seeds
+from dmat import devices, seeds
 from dmat.config import Network
 from dmat.data.shards import Shards
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.jobs.execution import Job
-from dmat.robust.networks import NETWORKS, Facts, WideResNet
+from dmat.robust.networks import NETWORKS, Classifier, Facts
 from dmat.training import weights
 
 
@@ -18,7 +18,7 @@ def facts_of(real: Shards) -> Facts:
     return Facts(real.classes, real.shape[2], tuple(real.manifest["mean"]), tuple(real.manifest["std"]))
 
 
-def new_classifier(network: Network, facts: Facts, seed: int) -> WideResNet:
+def new_classifier(network: Network, facts: Facts, seed: int) -> Classifier:
     """A network with initial weights named by the seed."""
     seeds.reseed_torch(seed, "initial weights", 0)
     return NETWORKS[network.name](facts, network.depth, network.width, network.activation)
@@ -42,7 +42,19 @@ def classifier_sidecar(network: Network, facts: Facts, real: Shards, job: Job, *
     }
 
 
-def load_classifier(path: Path, images: Shards, compute: Compute) -> tuple[WideResNet, dict[str, Any]]:
+def speed(images_per_second: float, flops_per_image: int, compute: Compute) -> dict[str, float]:
+    """What a training reached, for provenance: of this process, and differing from run to run."""
+    if not images_per_second:
+        return {}
+    done = images_per_second * flops_per_image
+    return {
+        "images_per_second": images_per_second,
+        "flops_per_second": done,
+        "model_flops_utilisation": done / devices.matrix_peak(compute),
+    }
+
+
+def load_classifier(path: Path, images: Shards, compute: Compute) -> tuple[Classifier, dict[str, Any]]:
     """A classifier in evaluation mode without gradients, and its sidecar. Refuses one that was trained for other
     classes or another shape than `images` have."""
     state, sidecar = weights.read(path, "classifier")

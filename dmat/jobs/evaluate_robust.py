@@ -22,7 +22,7 @@ from dmat.metrics import pictures
 from dmat.metrics.intervals import wilson
 from dmat.robust import attacks, auto_attack, prediction
 from dmat.robust.attacks import Ball
-from dmat.robust.networks import WideResNet
+from dmat.robust.networks import Classifier
 
 _TOLERANCE = 1e-6  # float32 rounding of x + perturbation - x
 
@@ -73,7 +73,7 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
 
 
 def _pgd(
-    model: WideResNet, split: tuple[Tensor, Tensor], ball: Ball, settings: EvaluateRobust, compute: Compute
+    model: Classifier, split: tuple[Tensor, Tensor], ball: Ball, settings: EvaluateRobust, compute: Compute
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
     """Flags: right on the image, right on the image and after PGD with the CW margin; and PGD's images."""
     images, labels = split
@@ -98,7 +98,7 @@ def _pgd(
 
 
 def _auto_attack(
-    model: WideResNet, test: tuple[Tensor, Tensor], ball: Ball, settings: EvaluateRobust, job: Job, compute: Compute
+    model: Classifier, test: tuple[Tensor, Tensor], ball: Ball, settings: EvaluateRobust, job: Job, compute: Compute
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Robust flags, margins of the worst images, sizes of their perturbations; one saved shard after the other."""
     images, labels = test
@@ -134,7 +134,7 @@ def _checked(adversarial: Tensor, images: Tensor, ball: Ball) -> np.ndarray:
 
 def _picture(
     job: Job,
-    model: WideResNet,
+    model: Classifier,
     test: tuple[Tensor, Tensor],
     adversarial: Tensor,
     clean: np.ndarray,

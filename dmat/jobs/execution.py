@@ -43,6 +43,8 @@ class Job:
     save_seconds: float
     quiet: bool
     watcher: Watcher | None = None  # of the metrics of a long run
+    # filled by the job: numbers that differ from run to run, such as speed; for provenance and MLflow alone
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def project_path(self, path: str | None) -> Path | None:
         """A path of params.yaml, relative to the project."""
@@ -200,10 +202,11 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
                 "compute": compute.describe(),
                 "code_changed": changed,
                 "seconds": round(_spent(plan.work) + time.time() - started, 1),
+                "measured": job.measured,
             },
         }
         files.write_json(plan.work / "finished.json", finished)
-        run.finish_with(metrics, sorted(job.pictures.glob("*.png")))
+        run.finish_with(metrics | job.measured, sorted(job.pictures.glob("*.png")))
     return finished
 
 

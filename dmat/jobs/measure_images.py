@@ -17,7 +17,7 @@ from dmat.jobs.classifiers import load_classifier
 from dmat.jobs.execution import Job
 from dmat.metrics import pictures, quality
 from dmat.robust import prediction
-from dmat.robust.networks import WideResNet
+from dmat.robust.networks import Classifier
 
 
 def run(settings: MeasureImages, job: Job) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def run(settings: MeasureImages, job: Job) -> dict[str, Any]:
     return measures
 
 
-def _judge(scorer: WideResNet, images: np.ndarray, job: Job) -> tuple[np.ndarray, np.ndarray]:
+def _judge(scorer: Classifier, images: np.ndarray, job: Job) -> tuple[np.ndarray, np.ndarray]:
     """Features [n, d] and class probabilities [n, K] of uint8 images."""
     with torch.no_grad(), job.compute.autocast():
         unit = to_unit(images)

@@ -29,7 +29,13 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
             f"{selection['classes']} classes, the training images are {list(real.shape)} of {real.classes}; expected "
             f"the same; name images of a generator that was trained on this data set"
         )
-    mix = Mix(len(real), selection["kept"] if selection else 0, settings.batch, settings.generated_share)
+    mix = Mix(
+        len(real),
+        selection["kept"] if selection else 0,
+        settings.batch,
+        settings.generated_share,
+        settings.with_replacement,
+    )
     if selection and not mix.generated:
         raise DmatError(
             f"arm {job.chosen['arm']}: {settings.images_from} keeps 0 generated images; expected some; run its "
@@ -49,6 +55,7 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
             "real_images": mix.real,
             "generated_images": mix.generated,
             "generated_share": mix.generated_share,
+            "with_replacement": mix.with_replacement,
             "batch": mix.batch,
             "per_batch": facts,
             "generated_to_real": f"{mix.generated_per_batch}:{mix.real_per_batch}",
@@ -68,7 +75,7 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
 def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None, np.ndarray | None]:
     """The mix of an arm, its opened generated images and the indices kept. Refuses anything that changed since."""
     facts = files.read_json(folder / "mix.json")
-    mix = Mix(len(real), facts["generated_images"], facts["batch"], facts["generated_share"])
+    mix = Mix(len(real), facts["generated_images"], facts["batch"], facts["generated_share"], facts["with_replacement"])
     selection = facts["selection"]
     if selection is None:
         return mix, None, None

@@ -77,6 +77,7 @@ def _mix_settings(params: "Params", arm: str) -> "Record":
         generated_share=record.generated_share,
         batch=record.batch,
         images=record.images,
+        with_replacement=record.generated_sampling == "with_replacement",
     )
 
 

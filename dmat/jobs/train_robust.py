@@ -9,10 +9,11 @@ from dmat.data import shards
 from dmat.data.batches import MixedBatches
 from dmat.data.pixels import everything
 from dmat.errors import DmatError
-from dmat.jobs.classifiers import classifier_sidecar, facts_of, new_classifier
+from dmat.jobs.classifiers import classifier_sidecar, facts_of, new_classifier, speed
 from dmat.jobs.execution import Job
 from dmat.jobs.mix_images import open_mix
 from dmat.metrics import pictures
+from dmat.robust import flops
 from dmat.robust.attacks import Ball
 from dmat.robust.losses import Recipe
 from dmat.training import classifier, weights
@@ -31,10 +32,18 @@ def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
         )
     model = new_classifier(settings.network, facts, seed)
     ball = Ball(settings.threat.norm, settings.threat.epsilon)
-    recipe = Recipe(ball, settings.attack_steps, settings.attack_step_size, settings.beta, settings.label_smoothing)
+    recipe = Recipe(
+        ball,
+        settings.attack_steps,
+        settings.attack_step,
+        settings.beta,
+        settings.label_smoothing,
+        settings.alpha,
+    )
     with job.long_run(settings.images) as run:
         outcome = classifier.train(
             model,
+            facts.classes,
             MixedBatches(mix, seed, real, generated, kept),
             everything(shards.open_shards(job.inputs["validation"])),
             recipe,
@@ -43,6 +52,9 @@ def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
             run,
             job.compute,
         )
+    forward = flops.forward(model, (real.shape[2], *real.shape[:2]))
+    step_flops = forward * flops.forwards_of_a_step(settings.loss, settings.attack_steps)
+    job.measured.update(speed(outcome.images_per_second, step_flops, job.compute))
     folder = job.result / "classifier"
     sidecar = classifier_sidecar(
         settings.network,
@@ -76,4 +88,6 @@ def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
         "last_validation_robust": last.get("validation_robust", 0.0),
         "last_validation_clean": last["validation_clean"],
         "parameters": sum(p.numel() for p in model.parameters()),
+        "forward_flops": forward,
+        "training_flops": step_flops * last["images_seen"],
     }

@@ -23,6 +23,7 @@ def run(settings: TrainScorer, job: Job) -> dict[str, Any]:
     with job.long_run(settings.images) as run:
         outcome = classifier.train(
             model,
+            facts.classes,
             batches,
             everything(shards.open_shards(job.inputs["validation"])),
             recipe,

@@ -102,10 +102,13 @@ def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _inside(images: Tensor, perturbation: Tensor, ball: Ball) -> Tensor:
-    """images + perturbation, pulled back into the ball and into [0, 1].
+    """images + perturbation, pulled back into [0, 1] and into the ball.
 
-    Clipping to [0, 1] only shortens a perturbation of an image inside [0, 1], so the order is exact.
+    Either only shortens a perturbation of an image inside [0, 1], so the result is in both. l2 is clipped first, as in
+    Wang et al.'s code: what clipping takes off leaves more of the ball to the other pixels. linf: no difference.
     """
+    if ball.norm == "l2":
+        perturbation = (images + perturbation).clamp(0, 1) - images
     return (images + ball.project(perturbation)).clamp(0, 1).detach()
 
 

@@ -1,11 +1,14 @@
-"""Training losses of a classifier, one signature: loss(model, images, labels, start, recipe) -> Loss.
+"""Training losses of a classifier, one signature: loss(model, images, targets, start, recipe, class_means) -> Loss.
 
+targets: labels int64 [B], or shares of the classes float [B, K] (mixed images; these are not smoothed, as published).
+start: where the attack begins, [B, C, H, W] around 0. class_means: [K, K], what `ikl` weighs with; others ignore it.
 The model is in training mode; how batch norm behaves in each forward pass is part of a loss and stated in it.
 """
 
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +26,7 @@ class Recipe:
     step_size: float
     beta: float
     label_smoothing: float
+    alpha: float = 0.0  # of ikl: the weight of its cross-entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,48 +34,136 @@ class Loss:
     """Per-image values [B] (the caller averages) and the logits [B, K] that made them, detached."""
 
     total: Tensor
-    natural: Tensor  # label-smoothed cross-entropy on the natural images
+    natural: Tensor  # label-smoothed cross-entropy on the natural images; pgd_at has none: zeros
     robust: Tensor  # the adversarial term before beta; zeros for standard training
-    natural_logits: Tensor
+    natural_logits: Tensor | None
     adversarial_logits: Tensor | None
 
 
-LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor, Recipe], Loss]
+LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor, Recipe, Tensor | None], Loss]
 
 
-def trades(model: nn.Module, images: Tensor, labels: Tensor, start: Tensor, recipe: Recipe) -> Loss:
+def trades(
+    model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, recipe: Recipe, class_means: Tensor | None = None
+) -> Loss:
     """TRADES (Zhang et al. 2019) as in Wang et al. 2023's code.
 
     Cross-entropy(natural) + beta * KL(p_natural || p_adversarial), with the gradient through both branches of the
-    KL. The inner attack maximises the KL to the detached natural prediction on batch statistics without tracking;
-    then two tracked forward passes follow, natural first.
+    KL. The inner attack maximises the KL to the detached natural prediction (of mixed images: to their targets) on
+    batch statistics without tracking. Two passes are tracked, natural first.
     """
-    with modes.frozen(model), modes.untracked_batch_norm(model):
-        target = model(images).detach().float().log_softmax(1)
-        adversarial = attacks.pgd(
-            model, images, attacks.divergence(target), recipe.ball, start, recipe.steps, recipe.step_size
-        )
-    natural_logits = model(images).float()
-    adversarial_logits = model(adversarial).float()
-    natural = F.cross_entropy(natural_logits, labels, label_smoothing=recipe.label_smoothing, reduction="none")
+    natural_logits, adversarial_logits = _both(model, images, targets, start, recipe)
+    natural = _cross_entropy(natural_logits, targets, recipe)
     # log_target keeps 0 * log 0 at 0; the clamped version of other implementations changes the gradient.
     robust = F.kl_div(
         adversarial_logits.log_softmax(1), natural_logits.log_softmax(1), reduction="none", log_target=True
     ).sum(1)
-    return Loss(
-        natural + recipe.beta * robust,
-        natural.detach(),
-        robust.detach(),
-        natural_logits.detach(),
-        adversarial_logits.detach(),
-    )
+    return _of(natural + recipe.beta * robust, natural, robust, natural_logits, adversarial_logits)
 
 
-def standard(model: nn.Module, images: Tensor, labels: Tensor, start: Tensor, recipe: Recipe) -> Loss:
+def ikl(
+    model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, recipe: Recipe, class_means: Tensor | None = None
+) -> Loss:
+    """Improved KL (Cui et al. 2023, "Decoupled Kullback-Leibler Divergence Loss"); the attack is that of `trades`.
+
+    Cross-entropy(natural) + beta * wMSE + alpha * cross-entropy(detached p_natural, p_adversarial). wMSE is a quarter
+    of the squared differences between natural and adversarial logit gaps o_j - o_k over all pairs of classes, weighted
+    by w_j w_k, where w is the mean prediction for the class of the image: row of class_means [K, K]. The gradient
+    reaches both branches of wMSE. `robust` is (beta * wMSE + alpha * cross-entropy) / beta.
+    """
+    if class_means is None:
+        raise TypeError("ikl needs class_means")
+    natural_logits, adversarial_logits = _both(model, images, targets, start, recipe)
+    natural = _cross_entropy(natural_logits, targets, recipe)
+    weights = class_means[targets] if targets.ndim == 1 else targets @ class_means  # [B, K], rows add up to 1
+    difference = natural_logits - adversarial_logits
+    # sum_jk w_j w_k (d_j - d_k)^2 / 4 is half the variance of d under w: K terms instead of K^2
+    centred = difference - (weights * difference).sum(1, keepdim=True)
+    squared = (weights * centred**2).sum(1) / 2
+    soft = -(natural_logits.detach().softmax(1) * adversarial_logits.log_softmax(1)).sum(1)
+    adversarial = recipe.beta * squared + recipe.alpha * soft
+    robust = adversarial / recipe.beta if recipe.beta else adversarial
+    return _of(natural + adversarial, natural, robust, natural_logits, adversarial_logits)
+
+
+def pgd_at(
+    model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, recipe: Recipe, class_means: Tensor | None = None
+) -> Loss:
+    """Adversarial training (Madry et al. 2018): cross-entropy on the images that maximise it. One tracked pass.
+
+    The attack sees the model in evaluation mode, as in Wang et al.'s code base; label smoothing is the recipe's.
+    """
+    with modes.frozen(model), modes.mode(model, training=False):
+        adversarial = attacks.pgd(
+            model, images, attacks.cross_entropy(targets), recipe.ball, start, recipe.steps, recipe.step_size
+        )
+    logits = model(adversarial).float()
+    robust = _cross_entropy(logits, targets, recipe)
+    return Loss(robust, robust.detach() * 0, robust.detach(), None, logits.detach())
+
+
+def standard(
+    model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, recipe: Recipe, class_means: Tensor | None = None
+) -> Loss:
     """Label-smoothed cross-entropy on the images as they are; `start` is not used."""
     logits = model(images).float()
-    natural = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction="none")
+    natural = _cross_entropy(logits, targets, recipe)
     return Loss(natural, natural.detach(), natural.detach() * 0, logits.detach(), None)
 
 
-LOSSES: dict[str, LossFunction] = {"trades": trades, "standard": standard}
+LOSSES: dict[str, LossFunction] = {"trades": trades, "standard": standard, "pgd_at": pgd_at, "ikl": ikl}
+ADVERSARIAL = ("trades", "pgd_at", "ikl")  # these attack
+WITH_CLASS_MEANS = ("ikl",)
+
+
+class ClassMeans:
+    """Mean prediction of the natural images of each class, [K, K]: that of the last epoch, while this one is summed.
+
+    Uniform in the first epoch (Cui et al. 2023 and their code). Predictions are softened by a temperature.
+    """
+
+    def __init__(self, classes: int, temperature: float, device: torch.device):
+        self.temperature = temperature
+        self.means = torch.full((classes, classes), 1 / classes, device=device)
+        self._sums = torch.zeros_like(self.means)
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """logits [B, K] of natural images; targets as a loss takes them."""
+        shares = F.one_hot(targets, len(self.means)).float() if targets.ndim == 1 else targets
+        self._sums += shares.T @ (logits / self.temperature).softmax(1)
+
+    def next_epoch(self) -> None:
+        """A class that the epoch did not show keeps its row."""
+        mass = self._sums.sum(1, keepdim=True)
+        self.means = torch.where(mass > 0, self._sums / mass.clamp(min=1e-12), self.means)
+        self._sums = torch.zeros_like(self.means)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"means": self.means, "sums": self._sums}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.means, self._sums = state["means"].to(self.means.device), state["sums"].to(self.means.device)
+
+
+def _both(model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Natural and adversarial logits [B, K], float32, with gradients.
+
+    The tracked natural pass comes before the attack, which needs its prediction: the same numbers as one more pass
+    without tracking, as published, and one pass of 27 less.
+    """
+    natural_logits = model(images).float()
+    target = natural_logits.detach().log_softmax(1) if targets.ndim == 1 else targets.clamp(min=1e-30).log()
+    with modes.frozen(model), modes.untracked_batch_norm(model):
+        adversarial = attacks.pgd(
+            model, images, attacks.divergence(target), recipe.ball, start, recipe.steps, recipe.step_size
+        )
+    return natural_logits, model(adversarial).float()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
+    smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+
+
+def _of(total: Tensor, natural: Tensor, robust: Tensor, natural_logits: Tensor, adversarial_logits: Tensor) -> Loss:
+    return Loss(total, natural.detach(), robust.detach(), natural_logits.detach(), adversarial_logits.detach())

@@ -6,7 +6,7 @@ published (TensorFlow-style "same" padding for stride 2: right and bottom only),
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,35 @@ class Facts:
     std: tuple[float, ...]
 
 
+class Classifier(nn.Module):
+    """What every network is: `features` and a last layer called `logits`, normalisation inside."""
+
+    logits: nn.Linear
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, C, H, W] in [0, 1] -> logits [B, classes]."""
+        result: Tensor = self.logits(self.features(images))
+        return result
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the last layer sees: [B, F]."""
+        raise NotImplementedError
+
+
 def wide_resnet(facts: Facts, depth: int, width: int, activation: str) -> "WideResNet":
     """WRN-depth-width. depth = 6 n + 4 with n >= 1."""
     return WideResNet(facts, depth, width, ACTIVATIONS[activation])
 
 
-NETWORKS = {"wide_resnet": wide_resnet}
+def preact_resnet(facts: Facts, depth: int, width: int, activation: str) -> "PreActResNet":
+    """PreActResNet-18 or -34; width is not used."""
+    return PreActResNet(facts, PREACT_BLOCKS[depth], ACTIVATIONS[activation])
+
+
+NETWORKS: dict[str, Callable[[Facts, int, int, str], Classifier]] = {
+    "wide_resnet": wide_resnet,
+    "preact_resnet": preact_resnet,
+}
 
 
 class Normalise(nn.Module):
@@ -48,7 +71,7 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.std
 
 
-class WideResNet(nn.Module):
+class WideResNet(Classifier):
     """Pre-activation wide residual network (Zagoruyko and Komodakis 2016): groups of 16, 32, 64 x width channels."""
 
     def __init__(self, facts: Facts, depth: int, width: int, activation: type[nn.Module]):
@@ -68,14 +91,65 @@ class WideResNet(nn.Module):
         self.logits = nn.Linear(widths[3], facts.classes)
         self.apply(_initialise)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B, C, H, W] in [0, 1] -> logits [B, classes]."""
-        return self.logits(self.features(images))
-
     def features(self, images: Tensor) -> Tensor:
         """What the last layer sees: [B, 64 * width]."""
         h = self.layer(self.init_conv(self.normalise(images)))
         return self.activation(self.batchnorm(h)).mean((2, 3))
+
+
+PREACT_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # depth -> blocks of each group
+
+
+class PreActResNet(Classifier):
+    """Pre-activation residual network (He et al. 2016) as Rebuffi et al. 2021 published it: groups of 64, 128, 256 and
+    512 channels, 3x3 shortcuts from the raw input of a block, names as in their files."""
+
+    def __init__(self, facts: Facts, blocks: Sequence[int], activation: type[nn.Module]):
+        super().__init__()
+        self.normalise = Normalise(facts.mean, facts.std)
+        self.conv_2d = nn.Conv2d(facts.channels, 64, 3, padding=1, bias=False)
+        width = 64
+        for group, count in enumerate(blocks):
+            wanted = 64 * 2**group
+            strides = [1 if group == 0 else 2] + [1] * (count - 1)
+            made = [PreActBlock(width if k == 0 else wanted, wanted, strides[k], activation) for k in range(count)]
+            setattr(self, f"layer_{group}", nn.Sequential(*made))
+            width = wanted
+        self.batchnorm = nn.BatchNorm2d(width, momentum=0.01)
+        self.relu = activation()
+        self.logits = nn.Linear(width, facts.classes)
+        self.apply(_initialise)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the last layer sees: [B, 512]."""
+        h = self.conv_2d(self.normalise(images))
+        for group in range(4):
+            h = getattr(self, f"layer_{group}")(h)
+        return self.relu(self.batchnorm(h)).mean((2, 3))
+
+
+class PreActBlock(nn.Module):
+    """Two convolutions, each after batch norm and activation; the shortcut sees the input without either."""
+
+    def __init__(self, width: int, wanted: int, stride: int, activation: type[nn.Module]):
+        super().__init__()
+        inside = 1 if stride == 1 else 0  # stride 2 pads right and bottom in forward()
+        self.batchnorm_0 = nn.BatchNorm2d(width, momentum=0.01)
+        self.relu_0 = activation()
+        self.conv_2d_1 = nn.Conv2d(width, wanted, 3, stride=stride, padding=inside, bias=False)
+        self.batchnorm_1 = nn.BatchNorm2d(wanted, momentum=0.01)
+        self.relu_1 = activation()
+        self.conv_2d_2 = nn.Conv2d(wanted, wanted, 3, padding=1, bias=False)
+        changes = stride != 1 or width != wanted
+        self.shortcut = nn.Conv2d(width, wanted, 3, stride=stride, padding=inside, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.relu_0(self.batchnorm_0(x))
+        h = self.conv_2d_2(self.relu_1(self.batchnorm_1(self.conv_2d_1(self._padded(active)))))
+        return h + (x if self.shortcut is None else self.shortcut(self._padded(x)))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return x if self.conv_2d_1.stride[0] == 1 else F.pad(x, (0, 1, 0, 1))
 
 
 class Group(nn.Module):

@@ -6,8 +6,9 @@ from torch import nn
 
 def classifier_decay(step: int, steps: int, tau: float, warm_up: float = 0.025) -> float:
     """Decay at step 0 .. steps - 1 of Wang et al.'s code: a plain copy during the first `warm_up` share of the
-    steps, then min(tau, (1 + k) / (10 + k)) with k steps since then."""
-    since = step - int(warm_up * steps)
+    steps, then min(tau, (1 + k) / (10 + k)) with k steps since then. It counts the step that was just made, and k
+    need not be whole."""
+    since = step + 1 - warm_up * steps
     return 0.0 if since < 0 else min(tau, (1 + since) / (10 + since))
 
 

@@ -6,20 +6,27 @@ weight averaging, selection of the best averaged weights by PGD accuracy on the 
 
 import copy
 import dataclasses
+import math
+import time
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dmat import modes, seeds
-from dmat.data.augmentation import AUGMENTATIONS
+from dmat.data.augmentation import AUGMENTATIONS, Augmentation, cutmix
 from dmat.data.batches import MixedBatches
 from dmat.data.pixels import in_order
 from dmat.devices import Compute
+from dmat.errors import Diverged
 from dmat.robust import attacks, losses
 from dmat.robust.attacks import Ball
 from dmat.training import averaging, schedules
-from dmat.training.long_run import LongRun, stop_if_not_finite
+from dmat.training.long_run import LongRun
+
+_CHECK_EVERY = 64  # steps between two looks at the loss, which a GPU has to be waited for
+_ROLL_BACK_FACTOR = 0.5  # on the learning rate, after a divergence
 
 
 class Settings(Protocol):
@@ -32,17 +39,31 @@ class Settings(Protocol):
     @property
     def selection_step_size(self) -> float: ...
 
+    @property
+    def on_divergence(self) -> str: ...
+
     images: int
     batch: int
     learning_rate: float
     warm_up: float
+    start_divisor: float
+    end_divisor: float
     schedule_every: int
     cycle_momentum: bool
+    momentum: float
+    momentum_lowest: float
+    momentum_highest: float
     weight_decay: float
     clip_gradient: float
     average_tau: float
+    average_warm_up: float
+    batch_norm_momentum: float
+    first_batch_norm_momentum: float
+    cutmix: float
+    temperature: float
     evaluate_every: int
     selection_steps: int
+    patience: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +75,12 @@ class Outcome:
     best_images_seen: int
     best_accuracy: float  # the selecting accuracy: robust if selection_steps > 0, else clean; share of 1
     history: list[dict[str, float]]
+    images_per_second: float  # of training steps in this process, evaluations left out; 0 if it made none
 
 
 def train(
     model: nn.Module,
+    classes: int,
     batches: MixedBatches,
     validation: tuple[Tensor, Tensor],
     recipe: losses.Recipe,
@@ -69,16 +92,21 @@ def train(
     """Trains `model` in place for settings.images images. validation: images in [0, 1] and labels.
 
     `model` must be initialised by the caller; every random number is named by `seed`, so a resumed run continues
-    bit for bit. Raises Diverged on a loss that is not finite and Interrupted on a signal, both after saving.
+    bit for bit. Raises Interrupted on a signal, after saving, and Diverged on a loss that is not finite, with the
+    batch named in `diverged.json`; on_divergence "roll_back" goes back to the last evaluation once instead, and on
+    with half the learning rate.
     """
     loss_of = losses.LOSSES[settings.loss]
     augment = AUGMENTATIONS[settings.augmentation]
     model = compute.place_model(model)
     averaged = copy.deepcopy(model)
     optimiser = torch.optim.SGD(_groups(model, settings.weight_decay), lr=0.0, momentum=0.9, nesterov=True)
+    class_means = losses.ClassMeans(classes, settings.temperature, compute.device)
     steps = -(-settings.images // settings.batch)
+    every = max(1, settings.evaluate_every // settings.batch)
     progress: dict[str, Any] = {
         "step": 0,
+        "rate_factor": 1.0,
         "best_accuracy": -1.0,
         "best_images_seen": 0,
         "best": {},
@@ -86,31 +114,49 @@ def train(
         "pending": [],
     }
 
-    if (state := run.resume()) is not None:
+    def restore(state: dict[str, Any]) -> None:
+        nonlocal progress
         model.load_state_dict(state["model"])
         averaged.load_state_dict(state["averaged"])
         optimiser.load_state_dict(state["optimiser"])
+        class_means.load(state["class_means"])
         progress = state["progress"]
 
     def snapshot() -> dict[str, Any]:
+        _stop_if_not_finite(progress, batches, settings.batch, run)
         return {
             "model": model.state_dict(),
             "averaged": averaged.state_dict(),
             "optimiser": optimiser.state_dict(),
+            "class_means": class_means.state(),
             "progress": progress,
         }
 
-    pending: list[Tensor] = progress["pending"]  # values of the steps since the last evaluation
+    if (found := run.resume()) is not None:
+        restore(found)
+    clock = _Clock()
     while True:
         step, images_seen = progress["step"], progress["step"] * settings.batch
         done = step >= steps
-        if (done or (step and step % max(1, settings.evaluate_every // settings.batch) == 0)) and not (
+        evaluating = (done or (step > 0 and step % every == 0)) and not (
             progress["history"] and progress["history"][-1]["images_seen"] == images_seen
-        ):
+        )
+        try:
+            if evaluating or step % _CHECK_EVERY == 0:
+                _stop_if_not_finite(progress, batches, settings.batch, run)
+            run.turn(images_seen, snapshot)
+        except Diverged:
+            if settings.on_divergence == "stop" or progress["rate_factor"] < 1:
+                raise
+            restore(run.kept())
+            progress["rate_factor"] = _ROLL_BACK_FACTOR
+            continue
+        if evaluating:
+            clock.stop()
             averaging.copy_buffers(averaged, model)
             measured = evaluate(averaged, validation, recipe.ball, settings, seed, compute)
             _keep_best(progress, measured, averaged, images_seen, robust=settings.selection_steps > 0)
-            training = _mean(pending)
+            training = _mean(progress["pending"])
             progress["history"].append({"images_seen": images_seen, **measured, **training})
             run.metrics.write(
                 images_seen,
@@ -122,26 +168,35 @@ def train(
                 },
             )
             run.show(**measured)
-            pending.clear()
-            stop_if_not_finite(training.get("train_loss", 0.0), images_seen)
-        run.turn(images_seen, snapshot)
-        if done:
+            progress["pending"] = []
+        if settings.on_divergence == "roll_back" and (step == 0 or evaluating):
+            run.keep(images_seen, snapshot())
+        if done or (evaluating and _out_of_patience(progress, settings)):
             break
-        modes.set_batch_norm_momentum(model, 1.0 if step == 0 else 0.01)
-        _set_rate(optimiser, images_seen, settings)
-        images, labels, start = _inputs(batches, augment, recipe.ball, step, seed, compute)
+        clock.start()
+        modes.set_batch_norm_momentum(
+            model, settings.first_batch_norm_momentum if step == 0 else settings.batch_norm_momentum
+        )
+        _set_rate(optimiser, images_seen, settings, progress["rate_factor"])
+        if images_seen // settings.schedule_every > (images_seen - settings.batch) // settings.schedule_every:
+            class_means.next_epoch()
+        images, targets = _inputs(batches, augment, classes, settings.cutmix, step, seed, compute)
+        start = recipe.ball.training_start(seeds.stream(seed, "attack/start", step), tuple(images.shape))
         with modes.mode(model, training=True), compute.autocast():
-            loss = loss_of(model, images, labels, start, recipe)
+            loss = loss_of(model, images, targets, compute.place(start), recipe, class_means.means)
+        if settings.loss in losses.WITH_CLASS_MEANS and loss.natural_logits is not None:
+            class_means.add(loss.natural_logits, targets)
         optimiser.zero_grad(set_to_none=True)
         loss.total.mean().backward()
         if settings.clip_gradient > 0:
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip_gradient)
         optimiser.step()
         averaging.update(
-            averaged, model, averaging.classifier_decay(step, steps, settings.average_tau, settings.warm_up)
+            averaged, model, averaging.classifier_decay(step, steps, settings.average_tau, settings.average_warm_up)
         )
-        pending.append(_step_values(loss, labels))
+        progress["pending"].append(_step_values(loss, targets))
         progress["step"] = step + 1
+        clock.count(settings.batch)
 
     return Outcome(
         progress["best"],
@@ -149,6 +204,7 @@ def train(
         progress["best_images_seen"],
         progress["best_accuracy"],
         progress["history"],
+        clock.rate(),
     )
 
 
@@ -176,13 +232,41 @@ def evaluate(
 
 
 def _inputs(
-    batches: MixedBatches, augment: Any, ball: Ball, step: int, seed: int, compute: Compute
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and the attack's start of one step, all named by (seed, step)."""
+    batches: MixedBatches, augment: Augmentation, classes: int, alpha: float, step: int, seed: int, compute: Compute
+) -> tuple[Tensor, Tensor]:
+    """Augmented images and targets of one step, on the device, named by (seed, step)."""
     images, labels = batches.at(step)
+    images, targets = compute.place(images), labels.to(compute.device)
     images = augment(images, seeds.stream(seed, "augmentation", step))
-    start = ball.training_start(seeds.stream(seed, "attack/start", step), tuple(images.shape))
-    return compute.place(images), labels.to(compute.device), compute.place(start)
+    if alpha:
+        one_hot = F.one_hot(targets, classes).float()
+        images, targets = cutmix(images, one_hot, seeds.stream(seed, "cutmix", step), alpha)
+    return compute.place(images), targets
+
+
+class _Clock:
+    """Images a second, evaluations left out. Runs from the first counted step on, whose start-up is not counted."""
+
+    def __init__(self) -> None:
+        self._images, self._seconds, self._since = 0, 0.0, 0.0
+        self._warm = False
+
+    def start(self) -> None:
+        if self._warm and not self._since:
+            self._since = time.monotonic()
+
+    def stop(self) -> None:
+        """After what was waited for: the values of the last step were read from the device."""
+        if self._since:
+            self._seconds += time.monotonic() - self._since
+        self._since = 0.0
+
+    def count(self, images: int) -> None:
+        self._images += images if self._warm else 0
+        self._warm = True
+
+    def rate(self) -> float:
+        return self._images / self._seconds if self._seconds else 0.0
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -195,16 +279,20 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, images_seen: int, settings: Settings) -> None:
+def _set_rate(optimiser: torch.optim.Optimizer, images_seen: int, settings: Settings, factor: float) -> None:
     rate, momentum = schedules.one_cycle(
         images_seen // settings.schedule_every,
         -(-settings.images // settings.schedule_every),
         settings.learning_rate,
         warm_up=settings.warm_up,
-        momentum=(0.85, 0.95) if settings.cycle_momentum else None,
+        start_divisor=settings.start_divisor,
+        end_divisor=settings.end_divisor,
+        momentum=(settings.momentum_lowest, settings.momentum_highest)
+        if settings.cycle_momentum
+        else (settings.momentum, settings.momentum),
     )
     for group in optimiser.param_groups:
-        group["lr"], group["momentum"] = rate, momentum
+        group["lr"], group["momentum"] = factor * rate, momentum
 
 
 def _keep_best(
@@ -216,15 +304,43 @@ def _keep_best(
         progress |= {"best_accuracy": accuracy, "best_images_seen": images_seen, "best": _cpu_copy(averaged)}
 
 
-def _step_values(loss: losses.Loss, labels: Tensor) -> Tensor:
-    """Loss, its two terms, and clean and robust accuracy of one batch, kept on the device: float32 [5]."""
+def _out_of_patience(progress: dict[str, Any], settings: Settings) -> bool:
+    """Whether the last `patience` evaluations brought no new best."""
+    since = sum(record["images_seen"] > progress["best_images_seen"] for record in progress["history"])
+    return 0 < settings.patience <= since
+
+
+def _stop_if_not_finite(progress: dict[str, Any], batches: MixedBatches, batch: int, run: LongRun) -> None:
+    """Raises Diverged at the first step since the last evaluation whose loss is not finite, and names its images."""
+    pending: list[Tensor] = progress["pending"]
+    if not pending:
+        return
+    totals = torch.stack(pending)[:, 0].tolist()
+    bad = next((k for k, value in enumerate(totals) if not math.isfinite(value)), None)
+    if bad is not None:
+        step = progress["step"] - len(pending) + bad
+        path = run.note("diverged.json", {"step": step, "loss": str(totals[bad]), **batches.names(step)})
+        raise Diverged(
+            f"the loss is {totals[bad]} after {step * batch} images; expected a finite number; {path} names the images "
+            f"of that batch; lower the learning rate or beta, or say on_divergence: roll_back, and run again"
+        )
+
+
+def _step_values(loss: losses.Loss, targets: Tensor) -> Tensor:
+    """Loss, its two terms, and clean and robust accuracy of one batch, kept on the device: float32 [5]. Of mixed images
+    the larger share counts as the label; pgd_at sees no clean images, so its clean accuracy is NaN."""
+    labels = targets if targets.ndim == 1 else targets.argmax(1)
+    natural = loss.adversarial_logits if loss.natural_logits is None else loss.natural_logits
     attacked = loss.natural_logits if loss.adversarial_logits is None else loss.adversarial_logits
+    assert natural is not None
+    assert attacked is not None
+    clean = (natural.argmax(1) == labels).float().mean()
     return torch.stack(
         [
             loss.total.detach().mean(),
             loss.natural.mean(),
             loss.robust.mean(),
-            (loss.natural_logits.argmax(1) == labels).float().mean(),
+            clean if loss.natural_logits is not None else torch.full_like(clean, torch.nan),
             (attacked.argmax(1) == labels).float().mean(),
         ]
     )
@@ -234,7 +350,8 @@ def _mean(pending: list[Tensor]) -> dict[str, float]:
     if not pending:
         return {}
     names = ("train_loss", "train_natural_loss", "train_robust_loss", "train_clean", "train_robust")
-    return dict(zip(names, torch.stack(pending).mean(0).tolist(), strict=True))
+    values = zip(names, torch.stack(pending).mean(0).tolist(), strict=True)
+    return {name: value for name, value in values if math.isfinite(value)}
 
 
 def _cpu_copy(model: nn.Module) -> dict[str, Tensor]:

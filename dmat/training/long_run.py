@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from dmat import files
 from dmat.devices import Compute
 from dmat.errors import Diverged, DmatError
 from dmat.training import checkpoints
@@ -94,7 +95,7 @@ class LongRun:
         quiet: bool = False,
         watcher: Watcher | None = None,
     ):
-        self.path = folder / "checkpoint.dmat"
+        self.path, self._kept = folder / "checkpoint.dmat", folder / "roll-back.dmat"
         self.metrics = MetricsLog(folder / "metrics.jsonl", watcher)
         self.compute, self.total, self.save_seconds = compute, total, save_seconds
         self._interruption = Interruption()
@@ -148,6 +149,21 @@ class LongRun:
         header = {"images_seen": images_seen, "precision": self.compute.precision, "threads": self.compute.threads}
         checkpoints.save(self.path, header, state)
         self._saved_at = time.monotonic()
+
+    def keep(self, images_seen: int, state: State) -> None:
+        """A second checkpoint, to go back to. What `save` writes does not touch it."""
+        header = {"images_seen": images_seen, "precision": self.compute.precision, "threads": self.compute.threads}
+        checkpoints.save(self._kept, header, state)
+
+    def kept(self) -> State:
+        """The state of the last `keep`."""
+        return checkpoints.load(self._kept)[1]
+
+    def note(self, name: str, values: dict[str, Any]) -> Path:
+        """A JSON file in the folder of the run, for people."""
+        path = self.path.parent / name
+        files.write_json(path, values)
+        return path
 
     def show(self, **values: float) -> None:
         """Newest numbers at the right of the progress bar."""

@@ -11,7 +11,7 @@ def one_cycle(
     warm_up: float = 0.025,
     start_divisor: float = 25.0,
     end_divisor: float = 1e4,
-    momentum: tuple[float, float] | None = (0.85, 0.95),
+    momentum: tuple[float, float] = (0.85, 0.95),
 ) -> tuple[float, float]:
     """Learning rate and momentum of torch's OneCycleLR with cosine annealing, at step 0 .. steps - 1.
 
@@ -20,11 +20,11 @@ def one_cycle(
 
     Rises from peak / start_divisor to peak during the first `warm_up` share of the steps, then falls to
     peak / start_divisor / end_divisor. momentum = (at the peak, at both ends): the cycling that Wang et al.'s run
-    really had, since torch overwrites the optimiser's 0.9. None: 0.9 throughout.
+    really had, since torch overwrites the optimiser's 0.9; two equal numbers keep it fixed.
     """
     first, last = warm_up * steps - 1, steps - 1
     start, end = peak / start_divisor, peak / start_divisor / end_divisor
-    low, high = momentum or (0.9, 0.9)
+    low, high = momentum
     if step < first:  # torch divides by zero where the warm-up is exactly one step; here it starts at the peak
         share = step / first
         return _cosine(start, peak, share), _cosine(high, low, share)

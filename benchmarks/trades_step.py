@@ -1,0 +1,155 @@
+"""Seconds of one TRADES step (attack included) against the plain step that is published, same sizes, one run.
+
+    python benchmarks/trades_step.py --depth 10 --width 4 --size 32 --batch 64 --repeats 7
+    python benchmarks/trades_step.py --device cuda --depth 28 --width 10 --batch 512 2048   # a GPU
+
+Plain: fp32, NCHW, eager, every convolution padded by a copy, parameters that require gradients during the attack, one
+more natural forward for the targets of the attack. Ours: what `training.classifier` runs. The two alternate within
+each repeat, so that what else the machine does hits both; medians are printed, with the share of the measured matrix
+peak of the machine (2048 x 2048 products; 8192 on a GPU). Prints one JSON line a batch size.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmat import devices, modes
+from dmat.devices import Compute
+from dmat.robust import flops, losses
+from dmat.robust.attacks import Ball
+from dmat.robust.networks import Block, Facts, WideResNet, wide_resnet
+
+FACTS = Facts(10, 3, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+STEPS, STEP_SIZE, EPSILON, BETA = 10, 2 / 255, 8 / 255, 5.0
+
+
+def padded_block(block: Block, x: Tensor) -> Tensor:
+    """A block whose convolutions pad by a copy."""
+    active = block.activation_0(block.batchnorm_0(x))
+    sides = (1, 1, 1, 1) if block.conv_0.stride[0] == 1 else (0, 1, 0, 1)
+    h = F.conv2d(F.pad(active, sides), block.conv_0.weight, stride=block.conv_0.stride)
+    h = block.activation_1(block.batchnorm_1(h))
+    h = F.conv2d(F.pad(h, (1, 1, 1, 1)), block.conv_1.weight)
+    return h + (x if block.shortcut is None else block.shortcut(active))
+
+
+def plain_network(model: WideResNet) -> nn.Module:
+    twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    for block in [layer for layer in twin.modules() if isinstance(layer, Block)]:
+        block.forward = padded_block.__get__(block)  # type: ignore[method-assign]
+    return twin.train()
+
+
+def plain_step(model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Tensor, start: Tensor) -> None:
+    layers = [layer for layer in model.modules() if isinstance(layer, modes.BATCH_NORMS)]
+    for layer in layers:
+        layer.track_running_stats = False
+    target = F.softmax(model(x), 1).detach()
+    adversarial = (x + start).clamp(0, 1)
+    for _ in range(STEPS):
+        adversarial.requires_grad_(True)
+        loss = F.kl_div(F.log_softmax(model(adversarial), 1), target, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, [adversarial])
+        adversarial = adversarial.detach() + STEP_SIZE * gradient.sign()
+        adversarial = torch.min(torch.max(adversarial, x - EPSILON), x + EPSILON).clamp(0, 1)
+    for layer in layers:
+        layer.track_running_stats = True
+    optimiser.zero_grad()
+    natural, attacked = model(x), model(adversarial.detach())
+    robust = F.kl_div(F.log_softmax(attacked, 1), F.softmax(natural, 1), reduction="batchmean")
+    (F.cross_entropy(natural, y, label_smoothing=0.1) + BETA * robust).backward()
+    optimiser.step()
+
+
+def our_step(
+    model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Tensor, start: Tensor, compute: Compute
+) -> None:
+    recipe = losses.Recipe(Ball("linf", EPSILON), STEPS, STEP_SIZE, BETA, 0.1)
+    with modes.mode(model, training=True), compute.autocast():
+        loss = losses.trades(model, compute.place(x), y, start, recipe)
+    optimiser.zero_grad(set_to_none=True)
+    loss.total.mean().backward()
+    optimiser.step()
+
+
+def seconds(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, best of 10."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b), device) for _ in range(10))
+
+
+def measure(args: argparse.Namespace, batch: int, compute: Compute) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = wide_resnet(FACTS, args.depth, args.width, "silu")
+    plain = plain_network(model).to(compute.device)
+    compute.place_model(model)
+    x = torch.rand(batch, 3, args.size, args.size).to(compute.device)
+    y = torch.randint(10, (batch,)).to(compute.device)
+    start = ((2 * torch.rand(x.shape) - 1) * EPSILON).to(compute.device)
+    optimisers = [torch.optim.SGD(m.parameters(), 0.01, 0.9, nesterov=True) for m in (plain, model)]
+    steps = (
+        lambda: plain_step(plain, optimisers[0], x, y, start),
+        lambda: our_step(model, optimisers[1], x, y, start, compute),
+    )
+    for step in steps * args.warm_up:
+        step()
+    times = [[seconds(step, compute.device) for step in steps] for _ in range(args.repeats)]
+    plain_seconds, our_seconds = (statistics.median(column) for column in zip(*times, strict=True))
+    work = batch * flops.forward(model, (3, args.size, args.size)) * flops.forwards_of_a_step("trades", STEPS)
+    dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
+    return {
+        "network": f"WRN-{args.depth}-{args.width}",
+        "size": args.size,
+        "batch": batch,
+        **compute.describe(),
+        "plain_seconds": round(plain_seconds, 4),
+        "our_seconds": round(our_seconds, 4),
+        "ratio": round(statistics.median(a / b for a, b in times), 2),
+        "images_per_second": round(batch / our_seconds, 1),
+        "gflops_per_second": round(work / our_seconds / 1e9),
+        "peak_gflops": round(peak(compute.device, dtype) / 1e9),
+        "share_of_peak": round(work / our_seconds / peak(compute.device, dtype), 3),
+        "repeats": args.repeats,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--depth", type=int, default=10)
+    parser.add_argument("--width", type=int, default=4)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--warm-up", type=int, default=2)
+    args = parser.parse_args()
+    compute = devices.resolve(args.device, args.precision, args.threads)
+    if compute.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = True
+    for batch in args.batch:
+        print(json.dumps(measure(args, batch, compute)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
