@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import typer
 
 from dmat.jobs import STAGES, Stage
 
+_RESTARTS = 3  # of all processes, after one was lost
 _INSTANCE_OPTIONS = {
     "generator": (str, "Name in `generators` of params.yaml."),
     "chunk": (str, "Name in `chunks` of params.yaml."),
@@ -55,7 +58,7 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 
 
 def _run(stage: Stage, chosen: dict[str, Any], path: Path, fresh: bool, dry_run: bool, as_json: bool) -> None:
-    from dmat import config
+    from dmat import config, processes
     from dmat.jobs import execution, workspace
 
     params = config.load(path)
@@ -64,13 +67,24 @@ def _run(stage: Stage, chosen: dict[str, Any], path: Path, fresh: bool, dry_run:
     if dry_run:
         typer.echo(json.dumps(plan.describe(), indent=2))
         return
+    wanted = params.sections["compute"].processes
+    if wanted > 1 and stage.word in execution.TOGETHER and "RANK" not in os.environ:
+        _start_together(wanted)
     started = time.monotonic()
     metrics = execution.execute(plan, params, place, fresh=fresh, quiet=as_json)
+    if not processes.world().leads:
+        return
     if as_json:
         typer.echo(json.dumps(metrics, sort_keys=True))
     else:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in _headline(metrics))
         typer.echo(f"{stage.word} {stage.instance(chosen)}: {numbers} ({time.monotonic() - started:.0f} s)")
+
+
+def _start_together(count: int) -> None:
+    """Becomes `torchrun` with this very command in `count` processes: who started this one notices nothing."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", f"--max-restarts={_RESTARTS}"]
+    os.execv(sys.executable, [sys.executable, "-m", *launcher, "-m", "cli.main", *sys.argv[1:]])
 
 
 def _headline(metrics: dict[str, Any]) -> list[tuple[str, float]]:

@@ -88,7 +88,8 @@ class Compute(Record):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    threads: Annotated[int, Field(ge=0, le=4096)] = 0  # 0: as many as cores
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0  # of each process; 0: as many as cores
+    processes: Annotated[int, Field(ge=1, le=4096)] = 1  # on this machine, of the trainings of classifiers
     save_every_seconds: Positive = 60.0  # between two checkpoints
 
 
@@ -154,6 +155,7 @@ class ClassifierTraining(Record):
     average_warm_up: Share = 0.025  # of the run, in which the average is a copy
     batch_norm_momentum: Share = 0.01
     first_batch_norm_momentum: Share = 1.0  # of the first step
+    synchronise_batch_norm: bool = False  # over all processes; else each has its own statistics, as published
     augmentation: Literal["none", "crop1", "crop4", "crop4_flip"]
     cutmix: NotNegative = 0.0  # both parameters of its beta distribution; 0: off
     evaluate_every: Count  # images

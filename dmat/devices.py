@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from dmat import processes
 from dmat.errors import DmatError
+from dmat.processes import World
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -23,6 +25,7 @@ class Compute:
     precision: str  # "fp32" or "bf16"
     reason: str  # why this precision, for people
     threads: int
+    world: World = dataclasses.field(default_factory=World)  # the processes that compute together
 
     def exact(self) -> "Compute":
         """The same device in float32: what reported accuracies are computed in."""
@@ -50,6 +53,7 @@ class Compute:
             "precision": self.precision,
             "precision_reason": self.reason,
             "threads": self.threads,
+            "processes": self.world.size,
             "torch": torch.__version__,
         }
 
@@ -65,8 +69,12 @@ def resolve(device: str = "auto", precision: str = "auto", threads: int = 0) -> 
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     native, reason = _native_bf16(kind)
     chosen = ("bf16" if native else "fp32") if precision == "auto" else precision
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    return Compute(torch.device(kind), chosen, reason if precision == "auto" else "asked for", torch.get_num_threads())
+    together = processes.world()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here))
+    where = torch.device("cuda", together.local) if kind == "cuda" and together.size > 1 else torch.device(kind)
+    why = reason if precision == "auto" else "asked for"
+    return Compute(where, chosen, why, torch.get_num_threads(), together)
 
 
 @functools.cache

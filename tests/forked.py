@@ -30,8 +30,8 @@ def _command(folder: str, words: list[str], output: str, environment: dict[str, 
 class Command:
     """`dmat <words>` in a folder, started; may be killed or sent signals."""
 
-    def __init__(self, folder: Path, *words: str, **environment: str):
-        self._output = folder / ".output"
+    def __init__(self, folder: Path, *words: str, output: str = ".output", **environment: str):
+        self._output = folder / output
         arguments = (str(folder), list(words), str(self._output), {"DMAT_TRACKING": "off", **environment})
         self.process = _context.Process(target=_command, args=arguments)
         self.process.start()

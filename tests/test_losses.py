@@ -405,8 +405,8 @@ def test_class_means_are_those_of_the_last_epoch():
     keeper = losses.ClassMeans(3, 2.0, torch.device("cpu"))
     assert torch.equal(keeper.means, torch.full((3, 3), 1 / 3))
     logits, labels = torch.randn(8, 3), torch.tensor([0, 0, 1, 0, 1, 1, 0, 1])
-    keeper.add(logits[:5], labels[:5])
-    keeper.add(logits[5:], labels[5:])
+    keeper.add(keeper.sums_of(logits[:5], labels[:5]))
+    keeper.add(keeper.sums_of(logits[5:], labels[5:]))
     assert torch.equal(keeper.means, torch.full((3, 3), 1 / 3))  # until the epoch is over
     keeper.next_epoch()
     probabilities = (logits / 2.0).softmax(1)

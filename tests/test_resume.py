@@ -45,10 +45,10 @@ class _StopAt(LongRun):
 
     stop_at = -1
 
-    def turn(self, images_seen, state):
+    def turn(self, images_seen, state, asked=None):
         if images_seen == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        super().turn(images_seen, state)
+        super().turn(images_seen, state, asked)
 
 
 def _train_classifier(folder, shards, compute, settings, stop_at=-1, mix=None, spoil=None):

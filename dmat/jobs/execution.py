@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,15 +18,18 @@ from typing import Any
 
 import filelock
 
-from dmat import devices, files, tracking
+from dmat import devices, files, processes, tracking
 from dmat.config import Params, Record
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.jobs import code
 from dmat.jobs.stages import STAGES, Stage
 from dmat.jobs.workspace import Workspace
+from dmat.processes import World
 from dmat.training.interruption import Interruption
 from dmat.training.long_run import LongRun, Watcher
+
+TOGETHER = ("train_scorer", "train_robust")  # stages that several processes compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +147,24 @@ def stage_identity(stage: Stage, chosen: Mapping[str, Any], params: Params) -> d
 def execute(
     plan: Plan, params: Params, workspace: Workspace, *, fresh: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
-    """Runs, resumes or republishes one instance; returns its metrics. Raises DmatError and Interrupted."""
+    """Runs, resumes or republishes one instance; returns its metrics. Raises DmatError and Interrupted.
+
+    Under `torchrun` the leading process does that and the others only compute with it; they return nothing.
+    """
+    world = processes.world()
+    if world.size > 1 and plan.stage.word not in TOGETHER:
+        raise DmatError(
+            f"{plan.stage.word} was started in {world.size} processes; expected one, as only "
+            f"{' and '.join(TOGETHER)} compute together; start it without torchrun"
+        )
+    if not world.leads:
+        return _follow(plan, params, workspace, world)
     plan.work.mkdir(parents=True, exist_ok=True)
     with lock(plan.work), Interruption(at_once=True):
         if fresh:
             set_aside(plan.work, workspace.home)
         finished = plan.finished
+        world.share(None if finished else b"compute")
         if finished is None:
             if (plan.work / "finished.json").exists():  # by other code: a result is never mixed from two versions
                 set_aside(plan.work, workspace.home)
@@ -158,9 +174,39 @@ def execute(
     return metrics
 
 
-def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> dict[str, Any]:
+def _follow(plan: Plan, params: Params, workspace: Workspace, world: World) -> dict[str, Any]:
+    """What a process does that does not lead: the same computation, in a folder that nobody keeps."""
+    if world.share(None) is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder, Interruption(at_once=True):
+        module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
+        module.run(plan.settings, _job(plan, params, workspace, _resolve(params), Path(folder), quiet=True))
+    return {}
+
+
+def _resolve(params: Params) -> Compute:
     wanted: Any = params.sections["compute"]
-    compute = devices.resolve(wanted.device, wanted.precision, wanted.threads)
+    return devices.resolve(wanted.device, wanted.precision, wanted.threads)
+
+
+def _job(plan: Plan, params: Params, workspace: Workspace, compute: Compute, work: Path, quiet: bool) -> Job:
+    wanted: Any = params.sections["compute"]
+    return Job(
+        {name: workspace.at(entry["path"]) for name, entry in plan.inputs.items()},
+        plan.chosen,
+        params,
+        workspace.root,
+        work,
+        work / "result",
+        work / "pictures",
+        compute,
+        wanted.save_every_seconds,
+        quiet,
+    )
+
+
+def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> dict[str, Any]:
+    compute = _resolve(params)
     started = time.time()
     changed = _code_changed(plan)
     run = tracking.open_run(
@@ -173,19 +219,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
         compute=compute.describe(),
         tags={"code.changed": "true"} if changed else {},
     )
-    result = plan.work / "result"
-    job = Job(
-        {name: workspace.at(entry["path"]) for name, entry in plan.inputs.items()},
-        plan.chosen,
-        params,
-        workspace.root,
-        plan.work,
-        result,
-        plan.work / "pictures",
-        compute,
-        wanted.save_every_seconds,
-        quiet,
-    )
+    job = _job(plan, params, workspace, compute, plan.work, quiet)
     with run:  # ends the tracked run with the status that fits what happened inside
         module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
         metrics = module.run(plan.settings, job)

@@ -127,10 +127,13 @@ class ClassMeans:
         self.means = torch.full((classes, classes), 1 / classes, device=device)
         self._sums = torch.zeros_like(self.means)
 
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        """logits [B, K] of natural images; targets as a loss takes them."""
+    def sums_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """[K, K]: what a batch adds. logits [B, K] of natural images; targets as a loss takes them."""
         shares = F.one_hot(targets, len(self.means)).float() if targets.ndim == 1 else targets
-        self._sums += shares.T @ (logits / self.temperature).softmax(1)
+        return shares.T @ (logits / self.temperature).softmax(1)
+
+    def add(self, sums: Tensor) -> None:
+        self._sums += sums
 
     def next_epoch(self) -> None:
         """A class that the epoch did not show keeps its row."""

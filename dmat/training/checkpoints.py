@@ -31,8 +31,12 @@ def save(path: Path, header: dict[str, Any], state: dict[str, Any]) -> None:
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Header and state of a checkpoint. Raises DmatError if the file cannot be trusted."""
-    with open(path, "rb") as file:
-        first, payload = file.readline(), file.read()
+    return parse(path.read_bytes(), path)
+
+
+def parse(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of what a file holds."""
+    first, _, payload = data.partition(b"\n")
     advice = "delete it to start this run over, or bring back a good copy"
     try:
         header = json.loads(first)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmat import modes, seeds
+from dmat import modes, processes, seeds
 from dmat.data.augmentation import AUGMENTATIONS, Augmentation, cutmix
 from dmat.data.batches import MixedBatches
 from dmat.data.pixels import in_order
 from dmat.devices import Compute
-from dmat.errors import Diverged
+from dmat.errors import Diverged, DmatError
 from dmat.robust import attacks, losses
 from dmat.robust.attacks import Ball
 from dmat.training import averaging, schedules
@@ -59,6 +59,7 @@ class Settings(Protocol):
     average_warm_up: float
     batch_norm_momentum: float
     first_batch_norm_momentum: float
+    synchronise_batch_norm: bool
     cutmix: float
     temperature: float
     evaluate_every: int
@@ -96,9 +97,17 @@ def train(
     batch named in `diverged.json`; on_divergence "roll_back" goes back to the last evaluation once instead, and on
     with half the learning rate.
     """
+    world = compute.world
+    if settings.batch % world.size:
+        raise DmatError(
+            f"a batch of {settings.batch} images does not divide among {world.size} processes; expected a multiple; "
+            f"change batch or the number of processes"
+        )
     loss_of = losses.LOSSES[settings.loss]
     augment = AUGMENTATIONS[settings.augmentation]
     model = compute.place_model(model)
+    if settings.synchronise_batch_norm:
+        processes.synchronise_batch_norm(model, world)
     averaged = copy.deepcopy(model)
     optimiser = torch.optim.SGD(_groups(model, settings.weight_decay), lr=0.0, momentum=0.9, nesterov=True)
     class_means = losses.ClassMeans(classes, settings.temperature, compute.device)
@@ -134,7 +143,7 @@ def train(
 
     if (found := run.resume()) is not None:
         restore(found)
-    clock = _Clock()
+    clock, asked, mine = _Clock(), False, world.part(settings.batch)
     while True:
         step, images_seen = progress["step"], progress["step"] * settings.batch
         done = step >= steps
@@ -144,7 +153,7 @@ def train(
         try:
             if evaluating or step % _CHECK_EVERY == 0:
                 _stop_if_not_finite(progress, batches, settings.batch, run)
-            run.turn(images_seen, snapshot)
+            run.turn(images_seen, snapshot, asked if world.size > 1 else None)
         except Diverged:
             if settings.on_divergence == "stop" or progress["rate_factor"] < 1:
                 raise
@@ -182,19 +191,25 @@ def train(
             class_means.next_epoch()
         images, targets = _inputs(batches, augment, classes, settings.cutmix, step, seed, compute)
         start = recipe.ball.training_start(seeds.stream(seed, "attack/start", step), tuple(images.shape))
+        images, targets, start = compute.place(images[mine]), targets[mine], compute.place(start[mine])
         with modes.mode(model, training=True), compute.autocast():
-            loss = loss_of(model, images, targets, compute.place(start), recipe, class_means.means)
+            loss = loss_of(model, images, targets, start, recipe, class_means.means)
         if settings.loss in losses.WITH_CLASS_MEANS and loss.natural_logits is not None:
-            class_means.add(loss.natural_logits, targets)
+            class_means.add(world.sum(class_means.sums_of(loss.natural_logits, targets)))
         optimiser.zero_grad(set_to_none=True)
-        loss.total.mean().backward()
+        (loss.total.mean() / world.size).backward()  # of the whole batch, once gradients are summed
+        values = torch.cat([_step_values(loss, targets), torch.tensor([float(run.asked)], device=compute.device)])
+        values = world.sum_gradients(model, values / world.size)
         if settings.clip_gradient > 0:
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip_gradient)
         optimiser.step()
         averaging.update(
             averaged, model, averaging.classifier_decay(step, steps, settings.average_tau, settings.average_warm_up)
         )
-        progress["pending"].append(_step_values(loss, targets))
+        if not settings.synchronise_batch_norm:
+            world.share_buffers(model)
+        progress["pending"].append(values[:-1])
+        asked = world.size > 1 and float(values[-1]) > 0
         progress["step"] = step + 1
         clock.count(settings.batch)
 
@@ -216,17 +231,19 @@ def evaluate(
     clean = robust = 0
     with modes.mode(model, training=False), modes.frozen(model), compute.autocast():
         for where, x, y in in_order(images, labels, 1000):
-            x, y = compute.place(x), y.to(compute.device)
+            mine = compute.world.part(len(y))
+            start = ball.random_start(seeds.stream(seed, "validation/start", where.start), tuple(x.shape))
+            x, y, start = compute.place(x[mine]), y[mine].to(compute.device), compute.place(start[mine])
             with torch.no_grad():
                 right = model(x).float().argmax(1) == y
             clean += int(right.sum())
             if settings.selection_steps:
-                start = compute.place(ball.random_start(seeds.stream(seed, "validation/start", where.start), x.shape))
                 adversarial = attacks.pgd(
                     model, x, attacks.margin(y), ball, start, settings.selection_steps, settings.selection_step_size
                 )
                 with torch.no_grad():
                     robust += int(((model(adversarial).float().argmax(1) == y) & right).sum())
+    clean, robust = compute.world.sum(torch.tensor([clean, robust], device=compute.device)).tolist()
     measured = {"validation_clean": clean / len(labels)}
     return measured | ({"validation_robust": robust / len(labels)} if settings.selection_steps else {})
 
@@ -241,7 +258,7 @@ def _inputs(
     if alpha:
         one_hot = F.one_hot(targets, classes).float()
         images, targets = cutmix(images, one_hot, seeds.stream(seed, "cutmix", step), alpha)
-    return compute.place(images), targets
+    return images, targets
 
 
 class _Clock:

@@ -45,5 +45,10 @@ class Interruption:
     def raise_if_asked(self) -> None:
         """Raises Interrupted; call it after saving."""
         if self.asked is not None:
-            code = REQUEUE if self.asked is signal.SIGUSR1 else 128 + self.asked
-            raise Interrupted(code, f"stopped by {self.asked.name}; the same command goes on from here")
+            self.raise_now()
+
+    def raise_now(self) -> None:
+        """The same where another process was asked: as if SIGTERM had come here."""
+        self.asked = self.asked or signal.SIGTERM
+        code = REQUEUE if self.asked is signal.SIGUSR1 else 128 + self.asked
+        raise Interrupted(code, f"stopped by {self.asked.name}; the same command goes on from here")

@@ -110,6 +110,11 @@ class LongRun:
         )
         self._saved_at = time.monotonic()
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal asked this process to stop."""
+        return self._interruption.asked is not None
+
     def __enter__(self) -> Self:
         self._interruption.__enter__()
         return self
@@ -121,9 +126,10 @@ class LongRun:
 
     def resume(self) -> State | None:
         """The state of the last checkpoint, or None on a fresh start. Refuses another precision."""
-        if not self.path.exists():
+        data = self._read(self.path)
+        if data is None:
             return None
-        header, state = checkpoints.load(self.path)
+        header, state = checkpoints.parse(data, self.path)
         if header["precision"] != self.compute.precision:
             raise DmatError(
                 f"{self.path} was computed in {header['precision']}, this run would use "
@@ -138,26 +144,41 @@ class LongRun:
         self._bar.update(header["images_seen"])
         return state
 
-    def turn(self, images_seen: int, state: Callable[[], State]) -> None:
-        """Between two steps: moves the bar, saves if it is time, saves and stops if a signal asked for it."""
+    def turn(self, images_seen: int, state: Callable[[], State], asked: bool | None = None) -> None:
+        """Between two steps: moves the bar, saves if it is time, saves and stops if a signal asked for it.
+
+        asked: of several processes, whether any of them was, as all know by now; None: whether this one is.
+        """
         self._bar.update(images_seen - self._bar.n)
-        if self._interruption.asked or time.monotonic() - self._saved_at >= self.save_seconds:
+        stop = self.asked if asked is None else asked
+        if stop or time.monotonic() - self._saved_at >= self.save_seconds:
             self.save(images_seen, state())
-        self._interruption.raise_if_asked()
+        if stop:
+            self._interruption.raise_now()
 
     def save(self, images_seen: int, state: State) -> None:
-        header = {"images_seen": images_seen, "precision": self.compute.precision, "threads": self.compute.threads}
-        checkpoints.save(self.path, header, state)
+        self._write(self.path, images_seen, state)
         self._saved_at = time.monotonic()
 
     def keep(self, images_seen: int, state: State) -> None:
         """A second checkpoint, to go back to. What `save` writes does not touch it."""
-        header = {"images_seen": images_seen, "precision": self.compute.precision, "threads": self.compute.threads}
-        checkpoints.save(self._kept, header, state)
+        self._write(self._kept, images_seen, state)
 
     def kept(self) -> State:
         """The state of the last `keep`."""
-        return checkpoints.load(self._kept)[1]
+        data = self._read(self._kept)
+        assert data is not None
+        return checkpoints.parse(data, self._kept)[1]
+
+    def _write(self, path: Path, images_seen: int, state: State) -> None:
+        if self.compute.world.leads:
+            header = {"images_seen": images_seen, "precision": self.compute.precision, "threads": self.compute.threads}
+            checkpoints.save(path, header, state)
+
+    def _read(self, path: Path) -> bytes | None:
+        """What the leading process's file holds, in every process."""
+        leads = self.compute.world.leads
+        return self.compute.world.share(path.read_bytes() if leads and path.exists() else None)
 
     def note(self, name: str, values: dict[str, Any]) -> Path:
         """A JSON file in the folder of the run, for people."""

@@ -1,0 +1,216 @@
+"""Several processes compute what one does with the same global batch, and survive each other's end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dmat import processes
+from dmat.processes import World
+from tests import forked
+from tests.projects import IN_ORDER
+
+
+@pytest.fixture
+def project(finished, tmp_path):
+    made = finished.copy_without("train_robust", tmp_path / "project")
+    made.write({"train_robust": {"images": 1280, "evaluate_every": 320, "synchronise_batch_norm": True}})
+    made.run("mix_images")
+    return made
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def start(project, size, word="train_robust"):
+    """The processes of one run, as torchrun would start them."""
+    port, stage = free_port(), word.replace("_", "-")
+    return [
+        forked.Command(
+            project.folder,
+            stage,
+            *IN_ORDER[word],
+            "--json",
+            output=f".output-{rank}",
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(size),
+            LOCAL_WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in range(size)
+    ]
+
+
+def run(project, size):
+    found = [command.wait() for command in start(project, size)]
+    assert [code for code, _ in found] == [0] * size, found
+    return found
+
+
+def result(project):
+    """Weights by name, and the history."""
+    (folder,) = (project.folder / "runs/train_robust").glob("*/result/classifier")
+    history = json.loads((folder / "history.json").read_text())
+    return {**load_file(folder / "last.safetensors")}, history
+
+
+def close(one, other):
+    """Sums in another order differ in the last bits, and training multiplies that: 0.3 % after 20 steps in float32."""
+    weights, others = one[0], other[0]
+    assert weights.keys() == others.keys()
+    for name, values in weights.items():
+        if values.is_floating_point():
+            scale = others[name].abs().max().clamp(min=1e-3)
+            assert ((values - others[name]).abs().max() / scale) < 1e-2, name
+    for record, expected in zip(one[1], other[1], strict=True):
+        assert record == pytest.approx(expected, abs=0.021)  # one of 50 validation images, or of a batch
+
+
+def identical(one, other):
+    return one[1] == other[1] and all(torch.equal(values, other[0][name]) for name, values in one[0].items())
+
+
+@pytest.fixture
+def alone(project, tmp_path):
+    made = project.copy_without("train_robust", tmp_path / "alone")
+    made.run("train_robust")
+    return result(made)
+
+
+def test_two_processes_equal_one(project, alone):
+    (_, text), (_, silence) = run(project, 2)
+    close(result(project), alone)
+    assert "best_validation_robust" in json.loads(text)
+    assert silence == ""  # only the leading process writes and speaks
+    provenance = json.loads((project.folder / "artifacts/provenance/train_robust/generated-1.json").read_text())
+    assert provenance["compute"]["processes"] == 2
+
+
+def test_processes_without_synchronisation_differ_from_one(project, alone):
+    """A guard of the test above: statistics of half a batch are other statistics."""
+    project.write({"train_robust": {"synchronise_batch_norm": False}})
+    run(project, 2)
+    with pytest.raises(AssertionError):
+        close(result(project), alone)
+
+
+@pytest.mark.parametrize("synchronised", [True, False])
+def test_a_signal_to_one_process_stops_all_and_they_resume_bit_for_bit(project, tmp_path, synchronised):
+    project.write({"train_robust": {"synchronise_batch_norm": synchronised, "loss": "ikl", "alpha": 3.0}})
+    whole = project.copy_without("train_robust", tmp_path / "whole")
+    run(whole, 2)
+    commands = start(project, 2)
+    forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/metrics.jsonl")))
+    os.kill(commands[1].process.pid, signal.SIGTERM)
+    assert [command.wait()[0] for command in commands] == [143, 143]
+    run(project, 2)
+    assert identical(result(project), result(whole))
+
+
+def test_a_run_resumes_onto_another_number_of_processes(project, alone):
+    commands = start(project, 2)
+    forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/metrics.jsonl")))
+    os.kill(commands[0].process.pid, signal.SIGTERM)
+    assert [command.wait()[0] for command in commands] == [143, 143]
+    project.run("train_robust")
+    close(result(project), alone)
+
+
+def test_torchrun_restarts_after_kill_9_of_one_process(project, tmp_path):
+    """compute.processes makes the command its own torchrun."""
+    whole = project.copy_without("train_robust", tmp_path / "whole")
+    run(whole, 2)
+    project.write({"compute": {"processes": 2}})
+    command = [sys.executable, "-m", "cli.main", "train-robust", *IN_ORDER["train_robust"], "--json"]
+    environment = {**os.environ, "DMAT_TRACKING": "off"}
+    launched = subprocess.Popen(command, cwd=project.folder, env=environment, stdout=subprocess.PIPE, text=True)
+    forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/metrics.jsonl")), 120)
+    ranks = {int(p.environ()["RANK"]): p for p in psutil.Process(launched.pid).children() if "RANK" in p.environ()}
+    ranks[1].kill()
+    text, _ = launched.communicate(timeout=300)
+    assert launched.returncode == 0
+    assert "best_validation_robust" in text
+    assert identical(result(project), result(whole))
+
+
+def test_what_does_not_compute_together_is_refused(project):
+    found = [command.wait() for command in start(project, 2, "score_images")]
+    for code, text in found:
+        assert code == 2
+        assert "score_images was started in 2 processes; expected one" in text
+        assert "without torchrun" in text
+
+
+def test_a_batch_that_does_not_divide_is_refused(project):
+    project.write({"train_robust": {"batch": 63}})
+    project.run("mix_images")
+    for code, text in [command.wait() for command in start(project, 2)]:
+        assert code == 2
+        assert "a batch of 63 images does not divide among 2 processes" in text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 5, 64])
+def test_parts_are_disjoint_and_together_all(size, count):
+    rows = [list(range(count))[World(rank, size).part(count)] for rank in range(size)]
+    assert [row for part in rows for row in part] == list(range(count))
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+
+
+def _normalise(rank, port, queue):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 3, 4, 4) * 2 + 1, torch.randn(6, 3, 4, 4)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=0.3)).train()
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 1.5)
+    together = processes.world()
+    processes.synchronise_batch_norm(model, together)
+    mine = together.part(6)
+    part = x[mine].requires_grad_(True)
+    out = model(part)
+    (out * weight[mine]).sum().backward()
+    values = together.sum_gradients(model, torch.tensor([float(rank)]))
+    gradients = [p.grad for p in model.parameters()]
+    found = [out.detach(), part.grad, *gradients, model[1].running_mean, model[1].running_var, values]
+    queue.put((rank, [value.tolist() for value in found]))
+
+
+def test_synchronised_batch_norm_is_that_of_the_whole_batch():
+    """Outputs, gradients of inputs and parameters, running statistics."""
+    queue, port = forked._context.Queue(), free_port()
+    workers = [forked._context.Process(target=_normalise, args=(rank, port, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict(queue.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join()
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 3, 4, 4) * 2 + 1, torch.randn(6, 3, 4, 4)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=0.3)).train()
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 1.5)
+    x.requires_grad_(True)
+    out = model(x)
+    (out * weight).sum().backward()
+    expected = [*(p.grad for p in model.parameters()), model[1].running_mean, model[1].running_var]
+    for rank in range(2):
+        rows, inputs, *rest, values = (torch.tensor(value) for value in found[rank])
+        torch.testing.assert_close(rows, out.detach()[3 * rank : 3 * rank + 3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inputs, x.grad[3 * rank : 3 * rank + 3], rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(rest, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert values.tolist() == [1.0]
