@@ -156,7 +156,17 @@ class ClassifierTraining(Record):
     batch_norm_momentum: Share = 0.01
     first_batch_norm_momentum: Share = 1.0  # of the first step
     synchronise_batch_norm: bool = False  # over all processes; else each has its own statistics, as published
-    augmentation: Literal["none", "crop1", "crop4", "crop4_flip"]
+    augmentation: Literal[
+        "none",
+        "crop1",
+        "crop4",
+        "crop4_flip",
+        "crop4_flip_rotate15",
+        "cutout18",
+        "autoaugment",
+        "randaugment",
+        "idbh",
+    ]
     cutmix: NotNegative = 0.0  # both parameters of its beta distribution; 0: off
     evaluate_every: Count  # images
     selection_steps: Natural  # of PGD on the validation split; 0 selects on clean accuracy

@@ -16,7 +16,6 @@ from scipy import stats
 
 from dmat import files, seeds
 from dmat.data import shards
-from dmat.data.augmentation import AUGMENTATIONS
 from dmat.data.batches import MixedBatches
 from dmat.data.mixing import BatchOrder, Mix, Sequence
 from dmat.data.pixels import everything, in_order, to_bytes, to_unit
@@ -506,55 +505,3 @@ def test_batches_without_generated_images(tmp_path):
     order = BatchOrder(Mix(6, 0, 6, 0.0), 1).at(0)[0]
     assert torch.equal(found, to_unit(images[order]))
     assert np.array_equal(found_labels.numpy(), labels[order])
-
-
-# --- augmentation
-
-
-PADS = {"none": 0, "crop1": 1, "crop4": 4, "crop4_flip": 4}
-
-
-def candidates(image, pad, mirrored):
-    """Every image that a crop by `pad` (and a flip) may make of one: {bytes: (down, right, mirrored)}."""
-    channels, height, width = image.shape
-    padded = np.zeros((channels, height + 2 * pad, width + 2 * pad), dtype=np.float32)
-    padded[:, pad : pad + height, pad : pad + width] = image
-    found = {}
-    for row, column, mirror in itertools.product(range(2 * pad + 1), range(2 * pad + 1), range(1 + mirrored)):
-        piece = padded[:, row : row + height, column : column + width]
-        piece = piece[:, :, ::-1] if mirror else piece
-        found[np.ascontiguousarray(piece).tobytes()] = (row, column, mirror)
-    assert len(found) == (2 * pad + 1) ** 2 * (1 + mirrored)
-    return found
-
-
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_augmentation_makes_one_of_the_slow_versions_with_even_chances(name):
-    """Against every shift and mirror image made by slicing; each as often as chance allows."""
-    image = np.random.default_rng(1).random((2, 6, 7)).astype(np.float32) + 0.1
-    mirrored = name.endswith("flip")
-    known = candidates(image, PADS[name], mirrored)
-    draws = 40 * len(known)
-    batch = torch.from_numpy(image).expand(draws, -1, -1, -1).contiguous()
-    augmented = AUGMENTATIONS[name](batch, seeds.stream(1, "augmentation"))
-    assert augmented.shape == batch.shape
-    counts = collections.Counter(known[np.ascontiguousarray(one).tobytes()] for one in augmented.numpy())
-    if name == "none":
-        assert torch.equal(augmented, batch)
-        return
-    assert stats.chisquare([counts[place] for place in known.values()]).pvalue > 0.001
-
-
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_augmentation_treats_each_image_by_its_place_and_the_generator(name):
-    images = torch.rand(12, 1, 6, 7, generator=torch.Generator().manual_seed(1))
-    before = images.clone()
-    first, again = (AUGMENTATIONS[name](images, seeds.stream(1, "augmentation", 3)) for _ in range(2))
-    assert torch.equal(first, again)
-    assert torch.equal(images, before)
-    for image, result in zip(images.numpy(), first.numpy(), strict=True):
-        assert np.ascontiguousarray(result).tobytes() in candidates(image, PADS[name], name.endswith("flip"))
-
-
-def test_every_augmentation_is_tested():
-    assert set(PADS) == set(AUGMENTATIONS)

@@ -5,6 +5,7 @@ from typing import Any
 
 from dmat import devices, seeds
 from dmat.config import Network
+from dmat.data.augmentation import LARGER_THAN
 from dmat.data.shards import Shards
 from dmat.devices import Compute
 from dmat.errors import DmatError
@@ -22,6 +23,16 @@ def new_classifier(network: Network, facts: Facts, seed: int) -> Classifier:
     """A network with initial weights named by the seed."""
     seeds.reseed_torch(seed, "initial weights", 0)
     return NETWORKS[network.name](facts, network.depth, network.width, network.activation)
+
+
+def check_augmentation(name: str, real: Shards) -> None:
+    """Raises DmatError where an augmentation would leave nothing of images this small."""
+    least = LARGER_THAN.get(name, 0)
+    if min(real.shape[:2]) <= least:
+        raise DmatError(
+            f"augmentation {name} takes up to {least} pixels of a side, these images are {real.shape[0]}x"
+            f"{real.shape[1]}; expected larger images; choose another augmentation, for example crop1"
+        )
 
 
 def classifier_sidecar(network: Network, facts: Facts, real: Shards, job: Job, **more: Any) -> dict[str, Any]:
