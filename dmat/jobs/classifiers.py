@@ -1,4 +1,4 @@
-"""Classifiers between jobs: what their sidecars say, and how they are built again from them."""
+"""Classifiers between jobs: what their sidecars say, and whether one fits the images it is to judge."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from dmat.data.shards import Shards
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.jobs.execution import Job
+from dmat.models.loading import open_classifier
 from dmat.robust.networks import NETWORKS, Facts, WideResNet
-from dmat.training import weights
 
 
 def facts_of(real: Shards) -> Facts:
@@ -45,16 +45,12 @@ def classifier_sidecar(network: Network, facts: Facts, real: Shards, job: Job, *
 def load_classifier(path: Path, images: Shards, compute: Compute) -> tuple[WideResNet, dict[str, Any]]:
     """A classifier in evaluation mode without gradients, and its sidecar. Refuses one that was trained for other
     classes or another shape than `images` have."""
-    state, sidecar = weights.read(path, "classifier")
+    model, sidecar = open_classifier(path)
     trained, given = (sidecar["image_shape"], sidecar["classes"]), (list(images.shape), images.classes)
     if trained != given:
         raise DmatError(
             f"{path} is for images {trained[0]} of {trained[1]} classes, these images are {given[0]} of {given[1]}; "
             f"expected the same; train a classifier on this data set, or name other images"
         )
-    facts = Facts(sidecar["classes"], sidecar["channels"], tuple(sidecar["mean"]), tuple(sidecar["std"]))
-    spec = sidecar["network"]
-    model = NETWORKS[spec["name"]](facts, spec["depth"], spec["width"], spec["activation"])
-    weights.fill(model, state, path)
-    compute.place_model(model).eval().requires_grad_(False)
+    compute.place_model(model)
     return model, sidecar
