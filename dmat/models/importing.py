@@ -66,6 +66,8 @@ def import_model(
     args: the args.txt of the training. data: a name in DATA. which: "averaged" or "raw". activation: a name in
     ACTIVATIONS. What the file, `args` and these say must agree.
     """
+    if which not in (None, AVERAGED, RAW):
+        raise DmatError(f"--weights is {which!r}; expected {AVERAGED} or {RAW}")
     target = _target(file, target)
     found = foreign.content(file)
     said = foreign.arguments(args) if args else {}
