@@ -4,7 +4,7 @@ BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test test-slow test-gpu check ui clean-env
+.PHONY: repro test test-slow test-gpu test-robustbench check ui clean-env
 
 repro: .venv/ready
 	$(BIN)/dvc repro; status=$$?; $(BIN)/dmat runs sync; exit $$status
@@ -20,6 +20,10 @@ test-slow: .venv/ready
 test-gpu: .venv/ready
 	$(BIN)/pytest -m gpu
 
+# RobustBench brings packages that dmat has no other use for, so it has an environment of its own.
+test-robustbench: .venv-robustbench/ready
+	.venv-robustbench/bin/pytest -rP tests/test_robustbench.py
+
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -34,5 +38,12 @@ ui: .venv/ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+.venv-robustbench/ready: .venv/ready
+	$(PYTHON) -m venv .venv-robustbench
+	$(BIN)/uv pip install --quiet --python .venv-robustbench/bin/python --constraint constraints.txt \
+		--editable ".[dev]" robustbench==1.1.1
+	$(BIN)/uv pip install --quiet --python .venv-robustbench/bin/python "setuptools<81"  # it imports pkg_resources
+	touch $@
+
 clean-env:
-	rm -rf .venv
+	rm -rf .venv .venv-robustbench

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from cli import recipes, runs, stages, tune, upkeep
+from cli import models, recipes, runs, stages, tune, upkeep
 from dmat import __version__
 from dmat.errors import DmatError, Interrupted
 
@@ -44,6 +44,7 @@ stages.add_to(app)
 tune.add_to(app)
 recipes.add_to(app)
 runs.add_to(app)
+models.add_to(app)
 upkeep.add_to(app)
 
 

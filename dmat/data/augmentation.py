@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmat.data import operations
+from dmat.errors import DmatError
 
 Augmentation = Callable[[Tensor, np.random.Generator], Tensor]
 
@@ -256,3 +257,13 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 
 # Images must be higher and wider than this many pixels, or nothing of them may be left.
 LARGER_THAN = {"cutout18": 18, "autoaugment": 18, "idbh": 10}
+
+
+def check(name: str, height: int, width: int) -> None:
+    """Raises DmatError where an augmentation would leave nothing of images this small."""
+    least = LARGER_THAN.get(name, 0)
+    if min(height, width) <= least:
+        raise DmatError(
+            f"augmentation {name} takes up to {least} pixels of a side, these images are {height}x{width}; expected "
+            f"larger images; choose another augmentation, for example crop1"
+        )

@@ -1,17 +1,16 @@
-"""Classifiers between jobs: what their sidecars say, and how they are built again from them."""
+"""Classifiers between jobs: what their sidecars say, and whether one fits the images it is to judge."""
 
 from pathlib import Path
 from typing import Any
 
 from dmat import devices, seeds
 from dmat.config import Network
-from dmat.data.augmentation import LARGER_THAN
 from dmat.data.shards import Shards
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.jobs.execution import Job
+from dmat.models.loading import open_classifier
 from dmat.robust.networks import NETWORKS, Classifier, Facts
-from dmat.training import weights
 
 
 def facts_of(real: Shards) -> Facts:
@@ -23,16 +22,6 @@ def new_classifier(network: Network, facts: Facts, seed: int) -> Classifier:
     """A network with initial weights named by the seed."""
     seeds.reseed_torch(seed, "initial weights", 0)
     return NETWORKS[network.name](facts, network.depth, network.width, network.activation)
-
-
-def check_augmentation(name: str, real: Shards) -> None:
-    """Raises DmatError where an augmentation would leave nothing of images this small."""
-    least = LARGER_THAN.get(name, 0)
-    if min(real.shape[:2]) <= least:
-        raise DmatError(
-            f"augmentation {name} takes up to {least} pixels of a side, these images are {real.shape[0]}x"
-            f"{real.shape[1]}; expected larger images; choose another augmentation, for example crop1"
-        )
 
 
 def classifier_sidecar(network: Network, facts: Facts, real: Shards, job: Job, **more: Any) -> dict[str, Any]:
@@ -68,16 +57,12 @@ def speed(images_per_second: float, flops_per_image: int, compute: Compute) -> d
 def load_classifier(path: Path, images: Shards, compute: Compute) -> tuple[Classifier, dict[str, Any]]:
     """A classifier in evaluation mode without gradients, and its sidecar. Refuses one that was trained for other
     classes or another shape than `images` have."""
-    state, sidecar = weights.read(path, "classifier")
+    model, sidecar = open_classifier(path)
     trained, given = (sidecar["image_shape"], sidecar["classes"]), (list(images.shape), images.classes)
     if trained != given:
         raise DmatError(
             f"{path} is for images {trained[0]} of {trained[1]} classes, these images are {given[0]} of {given[1]}; "
             f"expected the same; train a classifier on this data set, or name other images"
         )
-    facts = Facts(sidecar["classes"], sidecar["channels"], tuple(sidecar["mean"]), tuple(sidecar["std"]))
-    spec = sidecar["network"]
-    model = NETWORKS[spec["name"]](facts, spec["depth"], spec["width"], spec["activation"])
-    weights.fill(model, state, path)
-    compute.place_model(model).eval().requires_grad_(False)
+    compute.place_model(model)
     return model, sidecar

@@ -5,11 +5,11 @@ from typing import Any
 
 from dmat import files
 from dmat.config import TrainRobust
-from dmat.data import shards
+from dmat.data import augmentation, shards
 from dmat.data.batches import MixedBatches
 from dmat.data.pixels import everything
 from dmat.errors import DmatError
-from dmat.jobs.classifiers import check_augmentation, classifier_sidecar, facts_of, new_classifier, speed
+from dmat.jobs.classifiers import classifier_sidecar, facts_of, new_classifier, speed
 from dmat.jobs.execution import Job
 from dmat.jobs.mix_images import open_mix
 from dmat.metrics import pictures
@@ -24,7 +24,7 @@ def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
     real = shards.open_shards(job.inputs["train"])
     mix, generated, kept = open_mix(job.inputs["mix"], real, job.root)
     facts = facts_of(real)
-    check_augmentation(settings.augmentation, real)
+    augmentation.check(settings.augmentation, *real.shape[:2])
     largest = math.sqrt(math.prod(real.shape))
     if settings.threat.norm == "l2" and settings.threat.epsilon > largest:
         raise DmatError(

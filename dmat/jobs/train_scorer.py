@@ -3,11 +3,11 @@
 from typing import Any
 
 from dmat.config import TrainScorer
-from dmat.data import shards
+from dmat.data import augmentation, shards
 from dmat.data.batches import MixedBatches
 from dmat.data.mixing import Mix
 from dmat.data.pixels import everything
-from dmat.jobs.classifiers import check_augmentation, classifier_sidecar, facts_of, new_classifier
+from dmat.jobs.classifiers import classifier_sidecar, facts_of, new_classifier
 from dmat.jobs.execution import Job
 from dmat.robust.attacks import Ball
 from dmat.robust.losses import Recipe
@@ -17,7 +17,7 @@ from dmat.training import classifier, weights
 def run(settings: TrainScorer, job: Job) -> dict[str, Any]:
     real = shards.open_shards(job.inputs["train"])
     facts = facts_of(real)
-    check_augmentation(settings.augmentation, real)
+    augmentation.check(settings.augmentation, *real.shape[:2])
     model = new_classifier(settings.network, facts, settings.seed)
     batches = MixedBatches(Mix(len(real), 0, settings.batch, 0.0), settings.seed, real, None, None)
     recipe = Recipe(Ball("linf", 0.0), 0, 0.0, 0.0, settings.label_smoothing)

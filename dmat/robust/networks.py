@@ -45,6 +45,17 @@ def wide_resnet(facts: Facts, depth: int, width: int, activation: str) -> "WideR
     return WideResNet(facts, depth, width, ACTIVATIONS[activation])
 
 
+def wide_resnet_symmetric(facts: Facts, depth: int, width: int, activation: str) -> "WideResNet":
+    """`wide_resnet` with stride 2 padded on all four sides, as the networks of TRADES and Carmon et al. 2019 are."""
+    model = wide_resnet(facts, depth, width, activation)
+    for group in model.layer:
+        if isinstance(group, Group) and isinstance(first := group.block[0], Block) and first.conv_0.stride[0] == 2:
+            group.block[0] = SymmetricBlock(
+                first.conv_0.in_channels, first.conv_0.out_channels, ACTIVATIONS[activation]
+            )
+    return model
+
+
 def preact_resnet(facts: Facts, depth: int, width: int, activation: str) -> "PreActResNet":
     """PreActResNet-18 or -34; width is not used."""
     return PreActResNet(facts, PREACT_BLOCKS[depth], ACTIVATIONS[activation])
@@ -52,6 +63,7 @@ def preact_resnet(facts: Facts, depth: int, width: int, activation: str) -> "Pre
 
 NETWORKS: dict[str, Callable[[Facts, int, int, str], Classifier]] = {
     "wide_resnet": wide_resnet,
+    "wide_resnet_symmetric": wide_resnet_symmetric,
     "preact_resnet": preact_resnet,
 }
 
@@ -193,3 +205,17 @@ def _initialise(layer: nn.Module) -> None:
         nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
     elif isinstance(layer, nn.Linear):
         nn.init.zeros_(layer.bias)
+
+
+class SymmetricBlock(Block):
+    """A block of stride 2 that sees one pixel beyond the image on every side; names and sizes are those of `Block`."""
+
+    def __init__(self, width: int, wanted: int, activation: type[nn.Module]):
+        super().__init__(width, wanted, 2, activation)
+        self.conv_0.padding = (1, 1)
+        self.apply(_initialise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.activation_0(self.batchnorm_0(x))
+        h = self.conv_1(self.activation_1(self.batchnorm_1(self.conv_0(active))))
+        return h + (x if self.shortcut is None else self.shortcut(active))

@@ -1,5 +1,6 @@
 """Weights that explain themselves: a safetensors file and a JSON sidecar, checked against each other."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,7 @@ def save(path: Path, state: dict[str, Tensor], sidecar: dict[str, Any]) -> None:
 
 def read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and sidecar of a "classifier" or "denoiser". Raises DmatError if they do not belong together."""
-    sidecar = files.read_json(path.with_suffix(".json"))
-    if sidecar.get("schema") != SCHEMA:
-        raise DmatError(
-            f"{path.with_suffix('.json')} has schema {sidecar.get('schema')}; this dmat reads {SCHEMA}; "
-            f"use the dmat that wrote it"
-        )
-    if sidecar.get("kind") != kind:
-        raise DmatError(f"{path} holds a {sidecar.get('kind')}; expected a {kind}; name another file")
+    sidecar = read_sidecar(path, kind)
     if (found := files.sha256(path)) != sidecar["sha256"]:
         raise DmatError(
             f"{path} has checksum {found[:12]}; its sidecar says {sidecar['sha256'][:12]}; bring back the "
@@ -39,19 +33,33 @@ def read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_tensors(path.read_bytes()), sidecar
 
 
+def read_sidecar(path: Path, kind: str) -> dict[str, Any]:
+    """The sidecar of the weights `path`, if it is one of this kind that this dmat can read."""
+    sidecar = files.read_json(path.with_suffix(".json"))
+    if not isinstance(sidecar, dict) or sidecar.get("schema") != SCHEMA:
+        found = sidecar.get("schema") if isinstance(sidecar, dict) else None
+        raise DmatError(
+            f"{path.with_suffix('.json')} has schema {found}; this dmat reads {SCHEMA}; use the dmat that wrote it"
+        )
+    if sidecar.get("kind") != kind:
+        raise DmatError(f"{path} holds a {sidecar.get('kind')}; expected a {kind}; name another file")
+    return sidecar
+
+
 def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
     """Loads a state dict strictly, saying which names are too many or too few."""
-    wanted, found = set(model.state_dict()), set(state)
-    if wanted != found:
+    if problem := misfit({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, state):
         raise DmatError(
-            f"{path} does not fit the network its sidecar describes: missing {sorted(wanted - found)[:3]}, "
-            f"unexpected {sorted(found - wanted)[:3]}; use the file and sidecar of one run"
-        )
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if other := [name for name in state if state[name].shape != shapes[name]]:
-        raise DmatError(
-            f"{path} does not fit the network its sidecar describes: {other[0]} is {tuple(state[other[0]].shape)}, "
-            f"expected {tuple(shapes[other[0]])}; use the file and sidecar of one run"
+            f"{path} does not fit the network its sidecar describes: {problem}; use the file and sidecar of one run"
         )
     model.load_state_dict(state)
     return model
+
+
+def misfit(wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> str:
+    """What keeps tensors from being those with the `wanted` names and shapes; empty if nothing does."""
+    if wanted.keys() != state.keys():
+        missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+        return f"missing {missing[:3]}, unexpected {extra[:3]}"
+    other = [name for name in state if tuple(state[name].shape) != wanted[name]]
+    return f"{other[0]} is {tuple(state[other[0]].shape)}, expected {wanted[other[0]]}" if other else ""

@@ -1,0 +1,115 @@
+"""What dmat exports is what RobustBench loads, and the other way round, with the real package.
+
+Skipped where it is not installed: `make test-robustbench` makes an environment that has it. RobustBench 1.1.1 imports
+`autoattack`, which its requirement `pyautoattack` installs under its own name.
+"""
+
+import importlib
+import importlib.util
+import sys
+import warnings
+
+import pytest
+import torch
+
+import dmat
+from dmat.models import exporting, importing, layouts
+from dmat.models.importing import DATA
+from dmat.robust.networks import Facts, wide_resnet
+from dmat.training import weights
+
+if importlib.util.find_spec("robustbench") is None:
+    pytest.skip("robustbench is not installed: make test-robustbench", allow_module_level=True)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    for _name in ("pyautoattack", "pyautoattack.state"):
+        sys.modules[_name[2:]] = importlib.import_module(_name)
+    from robustbench.model_zoo.architectures import wide_resnet as trades_like
+    from robustbench.model_zoo.architectures.dm_wide_resnet import DMWideResNet
+    from robustbench.utils import load_model
+
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+
+
+def moved(model):
+    """Batch norms as after some training."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and ("batchnorm" in name or "bn" in name):
+            tensor.data.uniform_(0.5, 1.5)
+    return model.eval().requires_grad_(False)
+
+
+def trained(folder, depth, width, activation="silu", data="cifar10"):
+    """A model file of dmat with random weights, and the network itself."""
+    torch.manual_seed(0)
+    images = DATA[data]
+    facts = Facts(images.classes, 3, images.mean, images.std)
+    model = moved(wide_resnet(facts, depth, width, activation))
+    sidecar = {
+        "kind": "classifier",
+        "weights": "averaged",
+        "network": {"name": "wide_resnet", "depth": depth, "width": width, "activation": activation},
+        "classes": facts.classes,
+        "channels": 3,
+        "mean": list(facts.mean),
+        "std": list(facts.std),
+        "image_shape": [images.size, images.size, 3],
+    }
+    weights.save(folder / "best.safetensors", model.state_dict(), sidecar)
+    return folder / "best.safetensors", model
+
+
+@pytest.mark.parametrize(("activation", "theirs"), [("silu", torch.nn.SiLU), ("relu", torch.nn.ReLU)])
+@pytest.mark.parametrize(("depth", "width", "data"), [(10, 1, "cifar10"), (16, 2, "cifar100")])
+def test_export_loads_strictly_with_the_same_logits(tmp_path, depth, width, data, activation, theirs):
+    path, model = trained(tmp_path, depth, width, activation, data)
+    exporting.export(path, "robustbench", tmp_path / "export.pt")
+    images = DATA[data]
+    other = DMWideResNet(images.classes, depth, width, theirs, images.mean, images.std)
+    stored = torch.load(tmp_path / "export.pt", weights_only=True)
+    other.load_state_dict(stored["state_dict"], strict=True)
+    pixels = torch.rand(8, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(pixels), model(pixels), **TOLERANCE)
+
+
+def test_its_loader_takes_the_export_for_the_published_model(tmp_path):
+    """load_model finds our file where it keeps its download of Wang2023Better_WRN-28-10."""
+    path, model = trained(tmp_path, 28, 10)
+    place = tmp_path / "models" / "cifar10" / "Linf"
+    place.mkdir(parents=True)
+    exporting.export(path, "robustbench", place / "Wang2023Better_WRN-28-10.pt")
+    other = load_model("Wang2023Better_WRN-28-10", tmp_path / "models", "cifar10", "Linf")
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        found, expected = other(pixels), model(pixels)
+    print(f"largest difference of a logit: {(found - expected).abs().max():.2e}, of {expected.abs().max():.2f}")
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
+def test_their_networks_are_imported_with_the_same_logits(tmp_path, prefix):
+    torch.manual_seed(1)
+    images = DATA["cifar10"]
+    other = moved(DMWideResNet(10, 16, 2, torch.nn.SiLU, images.mean, images.std))
+    torch.save({"state_dict": {f"{prefix}{k}": v for k, v in other.state_dict().items()}}, tmp_path / "theirs.pt")
+    done = importing.import_model(tmp_path / "theirs.pt", data="cifar10")
+    pixels = torch.rand(8, 3, 32, 32)
+    torch.testing.assert_close(dmat.load_model(done.path)(pixels), other(pixels), **TOLERANCE)
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_networks_in_the_manner_of_carmon_are_imported_with_the_same_logits(tmp_path, unused):
+    torch.manual_seed(2)
+    other = moved(trades_like.WideResNet(depth=16, widen_factor=2, sub_block1=unused))
+    torch.save({"state_dict": {f"module.{k}": v for k, v in other.state_dict().items()}}, tmp_path / "theirs.pt")
+    done = importing.import_model(tmp_path / "theirs.pt", data="cifar10")
+    pixels = torch.rand(8, 3, 32, 32)
+    torch.testing.assert_close(dmat.load_model(done.path)(pixels), other(pixels), **TOLERANCE)
+
+
+def test_names_are_theirs():
+    ours = wide_resnet(Facts(10, 3, (0.0,) * 3, (1.0,) * 3), 16, 2, "relu").state_dict()
+    assert list(ours) == list(DMWideResNet(10, 16, 2).state_dict())
+    theirs = trades_like.WideResNet(depth=16, widen_factor=2).state_dict()
+    assert {layouts.LAYOUTS["wide_resnet_symmetric"](name) for name in ours} == set(theirs)
