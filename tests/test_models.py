@@ -714,8 +714,8 @@ def test_models_that_cannot_be_opened(tmp_path, imported):
         answers[name] = answer(path)
     assert "does not describe a network" in answers["lacks"]
     assert answers["other"] == (
-        f"{path.with_suffix('.json')} names the network 'vit'; this dmat has wide_resnet, wide_resnet_symmetric; use "
-        f"the dmat that wrote it"
+        f"{path.with_suffix('.json')} names the network 'vit'; this dmat has wide_resnet, wide_resnet_symmetric, "
+        f"preact_resnet; use the dmat that wrote it"
     )
     path.with_suffix(".json").unlink()
     assert answer(path) == (

@@ -91,7 +91,7 @@ def test_a_study_killed_at_random_moments_ends_as_if_undisturbed(finished, studi
     killed = 0
     for _ in range(5):
         command = forked.Command(project.folder, "tune", "--trials", str(TRIALS), "--json")
-        killed += command.kill_after(rng.uniform(0.3, 4))
+        killed += command.kill_after(rng.uniform(0.3, 2))
     _study(project)
     assert killed >= 3
     assert _table(project) == _table(studied)[:TRIALS]

@@ -113,6 +113,7 @@ def train(
     class_means = losses.ClassMeans(classes, settings.temperature, compute.device)
     steps = -(-settings.images // settings.batch)
     every = max(1, settings.evaluate_every // settings.batch)
+    check_every = _CHECK_EVERY if world.size == 1 else 1  # all processes must find the same at the same step
     progress: dict[str, Any] = {
         "step": 0,
         "rate_factor": 1.0,
@@ -151,7 +152,7 @@ def train(
             progress["history"] and progress["history"][-1]["images_seen"] == images_seen
         )
         try:
-            if evaluating or step % _CHECK_EVERY == 0:
+            if evaluating or step % check_every == 0:
                 _stop_if_not_finite(progress, batches, settings.batch, run)
             run.turn(images_seen, snapshot, asked if world.size > 1 else None)
         except Diverged:
@@ -198,8 +199,11 @@ def train(
             class_means.add(world.sum(class_means.sums_of(loss.natural_logits, targets)))
         optimiser.zero_grad(set_to_none=True)
         (loss.total.mean() / world.size).backward()  # of the whole batch, once gradients are summed
-        values = torch.cat([_step_values(loss, targets), torch.tensor([float(run.asked)], device=compute.device)])
-        values = world.sum_gradients(model, values / world.size)
+        values = _step_values(loss, targets)
+        if world.size > 1:
+            told = torch.cat([values, values.new_tensor([float(run.asked)])])
+            told = world.sum_gradients(model, told / world.size)
+            values, asked = told[:-1], float(told[-1]) > 0
         if settings.clip_gradient > 0:
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip_gradient)
         optimiser.step()
@@ -208,8 +212,7 @@ def train(
         )
         if not settings.synchronise_batch_norm:
             world.share_buffers(model)
-        progress["pending"].append(values[:-1])
-        asked = world.size > 1 and float(values[-1]) > 0
+        progress["pending"].append(values)
         progress["step"] = step + 1
         clock.count(settings.batch)
 
