@@ -109,7 +109,9 @@ def test_processes_without_synchronisation_differ_from_one(project, alone):
 
 @pytest.mark.parametrize("synchronised", [True, False])
 def test_a_signal_to_one_process_stops_all_and_they_resume_bit_for_bit(project, tmp_path, synchronised):
-    project.write({"train_robust": {"synchronise_batch_norm": synchronised, "loss": "ikl", "alpha": 3.0}})
+    changes = {"synchronise_batch_norm": synchronised, "loss": "ikl", "alpha": 3.0, "images": 5120}
+    project.write({"train_robust": changes})
+    project.run("mix_images")
     whole = project.copy_without("train_robust", tmp_path / "whole")
     run(whole, 2)
     commands = start(project, 2)
@@ -120,13 +122,18 @@ def test_a_signal_to_one_process_stops_all_and_they_resume_bit_for_bit(project, 
     assert identical(result(project), result(whole))
 
 
-def test_a_run_resumes_onto_another_number_of_processes(project, alone):
+def test_a_run_resumes_onto_another_number_of_processes(project, tmp_path):
+    """Longer than the others, so that the signal finds it at work, and with small steps, so that it stays comparable."""
+    project.write({"train_robust": {"images": 5120, "learning_rate": 0.01}})
+    project.run("mix_images")
+    undisturbed = project.copy_without("train_robust", tmp_path / "undisturbed")
+    undisturbed.run("train_robust")
     commands = start(project, 2)
     forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/metrics.jsonl")))
     os.kill(commands[0].process.pid, signal.SIGTERM)
     assert [command.wait()[0] for command in commands] == [143, 143]
     project.run("train_robust")
-    close(result(project), alone)
+    close(result(project), result(undisturbed))
 
 
 def test_torchrun_restarts_after_kill_9_of_one_process(project, tmp_path):
