@@ -11,6 +11,7 @@ from dmat.errors import DmatError
 from dmat.jobs.execution import Job
 from dmat.models.loading import open_classifier
 from dmat.robust.networks import NETWORKS, Facts, WideResNet
+from dmat.training import weights
 
 
 def facts_of(real: Shards) -> Facts:
@@ -45,12 +46,13 @@ def classifier_sidecar(network: Network, facts: Facts, real: Shards, job: Job, *
 def load_classifier(path: Path, images: Shards, compute: Compute) -> tuple[WideResNet, dict[str, Any]]:
     """A classifier in evaluation mode without gradients, and its sidecar. Refuses one that was trained for other
     classes or another shape than `images` have."""
-    model, sidecar = open_classifier(path)
+    sidecar = weights.read_sidecar(path, "classifier")
     trained, given = (sidecar["image_shape"], sidecar["classes"]), (list(images.shape), images.classes)
     if trained != given:
         raise DmatError(
             f"{path} is for images {trained[0]} of {trained[1]} classes, these images are {given[0]} of {given[1]}; "
             f"expected the same; train a classifier on this data set, or name other images"
         )
+    model, sidecar = open_classifier(path)
     compute.place_model(model)
     return model, sidecar
