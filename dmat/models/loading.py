@@ -41,10 +41,12 @@ def build(sidecar: Mapping[str, Any], path: Path) -> Classifier:
         spec = sidecar["network"]
         facts = Facts(sidecar["classes"], sidecar["channels"], tuple(sidecar["mean"]), tuple(sidecar["std"]))
         name, shape = spec["name"], (spec["depth"], spec["width"], spec["activation"])
-    except (KeyError, TypeError) as error:
+        _, _, _ = sidecar["image_shape"]
+    except (KeyError, TypeError, ValueError) as error:
         raise DmatError(
-            f"{path.with_suffix('.json')} does not describe a network (there is no {error}); expected network, "
-            f"classes, channels, mean and std; bring back the sidecar that was written with {path.name}"
+            f"{path.with_suffix('.json')} does not describe a network ({type(error).__name__}: {error}); expected "
+            f"network, classes, channels, mean, std and image_shape; bring back the sidecar that was written with "
+            f"{path.name}"
         ) from None
     if name not in NETWORKS:
         raise DmatError(

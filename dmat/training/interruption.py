@@ -24,14 +24,21 @@ class Interruption:
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in _ASKING}
+        outer = self._outer()
+        if outer is not None and not self._at_once:  # what the outer one raised may have been lost in a callback
+            self.asked = outer.asked
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        outer = getattr(self._before[signal.SIGTERM], "__self__", None)
-        if self.asked is not None and isinstance(outer, Interruption) and kind is not Interrupted:
+        outer = self._outer()
+        if self.asked is not None and outer is not None and kind is not Interrupted:
             outer.asked = self.asked
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _outer(self) -> "Interruption | None":
+        outer = getattr(self._before[signal.SIGTERM], "__self__", None)
+        return outer if isinstance(outer, Interruption) else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked is signal.SIGINT and number == signal.SIGINT:

@@ -41,6 +41,8 @@ def read_sidecar(path: Path, kind: str) -> dict[str, Any]:
         raise DmatError(
             f"{path.with_suffix('.json')} has schema {found}; this dmat reads {SCHEMA}; use the dmat that wrote it"
         )
+    if not isinstance(sidecar.get("sha256"), str):
+        raise DmatError(f"{path.with_suffix('.json')} has no sha256; expected the checksum of {path.name}; restore it")
     if sidecar.get("kind") != kind:
         raise DmatError(f"{path} holds a {sidecar.get('kind')}; expected a {kind}; name another file")
     return sidecar
