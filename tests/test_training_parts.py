@@ -7,7 +7,9 @@ Run alone: pytest tests/test_training_parts.py
 import hashlib
 import json
 import math
+import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ import torch
 from torch import nn
 
 from dmat import files, modes, seeds
-from dmat.errors import DmatError
+from dmat.errors import DmatError, Interrupted
 from dmat.training import averaging, checkpoints, schedules, weights
+from dmat.training.interruption import Interruption
 
 # --- schedules
 
@@ -499,3 +502,22 @@ def test_batch_norm_momentum_is_the_share_of_the_newest_batch():
     images = torch.randn(8, 3, 4, 4) + 1
     model(images)
     torch.testing.assert_close(model[0].running_mean, images.mean((0, 2, 3)))
+
+
+# --- signals
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_whose_exception_was_lost_is_still_asked_inside():
+    """Python drops what a handler raises inside a destructor or a callback of a library."""
+
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stopped, Interruption(at_once=True):
+        thing = Dropped()
+        del thing  # the handler raises Interrupted in there, and nobody hears of it
+        with Interruption() as inner:
+            inner.raise_if_asked()
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
