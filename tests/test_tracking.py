@@ -159,6 +159,7 @@ def test_a_server_that_is_away_costs_no_metric(home, monkeypatch, dead_pid, know
             run.tag("optuna.state", "COMPLETE")
             run.finish_with({"best": 1.0}, [])
         assert time.monotonic() - started < 15
+        run._thread.join(60)  # a run does not wait for a silent server; its last attempt must fall into the outage
         with pytest.raises(DmatError, match=r"cannot be reached .nobody answers.; 0 of 1 runs .* run the same command"):
             tracking.sync(home, report=True)
     if process_ends:
