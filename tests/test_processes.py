@@ -116,7 +116,8 @@ def test_a_signal_to_one_process_stops_all_and_they_resume_bit_for_bit(project, 
     whole = project.copy_without("train_robust", tmp_path / "whole")
     run(whole, 2)
     commands = start(project, 2)
-    forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/metrics.jsonl")))
+    # a checkpoint is written after a step, and a step is made by both: before, one may be alone with its signal
+    forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/checkpoint.dmat")))
     os.kill(commands[1].process.pid, signal.SIGTERM)
     found = [command.wait() for command in commands]
     assert [code for code, _ in found] == [143, 143], found
@@ -131,7 +132,8 @@ def test_a_run_resumes_onto_another_number_of_processes(project, tmp_path):
     undisturbed = project.copy_without("train_robust", tmp_path / "undisturbed")
     undisturbed.run("train_robust")
     commands = start(project, 2)
-    forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/metrics.jsonl")))
+    # a checkpoint is written after a step, and a step is made by both: before, one may be alone with its signal
+    forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/checkpoint.dmat")))
     os.kill(commands[0].process.pid, signal.SIGTERM)
     assert [command.wait()[0] for command in commands] == [143, 143]
     project.run("train_robust")
