@@ -14,13 +14,18 @@ RESUMABLE = ("train_scorer", "train_diffusion", "generate_images", "train_robust
 
 
 def _killed_until_done(project, word, kills, seconds):
-    """Kills at moments spread at random over the time the job takes; returns how many attempts went on from another."""
+    """Kills at moments spread at random over the time the job takes, counted from when it is at work; a few more if no
+    attempt went on from another by then. Returns how many did."""
     rng, resumed = random.Random(f"{word}-{kills}"), 0
-    for _ in range(kills):
-        resumed += any((project.folder / "runs" / word).glob("*/checkpoint.dmat"))
-        resumed += any((project.folder / "runs" / word).glob("*/result"))
-        if not project.command(word).kill_after(rng.uniform(0.05, seconds)):
-            shutil.rmtree(project.folder / "runs" / word)  # it was done: from the start again
+    runs = project.folder / "runs" / word
+    for k in range(4 * kills):
+        resumed += any(runs.glob("*/checkpoint.dmat")) or any(runs.glob("*/result"))
+        if k >= kills and resumed:
+            break
+        command = project.command(word)
+        forked.until(lambda: list(runs.glob("*/holder.json")) or not command.process.is_alive())  # noqa: B023
+        if not command.kill_after(rng.uniform(0, seconds)):
+            shutil.rmtree(runs)  # it was done: from the start again
     project.run(word)
     return resumed
 

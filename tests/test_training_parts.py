@@ -507,6 +507,18 @@ def test_batch_norm_momentum_is_the_share_of_the_newest_batch():
 # --- signals
 
 
+def test_a_signal_that_a_library_made_another_error_of_is_still_one():
+    """numpy.fromfile answers an exception inside its read with a TypeError."""
+    with pytest.raises(Interrupted) as stopped, Interruption(at_once=True):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except Interrupted as error:
+            raise TypeError("expected a path") from error
+    assert stopped.value.exit_code == 130
+    with pytest.raises(TypeError), Interruption(at_once=True):
+        raise TypeError("without a signal")
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_whose_exception_was_lost_is_still_asked_inside():
     """Python drops what a handler raises inside a destructor or a callback of a library."""

@@ -222,7 +222,8 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
     job = _job(plan, params, workspace, compute, plan.work, quiet)
     with run:  # ends the tracked run with the status that fits what happened inside
         module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
-        metrics = module.run(plan.settings, job)
+        with Interruption(at_once=True):  # inside, so that the run hears of the signal
+            metrics = module.run(plan.settings, job)
         finished = {
             "metrics": metrics,
             "code": plan.code,

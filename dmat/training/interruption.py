@@ -14,8 +14,9 @@ _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Interruption:
     """Inside the block SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT acts at once.
 
-    at_once: for work that has no state to save; the first signal already raises Interrupted. Blocks may be nested:
-    what an inner one was asked and did not raise, the outer one is asked too, so that it stops at its next chance.
+    at_once: for work that has no state to save; the first signal already raises Interrupted, whatever else a library
+    makes of it. Blocks may be nested: what an inner one was asked and did not raise, the outer one is asked too, so that
+    it stops at its next chance.
     """
 
     def __init__(self, at_once: bool = False) -> None:
@@ -29,12 +30,14 @@ class Interruption:
             self.asked = outer.asked
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
         outer = self._outer()
         if self.asked is not None and outer is not None and kind is not Interrupted:
             outer.asked = self.asked
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._at_once and self.asked is not None and isinstance(error, Exception):
+            self.raise_now()  # a library made another exception of the one that was raised into it
 
     def _outer(self) -> "Interruption | None":
         outer = getattr(self._before[signal.SIGTERM], "__self__", None)

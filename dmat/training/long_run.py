@@ -119,8 +119,8 @@ class LongRun:
         self._interruption.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._interruption.__exit__(kind, *rest)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
+        self._interruption.__exit__(kind, error, *rest)
         self._bar.close()
         self.metrics.close()
 
