@@ -15,8 +15,8 @@ class Interruption:
     """Inside the block SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT acts at once.
 
     at_once: for work that has no state to save; the first signal already raises Interrupted, whatever else a library
-    makes of it. Blocks may be nested: what an inner one was asked and did not raise, the outer one is asked too, so that
-    it stops at its next chance.
+    makes of it. Blocks may be nested: what an inner one was asked and did not raise, the outer one is asked too, so
+    that it stops at its next chance.
     """
 
     def __init__(self, at_once: bool = False) -> None:
