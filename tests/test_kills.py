@@ -23,8 +23,9 @@ def _killed_until_done(project, word, kills, seconds):
         if k >= kills and resumed:
             break
         command = project.command(word)
-        forked.until(lambda: list(runs.glob("*/holder.json")) or not command.process.is_alive())  # noqa: B023
-        if not command.kill_after(rng.uniform(0, seconds)):
+        sign = "holder.json" if k < kills else "result/*/*"  # the few more: as soon as there is something to go on from
+        forked.until(lambda: list(runs.glob(f"*/{sign}")) or not command.process.is_alive())  # noqa: B023
+        if not command.kill_after(rng.uniform(0, seconds) if k < kills else 0):
             shutil.rmtree(runs)  # it was done: from the start again
     project.run(word)
     return resumed
