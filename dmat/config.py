@@ -168,6 +168,7 @@ class ClassifierTraining(Record):
         "idbh",
     ]
     cutmix: NotNegative = 0.0  # both parameters of its beta distribution; 0: off
+    cutmix_copies: Count = 1  # of each drawn image in a batch, each with a box of its own
     evaluate_every: Count  # images
     selection_steps: Natural  # of PGD on the validation split; 0 selects on clean accuracy
     selection_step_size: Radius = NOT_GIVEN  # pixels in [0, 1]; needed with selection_steps
@@ -184,6 +185,14 @@ class ClassifierTraining(Record):
             published = name == "attack" and self._is_l2()
             if getattr(self, f"{name}_steps") and not getattr(self, f"{name}_step_size") and not published:
                 raise ValueError(f"{name}_step_size is missing; expected a part of the pixel range, for example 2/255")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _copies_fill_the_batch(self) -> Self:
+        if self.cutmix_copies > 1 and not self.cutmix:
+            raise ValueError(f"cutmix_copies is {self.cutmix_copies} and cutmix 0; expected cutmix: 1.0, or 1 copy")
+        if self.batch % self.cutmix_copies:
+            raise ValueError(f"cutmix_copies is {self.cutmix_copies}; expected a divisor of batch, {self.batch}")
         return self
 
     def _is_l2(self) -> bool:
@@ -291,6 +300,18 @@ class MixImages(Record):
     batch: Count
     images: Count  # training images seen
     with_replacement: bool  # of generated images
+    copies: Count  # of each drawn image in a batch
+
+    @classmethod
+    def of(cls, arm: TrainRobust, images_from: str) -> Self:
+        return cls(
+            images_from=images_from,
+            generated_share=arm.generated_share,
+            batch=arm.batch,
+            images=arm.images,
+            with_replacement=arm.generated_sampling == "with_replacement",
+            copies=arm.cutmix_copies,
+        )
 
 
 class EvaluateRobust(Record):
@@ -650,11 +671,12 @@ def _study_disagreements(study: Tune | None, trial: TrainRobust | None, arm_imag
     if share is not None and arm_images[study.arm] == REAL_ONLY:
         yield f"tune.space has generated_share and arm {study.arm} has no generated images; leave it out"
     elif share is not None:
-        least, most = round(trial.batch * share.low), round(trial.batch * share.high)
+        drawn = trial.batch // trial.cutmix_copies
+        least, most = round(drawn * share.low), round(drawn * share.high)
         if least < 1 or most > trial.batch - 1:
             yield (
                 f"tune.space.generated_share goes from {share.low} to {share.high}, {least} to {most} of a batch of "
-                f"{trial.batch} images; expected at least one generated and one real image"
+                f"{drawn} images; expected at least one generated and one real image"
             )
     for name, wanted in study.space.items():
         if wanted.low < 0 or (name == "learning_rate" and wanted.low == 0):

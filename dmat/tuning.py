@@ -228,14 +228,7 @@ class _Worker:
             quiet=True,
             watcher=watcher,
         )
-        mix = MixImages(
-            images_from=self.plan.images_from,
-            generated_share=record.generated_share,
-            batch=record.batch,
-            images=record.images,
-            with_replacement=record.generated_sampling == "with_replacement",
-        )
-        mix_images.run(mix, job)
+        mix_images.run(MixImages.of(record, self.plan.images_from), job)
         found = train_robust.run(record, dataclasses.replace(job, inputs=inputs | {"mix": folder / "result" / "mix"}))
         best: float = found["best_validation_robust"]
         return best

@@ -10,6 +10,7 @@ from dmat import config
 from dmat.config import Fraction
 from dmat.errors import ConfigError, DmatError
 
+SEVEN_COPIES = {"images_from": "edm18_best", "generated_share": 0.7, "cutmix": 1.0, "cutmix_copies": 7}
 PREACT = {"name": "preact_resnet", "depth": 18, "activation": "relu"}
 
 # dotted key, value put there, words that the answer must hold (the key is always one of them)
@@ -34,6 +35,9 @@ BAD = [
     ("train_robust.network", PREACT | {"width": 4}, ["width is 4", "leave it out"]),
     ("train_robust.network", PREACT | {"name": "wide_resnet", "depth": 16}, ["width is missing", "1 or more"]),
     ("train_robust.cutmix", -1.0, ["is -1.0", "greater than or equal to 0"]),
+    ("train_robust.cutmix_copies", 2, ["cutmix_copies is 2 and cutmix 0", "cutmix: 1.0"]),
+    ("train_robust.cutmix_copies", 0, ["is 0", "greater than or equal to 1"]),
+    ("arms.generated", SEVEN_COPIES, ["cutmix_copies is 7", "divisor of batch"]),
     ("train_robust.momentum", 1.0, ["is 1.0", "less than 1"]),
     ("train_robust.temperature", 0.0, ["is 0.0", "greater than 0"]),
     ("train_robust.patience", -1, ["is -1", "greater than or equal to 0"]),

@@ -432,6 +432,18 @@ def test_generated_images_may_be_drawn_anew_in_each_step():
     )
 
 
+@pytest.mark.parametrize(("share", "generated"), [(0.0, 0), (0.7, 18)])
+def test_copies_draw_a_part_of_the_batch(share, generated):
+    """As Wang et al.'s code cuts and mixes: four copies of a quarter of the batch."""
+    mix = Mix(100, 300, 104, share, copies=4)
+    assert (mix.drawn, mix.generated_per_batch, mix.real_per_batch) == (26, generated, 26 - generated)
+    order = BatchOrder(mix, 1)
+    real = np.concatenate([order.at(step)[0] for step in range(3)])
+    assert np.array_equal(real, Sequence(1, "order/real", 100).at(0, 3 * (26 - generated)))
+    report = mix.coverage(208)  # two steps
+    assert (report["real_drawn"], report["generated_drawn"]) == (2 * (26 - generated), 2 * generated)
+
+
 def test_coverage_counts_the_last_batch_as_whole():
     """1,000 images in batches of 128 are 8 steps, as many as training makes."""
     report = Mix(real=256, generated=512, batch=128, generated_share=0.5).coverage(1000)

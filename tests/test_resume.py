@@ -92,6 +92,7 @@ WAYS = {
     **{f"augmentation {name}": ({"augmentation": name}, None) for name in AUGMENTATIONS},
     "cutmix": ({"cutmix": 1.0}, None),
     "cutmix with ikl": ({"cutmix": 1.0, "loss": "ikl"}, None),
+    "cutmix copies": ({"cutmix": 1.0, "cutmix_copies": 4}, Mix(48, 0, 16, 0.0, copies=4)),
     "mixed": ({}, Mix(48, 24, 16, 0.75)),
     "mixed with replacement": ({}, Mix(48, 24, 16, 0.75, with_replacement=True)),
     "rolling back": ({"on_divergence": "roll_back"}, None),
@@ -120,6 +121,7 @@ def test_the_ways_differ(tmp_path, shards, compute, robust_settings):
         "loss pgd_at",
         "cutmix",
         "cutmix with ikl",
+        "cutmix copies",
         "mixed",
         "mixed with replacement",
     ):

@@ -10,6 +10,8 @@ import math
 import os
 import pickle
 import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from torch import nn
 from dmat import files, modes, seeds
 from dmat.errors import DmatError, Interrupted
 from dmat.training import averaging, checkpoints, schedules, weights
+from dmat.training.ahead import Ahead
 from dmat.training.interruption import Interruption
 
 # --- schedules
@@ -533,3 +536,61 @@ def test_a_signal_whose_exception_was_lost_is_still_asked_inside():
         with Interruption() as inner:
             inner.raise_if_asked()
     assert stopped.value.exit_code == 128 + signal.SIGTERM
+
+
+# --- inputs of the next steps
+
+
+class _Maker:
+    """Makes 10 x step and remembers what it was asked; `bad` cannot be made."""
+
+    def __init__(self, bad=None):
+        self.bad, self.made, self.threads = bad, [], set()
+
+    def __call__(self, step):
+        self.made.append(step)
+        self.threads.add(threading.get_ident())
+        if step == self.bad:
+            raise OSError(f"no step {step}")
+        return 10 * step
+
+
+def test_steps_come_in_turn_and_are_made_once_by_another_thread():
+    make = _Maker()
+    steps = Ahead(make, 6)
+    assert [steps.at(step) for step in range(6)] == [0, 10, 20, 30, 40, 50]
+    assert make.made == [0, 1, 2, 3, 4, 5], "each step once, none past the end"
+    assert threading.get_ident() not in make.threads
+
+
+def test_the_next_steps_are_made_before_they_are_asked_for():
+    make = _Maker()
+    steps = Ahead(make, 100)
+    assert steps.at(0) == 0
+    for _ in range(1000):
+        if len(make.made) == 3:
+            break
+        time.sleep(0.005)
+    assert make.made == [0, 1, 2]
+
+
+@pytest.mark.parametrize("to", [0, 2, 7, 9])
+def test_after_a_jump_what_was_made_is_dropped(to):
+    """As a roll-back does: back, the same step again, or on."""
+    steps = Ahead(_Maker(), 10)
+    assert [steps.at(step) for step in range(3)] == [0, 10, 20]
+    assert [steps.at(step) for step in range(to, 10)] == [10 * step for step in range(to, 10)]
+
+
+def test_what_cannot_be_made_is_raised_where_it_is_asked_for():
+    steps = Ahead(_Maker(bad=2), 10)
+    assert [steps.at(step) for step in range(2)] == [0, 10]
+    with pytest.raises(OSError, match="no step 2"):
+        steps.at(2)
+    assert steps.at(3) == 30
+
+
+def test_a_step_past_the_end_is_made_when_asked_for():
+    make = _Maker()
+    assert Ahead(make, 2).at(5) == 50
+    assert make.made == [5]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmat.data import operations
+from dmat.devices import send
 from dmat.errors import DmatError
 
 Augmentation = Callable[[Tensor, np.random.Generator], Tensor]
@@ -26,7 +27,7 @@ def none(images: Tensor, generator: np.random.Generator) -> Tensor:
 def crop(images: Tensor, generator: np.random.Generator, pad: int) -> Tensor:
     """Each image shifted by -pad..pad pixels along both axes over a border of zeros (random crop of a padded image)."""
     size, _, height, width = images.shape
-    shifts = torch.from_numpy(generator.integers(0, 2 * pad + 1, (2, size))).to(images.device)
+    shifts = send(generator.integers(0, 2 * pad + 1, (2, size)), images.device)
     rows = shifts[0][:, None] + torch.arange(height, device=images.device)  # [B, H]
     columns = shifts[1][:, None] + torch.arange(width, device=images.device)  # [B, W]
     padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # [B, H + 2 pad, W + 2 pad, C]
@@ -36,7 +37,7 @@ def crop(images: Tensor, generator: np.random.Generator, pad: int) -> Tensor:
 
 def flip(images: Tensor, generator: np.random.Generator) -> Tensor:
     """Each image mirrored left to right with probability 1/2."""
-    mirrored = torch.from_numpy(generator.random(len(images)) < 0.5).to(images.device)
+    mirrored = send(generator.random(len(images)) < 0.5, images.device)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
@@ -131,7 +132,7 @@ def crop_shift(images: Tensor, generator: np.random.Generator, most: int) -> Ten
         place = np.arange(extent)[None] + (back - lost)[:, None]  # in the crop
         inside = (place >= 0) & (place < (extent - lost)[:, None])
         picked.append(np.where(inside, place + start[:, None], -1))
-    rows, columns = (torch.from_numpy(index).to(images.device) for index in picked)
+    rows, columns = (send(index, images.device) for index in picked)
     return operations.pick(images, rows[:, :, None], columns[:, None, :])
 
 
@@ -166,7 +167,7 @@ def cutmix(
     rows = slice(max(0, row - h), min(height, row + h))
     columns = slice(max(0, column - w), min(width, column + w))
     share = (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
-    partners = torch.from_numpy(generator.permutation(len(images))).to(images.device)
+    partners = send(generator.permutation(len(images)), images.device)
     mixed = images.clone()
     mixed[:, :, rows, columns] = images[partners][:, :, rows, columns]
     return mixed, (1 - share) * targets + share * targets[partners]
@@ -178,14 +179,14 @@ def _levels(images: Tensor) -> Tensor:
 
 
 def _to(values: np.ndarray, images: Tensor) -> Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.float64)).to(images.device)
+    return send(np.asarray(values, dtype=np.float64), images.device)
 
 
 def _boxes(images: Tensor, top: np.ndarray, left: np.ndarray, bottom: np.ndarray, right: np.ndarray) -> Tensor:
     """Whether a pixel is in the box of its image: bool [B, 1, H, W]. The ends are left out."""
     height, width = images.shape[2:]
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
-    edges = [torch.from_numpy(edge).to(images.device)[:, None] for edge in (top, bottom, left, right)]
+    edges = [send(edge, images.device)[:, None] for edge in (top, bottom, left, right)]
     rows, columns = (y >= edges[0]) & (y < edges[1]), (x >= edges[2]) & (x < edges[3])
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
@@ -202,7 +203,7 @@ def _at(levels: Tensor, rows: np.ndarray, operation: operations.Operation, stren
     """An operation on some images of the batch. Which ones is known on the CPU: a GPU is not waited for."""
     if not len(rows):
         return levels
-    index = torch.from_numpy(rows).to(levels.device)
+    index = send(rows, levels.device)
     return levels.index_copy(0, index, operation(levels.index_select(0, index), _to(strengths, levels)))
 
 

@@ -10,9 +10,9 @@ from dmat.data.shards import Shards
 
 
 class MixedBatches:
-    """Batch of every training step: real images first, then generated ones, float32 in [0, 1] with labels.
+    """What every training step draws: real images first, then generated ones, float32 in [0, 1] with labels.
 
-    `kept` are the global indices of the generated images that may be used.
+    `kept` are the global indices of the generated images that may be used. Several threads may read.
     """
 
     def __init__(self, mix: Mix, seed: int, real: Shards, generated: Shards | None, kept: np.ndarray | None):
@@ -20,7 +20,7 @@ class MixedBatches:
         self.real, self.generated, self.kept = real, generated, kept
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """images [batch, C, H, W] and labels int64 [batch] of a step."""
+        """images [drawn, C, H, W] and labels int64 [drawn] of a step; drawn is batch but for several copies."""
         real, generated = self.order.at(step)
         images, labels = self.real.take(real)
         if len(generated) and self.generated is not None and self.kept is not None:

@@ -15,7 +15,7 @@ from dmat import seeds
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """A batch of `batch` images of which round(batch * generated_share) are generated.
+    """A batch of `batch` images of which round(batch * generated_share) are generated (of one copy, if several).
 
     real: how many real images there are; generated: how many generated ones (0 with generated_share 0).
     """
@@ -25,14 +25,21 @@ class Mix:
     batch: int
     generated_share: float
     with_replacement: bool = False  # generated images are drawn anew in each step, as in Wang et al.'s code
+    copies: int = 1  # of each drawn image in a batch, which it must divide
+
+    @property
+    def drawn(self) -> int:
+        """Images drawn for one batch."""
+        return self.batch // self.copies
 
     @property
     def generated_per_batch(self) -> int:
-        return round(self.batch * self.generated_share)
+        """Of those drawn."""
+        return round(self.drawn * self.generated_share)
 
     @property
     def real_per_batch(self) -> int:
-        return self.batch - self.generated_per_batch
+        return self.drawn - self.generated_per_batch
 
     def coverage(self, images_seen: int) -> dict[str, float]:
         """How far `images_seen` training images go: drawn, epochs and distinct share of either source."""
@@ -49,20 +56,25 @@ class Mix:
 
 
 class Sequence:
-    """An endless shuffled order of `count` items, readable at any position; remembers the current permutation only."""
+    """An endless shuffled order of `count` items, readable at any position; remembers the current permutation only.
+
+    Several threads may read it.
+    """
 
     def __init__(self, root: int, purpose: str, count: int):
         self.root, self.purpose, self.count = root, purpose, count
-        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+        self._current = (-1, np.zeros(0, dtype=np.int64))  # one pair: never an order of another epoch
 
     def at(self, position: int, length: int) -> np.ndarray:
         """Items at positions [position, position + length), int64."""
         parts = []
         while length > 0:
             epoch, offset = divmod(position, self.count)
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, seeds.order(self.root, self.purpose, epoch, self.count)
-            parts.append(self._order[offset : offset + length])
+            known, order = self._current
+            if epoch != known:
+                order = seeds.order(self.root, self.purpose, epoch, self.count)
+                self._current = (epoch, order)
+            parts.append(order[offset : offset + length])
             position, length = position + len(parts[-1]), length - len(parts[-1])
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 

@@ -35,15 +35,16 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
         settings.batch,
         settings.generated_share,
         settings.with_replacement,
+        settings.copies,
     )
     if selection and not mix.generated:
         raise DmatError(
             f"arm {job.chosen['arm']}: {settings.images_from} keeps 0 generated images; expected some; run its "
             f"selection again"
         )
-    if selection and not 0 < mix.generated_per_batch < mix.batch:
+    if selection and not 0 < mix.generated_per_batch < mix.drawn:
         raise DmatError(
-            f"arm {job.chosen['arm']}: generated_share {settings.generated_share} of a batch of {mix.batch} leaves "
+            f"arm {job.chosen['arm']}: generated_share {settings.generated_share} of {mix.drawn} images leaves "
             f"{mix.generated_per_batch} generated and {mix.real_per_batch} real images; expected some of both; "
             f"change the share or the batch"
         )
@@ -57,6 +58,7 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
             "generated_share": mix.generated_share,
             "with_replacement": mix.with_replacement,
             "batch": mix.batch,
+            "copies": mix.copies,
             "per_batch": facts,
             "generated_to_real": f"{mix.generated_per_batch}:{mix.real_per_batch}",
             "images_seen": settings.images,
@@ -75,7 +77,14 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
 def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None, np.ndarray | None]:
     """The mix of an arm, its opened generated images and the indices kept. Refuses anything that changed since."""
     facts = files.read_json(folder / "mix.json")
-    mix = Mix(len(real), facts["generated_images"], facts["batch"], facts["generated_share"], facts["with_replacement"])
+    mix = Mix(
+        len(real),
+        facts["generated_images"],
+        facts["batch"],
+        facts["generated_share"],
+        facts["with_replacement"],
+        facts["copies"],
+    )
     selection = facts["selection"]
     if selection is None:
         return mix, None, None

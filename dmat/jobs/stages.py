@@ -71,14 +71,7 @@ def _chunk_folder(word: str, params: "Params", chunk: str) -> str:
 def _mix_settings(params: "Params", arm: str) -> "Record":
     from dmat.config import MixImages  # pydantic takes a third of the command line's start
 
-    record = params.arms[arm]
-    return MixImages(
-        images_from=params.arm_images[arm],
-        generated_share=record.generated_share,
-        batch=record.batch,
-        images=record.images,
-        with_replacement=record.generated_sampling == "with_replacement",
-    )
+    return MixImages.of(params.arms[arm], params.arm_images[arm])
 
 
 # What the report reads, below artifacts/. Its own metrics and provenance stand beside those of the others, so they are

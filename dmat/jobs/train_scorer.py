@@ -19,7 +19,8 @@ def run(settings: TrainScorer, job: Job) -> dict[str, Any]:
     facts = facts_of(real)
     augmentation.check(settings.augmentation, *real.shape[:2])
     model = new_classifier(settings.network, facts, settings.seed)
-    batches = MixedBatches(Mix(len(real), 0, settings.batch, 0.0), settings.seed, real, None, None)
+    mix = Mix(len(real), 0, settings.batch, 0.0, copies=settings.cutmix_copies)
+    batches = MixedBatches(mix, settings.seed, real, None, None)
     recipe = Recipe(Ball("linf", 0.0), 0, 0.0, 0.0, settings.label_smoothing)
     with job.long_run(settings.images) as run:
         outcome = classifier.train(

@@ -23,6 +23,7 @@ from dmat.errors import Diverged, DmatError
 from dmat.robust import attacks, losses
 from dmat.robust.attacks import Ball
 from dmat.training import averaging, schedules
+from dmat.training.ahead import Ahead
 from dmat.training.long_run import LongRun
 
 _CHECK_EVERY = 64  # steps between two looks at the loss, which a GPU has to be waited for
@@ -61,6 +62,7 @@ class Settings(Protocol):
     first_batch_norm_momentum: float
     synchronise_batch_norm: bool
     cutmix: float
+    cutmix_copies: int
     temperature: float
     evaluate_every: int
     selection_steps: int
@@ -145,6 +147,7 @@ def train(
     if (found := run.resume()) is not None:
         restore(found)
     clock, asked, mine = _Clock(), False, world.part(settings.batch)
+    next_steps = Ahead(lambda step: _draw(batches, recipe.ball, step, seed, settings.batch, compute), steps)
     while True:
         step, images_seen = progress["step"], progress["step"] * settings.batch
         done = step >= steps
@@ -190,9 +193,9 @@ def train(
         _set_rate(optimiser, images_seen, settings, progress["rate_factor"])
         if images_seen // settings.schedule_every > (images_seen - settings.batch) // settings.schedule_every:
             class_means.next_epoch()
-        images, targets = _inputs(batches, augment, classes, settings.cutmix, step, seed, compute)
-        start = recipe.ball.training_start(seeds.stream(seed, "attack/start", step), tuple(images.shape))
-        images, targets, start = compute.place(images[mine]), targets[mine], compute.place(start[mine])
+        drawn = next_steps.at(step)
+        images, targets = _inputs(drawn, augment, classes, settings, step, seed, compute)
+        images, targets, start = compute.place(images[mine]), targets[mine], compute.place(drawn.start)
         with modes.mode(model, training=True), compute.autocast():
             loss = loss_of(model, images, targets, start, recipe, class_means.means)
         if settings.loss in losses.WITH_CLASS_MEANS and loss.natural_logits is not None:
@@ -251,16 +254,32 @@ def evaluate(
     return measured | ({"validation_robust": robust / len(labels)} if settings.selection_steps else {})
 
 
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """What a step starts from, on the CPU, ready to be sent: images, labels, and where this process's attack starts."""
+
+    images: Tensor
+    labels: Tensor
+    start: Tensor
+
+
+def _draw(batches: MixedBatches, ball: Ball, step: int, seed: int, batch: int, compute: Compute) -> _Drawn:
+    """Named by (seed, step), so that it may be drawn early and by another thread."""
+    images, labels = batches.at(step)
+    start = ball.training_start(seeds.stream(seed, "attack/start", step), (batch, *images.shape[1:]))
+    return _Drawn(compute.ready(images), compute.ready(labels), compute.ready(start[compute.world.part(batch)]))
+
+
 def _inputs(
-    batches: MixedBatches, augment: Augmentation, classes: int, alpha: float, step: int, seed: int, compute: Compute
+    drawn: _Drawn, augment: Augmentation, classes: int, settings: Settings, step: int, seed: int, compute: Compute
 ) -> tuple[Tensor, Tensor]:
     """Augmented images and targets of one step, on the device, named by (seed, step)."""
-    images, labels = batches.at(step)
-    images, targets = compute.place(images), labels.to(compute.device)
+    images, targets = compute.place(drawn.images), compute.place(drawn.labels)
     images = augment(images, seeds.stream(seed, "augmentation", step))
-    if alpha:
-        one_hot = F.one_hot(targets, classes).float()
-        images, targets = cutmix(images, one_hot, seeds.stream(seed, "cutmix", step), alpha)
+    if settings.cutmix:
+        one_hot, generator = F.one_hot(targets, classes).float(), seeds.stream(seed, "cutmix", step)
+        copies = [cutmix(images, one_hot, generator, settings.cutmix) for _ in range(settings.cutmix_copies)]
+        images, targets = (torch.cat(parts) for parts in zip(*copies, strict=True))
     return images, targets
 
 
