@@ -52,7 +52,7 @@ def _import(
     to: Annotated[Path | None, typer.Option(help="File to write. [default: FILE with .safetensors]")] = None,
 ) -> None:
     from dmat.models import importing
-    from dmat.robust.networks import title
+    from dmat.models.layouts import title
 
     done = importing.import_model(file, args, data, weights, activation, licence, to)
     for note in done.notes:
@@ -112,7 +112,7 @@ def _predict(
 
 def _lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What people read of `loading.describe`."""
-    from dmat.robust.networks import title
+    from dmat.models.layouts import title
 
     network, threat = found["network"], found.get("threat")
     height, width, channels = found["image_shape"]

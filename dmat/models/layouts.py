@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dmat.errors import DmatError
-from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, Facts, title
+from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, Facts
 from dmat.training import weights
 
 # DataParallel adds "module.", nn.Sequential a number, some wrappers "model.". A network at place 1 of a Sequential has
@@ -90,6 +90,11 @@ class Found:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     notes: tuple[str, ...]
+
+
+def title(name: str, depth: int, width: int) -> str:
+    """How papers call a network in NETWORKS: WRN-28-10, PreActResNet-18."""
+    return f"PreActResNet-{depth}" if name == "preact_resnet" else f"WRN-{depth}-{width}"
 
 
 def recognise(tensors: Mapping[str, Any], path: Path) -> Found:

@@ -68,11 +68,6 @@ NETWORKS: dict[str, Callable[[Facts, int, int, str], Classifier]] = {
 }
 
 
-def title(name: str, depth: int, width: int) -> str:
-    """How papers call a network in NETWORKS: WRN-28-10, PreActResNet-18."""
-    return f"PreActResNet-{depth}" if name == "preact_resnet" else f"WRN-{depth}-{width}"
-
-
 class Normalise(nn.Module):
     """(x - mean) / std by channel. The constants are not part of the state dict, as in the published networks."""
 
