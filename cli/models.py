@@ -18,7 +18,8 @@ def add_to(app: typer.Typer) -> None:
     group.command(
         "import",
         help="Read published weights, running nothing that is in them, and write them as dmat does: safetensors and a "
-        "sidecar. Knows checkpoints of Wang et al. 2023, scorers of Carmon et al. 2019 and RobustBench's DMWideResNet."
+        "sidecar. Knows checkpoints of Wang et al. 2023, scorers of Carmon et al. 2019 and RobustBench's DMWideResNet "
+        "and DMPreActResNet."
         "\n\nExample: dmat models import weights-best.pt --args args.txt --to wang.safetensors",
     )(_import)
     group.command(
@@ -51,14 +52,15 @@ def _import(
     to: Annotated[Path | None, typer.Option(help="File to write. [default: FILE with .safetensors]")] = None,
 ) -> None:
     from dmat.models import importing
+    from dmat.models.layouts import title
 
     done = importing.import_model(file, args, data, weights, activation, licence, to)
     for note in done.notes:
         typer.echo(f"note: {note}", err=True)
     network = done.sidecar["network"]
     typer.echo(
-        f"{done.path}: WRN-{network['depth']}-{network['width']} {network['activation']}, {done.sidecar['classes']} "
-        f"classes, {done.sidecar['weights']} weights"
+        f"{done.path}: {title(network['name'], network['depth'], network['width'])} {network['activation']}, "
+        f"{done.sidecar['classes']} classes, {done.sidecar['weights']} weights"
     )
 
 
@@ -110,13 +112,16 @@ def _predict(
 
 def _lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What people read of `loading.describe`."""
+    from dmat.models.layouts import title
+
     network, threat = found["network"], found.get("threat")
     height, width, channels = found["image_shape"]
     origin = found.get("origin")
+    called = title(network["name"], network["depth"], network["width"])
     whole = "ok" if found["checksum_ok"] else f"{found['found_sha256'][:12]}, the sidecar says {found['sha256'][:12]}"
     lines = [
         ("file", found["file"]),
-        ("network", f"WRN-{network['depth']}-{network['width']} {network['activation']} ({network['name']})"),
+        ("network", f"{called} {network['activation']} ({network['name']})"),
         ("parameters", f"{found['parameters']:,}"),
         ("classes", str(found["classes"])),
         ("images", f"{height} x {width} x {channels}" + (f", {found['data']}" if "data" in found else "")),

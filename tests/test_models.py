@@ -25,7 +25,7 @@ from dmat import files
 from dmat.errors import DmatError
 from dmat.models import importing
 from dmat.models.importing import DATA, import_model
-from dmat.robust.networks import Facts, wide_resnet
+from dmat.robust.networks import PREACT_BLOCKS, Facts, preact_resnet, wide_resnet
 from dmat.training import weights
 from tests.projects import Project
 
@@ -44,11 +44,11 @@ ARGS = {  # as the published trainings write them, shortened
 }
 
 
-def network(seed=0, depth=10, width=1, data="cifar10", activation="silu"):
+def network(seed=0, depth=10, width=1, data="cifar10", activation="silu", make=wide_resnet):
     """Random weights, batch norms as after some training."""
     torch.manual_seed(seed)
     images = DATA[data]
-    model = wide_resnet(Facts(images.classes, 3, images.mean, images.std), depth, width, activation)
+    model = make(Facts(images.classes, 3, images.mean, images.std), depth, width, activation)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "batchnorm" in name and tensor.is_floating_point():
             tensor.data.uniform_(0.5, 1.5)
@@ -61,7 +61,7 @@ def prefixed(state, prefix):
 
 def published(path, seed=0, args=ARGS, **more):
     """A checkpoint of Wang et al. 2023 and its args.txt; the averaged network has the seed, the live one seed + 1."""
-    kind = {key: more.pop(key) for key in ("depth", "width", "data") if key in more}
+    kind = {key: more.pop(key) for key in ("depth", "width", "data", "make") if key in more}
     averaged, live = network(seed, **kind), network(seed + 1, **kind)
     content = {
         "model_state_dict": prefixed(averaged.state_dict(), "module.0."),
@@ -300,6 +300,118 @@ def test_scorers_bring_their_own_normalisation(tmp_path):
     torch.testing.assert_close(dmat.load_model(done.path)(pixels()), expected, rtol=1e-5, atol=1e-4)
 
 
+# --- PreActResNet
+
+
+@pytest.mark.parametrize("depth", PREACT_BLOCKS)
+def test_preact_comes_in_bit_for_bit_and_is_named(tmp_path, call, depth):
+    args, path = ARGS | {"model": f"preact-resnet{depth}-swish"}, tmp_path / "weights-best.safetensors"
+    averaged, _ = published(tmp_path / "weights-best.pt", args=args, depth=depth, width=0, make=preact_resnet)
+    code, out, err = call("models", "import", tmp_path / "weights-best.pt", "--args", tmp_path / "args.txt")
+    assert (code, err) == (0, "")
+    assert out == f"{path}: PreActResNet-{depth} silu, 10 classes, averaged weights\n"
+    named = {"name": "preact_resnet", "depth": depth, "width": 0, "activation": "silu"}
+    assert json.loads(path.with_suffix(".json").read_text())["network"] == named
+    found, expected = dmat.load_model(path), averaged.state_dict()
+    assert list(found.state_dict()) == list(expected)
+    assert [name for name, tensor in found.state_dict().items() if not torch.equal(tensor, expected[name])] == []
+    assert torch.equal(found(pixels()), averaged(pixels()))
+    code, out, _ = call("models", "info", path)
+    assert code == 0
+    assert f"network         PreActResNet-{depth} silu (preact_resnet)\n" in out
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.0."])
+@pytest.mark.parametrize(("data", "activation"), [("cifar10", None), ("cifar100", "relu")])
+def test_preact_of_robustbench_brings_the_normalisation_of_its_data(tmp_path, prefix, data, activation):
+    model = network(depth=18, width=0, data=data, activation=activation or "silu", make=preact_resnet)
+    torch.save({"state_dict": prefixed(model.state_dict(), prefix)}, tmp_path / "theirs.pt")
+    done = import_model(tmp_path / "theirs.pt", data=data, activation=activation)
+    assumed = [] if activation else ["activation silu was assumed, because no tensor shows it: see --activation"]
+    assert done.notes == assumed
+    assert (done.sidecar["mean"], done.sidecar["std"]) == (list(DATA[data].mean), list(DATA[data].std))
+    assert torch.equal(dmat.load_model(done.path)(pixels()), model(pixels()))
+
+
+@pytest.mark.parametrize("form", ["robustbench", "published"])
+def test_preact_export_and_import_is_the_same_model(tmp_path, call, form):
+    model = network(depth=18, width=0, make=preact_resnet)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    path = import_model(tmp_path / "w.pt", data="cifar10", which="averaged").path
+    code, _, err = call("models", "export", path, "--to", form, tmp_path / "out.pt")
+    assert (code, err) == (
+        0,
+        "note: they fit DMPreActResNet(num_classes=10, depth=18, activation_fn=torch.nn.SiLU, "
+        "mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616), num_input_channels=3)\n",
+    )
+    back = import_model(tmp_path / "out.pt", data="cifar10", target=tmp_path / "back.safetensors").path
+    assert back.read_bytes() == path.read_bytes()
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(sidecar | {"image_shape": [8, 8, 3]}))
+    _, _, err = call("models", "export", path, "--to", form, tmp_path / "small.pt")
+    assert err.splitlines()[1:] == [
+        "note: that class takes means over 4 x 4 positions, which is all of them for 32 x 32 images only; this model "
+        "is for 8 x 8"
+    ]
+
+
+def as_in_torchvision(state):
+    """Names of the other PreActResNet in public use."""
+    names = {"conv_2d.weight": "conv1.weight", "layer_0.0.conv_2d_1.weight": "layer1.0.conv1.weight"}
+    return {names[name]: state[name] for name in names}
+
+
+# what is done to the tensors of a PreActResNet-18 for CIFAR-10, and the answer after the path
+PREACT_TENSORS = {
+    "other PreActResNet": (
+        lambda s: prefixed(as_in_torchvision(s), "module."),
+        " holds module.layer1.0.conv1.weight: a ResNet or PreActResNet that pads stride 2 on all sides and has "
+        "shortcuts of 1 x 1, which no network of dmat computes; expected the PreActResNet of Rebuffi et al. 2021, with "
+        "conv_2d and layer_0.0.conv_2d_1; import a file of that one",
+    ),
+    "other depth": (
+        lambda s: s | {"layer_2.2.conv_2d_1.weight": torch.ones(1)},
+        " has groups of 2, 2, 3 and 2 blocks; expected 2, 2, 2 and 2 (PreActResNet-18) or 3, 4, 6 and 3 "
+        "(PreActResNet-34); download the file again, or save the whole state_dict",
+    ),
+    "small shortcut": (
+        lambda s: s | {"layer_1.0.shortcut.weight": torch.ones(128, 64, 1, 1)},
+        " is not a whole PreActResNet-18 (names after ''): layer_1.0.shortcut.weight is (128, 64, 1, 1), expected "
+        "(128, 64, 3, 3); expected the state_dict of one network; download the file again",
+    ),
+    "missing": (
+        lambda s: without(s, "batchnorm.running_var"),
+        " is not a whole PreActResNet-18 (names after ''): missing ['batchnorm.running_var'], unexpected []; expected "
+        "the state_dict of one network; download the file again",
+    ),
+    "layer in front": (
+        lambda s: prefixed(s, "module.1."),
+        " has a layer in front of a network that normalises by itself; expected one trained with normalize false; dmat "
+        "cannot know what that layer does",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", PREACT_TENSORS)
+def test_tensors_that_are_almost_a_preact_are_refused(tmp_path, how):
+    change, answer = PREACT_TENSORS[how]
+    state = change(network(depth=18, width=0, make=preact_resnet).state_dict())
+    torch.save({"state_dict": state}, tmp_path / "w.pt")
+    refused(f"{tmp_path / 'w.pt'}{answer}", tmp_path / "w.pt", data="cifar10")
+    assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
+
+
+def test_args_must_name_the_preact_that_the_file_holds(tmp_path):
+    args = ARGS | {"model": "preact-resnet34-swish"}
+    published(tmp_path / "w.pt", args=args, depth=18, width=0, make=preact_resnet)
+    refused(
+        f"{tmp_path / 'w.pt'} holds preact-resnet18-swish; its args say model preact-resnet34-swish; expected the "
+        f"same; give the args.txt of this file",
+        tmp_path / "w.pt",
+        tmp_path / "args.txt",
+    )
+
+
 # --- files that are not what they should be
 
 
@@ -399,8 +511,8 @@ TENSORS = {
         lambda s: prefixed(s, "backbone."),
         " holds 46 tensors named backbone.batchnorm.bias, backbone.batchnorm.num_batches_tracked, "
         "backbone.batchnorm.running_mean; expected a wide residual network with init_conv and layer.0.block.0 (Wang "
-        "et al. 2023), or with conv1 and block1.layer.0 (Carmon et al. 2019), after module., module.0., model. or "
-        "nothing; dmat reads no other network",
+        "et al. 2023), or with conv1 and block1.layer.0 (Carmon et al. 2019), or a PreActResNet with conv_2d and "
+        "layer_0.0 (Rebuffi et al. 2021), after module., module.0., model. or nothing; dmat reads no other network",
     ),
     "layer in front": (
         lambda s: prefixed(s, "module.1."),
@@ -438,7 +550,8 @@ TENSORS = {
     ),
     "odd width": (
         lambda s: s | {FIRST: torch.ones(20, 16, 3, 3)},
-        ": the first group has 20 channels; expected a multiple of 16; dmat reads wide residual networks only",
+        ": the first group has 20 channels; expected a multiple of 16, as wide residual networks have; dmat "
+        "reads no other width",
     ),
     "other shape": (
         lambda s: s | {SHORTCUT: torch.ones(32, 16, 3, 3)},
@@ -641,14 +754,14 @@ def test_export_says_what_its_reader_must_know(tmp_path, call, imported):
     assert (code, err) == (2, "error: --to is 'onnx'; expected one of robustbench, published\n")
 
 
-def test_export_knows_one_network(tmp_path, call):
+def test_export_knows_the_networks_of_its_readers(tmp_path, call):
     torch.save({"state_dict": carmon()}, tmp_path / "s.pt")
     path = import_model(tmp_path / "s.pt", data="cifar10").path
     code, _, err = call("models", "export", path, "--to", "robustbench", tmp_path / "new.pt")
     assert (code, err) == (
         2,
-        f"error: {path} is a wide_resnet_symmetric; expected a wide_resnet, the network that robustbench has; export "
-        f"another model\n",
+        f"error: {path} is a wide_resnet_symmetric; expected a wide_resnet or preact_resnet, the networks that "
+        f"robustbench has; export another model\n",
     )
 
 
@@ -919,6 +1032,8 @@ def test_the_page_can_be_followed(tmp_path, call, root, monkeypatch):
     published(tmp_path / "weights-best.pt")
     torch.save({"state_dict": prefixed(carmon(), "module.")}, tmp_path / "cifar10_pseudo.pt")
     torch.save(network(3).state_dict(), tmp_path / "Cui2023Decoupled_WRN-28-10.pt")
+    preact = network(4, depth=18, width=0, make=preact_resnet).state_dict()
+    torch.save({"state_dict": preact}, tmp_path / "Rade2021Helper_R18_ddpm.pt")
     np.save(tmp_path / "images.npy", images(4, 32, 32, 3))
     np.save(tmp_path / "labels.npy", np.zeros(4, np.int64))
     text = (root / "docs" / "models.md").read_text()

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import dmat
+from dmat.errors import DmatError
 from dmat.models import exporting, importing, layouts
 from dmat.models.importing import DATA
-from dmat.robust.networks import Facts, wide_resnet
+from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, Facts, preact_resnet, wide_resnet
 from dmat.training import weights
 
 if importlib.util.find_spec("robustbench") is None:
@@ -24,8 +25,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     for _name in ("pyautoattack", "pyautoattack.state"):
         sys.modules[_name[2:]] = importlib.import_module(_name)
+    from robustbench.model_zoo.architectures import resnet as other_preact
     from robustbench.model_zoo.architectures import wide_resnet as trades_like
-    from robustbench.model_zoo.architectures.dm_wide_resnet import DMWideResNet
+    from robustbench.model_zoo.architectures.dm_wide_resnet import DMPreActResNet, DMWideResNet, Swish
     from robustbench.utils import load_model
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -39,16 +41,16 @@ def moved(model):
     return model.eval().requires_grad_(False)
 
 
-def trained(folder, depth, width, activation="silu", data="cifar10"):
+def trained(folder, depth, width, activation="silu", data="cifar10", name="wide_resnet"):
     """A model file of dmat with random weights, and the network itself."""
     torch.manual_seed(0)
     images = DATA[data]
     facts = Facts(images.classes, 3, images.mean, images.std)
-    model = moved(wide_resnet(facts, depth, width, activation))
+    model = moved(NETWORKS[name](facts, depth, width, activation))
     sidecar = {
         "kind": "classifier",
         "weights": "averaged",
-        "network": {"name": "wide_resnet", "depth": depth, "width": width, "activation": activation},
+        "network": {"name": name, "depth": depth, "width": width, "activation": activation},
         "classes": facts.classes,
         "channels": 3,
         "mean": list(facts.mean),
@@ -68,9 +70,17 @@ def test_export_loads_strictly_with_the_same_logits(tmp_path, depth, width, data
     other = DMWideResNet(images.classes, depth, width, theirs, images.mean, images.std)
     stored = torch.load(tmp_path / "export.pt", weights_only=True)
     other.load_state_dict(stored["state_dict"], strict=True)
-    pixels = torch.rand(8, 3, 32, 32)
+    expect_same(other.eval(), model, 8)
+
+
+def expect_same(theirs, ours, count, dtype=torch.float32):
+    """Equal logits of random images within TOLERANCE; shows by how much they differ."""
+    pixels = torch.rand(count, 3, 32, 32).to(dtype)
+    theirs, ours = theirs.to(dtype), ours.to(dtype)
     with torch.no_grad():
-        torch.testing.assert_close(other.eval()(pixels), model(pixels), **TOLERANCE)
+        found, expected = theirs(pixels), ours(pixels)
+    print(f"largest difference of a logit: {(found - expected).abs().max():.2e}, of {expected.abs().max():.2f}")
+    torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
 def test_its_loader_takes_the_export_for_the_published_model(tmp_path):
@@ -80,11 +90,7 @@ def test_its_loader_takes_the_export_for_the_published_model(tmp_path):
     place.mkdir(parents=True)
     exporting.export(path, "robustbench", place / "Wang2023Better_WRN-28-10.pt")
     other = load_model("Wang2023Better_WRN-28-10", tmp_path / "models", "cifar10", "Linf")
-    pixels = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        found, expected = other(pixels), model(pixels)
-    print(f"largest difference of a logit: {(found - expected).abs().max():.2e}, of {expected.abs().max():.2f}")
-    torch.testing.assert_close(found, expected, **TOLERANCE)
+    expect_same(other, model, 2)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
@@ -108,8 +114,57 @@ def test_networks_in_the_manner_of_carmon_are_imported_with_the_same_logits(tmp_
     torch.testing.assert_close(dmat.load_model(done.path)(pixels), other(pixels), **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("depth", "data", "activation", "theirs", "dtype"),
+    [
+        (18, "cifar10", "silu", torch.nn.SiLU, torch.float32),
+        (18, "cifar100", "relu", torch.nn.ReLU, torch.float32),
+        # logits of random weights at this depth are near 30: the last bits of float32 alone come near the tolerance
+        (34, "svhn", "silu", Swish, torch.float64),
+    ],
+)
+def test_preact_export_loads_strictly_with_the_same_logits(tmp_path, depth, data, activation, theirs, dtype):
+    path, model = trained(tmp_path, depth, 0, activation, data, "preact_resnet")
+    exporting.export(path, "robustbench", tmp_path / "export.pt")
+    images = DATA[data]
+    other = DMPreActResNet(images.classes, depth, 0, theirs, images.mean, images.std)
+    stored = torch.load(tmp_path / "export.pt", weights_only=True)
+    other.load_state_dict(stored["state_dict"], strict=True)
+    expect_same(other.eval(), model, 8, dtype)
+
+
+def test_its_loader_takes_the_preact_export_for_the_published_model(tmp_path):
+    path, model = trained(tmp_path, 18, 0, name="preact_resnet")
+    place = tmp_path / "models" / "cifar10" / "Linf"
+    place.mkdir(parents=True)
+    exporting.export(path, "robustbench", place / "Gowal2021Improving_R18_ddpm_100m.pt")
+    expect_same(load_model("Gowal2021Improving_R18_ddpm_100m", tmp_path / "models", "cifar10", "Linf"), model, 8)
+
+
+@pytest.mark.parametrize(("depth", "prefix"), [(18, ""), (18, "module."), (34, "model.")])
+def test_their_preacts_are_imported_with_the_same_logits(tmp_path, depth, prefix):
+    torch.manual_seed(3)
+    images = DATA["cifar100"]
+    other = moved(DMPreActResNet(100, depth, 0, Swish, images.mean, images.std))
+    torch.save({"state_dict": {f"{prefix}{k}": v for k, v in other.state_dict().items()}}, tmp_path / "theirs.pt")
+    done = importing.import_model(tmp_path / "theirs.pt", data="cifar100")
+    expect_same(other, dmat.load_model(done.path), 8)
+
+
+@pytest.mark.parametrize("block", [other_preact.PreActBlock, other_preact.PreActBlockV2])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_its_other_preacts_compute_something_else_and_are_refused(tmp_path, block, normalised):
+    other = other_preact.PreActResNet(block, [2, 2, 2, 2], bn_before_fc=normalised)
+    torch.save({"state_dict": other.state_dict()}, tmp_path / "theirs.pt")
+    with pytest.raises(DmatError, match=r"holds layer1\.0\.conv1\.weight: a ResNet or PreActResNet that pads"):
+        importing.import_model(tmp_path / "theirs.pt", data="cifar10")
+
+
 def test_names_are_theirs():
-    ours = wide_resnet(Facts(10, 3, (0.0,) * 3, (1.0,) * 3), 16, 2, "relu").state_dict()
+    facts = Facts(10, 3, (0.0,) * 3, (1.0,) * 3)
+    for depth in PREACT_BLOCKS:
+        assert list(preact_resnet(facts, depth, 0, "silu").state_dict()) == list(DMPreActResNet(10, depth).state_dict())
+    ours = wide_resnet(facts, 16, 2, "relu").state_dict()
     assert list(ours) == list(DMWideResNet(10, 16, 2).state_dict())
     theirs = trades_like.WideResNet(depth=16, widen_factor=2).state_dict()
-    assert {layouts.LAYOUTS["wide_resnet_symmetric"](name) for name in ours} == set(theirs)
+    assert {layouts.LAYOUTS["wide_resnet_symmetric"].theirs(name) for name in ours} == set(theirs)

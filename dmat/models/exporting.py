@@ -11,7 +11,9 @@ from dmat import files
 from dmat.errors import DmatError
 from dmat.models.loading import expect_pair, open_classifier
 
-_POOLED = 32  # the published networks end with a mean over 8 x 8 positions: images of 32 x 32
+CLASSES = {"wide_resnet": "DMWideResNet", "preact_resnet": "DMPreActResNet"}  # RobustBench's, which compute the same
+_POOLED = 32  # height and width of the images that those classes are for:
+_POSITIONS = {"wide_resnet": 8, "preact_resnet": 4}  # they end with a mean over so many rows and columns
 
 
 def _robustbench(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def _published(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 FORMS: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Any]]] = {
-    "robustbench": _robustbench,  # for its DMWideResNet: names as here, under "state_dict"
+    "robustbench": _robustbench,  # for CLASSES: names as here, under "state_dict"
     "published": _published,  # as Wang et al. 2023 store it: DataParallel around a Sequential
 }
 
@@ -34,9 +36,10 @@ def export(path: Path, form: str, target: Path) -> list[str]:
         raise DmatError(f"--to is {form!r}; expected one of {', '.join(FORMS)}")
     model, sidecar = open_classifier(expect_pair(path))
     network = sidecar["network"]
-    if network["name"] != "wide_resnet":
+    if network["name"] not in CLASSES:
         raise DmatError(
-            f"{path} is a {network['name']}; expected a wide_resnet, the network that {form} has; export another model"
+            f"{path} is a {network['name']}; expected a {' or '.join(CLASSES)}, the networks that {form} has; export "
+            f"another model"
         )
     if target.exists():
         raise DmatError(f"{target} exists; expected a new name; give another or move the file away")
@@ -50,8 +53,9 @@ def _constructor(sidecar: Mapping[str, Any]) -> str:
     """What these tensors fit: neither activation nor normalisation is among them."""
     network = sidecar["network"]
     activation = {"silu": "torch.nn.SiLU", "relu": "torch.nn.ReLU"}[network["activation"]]
+    width = "" if network["name"] == "preact_resnet" else f"width={network['width']}, "
     return (
-        f"they fit DMWideResNet(num_classes={sidecar['classes']}, depth={network['depth']}, width={network['width']}, "
+        f"they fit {CLASSES[network['name']]}(num_classes={sidecar['classes']}, depth={network['depth']}, {width}"
         f"activation_fn={activation}, mean={tuple(sidecar['mean'])}, std={tuple(sidecar['std'])}, "
         f"num_input_channels={sidecar['channels']})"
     )
@@ -61,9 +65,10 @@ def _notes(sidecar: Mapping[str, Any], form: str) -> list[str]:
     height, width, _ = sidecar["image_shape"]
     notes = []
     if (height, width) != (_POOLED, _POOLED):
+        rows = _POSITIONS[sidecar["network"]["name"]]
         notes.append(
-            f"that class takes means over 8 x 8 positions, which is all of them for {_POOLED} x {_POOLED} images only; "
-            f"this model is for {height} x {width}"
+            f"that class takes means over {rows} x {rows} positions, which is all of them for {_POOLED} x {_POOLED} "
+            f"images only; this model is for {height} x {width}"
         )
     if form == "published" and sidecar.get("weights") != "averaged":
         notes.append(f"readers take model_state_dict for averaged weights; these are {sidecar.get('weights')}")

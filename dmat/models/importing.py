@@ -215,7 +215,7 @@ def _expect_agreement(
             f"{file}: its args say normalize true, a layer that the tensors do not show; expected normalize false; "
             f"give the args.txt of this file"
         )
-    here = f"wrn-{network.depth}-{network.width}{'-swish' if network.network == 'wide_resnet' else ''}"
+    here = _in_args(network)
     if said.get("model", here) != here:
         raise DmatError(
             f"{file} holds {here}; its args say model {said['model']}; expected the same; give the args.txt of this "
@@ -223,17 +223,24 @@ def _expect_agreement(
         )
 
 
+def _in_args(network: layouts.Found) -> str:
+    """How args.txt names it. The code of Wang et al. 2023 has the layouts of DeepMind with swish (SiLU) alone."""
+    if network.network == "preact_resnet":
+        return f"preact-resnet{network.depth}-swish"
+    return f"wrn-{network.depth}-{network.width}{'-swish' if network.network == 'wide_resnet' else ''}"
+
+
 def _normalisation(network: layouts.Found, images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Of the layer in the file; else that which the layout has built in; else none."""
     if network.mean is not None and network.std is not None:
         return network.mean, network.std
-    if network.network == "wide_resnet":
+    if layouts.LAYOUTS[network.network].normalises:
         return images.mean, images.std
     return (0.0,) * network.channels, (1.0,) * network.channels
 
 
 def _activation(network: layouts.Found, said: Mapping[str, Any], wanted: str | None) -> tuple[str, str]:
-    """No tensor shows it. The layout of TRADES has ReLU only; that of Wang et al. 2023 has SiLU unless told."""
+    """No tensor shows it. The layout of TRADES has ReLU only; those of DeepMind have SiLU unless told."""
     if wanted is not None and wanted not in ACTIVATIONS:
         raise DmatError(f"--activation is {wanted!r}; expected one of {', '.join(ACTIVATIONS)}")
     if network.network == "wide_resnet_symmetric" or "model" in said:

@@ -1,11 +1,15 @@
 """Names of tensors in other projects, and the network that a set of tensors is: its sizes are read from their shapes.
 
-`theirs` turns a name of dmat's network into the name in such a file. Both layouts are wide residual networks; they
-differ in names and in how stride 2 is padded. Facts from public code:
+A `Layout` turns a name of dmat's network into the name in such a file. Facts from public code:
 
 - `wide_resnet`: Gowal et al. 2020 (DeepMind), used by Wang et al. 2023 and by RobustBench's DMWideResNet.
 - `wide_resnet_symmetric`: TRADES (Zhang et al. 2019) and Carmon et al. 2019; also RobustBench's WideResNet. Such files
-  may hold `sub_block1`, a group of blocks that no forward pass visits.
+  may hold `sub_block1`, a group of blocks that no forward pass visits. Stride 2 is padded on all sides.
+- `preact_resnet`: Rebuffi et al. 2021 (DeepMind), used by Gowal et al. 2021, Rade and Moosavi-Dezfooli 2022, Wang et
+  al. 2023 and by RobustBench's DMPreActResNet.
+
+The other PreActResNet in public use (conv1, layer1 to layer4, linear) pads stride 2 on all sides and has shortcuts of
+1 x 1: no network here computes that, so its files are refused.
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dmat.errors import DmatError
-from dmat.robust.networks import NETWORKS, Facts
+from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, Facts
 from dmat.training import weights
 
 # DataParallel adds "module.", nn.Sequential a number, some wrappers "model.". A network at place 1 of a Sequential has
@@ -51,7 +55,25 @@ def _as_in_trades(name: str) -> str:
     return f"{before}{_SYMMETRIC[f'{part}.']}{leaf}"
 
 
-LAYOUTS: dict[str, Callable[[str], str]] = {"wide_resnet": _as_here, "wide_resnet_symmetric": _as_in_trades}
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What tells a network in NETWORKS in a file, under dmat's names. theirs: from such a name to that in the file."""
+
+    theirs: Callable[[str], str]
+    first: str  # its first convolution
+    groups: tuple[str, ...]  # a convolution of block {} for each group
+    normalises: bool  # by mean and std of its data, which are not in the file
+
+
+_WIDE = tuple(f"layer.{group}.block.{{}}.conv_0.weight" for group in range(3))
+_PREACT = tuple(f"layer_{group}.{{}}.conv_2d_1.weight" for group in range(4))
+
+LAYOUTS = {
+    "wide_resnet": Layout(_as_here, "init_conv.weight", _WIDE, normalises=True),
+    "wide_resnet_symmetric": Layout(_as_in_trades, "init_conv.weight", _WIDE, normalises=False),
+    "preact_resnet": Layout(_as_here, "conv_2d.weight", _PREACT, normalises=True),
+}
+_OTHER_RESNET = "layer1.0.conv1.weight"  # every ResNet and PreActResNet in the manner of torchvision has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +92,17 @@ class Found:
     notes: tuple[str, ...]
 
 
+def title(name: str, depth: int, width: int) -> str:
+    """How papers call a network in NETWORKS: WRN-28-10, PreActResNet-18."""
+    return f"PreActResNet-{depth}" if name == "preact_resnet" else f"WRN-{depth}-{width}"
+
+
 def recognise(tensors: Mapping[str, Any], path: Path) -> Found:
     """Which network these tensors are. Raises DmatError unless it is all of one, and nothing else."""
     _expect_tensors(tensors, path)
     network, prefix = _layout(tensors, path)
-    theirs = LAYOUTS[network]
+    layout = LAYOUTS[network]
+    theirs = layout.theirs
     mean, std, front = _normalisation(tensors, network, prefix, path)
     inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     unused = {name for name in inner if name.startswith(_UNUSED)} if network == "wide_resnet_symmetric" else set[str]()
@@ -97,21 +125,19 @@ def recognise(tensors: Mapping[str, Any], path: Path) -> Found:
             )
         return shape[axis]
 
-    depth = 6 * _blocks(given, theirs, path) + 4
-    width, odd = divmod(size("layer.0.block.0.conv_1.weight", 0, 4), 16)
-    if odd or not width:
-        raise DmatError(
-            f"{path}: the first group has {16 * width + odd} channels; expected a multiple of 16; dmat reads wide "
-            f"residual networks only"
-        )
-    facts = Facts(size("logits.weight", 0, 2), size("init_conv.weight", 1, 4), (0.0,), (1.0,))
+    counts = _blocks(given, layout)
+    if network == "preact_resnet":
+        depth, width = _preact_depth(counts, path), 0
+    else:
+        depth, width = _wide_depth(counts, path), _width(size("layer.0.block.0.conv_1.weight", 0, 4), path)
+    facts = Facts(size("logits.weight", 0, 2), size(layout.first, 1, 4), (0.0,), (1.0,))
     with torch.device("meta"):  # shapes only
         model = NETWORKS[network](facts, depth, width, "relu")
     wanted = model.state_dict()
     if problem := weights.misfit({theirs(name): tuple(tensor.shape) for name, tensor in wanted.items()}, given):
         raise DmatError(
-            f"{path} is not a whole WRN-{depth}-{width} (names after {prefix!r}): {problem}; expected the state_dict "
-            f"of one network; download the file again"
+            f"{path} is not a whole {title(network, depth, width)} (names after {prefix!r}): {problem}; expected the "
+            f"state_dict of one network; download the file again"
         )
     state = {name: _converted(given[theirs(name)], tensor.dtype, name, path) for name, tensor in wanted.items()}
     notes = [f"{len(unused)} tensors of {_UNUSED[:-1]} were left out: the network never uses them"] if unused else []
@@ -137,33 +163,68 @@ def _expect_tensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 def _layout(tensors: Mapping[str, Any], path: Path) -> tuple[str, str]:
     """Network and prefix of the names."""
-    for network, theirs in LAYOUTS.items():
+    for network, layout in LAYOUTS.items():
+        signs = [layout.theirs(name) for name in (layout.first, layout.groups[0].format(0))]
         for prefix in PREFIXES:
-            if all(
-                f"{prefix}{theirs(name)}" in tensors for name in ("init_conv.weight", "layer.0.block.0.conv_0.weight")
-            ):
+            if all(f"{prefix}{sign}" in tensors for sign in signs):
                 return network, prefix
+    if other := next((f"{prefix}{_OTHER_RESNET}" for prefix in PREFIXES if f"{prefix}{_OTHER_RESNET}" in tensors), ""):
+        raise DmatError(
+            f"{path} holds {other}: a ResNet or PreActResNet that pads stride 2 on all sides and has shortcuts of "
+            f"1 x 1, which no network of dmat computes; expected the PreActResNet of Rebuffi et al. 2021, with conv_2d "
+            f"and layer_0.0.conv_2d_1; import a file of that one"
+        )
     raise DmatError(
         f"{path} holds {len(tensors)} tensors named {', '.join(sorted(tensors)[:3]) or 'nothing'}; expected a wide "
         f"residual network with init_conv and layer.0.block.0 (Wang et al. 2023), or with conv1 and block1.layer.0 "
-        f"(Carmon et al. 2019), after module., module.0., model. or nothing; dmat reads no other network"
+        f"(Carmon et al. 2019), or a PreActResNet with conv_2d and layer_0.0 (Rebuffi et al. 2021), after module., "
+        f"module.0., model. or nothing; dmat reads no other network"
     )
 
 
-def _blocks(given: Mapping[str, Tensor], theirs: Callable[[str], str], path: Path) -> int:
-    """Blocks in each of the three groups."""
+def _blocks(given: Mapping[str, Tensor], layout: Layout) -> tuple[int, ...]:
+    """Blocks in each group."""
     counts = []
-    for group in range(3):
+    for group in layout.groups:
         blocks = 0
-        while theirs(f"layer.{group}.block.{blocks}.conv_0.weight") in given:
+        while layout.theirs(group.format(blocks)) in given:
             blocks += 1
         counts.append(blocks)
+    return tuple(counts)
+
+
+def _preact_depth(counts: tuple[int, ...], path: Path) -> int:
+    for depth, blocks in PREACT_BLOCKS.items():
+        if counts == blocks:
+            return depth
+    known = " or ".join(f"{_listed(blocks)} (PreActResNet-{depth})" for depth, blocks in PREACT_BLOCKS.items())
+    raise DmatError(
+        f"{path} has groups of {_listed(counts)} blocks; expected {known}; download the file again, or save the whole "
+        f"state_dict"
+    )
+
+
+def _listed(counts: tuple[int, ...]) -> str:
+    return f"{', '.join(map(str, counts[:-1]))} and {counts[-1]}"
+
+
+def _width(channels: int, path: Path) -> int:
+    """The factor on 16 channels."""
+    if channels % 16:
+        raise DmatError(
+            f"{path}: the first group has {channels} channels; expected a multiple of 16, as wide residual networks "
+            f"have; dmat reads no other width"
+        )
+    return channels // 16
+
+
+def _wide_depth(counts: tuple[int, ...], path: Path) -> int:
     if len(set(counts)) != 1:
         raise DmatError(
-            f"{path} has groups of {counts[0]}, {counts[1]} and {counts[2]} blocks; expected three alike; download the "
-            f"file again, or save the whole state_dict"
+            f"{path} has groups of {_listed(counts)} blocks; expected three alike; download the file again, or save "
+            f"the whole state_dict"
         )
-    return counts[0]
+    return 6 * counts[0] + 4
 
 
 def _normalisation(
@@ -173,7 +234,7 @@ def _normalisation(
     if not prefix.endswith("1."):
         return None, None, set()
     front = [f"{prefix[:-2]}0.{name}" for name in ("mean", "std")]
-    if network == "wide_resnet":
+    if LAYOUTS[network].normalises:
         raise DmatError(
             f"{path} has a layer in front of a network that normalises by itself; expected one trained with normalize "
             f"false; dmat cannot know what that layer does"
