@@ -1,4 +1,5 @@
-"""Intervals and image quality agree with reference libraries, closed forms and double loops.
+"""Intervals and image quality agree with reference libraries, closed forms and double loops;
+pictures show what they are given.
 
 Run alone: pytest tests/test_metrics.py
 """
@@ -12,7 +13,7 @@ import scipy.linalg
 from scipy import stats
 
 from dmat import seeds
-from dmat.metrics import study_pictures
+from dmat.metrics import pictures, study_pictures
 from dmat.metrics.intervals import over_seeds, paired_difference, wilson
 from dmat.metrics.quality import duplicates, frechet_distance, inception_score, kernel_distance, nearest_distances
 
@@ -231,6 +232,140 @@ def test_duplicates_are_later_copies_byte_for_byte():
     assert duplicates(images) == 1
     assert duplicates(images.transpose(0, 2, 1, 3)) == 1  # not contiguous in memory
     assert duplicates(np.zeros((5, 2, 2, 3), dtype=np.uint8)) == 4
+
+
+# --- pictures
+
+
+TEN = tuple(f"class {k}" for k in range(10))
+
+
+def falling(start, points):
+    return [(2 * k / 255, start * 0.8**k, start * 0.8**k - 0.05, start * 0.8**k + 0.05) for k in range(points)]
+
+
+def accuracies(classes):
+    return {"clean": [(0.9, 0.8, 0.95)] * classes, "auto_attack": [(k / classes, 0.0, 1.0) for k in range(classes)]}
+
+
+def confused(classes):
+    return np.random.default_rng(classes).integers(0, 50, (classes, classes)) + 100 * np.eye(classes, dtype=np.int64)
+
+
+def attacked(n, channels, size=8):
+    """Natural and adversarial images, labels, predictions before and after."""
+    natural = np.random.default_rng(n).random((n, size, size, channels), dtype=np.float32)
+    return natural, np.clip(natural + 8 / 255, 0, 1), np.arange(n), np.arange(n), np.arange(n)[::-1]
+
+
+def radii(curves):
+    return lambda path: pictures.against_epsilon(path, curves, 8 / 255, "8/255", "curves")
+
+
+def by_class(classes, measures):
+    return lambda path: pictures.per_class(path, classes, measures, "classes")
+
+
+def confusion(counts):
+    return lambda path: pictures.confusion(path, counts, [f"class {k}" for k in range(len(counts))], "confusion")
+
+
+def perturbed(*images, **options):
+    return lambda path: pictures.perturbations(path, *images, "8/255", **options)
+
+
+PICTURES = {
+    "two curves": radii({"ours": falling(0.9, 9), "theirs": falling(0.8, 9)}),
+    "one of two curves is empty": radii({"ours": falling(0.9, 9), "theirs": []}),
+    "one point": radii({"ours": falling(0.9, 1)}),
+    "no curve": radii({}),
+    "a radius that is no fraction": lambda path: pictures.against_epsilon(path, {}, 0.5, "0.5", "curves"),
+    "10 classes": by_class(TEN, accuracies(10)),
+    "100 classes": by_class([f"a rather long name of class {k}" for k in range(100)], accuracies(100)),
+    "one class right everywhere": by_class(["all"], {"clean": [(1.0, 0.9, 1.0)]}),
+    "no measure": by_class(TEN, {}),
+    "confusion of 10": confusion(confused(10)),
+    "confusion of 20, the last with counts": confusion(confused(20)),
+    "confusion of 21": confusion(confused(21)),
+    "confusion of 100": confusion(confused(100)),
+    "confusion of 200": confusion(confused(200)),
+    "confusion of one class": confusion(np.array([[7]])),
+    "confusion without images": confusion(np.zeros((3, 3), dtype=np.int64)),
+    "perturbations, grey": perturbed(*attacked(10, 1)),
+    "perturbations, colour": perturbed(*attacked(10, 3, 32), classes=TEN),
+    "perturbation of one image": perturbed(*attacked(1, 3), classes=TEN),
+    "perturbations of nothing": perturbed(*(attacked(2, 1)[k] for k in (0, 0, 2, 3, 4))),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_written_and_equal_for_equal_input(tmp_path, name):
+    for file in ("one.png", "two.png"):
+        PICTURES[name](tmp_path / "folder" / file)
+    content = (tmp_path / "folder" / "one.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert content == (tmp_path / "folder" / "two.png").read_bytes()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures that pictures would write, kept to be read."""
+    kept = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: kept.append(figure))
+    yield kept
+    from matplotlib import pyplot
+
+    pyplot.close("all")
+
+
+def test_the_radius_of_the_threat_model_is_where_the_curve_has_it(tmp_path, drawn):
+    radii({"ours_1": falling(0.9, 9)[::-1], "nothing": []})(tmp_path)
+    axes = drawn[0].axes[0]
+    curve, line = axes.get_lines()
+    assert list(line.get_xdata()) == pytest.approx([8, 8])
+    assert list(curve.get_xdata()) == pytest.approx(list(range(0, 18, 2)))  # in order, in 255ths
+    assert curve.get_ydata()[0] == pytest.approx(90)
+    assert (line.get_linestyle(), axes.get_ylim()) == ("--", (0, 100))
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["ours 1", "threat model: 8/255"]
+
+
+def test_classes_stand_in_the_order_given_with_the_first_on_top(tmp_path, drawn):
+    by_class(TEN, accuracies(10))(tmp_path)
+    axes = drawn[0].axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(TEN)
+    assert axes.get_ylim() == (9.5, -0.5)
+    clean, auto_attack = axes.get_lines()
+    assert list(clean.get_xdata()) == pytest.approx([90] * 10)
+    assert list(auto_attack.get_xdata()) == pytest.approx([10 * k for k in range(10)])
+    assert list(np.round((clean.get_ydata() + auto_attack.get_ydata()) / 2)) == list(range(10))
+    with pytest.raises(ValueError, match="reshape"):  # a measure of another number of classes
+        by_class(TEN, accuracies(9))(tmp_path)
+
+
+@pytest.mark.parametrize(("classes", "cells"), [(1, 1), (20, 400), (21, 0)])
+def test_a_confusion_shows_its_counts_up_to_20_classes(tmp_path, drawn, classes, cells):
+    counts = confused(classes)
+    confusion(counts)(tmp_path)
+    axes = drawn[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == [str(n) for n in counts.ravel()][:cells]
+    shares = axes.get_images()[0].get_array()  # rows are labels
+    assert np.allclose(shares.sum(1), 100)
+    assert np.allclose(shares[0], 100 * counts[0] / counts[0].sum())
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("label", "prediction under attack")
+
+
+def test_perturbations_say_their_factor_and_the_names_of_classes(tmp_path, drawn):
+    natural, _, *numbers = attacked(3, 1)
+    moved = natural.clip(0.1, 0.9) + 8 / 255
+    perturbed(natural.clip(0.1, 0.9), moved, *numbers, classes=TEN)(tmp_path)
+    perturbed(natural.clip(0.1, 0.9), moved, *numbers)(tmp_path)
+    perturbed(natural, natural, *numbers)(tmp_path)
+    rows = [[axes.get_ylabel() for axes in figure.axes][::3] for figure in drawn]
+    assert rows[0] == rows[1] == ["image", "perturbation\n× 15.9", "adversarial"]  # 8/255 becomes half of the range
+    assert rows[2][1] == "no\nperturbation"
+    captions = [[axes.get_xlabel() for axes in figure.axes] for figure in drawn]
+    assert (captions[0][0], captions[0][6]) == ("class 0", "class 0\n→ class 2")
+    assert (captions[1][0], captions[1][6]) == ("label 0", "0 → 2")
 
 
 def _study_trials():

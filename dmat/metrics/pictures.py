@@ -1,8 +1,10 @@
-"""Pictures as PNG files: sheets of images by class, curves over images seen, images with their perturbation.
+"""Pictures as PNG files: sheets of images by class, curves over images seen or over the radius of an attack, accuracies
+by class, confusion under attack, images with their perturbation.
 
 matplotlib is loaded where it is used and told to write no date or version, so equal input gives equal files.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import numpy as np
 
 PALETTE = ("#0b6e8f", "#d9480f", "#5f3dc4", "#2b8a3e", "#a61e4d", "#495057")
 _PLAIN = {"Software": None, "Creation Time": None}
+_COUNTED = 20  # classes up to which the cells of a confusion hold their counts
+_NAMED = 100  # class names that fit beside a picture; of more classes every second, third, ... is named
 
 
 def sheet(path: Path, images: np.ndarray, labels: np.ndarray, title: str, columns: int = 20) -> None:
@@ -92,6 +96,99 @@ def bars(path: Path, table: dict[str, dict[str, tuple[float, float, float]]], ti
     save(figure, path)
 
 
+def against_epsilon(
+    path: Path,
+    curves: dict[str, list[tuple[float, float, float, float]]],
+    epsilon: float,
+    label: str,
+    title: str,
+) -> None:
+    """Accuracy against the radius of the attack: curves[name] = [(radius, value, low, high), ...] in shares of 1.
+
+    epsilon: radius of the threat model, in the unit of the curves; label: how people write it, such as "8/255".
+    """
+    figure, axes = new_figure(7, 3.6)
+    of_255 = label.endswith("/255")  # then whole numbers of 255ths are on the axis, not 0.0314
+    unit = 255 if of_255 else 1
+    for k, (name, points) in enumerate(curves.items()):
+        if not points:
+            continue
+        radius, middle, low, high = np.array(sorted(points), dtype=float).T  # [points] each
+        colour = PALETTE[k % len(PALETTE)]
+        axes.fill_between(unit * radius, 100 * low, 100 * high, color=colour, alpha=0.18, linewidth=0)
+        if len(points) == 1:  # a band of no width
+            axes.vlines(unit * radius, 100 * low, 100 * high, color=colour, linewidth=1.2, alpha=0.6)
+        axes.plot(unit * radius, 100 * middle, color=colour, linewidth=1.6, marker=".", label=name.replace("_", " "))
+    axes.axvline(unit * epsilon, color="#868e96", linestyle="--", linewidth=1, label=f"threat model: {label}")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 100)
+    dress(axes, title, f"radius of the attack{' × 255' if of_255 else ''}", "accuracy, % (95 % interval)", legend=False)
+    _legend_beside(figure, axes)
+    save(figure, path)
+
+
+def per_class(
+    path: Path, classes: Sequence[str], measures: dict[str, list[tuple[float, float, float]]], title: str
+) -> None:
+    """Accuracy of each class, one row a class: measures[name][class] = (value, low, high) in shares of 1."""
+    count = len(classes)
+    row = 0.34 if count <= _COUNTED else 0.2  # inches
+    figure, axes = new_figure(7, row * count + 1.1)
+    step = 0.64 / max(len(measures), 1)  # the rest of a row is the gap to the next one
+    for k, (name, values) in enumerate(measures.items()):
+        y = np.arange(count) + (k - (len(measures) - 1) / 2) * step
+        middle, low, high = 100 * np.array(values, dtype=float).reshape(count, 3).T  # [classes] each
+        colour = PALETTE[k % len(PALETTE)]
+        axes.hlines(y, low, high, color=colour, linewidth=1.2, alpha=0.6)
+        axes.plot(
+            middle, y, "o", color=colour, markersize=4 if count <= _COUNTED else 2.8, label=name.replace("_", " ")
+        )
+    axes.set_ylim(count - 0.5, -0.5)  # the first class on top
+    axes.set_xlim(-1, 101)
+    dress(axes, title, "accuracy, % (95 % interval)", "", legend=False)
+    axes.set_yticks(range(count), [_short(name) for name in classes], fontsize=_type_size(count))
+    axes.set_yticks(np.arange(1, count) - 0.5, minor=True)
+    axes.tick_params(axis="y", which="both", length=0)
+    axes.tick_params(axis="x", labeltop=count > _COUNTED)  # a tall picture is read from both ends
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="y", which="minor", color="#dee2e6", linewidth=0.7)
+    axes.grid(axis="x", color="#e9ecef", linewidth=0.7)
+    _legend_beside(figure, axes)
+    save(figure, path)
+
+
+def confusion(path: Path, counts: np.ndarray, classes: Sequence[str], title: str) -> None:
+    """Rows: labels; columns: predictions under attack. counts: int64 [K, K].
+
+    Colours are shares of a row, and spread so that a share of a few hundredths is seen beside a nearly full diagonal.
+    """
+    from matplotlib.colors import PowerNorm
+
+    count = len(classes)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)  # [K, K]; a label without images is all 0
+    side = 0.46 * count if count <= _COUNTED else 0.1 * min(count, _NAMED)
+    figure, axes = new_figure(max(side + 2.2, 4.6), max(side + 1.4, 2.8))
+    shown = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    if count <= _COUNTED:
+        for (row, column), number in np.ndenumerate(counts):
+            colour = "#adb5bd" if number == 0 else "white" if shares[row, column] > 35 else "#212529"
+            axes.text(column, row, str(number), ha="center", va="center", fontsize=7.5, color=colour)
+    dress(axes, title, "prediction under attack", "label", legend=False)
+    named = range(0, count, -(-count // _NAMED))
+    names, size = [_short(classes[k]) for k in named], _type_size(count)
+    slanted = count > _COUNTED or max(map(len, names)) > 4
+    axes.set_xticks(named, names, fontsize=size, rotation=90 if slanted else 0)
+    axes.set_yticks(named, names, fontsize=size)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.8, aspect=30, ticks=[0, 1, 5, 10, 25, 50, 75, 100])
+    bar.set_label("share of the images of a label, %", fontsize=8)
+    bar.ax.tick_params(labelsize=7.5)
+    bar.outline.set_visible(False)
+    save(figure, path)
+
+
 def perturbations(
     path: Path,
     natural: np.ndarray,
@@ -100,26 +197,55 @@ def perturbations(
     before: np.ndarray,
     after: np.ndarray,
     epsilon: str,
+    classes: Sequence[str] = (),
 ) -> None:
     """Rows: image, perturbation (grey is none), adversarial image, with the predictions before and after.
 
-    natural and adversarial: float [N, H, W, C] in [0, 1].
+    natural and adversarial: float [N, H, W, C] in [0, 1]. All perturbations are magnified by one factor, which the
+    picture says. classes: names to write in place of the numbers of the classes.
     """
-    figure, grid = new_figure(1.05 * len(natural), 3.6, rows=3, columns=len(natural))
+    count = len(natural)
+    width = max(1.05 * count + 0.35, 4)
+    figure, grid = new_figure(width, 4.1 if classes else 3.7, rows=3, columns=count)
+    grid = np.reshape(grid, (3, count))
     change = adversarial - natural
-    scaled = 0.5 + change / (2 * max(float(np.abs(change).max()), 1e-12))
-    for k in range(len(natural)):
-        captions = (f"label {labels[k]}", "", f"{before[k]} → {after[k]}")
-        for row, image in enumerate((natural, scaled, adversarial)):
+    largest = float(np.abs(change).max())
+    factor = 0.5 / max(largest, 1e-12)  # the largest change becomes black or white
+    magnified = np.clip(0.5 + factor * change, 0, 1)  # rounding
+    kinds = ("image", f"perturbation\n× {factor:.3g}" if largest else "no\nperturbation", "adversarial")
+    arrow = "\n→ " if classes else " → "
+    for k in range(count):
+        label, was, became = (_named(numbers[k], classes) for numbers in (labels, before, after))
+        captions = (label if classes else f"label {label}", "", was + arrow + became)
+        for row, image in enumerate((natural, magnified, adversarial)):
             axes = grid[row][k]
             axes.imshow(image[k].squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
-            axes.set_xlabel(captions[row], fontsize=8)
-    figure.suptitle(
-        f"Test images, perturbation (epsilon {epsilon}), adversarial images: prediction before → after", fontsize=9
-    )
+            axes.set_xlabel(captions[row], fontsize=7.5 if classes else 8)
+            axes.set_ylabel("" if k else kinds[row], fontsize=8)
+    title = f"Test images, perturbation (epsilon {epsilon}), adversarial images: prediction before → after"
+    figure.suptitle(textwrap.fill(title, int(15 * width)), fontsize=9)
     save(figure, path)
+
+
+def _named(number: int, classes: Sequence[str]) -> str:
+    return _short(classes[int(number)], 16) if classes else str(number)
+
+
+def _short(name: str, longest: int = 24) -> str:
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def _type_size(count: int) -> float:
+    """Points of class names, so that as many as `count` do not touch."""
+    return 8 if count <= _COUNTED else 5.5
+
+
+def _legend_beside(figure: Any, axes: Any) -> None:
+    """To the right of the axes, where it hides no point."""
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
