@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from cli import models, recipes, runs, stages, tune, upkeep
+from cli import evaluate, models, recipes, runs, stages, tune, upkeep
 from dmat import __version__
 from dmat.errors import DmatError, Interrupted
 
@@ -41,6 +41,7 @@ def _options(
 
 
 stages.add_to(app)
+evaluate.add_to(app)
 tune.add_to(app)
 recipes.add_to(app)
 runs.add_to(app)

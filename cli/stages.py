@@ -13,6 +13,7 @@ import typer
 
 from dmat.jobs import STAGES, Stage
 
+_ELSEWHERE = ("evaluate_robust",)  # has more to offer than its stage: cli.evaluate
 _RESTARTS = 3  # of all processes, after one was lost
 _INSTANCE_OPTIONS = {
     "generator": (str, "Name in `generators` of params.yaml."),
@@ -25,6 +26,8 @@ _INSTANCE_OPTIONS = {
 
 def add_to(app: typer.Typer) -> None:
     for stage in STAGES.values():
+        if stage.word in _ELSEWHERE:
+            continue
         app.command(stage.command, help=f"{stage.summary}\n\nExample: {stage.example}")(_command(stage))
 
 
@@ -32,7 +35,7 @@ def _command(stage: Stage) -> Callable[..., None]:
     """A function whose signature Typer reads: the stage's own options, then those of every stage."""
 
     def command(fresh: bool, dry_run: bool, as_json: bool, params: Path, **chosen: Any) -> None:
-        _run(stage, chosen, params, fresh, dry_run, as_json)
+        run(stage, chosen, params, fresh, dry_run, as_json)
 
     own = [
         _parameter(name, Annotated[kind, typer.Option(help=text)])
@@ -57,7 +60,10 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _run(stage: Stage, chosen: dict[str, Any], path: Path, fresh: bool, dry_run: bool, as_json: bool) -> None:
+def run(
+    stage: Stage, chosen: dict[str, Any], path: Path, fresh: bool, dry_run: bool, as_json: bool, worker: bool = False
+) -> None:
+    """One instance of a stage, as its command does it. worker: helps the process that will publish it."""
     from dmat import config, processes
     from dmat.jobs import execution, workspace
 
@@ -65,7 +71,10 @@ def _run(stage: Stage, chosen: dict[str, Any], path: Path, fresh: bool, dry_run:
     place = workspace.find(path.resolve().parent)
     plan = execution.plan(stage, chosen, params, place)
     if dry_run:
-        typer.echo(json.dumps(plan.describe(), indent=2))
+        typer.echo(json.dumps(plan.describe() | execution.outlook(plan, params, place), indent=2))
+        return
+    if worker:
+        execution.assist(plan, params, place, quiet=as_json)
         return
     wanted = params.sections["compute"].processes
     if wanted > 1 and stage.word in execution.TOGETHER and "RANK" not in os.environ:
@@ -79,6 +88,8 @@ def _run(stage: Stage, chosen: dict[str, Any], path: Path, fresh: bool, dry_run:
     else:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in _headline(metrics))
         typer.echo(f"{stage.word} {stage.instance(chosen)}: {numbers} ({time.monotonic() - started:.0f} s)")
+    for note in (plan.finished or {}).get("notes", []):
+        typer.echo(note, err=True)
 
 
 def _start_together(count: int) -> None:

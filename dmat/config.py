@@ -8,11 +8,11 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import CoreSchema, core_schema
 
 from dmat import ARTIFACTS
@@ -81,6 +81,9 @@ class Record(pydantic.BaseModel):
     def plain(self) -> dict[str, Any]:
         """JSON values, fractions as written."""
         return self.model_dump(mode="json")
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 class Compute(Record):
@@ -314,14 +317,35 @@ class MixImages(Record):
         )
 
 
+ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+
+
+def _attacks(value: Any) -> Any:
+    if value in ("standard", "none"):
+        return value
+    if not isinstance(value, list | tuple) or not value or any(name not in ATTACKS for name in value):
+        raise ValueError(f"expected 'standard', 'none' or a list of some of {', '.join(ATTACKS)}")
+    if len(set(value)) < len(value):
+        raise ValueError("expected each attack once")
+    return tuple(value)
+
+
 class EvaluateRobust(Record):
-    pgd_steps: Count
-    pgd_step_size: Radius
-    pgd_seed: Seed
-    auto_attack: Literal["standard", "none"]
-    auto_attack_seed: Seed
-    shard: Count  # test images per AutoAttack call: the unit of resuming
-    batch: Count
+    """Satisfies `evaluation.evaluate.Settings`."""
+
+    images: Natural = 0  # the first ones of the test split; 0: all
+    pgd_steps: Count = 40
+    pgd_step_size: Radius = NOT_GIVEN  # pixels in [0, 1]; not given: a quarter of epsilon
+    pgd_loss: Literal["ce", "cw", "dlr"] = "cw"
+    pgd_restarts: Count = 1
+    pgd_seed: Seed = 1
+    sweep: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.25, 0.5, 0.75, 1.5, 2.0)  # x epsilon
+    auto_attack: Annotated[str | tuple[str, ...], BeforeValidator(_attacks)] = "standard"
+    auto_attack_seed: Seed = 1
+    shard: Count = 250  # images with a seed of their own: the unit of resuming and of sharing
+    batch: Count = 250  # images at a time, within a shard
+    check_images: Count = 200  # that the checks of the model look at
+    check_queries: Count = 1000  # of the black-box attack among the checks
 
 
 class WriteReport(Record):
@@ -429,6 +453,23 @@ def load(path: Path) -> Params:
     if reader.problems or params is None:
         raise ConfigError(str(path), reader.problems)
     return params
+
+
+def threat(norm: Any, epsilon: Any) -> Threat:
+    """A threat model that is in no params.yaml. Raises DmatError."""
+    return _validated("threat", {"norm": norm, "epsilon": epsilon}, Threat)
+
+
+def evaluation(values: Mapping[str, Any]) -> EvaluateRobust:
+    """Settings of an evaluation that belongs to no project. Raises DmatError."""
+    return _validated("evaluate_robust", values, EvaluateRobust)
+
+
+def _validated(where: str, values: Mapping[str, Any], record: type[AnyRecord]) -> AnyRecord:
+    try:
+        return record.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise DmatError("; ".join(_sentence(where, item, record) for item in error.errors())) from None
 
 
 class _KeyTwiceError(yaml.YAMLError):

@@ -29,7 +29,10 @@ class Compute:
     world: World = dataclasses.field(default_factory=World)  # the processes that compute together
 
     def exact(self) -> "Compute":
-        """The same device in float32: what reported accuracies are computed in."""
+        """The same device in float32: what reported accuracies are computed in. On CUDA the shorter TF32, which torch
+        takes for convolutions by itself, is switched off for the whole process."""
+        if self.device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         return dataclasses.replace(self, precision="fp32", reason="evaluation is in fp32")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -340,3 +340,65 @@ def test_logit_margin_is_positive_exactly_where_the_prediction_is_right():
     assert 40 < right.sum() < 140
     assert torch.equal(attacks.logit_margin(logits, labels) > 0, right)
     assert torch.equal(attacks.margin(labels)(logits) > 0, ~right)
+
+
+# --- one step, restarts, the ratio of logits
+
+
+def test_logit_ratio_is_the_equation():
+    """Croce and Hein 2020, equation 3, in plain Python."""
+    logits, labels = gaussian(50, 6, seed=3), torch.arange(50) % 6
+    found = attacks.logit_ratio(labels)(logits)
+    for row, label, value in zip(logits.double().tolist(), labels.tolist(), found.tolist(), strict=True):
+        ordered = sorted(row, reverse=True)
+        best_other = max(z for k, z in enumerate(row) if k != label)
+        assert value == pytest.approx(-(row[label] - best_other) / (ordered[0] - ordered[2]), rel=1e-5)
+
+
+def test_logit_ratio_does_not_see_the_scale_of_the_logits():
+    logits, labels = gaussian(50, 6, seed=4), torch.arange(50) % 6
+    objective = attacks.logit_ratio(labels)
+    torch.testing.assert_close(objective(1000 * logits), objective(logits), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_fgsm_is_one_step_of_the_whole_radius(norm):
+    model, images, labels = network((3, 5, 4)), 0.4 + 0.2 * unit(9, 3, 5, 4), torch.arange(9) % 4
+    ball = Ball(norm, 0.1)
+    found = attacks.fgsm(model, images, attacks.cross_entropy(labels), ball)
+    x = images.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(x), labels, reduction="sum"), x)
+    step = gradient.sign() if norm == "linf" else gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
+    torch.testing.assert_close(found, images + 0.1 * step, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_restarts_break_what_some_start_breaks(norm):
+    """Each restart attacks what is left; the result is broken exactly where one of the single attacks breaks."""
+    model, images = network((3, 5, 4), classes=5), unit(60, 3, 5, 4, seed=2)
+    labels, ball = model(images).argmax(1), Ball(norm, {"linf": 0.04, "l2": 0.18}[norm])
+    starts = [ball.random_start(seeds.stream(1, "start", k), tuple(images.shape)) for k in range(6)]
+
+    def attacked(few):
+        return attacks.pgd_with_restarts(model, images, labels, attacks.margin, ball, few, 1, ball.epsilon / 2)
+
+    single = torch.stack([model(attacked([start])).argmax(1) != labels for start in starts])
+    together = attacked(starts)
+    assert torch.equal(model(together).argmax(1) != labels, single.any(0))
+    assert 0 < int(single[0].sum()) < int(single.any(0).sum()) < 60
+    assert torch.equal(together[single[0]], attacked(starts[:1])[single[0]])
+    assert ball.size(together - images).max() <= ball.epsilon + 1e-6
+
+
+def test_restarts_stop_when_nothing_is_left():
+    model, images = network((3, 5, 4)), unit(4, 3, 5, 4)
+    wrong = (model(images).argmax(1) + 1) % 4
+    passes = []
+
+    def counted(x):
+        passes.append(len(x))
+        return model(x)
+
+    start = torch.zeros_like(images)
+    attacks.pgd_with_restarts(counted, images, wrong, attacks.margin, Ball("linf", 0.01), [start] * 5, 2, 0.01)
+    assert passes == [4, 4, 4], "two steps and one look"

@@ -1,41 +1,180 @@
-"""AutoAttack through the authors' package: the worst case of a linear classifier, its seed, and what it refuses."""
+"""AutoAttack through the authors' package: linear classifiers, its own answers, suites by number of classes."""
 
 import pytest
 import torch
+from pyautoattack import AutoAttack
 
+from dmat import config
 from dmat.errors import DmatError
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball, logit_margin
+from dmat.robust.auto_attack import ATTACKS, MISCLASSIFIED, ROBUST, STANDARD
 
 CLASSES = 10
 
 
-def _linear(classes):
-    """Logits w_k . x of 1x3x3 images with fixed random weights."""
-    weights = torch.randn(classes, 9, generator=torch.Generator().manual_seed(0))
+def _linear(classes, size=25):
+    """Logits w_k . x of 1x5x5 images with fixed random weights."""
+    weights = torch.randn(classes, size, generator=torch.Generator().manual_seed(0))
     return weights, lambda images: images.flatten(1) @ weights.T
 
 
-def test_robust_exactly_where_a_linear_classifier_is():
-    """linf: an image is robust if own - other logit exceeds epsilon * |w_own - w_other|_1 for every other class."""
-    weights, model = _linear(CLASSES)
-    images = 0.3 + 0.4 * torch.rand(40, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+def _images(count, shape=(1, 5, 5), seed=1):
+    return 0.3 + 0.4 * torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+class _Curved(torch.nn.Module):
+    """Some structure for the attacks to differ on."""
+
+    def __init__(self, classes):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = torch.nn.Linear(75, 40), torch.nn.Linear(40, classes)
+
+    def forward(self, images):
+        return self.second(torch.nn.functional.silu(4 * self.first(images.flatten(1))))
+
+
+def _robust(weights, model, images, labels, epsilon, norm):
+    """A linear classifier's answer is safe if own - other exceeds epsilon times the dual norm of w_own - w_other."""
+    gaps = model(images).gather(1, labels[:, None]) - model(images)  # [B, K]
+    difference = weights[labels][:, None] - weights[None]
+    reach = epsilon * (difference.abs().sum(2) if norm == "linf" else difference.norm(dim=2))
+    others = torch.arange(len(weights))[None] != labels[:, None]
+    return ((gaps - reach > 0) | ~others).all(1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "epsilon", "classes"),
+    [*(("linf", 0.06, classes) for classes in (2, 3, 4, 7, CLASSES, 12)), ("l2", 0.3, 3), ("l2", 0.25, CLASSES)],
+)
+def test_robust_exactly_where_a_linear_classifier_is(norm, epsilon, classes):
+    weights, model = _linear(classes)
+    images = _images(24)
     labels = model(images).argmax(1)
-    ball = Ball("linf", 0.05)
-    worst = auto_attack.adversarial(model, images, labels, ball, seed=1, batch=20)
-    gaps = model(images).gather(1, labels[:, None]) - model(images)  # [40, 10]
-    reach = ball.epsilon * (weights[labels][:, None] - weights[None]).abs().sum(2)
-    others = torch.arange(CLASSES)[None] != labels[:, None]
-    robust = ((gaps - reach > 0) | ~others).all(1)
-    assert 5 < int(robust.sum()) < 35
-    assert torch.equal(logit_margin(model(worst), labels) > 0, robust)
+    labels[:3] = (labels[:3] + 1) % classes  # wrong without any attack
+    ball, chosen = Ball(norm, epsilon), auto_attack.suite("standard", classes)
+    worst, broken_by = auto_attack.attack(model, images, labels, ball, chosen, seed=1, batch=13)
+    robust = _robust(weights, model, images, labels, epsilon, norm)
+    assert 0 < int(robust.sum()) < 21
+    assert torch.equal(broken_by == ROBUST, robust)
+    assert (broken_by[:3] == MISCLASSIFIED).all()
+    assert torch.equal(worst[broken_by < 0], images[broken_by < 0])
+    assert (logit_margin(model(worst), labels)[broken_by >= 0] <= 0).all()
     assert ball.size(worst - images).max() <= ball.epsilon + 1e-6
-    again = auto_attack.adversarial(model, images, labels, ball, seed=1, batch=20)
-    assert torch.equal(worst, again)
 
 
-def test_too_few_classes_are_refused():
-    _, model = _linear(4)
-    images = torch.rand(2, 1, 3, 3)
-    with pytest.raises(DmatError, match=r"the model has 4 classes; expected at least 10.*auto_attack: none"):
-        auto_attack.adversarial(model, images, model(images).argmax(1), Ball("linf", 0.1), seed=1, batch=2)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_one_attack_after_the_other_is_one_call_of_the_package(norm):
+    """Same flags and same images, though each attack is called by itself; several batches, the last one short."""
+    model, images = _Curved(10), _images(30, (3, 5, 5))
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    labels[::9] = (labels[::9] + 1) % 10
+    ball = Ball(norm, {"linf": 0.035, "l2": 0.15}[norm])
+    worst, broken_by = auto_attack.attack(
+        model, images, labels, ball, auto_attack.suite("standard", 10), seed=5, batch=13
+    )
+    package = AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=ball.epsilon, seed=5)
+    theirs, prediction = package.run_standard_evaluation(images, labels, batch_size=13)
+    assert torch.equal(prediction == labels, broken_by == ROBUST)
+    assert torch.equal(worst, theirs.detach())
+    assert 3 < int((broken_by == ROBUST).sum()) < 26
+    assert len(set(broken_by.tolist())) >= 3, "more than one attack has something to do"
+
+
+def test_who_broke_an_image_is_the_first_that_can():
+    model, images = _Curved(10), _images(60, (3, 5, 5))
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    ball = Ball("linf", 0.05)
+    whole = auto_attack.suite("standard", 10)
+    _, broken_by = auto_attack.attack(model, images, labels, ball, whole, seed=1, batch=60)
+    first = auto_attack.suite(whole.attacks[:1], 10)
+    _, by_first = auto_attack.attack(model, images, labels, ball, first, seed=1, batch=60)
+    assert torch.equal(broken_by == 0, by_first == 0)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_runs_alone_and_finds_something(name):
+    model, images = _Curved(10), _images(30, (3, 5, 5))
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    worst, broken_by = auto_attack.attack(
+        model, images, labels, Ball("linf", 0.08), auto_attack.suite([name], 10), seed=1, batch=30
+    )
+    assert (broken_by == 0).any()
+    assert (model(worst).argmax(1) != labels)[broken_by == 0].all()
+
+
+def test_nothing_is_left_to_attack():
+    _, model = _linear(10)
+    images = _images(5)
+    labels = (model(images).argmax(1) + 1) % 10
+    worst, broken_by = auto_attack.attack(
+        model, images, labels, Ball("linf", 0.1), auto_attack.suite("standard", 10), seed=1, batch=5
+    )
+    assert (broken_by == MISCLASSIFIED).all()
+    assert torch.equal(worst, images)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "classes", "attacks", "targets", "standard"),
+    [
+        ("standard", 100, STANDARD, 9, True),
+        ("standard", 10, STANDARD, 9, True),
+        ("standard", 9, STANDARD, 8, True),
+        ("standard", 4, STANDARD, 3, True),
+        ("standard", 3, ("apgd-ce", "fab-t", "square"), 2, False),
+        ("standard", 2, ("apgd-ce", "fab-t", "square"), 1, False),
+        (["apgd-ce", "square"], 10, ("apgd-ce", "square"), 9, False),
+        (list(STANDARD), 10, STANDARD, 9, True),
+        (["apgd-dlr"], 3, ("apgd-dlr",), 2, False),
+    ],
+)
+def test_suites_by_number_of_classes(wanted, classes, attacks, targets, standard):
+    chosen = auto_attack.suite(wanted, classes)
+    assert (chosen.attacks, chosen.targets, chosen.standard) == (attacks, targets, standard)
+    assert chosen.name.startswith("standard" if standard else "nonstandard (")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "classes", "words"),
+    [
+        ("standard", 1, "the model has 1 class; expected 2 or more"),
+        (["apgd-t"], 3, "apgd-t needs 4 classes, the model has 3"),
+        (["apgd-dlr"], 2, "apgd-dlr needs 3 classes, the model has 2"),
+        (["pgd"], 10, "attack 'pgd' is not known; expected some of apgd-ce"),
+    ],
+)
+def test_suites_that_do_not_exist_are_refused(wanted, classes, words):
+    with pytest.raises(DmatError, match=words):
+        auto_attack.suite(wanted, classes)
+
+
+def test_images_too_small_for_square_are_refused():
+    model, images = _linear(10, 9)[1], _images(4, (1, 3, 3))
+    with pytest.raises(DmatError, match="images are 3 pixels high; expected 5 or more"):
+        auto_attack.attack(
+            model, images, model(images).argmax(1), Ball("l2", 0.1), auto_attack.suite("standard", 10), seed=1, batch=4
+        )
+
+
+def test_the_parameters_know_the_same_attacks():
+    assert config.ATTACKS == ATTACKS
+
+
+def test_square_uses_no_gradient_and_stays_inside():
+    model, images = _Curved(10), _images(40, (3, 5, 5))
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+
+    def without_gradient(x):
+        assert not torch.is_grad_enabled() or not x.requires_grad
+        return model(x.detach())
+
+    ball = Ball("linf", 0.1)
+    few, many = (auto_attack.square(without_gradient, images, labels, ball, queries, seed=1) for queries in (5, 400))
+    assert ball.size(many - images).max() <= 0.1 + 1e-6
+    broken = [int((model(found).argmax(1) != labels).sum()) for found in (few, many)]
+    assert broken[0] < broken[1]

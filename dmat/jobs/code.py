@@ -14,7 +14,7 @@ _ROOT = Path(__file__).parent.parent.parent
 
 # What computes results. The rest of the library carries them: reading, tracking, checkpoints, commands.
 COMPUTING = (
-    *("dmat.data.", "dmat.diffusion.", "dmat.robust.", "dmat.metrics."),
+    *("dmat.data.", "dmat.diffusion.", "dmat.robust.", "dmat.metrics.", "dmat.evaluation."),
     *("dmat.training.classifier", "dmat.training.denoiser", "dmat.training.schedules", "dmat.training.averaging"),
 )
 # Used for pictures only: an edit must not retrain a model.

@@ -29,7 +29,8 @@ from dmat.processes import World
 from dmat.training.interruption import Interruption
 from dmat.training.long_run import LongRun, Watcher
 
-TOGETHER = ("train_scorer", "train_robust")  # stages that several processes compute
+TOGETHER = ("train_scorer", "train_robust")  # stages that several processes compute in step with each other
+SHARED = ("evaluate_robust",)  # stages whose work several processes divide, each at its own pace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Job:
     watcher: Watcher | None = None  # of the metrics of a long run
     # filled by the job: numbers that differ from run to run, such as speed; for provenance and MLflow alone
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
+    # filled by the job: what a reader must know of this result; tags of the MLflow run, sentences for who started it
+    tags: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def project_path(self, path: str | None) -> Path | None:
         """A path of params.yaml, relative to the project."""
@@ -152,10 +156,10 @@ def execute(
     Under `torchrun` the leading process does that and the others only compute with it; they return nothing.
     """
     world = processes.world()
-    if world.size > 1 and plan.stage.word not in TOGETHER:
+    if world.size > 1 and plan.stage.word not in TOGETHER + SHARED:
         raise DmatError(
             f"{plan.stage.word} was started in {world.size} processes; expected one, as only "
-            f"{' and '.join(TOGETHER)} compute together; start it without torchrun"
+            f"{', '.join(TOGETHER + SHARED)} take several; start it without torchrun"
         )
     if not world.leads:
         return _follow(plan, params, workspace, world)
@@ -164,10 +168,10 @@ def execute(
         if fresh:
             set_aside(plan.work, workspace.home)
         finished = plan.finished
+        if finished is None and (plan.work / "finished.json").exists():  # by other code: two versions never mix
+            set_aside(plan.work, workspace.home)
         world.share(None if finished else b"compute")
         if finished is None:
-            if (plan.work / "finished.json").exists():  # by other code: a result is never mixed from two versions
-                set_aside(plan.work, workspace.home)
             finished = _compute(plan, params, workspace, quiet)
         _publish(plan, finished, workspace)
     metrics: dict[str, Any] = finished["metrics"]
@@ -178,10 +182,36 @@ def _follow(plan: Plan, params: Params, workspace: Workspace, world: World) -> d
     """What a process does that does not lead: the same computation, in a folder that nobody keeps."""
     if world.share(None) is None:
         return {}
+    if plan.stage.word in SHARED:
+        assist(plan, params, workspace, quiet=True)
+        return {}
     with tempfile.TemporaryDirectory() as folder, Interruption(at_once=True):
         module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
         module.run(plan.settings, _job(plan, params, workspace, _resolve(params), Path(folder), quiet=True))
     return {}
+
+
+def assist(plan: Plan, params: Params, workspace: Workspace, *, quiet: bool = False) -> None:
+    """Computes parts of a stage in `SHARED` beside the process that will publish it, which may start later."""
+    if plan.stage.word not in SHARED:
+        raise DmatError(f"{plan.stage.word} cannot be shared; expected one of {', '.join(SHARED)}; start it once")
+    if (plan.work / "finished.json").exists():
+        return  # nothing to do, or by other code, which only the publishing process sets aside
+    plan.work.mkdir(parents=True, exist_ok=True)
+    with Interruption(at_once=True):
+        module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
+        module.assist(plan.settings, _job(plan, params, workspace, _resolve(params), plan.work, quiet))
+
+
+def outlook(plan: Plan, params: Params, workspace: Workspace) -> dict[str, Any]:
+    """How much of a stage in `SHARED` is done and how long the rest takes; nothing for other stages."""
+    if plan.stage.word not in SHARED or plan.finished:
+        return {}
+    module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
+    found: dict[str, Any] = module.outlook(
+        plan.settings, _job(plan, params, workspace, _resolve(params), plan.work, quiet=True)
+    )
+    return found
 
 
 def _resolve(params: Params) -> Compute:
@@ -224,8 +254,11 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
         module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
         with Interruption(at_once=True):  # inside, so that the run hears of the signal
             metrics = module.run(plan.settings, job)
+        for name, value in job.tags.items():
+            run.tag(name, value)
         finished = {
             "metrics": metrics,
+            "notes": job.notes,
             "code": plan.code,
             "provenance": {
                 **run.provenance(),

@@ -14,6 +14,7 @@ import numpy as np
 
 from dmat import files, seeds
 from dmat.config import WriteReport
+from dmat.evaluation.table import read_table
 from dmat.jobs.execution import Job
 from dmat.jobs.stages import STAGES
 from dmat.metrics import intervals, pictures
@@ -30,7 +31,7 @@ MEASURES = {  # column of the per-image table -> heading
 def run(settings: WriteReport, job: Job) -> dict[str, Any]:
     names = {arm: [f"{arm}-{seed}" for seed in job.params.seeds] for arm in job.params.arms}
     tables = {
-        run: _table(job.inputs["evaluate_robust"] / run / "per_image.parquet")
+        run: read_table(job.inputs["evaluate_robust"] / run / "per_image.parquet")
         for runs in names.values()
         for run in runs
     }
@@ -40,6 +41,11 @@ def run(settings: WriteReport, job: Job) -> dict[str, Any]:
         comparison["arms"][arm] |= {
             f"{which}_gap": float(np.mean([one[which]["train_test_gap"] for one in summaries]))
             for which in ("best", "last")
+        }
+        comparison["no_headline"] |= {
+            run: one["best"]["no_headline"]
+            for run, one in zip(runs, summaries, strict=True)
+            if one["best"]["no_headline"]
         }
     histories = {
         run: files.read_json(job.inputs["train_robust"] / run / "history.json")
@@ -76,13 +82,17 @@ def run(settings: WriteReport, job: Job) -> dict[str, Any]:
 def compare(
     names: dict[str, list[str]], tables: dict[str, dict[str, np.ndarray]], settings: WriteReport
 ) -> dict[str, Any]:
-    """Accuracy of each arm and its paired difference from the baseline, for every measure that all tables hold."""
-    measures = [measure for measure in MEASURES if all(measure in table for table in tables.values())]
+    """Accuracy of each arm and its paired difference from the baseline, for the measures that all its seeds have: an
+    AutoAttack accuracy that is no headline has another name in the table, and none here."""
+    measured = {
+        arm: [measure for measure in MEASURES if all(measure in tables[run] for run in runs)]
+        for arm, runs in names.items()
+    }
     draw = seeds.stream(settings.seed, "bootstrap")
     arms: dict[str, dict[str, Any]] = {
         arm: {
             measure: intervals.over_seeds([tables[run][measure] for run in runs], settings.bootstrap, draw)
-            for measure in measures
+            for measure in measured[arm]
         }
         for arm, runs in names.items()
     }
@@ -92,36 +102,44 @@ def compare(
             measure: intervals.paired_difference(
                 [tables[run][measure] for run in runs], [table[measure] for table in baseline], settings.bootstrap, draw
             )
-            for measure in measures
+            for measure in measured[arm]
+            if measure in measured[settings.baseline]
         }
         for arm, runs in names.items()
         if arm != settings.baseline
     }
-    return {"baseline": settings.baseline, "arms": arms, "differences": differences}
+    return {"baseline": settings.baseline, "arms": arms, "differences": differences, "no_headline": {}}
+
+
+def measures_of(comparison: dict[str, Any]) -> dict[str, str]:
+    """The measures that some arm has, with their headings."""
+    return {m: heading for m, heading in MEASURES.items() if any(m in values for values in comparison["arms"].values())}
 
 
 def markdown(comparison: dict[str, Any], baseline: str) -> str:
     """The table people quote: per cent with 95 % intervals, differences in points."""
     first = next(iter(comparison["arms"].values()))
-    measures = [measure for measure in MEASURES if measure in first]
+    measures = list(measures_of(comparison))
     lines = [
         "| arm | " + " | ".join(MEASURES[m] for m in measures) + " | train − test PGD, best | last |",
         "|---" * (len(measures) + 3) + "|",
     ]
     for arm, values in comparison["arms"].items():
-        cells = [_per_cent(values[m]) for m in measures]
+        cells = [_per_cent(values[m]) if m in values else "—" for m in measures]
         lines.append(
             f"| {arm} | " + " | ".join(cells) + f" | {100 * values['best_gap']:.1f} | {100 * values['last_gap']:.1f} |"
         )
     for arm, values in comparison["differences"].items():
-        cells = [_points(values[m]) for m in measures]
+        cells = [_points(values[m]) if m in values else "—" for m in measures]
         lines.append(f"| {arm} − {baseline} | " + " | ".join(cells) + " | | |")
-    n, count = first[measures[0]]["n"], first[measures[0]]["seeds"]
+    n, count = first["best_clean"]["n"], first["best_clean"]["seeds"]
     lines += [
         "",
         f"Per cent of n = {n} test images, {count} seed{'s' if count > 1 else ''}, 95 % intervals in brackets; "
         f"differences are paired by image, in points.",
     ]
+    for run, reasons in comparison["no_headline"].items():
+        lines += ["", f"No AutoAttack accuracy of {run}: {' '.join(reasons)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -132,13 +150,6 @@ def _per_cent(value: dict[str, float]) -> str:
 
 def _points(value: dict[str, float]) -> str:
     return f"**{100 * value['value']:+.1f}** [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
-
-
-def _table(path: Path) -> dict[str, np.ndarray]:
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.read_table(path)
-    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def _history_csv(histories: dict[str, Sequence[dict[str, float]]]) -> str:
@@ -155,7 +166,7 @@ def _bar_values(comparison: dict[str, Any]) -> dict[str, dict[str, tuple[float, 
         arm: {
             heading: (values[m]["value"], values[m]["low"], values[m]["high"])
             for m, heading in MEASURES.items()
-            if m in values
+            if all(m in others for others in comparison["arms"].values())
         }
         for arm, values in comparison["arms"].items()
     }
@@ -204,7 +215,7 @@ def _page(settings: WriteReport, job: Job, comparison: dict[str, Any], names: di
     return environment.get_template("report.html.j2").render(
         settings=settings,
         comparison=comparison,
-        measures=MEASURES,
+        measures=measures_of(comparison),
         figures=figures,
         provenance=provenance,
         quality=quality,

@@ -8,7 +8,7 @@ calls in `modes.mode` and `modes.frozen`. Updates are in float32 whatever the pr
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -78,6 +78,37 @@ def pgd(
     return adversarial.detach()
 
 
+def fgsm(logits_of: Logits, images: Tensor, objective: Objective, ball: Ball) -> Tensor:
+    """One step of the ball's whole radius from the image itself (Goodfellow et al. 2015)."""
+    return pgd(logits_of, images, objective, ball, torch.zeros_like(images), 1, ball.epsilon)
+
+
+def pgd_with_restarts(
+    logits_of: Logits,
+    images: Tensor,
+    labels: Tensor,
+    objective_of: Callable[[Tensor], Objective],
+    ball: Ball,
+    starts: Sequence[Tensor],
+    steps: int,
+    step_size: float,
+) -> Tensor:
+    """PGD from each start in turn, on the images that none before has broken. Of a robust image: the last attempt.
+
+    objective_of: labels -> objective, such as `OBJECTIVES["cw"]`. starts: one perturbation [B, C, H, W] a restart.
+    """
+    found = images.detach().clone()
+    left = torch.arange(len(images), device=images.device)
+    for start in starts:
+        if not len(left):
+            break
+        x, y = images[left], labels[left]
+        found[left] = pgd(logits_of, x, objective_of(y), ball, start[left], steps, step_size)
+        with torch.no_grad():
+            left = left[logits_of(found[left]).argmax(1) == y]
+    return found
+
+
 def cross_entropy(labels: Tensor) -> Objective:
     """-log p(label). labels int64 [B]."""
     return lambda logits: F.cross_entropy(logits.float(), labels, reduction="none")
@@ -86,6 +117,20 @@ def cross_entropy(labels: Tensor) -> Objective:
 def margin(labels: Tensor) -> Objective:
     """Carlini and Wagner 2017: largest wrong logit minus the logit of the label; above 0 means misclassified."""
     return lambda logits: -logit_margin(logits.float(), labels)
+
+
+def logit_ratio(labels: Tensor) -> Objective:
+    """The negative difference of logits ratio (Croce and Hein 2020, equation 3): the margin over the gap between the
+    first and the third logit, which the scale of the logits does not change. Needs three classes."""
+
+    def objective(logits: Tensor) -> Tensor:
+        best = logits.float().topk(3, dim=1).values  # [B, 3]
+        return -logit_margin(logits.float(), labels) / (best[:, 0] - best[:, 2] + 1e-12)
+
+    return objective
+
+
+OBJECTIVES: dict[str, Callable[[Tensor], Objective]] = {"ce": cross_entropy, "cw": margin, "dlr": logit_ratio}
 
 
 def divergence(target_log_probabilities: Tensor) -> Objective:

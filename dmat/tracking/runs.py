@@ -149,8 +149,9 @@ def open_run(
     compute: Mapping[str, Any],
     parent: Path | None = None,
     tags: Mapping[str, str] | None = None,
+    enabled: bool = True,
 ) -> Run:
-    """The run of a stage instance; resumed where `work` remembers one. DMAT_TRACKING=off makes it silent.
+    """The run of a stage instance; resumed where `work` remembers one. DMAT_TRACKING=off makes all of them silent.
 
     parent: the folder that remembers the parent's run; without it that of the `dvc` process above, if there is one.
     """
@@ -174,7 +175,7 @@ def open_run(
             **(tags or {}),
         },
     }
-    enabled = os.environ.get("DMAT_TRACKING", "on") != "off"
+    enabled = enabled and os.environ.get("DMAT_TRACKING", "on") != "off"
     above = (parent or _dvc_folder(home)) if enabled else None
     return Run(home, work, about | {"parent": notes.relative(home, above) if above else None}, enabled)
 

@@ -1,0 +1,136 @@
+"""`dmat evaluate-robust`: a stage of the pipeline, or any model on any images."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import stages
+from dmat.errors import DmatError
+from dmat.jobs import STAGES
+
+_STAGE = STAGES["evaluate_robust"]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        _STAGE.command,
+        help=f"{_STAGE.summary}\n\nEither an arm and a seed of params.yaml, or --model and --images for what no stage "
+        f"made. Several processes may share one evaluation: start it once, and again with --worker, or by torchrun."
+        f"\n\nExample: {_STAGE.example}\n\nExample: dmat evaluate-robust --model wang.safetensors --images "
+        f"cifar-10-batches-py --against robustbench",
+    )(_evaluate)
+
+
+def _evaluate(
+    arm: Annotated[str | None, typer.Option(help="Name in `arms` of params.yaml.")] = None,
+    seed: Annotated[int | None, typer.Option(help="One of `seeds` of params.yaml.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A .safetensors file, its sidecar beside it.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="A CIFAR folder, a folder of images by class, of shards, an .npz, or digits.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="test or train, where the source has both.")] = "test",
+    norm: Annotated[str | None, typer.Option(help="linf or l2. [default: what the model was trained for]")] = None,
+    epsilon: Annotated[str | None, typer.Option(help="In pixels of [0, 1], such as 8/255.")] = None,
+    first: Annotated[int, typer.Option(help="Only so many images: never a headline. 0: all.", min=0)] = 0,
+    attacks: Annotated[
+        str | None, typer.Option(help="standard, none, or names such as apgd-ce,square: never a headline.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images at a time. [default: 250]", min=1)] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of the results. [default: MODEL-evaluation]")] = None,
+    against: Annotated[str | None, typer.Option(help="robustbench: compare with its leaderboard.")] = None,
+    entry: Annotated[str | None, typer.Option(help="Its row. [default: the name of the model's file]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; with --model.")] = "auto",
+    worker: Annotated[bool, typer.Option("--worker", help="Help an evaluation that is started elsewhere.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set earlier work aside and start over.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and the time left.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="No progress bar; the result as JSON.")] = False,
+    params: Annotated[
+        Path | None, typer.Option(help="Parameter file; with --model, of its protocol. [default: params.yaml]")
+    ] = None,
+) -> None:
+    of_stage: dict[str, Any] = {"--arm": arm, "--seed": seed}
+    of_model: dict[str, Any] = {"--model": model, "--images": images}
+    only_model: dict[str, Any] = {"--norm": norm, "--epsilon": epsilon, "--first": first or None, "--attacks": attacks,
+                  "--batch": batch, "--to": to, "--against": against, "--entry": entry}  # fmt: skip
+    if model is None and images is None:
+        given = [name for name, value in only_model.items() if value is not None]
+        missing = [name for name, value in of_stage.items() if value is None]
+        if missing:
+            raise DmatError(
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; expected --arm and --seed of "
+                f"params.yaml, or --model and --images"
+            )
+        if given:
+            raise DmatError(f"{', '.join(given)} came with --arm; expected --model and --images; change params.yaml")
+        chosen = {"arm": arm, "seed": seed}
+        stages.run(_STAGE, chosen, params or Path("params.yaml"), fresh, dry_run, as_json, worker)
+        return
+    for name, value in of_model.items():
+        if value is None:
+            raise DmatError(f"{name} is missing; expected --model FILE and --images SOURCE together")
+    for name, value in of_stage.items():
+        if value is not None:
+            raise DmatError(f"{name} came with --model; expected either an arm and a seed, or a model and images")
+    if against not in (None, "robustbench"):
+        raise DmatError(f"--against is {against!r}; expected robustbench")
+    assert model is not None
+    assert images is not None
+    overrides: dict[str, Any] = {"images": first}
+    if attacks is not None:
+        overrides["auto_attack"] = attacks if attacks in ("standard", "none") else attacks.split(",")
+    if batch is not None:
+        overrides |= {"batch": batch}
+    _evaluate_model(
+        model, images, split, (norm, epsilon), overrides, to, (against, entry), device, worker, fresh, dry_run, as_json,
+        params,
+    )  # fmt: skip
+
+
+def _evaluate_model(
+    model: Path,
+    images: str,
+    split: str,
+    threat: tuple[str | None, str | None],
+    overrides: dict[str, Any],
+    to: Path | None,
+    against: tuple[str | None, str | None],
+    device: str,
+    worker: bool,
+    fresh: bool,
+    dry_run: bool,
+    as_json: bool,
+    params: Path | None,
+) -> None:
+    from dmat import config
+    from dmat.jobs import evaluate_model, workspace
+
+    base = config.load(params).sections["evaluate_robust"].plain() if params else {}
+    in_project = Path("params.yaml").is_file()
+    request = evaluate_model.Request(
+        model,
+        images,
+        split,
+        *threat,
+        config.evaluation(base | overrides),
+        to or Path(f"{model.stem}-evaluation"),
+        workspace.find(Path()).home if in_project else None,
+    )
+    direct = evaluate_model.DirectEvaluation(request, evaluate_model.compute_on(device))
+    if dry_run:
+        typer.echo(json.dumps(direct.outlook(), indent=2))
+        return
+    if worker or not evaluate_model.leads():
+        direct.assist(quiet=as_json)
+        return
+    result = direct.run(fresh, quiet=as_json)
+    said = evaluate_model.against_robustbench(direct, result, against[1]) if against[0] else []
+    if as_json:
+        typer.echo(json.dumps(result.summary | ({"against": said} if said else {}), sort_keys=True))
+        return
+    for line in [*evaluate_model.lines(result), *said]:
+        typer.echo(line)
+    typer.echo(f"{request.folder}: per_image.parquet, summary.json, protocol.json and pictures")
+    if request.home is None:
+        typer.echo("not tracked: no params.yaml here", err=True)

@@ -1,0 +1,295 @@
+"""From shards to what people read: a row for each image, accuracies with intervals, checks, and whether the AutoAttack
+accuracy may stand as the headline."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmat import seeds
+from dmat.devices import Compute
+from dmat.errors import DmatError
+from dmat.evaluation import checks, measures
+from dmat.evaluation.checks import Check
+from dmat.evaluation.measures import Subject
+from dmat.evaluation.work import Columns, Unit
+from dmat.metrics import pictures
+from dmat.metrics.intervals import wilson
+from dmat.robust import attacks, auto_attack, prediction
+
+_SHOWN = 10  # images in the picture of perturbations
+
+
+class Settings(measures.Settings, Protocol):
+    check_images: int
+    check_queries: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """measure: what the accuracy under the suite may be called. reasons: why it is no headline; empty: it is one."""
+
+    measure: str
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def sentences(self) -> list[str]:
+        """For who started the evaluation; nothing if there is a headline."""
+        return [f"no headline: {reason}" for reason in self.reasons]
+
+    @property
+    def tags(self) -> dict[str, str]:
+        failed = [check.name for check in self.checks if not check.passed]
+        return {
+            "evaluation.headline": "no" if self.reasons else "yes",
+            "evaluation.measure": self.measure,
+            "evaluation.checks": f"failed: {', '.join(failed)}" if failed else "passed",
+            **({"evaluation.no_headline": " ".join(self.reasons)} if self.reasons else {}),
+        }
+
+
+class Evaluation:
+    """One subject in one folder. `identity` says what the files there belong to: all that decides them."""
+
+    def __init__(
+        self, folder: Path, subject: Subject, settings: Settings, compute: Compute, identity: Mapping[str, Any]
+    ):
+        _refuse_bad_images(subject)
+        self.folder, self.subject, self.settings, self.compute = folder, subject, settings, compute
+        count = -(-len(subject.labels) // settings.shard)
+        sizes = [measures.shard_of(k, settings.shard, len(subject.labels)) for k in range(count)]
+        known = {**identity, "subject": subject.name, "images_attacked": len(subject.labels)}
+        self._shards = [
+            Unit(
+                folder / f"shard-{number:05d}",
+                where.stop - where.start,
+                {**known, "shard": number},
+                lambda number=number: measures.of_shard(subject, settings, number, compute),  # type: ignore[misc]
+            )
+            for number, where in enumerate(sizes)
+        ]
+        checked = min(settings.check_images, len(subject.labels))
+        self._black_box = Unit(folder / "black-box", checked, {**known, "shard": "black box"}, self._square)
+
+    @property
+    def units(self) -> list[Unit]:
+        """Everything that must be computed before the rest of this class can be asked."""
+        return [*self._shards, self._black_box] if self.subject.thorough else self._shards
+
+    def columns(self) -> Columns:
+        """The columns of `measures.of_shard` for all images [N]."""
+        parts = [unit.read() for unit in self._shards]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _square(self) -> Columns:
+        x, y = self._few()
+        broken = auto_attack.square(
+            self.subject.model, x, y, self.subject.ball, self.settings.check_queries, self.settings.auto_attack_seed
+        )
+        with torch.no_grad():
+            right = self.subject.model(x).argmax(1) == y
+            robust = right & (self.subject.model(broken).argmax(1) == y)
+        return {"robust": robust.cpu().numpy()}
+
+    def _few(self) -> tuple[Tensor, Tensor]:
+        """The images that checks of the model look at, on the device."""
+        count = self.settings.check_images
+        x, y = self.subject.images[:count], self.subject.labels[:count]
+        return self.compute.place(x), y.to(self.compute.device)
+
+    def checks(self, columns: Columns) -> list[Check]:
+        """All checks of a thorough subject, in the order in which they rule each other out."""
+        subject, settings = self.subject, self.settings
+        x, y = self._few()
+        outputs = prediction.logits(subject.model, x.cpu(), self.compute, settings.batch)
+        adversarial = torch.from_numpy(columns["adversarial"])
+        start = subject.ball.random_start(seeds.stream(settings.pgd_seed, "evaluation/check"), tuple(x.shape))
+        recorded = columns["pgd"] & columns["auto_attack"] if "auto_attack" in columns else columns["pgd"]
+        shape = tuple(subject.images.shape[1:])
+        return [
+            checks.in_range(subject.images),
+            checks.finite(outputs),
+            checks.logits(outputs),
+            checks.evaluation_mode(subject.model),
+            checks.deterministic(subject.model, x),
+            checks.same_alone(subject.model, x if len(x) > 1 else torch.cat([x, x])),
+            checks.zero_gradients(subject.model, x, y, subject.ball, self.compute.place(start)),
+            checks.inside_ball(subject.images, adversarial, subject.ball),
+            checks.rescored(recorded, self._margins(adversarial, settings.batch), self._margins(adversarial, None)),
+            checks.more_steps(columns["pgd_few"], columns["pgd"], measures.few(settings.pgd_steps), settings.pgd_steps),
+            checks.black_box(self._black_box.read()["robust"], self._white_box(columns)[: len(y)]),
+            checks.large_radius(columns["grey"], checks.grey_radius(subject.ball.norm, shape)),
+            checks.fgsm_and_pgd(columns["fgsm"], columns["pgd"]),
+        ]
+
+    def _margins(self, adversarial: Tensor, batch: int | None) -> np.ndarray:
+        """Logit margins of saved images: shard by shard as they were computed, or (None) in batches of another size."""
+        model, compute, shard = self.subject.model, self.compute, self.settings.shard
+        if batch is None:
+            logits = prediction.logits(model, adversarial, compute, _other_size(min(self.settings.batch, shard)))
+        else:
+            logits = torch.cat([prediction.logits(model, part, compute, batch) for part in adversarial.split(shard)])
+        return attacks.logit_margin(logits, self.subject.labels).numpy()
+
+    def _white_box(self, columns: Columns) -> np.ndarray:
+        """What PGD and the suite's attacks by gradient left right."""
+        robust = columns["pgd"]
+        if self.subject.suite is not None:
+            numbers = [k for k, name in enumerate(self.subject.suite.attacks) if name != "square"]
+            robust = robust & ~np.isin(columns["broken_by"], numbers)
+        return robust
+
+    def verdict(self, columns: Columns, all_images: int) -> Verdict:
+        """all_images: how many there are; fewer attacked are a subset."""
+        found, suite, count = self.checks(columns), self.subject.suite, len(self.subject.labels)
+        reasons = [check.sentence for check in found if not check.passed]
+        measure = "auto_attack_unchecked" if reasons else "auto_attack"
+        if count < all_images:
+            reasons.insert(0, f"Only {count:,} of {all_images:,} images were attacked.")
+            measure = "auto_attack_subset"
+        if suite is None:
+            reasons.insert(0, "AutoAttack was not run.")
+        elif not suite.standard:
+            reasons.insert(0, f"The attacks are {suite.name}, not those of standard AutoAttack.")
+            measure = "auto_attack_nonstandard"
+        return Verdict(measure, tuple(reasons), tuple(found))
+
+    def rows(self, columns: Columns, verdict: Verdict | None = None) -> dict[str, np.ndarray]:
+        """Columns of the per-image table."""
+        rows = {name: columns[name] for name in ("prediction", "clean", "pgd")}
+        if not self.subject.thorough:
+            return {name: rows[name] for name in ("clean", "pgd")}
+        rows["fgsm"] = columns["fgsm"]
+        if self.subject.suite is not None and verdict is not None:
+            rows[verdict.measure] = columns["auto_attack"]
+            rows["broken_by"] = self._names(columns["broken_by"])
+        return rows | {name: columns[name] for name in ("attacked", "margin", "perturbation")}
+
+    def _names(self, broken_by: np.ndarray) -> np.ndarray:
+        """Name of the first attack that broke an image; "none" if robust, "misclassified" if none was needed."""
+        assert self.subject.suite is not None
+        words = {auto_attack.ROBUST: "none", auto_attack.MISCLASSIFIED: "misclassified"}
+        words |= dict(enumerate(self.subject.suite.attacks))
+        return np.array([words[int(number)] for number in broken_by])
+
+    def summary(self, columns: Columns, verdict: Verdict) -> dict[str, Any]:
+        """Accuracies with Wilson intervals, who broke what, the sweep, and the headline or why there is none."""
+        found: dict[str, Any] = {name: wilson(columns[name]).plain() for name in ("clean", "fgsm", "pgd")}
+        if self.subject.suite is not None:
+            found[verdict.measure] = wilson(columns["auto_attack"]).plain()
+            names, counts = np.unique(self._names(columns["broken_by"]), return_counts=True)
+            found["broken_by"] = dict(zip(names.tolist(), counts.tolist(), strict=True))
+            # Images that the whole suite left and PGD did not: more than a few say that the suite was not at its best.
+            found["broken_by_pgd_alone"] = int((columns["auto_attack"] & ~columns["pgd"]).sum())
+        found["sweep"] = [{"epsilon": radius, **wilson(flags).plain()} for radius, flags in self._sweep(columns)]
+        found["headline"] = None if verdict.reasons else {"measure": verdict.measure, **found[verdict.measure]}
+        found["no_headline"] = list(verdict.reasons)
+        found["checks"] = [check.plain() for check in verdict.checks]
+        return found
+
+    def protocol(self, threat: Mapping[str, Any], all_images: int) -> dict[str, Any]:
+        """Everything that somebody needs who wants to measure the same. threat: norm, epsilon as written."""
+        settings, suite = self.settings, self.subject.suite
+        step = f"step {settings.pgd_step_size or self.subject.ball.epsilon / 4:.6g}"
+        return {
+            "threat": dict(threat),
+            "images": len(self.subject.labels),
+            "of_images": all_images,
+            "pgd": f"PGD-{settings.pgd_steps}, loss {settings.pgd_loss}, {step}, restarts {settings.pgd_restarts}",
+            "auto_attack": suite.name if suite else "none",
+            "attacks": list(suite.attacks) if suite else [],
+            "targets": suite.targets if suite else 0,
+            "seeds": {"pgd": settings.pgd_seed, "auto_attack": f"{settings.auto_attack_seed} + number of the shard"},
+            "shard": settings.shard,
+            "batch": settings.batch,
+            "precision": self.compute.precision,
+            "device": str(self.compute.device),
+            "versions": {name: version(name) for name in ("dmat", "torch", "pyautoattack")},
+        }
+
+    def _sweep(self, columns: Columns) -> list[tuple[float, np.ndarray]]:
+        """PGD's flags by radius, 0 and epsilon among them."""
+        epsilon = self.subject.ball.epsilon
+        points = {0.0: columns["clean"], epsilon: columns["pgd"]}
+        points |= {
+            multiple * epsilon: columns["sweep"][:, k]
+            for k, multiple in enumerate(self.settings.sweep)
+            if multiple != 1
+        }
+        return sorted(points.items(), key=lambda point: point[0])
+
+    def draw(self, folder: Path, columns: Columns, epsilon: str, class_names: Sequence[str], verdict: Verdict) -> None:
+        """Pictures as PNG files. epsilon: as people write it, such as "8/255"."""
+        labels, classes = self.subject.labels.numpy(), len(class_names)
+        by_attack = {"PGD": columns["pgd"]}
+        if self.subject.suite is not None:
+            by_attack[verdict.measure.replace("_", " ").replace("auto attack", "AutoAttack")] = columns["auto_attack"]
+        points = {"PGD": [(r, *_interval(flags)) for r, flags in self._sweep(columns)]}
+        for name, flags in by_attack.items():
+            if name != "PGD":
+                points[name] = [(self.subject.ball.epsilon, *_interval(flags))]
+        pictures.against_epsilon(
+            folder / "accuracy_against_epsilon.png", points, self.subject.ball.epsilon, epsilon,
+            f"Accuracy against the radius of the attack ({self.subject.ball.norm}, n = {len(labels):,})",
+        )  # fmt: skip
+        present = [k for k in range(classes) if (labels == k).any()]
+        per_class = {
+            name: [_interval(flags[labels == k]) for k in present]
+            for name, flags in {"clean": columns["clean"], **by_attack}.items()
+        }
+        title = f"Accuracy of each class, epsilon {epsilon} ({self.subject.ball.norm})"
+        pictures.per_class(folder / "per_class.png", [class_names[k] for k in present], per_class, title)
+        counts = np.zeros((classes, classes), dtype=np.int64)
+        np.add.at(counts, (labels, columns["attacked"]), 1)
+        pictures.confusion(
+            folder / "confusion.png", counts, class_names, f"Predictions under attack, epsilon {epsilon}"
+        )
+        self._draw_perturbations(folder / "perturbations.png", columns, epsilon, class_names)
+
+    def _draw_perturbations(self, path: Path, columns: Columns, epsilon: str, class_names: Sequence[str]) -> None:
+        """Right images, preferring those that were broken."""
+        labels, clean, after = self.subject.labels.numpy(), columns["clean"], columns["attacked"]
+        broken = np.flatnonzero(clean & (after != labels))
+        chosen = np.concatenate([broken, np.flatnonzero(clean & (after == labels))])[:_SHOWN]
+        if len(chosen):
+            natural, worst = self.subject.images.numpy()[chosen], columns["adversarial"][chosen]
+            pictures.perturbations(
+                path, natural.transpose(0, 2, 3, 1), worst.transpose(0, 2, 3, 1), labels[chosen],
+                columns["prediction"][chosen], after[chosen], epsilon, class_names,
+            )  # fmt: skip
+
+
+def _interval(flags: np.ndarray) -> tuple[float, float, float]:
+    found = wilson(flags)
+    return found.value, found.low, found.high
+
+
+def _other_size(batch: int) -> int:
+    """A batch size that cuts the images in other places."""
+    return max(1, batch // 2 + 1) if batch > 1 else 2
+
+
+def _refuse_bad_images(subject: Subject) -> None:
+    images, labels, classes = subject.images, subject.labels, subject.model.logits.out_features
+    largest = float(np.sqrt(np.prod(images.shape[1:])))
+    if subject.ball.norm == "l2" and subject.ball.epsilon > largest:
+        raise DmatError(
+            f"epsilon is {subject.ball.epsilon:g}, larger than the l2 distance from a black to a white image, "
+            f"{largest:.2f}; expected pixels of [0, 1]; for levels of 255 write {subject.ball.epsilon:g}/255"
+        )
+    if not len(labels):
+        raise DmatError("there are 0 images to attack; expected 1 or more; name other images")
+    in_range = checks.in_range(images)
+    if not in_range.passed:
+        raise DmatError(in_range.sentence)
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise DmatError(
+            f"labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to {classes - 1} for a model with "
+            f"{classes} classes; name the images that it was trained for"
+        )

@@ -1,0 +1,127 @@
+"""Who computes which shard: processes share a folder, and nothing else.
+
+Each shard is one file beside a note that says what it is (its identity, its checksum). A process claims a shard by a
+file lock, which ends with the process, so a shard of a killed worker is free at once. On one machine this always works;
+on several it needs a shared folder whose locks hold (NFS 4 or later).
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+from tqdm import tqdm
+
+from dmat import files
+from dmat.errors import DmatError
+
+_LOOK_EVERY = 0.5  # seconds between two looks at what others compute
+
+Columns = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One shard: the path of its files without suffix, what it is, and how to compute it."""
+
+    path: Path
+    images: int
+    identity: Mapping[str, Any]
+    make: Callable[[], Columns]
+
+    @property
+    def done(self) -> bool:
+        return self.path.with_suffix(".json").is_file()
+
+    def compute(self) -> None:
+        """The note comes last: without it nothing was computed."""
+        started = time.monotonic()
+        columns = self.make()
+        with files.writing(self.path.with_suffix(".npz")) as file:
+            np.savez(file, **columns)  # type: ignore[arg-type]  # its stub takes the first for allow_pickle
+        note = {
+            "identity": dict(self.identity),
+            "images": self.images,
+            "seconds": round(time.monotonic() - started, 3),
+            "sha256": files.sha256(self.path.with_suffix(".npz")),
+        }
+        files.write_json(self.path.with_suffix(".json"), note)
+
+    def note(self) -> dict[str, Any]:
+        note: dict[str, Any] = files.read_json(self.path.with_suffix(".json"))
+        return note
+
+    def read(self) -> Columns:
+        """Refuses what another model, other images or other settings made, and what was altered."""
+        note, path = self.note(), self.path.with_suffix(".npz")
+        if note.get("identity") != dict(self.identity):
+            other = [key for key, value in self.identity.items() if note.get("identity", {}).get(key) != value]
+            raise DmatError(
+                f"{path} belongs to another evaluation ({', '.join(other)} differ); expected the same model, images "
+                f"and settings; give another folder, or start over with --fresh"
+            )
+        if not path.is_file() or files.sha256(path) != note["sha256"]:
+            raise DmatError(
+                f"{path} is missing or was altered since it was computed; expected the file that "
+                f"{self.path.with_suffix('.json').name} describes; delete both and run again: one shard is lost"
+            )
+        with np.load(path, allow_pickle=False) as saved:
+            return {name: saved[name] for name in saved.files}
+
+
+def compute_all(units: Sequence[Unit], *, wait: bool, quiet: bool) -> None:
+    """Computes what nobody else does, with a progress bar that also counts what others do.
+
+    wait: returns when all is there, and takes over what others leave behind.
+    """
+    for unit in units:
+        unit.path.parent.mkdir(parents=True, exist_ok=True)
+    total = sum(unit.images for unit in units)
+    with tqdm(total=total, unit=" images", desc="evaluate", disable=quiet, dynamic_ncols=True) as bar:
+        while True:
+            pending = [unit for unit in units if not unit.done]
+            bar.update(total - sum(unit.images for unit in pending) - bar.n)
+            if not pending:
+                return
+            if not any(_computed(unit) for unit in pending):  # the first that is free, then a new look
+                if not wait:
+                    return
+                time.sleep(_LOOK_EVERY)
+
+
+def _computed(unit: Unit) -> bool:
+    """Whether this process computed the shard: nobody else was at it."""
+    try:
+        with filelock.FileLock(unit.path.with_suffix(".lock"), timeout=0):
+            if unit.done:
+                return False
+            unit.compute()
+    except filelock.Timeout:
+        return False
+    return True
+
+
+def outlook(units: Sequence[Unit]) -> dict[str, Any]:
+    """Shards done, and seconds that one process needs for the others, by the median second per image so far.
+
+    Shards of one folder count together; None where none of a folder is done.
+    """
+    left = 0.0
+    known = True
+    for folder in dict.fromkeys(unit.path.parent for unit in units):
+        own = [unit for unit in units if unit.path.parent == folder]
+        missing = sum(unit.images for unit in own if not unit.done)
+        speeds = [note["seconds"] / note["images"] for note in (unit.note() for unit in own if unit.done)]
+        if missing and not speeds:
+            known = False
+        elif missing:
+            left += missing * statistics.median(speeds)
+    return {
+        "shards": len(units),
+        "shards_done": sum(unit.done for unit in units),
+        "seconds_left": round(left, 1) if known else None,
+    }

@@ -1,0 +1,267 @@
+"""`dmat evaluate-robust --model FILE --images SOURCE`: the same evaluation for what no stage made.
+
+Everything is in one folder: shards in `work/`, and when all are done the table, the summary, the protocol and pictures.
+In a project it is tracked like a stage; elsewhere it is not.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmat import config, devices, files, processes, tracking
+from dmat.config import EvaluateRobust, Threat
+from dmat.data.pixels import to_unit
+from dmat.data.sources import Source
+from dmat.devices import Compute
+from dmat.errors import DmatError
+from dmat.evaluation import work
+from dmat.evaluation.evaluate import Evaluation, Verdict
+from dmat.evaluation.measures import Subject
+from dmat.evaluation.table import write_table
+from dmat.jobs.execution import lock, set_aside
+from dmat.models import leaderboard
+from dmat.models.loading import expect_pair, open_classifier
+from dmat.robust import auto_attack
+from dmat.robust.attacks import Ball
+from dmat.training.interruption import Interruption
+
+_ABOUT = "evaluation.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to evaluate on what. norm, epsilon: None for those of the model's sidecar. folder: where all goes."""
+
+    model: Path
+    images: str  # a path, or the name of an embedded source
+    split: str
+    norm: str | None
+    epsilon: str | None
+    settings: EvaluateRobust
+    folder: Path
+    home: Path | None  # the project whose MLflow store is told; None: nobody is
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """summary: as in summary.json. compared: sentences about a published number, if one was asked for."""
+
+    summary: dict[str, Any]
+    verdict: Verdict
+    protocol: dict[str, Any]
+
+
+class DirectEvaluation:
+    """A request with everything loaded and checked. Raises DmatError for whatever does not fit together."""
+
+    def __init__(self, request: Request, compute: Compute):
+        self.request, self.compute = request, compute.exact()
+        path = expect_pair(request.model)
+        model, self.sidecar = open_classifier(path)
+        self.source = recognise(request.images, request.split)
+        _expect_fit(self.source, self.sidecar, request)
+        self.threat = _threat(request, self.sidecar)
+        settings, classes = request.settings, self.sidecar["classes"]
+        self.names = _class_names(self.source, self.sidecar)
+        suite = None if settings.auto_attack == "none" else auto_attack.suite(settings.auto_attack, classes)
+        labels = torch.from_numpy(self.source.labels)
+        images = to_unit(self.source.images)
+        self.all_images = len(labels)
+        if settings.images:
+            images, labels = images[: settings.images], labels[: settings.images]
+        self.compute.place_model(model)
+        ball = Ball(self.threat.norm, float(self.threat.epsilon))
+        subject = Subject("model", model, images, labels, ball, suite, thorough=True)
+        self.identity = {
+            "weights": self.sidecar["sha256"],
+            "images": _hash(images, labels),
+            "threat": self.threat.plain(),
+            "settings": settings.plain(),
+        }
+        self.evaluation = Evaluation(request.folder / "work", subject, settings, self.compute, self.identity)
+
+    def outlook(self) -> dict[str, Any]:
+        """What `--dry-run` says."""
+        return {
+            "model": str(self.request.model),
+            "images": self.source.origin,
+            "folder": str(self.request.folder),
+            "protocol": self.protocol(),
+            **work.outlook(self.evaluation.units),
+        }
+
+    def protocol(self) -> dict[str, Any]:
+        return self.evaluation.protocol(self.threat.plain(), self.all_images)
+
+    def assist(self, quiet: bool) -> None:
+        """Computes shards that nobody else is computing, until none is left."""
+        self._expect_own_folder()
+        with Interruption(at_once=True):
+            work.compute_all(self.evaluation.units, wait=False, quiet=quiet)
+
+    def run(self, fresh: bool, quiet: bool) -> Result:
+        """Computes what is missing and writes the results. The same request goes on, and finds a finished one."""
+        folder = self.request.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder), Interruption(at_once=True):
+            if fresh:
+                set_aside(folder, self.request.home or folder)
+            self._expect_own_folder()
+            files.write_json(folder / _ABOUT, self.identity)
+            with self._tracked() as run:
+                with Interruption(at_once=True):  # inside, so that the run hears of the signal
+                    work.compute_all(self.evaluation.units, wait=True, quiet=quiet)
+                    result = self._write(folder)
+                for name, value in result.verdict.tags.items():
+                    run.tag(name, value)
+                run.finish_with(_numbers(result.summary), sorted(folder.glob("*.png")))
+        return result
+
+    def _tracked(self) -> tracking.Run:
+        request = self.request
+        return tracking.open_run(
+            request.home or request.folder,
+            request.folder,
+            stage="evaluate_robust",
+            instance=request.model.stem,
+            settings=request.settings.plain() | {"threat": self.threat.plain(), "images_from": self.source.origin},
+            inputs={
+                "model": {"path": str(request.model), "sha256": self.identity["weights"]},
+                "images": {"path": request.images, "sha256": self.identity["images"]},
+            },
+            compute=self.compute.describe(),
+            enabled=request.home is not None,
+        )
+
+    def _write(self, folder: Path) -> Result:
+        evaluation = self.evaluation
+        columns = evaluation.columns()
+        verdict = evaluation.verdict(columns, self.all_images)
+        summary, protocol = evaluation.summary(columns, verdict), self.protocol()
+        count = len(evaluation.subject.labels)
+        rows = {"index": np.arange(count), "label": evaluation.subject.labels.numpy()}
+        write_table(folder / "per_image.parquet", rows | evaluation.rows(columns, verdict))
+        evaluation.draw(folder, columns, self.threat.epsilon.text, self.names, verdict)
+        files.write_json(folder / "protocol.json", protocol)
+        files.write_json(folder / "summary.json", summary)
+        return Result(summary, verdict, protocol)
+
+    def _expect_own_folder(self) -> None:
+        path = self.request.folder / _ABOUT
+        if path.exists() and (found := files.read_json(path)) != self.identity:
+            other = [key for key, value in self.identity.items() if found.get(key) != value]
+            raise DmatError(
+                f"{self.request.folder} holds another evaluation ({', '.join(other)} differ); expected an empty folder "
+                f"or the same request; give another --to, or start over with --fresh, which keeps the old one aside"
+            )
+
+
+def against_robustbench(direct: DirectEvaluation, result: Result, name: str | None) -> list[str]:
+    """The published number of an entry, ours, and what makes them different measurements."""
+    data = direct.source.data
+    if data is None:
+        raise DmatError(
+            f"{direct.source.origin} is no data set of RobustBench; expected cifar10 or cifar100; leave --against out"
+        )
+    threat, summary = direct.threat, result.summary
+    entry = leaderboard.entry(data, threat.norm, name or direct.request.model.stem)
+    ours = {
+        "norm": threat.norm,
+        "epsilon": threat.epsilon.text,
+        "images": result.protocol["images"],
+        "suite": "standard"
+        if direct.evaluation.subject.suite and direct.evaluation.subject.suite.standard
+        else "other",
+        "precision": direct.compute.precision,
+    }
+    said = [
+        f"{entry.name} on RobustBench ({entry.snapshot}): clean {entry.clean:.2f} %, AutoAttack "
+        f"{entry.auto_attack:.2f} %.",
+        f"Here: clean {100 * summary['clean']['value']:.2f} %"
+        + (
+            f", AutoAttack {100 * summary[result.verdict.measure]['value']:.2f} %."
+            if result.verdict.measure in summary
+            else "; AutoAttack was not run."
+        ),
+    ]
+    return said + leaderboard.compared(entry, ours)
+
+
+def lines(result: Result) -> list[str]:
+    """What people read at the end: accuracies with intervals, the headline or why there is none."""
+    n = result.protocol["images"]
+    found = [
+        f"{name:24s}{100 * value['value']:6.2f} %  [{100 * value['low']:.2f}, {100 * value['high']:.2f}]  n = {n:,}"
+        for name, value in result.summary.items()
+        if isinstance(value, dict) and "low" in value and name != "headline"
+    ]
+    if not result.verdict.reasons:
+        threat = result.protocol["threat"]
+        value = result.summary["headline"]["value"]
+        found.append(
+            f"headline: {100 * value:.2f} % under standard AutoAttack, {threat['norm']} {threat['epsilon']}; all "
+            f"{len(result.verdict.checks)} checks passed"
+        )
+    return found + result.verdict.sentences
+
+
+def compute_on(device: str) -> Compute:
+    return devices.resolve(device, "fp32", torch.get_num_threads())
+
+
+def leads() -> bool:
+    """Whether this process publishes; under torchrun the others assist."""
+    return processes.world().leads
+
+
+def _threat(request: Request, sidecar: Mapping[str, Any]) -> Threat:
+    found = sidecar.get("threat") or {}
+    norm, epsilon = request.norm or found.get("norm"), request.epsilon or found.get("epsilon")
+    if norm is None or epsilon is None:
+        raise DmatError(
+            f"{request.model.with_suffix('.json')} says no threat model; expected one; give --norm and --epsilon, for "
+            f"example --norm linf --epsilon 8/255"
+        )
+    return config.threat(norm, epsilon)
+
+
+def _expect_fit(source: Source, sidecar: Mapping[str, Any], request: Request) -> None:
+    shape, classes = list(sidecar["image_shape"]), sidecar["classes"]
+    if list(source.images.shape[1:]) != shape:
+        raise DmatError(
+            f"{request.images} holds images {list(source.images.shape[1:])}, {request.model} is for {shape} (height, "
+            f"width, channels); expected the same; name other images or another model"
+        )
+    if len(source.class_names) != classes and (source.named_classes or len(source.class_names) > classes):
+        raise DmatError(
+            f"{request.images} has {len(source.class_names)} classes, {request.model} {classes}; expected the same; "
+            f"name other images or another model"
+        )
+
+
+def _class_names(source: Source, sidecar: Mapping[str, Any]) -> list[str]:
+    if source.named_classes:
+        return list(source.class_names)
+    return [str(name) for name in sidecar.get("class_names") or range(sidecar["classes"])]
+
+
+def _hash(images: torch.Tensor, labels: torch.Tensor) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for tensor in (images, labels):
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: value["value"]
+        for name, value in summary.items()
+        if isinstance(value, dict) and "value" in value and name != "headline"
+    }
