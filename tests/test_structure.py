@@ -20,7 +20,7 @@ ROWS = (
     ("dmat", "dmat.errors"),
     ("dmat.files", "dmat.seeds", "dmat.modes", "dmat.processes", "dmat.devices"),
     ("dmat.data", "dmat.diffusion", "dmat.robust", "dmat.metrics"),
-    ("dmat.training", "dmat.tracking", "dmat.models"),
+    ("dmat.training", "dmat.tracking", "dmat.models", "dmat.evaluation"),
     ("dmat.config", "dmat.recipes"),
     ("dmat.jobs",),
     ("dmat.tuning", "dmat.upkeep"),
