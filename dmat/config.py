@@ -20,6 +20,7 @@ from dmat.errors import ConfigError, DmatError
 
 _NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
 _FRACTION = re.compile(rf"(?P<top>{_NUMBER})(/(?P<bottom>{_NUMBER}))?", re.ASCII)
+SOURCES_WITH_PATH = ("npz", "cifar10", "cifar100", "folder", "shards")
 REAL_ONLY = f"{ARTIFACTS}/prepare_data/train"  # what an arm without generated images names
 
 
@@ -97,17 +98,19 @@ class Compute(Record):
 
 
 class PrepareData(Record):
-    source: Literal["digits", "npz"]
-    path: str | None = None  # of the npz source
+    source: Literal["digits", "npz", "cifar10", "cifar100", "folder", "shards"]
+    path: str | None = None  # of all but digits
     train: Count  # images
     validation: Count
     test: Count
     seed: Seed
 
     @pydantic.model_validator(mode="after")
-    def _npz_has_a_path(self) -> Self:
-        if (self.source == "npz") != (self.path is not None):
-            raise ValueError(f"source is {self.source!r} and path is {self.path!r}; expected a path exactly with npz")
+    def _files_have_a_path(self) -> Self:
+        if self.source == "digits" and self.path is not None:
+            raise ValueError(f"source is 'digits' and path is {self.path!r}; expected none: leave it out")
+        if self.source in SOURCES_WITH_PATH and not self.path:
+            raise ValueError(f"source is {self.source!r} and path is {self.path!r}; expected where its images are")
         return self
 
 

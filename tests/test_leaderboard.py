@@ -44,7 +44,11 @@ def test_every_entry_is_plausible(entry):
     assert entry.architecture and entry.extra_data and "RobustBench" in entry.source
     assert datetime.date.fromisoformat(entry.snapshot) == datetime.date(2025, 3, 31)
     assert entry.images == 10_000
-    assert entry.id is None or re.fullmatch(r"[A-Z][a-z]+20\d\d[A-Za-z]+_[\w-]+", entry.id)
+    assert re.fullmatch(r"[A-Z][a-z]+20\d\d[A-Za-z]+(_[\w-]+)?", entry.id)  # every row was looked up
+    assert entry.id.startswith(entry.name.partition(" ")[0])  # author and year
+    if sizes := re.search(r"(\d+)[-_](\d+)(_|$)", entry.id):  # an id that names depth and width names those of the row
+        assert entry.architecture.endswith(f"-{sizes[1]}-{sizes[2]}")
+    assert ("R18" in entry.id) == (entry.architecture in ("PreActResNet-18", "ResNet-18"))
     if entry.authors:  # only where they differ
         reported = (entry.authors.clean, entry.authors.auto_attack, entry.authors.epsilon)
         assert reported != (entry.clean, entry.auto_attack, entry.epsilon)
@@ -58,6 +62,10 @@ def test_every_entry_is_plausible(entry):
         ("cifar10", "linf", "Wang2023Better_WRN-70-16", 93.25, 70.69, 70.69),
         ("cifar10", "linf", "Wang2023Better_WRN-28-10", 92.44, 67.31, 67.31),
         ("cifar10", "linf", "Rebuffi2021Fixing_28_10_cutmix_ddpm", 87.33, 60.75, 60.73),
+        ("cifar10", "linf", "Rade2021Helper_ddpm", 88.16, 60.97, 60.97),
+        ("cifar10", "linf", "Amini2024MeanSparse_Ra_WRN_70_16", 93.24, 72.08, 68.94),
+        ("cifar10", "l2", "Gowal2020Uncovering_extra", 94.74, 80.53, 80.53),
+        ("cifar10", "l2", "Rebuffi2021Fixing_R18_cutmix_ddpm", 90.33, 75.86, 75.86),
         ("cifar10", "l2", "Wang2023Better_WRN-70-16", 95.54, 84.97, 84.97),
         ("cifar10", "l2", "Wang2023Better_WRN-28-10", 95.16, 83.68, 83.68),
         ("cifar100", "linf", "Wang2023Better_WRN-70-16", 75.22, 42.67, 42.66),

@@ -14,7 +14,7 @@ import torch
 
 import dmat
 from dmat.errors import DmatError
-from dmat.models import exporting, importing, layouts
+from dmat.models import exporting, importing, layouts, leaderboard
 from dmat.models.importing import DATA
 from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, Facts, preact_resnet, wide_resnet
 from dmat.training import weights
@@ -28,9 +28,17 @@ with warnings.catch_warnings():
     from robustbench.model_zoo.architectures import resnet as other_preact
     from robustbench.model_zoo.architectures import wide_resnet as trades_like
     from robustbench.model_zoo.architectures.dm_wide_resnet import DMPreActResNet, DMWideResNet, Swish
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.model_zoo.models import model_dicts
     from robustbench.utils import load_model
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
+
+
+@pytest.mark.parametrize(("data", "norm"), [("cifar10", "linf"), ("cifar10", "l2"), ("cifar100", "linf")])
+def test_ids_of_published_accuracies_are_names_of_its_model_zoo(data, norm):
+    zoo = model_dicts[BenchmarkDataset(data)][ThreatModel(norm.capitalize())]
+    assert {entry.id for entry in leaderboard.entries(data, norm)} <= set(zoo)
 
 
 def moved(model):

@@ -18,7 +18,7 @@ from typing import Any
 
 import filelock
 
-from dmat import devices, files, processes, tracking
+from dmat import ARTIFACTS, devices, files, processes, tracking
 from dmat.config import Params, Record
 from dmat.devices import Compute
 from dmat.errors import DmatError
@@ -119,9 +119,11 @@ def plan(stage: Stage, chosen: Mapping[str, Any], params: Params, workspace: Wor
         )
     settings = stage.settings(params, **chosen)
     inputs = {
-        name: {"path": path, "sha256": files.checksum(workspace.at(path))}
+        name: {"path": path, "sha256": _checksum(stage.word, settings, workspace.at(path))}
         for name, path in stage.inputs(params, **chosen).items()
     }
+    if any(entry["path"].startswith(f"{ARTIFACTS}/prepare_data/") for entry in inputs.values()):
+        _expect_known_source(params, workspace)
     identity = {
         "stage": stage.word,
         "chosen": dict(chosen),
@@ -134,6 +136,36 @@ def plan(stage: Stage, chosen: Mapping[str, Any], params: Params, workspace: Wor
     return Plan(
         stage, chosen, settings, inputs, stage.outputs(params, **chosen), code.checksums(stage.word), fingerprint, work
     )
+
+
+def _checksum(word: str, settings: Record, path: Path) -> str:
+    """Of an input; of a source of real images the files that are read count, not what lies beside them."""
+    if word == "prepare_data":  # asked by name: an import would make every stage depend on how sources are read
+        path = importlib.import_module("dmat.jobs.prepare_data").location(settings, path)
+    return files.checksum(path)
+
+
+def _expect_known_source(params: Params, workspace: Workspace) -> None:
+    """Raises DmatError if the splits were made of other bytes than their source holds now: DVC does not look there.
+
+    A source that is not on this machine, or of which it is not known what was read, is nobody's concern here.
+    """
+    settings: Any = params.sections["prepare_data"]
+    stage = STAGES["prepare_data"]
+    note = workspace.at(stage.provenance_path({}))
+    if settings.path is None or not note.exists():
+        return
+    known = files.read_json(note).get("inputs", {}).get("source")
+    try:
+        found = _checksum(stage.word, settings, workspace.at(settings.path))
+    except DmatError:
+        return
+    if known and known["path"] == settings.path and known["sha256"] != found:
+        raise DmatError(
+            f"{settings.path} has checksum {found[:12]}; the splits in {ARTIFACTS}/prepare_data were made when it had "
+            f"{known['sha256'][:12]}; bring the old files back, or run `dvc repro --force prepare_data` (without DVC: "
+            f"`dmat {stage.command}`) and the rest after it"
+        )
 
 
 def stage_identity(stage: Stage, chosen: Mapping[str, Any], params: Params) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""prepare_data: a named source -> stratified train, validation and test splits as shards."""
+"""prepare_data: a named source -> stratified train, validation and test splits as shards.
 
+Test images come from those that a source brings for testing, where it brings any, and are never trained on.
+"""
+
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dmat import seeds
 from dmat.config import PrepareData
-from dmat.data import shards
-from dmat.data.sources import SOURCES, stratified
+from dmat.data import shards, sources
+from dmat.data.sources import Source, stratified
 from dmat.errors import DmatError
 from dmat.jobs.execution import Job
 from dmat.metrics import pictures
@@ -16,29 +20,65 @@ SPLITS = ("test", "validation", "train")  # drawn in this order, so that more tr
 
 
 def run(settings: PrepareData, job: Job) -> dict[str, Any]:
-    source = SOURCES[settings.source](job.project_path(settings.path))
+    source = sources.load(settings.source, job.project_path(settings.path))
     wanted = {name: getattr(settings, name) for name in SPLITS}
-    if sum(wanted.values()) > len(source.labels):
-        raise DmatError(
-            f"prepare_data asks for {sum(wanted.values())} images ({wanted}); {settings.source} has "
-            f"{len(source.labels)}; ask for fewer"
-        )
-    left = np.arange(len(source.labels))
+    _expect_enough(settings.source, source, wanted)
+    pools = {"train": (source.images, source.labels), **({"test": source.test} if source.test else {})}
+    left = {pool: np.arange(len(labels)) for pool, (_, labels) in pools.items()}
     for name, count in wanted.items():
-        chosen = left[stratified(source.labels[left], count, seeds.stream(settings.seed, f"split/{name}"))]
-        left = np.setdiff1d(left, chosen)
-        images, labels = source.images[chosen], source.labels[chosen]
-        unit = images.astype(np.float64) / 255
+        pool = name if name in pools else "train"
+        images, labels = pools[pool]
+        chosen = left[pool][stratified(labels[left[pool]], count, seeds.stream(settings.seed, f"split/{name}"))]
+        left[pool] = np.setdiff1d(left[pool], chosen)
+        images, labels = images[chosen], labels[chosen]
+        mean, std = _moments(images)
         facts = {
             "split": name,
             "source": settings.source,
             "origin": source.origin,
             "licence": source.licence,
             "source_indices": chosen.tolist(),
-            "mean": unit.mean((0, 1, 2)).round(6).tolist(),
-            "std": unit.std((0, 1, 2)).round(6).tolist(),
+            "mean": mean.round(6).tolist(),
+            "std": std.round(6).tolist(),
         }
+        if source.test:
+            facts["source_split"] = pool  # what the indices count in
         shards.write_set(job.result / name, images, labels, class_names=source.class_names, facts=facts)
         if name == "train":
             pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images, one row a class")
     return {**wanted, "classes": len(source.class_names)}
+
+
+def location(settings: PrepareData, path: Path) -> Path:
+    """The file or folder at `path` whose bytes the result depends on."""
+    return sources.location(settings.source, path)
+
+
+def _expect_enough(name: str, source: Source, wanted: dict[str, int]) -> None:
+    """Raises DmatError where the splits ask for more than a source has."""
+    asked, kind = dict(wanted), "images"
+    if source.test:
+        test = asked.pop("test")
+        if test > len(source.test[1]):
+            raise DmatError(
+                f"prepare_data.test asks for {test} images; {name} brings {len(source.test[1])} test images of its "
+                f"own; ask for fewer"
+            )
+        kind = "training images"
+    if sum(asked.values()) > len(source.labels):
+        raise DmatError(
+            f"prepare_data asks for {sum(asked.values())} {kind} ({asked}); {name} has {len(source.labels)}; "
+            f"ask for fewer"
+        )
+
+
+def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, float64 [C], in units of [0, 1]. images: uint8 [N, H, W, C].
+
+    From whole sums: a float64 copy of all of CIFAR would take more than a GB.
+    """
+    count = images[..., 0].size
+    total = images.sum((0, 1, 2), dtype=np.int64)
+    squares = np.einsum("nhwc,nhwc->c", images, images, dtype=np.int64, casting="unsafe")
+    mean = total / count
+    return mean / 255, np.sqrt(np.maximum(squares / count - mean**2, 0)) / 255

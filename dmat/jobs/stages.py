@@ -64,6 +64,12 @@ def _split(name: str) -> str:
     return f"{ARTIFACTS}/prepare_data/{name}"
 
 
+def _source(params: "Params") -> Paths:
+    """Where real images come from, if from files of one's own."""
+    path = params.sections["prepare_data"].path
+    return {} if path is None else {"source": path}
+
+
 def _chunk_folder(word: str, params: "Params", chunk: str) -> str:
     return f"{ARTIFACTS}/{word}/{params.chunks[chunk].image_set}/{chunk}"
 
@@ -99,7 +105,7 @@ STAGES: dict[str, Stage] = {
             "Split real images into train, validation and test.",
             (),
             settings=lambda p: p.sections["prepare_data"],
-            inputs=lambda p: {},
+            inputs=_source,
             outputs=lambda p: {name: _split(name) for name in ("train", "validation", "test")},
             example="dmat prepare-data",
         ),

@@ -37,7 +37,7 @@ class Entry:
     """A row of the leaderboard at the date `snapshot`."""
 
     name: str
-    id: str | None  # as robustbench.utils.load_model takes it; None where it was not looked up
+    id: str | None  # as load_model of robustbench 1.1.1 takes it; None where it was not looked up
     data: str
     norm: str  # linf or l2
     epsilon: str  # as the leaderboard writes it: "8/255", "0.5"

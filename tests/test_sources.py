@@ -1,0 +1,554 @@
+"""Real images come out of files as they went in, with their own test images apart; nothing in a file runs, and what is
+cut, empty or something else is refused with a sentence.
+
+Oracle: files written here byte by byte. The .npz source and splits are in test_data.py. Run alone:
+pytest tests/test_sources.py
+"""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmat import files
+from dmat.data import cifar, shards, sources
+from dmat.errors import DmatError
+from tests import cifar_files
+from tests.cifar_files import FOLDERS, NAMES, python2
+from tests.projects import Project
+
+EVERY = [
+    (data, version, protocol) for data, version in FOLDERS for protocol in ((0, 2) if version == "python" else (2,))
+]
+
+
+def equal(found, expected):
+    """Pairs of images and labels are the same in values and types."""
+    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def refusal(call, *arguments):
+    """The one line that a call refuses with."""
+    with pytest.raises(DmatError) as refused:
+        call(*arguments)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+# --- CIFAR
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["the folder", "its parent"])
+@pytest.mark.parametrize(("data", "version", "protocol"), EVERY)
+def test_cifar_is_read_as_it_was_written(tmp_path, data, version, protocol, below):
+    name = FOLDERS[data, version]
+    train, test = cifar_files.write(tmp_path / name, data, version, train=200, test=40, protocol=protocol)
+    source = sources.load(data, tmp_path if below else tmp_path / name)
+    assert equal((source.images, source.labels), train)
+    assert equal(source.test, test)
+    assert source.class_names == NAMES[data]
+    assert source.origin == (
+        f"{cifar.TITLES[data]} (Krizhevsky 2009), {version} version, a part of it: 200 and 40 images"
+    )
+    assert sources.location(data, tmp_path) == tmp_path / name
+
+
+def test_cifar_folders_are_known_by_their_files_and_python_comes_first(tmp_path):
+    train, _ = cifar_files.write(tmp_path / "renamed", "cifar100", "binary", train=100)
+    assert equal(_pair(tmp_path / "renamed"), train)
+    cifar_files.write(tmp_path / "both/cifar-10-batches-bin", version="binary")
+    cifar_files.write(tmp_path / "both/cifar-10-batches-py")
+    assert "python version" in sources.cifar10(tmp_path / "both").origin
+
+
+def _pair(path):
+    found = sources.recognise(path, "train")
+    return found.images, found.labels
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4])
+def test_pickles_of_python_3_are_read_too(tmp_path, protocol):
+    """The same dictionary, saved again by somebody with numpy 2 (bytes by _codecs.encode up to protocol 2)."""
+    train, _ = cifar_files.write(tmp_path / "c", protocol=protocol, pickled=pickle.dumps)
+    assert equal(_pair(tmp_path / "c"), train)
+
+
+def test_columns_first_arrays_are_read(tmp_path):
+    """numpy writes an array as it lies in memory, and says how."""
+    turned = lambda value, protocol: python2(  # noqa: E731
+        {key: np.asfortranarray(one) if isinstance(one, np.ndarray) else one for key, one in value.items()}, protocol
+    )
+    train, _ = cifar_files.write(tmp_path / "c", pickled=turned)
+    assert equal(_pair(tmp_path / "c"), train)
+
+
+def test_the_whole_data_set_is_called_so(tmp_path, monkeypatch):
+    cifar_files.write(tmp_path / "c", train=60, test=12)
+    monkeypatch.setattr(cifar, "PUBLISHED", {"train": 60, "test": 12})
+    assert sources.cifar10(tmp_path / "c").origin == "CIFAR-10 (Krizhevsky 2009), python version"
+
+
+class Runs:
+    """Pickled, it is a call."""
+
+    def __init__(self, call, *arguments):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self):
+        return self.call, self.arguments
+
+
+HOSTILE = {
+    "system": lambda marker: Runs(os.system, f"touch {marker}"),
+    "eval": lambda marker: Runs(eval, f"open({str(marker)!r}, 'w')"),
+    "open": lambda marker: Runs(open, str(marker), "w"),
+    "in a list": lambda marker: [1, [Runs(os.system, f"touch {marker}")]],
+    "numpy writes": lambda marker: Runs(np.save, str(marker), 1),
+    "getattr": lambda marker: Runs(getattr, [], "append"),
+}
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("file", ["data_batch_3", "batches.meta"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_malicious_pickle_runs_nothing(tmp_path, name, file, protocol):
+    marker = tmp_path / "it ran"
+    cifar_files.write(tmp_path / "c")
+    value = HOSTILE[name](str(marker).replace(" ", "_"))
+    (tmp_path / "c" / file).write_bytes(pickle.dumps({b"data": value, b"labels": [1]}, protocol))
+    before = sorted(tmp_path.iterdir())
+    text = refusal(sources.cifar10, tmp_path / "c")
+    assert text.startswith(f"{tmp_path / 'c' / file} names ")
+    assert "reading that would run code; expected arrays, numbers and text" in text
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cantigravity\nfly\n.",  # would be imported
+        b"cnumpy\nload\n.",
+        b"cnumpy.core.multiarray\nfromfile\n.",
+        b"cnumpy.core.multiarray.os\n_reconstruct\n.",
+        b"c_codecs\ndecode\n.",
+        b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",  # a name with a dot
+        b"\x80\x02\x82\x01.",  # an entry of the extension registry
+        b"Pwho am I\n.",  # a persistent id
+        b"cnumpy\ndtype\n}(S'__code__'\nS'x'\ntb.",  # attributes of what was given
+        b"cnumpy\nndarray\n(S'u1'\ntRS'x'\nb.",
+        b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I99999999\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'x'\ntb.",
+        b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I-1\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'x'\ntb.",
+        b"cnumpy\ndtype\n(S'O'\ntR.",
+        b"(lp0\n0g0\n.",
+        b"",
+        b"<html>404</html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"S'text'\n.",
+        b"(d.",
+    ],
+)
+def test_hostile_and_foreign_bytes_are_refused(tmp_path, content):
+    cifar_files.write(tmp_path / "c")
+    (tmp_path / "c/test_batch").write_bytes(content)
+    assert refusal(sources.cifar10, tmp_path / "c").startswith(str(tmp_path / "c/test_batch"))
+    assert "antigravity" not in sys.modules
+
+
+def test_a_pickle_cannot_change_how_the_next_one_is_read(tmp_path):
+    train, _ = cifar_files.write(tmp_path / "c")
+    good = (tmp_path / "c/test_batch").read_bytes()
+    for name in ("cnumpy\ndtype\n", "cnumpy.core.multiarray\n_reconstruct\n"):
+        content = f"{name}(N}}S'__defaults__'\n(I1\nI2\nI3\ntstb0(d.".encode()
+        (tmp_path / "c/test_batch").write_bytes(content)
+        refusal(sources.cifar10, tmp_path / "c")
+    (tmp_path / "c/test_batch").write_bytes(good)
+    assert equal(_pair(tmp_path / "c"), train)
+
+
+def _put(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def _cut(name, rest):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-rest])
+
+
+ROWS = np.zeros((2, 3072), np.uint8)
+DAMAGED = {
+    "a batch is missing": ("python", lambda c: (c / "data_batch_4").unlink(), "data_batch_4 does not exist"),
+    "no names": ("python", lambda c: (c / "batches.meta").unlink(), "batches.meta does not exist"),
+    "no binary names": ("binary", lambda c: (c / "batches.meta.txt").unlink(), "batches.meta.txt does not exist"),
+    "empty names": ("binary", _put("batches.meta.txt", b"\n\n"), "no list of different class names"),
+    "names twice": ("binary", _put("batches.meta.txt", b"cat\ncat\n"), "no list of different class names"),
+    "names are numbers": ("python", _put("batches.meta", python2({b"label_names": [1, 2]})), "no list of different"),
+    "names are not text": ("binary", _put("batches.meta.txt", b"\xff\xfe"), "no list of different class names"),
+    "cut pickle": ("python", _cut("data_batch_2", 1000), "data_batch_2 is no whole file of CIFAR's python version"),
+    "cut row": ("binary", _cut("test_batch.bin", 1), "expected a multiple of 3073: it was cut"),
+    "nothing left": ("binary", _put("data_batch_5.bin", b""), "holds 0 images; expected some"),
+    "label 255": ("binary", _put("test_batch.bin", b"\xff" + bytes(3072)), "labels from 255 to 255; expected 0 to 9"),
+    "label -1": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [0, -1]})), "labels from -1 to 0"),
+    "label 10": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [0, 10]})), "labels from 0 to 10"),
+    "label 10**30": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [0, 10**30]})), "labels from 0"),
+    "few labels": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [0]})), "no list of 2 integers"),
+    "no labels": ("python", _put("test_batch", python2({b"data": ROWS})), "`labels` is no list of 2 integers"),
+    "text labels": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [b"0", b"1"]})), "no list of 2"),
+    "no data": ("python", _put("test_batch", python2({b"labels": [0]})), "has nothing under `data`"),
+    "grey": ("python", _put("test_batch", python2({b"data": ROWS[:, :1024], b"labels": [0, 1]})), "uint8 (2, 1024)"),
+    "floats": ("python", _put("test_batch", python2({b"data": ROWS / 1, b"labels": [0, 1]})), "an array of f8"),
+    "a list": ("python", _put("test_batch", python2([1])), "holds a list; expected a dictionary"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_cifar_is_refused(tmp_path, name):
+    version, damage, words = DAMAGED[name]
+    cifar_files.write(tmp_path / "c", version=version)
+    damage(tmp_path / "c")
+    text = refusal(sources.cifar10, tmp_path / "c")
+    assert text.startswith(str(tmp_path / "c"))
+    assert words in text
+
+
+def test_a_batch_of_another_size_than_the_metadata_says_is_refused(tmp_path):
+    cifar_files.write(tmp_path / "c", train=60, test=12)
+    (tmp_path / "c/data_batch_2").write_bytes(python2({b"data": ROWS, b"labels": [0, 1]}))
+    assert "data_batch_2 holds 2 images; expected 12" in refusal(sources.cifar10, tmp_path / "c")
+
+
+@pytest.mark.parametrize(("data", "other"), [("cifar10", "cifar100"), ("cifar100", "cifar10")])
+def test_one_cifar_is_not_the_other(tmp_path, data, other):
+    cifar_files.write(tmp_path / "c", other, train=100)
+    text = refusal(sources.load, data, tmp_path / "c")
+    assert text.startswith(f"{tmp_path / 'c'} is no {cifar.TITLES[data]} folder; expected {FOLDERS[data, 'python']}")
+
+
+# --- folders of images
+
+
+def write_images(root, counts, shape=(6, 5, 3), kind="png", seed=0):
+    """Random images in a sub-folder a class: name -> their arrays, in the order of their file names."""
+    generator, made = np.random.default_rng(seed), {}
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        made[name] = generator.integers(0, 256, (count, *shape), dtype=np.uint8)
+        for k, image in enumerate(made[name]):
+            Image.fromarray(image[..., 0] if shape[-1] == 1 else image).save(root / name / f"{k:03d}.{kind}")
+    return made
+
+
+def together(made):
+    """Images and labels of `write_images`, classes in the order of their names."""
+    labels = np.concatenate([np.full(len(made[name]), k, dtype=np.int64) for k, name in enumerate(sorted(made))])
+    return np.concatenate([made[name] for name in sorted(made)]), labels
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "PNG"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_folders_are_read_in_the_order_of_names(tmp_path, channels, kind):
+    made = write_images(tmp_path / "pets", {"dog": 3, "cat": 2, "Ant": 1}, (6, 5, channels), kind)
+    (tmp_path / "pets/.ipynb_checkpoints").mkdir()
+    (tmp_path / "pets/dog/notes.txt").write_text("no image")
+    source = sources.load("folder", tmp_path / "pets")
+    assert equal((source.images, source.labels), together(made))
+    assert source.class_names == ("Ant", "cat", "dog")
+    assert (source.origin, source.licence, source.test) == ("images in pets", "unknown", None)
+
+
+def test_jpeg_is_read(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / "a/1.jpeg")
+    source = sources.folder(tmp_path)
+    assert source.images.shape == (1, 8, 8, 3)
+    assert np.abs(source.images.astype(int) - 200).max() <= 2
+
+
+def test_palettes_are_colours(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((4, 4, 3), (255, 0, 0), np.uint8)).quantize(4).save(tmp_path / "a/1.png")
+    assert (sources.folder(tmp_path).images == (255, 0, 0)).all()
+
+
+def test_train_and_test_folders_stay_apart(tmp_path):
+    train = write_images(tmp_path / "train", {"b": 3, "a": 2})
+    test = write_images(tmp_path / "test", {"a": 1, "b": 2}, seed=1)
+    write_images(tmp_path / "val", {"a": 1}, seed=2)  # not read
+    source = sources.load("folder", tmp_path)
+    assert equal((source.images, source.labels), together(train))
+    assert equal(source.test, together(test))
+    shutil.rmtree(tmp_path / "test")
+    assert sources.load("folder", tmp_path).test is None
+
+
+def test_train_may_be_a_class(tmp_path):
+    write_images(tmp_path, {"train": 2, "ship": 1})
+    assert sources.load("folder", tmp_path).class_names == ("ship", "train")
+
+
+def _picture(path, shape=(6, 5, 3), mode=None):
+    image = Image.fromarray(np.zeros(shape, np.uint8))
+    (image.convert(mode) if mode else image).save(path)
+
+
+FOLDER_DAMAGE = {
+    "other size": (lambda r: _picture(r / "b/9.png", (7, 5, 3)), "b/9.png is 5x7 in colour; expected 5x6 in colour"),
+    "grey among colours": (lambda r: _picture(r / "a/9.png", (6, 5)), "a/9.png is 5x6 in grey; expected 5x6 in colour"),
+    "transparent": (lambda r: _picture(r / "a/9.png", mode="RGBA"), "a/9.png is of the kind RGBA; expected 8 bits"),
+    "one bit": (lambda r: _picture(r / "a/9.png", mode="1"), "a/9.png is of the kind 1; expected 8 bits"),
+    "damaged": (lambda r: (r / "a/9.png").write_bytes(b"\x89PNG\r\n"), "a/9.png cannot be read as an image"),
+    "cut": (
+        lambda r: (r / "a/000.png").write_bytes((r / "a/000.png").read_bytes()[:60]),
+        "a/000.png cannot be read as an image",
+    ),
+    "empty class": (lambda r: (r / "c").mkdir(), "has no image of the classes c; expected some (.jpg"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDER_DAMAGE)
+def test_unfitting_images_are_refused(tmp_path, name):
+    damage, words = FOLDER_DAMAGE[name]
+    write_images(tmp_path, {"a": 2, "b": 2})
+    damage(tmp_path)
+    assert words in refusal(sources.load, "folder", tmp_path)
+
+
+def test_folders_without_classes_are_refused(tmp_path):
+    assert "has no sub-folders; expected one a class" in refusal(sources.load, "folder", tmp_path)
+    assert "expected a folder with one sub-folder" in refusal(sources.load, "folder", tmp_path / "none")
+    write_images(tmp_path / "test", {"a": 1})
+    assert "has test and no train" in refusal(sources.load, "folder", tmp_path)
+    write_images(tmp_path / "train", {"a": 1, "b": 1})
+    assert "train and test differ in the classes b" in refusal(sources.load, "folder", tmp_path)
+    write_images(tmp_path / "test" / "..", {"test/b": 1}, (7, 5, 3))
+    assert "test/b/000.png is 5x7 in colour; expected 5x6" in refusal(sources.load, "folder", tmp_path)
+
+
+# --- shards and .npz
+
+
+def write_shards(folder, **facts):
+    images, labels = cifar_files.some(6, 3, 0)
+    shards.write_set(folder, images, labels, class_names=["a", "b", "c"], facts={"licence": "CC0", **facts})
+    return images, labels
+
+
+def test_shards_are_a_source_whose_checksums_count(tmp_path):
+    made = write_shards(tmp_path / "s", origin="made here", split="validation")
+    source = sources.load("shards", tmp_path / "s")
+    assert equal((source.images, source.labels), made)
+    assert (source.class_names, source.licence) == (("a", "b", "c"), "CC0")
+    assert source.origin == "made here, split validation"
+    content = (tmp_path / "s/images-00000.npy").read_bytes()
+    (tmp_path / "s/images-00000.npy").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "images-00000.npy has checksum" in refusal(sources.load, "shards", tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"class_names": ["a", "b"]}, "has labels from 0 to 2; expected 0 to 1"),
+        ({"shards": [{}]}, "manifest.json describes no shards of dmat"),
+        ({"shards": []}, "has no images; expected at least one"),
+        ({"shape": [1]}, "manifest.json describes no shards of dmat"),
+        ({"class_names": None}, "manifest.json describes no shards of dmat"),
+        ({"schema": None}, "has schema None; this dmat reads 1"),
+    ],
+)
+def test_manifests_that_do_not_fit_are_refused(tmp_path, change, words):
+    write_shards(tmp_path / "s")
+    path = tmp_path / "s/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert words in refusal(sources.load, "shards", tmp_path / "s")
+
+
+def test_an_npz_may_bring_test_images(tmp_path):
+    train, test = cifar_files.some(6, 3, 0), cifar_files.some(4, 4, 1)
+    arrays = {"image": train[0], "label": train[1], "test_image": test[0], "test_label": test[1]}
+    np.savez(tmp_path / "s.npz", **arrays, other=np.zeros(3))
+    source = sources.load("npz", tmp_path / "s.npz")
+    assert equal((source.images, source.labels), train)
+    assert equal(source.test, test)
+    assert source.class_names == ("0", "1", "2", "3")
+    np.savez(tmp_path / "s.npz", **{key: arrays[key] for key in ("image", "label", "test_image")})
+    assert "lacks test_label; expected arrays `test_image` and `test_label`" in refusal(sources.npz, tmp_path / "s.npz")
+    np.savez(tmp_path / "s.npz", **arrays | {"test_image": test[0][:, :8]})
+    assert "the test images are 32x8 in colour, the others 32x32" in refusal(sources.load, "npz", tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        (
+            {"image": np.zeros((0, 4, 4, 1), np.uint8), "label": np.zeros(0, int)},
+            "has no images; expected at least one",
+        ),
+        ({"image": np.zeros((1, 4, 4, 1), np.uint8), "label": np.array([10**9])}, "`label` goes up to 1000000000"),
+        ({"image": np.zeros((1, 4, 4, 1), np.uint8), "label": np.array([None])}, "is not a whole .npz of numbers"),
+    ],
+)
+def test_odd_npz_files_are_refused(tmp_path, arrays, words):
+    np.savez(tmp_path / "s.npz", **arrays)
+    assert words in refusal(sources.load, "npz", tmp_path / "s.npz")
+
+
+def test_a_damaged_npz_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / "s.npz", image=cifar_files.some(9, 3, 0)[0], label=np.arange(9))
+    content = bytearray((tmp_path / "s.npz").read_bytes())
+    content[200:260] = bytes(60)
+    (tmp_path / "s.npz").write_bytes(content)
+    assert "s.npz is not a whole .npz of numbers" in refusal(sources.load, "npz", tmp_path / "s.npz")
+
+
+# --- what lies at a path
+
+
+def test_what_lies_at_a_path_is_recognised(tmp_path):
+    train, test = cifar_files.write(tmp_path / "c", "cifar100", train=200)
+    made = write_images(tmp_path / "pets", {"a": 2, "b": 1})
+    shard = write_shards(tmp_path / "s", split="test", origin="made here")
+    np.savez(tmp_path / "set.npz", image=shard[0], label=shard[1])
+    part = "CIFAR-100 (Krizhevsky 2009), python version, a part of it: 200 and 40 images"
+    every = "all images, as it has no test images of its own"
+    for what, split, expected, origin in (
+        (tmp_path / "c", "test", test, f"{part}: its test images"),
+        (str(tmp_path / "c"), "train", train, f"{part}: its training images"),
+        (tmp_path / "pets", "test", together(made), f"images in pets: {every}"),
+        (tmp_path / "pets", "train", together(made), f"images in pets: {every}"),
+        (tmp_path / "s", "test", shard, f"made here, split test: {every}"),
+        (tmp_path / "set.npz", "test", shard, f"set.npz: {every}"),
+    ):
+        found = sources.recognise(what, split)
+        assert equal((found.images, found.labels), expected)
+        assert (found.origin, found.test) == (origin, None)
+    assert equal((sources.recognise(tmp_path / "c").images,), (test[0],))
+
+
+def test_the_word_digits_is_recognised(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    found = sources.recognise("digits")
+    assert len(found.images) == 1797
+    assert found.origin.endswith("from scikit-learn: all images, as it has no test images of its own")
+    assert "digits is nothing that dmat reads" in refusal(sources.recognise, "./digits")
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "no images", "splits of shards"])
+def test_what_is_not_recognised_is_refused_with_what_was_looked_for(tmp_path, kind):
+    path = tmp_path / "x"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "splits of shards":
+        write_shards(path / "train")
+        write_shards(path / "test")
+    elif kind != "missing":
+        (path / "a" if kind == "no images" else path).mkdir(parents=True)
+    text = refusal(sources.recognise, path)
+    assert text.startswith(
+        f"{path} {'does not exist' if kind == 'missing' else 'is nothing that dmat reads'}; looked for"
+    )
+    for word in ("digits", ".npz", "CIFAR-10", "CIFAR-100", "manifest.json", "sub-folder of images"):
+        assert word in text
+
+
+def test_ambiguous_requests_are_refused(tmp_path):
+    for data, version in FOLDERS:
+        cifar_files.write(tmp_path / FOLDERS[data, version], data, version, train=100)
+    assert "holds CIFAR-10 and CIFAR-100; expected one" in refusal(sources.recognise, tmp_path)
+    assert "the split is 'validation'; expected test or train" in refusal(sources.recognise, tmp_path, "validation")
+
+
+# --- prepare_data
+
+
+@pytest.fixture
+def project(tmp_path, tiny_params):
+    """A project whose real images are a CIFAR-10 folder beside other files."""
+    made = cifar_files.write(tmp_path / "data/cifar-10-batches-py", train=200, test=60)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    settings = {"source": "cifar10", "path": "../data", "train": 100, "validation": 50, "test": 60}
+    tiny_params["train_scorer"] |= {"images": 128, "evaluate_every": 128, "augmentation": "crop4_flip"}
+    project = Project(folder, tiny_params)
+    project.write({"prepare_data": settings})
+    return project, made
+
+
+def _split(project, name):
+    opened = shards.open_shards(project.folder / f"artifacts/prepare_data/{name}")
+    return opened.manifest, opened.all()
+
+
+def test_own_test_images_are_the_test_split(project):
+    project, (train, test) = project
+    project.run("prepare_data")
+    manifest, found = _split(project, "test")
+    assert equal(found, test)  # all of them, in their order
+    assert manifest["source_split"] == "test"
+    drawn = []
+    for name in ("train", "validation"):
+        manifest, found = _split(project, name)
+        indices = np.array(manifest["source_indices"])
+        assert equal(found, (train[0][indices], train[1][indices]))
+        assert manifest["source_split"] == "train"
+        assert manifest["class_names"] == list(cifar_files.TEN)
+        assert len(set(manifest["class_counts"])) == 1  # stratified
+        unit = found[0] / 255
+        assert manifest["mean"] == pytest.approx(unit.mean((0, 1, 2)), abs=1e-6)
+        assert manifest["std"] == pytest.approx(unit.std((0, 1, 2)), abs=1e-6)
+        drawn += indices.tolist()
+    assert len(set(drawn)) == 150
+    project.write({"prepare_data": {"test": 20}})
+    project.run("prepare_data")
+    manifest, _ = _split(project, "test")
+    assert manifest["class_counts"] == [2] * 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"test": 61}, "prepare_data.test asks for 61 images; cifar10 brings 60 test images of its own; ask for fewer"),
+        ({"train": 151}, "asks for 201 training images ({'validation': 50, 'train': 151}); cifar10 has 200; ask for"),
+        ({"path": "../nowhere"}, "nowhere, which does not exist; expected the images of source cifar10"),
+        ({"source": "cifar100"}, "data is no CIFAR-100 folder; expected cifar-100-python (train, test, meta) or"),
+    ],
+)
+def test_what_a_source_does_not_have_is_refused(project, settings, words):
+    project, _ = project
+    project.write({"prepare_data": settings})
+    text = project.run("prepare_data", code=2)
+    assert words in text
+    assert "Traceback" not in text
+
+
+def test_a_source_whose_bytes_changed_is_noticed(project):
+    """The result of other bytes is not published again, and no stage goes on with splits that were made of them."""
+    project, _ = project
+    project.run("prepare_data")
+    note = json.loads((project.folder / "artifacts/provenance/prepare_data/all.json").read_text())
+    cifar_folder = project.folder.parent / "data/cifar-10-batches-py"
+    assert note["inputs"] == {"source": {"path": "../data", "sha256": files.checksum(cifar_folder)}}
+    first = files.checksum(project.folder / "artifacts/prepare_data")
+    (cifar_folder.parent / "something else").write_text("beside it")
+    project.run("prepare_data")
+    assert len(list((project.folder / "runs/prepare_data").iterdir())) == 1
+
+    old = (cifar_folder / "test_batch").read_bytes()
+    images, labels = cifar_files.some(60, 10, 9)
+    rows = images.transpose(0, 3, 1, 2).reshape(60, -1)
+    (cifar_folder / "test_batch").write_bytes(python2({b"data": rows, b"labels": labels.tolist()}))
+    text = project.run("train_scorer", code=2)
+    assert "../data has checksum" in text
+    assert "bring the old files back, or run `dvc repro --force prepare_data`" in text
+    project.run("prepare_data")
+    assert equal(_split(project, "test")[1], (images, labels))
+    project.run("train_scorer")
+
+    (cifar_folder / "test_batch").write_bytes(old)
+    project.run("prepare_data")
+    assert files.checksum(project.folder / "artifacts/prepare_data") == first
+    shutil.rmtree(cifar_folder)  # as on a machine that got the splits alone
+    project.run("train_scorer")
