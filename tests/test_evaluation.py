@@ -30,7 +30,7 @@ from dmat.robust.networks import Classifier
 
 QUICK = config.evaluation(
     {"pgd_steps": 8, "shard": 10, "batch": 6, "check_images": 12, "check_queries": 30, "sweep": [0.5, 2.0],
-     "auto_attack": ["apgd-ce", "square"]}
+     "auto_attack": ["apgd-ce", "apgd-dlr"]}
 )  # fmt: skip
 
 
@@ -57,19 +57,21 @@ def trained():
     model = _Small()
     labels = torch.arange(200) % 4
     images = (0.25 * labels[:, None, None, None] + 0.15 + 0.12 * torch.randn(200, 1, 8, 8)).clamp(0, 1)
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(30):
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(300):
         chosen = torch.randperm(200)[:64]
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
         optimiser.step()
-    return model.eval().requires_grad_(False), images[:24].clone(), labels[:24].clone()
+    images, labels = images[:24].clone(), labels[:24].clone()
+    labels[[3, 15]] = (labels[[3, 15]] + 1) % 4  # wrong without any attack
+    return model.eval().requires_grad_(False), images, labels
 
 
 @pytest.fixture
 def subject(trained):
     model, images, labels = trained
-    return Subject("model", model, images, labels, Ball("linf", 0.04), auto_attack.suite(QUICK.auto_attack, 4), True)
+    return Subject("model", model, images, labels, Ball("linf", 0.09), auto_attack.suite(QUICK.auto_attack, 4), True)
 
 
 def _evaluation(folder, subject, compute, settings=QUICK, **identity):
@@ -93,7 +95,7 @@ def test_every_image_is_in_one_shard():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_columns_are_what_they_say(subject, compute, norm):
     """Recomputed from the saved adversarial images and from single attacks, image by image."""
-    ball = Ball(norm, {"linf": 0.04, "l2": 0.3}[norm])
+    ball = Ball(norm, {"linf": 0.09, "l2": 0.7}[norm])
     subject = dataclasses.replace(subject, ball=ball)
     model, x, y = subject.model, subject.images[10:20], subject.labels[10:20]
     found = {name: torch.from_numpy(v) for name, v in measures.of_shard(subject, QUICK, 1, compute).items()}
@@ -130,10 +132,16 @@ def test_a_brief_subject_is_attacked_by_pgd_alone(subject, compute):
 
 
 def test_restarts_only_lower_the_accuracy(subject, compute):
-    brief = dataclasses.replace(subject, suite=None, thorough=False, ball=Ball("linf", 0.03))
+    """One step of the whole radius: the random start decides much."""
+    brief = dataclasses.replace(subject, suite=None, thorough=False, ball=Ball("linf", 0.1))
     one, five = (
-        measures.of_shard(brief, QUICK.model_copy(update={"pgd_restarts": n, "pgd_steps": 1}), 0, compute)["pgd"]
-        for n in (1, 5)
+        measures.of_shard(
+            brief,
+            QUICK.model_copy(update={"pgd_restarts": n, "pgd_steps": 1, "pgd_step_size": 0.1, "shard": 24}),
+            0,
+            compute,
+        )["pgd"]
+        for n in (1, 8)
     )
     assert (five <= one).all()
     assert five.sum() < one.sum()
@@ -296,7 +304,7 @@ def test_only_the_whole_standard_suite_on_all_images_is_a_headline(tmp_path, sub
     summary = evaluation.summary(columns, verdict)
     assert summary["headline"] == {"measure": "auto_attack", **wilson(columns["auto_attack"]).plain()}
     assert sum(summary["broken_by"].values()) == 24
-    assert [point["epsilon"] for point in summary["sweep"]] == pytest.approx([0, 0.02, 0.04, 0.08])
+    assert [point["epsilon"] for point in summary["sweep"]] == pytest.approx([0, 0.045, 0.09, 0.18])
     assert summary["sweep"][2]["right"] == summary["pgd"]["right"]
     subset = evaluation.verdict(columns, 25)
     assert (subset.measure, subset.tags["evaluation.headline"]) == ("auto_attack_subset", "no")
@@ -309,7 +317,7 @@ def test_other_attacks_are_nonstandard_by_name(tmp_path, subject, compute):
     evaluation = _done(tmp_path, subject, compute)
     verdict = _verdict(evaluation)
     assert verdict.measure == "auto_attack_nonstandard"
-    assert verdict.reasons[0] == ("The attacks are nonstandard (apgd-ce, square), not those of standard AutoAttack.")
+    assert verdict.reasons[0] == ("The attacks are nonstandard (apgd-ce, apgd-dlr), not those of standard AutoAttack.")
     assert "auto_attack_nonstandard" in evaluation.rows(evaluation.columns(), verdict)
 
 
@@ -344,7 +352,7 @@ def test_rows_name_who_broke_each_image(tmp_path, subject, compute):
     for k, word in enumerate(rows["broken_by"].tolist()):
         assert (word == "none") == bool(columns["auto_attack"][k])
         assert (word == "misclassified") == (not columns["clean"][k])
-        assert word in ("none", "misclassified", "apgd-ce", "square")
+        assert word in ("none", "misclassified", "apgd-ce", "apgd-dlr")
     assert len({len(values) for values in rows.values()} | {24}) == 1
 
 
@@ -353,7 +361,7 @@ def test_pictures_are_drawn_and_the_same_again(tmp_path, subject, compute):
     columns = evaluation.columns()
     drawn = []
     for name in ("one", "two"):
-        evaluation.draw(tmp_path / name, columns, "1/25", list("abcd"), _verdict(evaluation))
+        evaluation.draw(tmp_path / name, columns, "9/100", list("abcd"), _verdict(evaluation))
         drawn.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert set(drawn[0]) == {"accuracy_against_epsilon.png", "per_class.png", "confusion.png", "perturbations.png"}
     assert drawn[0] == drawn[1]
@@ -368,9 +376,9 @@ def test_the_table_comes_back_as_it_was(tmp_path):
 
 
 def test_protocol_says_what_is_needed_to_repeat_it(tmp_path, subject, compute):
-    said = _evaluation(tmp_path, subject, compute).protocol({"norm": "linf", "epsilon": "1/25"}, 30)
+    said = _evaluation(tmp_path, subject, compute).protocol({"norm": "linf", "epsilon": "9/100"}, 30)
     assert (said["images"], said["of_images"], said["shard"], said["batch"]) == (24, 30, 10, 6)
-    assert said["pgd"] == "PGD-8, loss cw, step 0.01, restarts 1"
-    assert said["auto_attack"] == "nonstandard (apgd-ce, square)"
+    assert said["pgd"] == "PGD-8, loss cw, step 0.0225, restarts 1"
+    assert said["auto_attack"] == "nonstandard (apgd-ce, apgd-dlr)"
     assert said["versions"]["torch"] == torch.__version__.partition("+")[0] or said["versions"]["torch"]
     assert (said["precision"], said["device"]) == ("fp32", "cpu")

@@ -32,6 +32,7 @@ HOMES = {  # package -> the only modules that import it
     "pyautoattack": {"dmat.robust.auto_attack"},
     "typer": {
         "cli.main",
+        "cli.evaluate",
         "cli.models",
         "cli.stages",
         "cli.recipes",

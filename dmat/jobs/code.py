@@ -14,7 +14,8 @@ _ROOT = Path(__file__).parent.parent.parent
 
 # What computes results. The rest of the library carries them: reading, tracking, checkpoints, commands.
 COMPUTING = (
-    *("dmat.data.", "dmat.diffusion.", "dmat.robust.", "dmat.metrics.", "dmat.evaluation."),
+    *("dmat.data.", "dmat.diffusion.", "dmat.robust.", "dmat.metrics."),
+    *("dmat.evaluation.measures", "dmat.evaluation.checks", "dmat.evaluation.evaluate"),
     *("dmat.training.classifier", "dmat.training.denoiser", "dmat.training.schedules", "dmat.training.averaging"),
 )
 # Used for pictures only: an edit must not retrain a model.

@@ -15,7 +15,7 @@ import torch
 from dmat import config, devices, files, processes, tracking
 from dmat.config import EvaluateRobust, Threat
 from dmat.data.pixels import to_unit
-from dmat.data.sources import Source
+from dmat.data.sources import Source, recognise
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.evaluation import work
@@ -162,10 +162,11 @@ class DirectEvaluation:
 
 def against_robustbench(direct: DirectEvaluation, result: Result, name: str | None) -> list[str]:
     """The published number of an entry, ours, and what makes them different measurements."""
-    data = direct.source.data
+    data = direct.sidecar.get("data")
     if data is None:
         raise DmatError(
-            f"{direct.source.origin} is no data set of RobustBench; expected cifar10 or cifar100; leave --against out"
+            f"{direct.request.model.with_suffix('.json')} names no data set; expected data: cifar10 or cifar100, as "
+            f"`dmat models import` writes it; leave --against out"
         )
     threat, summary = direct.threat, result.summary
     entry = leaderboard.entry(data, threat.norm, name or direct.request.model.stem)
@@ -236,17 +237,28 @@ def _expect_fit(source: Source, sidecar: Mapping[str, Any], request: Request) ->
             f"{request.images} holds images {list(source.images.shape[1:])}, {request.model} is for {shape} (height, "
             f"width, channels); expected the same; name other images or another model"
         )
-    if len(source.class_names) != classes and (source.named_classes or len(source.class_names) > classes):
+    if len(source.class_names) != classes and (_named(source) or len(source.class_names) > classes):
         raise DmatError(
             f"{request.images} has {len(source.class_names)} classes, {request.model} {classes}; expected the same; "
             f"name other images or another model"
         )
+    ours, theirs = list(source.class_names), list(sidecar.get("class_names") or [])
+    if _named(source) and ours != theirs and sorted(ours) == sorted(theirs):
+        raise DmatError(
+            f"{request.images} and {request.model} have the same classes in another order; expected one order, as "
+            f"labels are numbers; put the images in the order of the sidecar's class_names"
+        )
 
 
 def _class_names(source: Source, sidecar: Mapping[str, Any]) -> list[str]:
-    if source.named_classes:
+    if _named(source):
         return list(source.class_names)
     return [str(name) for name in sidecar.get("class_names") or range(sidecar["classes"])]
+
+
+def _named(source: Source) -> bool:
+    """Whether somebody named the classes; without names, the highest labels may just not occur."""
+    return source.class_names != tuple(map(str, range(len(source.class_names))))
 
 
 def _hash(images: torch.Tensor, labels: torch.Tensor) -> str:
