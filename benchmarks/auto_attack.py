@@ -1,11 +1,12 @@
-"""Seconds of standard AutoAttack: the package called plainly, and the way an evaluation calls it. Same model, same images.
+"""Seconds of standard AutoAttack: the package called plainly, and the way an evaluation calls it.
 
     python benchmarks/auto_attack.py --model artifacts/train_robust/generated-1/best.safetensors --images digits
     python benchmarks/auto_attack.py --depth 10 --width 4 --count 32 --repeats 3       # random weights, 32x32
 
-Plain: contiguous NCHW images and weights that require gradients, one call with the package's own batch of 250. Ours: one
-shard with the same seed, channels-last, frozen weights, attack after attack. Both in float32; they alternate, and the
-ratio is of medians in one run. Flags are compared too: with up to 250 images and --batch 250 they must be equal.
+Same model, same images, same seed. Plain: contiguous NCHW images and weights that require gradients, one call with the
+package's own batch of 250. Ours: one shard, channels-last, frozen weights, attack after attack. Both in float32; they
+alternate, and the ratio is of medians in one run. Flags are compared too: with up to 250 images and --batch 250 they
+must be equal.
 """
 
 import argparse

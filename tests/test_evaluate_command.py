@@ -1,0 +1,250 @@
+"""`dmat evaluate-robust` as people call it: helpers and kills, any model on any images, what is refused, what is said.
+
+Run alone: pytest tests/test_evaluate_command.py
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dmat import files
+from dmat.data import shards
+from dmat.evaluation.table import read_table
+from tests import cifar_files, forked
+from tests.projects import IN_ORDER
+
+ARM = IN_ORDER["evaluate_robust"]
+TABLE = "artifacts/evaluate_robust/generated-1/per_image.parquet"
+SUMMARY = "artifacts/evaluate_robust/generated-1/summary.json"
+
+
+def _dmat(folder, *words, code=0, output=".output"):
+    found, text = forked.Command(folder, "evaluate-robust", *words, output=output).wait()
+    assert found == code, text
+    return text
+
+
+@pytest.fixture
+def unevaluated(finished, tmp_path):
+    return finished.copy_without("evaluate_robust", tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def model(finished, tmp_path_factory):
+    """A trained classifier and its images in a folder that is no project."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    source = finished.folder / "artifacts/train_robust/generated-1"
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(source / f"best{suffix}", folder / f"model{suffix}")
+    shutil.copytree(finished.folder / "artifacts/prepare_data/test", folder / "test")
+    images, labels = shards.open_shards(folder / "test").all()
+    np.savez(folder / "images.npz", image=images, label=labels)
+    return folder
+
+
+@pytest.fixture
+def elsewhere(model, tmp_path):
+    return shutil.copytree(model, tmp_path / "elsewhere")
+
+
+# --- several processes
+
+
+def test_helpers_give_the_undisturbed_result(finished, unevaluated):
+    """Two helpers start first, one is killed at work; then the evaluation itself."""
+    folder = unevaluated.folder
+    helpers = [forked.Command(folder, "evaluate-robust", *ARM, "--worker", output=f".output-{k}") for k in range(2)]
+    helpers[0].kill_after(1.5)
+    unevaluated.run("evaluate_robust")
+    assert helpers[1].wait()[0] == 0
+    assert unevaluated.outputs("evaluate_robust") == finished.outputs("evaluate_robust")
+
+
+def test_a_helper_alone_computes_everything_and_publishes_nothing(finished, unevaluated):
+    _dmat(unevaluated.folder, *ARM, "--worker")
+    assert not (unevaluated.folder / "artifacts/evaluate_robust").exists()
+    said = json.loads(_dmat(unevaluated.folder, *ARM, "--dry-run"))
+    assert said["shards"] == said["shards_done"] > 8
+    assert said["seconds_left"] == 0
+    unevaluated.run("evaluate_robust")
+    assert unevaluated.outputs("evaluate_robust") == finished.outputs("evaluate_robust")
+
+
+def test_torchrun_shares_one_evaluation(finished, unevaluated):
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "cli.main", "evaluate-robust"]
+    done = subprocess.run(
+        [sys.executable, *words, *ARM, "--json"], cwd=unevaluated.folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert unevaluated.outputs("evaluate_robust") == finished.outputs("evaluate_robust")
+
+
+# --- what is said
+
+
+def test_the_stage_says_what_it_measured(finished):
+    table = read_table(finished.folder / TABLE)
+    assert set(table) == {
+        "index", "label", "best_prediction", "best_clean", "best_fgsm", "best_pgd", "best_broken_by", "best_attacked",
+        "best_margin", "best_perturbation", "last_clean", "last_pgd", *(n for n in table if n.startswith("best_auto")),
+    }  # fmt: skip
+    summary = files.read_json(finished.folder / SUMMARY)["best"]
+    assert summary["clean"]["right"] == int(table["best_clean"].sum())
+    assert sum(summary["broken_by"].values()) == len(table["index"])
+    assert len(summary["checks"]) == 13
+    assert (summary["headline"] is None) == bool(summary["no_headline"])
+
+
+def test_a_failed_check_is_said_everywhere_and_stops_nothing(unevaluated):
+    """Steps of nearly nothing: PGD is weaker than FGSM. Exit code 0, no headline, another name, a dash in the report."""
+    unevaluated.write({"evaluate_robust": {"pgd_step_size": "1/100000", "pgd_steps": 1}})
+    text = unevaluated.run("evaluate_robust")
+    assert "no headline: " in text
+    summary = files.read_json(unevaluated.folder / SUMMARY)["best"]
+    assert summary["headline"] is None
+    assert {"auto_attack_unchecked"} == {name for name in summary if name.startswith("auto_attack")}
+    assert any("FGSM" in reason for reason in summary["no_headline"])
+    metrics = files.read_json(unevaluated.folder / "artifacts/metrics/evaluate_robust/generated-1.json")
+    assert "best_auto_attack" not in metrics
+    assert 0 <= metrics["best_auto_attack_unchecked"] <= 1
+
+
+def test_fewer_images_are_a_subset(unevaluated):
+    unevaluated.write({"evaluate_robust": {"images": 10}})
+    text = unevaluated.run("evaluate_robust")
+    assert "no headline: Only 10 of 40 images were attacked." in text
+    summary = files.read_json(unevaluated.folder / SUMMARY)["best"]
+    assert summary["auto_attack_subset"]["n"] == 10
+    assert summary["headline"] is None
+
+
+# --- any model on any images
+
+QUICK = ("--attacks", "apgd-ce,apgd-dlr")
+
+
+def test_a_model_and_a_set_of_images_are_enough(elsewhere):
+    text = _dmat(elsewhere, "--model", "model.safetensors", "--images", "test", *QUICK)
+    assert re.search(r"clean +\d+\.\d\d % +\[\d+\.\d\d, \d+\.\d\d\]  n = 40", text)
+    assert "no headline: The attacks are nonstandard (apgd-ce, apgd-dlr), not those of standard AutoAttack." in text
+    assert "not tracked: no params.yaml here" in text
+    folder = elsewhere / "model-evaluation"
+    names = {"per_image.parquet", "summary.json", "protocol.json", "perturbations.png", "confusion.png"}
+    assert names <= {path.name for path in folder.iterdir()}
+    before = files.checksum(folder / "work")
+    again = _dmat(elsewhere, "--model", "model.safetensors", "--images", "test", *QUICK, "--json")
+    assert json.loads(again.splitlines()[-1]) == files.read_json(folder / "summary.json")
+    assert files.checksum(folder / "work") == before, "nothing was computed again"
+
+
+def test_all_kinds_of_images_give_the_same_flags(elsewhere):
+    flags = {}
+    for images in ("test", "images.npz"):
+        _dmat(elsewhere, "--model", "model.safetensors", "--images", images, *QUICK, "--to", f"to-{images}")
+        flags[images] = read_table(elsewhere / f"to-{images}" / "per_image.parquet")
+    assert all(np.array_equal(flags["test"][name], flags["images.npz"][name]) for name in flags["test"])
+
+
+def test_published_model_and_cifar_folder_in_one_command(elsewhere, tmp_path):
+    """What the leaderboard says, what we find, what differs; a network of the right shape with random weights."""
+    import torch
+
+    from dmat.robust.networks import Facts, wide_resnet
+    from dmat.training import weights
+
+    facts = Facts(10, 3, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+    torch.manual_seed(0)
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    cifar_files.write(elsewhere)
+    weights.save(
+        elsewhere / "wang.safetensors", wide_resnet(facts, 10, 1, "silu").state_dict(),
+        {"kind": "classifier", "network": {"name": "wide_resnet", "depth": 10, "width": 1, "activation": "silu"},
+         "classes": 10, "channels": 3, "mean": list(facts.mean), "std": list(facts.std), "image_shape": [32, 32, 3],
+         "class_names": names, "data": "cifar10", "threat": None, "weights": "averaged"},
+    )  # fmt: skip
+    words = ("--model", "wang.safetensors", "--images", "cifar-10-batches-py", "--first", "6", "--attacks", "none")
+    assert "says no threat model" in _dmat(elsewhere, *words, code=2)
+    text = _dmat(
+        elsewhere, *words, "--norm", "linf", "--epsilon", "8/255",
+        "--against", "robustbench", "--entry", "Wang2023Better_WRN-28-10",
+    )  # fmt: skip
+    assert "92.44 %" in text
+    assert "67.31 %" in text
+    assert "We attack 6 images, the leaderboard 10,000" in text
+    assert "Here: clean " in text
+
+
+# --- what is refused
+
+MODEL = ("--model", "model.safetensors", "--images", "test")
+REFUSED = {
+    "neither": ((), "--arm and --seed are missing"),
+    "half a stage": (("--arm", "generated"), "--seed is missing"),
+    "half a model": (("--model", "model.safetensors"), "--images is missing"),
+    "both": ((*MODEL, "--arm", "generated"), "--arm came with --model"),
+    "options of a model": (("--arm", "generated", "--seed", "1", "--first", "5"), "--first came with --arm"),
+    "no such model": (("--model", "no.safetensors", "--images", "test"), "no.safetensors does not exist"),
+    "no such images": (("--model", "model.safetensors", "--images", "nothing"), "nothing"),
+    "epsilon in levels": ((*MODEL, "--norm", "linf", "--epsilon", "8"), "epsilon 8 is larger than the pixel range"),
+    "l2 in levels": ((*MODEL, "--norm", "l2", "--epsilon", "128"), "larger than the l2 distance"),
+    "epsilon no number": ((*MODEL, "--epsilon", "eight"), "is 'eight'"),
+    "norm": ((*MODEL, "--norm", "l1", "--epsilon", "8/255"), "is 'l1'; expected 'linf' or 'l2'"),
+    "attack": ((*MODEL, "--attacks", "pgd"), "expected 'standard', 'none' or a list of some of apgd-ce"),
+    "split": ((*MODEL, "--split", "validation"), "expected test or train"),
+    "against": ((*MODEL, "--against", "papers"), "--against is 'papers'; expected robustbench"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_bad_requests_are_one_sentence(elsewhere, kind):
+    words, said = REFUSED[kind]
+    text = _dmat(elsewhere, *words, code=2)
+    assert said in text
+    assert "Traceback" not in text
+    assert not (elsewhere / "model-evaluation" / "summary.json").exists()
+
+
+SPOILED = {
+    "other shape": (lambda x, y: (x[:, :6, :6], y), "holds images [6, 6, 1]"),
+    "too many classes": (lambda x, y: (x, y + 4), "has 14 classes"),
+    "none": (lambda x, y: (x[:0], y[:0]), "images.npz"),
+    "floats": (lambda x, y: (x / 255, y), "expected uint8"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_images_that_do_not_fit_are_refused(elsewhere, kind):
+    change, said = SPOILED[kind]
+    with np.load(elsewhere / "images.npz") as saved:
+        images, labels = change(saved["image"], saved["label"])
+    np.savez(elsewhere / "images.npz", image=images, label=labels)
+    text = _dmat(elsewhere, "--model", "model.safetensors", "--images", "images.npz", *QUICK, code=2)
+    assert said in text
+    assert "Traceback" not in text
+
+
+def test_a_folder_of_another_evaluation_is_refused_until_asked(elsewhere):
+    _dmat(elsewhere, *MODEL, "--attacks", "none")
+    text = _dmat(elsewhere, *MODEL, "--attacks", "none", "--epsilon", "1/10", code=2)
+    assert "holds another evaluation (threat differ)" in text
+    assert "holds another evaluation" in _dmat(
+        elsewhere, *MODEL, "--attacks", "none", "--epsilon", "1/10", "--worker", code=2
+    )
+    _dmat(elsewhere, *MODEL, "--attacks", "none", "--epsilon", "1/10", "--fresh")
+    assert files.read_json(elsewhere / "model-evaluation/protocol.json")["threat"]["epsilon"] == "1/10"
+    assert list((elsewhere / "model-evaluation").glob("before-*"))
+
+
+@pytest.mark.parametrize("name", ["shard-00000.npz", "shard-00000.json", "black-box.npz"])
+def test_an_altered_state_file_is_refused(elsewhere, name):
+    _dmat(elsewhere, *MODEL, "--attacks", "none")
+    path = elsewhere / "model-evaluation" / "work" / name
+    path.write_bytes(path.read_bytes()[:-40])
+    text = _dmat(elsewhere, *MODEL, "--attacks", "none", code=2)
+    assert name.rpartition(".")[0] in text
+    assert "Traceback" not in text
