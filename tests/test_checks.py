@@ -176,6 +176,7 @@ def _gives_check(name, function):
         (lambda x: (x * 255).to(torch.uint8), ("uint8 from 0 to 255", "divide by 255"), 255),
         (lambda x: x.to(torch.uint8), ("uint8 from 0 to 1;", "divide by 255"), 1),
         (lambda x: (x - 0.3) / 0.38, ("from -0.7895 to 1.842", "normalised outside the model"), -0.3 / 0.38),
+        (lambda x: x * 2 - 1, ("from -1 to 1", "normalised outside the model"), -1),
         (lambda x: x / 255, ("divided by 255 twice",), 1 / 255),
         (lambda x: F.interpolate(x, scale_factor=3, mode="bicubic"), ("resized", "clip them"), None),
         (lambda x: x * 1.001, ("to 1.001", "clip them"), 1.001),
@@ -210,6 +211,7 @@ def test_what_only_resembles_probabilities_are_logits(sound, seen):
     passes(checks.logits(outputs - outputs.mean(1, keepdim=True) + 0.1), "logits")  # sums to 1, below 0 in places
     passes(checks.logits(outputs.softmax(1) * 1.02), "logits")  # at least 0, another sum
     passes(checks.logits(torch.cat([outputs, outputs[:1].softmax(1)])), "logits", "0% of the rows")
+    passes(checks.logits(torch.cat([outputs, outputs.softmax(1)])), "logits", "50% of the rows")
 
 
 def test_outputs_of_broken_weights_are_found(spoiled, seen):
@@ -302,6 +304,7 @@ def test_a_turned_prediction_may_only_be_a_tie():
 def test_logits_must_agree_even_where_predictions_do():
     passes(of_two([-10.0, 5.0], [-10.0, 5.09]), "same_alone")
     fires(of_two([-10.0, 5.0], [-10.0, 5.11]), "same_alone", "0 of 6", "up to 0.11", "at most 0.1;")
+    passes(of_two([0.0, 0.0], [0.0, 0.0]), "same_alone")
     passes(of_two([torch.nan, 5.0], [torch.nan, 5.0]), "same_alone")  # `finite` says what is wrong here
     fires(of_two([torch.nan, 5.0], [torch.nan, 6.0]), "same_alone")
     fires(of_two([0.0, 5.0], [torch.nan, 5.0]), "same_alone")
@@ -400,6 +403,24 @@ def test_rounding_is_tolerated_and_no_more(norm, shape, within, beyond):
     fires(checks.inside_ball(images, images - part * (0.25 + beyond), ball), "inside_ball")
 
 
+def test_sizes_are_exact_whatever_the_precision_of_the_images():
+    """0.9 - 0.1 in float16 is 1.2e-4 off."""
+    images, adversarial = (torch.full((2, 1, 2, 2), value, dtype=torch.float16) for value in (0.1, 0.9))
+    exact = adversarial[0, 0, 0, 0].item() - images[0, 0, 0, 0].item()
+    assert abs((adversarial - images).max().item() - exact) > 1e-4
+    check = checks.inside_ball(images, adversarial, Ball("linf", exact))
+    passes(check, "inside_ball")
+    assert check.found == exact
+
+
+def test_an_image_that_is_no_number_is_in_no_ball():
+    images, adversarial = torch.full((3, 1, 2, 2), 0.5), torch.full((3, 1, 2, 2), 0.5)
+    images[1, 0, 0, 0] = torch.nan
+    check = checks.inside_ball(images, adversarial, BALL)
+    fires(check, "inside_ball", "of image 1; 1 of 3")
+    assert check.found is None
+
+
 @pytest.mark.parametrize("norm", attacks.NORMS)
 def test_float32_attacks_on_large_images_stay_within_the_tolerance(norm):
     """On the border of the ball: what the tolerance is for."""
@@ -458,6 +479,7 @@ def test_only_ties_may_turn_and_only_in_other_batches():
     fires(rescored_one(True, 9e-5, -1.1e-4), "rescored", "0 of 10", "1 in others")
     fires(rescored_one(True, 1.1e-4, -9e-5), "rescored", "0 of 10", "1 in others")
     fires(rescored_one(True, -9e-5, 9e-5), "rescored", "1 of 10 flags differ in the same batches and 0 in others")
+    fires(rescored_one(False, 0.5, 0.5), "rescored", "1 of 10 flags differ in the same batches and 1 in others")
     fires(rescored_one(True, 0.0, 9e-5), "rescored", "1 of 10")  # a margin of 0 is not right
     fires(rescored_one(True, 1.0, torch.nan), "rescored", "1 in others")
 
