@@ -13,9 +13,14 @@ import pytest
 import torch
 
 import dmat
+from dmat import config, devices
 from dmat.errors import DmatError
+from dmat.evaluation import measures
+from dmat.evaluation.measures import Subject
 from dmat.models import exporting, importing, layouts, leaderboard
 from dmat.models.importing import DATA
+from dmat.robust import auto_attack
+from dmat.robust.attacks import Ball
 from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, Facts, preact_resnet, wide_resnet
 from dmat.training import weights
 
@@ -25,6 +30,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     for _name in ("pyautoattack", "pyautoattack.state"):
         sys.modules[_name[2:]] = importlib.import_module(_name)
+    from pyautoattack import AutoAttack
     from robustbench.model_zoo.architectures import resnet as other_preact
     from robustbench.model_zoo.architectures import wide_resnet as trades_like
     from robustbench.model_zoo.architectures.dm_wide_resnet import DMPreActResNet, DMWideResNet, Swish
@@ -176,3 +182,36 @@ def test_names_are_theirs():
     assert list(ours) == list(DMWideResNet(10, 16, 2).state_dict())
     theirs = trades_like.WideResNet(depth=16, widen_factor=2).state_dict()
     assert {layouts.LAYOUTS["wide_resnet_symmetric"].theirs(name) for name in ours} == set(theirs)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 1 / 255), ("l2", 0.1)])
+def test_flags_are_those_of_the_plain_call_on_their_model(tmp_path, norm, epsilon):
+    """200 images in two shards: AutoAttack called plainly on what RobustBench's class made of our export, with the seed
+    of each shard, and an evaluation of ours. WRN-10-1, as a larger network takes days here."""
+    path, model = trained(tmp_path, 10, 1)
+    exporting.export(path, "robustbench", tmp_path / "theirs.pt")
+    images = DATA["cifar10"]
+    theirs = DMWideResNet(10, 10, 1, torch.nn.SiLU, images.mean, images.std)
+    theirs.load_state_dict(torch.load(tmp_path / "theirs.pt", weights_only=True)["state_dict"], strict=True)
+    theirs.eval()
+    compute = devices.resolve("cpu", "fp32", threads=torch.get_num_threads())
+    pixels = torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        labels = model(pixels).argmax(1)
+    labels[::20] = (labels[::20] + 1) % 10
+    settings = config.evaluation({"pgd_steps": 1, "shard": 100, "batch": 100, "sweep": []})
+    suite = auto_attack.suite("standard", 10)
+    subject = Subject("model", compute.place_model(model), pixels, labels, Ball(norm, epsilon), suite)
+    ours = [measures.of_shard(subject, settings, k, compute)["auto_attack"] for k in range(2)]
+    plain = []
+    for number, part in enumerate((slice(0, 100), slice(100, 200))):
+        call = AutoAttack(
+            theirs, norm={"linf": "Linf", "l2": "L2"}[norm], eps=epsilon, seed=settings.auto_attack_seed + number
+        )
+        _, prediction = call.run_standard_evaluation(pixels[part], labels[part], batch_size=100)
+        plain.append((prediction == labels[part]).numpy())
+    print(f"robust: {[int(flags.sum()) for flags in ours]} of 100 each")
+    assert 10 < sum(int(flags.sum()) for flags in plain) < 180
+    for mine, other in zip(ours, plain, strict=True):
+        assert (mine == other).all()
