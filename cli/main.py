@@ -40,8 +40,7 @@ def _options(
     pass
 
 
-stages.add_to(app)
-evaluate.add_to(app)
+stages.add_to(app, own={"evaluate_robust": evaluate.add_to})
 tune.add_to(app)
 recipes.add_to(app)
 runs.add_to(app)

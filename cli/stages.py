@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,6 @@ import typer
 
 from dmat.jobs import STAGES, Stage
 
-_ELSEWHERE = ("evaluate_robust",)  # has more to offer than its stage: cli.evaluate
 _RESTARTS = 3  # of all processes, after one was lost
 _INSTANCE_OPTIONS = {
     "generator": (str, "Name in `generators` of params.yaml."),
@@ -24,9 +23,11 @@ _INSTANCE_OPTIONS = {
 }
 
 
-def add_to(app: typer.Typer) -> None:
+def add_to(app: typer.Typer, own: Mapping[str, Callable[[typer.Typer], None]]) -> None:
+    """own: stages whose commands offer more than those made here."""
     for stage in STAGES.values():
-        if stage.word in _ELSEWHERE:
+        if stage.word in own:
+            own[stage.word](app)
             continue
         app.command(stage.command, help=f"{stage.summary}\n\nExample: {stage.example}")(_command(stage))
 
