@@ -64,22 +64,44 @@ def test_robust_exactly_where_a_linear_classifier_is(norm, epsilon, classes):
     assert ball.size(worst - images).max() <= ball.epsilon + 1e-6
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_one_attack_after_the_other_is_one_call_of_the_package(norm):
-    """Same flags and same images, though each attack is called by itself; several batches, the last one short."""
-    model, images = _Curved(10), _images(30, (3, 5, 5))
+class _Convolving(torch.nn.Module):
+    """Its gradients come back in the layout of its images."""
+
+    def __init__(self, classes):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(72, classes)
+
+    def forward(self, images):
+        return self.second(torch.nn.functional.silu(4 * self.first(images)).flatten(1))
+
+
+CONVOLVING = _Convolving(10).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("model", "norm"), [(_Curved(10), "linf"), (CONVOLVING, "linf"), (CONVOLVING, "l2")])
+def test_one_attack_after_the_other_is_one_call_of_the_package(model, norm):
+    """Same flags and same images, though each attack is called by itself and images are channels-last; several batches,
+    the last one short."""
+    images = _images(22, (3, 5, 5))
     with torch.no_grad():
         labels = model(images).argmax(1)
     labels[::9] = (labels[::9] + 1) % 10
-    ball = Ball(norm, {"linf": 0.035, "l2": 0.15}[norm])
+    ball = Ball(norm, {"linf": 0.02, "l2": 0.12}[norm])
     worst, broken_by = auto_attack.attack(
-        model, images, labels, ball, auto_attack.suite("standard", 10), seed=5, batch=13
+        model,
+        images.contiguous(memory_format=torch.channels_last),
+        labels,
+        ball,
+        auto_attack.suite("standard", 10),
+        seed=5,
+        batch=13,
     )
     package = AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=ball.epsilon, seed=5)
     theirs, prediction = package.run_standard_evaluation(images, labels, batch_size=13)
     assert torch.equal(prediction == labels, broken_by == ROBUST)
     assert torch.equal(worst, theirs.detach())
-    assert 3 < int((broken_by == ROBUST).sum()) < 26
+    assert 1 < int((broken_by == ROBUST).sum()) < 19
     assert len(set(broken_by.tolist())) >= 3, "more than one attack has something to do"
 
 

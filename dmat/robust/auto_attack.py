@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from dmat.errors import DmatError
 from dmat.robust.attacks import Ball
@@ -78,6 +79,7 @@ def attack(
             f"{_SQUARES} squares above each other; name the other attacks"
         )
     package = _package(logits_of, ball, chosen, seed, images.device)
+    images = images.contiguous()
     found = images.detach().clone()
     broken_by = torch.full_like(labels, ROBUST)
     with torch.no_grad():
@@ -88,7 +90,6 @@ def attack(
         if not len(left):
             break
         package.attacks_to_run = [name]
-        # The package's tensors are not channels-last everywhere; the numbers are those of its own call.
         worst, prediction = package.run_standard_evaluation(images[left], labels[left], batch_size=batch)
         broken = prediction != labels[left]
         found[left[broken]] = worst[broken].detach()
@@ -110,12 +111,28 @@ def _package(logits_of: Callable[[Tensor], Tensor], ball: Ball, chosen: Suite, s
 
 
 class _Module(torch.nn.Module):
+    """The model as the package sees it: images and gradients contiguous, as its `view`s need them, and the model itself
+    with channels-last images, in which convolutions are faster."""
+
     def __init__(self, logits_of: Callable[[Tensor], Tensor]):
         super().__init__()
         self.logits_of = logits_of
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.logits_of(images)
+        result: Tensor = self.logits_of(_ChannelsLast.apply(images))
+        return result
+
+
+class _ChannelsLast(Function):
+    """The same numbers in another order in memory, and their gradients in the first one."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].contiguous()
 
 
 def square(
@@ -125,5 +142,5 @@ def square(
     package = _package(logits_of, ball, Suite(("square",), 1, standard=False), seed, images.device)
     package.square.n_queries = queries
     package.square.seed = seed
-    result: Tensor = package.square.perturb(images, labels)
+    result: Tensor = package.square.perturb(images.contiguous(), labels)
     return result.detach()
