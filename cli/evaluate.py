@@ -26,7 +26,12 @@ def add_to(app: typer.Typer) -> None:
 def _evaluate(
     arm: Annotated[str | None, typer.Option(help="Name in `arms` of params.yaml.")] = None,
     seed: Annotated[int | None, typer.Option(help="One of `seeds` of params.yaml.")] = None,
-    model: Annotated[Path | None, typer.Option(help="A .safetensors file, its sidecar beside it.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A .safetensors file, its sidecar beside it; or what `models import` reads.")
+    ] = None,
+    args: Annotated[Path | None, typer.Option(help="The args.txt of its training, as for `models import`.")] = None,
+    data: Annotated[str | None, typer.Option(help="As for `models import`, for example cifar10.")] = None,
+    activation: Annotated[str | None, typer.Option(help="As for `models import`: silu or relu.")] = None,
     images: Annotated[
         str | None, typer.Option(help="A CIFAR folder, a folder of images by class, of shards, an .npz, or digits.")
     ] = None,
@@ -53,7 +58,8 @@ def _evaluate(
     of_stage: dict[str, Any] = {"--arm": arm, "--seed": seed}
     of_model: dict[str, Any] = {"--model": model, "--images": images}
     only_model: dict[str, Any] = {"--norm": norm, "--epsilon": epsilon, "--first": first or None, "--attacks": attacks,
-                  "--batch": batch, "--to": to, "--against": against, "--entry": entry}  # fmt: skip
+                  "--batch": batch, "--to": to, "--against": against, "--entry": entry, "--args": args,
+                  "--data": data, "--activation": activation}  # fmt: skip
     if model is None and images is None:
         given = [name for name, value in only_model.items() if value is not None]
         missing = [name for name, value in of_stage.items() if value is None]
@@ -77,24 +83,26 @@ def _evaluate(
         raise DmatError(f"--against is {against!r}; expected robustbench")
     assert model is not None
     assert images is not None
+    folder = to or Path(f"{model.stem}-evaluation")
+    given_as = (model, args, data, activation)
     overrides: dict[str, Any] = {"images": first}
     if attacks is not None:
         overrides["auto_attack"] = attacks if attacks in ("standard", "none") else attacks.split(",")
     if batch is not None:
         overrides |= {"batch": batch}
     _evaluate_model(
-        model, images, split, (norm, epsilon), overrides, to, (against, entry), device, worker, fresh, dry_run, as_json,
-        params,
+        given_as, images, split, (norm, epsilon), overrides, folder, (against, entry), device, worker, fresh, dry_run,
+        as_json, params,
     )  # fmt: skip
 
 
 def _evaluate_model(
-    model: Path,
+    given_as: tuple[Path, Path | None, str | None, str | None],
     images: str,
     split: str,
     threat: tuple[str | None, str | None],
     overrides: dict[str, Any],
-    to: Path | None,
+    folder: Path,
     against: tuple[str | None, str | None],
     device: str,
     worker: bool,
@@ -109,12 +117,12 @@ def _evaluate_model(
     base = config.load(params).sections["evaluate_robust"].plain() if params else {}
     in_project = Path("params.yaml").is_file()
     request = evaluate_model.Request(
-        model,
+        evaluate_model.safetensors(*given_as, folder),
         images,
         split,
         *threat,
         config.evaluation(base | overrides),
-        to or Path(f"{model.stem}-evaluation"),
+        folder,
         workspace.find(Path()).home if in_project else None,
     )
     direct = evaluate_model.DirectEvaluation(request, evaluate_model.compute_on(device))
@@ -125,7 +133,7 @@ def _evaluate_model(
         direct.assist(quiet=as_json)
         return
     result = direct.run(fresh, quiet=as_json)
-    said = evaluate_model.against_robustbench(direct, result, against[1]) if against[0] else []
+    said = evaluate_model.against_robustbench(direct, result, against[1] or given_as[0].stem) if against[0] else []
     if as_json:
         typer.echo(json.dumps(result.summary | ({"against": said} if said else {}), sort_keys=True))
         return

@@ -150,10 +150,11 @@ def test_all_kinds_of_images_give_the_same_flags(elsewhere):
     assert all(np.array_equal(flags["test"][name], flags["images.npz"][name]) for name in flags["test"])
 
 
-def test_published_model_and_cifar_folder_in_one_command(elsewhere, tmp_path):
+def test_published_file_and_cifar_folder_in_one_command(elsewhere):
     """What the leaderboard says, what we find, what differs; a network of the right shape with random weights."""
     import torch
 
+    from dmat.models import exporting
     from dmat.robust.networks import Facts, wide_resnet
     from dmat.training import weights
 
@@ -167,12 +168,13 @@ def test_published_model_and_cifar_folder_in_one_command(elsewhere, tmp_path):
          "classes": 10, "channels": 3, "mean": list(facts.mean), "std": list(facts.std), "image_shape": [32, 32, 3],
          "class_names": names, "data": "cifar10", "threat": None, "weights": "averaged"},
     )  # fmt: skip
-    words = ("--model", "wang.safetensors", "--images", "cifar-10-batches-py", "--first", "6", "--attacks", "none")
+    exporting.export(elsewhere / "wang.safetensors", "robustbench", elsewhere / "Wang2023Better_WRN-28-10.pt")
+    words = ("--model", "Wang2023Better_WRN-28-10.pt", "--images", "cifar-10-batches-py", "--first", "6",
+             "--attacks", "none")  # fmt: skip
+    assert "--data" in _dmat(elsewhere, *words, code=2)
+    words += ("--data", "cifar10", "--activation", "silu")
     assert "says no threat model" in _dmat(elsewhere, *words, code=2)
-    text = _dmat(
-        elsewhere, *words, "--norm", "linf", "--epsilon", "8/255",
-        "--against", "robustbench", "--entry", "Wang2023Better_WRN-28-10",
-    )  # fmt: skip
+    text = _dmat(elsewhere, *words, "--norm", "linf", "--epsilon", "8/255", "--against", "robustbench")
     assert "92.44 %" in text
     assert "67.31 %" in text
     assert "We attack 6 images, the leaderboard 10,000" in text

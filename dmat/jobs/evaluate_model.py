@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from dmat import config, devices, files, processes, tracking
 from dmat.config import EvaluateRobust, Threat
@@ -23,8 +24,8 @@ from dmat.evaluation.evaluate import Evaluation, Verdict
 from dmat.evaluation.measures import Subject
 from dmat.evaluation.table import write_table
 from dmat.jobs.execution import lock, set_aside
-from dmat.models import leaderboard
-from dmat.models.loading import expect_pair, open_classifier
+from dmat.models import importing, leaderboard
+from dmat.models.loading import SUFFIX, expect_pair, open_classifier
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
 from dmat.training.interruption import Interruption
@@ -160,7 +161,22 @@ class DirectEvaluation:
             )
 
 
-def against_robustbench(direct: DirectEvaluation, result: Result, name: str | None) -> list[str]:
+def safetensors(model: Path, args: Path | None, data: str | None, activation: str | None, folder: Path) -> Path:
+    """The model as dmat keeps it: itself, or what `dmat models import` makes of it in the folder of the evaluation."""
+    if model.suffix == SUFFIX or not model.is_file():
+        return model
+    beside = model.with_name("args.txt")
+    target = folder / f"{model.stem}{SUFFIX}"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = importing.import_model(
+        model, args or (beside if beside.is_file() else None), data, activation=activation, target=target
+    )
+    for note in done.notes:
+        tqdm.write(f"note: {note}")
+    return done.path
+
+
+def against_robustbench(direct: DirectEvaluation, result: Result, name: str) -> list[str]:
     """The published number of an entry, ours, and what makes them different measurements."""
     data = direct.sidecar.get("data")
     if data is None:
@@ -169,7 +185,7 @@ def against_robustbench(direct: DirectEvaluation, result: Result, name: str | No
             f"`dmat models import` writes it; leave --against out"
         )
     threat, summary = direct.threat, result.summary
-    entry = leaderboard.entry(data, threat.norm, name or direct.request.model.stem)
+    entry = leaderboard.entry(data, threat.norm, name)
     ours = {
         "norm": threat.norm,
         "epsilon": threat.epsilon.text,
