@@ -37,6 +37,15 @@ def add_to(app: typer.Typer) -> None:
         help="Logits of images: uint8 [N, H, W, C], or float32 in [0, 1], [N, C, H, W] or [N, H, W, C]."
         "\n\nExample: dmat models predict best.safetensors images.npy --to logits.npy",
     )(_predict)
+    group.command(
+        "list",
+        help="Evaluated models in MLflow's registry, by data set and threat model; a champion has the best AutoAttack "
+        "accuracy of those that passed every check.\n\nExample: dmat models list",
+    )(_list)
+    group.command(
+        "get",
+        help="Fetch a registered model and verify it.\n\nExample: dmat models get digits-linf-1_5@champion",
+    )(_get)
     app.add_typer(group, name="models")
 
 
@@ -108,6 +117,35 @@ def _predict(
     typer.echo(f"{done.path}: {done.images} x {done.classes} logits")
     if done.correct is not None:
         typer.echo(f"accuracy: {100 * done.correct / done.images:.2f} % ({done.correct} of {done.images})")
+
+
+def _list(as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False) -> None:
+    from dmat.jobs import workspace
+    from dmat.tracking import registry
+
+    found = registry.listed(workspace.find(Path.cwd()).home)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, sort_keys=True))
+        return
+    for one in found:
+        tags = one["tags"]
+        accuracy = tags.get(f"accuracy.{tags.get('evaluation.measure')}", "not measured")
+        mark = " champion" if one["champion"] else ""
+        typer.echo(f"{one['name']}@{one['version']}  {tags.get('evaluation.measure')} {accuracy}{mark}")
+    if not found:
+        typer.echo("no model is registered; an evaluation registers its model")
+
+
+def _get(
+    wanted: Annotated[str, typer.Argument(metavar="MODEL", help="NAME@champion or NAME@VERSION.")],
+    to: Annotated[Path | None, typer.Option(help="File to write. [default: NAME.safetensors]")] = None,
+) -> None:
+    from dmat.jobs import workspace
+    from dmat.tracking import registry
+
+    target = to or Path(f"{wanted.partition('@')[0]}.safetensors")
+    found = registry.fetch(workspace.find(Path.cwd()).home, wanted, target)
+    typer.echo(f"{target}: version {found['version']}, run {found['run']}")
 
 
 def _lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:

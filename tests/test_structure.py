@@ -28,7 +28,7 @@ ROWS = (
 )
 SUBJECTS = ROWS[2]  # these know nothing of each other
 HOMES = {  # package -> the only modules that import it
-    "mlflow": {"dmat.tracking.stores", "dmat.tracking.memory"},
+    "mlflow": {"dmat.tracking.stores", "dmat.tracking.memory", "dmat.tracking.registry"},
     "pyautoattack": {"dmat.robust.auto_attack"},
     "typer": {
         "cli.main",

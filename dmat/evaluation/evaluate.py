@@ -38,6 +38,16 @@ class Verdict:
     reasons: tuple[str, ...]
     checks: tuple[Check, ...]
 
+    def about_model(self, summary: Mapping[str, Any], threat: Mapping[str, Any]) -> dict[str, Any]:
+        """Tags of an evaluated model: its threat model and its accuracies with intervals. summary: of `Evaluation`."""
+        found = {f"threat.{name}": threat[name] for name in ("norm", "epsilon")}
+        for name in ("clean", "pgd", self.measure):
+            if name in summary:
+                value = summary[name]
+                found[f"accuracy.{name}"] = f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+                found["accuracy.n"] = value["n"]
+        return found | self.tags
+
     @property
     def sentences(self) -> list[str]:
         """For who started the evaluation; nothing if there is a headline."""

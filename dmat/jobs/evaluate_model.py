@@ -28,6 +28,7 @@ from dmat.models import importing, leaderboard
 from dmat.models.loading import SUFFIX, expect_pair, open_classifier
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
+from dmat.tracking import registry
 from dmat.training.interruption import Interruption
 
 _ABOUT = "evaluation.json"
@@ -119,6 +120,7 @@ class DirectEvaluation:
                     result = self._write(folder)
                 for name, value in result.verdict.tags.items():
                     run.tag(name, value)
+                run.register(self._candidate(result))
                 run.finish_with(_numbers(result.summary), sorted(folder.glob("*.png")))
         return result
 
@@ -150,6 +152,20 @@ class DirectEvaluation:
         files.write_json(folder / "protocol.json", protocol)
         files.write_json(folder / "summary.json", summary)
         return Result(summary, verdict, protocol)
+
+    def _candidate(self, result: Result) -> tracking.Candidate:
+        """For the registry of the project."""
+        data = self.sidecar.get("data") or f"images-{self.identity['images'][:8]}"
+        headline = result.summary["headline"]
+        return tracking.Candidate(
+            registry.name_of(data, self.threat.norm, self.threat.epsilon.text),
+            self.request.model,
+            {
+                "data.test.sha256": self.identity["images"],
+                **result.verdict.about_model(result.summary, self.threat.plain()),
+            },
+            headline["value"] if headline else None,
+        )
 
     def _expect_own_folder(self) -> None:
         path = self.request.folder / _ABOUT

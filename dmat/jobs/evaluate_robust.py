@@ -13,6 +13,7 @@ from dmat import files
 from dmat.config import EvaluateRobust, Fraction
 from dmat.data import shards
 from dmat.data.pixels import everything
+from dmat.data.shards import Shards
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation
 from dmat.evaluation.measures import Subject
@@ -22,6 +23,7 @@ from dmat.jobs.execution import Job
 from dmat.metrics.intervals import wilson
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
+from dmat.tracking import registry
 from dmat.training import weights
 
 WHICH = ("best", "last")
@@ -60,6 +62,18 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
     files.write_json(folder / "protocol.json", best.protocol(threat, len(test)))
     files.write_json(folder / "summary.json", summary)
     job.tags.update(verdict.tags)
+    job.models.append(
+        registry.Candidate(
+            registry.name_of(_data(test), threat["norm"], threat["epsilon"]),
+            _weights(job, "best"),
+            {
+                **{f"dmat.{name}": value for name, value in job.chosen.items()},
+                "data.test.sha256": files.checksum(job.inputs["test"]),
+                **verdict.about_model(summary["best"], threat),
+            },
+            summary["best"]["headline"]["value"] if summary["best"]["headline"] else None,
+        )
+    )
     job.notes.extend(verdict.sentences)
     return {
         f"{which}_{name}": value["value"] if isinstance(value, dict) else value
@@ -111,6 +125,14 @@ def _evaluations(settings: EvaluateRobust, job: Job) -> dict[str, Evaluation]:
                 {"weights": sidecar["sha256"], "images": files.checksum(job.inputs[split])},
             )
     return found
+
+
+def _data(test: Shards) -> str:
+    """Name of the data set: of a file or folder, its first hash digits too, as many may be called so."""
+    source: str = test.manifest["source"]
+    if source in ("npz", "folder", "shards"):
+        return f"{source}-{files.fingerprint(test.manifest['shards'])[:8]}"
+    return source
 
 
 def _weights(job: Job, which: str) -> Path:

@@ -53,6 +53,7 @@ class Job:
     # filled by the job: what a reader must know of this result; tags of the MLflow run, sentences for who started it
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    models: list[tracking.Candidate] = dataclasses.field(default_factory=list)  # filled by the job: for the registry
 
     def project_path(self, path: str | None) -> Path | None:
         """A path of params.yaml, relative to the project."""
@@ -288,6 +289,8 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
             metrics = module.run(plan.settings, job)
         for name, value in job.tags.items():
             run.tag(name, value)
+        for model in job.models:
+            run.register(model)
         finished = {
             "metrics": metrics,
             "notes": job.notes,

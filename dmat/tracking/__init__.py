@@ -7,7 +7,19 @@ command or by `dmat runs sync`.
 
 from dmat.tracking.memory import FILES
 from dmat.tracking.notes import set_aside, sync
+from dmat.tracking.registry import Candidate
 from dmat.tracking.runs import Run, open_run, seconds_before
 from dmat.tracking.stores import artifact_folder, connect, store
 
-__all__ = ["FILES", "Run", "artifact_folder", "connect", "open_run", "seconds_before", "set_aside", "store", "sync"]
+__all__ = [
+    "FILES",
+    "Candidate",
+    "Run",
+    "artifact_folder",
+    "connect",
+    "open_run",
+    "seconds_before",
+    "set_aside",
+    "store",
+    "sync",
+]

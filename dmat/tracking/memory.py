@@ -5,6 +5,7 @@ outage left.
 """
 
 import contextlib
+import dataclasses
 import json
 import time
 import warnings
@@ -16,7 +17,8 @@ import filelock
 
 from dmat import files
 from dmat.errors import DmatError
-from dmat.tracking import stores
+from dmat.tracking import registry, stores
+from dmat.tracking.registry import Candidate
 
 _BATCH = 1000  # MLflow's limit of metrics in one request
 FRESH: dict[str, Any] = {
@@ -25,7 +27,7 @@ FRESH: dict[str, Any] = {
     "sent": 0,  # bytes of metrics.jsonl
     "seconds": 0.0,  # that attempts spent so far
     "about": None,  # name, tags, settings, started, parent's folder
-    "ending": None,  # status, error, metrics, pictures, tags, ended; None while the run goes on
+    "ending": None,  # status, error, metrics, pictures, tags, models, ended; None while the run goes on
 }
 FILES = ("tracking.json", "tracking.lock", "sending.lock")
 
@@ -142,6 +144,9 @@ class Sender:
                 self._client.log_artifact(run, str(path))
         if end["error"]:
             self.tag("dmat.error", end["error"][:4000])
+        for model in end.get("models", []):
+            candidate = Candidate.of(model)
+            registry.register(self._client, run, dataclasses.replace(candidate, weights=self.home / candidate.weights))
         self._client.set_terminated(run, status=status, end_time=int(1000 * end["ended"]))
 
     def status_by_children(self) -> tuple[str, float]:

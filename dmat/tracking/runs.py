@@ -1,5 +1,6 @@
 """The tracked run of one stage instance: what the job sees of tracking."""
 
+import dataclasses
 import os
 import subprocess
 import threading
@@ -15,6 +16,7 @@ from dmat import files
 from dmat.errors import Interrupted
 from dmat.tracking import notes, stores
 from dmat.tracking.memory import Memory, Sender, remembered
+from dmat.tracking.registry import Candidate
 
 _SEND_EVERY = 5.0  # seconds
 _LONGEST_PAUSE = 60.0  # seconds between two attempts at a store that does not answer
@@ -34,6 +36,7 @@ class Run:
         self._final: tuple[dict[str, float], list[str]] = ({}, [])
         self._tags: dict[str, str] = {}
         self._told = set[str]()  # tags that the store has
+        self._models: list[dict[str, Any]] = []
         self._status: tuple[str, str] | None = None
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._started = time.time()
@@ -61,6 +64,7 @@ class Run:
             "metrics": metrics,
             "pictures": pictures,
             "tags": self._tags,
+            "models": self._models,
             "ended": time.time(),
         }
         try:
@@ -81,6 +85,13 @@ class Run:
     def tag(self, name: str, value: str) -> None:
         """A tag that becomes known while the run goes on."""
         self._tags[name] = value
+
+    def register(self, candidate: Candidate) -> None:
+        """A model for the registry, sent when the block ends."""
+        weights = candidate.weights.resolve()
+        if weights.is_relative_to(self.home):  # so that a project may be moved
+            weights = weights.relative_to(self.home)
+        self._models.append(dataclasses.replace(candidate, weights=weights).plain())
 
     def provenance(self) -> dict[str, Any]:
         """Where this result can be looked up: not part of any hash."""
