@@ -279,6 +279,14 @@ def test_bad_images_are_refused(tmp_path, subject, compute, kind):
         _evaluation(tmp_path, dataclasses.replace(subject, images=images, labels=labels), compute)
 
 
+def test_a_loss_that_needs_three_classes_is_refused(tmp_path, subject, compute):
+    two = _Small()
+    two.logits = torch.nn.Linear(32, 2)
+    few = dataclasses.replace(subject, model=two, labels=subject.labels % 2)
+    with pytest.raises(DmatError, match="pgd_loss is dlr and the model has 2 classes; expected 3 or more"):
+        _evaluation(tmp_path, few, compute, QUICK.model_copy(update={"pgd_loss": "dlr"}))
+
+
 def test_epsilon_in_levels_is_refused(tmp_path, subject, compute):
     with pytest.raises(DmatError, match=r"epsilon is 128, larger than the l2 distance .* 8.00; .*128/255"):
         _evaluation(tmp_path, dataclasses.replace(subject, ball=Ball("l2", 128)), compute)

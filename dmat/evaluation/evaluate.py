@@ -71,6 +71,11 @@ class Evaluation:
         self, folder: Path, subject: Subject, settings: Settings, compute: Compute, identity: Mapping[str, Any]
     ):
         _refuse_bad_images(subject)
+        if settings.pgd_loss == "dlr" and subject.model.logits.out_features < 3:
+            raise DmatError(
+                f"pgd_loss is dlr and the model has {subject.model.logits.out_features} classes; expected 3 or more, "
+                f"as the loss compares with the third logit; say pgd_loss: cw"
+            )
         self.folder, self.subject, self.settings, self.compute = folder, subject, settings, compute
         count = -(-len(subject.labels) // settings.shard)
         sizes = [measures.shard_of(k, settings.shard, len(subject.labels)) for k in range(count)]
