@@ -61,6 +61,31 @@ def test_a_killed_and_resumed_run_is_one_run_with_each_point_once(home):
     assert runs[0].data.tags["input.train"] == "abc"
 
 
+def test_inputs_are_data_sets_of_the_run(home):
+    with _open(home):
+        pass
+    (run,) = _runs(home)[1]
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("p", "abc")
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "train")]
+
+
+def test_processor_and_memory_are_sampled_while_a_run_goes_on(home, monkeypatch):
+    monkeypatch.setattr(runs, "_SEND_EVERY", 0.05)
+    monkeypatch.setattr(runs, "_SAMPLE_EVERY", 0.2)
+    with _open(home) as run:
+        run.provenance()  # waits for the store
+        ends = time.time() + 2
+        while time.time() < ends:
+            sum(range(1000))
+    client, (found,) = _runs(home)
+    history = client.get_metric_history(found.info.run_id, "system/process_memory_megabytes")
+    assert len(history) >= 3
+    assert all(10 < point.value < 100_000 for point in history)
+    busy = client.get_metric_history(found.info.run_id, "system/process_cpu_percentage_of_a_core")
+    assert max(point.value for point in busy) > 30
+
+
 def test_an_error_ends_failed(home):
     with pytest.raises(DmatError), _open(home):
         raise DmatError("diverged")

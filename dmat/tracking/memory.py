@@ -21,6 +21,7 @@ from dmat.tracking import registry, stores
 from dmat.tracking.registry import Candidate
 
 _BATCH = 1000  # MLflow's limit of metrics in one request
+_DIGEST = 36  # and of characters in the digest of a data set
 FRESH: dict[str, Any] = {
     "run": None,  # id in the store
     "parent": None,
@@ -109,6 +110,7 @@ class Sender:
                 experiment, start_time=int(1000 * about["started"]), tags=tags, run_name=about["name"]
             )
             self._log_params(run.info.run_id, about["settings"])
+            self._log_inputs(run.info.run_id, about.get("inputs", {}))
             self._already = set()
             self.memory.update(run=run.info.run_id, parent=parent, sent=0)
         elif live:
@@ -119,6 +121,10 @@ class Sender:
 
     def tag(self, name: str, value: str) -> None:
         self._client.set_tag(self.memory["run"], name, value)
+
+    def send_system(self, values: Mapping[str, float], seconds: float) -> None:
+        """A sample of what the machine is busy with, so many seconds into the run."""
+        self._log_now([(name, value, int(seconds)) for name, value in values.items()])
 
     def send_new(self) -> None:
         """Whole lines of metrics.jsonl beyond what was sent, in batches of whole lines."""
@@ -180,16 +186,33 @@ class Sender:
         return [point for point in points if (point[0], point[2]) not in self._already]
 
     def _log(self, points: list[tuple[str, float, int]]) -> None:
+        try:
+            self._log_now(points)
+        except Exception:
+            self._already = None  # an answer that was lost does not tell what arrived
+            raise
+
+    def _log_now(self, points: list[tuple[str, float, int]]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         numbers = [Metric(name, value, now, step) for name, value, step in points]
-        try:
-            for start in range(0, len(numbers), _BATCH):
-                self._client.log_batch(self.memory["run"], metrics=numbers[start : start + _BATCH])
-        except Exception:
-            self._already = None  # an answer that was lost does not tell what arrived
-            raise
+        for start in range(0, len(numbers), _BATCH):
+            self._client.log_batch(self.memory["run"], metrics=numbers[start : start + _BATCH])
+
+    def _log_inputs(self, run: str, inputs: Mapping[str, Mapping[str, str]]) -> None:
+        """What the run reads, as MLflow's data sets: path, hash, and what it is used as."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        sets = [
+            DatasetInput(
+                Dataset(entry["path"], entry["sha256"][:_DIGEST], "local", json.dumps({"uri": entry["path"]})),
+                [InputTag("mlflow.data.context", name)],
+            )
+            for name, entry in inputs.items()
+        ]
+        if sets:
+            self._client.log_inputs(run, sets)
 
     def _log_params(self, run: str, settings: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

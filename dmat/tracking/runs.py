@@ -17,8 +17,10 @@ from dmat.errors import Interrupted
 from dmat.tracking import notes, stores
 from dmat.tracking.memory import Memory, Sender, remembered
 from dmat.tracking.registry import Candidate
+from dmat.tracking.system import Sampler
 
 _SEND_EVERY = 5.0  # seconds
+_SAMPLE_EVERY = 10.0  # seconds between two looks at processor and memory
 _LONGEST_PAUSE = 60.0  # seconds between two attempts at a store that does not answer
 _PATIENCE = 20.0  # seconds that the end of a stage waits for a slow server
 _silent = set[str]()  # stores that did not answer last time: their runs are told once, and wait for nothing
@@ -107,12 +109,15 @@ class Run:
 
     def _serve(self) -> None:
         """The thread: sends what is new until the block ends, more seldom while the store does not answer."""
-        sender = Sender(self.home, self._memory)
-        connected, first, pause = False, True, 0.0
+        sender, sampler = Sender(self.home, self._memory), Sampler()
+        connected, first, pause, sampled = False, True, 0.0, self._started
         while True:
             closing = self._closing.wait(pause)
             try:
                 connected = self._send(sender, connected, closing)
+                if not closing and time.time() - sampled >= _SAMPLE_EVERY:
+                    sampled = time.time()
+                    sender.send_system(sampler.sample(), sampled - self._started)
                 if first or self._store in _silent:
                     _silent.discard(self._store)
                     notes.sync(self.home)
@@ -170,6 +175,7 @@ def open_run(
     about = {
         "name": f"{stage} {instance}",
         "settings": dict(settings),
+        "inputs": {name: dict(entry) for name, entry in inputs.items()},
         "started": time.time(),
         "tags": {
             "dmat.stage": stage,
