@@ -1,14 +1,24 @@
 """`dmat runs` and `dmat ui`: what MLflow holds."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+_STATUS = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED")
+_TELLING = (
+    *("best_auto_attack", "best_auto_attack_subset", "best_auto_attack_nonstandard", "best_auto_attack_unchecked"),
+    *("auto_attack", "best_pgd", "best_validation_robust", "validation_robust", "validation_clean"),
+    *("scorer_frechet_distance", "best_validation_clean", "kept", "loss", "generated"),
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -18,6 +28,19 @@ def add_to(app: typer.Typer) -> None:
         help="Bring MLflow up to date: send what an outage kept back, end runs whose process is gone.\n\n"
         "Example: dmat runs sync",
     )(_sync)
+    group.command(
+        "list",
+        help="The newest runs, or the best by a metric.\n\nExample: dmat runs list --stage evaluate_robust --sort "
+        "best_auto_attack",
+    )(_list)
+    group.command("show", help="Everything about one run.\n\nExample: dmat runs show evaluate_robust/generated-1")(
+        _show
+    )
+    group.command(
+        "compare",
+        help="What differs between runs: parameters, data, code, numbers; of two evaluations the paired difference too."
+        "\n\nExample: dmat runs compare evaluate_robust/real_only-1 evaluate_robust/generated-1",
+    )(_compare)
     app.add_typer(group, name="runs")
     app.command("ui", help="Open the MLflow UI on 127.0.0.1.\n\nExample: dmat ui --port 5000")(_ui)
 
@@ -32,6 +55,122 @@ def _sync(
 
     for line in tracking.sync(workspace.find(Path.cwd()).home, report=True, gone=gone or ()):
         typer.echo(line)
+
+
+def _list(
+    stage: Annotated[str | None, typer.Option(help="Only this stage, such as train_robust.")] = None,
+    status: Annotated[str | None, typer.Option(help="RUNNING, FINISHED, FAILED or KILLED.")] = None,
+    sort: Annotated[str | None, typer.Option(help="A metric: the largest first. [default: the newest first]")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many; 0: all.", min=0)] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
+) -> None:
+    from dmat.errors import DmatError
+    from dmat.tracking import queries
+
+    if status is not None and status not in _STATUS:
+        raise DmatError(f"--status is {status!r}; expected one of {', '.join(_STATUS)}")
+    home = _home()
+    if sort is None:
+        found = queries.recent(home, stage, status, limit)
+    else:
+        found = [run for run in queries.best(home, sort, stage, 0) if status in (None, run.status)][: limit or None]
+    if as_json:
+        typer.echo(json.dumps([run.plain() for run in found], indent=2, sort_keys=True))
+        return
+    for run in found:
+        spent = f"{run.seconds:7.0f} s" if run.seconds is not None else "        …"
+        what = f"{run.stage} {run.instance}".strip() or run.name
+        typer.echo(
+            f"{queries.short(run.id)}  {run.status:9s}{_moment(run.started)} {spent}  {what:34s} "
+            f"{_summary(run.metrics, run.tags, sort)}".rstrip()
+        )
+    if not found:
+        typer.echo("no runs")
+
+
+def _show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The start of an id, or stage/instance: the newest.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
+) -> None:
+    from dmat.jobs import workspace
+    from dmat.tracking import queries
+
+    found = queries.one(_home(), run)
+    if as_json:
+        typer.echo(json.dumps(found.plain(), indent=2, sort_keys=True))
+        return
+    reason = f": {found.tags['dmat.error']}" if "dmat.error" in found.tags else ""
+    work = workspace.find(Path.cwd()).run_folder(found.stage, found.instance, found.tags.get("dmat.fingerprint", ""))
+    lines = {
+        "run": found.id,
+        "name": found.name,
+        "status": found.status + reason,
+        "started": _moment(found.started),
+        "seconds": "" if found.seconds is None else f"{found.seconds:.0f}",
+        "work folder": str(work) if work.exists() else "is not here",
+    }
+    for name, text in lines.items():
+        typer.echo(f"{name:14s}{text}")
+    sections: dict[str, Mapping[str, object]] = {
+        "parameters": found.params, "tags": found.tags, "metrics": found.metrics,
+    }  # fmt: skip
+    for title, values in sections.items():
+        typer.echo(f"\n{title}")
+        for name, value in sorted(values.items()):
+            if not name.startswith(("mlflow.", "system/")):
+                typer.echo(f"  {name:42s}{f'{value:.6g}' if isinstance(value, float) else value}")
+
+
+def _compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Two or more, named as for `runs show`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
+) -> None:
+    from dmat.errors import DmatError
+    from dmat.jobs import workspace
+    from dmat.tracking import queries
+
+    if len(runs) < 2:
+        raise DmatError(f"there is {len(runs)} run to compare; expected two or more; name another")
+    place = workspace.find(Path.cwd())
+    found = [queries.one(place.home, run) for run in runs]
+    differing, same = queries.differences(found)
+    paired = {}
+    if len(found) == 2 and {run.stage for run in found} == {"evaluate_robust"}:
+        from dmat.upkeep import comparing  # numpy and pyarrow only where they are needed
+
+        paired = comparing.paired(place, *found)
+    if as_json:
+        ids = [run.id for run in found]
+        typer.echo(json.dumps({"runs": ids, "differences": differing, "same": same, "paired": paired}, indent=2))
+        return
+    width = max([*map(len, differing), 12]) + 2
+    typer.echo(f"{'':{width}s}" + "".join(f"{queries.short(run.id):26s}" for run in found))
+    for name, values in differing.items():
+        cells = "".join(f"{(value if value is not None else '–')[:24]:26s}" for value in values)
+        typer.echo(f"{name:{width}s}{cells}".rstrip())
+    typer.echo(f"the same: {', '.join(same)}")
+    for name, value in paired.items():
+        typer.echo(
+            f"{name}: second − first {100 * value['value']:+.1f} points [{100 * value['low']:+.1f}, "
+            f"{100 * value['high']:+.1f}], paired, n = {value['n']:,}"
+        )
+
+
+def _home() -> Path:
+    from dmat.jobs import workspace
+
+    return workspace.find(Path.cwd()).home
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _summary(metrics: Mapping[str, float], tags: Mapping[str, str], sort: str | None) -> str:
+    """The numbers that tell most about a run, and whether its accuracy is a headline."""
+    names = [*([sort] if sort else []), *(name for name in _TELLING if name != sort)]
+    told = [f"{name} {metrics[name]:.4g}" for name in names if name in metrics][:3]
+    return ", ".join(told) + ("; no headline" if tags.get("evaluation.headline") == "no" else "")
 
 
 def _ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 5000) -> None:

@@ -1,0 +1,176 @@
+"""`dmat runs list`, `show` and `compare` on a real embedded store; reading the file is asking MLflow.
+
+Run alone: pytest tests/test_runs.py
+"""
+
+import json
+import sqlite3
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dmat import tracking
+from dmat.errors import DmatError
+from dmat.evaluation.table import write_table
+from dmat.jobs.workspace import Workspace
+from dmat.metrics.intervals import paired_difference
+from dmat.tracking import queries
+from dmat.training.long_run import MetricsLog
+from dmat.upkeep import comparing
+from tests import forked
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Five runs, one after the other: two trainings, two evaluations, one that failed."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DMAT_TRACKING", "on")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for name, stage, beta, accuracy in (
+            ("real-1", "train_robust", 5.0, 0.5),
+            ("mixed-1", "train_robust", 6.0, 0.7),
+            ("real-1", "evaluate_robust", None, 0.45),
+            ("mixed-1", "evaluate_robust", None, 0.65),
+        ):
+            _track(folder, name, stage, {"beta": beta} if beta else {"shard": 250}, accuracy)
+        with pytest.raises(DmatError):
+            _track(folder, "broken-1", "train_robust", {"beta": -1.0}, None)
+    return folder
+
+
+def _track(home, instance, stage, settings, accuracy):
+    work = home / "runs" / stage / f"{instance}-{stage[:4]}{instance[:4]}"
+    work.mkdir(parents=True)
+    with tracking.open_run(
+        home, work, stage=stage, instance=instance, settings=settings,
+        inputs={"test": {"path": "artifacts/prepare_data/test", "sha256": "abc"}}, compute={"device": "cpu"},
+    ) as run:  # fmt: skip
+        if accuracy is None:
+            raise DmatError("beta is -1; expected 0 or more")
+        log = MetricsLog(work / "metrics.jsonl")
+        for step in (1, 2):
+            log.write(step, {"loss": 1.0 / step})
+        log.close()
+        if stage == "evaluate_robust":
+            run.tag("evaluation.headline", "no" if instance == "real-1" else "yes")
+        run.finish_with({"best_pgd": accuracy}, [])
+
+
+def _dmat(folder, *words, code=0):
+    found, text = forked.Command(folder, "runs", *words).wait()
+    assert found == code, text
+    return text
+
+
+def test_reading_the_file_is_asking_mlflow(home):
+    ours, theirs = queries.recent(home, limit=0), queries._from_mlflow(home, {}, None, 0)
+    assert [run.id for run in ours] == [run.id for run in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine.name, mine.status, mine.started, mine.ended) == (
+            other.name, other.status, other.started, other.ended
+        )  # fmt: skip
+        assert mine.params == other.params
+        assert mine.metrics == other.metrics
+        assert {k: v for k, v in mine.tags.items() if k.startswith("dmat")} == {
+            k: v for k, v in other.tags.items() if k.startswith("dmat")
+        }
+    for stage, status in (("train_robust", None), (None, "FAILED"), ("evaluate_robust", "FINISHED")):
+        tags = {"dmat.stage": stage} if stage else {}
+        filtered = [run.id for run in queries.recent(home, stage, status, 0)]
+        assert filtered == [run.id for run in queries._from_mlflow(home, tags, status, 0)]
+        assert filtered
+
+
+def test_another_layout_is_asked_through_mlflow(home, monkeypatch):
+    def unknown(*_):
+        raise sqlite3.OperationalError("no such column")
+
+    monkeypatch.setattr(queries, "_from_file", unknown)
+    assert len(queries.recent(home)) == 5
+
+
+def test_list_is_newest_first_and_says_what_counts(home):
+    lines = _dmat(home, "list").splitlines()
+    assert len(lines) == 5
+    assert "FAILED" in lines[0]
+    assert "train_robust broken-1" in lines[0]
+    assert "evaluate_robust mixed-1" in lines[1]
+    assert "best_pgd 0.65" in lines[1]
+    assert "no headline" not in lines[1]
+    assert lines[2].endswith("best_pgd 0.45, loss 0.5; no headline")
+    assert len(_dmat(home, "list", "--limit", "2").splitlines()) == 2
+    assert len(_dmat(home, "list", "--stage", "train_robust").splitlines()) == 3
+    assert len(_dmat(home, "list", "--status", "FAILED").splitlines()) == 1
+
+
+def test_list_by_a_metric_is_best_first(home):
+    found = json.loads(_dmat(home, "list", "--sort", "best_pgd", "--json"))
+    assert [run["metrics"]["best_pgd"] for run in found] == [0.7, 0.65, 0.5, 0.45]
+    text = _dmat(home, "list", "--sort", "best_gpd", code=2)
+    assert "no run has the metric 'best_gpd'; expected one of best_pgd, loss" in text
+
+
+def test_show_finds_a_run_by_id_and_by_name(home):
+    newest = queries.recent(home, limit=1)[0]
+    for wanted in (newest.id, newest.id[:9], "train_robust/broken-1", "broken-1"):
+        text = _dmat(home, "show", wanted)
+        assert newest.id in text
+        assert "FAILED: beta is -1; expected 0 or more" in text
+    assert "input.test" in text
+    assert "no run 'nobody'; expected the first characters of an id" in _dmat(home, "show", "nobody", code=2)
+
+
+def test_compare_says_what_differs_and_what_does_not(home):
+    found = json.loads(_dmat(home, "compare", "train_robust/real-1", "train_robust/mixed-1", "--json"))
+    assert found["differences"] == {
+        "instance": ["real-1", "mixed-1"],
+        "beta": ["5.0", "6.0"],
+        "metric best_pgd": ["0.5", "0.7"],
+    }
+    assert {"stage", "input.test", "compute.device", "metric loss"} <= set(found["same"])
+    assert found["paired"] == {}
+    assert "expected two or more" in _dmat(home, "compare", "real-1", code=2)
+
+
+def test_compare_of_evaluations_is_paired_by_image(home):
+    rng = np.random.default_rng(0)
+    flags = {name: rng.random(400) < share for name, share in (("real-1", 0.5), ("mixed-1", 0.6))}
+    runs = {name: queries.one(home, f"evaluate_robust/{name}") for name in flags}
+    place = Workspace(home, home)
+    for name, run in runs.items():
+        path = comparing.result_of(place, run) / "evaluation" / "per_image.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_table(path, {"label": np.arange(400), "best_pgd": flags[name]})
+    found = comparing.paired(place, runs["real-1"], runs["mixed-1"])["best_pgd"]
+    assert found["value"] == pytest.approx(flags["mixed-1"].mean() - flags["real-1"].mean())
+    exact = paired_difference([flags["mixed-1"]], [flags["real-1"]], 2000, np.random.default_rng(5))
+    assert found["low"] == pytest.approx(exact["low"], abs=0.02)
+    text = _dmat(home, "compare", "evaluate_robust/real-1", "evaluate_robust/mixed-1")
+    assert f"best_pgd: second − first {100 * found['value']:+.1f} points" in text
+    write_table(path, {"label": np.arange(400)[::-1].copy(), "best_pgd": flags[name]})
+    assert comparing.paired(place, runs["real-1"], runs["mixed-1"]) == {}, "other images"
+
+
+def test_an_empty_project_has_no_runs(tmp_path):
+    assert _dmat(tmp_path, "list") == "no runs\n"
+    assert not (tmp_path / "mlruns").exists(), "looking makes nothing"
+    assert "--status is 'DONE'; expected one of RUNNING" in _dmat(tmp_path, "list", "--status", "DONE", code=2)
+
+
+def test_thousands_of_runs_are_listed_at_once(tmp_path):
+    """2,000 runs; benchmarks/runs_list.py measures, this holds a generous bound on the whole command."""
+    from benchmarks import runs_list
+
+    runs_list.fill(tmp_path, 2000, 10)
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        words = [sys.executable, "-m", "cli.main", "runs", "list", "--sort", "validation_robust"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+        times.append(time.monotonic() - started)
+    assert len(done.stdout.splitlines()) == 30
+    assert min(times) < 2, times
