@@ -41,6 +41,11 @@ def add_to(app: typer.Typer) -> None:
         help="What differs between runs: parameters, data, code, numbers; of two evaluations the paired difference too."
         "\n\nExample: dmat runs compare evaluate_robust/real_only-1 evaluate_robust/generated-1",
     )(_compare)
+    group.command(
+        "lineage",
+        help="What a result comes from: every stage instance behind it with hashes, runs and commits; exit code 2 "
+        "where something changed since.\n\nExample: dmat runs lineage generated-1 --draw lineage.png",
+    )(_lineage)
     app.add_typer(group, name="runs")
     app.command("ui", help="Open the MLflow UI on 127.0.0.1.\n\nExample: dmat ui --port 5000")(_ui)
 
@@ -154,6 +159,29 @@ def _compare(
             f"{name}: second − first {100 * value['value']:+.1f} points [{100 * value['low']:+.1f}, "
             f"{100 * value['high']:+.1f}], paired, n = {value['n']:,}"
         )
+
+
+def _lineage(
+    result: Annotated[str, typer.Argument(metavar="RESULT", help="arm-seed, stage/instance, or a path in artifacts/.")],
+    draw: Annotated[Path | None, typer.Option(help="A .png file to draw it to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
+    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
+) -> None:
+    from dmat import config
+    from dmat.jobs import workspace
+    from dmat.upkeep import lineage
+
+    found = lineage.of(result, config.load(params), workspace.find(params.resolve().parent))
+    if draw is not None:
+        lineage.draw(found, draw)
+    if as_json:
+        typer.echo(json.dumps({"steps": found.plain(), "broken": found.broken}, indent=2))
+    else:
+        for line in lineage.lines(found):
+            typer.echo(line)
+        for sentence in found.broken:
+            typer.echo(f"broken: {sentence}", err=True)
+    raise typer.Exit(2 if found.broken else 0)
 
 
 def _home() -> Path:

@@ -1,0 +1,205 @@
+"""Where a result comes from: the chain of stage instances behind it, with the hash of everything that was handed on.
+
+Read from `artifacts/provenance`, which each stage writes. A link holds if what lies there now has the hash that the
+next stage read; where one does not, the chain is not the history of the result, and that is said.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dmat import ARTIFACTS, files
+from dmat.config import Params
+from dmat.errors import DmatError
+from dmat.jobs.stages import STAGES
+from dmat.jobs.workspace import Workspace
+
+_SHORT = 8  # characters of hashes and ids that people see
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What a stage read. makers: the instances that wrote it; empty for what no stage made."""
+
+    name: str
+    path: str
+    sha256: str
+    holds: bool  # what lies at `path` is still that
+    makers: tuple["Step", ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A finished stage instance and what it read."""
+
+    stage: str
+    instance: str
+    fingerprint: str
+    run: str | None
+    commit: str | None
+    links: tuple[Link, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.stage} {self.instance}"
+
+    def steps(self) -> list["Step"]:
+        """This one and all behind it, each once, in the order of the table of stages."""
+        found = {step.title: step for step in self._all()}
+        order = list(STAGES)
+        return sorted(found.values(), key=lambda step: (order.index(step.stage), step.instance))
+
+    def _all(self) -> Iterator["Step"]:
+        yield self
+        for link in self.links:
+            for maker in link.makers:
+                yield from maker._all()
+
+    @property
+    def broken(self) -> list[str]:
+        """A sentence for each link that does not hold."""
+        return [
+            f"{step.title} read {link.path} as {link.sha256[:_SHORT]}, which is not what lies there now"
+            for step in self.steps()
+            for link in step.links
+            if not link.holds
+        ]
+
+    def plain(self) -> list[dict[str, Any]]:
+        return [
+            {
+                **{name: getattr(step, name) for name in ("stage", "instance", "fingerprint", "run", "commit")},
+                "inputs": {
+                    link.name: {
+                        "path": link.path,
+                        "sha256": link.sha256,
+                        "holds": link.holds,
+                        "from": [maker.title for maker in link.makers],
+                    }
+                    for link in step.links
+                },
+            }
+            for step in self.steps()
+        ]
+
+
+def of(wanted: str, params: Params, place: Workspace) -> Step:
+    """The chain behind "stage/instance", "arm-seed" (its evaluation, else its training), or a path below artifacts/."""
+    makers = _makers(params)
+    stage, instance = _named(wanted, makers, place)
+    return _step(stage, instance, makers, place, {})
+
+
+Makers = Mapping[str, tuple[str, str]]  # output path -> stage, instance
+
+
+def _makers(params: Params) -> Makers:
+    return {
+        path: (word, stage.instance(chosen))
+        for word, stage in STAGES.items()
+        for chosen in stage.choices(params)
+        for path in stage.outputs(params, **chosen).values()
+    }
+
+
+def _named(wanted: str, makers: Makers, place: Workspace) -> tuple[str, str]:
+    known = set(makers.values())
+    stage, _, instance = wanted.partition("/")
+    path = Path(wanted)
+    below = path.resolve().relative_to(place.root).as_posix() if path.resolve().is_relative_to(place.root) else wanted
+    owner = next((makers[output] for output in makers if below == output or below.startswith(f"{output}/")), None)
+    candidates = [(stage, instance), ("evaluate_robust", wanted), ("train_robust", wanted), owner]
+    named = [one for one in candidates if one in known]
+    there = [one for one in named if one and _provenance(*one, place).exists()]
+    if there and there[0]:
+        return there[0]
+    if named and named[0]:
+        raise DmatError(
+            f"{_provenance(*named[0], place)} does not exist; expected what {' '.join(named[0])} writes when it ends; "
+            f"run it, or `dvc checkout`"
+        )
+    raise DmatError(
+        f"{wanted!r} is nothing that params.yaml makes; expected stage/instance, an arm and seed such as generated-1, "
+        f"or a path below {ARTIFACTS}/"
+    )
+
+
+def _provenance(stage: str, instance: str, place: Workspace) -> Path:
+    return place.at(f"{ARTIFACTS}/provenance/{stage}/{instance}.json")
+
+
+def _step(stage: str, instance: str, makers: Makers, place: Workspace, known: dict[str, Step]) -> Step:
+    title = f"{stage} {instance}"
+    if title in known:
+        return known[title]
+    said = files.read_json(_provenance(stage, instance, place))
+    links = []
+    for name, entry in said["inputs"].items():
+        path = entry["path"]
+        behind = dict.fromkeys(
+            maker for output, maker in makers.items() if output == path or output.startswith(f"{path}/")
+        )
+        steps = tuple(_step(*maker, makers, place, known) for maker in behind if _provenance(*maker, place).exists())
+        at = place.at(path)
+        links.append(Link(name, path, entry["sha256"], at.exists() and files.checksum(at) == entry["sha256"], steps))
+    known[title] = Step(
+        stage, instance, said["fingerprint"], said.get("mlflow_run"), said.get("git_commit"), tuple(links)
+    )
+    return known[title]
+
+
+def lines(step: Step) -> list[str]:
+    """A tree, the result on top. A step that was shown is not opened again."""
+    return list(_lines(step, "", set()))
+
+
+def _lines(step: Step, indent: str, shown: set[str]) -> Iterator[str]:
+    run, commit = (value[:_SHORT] if value else "–" for value in (step.run, step.commit))
+    if step.title in shown:
+        yield f"{indent}{step.title} (above)"
+        return
+    shown.add(step.title)
+    yield f"{indent}{step.title}  fingerprint {step.fingerprint}, run {run}, commit {commit}"
+    for link in step.links:
+        mark = "" if link.holds else "  CHANGED SINCE"
+        yield f"{indent}  {link.name}: {link.path} {link.sha256[:_SHORT]}{mark}"
+        for maker in link.makers:
+            yield from _lines(maker, f"{indent}    ", shown)
+
+
+def draw(step: Step, path: Path) -> None:
+    """The chain as a picture: a column for each stage, arrows from what was made to who read it; red if changed."""
+    from dmat.metrics import pictures
+
+    steps = step.steps()
+    columns = [word for word in STAGES if any(one.stage == word for one in steps)]
+    rows = {word: [one for one in steps if one.stage == word] for word in columns}
+    tallest = max(len(some) for some in rows.values())
+    figure, axes = pictures.new_figure(1.75 * len(columns), 0.95 * tallest + 0.9)
+    at = {
+        one.title: (column, (tallest - 1) / 2 - row + (len(rows[word]) - 1) / 2)
+        for column, word in enumerate(columns)
+        for row, one in enumerate(rows[word])
+    }
+    for one in steps:
+        for link in one.links:
+            for maker in link.makers:
+                colour = pictures.PALETTE[0] if link.holds else "#c92a2a"
+                axes.annotate(
+                    "", at[one.title], at[maker.title],
+                    arrowprops={"arrowstyle": "-|>", "color": colour, "shrinkA": 36, "shrinkB": 40, "linewidth": 1,
+                                "connectionstyle": "arc3,rad=0.12"},
+                )  # fmt: skip
+    for one in steps:
+        word, instance = one.stage.replace("_", "\n"), one.instance if one.instance != "all" else ""
+        run = f"run {one.run[:_SHORT]}" if one.run else "not tracked"
+        axes.text(
+            *at[one.title], "\n".join(filter(None, (word, instance, run))), ha="center", va="center", fontsize=7.5,
+            bbox={"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": "#868e96"},
+        )  # fmt: skip
+    axes.set_xlim(-0.6, len(columns) - 0.4)
+    axes.set_ylim(-0.75, tallest - 0.25)
+    axes.set_axis_off()
+    axes.set_title(f"What {step.title} comes from", fontsize=9.5, loc="left")
+    pictures.save(figure, path)

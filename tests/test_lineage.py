@@ -1,0 +1,83 @@
+"""`dmat runs lineage`: the whole chain behind a result, and where it is broken.
+
+Run alone: pytest tests/test_lineage.py
+"""
+
+import json
+import shutil
+
+import pytest
+
+from dmat import files
+from tests import forked
+from tests.projects import IN_ORDER, Project
+
+
+@pytest.fixture
+def project(finished, tmp_path):
+    folder = tmp_path / "project"
+    shutil.copytree(finished.folder, folder)
+    return Project(folder, finished.params)
+
+
+def _lineage(project, *words, code=0):
+    found, text = forked.Command(project.folder, "runs", "lineage", *words).wait()
+    assert found == code, text
+    return text
+
+
+def test_the_chain_holds_every_stage_behind_an_evaluation(project):
+    found = json.loads(_lineage(project, "generated-1", "--json"))
+    stages = [step["stage"] for step in found["steps"]]
+    assert stages == [word for word in IN_ORDER if word != "measure_images"]
+    assert found["broken"] == []
+    steps = {step["stage"]: step for step in found["steps"]}
+    assert steps["select_images"]["inputs"]["images"]["from"] == ["generate_images edm18-0000"]
+    assert steps["evaluate_robust"]["inputs"]["classifier"]["from"] == ["train_robust generated-1"]
+    for step in found["steps"]:
+        for link in step["inputs"].values():
+            assert link["sha256"] == files.checksum(project.folder / link["path"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first"),
+    [
+        ("generated-1", "evaluate_robust generated-1"),
+        ("train_robust/generated-1", "train_robust generated-1"),
+        ("artifacts/train_robust/generated-1/best.safetensors", "train_robust generated-1"),
+        ("select_images/edm18_best", "select_images edm18_best"),
+        ("prepare_data/all", "prepare_data all"),
+    ],
+)
+def test_a_result_is_named_in_several_ways(project, wanted, first):
+    lines = _lineage(project, wanted).splitlines()
+    assert lines[0].startswith(f"{first}  fingerprint ")
+    opened = [line.split("  fing")[0].strip() for line in lines if "  fingerprint " in line]
+    assert len(opened) == len(set(opened)), "each step once"
+
+
+def test_a_changed_file_breaks_the_chain(project):
+    path = project.folder / "artifacts/select_images/edm18_best"
+    target = next(file for file in sorted(path.rglob("*.npy")))
+    data = bytearray(target.read_bytes())
+    data[-1] ^= 1
+    target.unlink()
+    target.write_bytes(data)
+    text = _lineage(project, "generated-1", code=2)
+    assert "images_from: artifacts/select_images/edm18_best" in text
+    assert "CHANGED SINCE" in text
+    assert "broken: mix_images generated read artifacts/select_images/edm18_best as " in text
+    assert "broken: train_robust" not in text
+    broken = json.loads(_lineage(project, "generated-1", "--json", code=2))["broken"]
+    assert len(broken) == 1
+
+
+def test_it_is_drawn(project):
+    _lineage(project, "generated-1", "--draw", "chain.png")
+    assert (project.folder / "chain.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_unknown_or_not_there_is_refused(project):
+    assert "'nobody' is nothing that params.yaml makes; expected stage/instance" in _lineage(project, "nobody", code=2)
+    text = _lineage(project, "train_robust/real_only-1", code=2)
+    assert "real_only-1.json does not exist; expected what train_robust real_only-1 writes" in text
