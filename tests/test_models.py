@@ -26,6 +26,7 @@ from dmat.errors import DmatError
 from dmat.models import importing
 from dmat.models.importing import DATA, import_model
 from dmat.robust.networks import PREACT_BLOCKS, Facts, preact_resnet, wide_resnet
+from dmat.tracking import registry, stores
 from dmat.training import weights
 from tests.projects import Project
 
@@ -1036,6 +1037,10 @@ def test_the_page_can_be_followed(tmp_path, call, root, monkeypatch):
     torch.save({"state_dict": preact}, tmp_path / "Rade2021Helper_R18_ddpm.pt")
     np.save(tmp_path / "images.npy", images(4, 32, 32, 3))
     np.save(tmp_path / "labels.npy", np.zeros(4, np.int64))
+    client, experiment = stores.connect(tmp_path)
+    weights.save(tmp_path / "best.safetensors", network(1).state_dict(), {"kind": "classifier"})
+    champion = registry.Candidate("digits-linf-1_5", tmp_path / "best.safetensors", {}, 0.7)
+    registry.register(client, client.create_run(experiment).info.run_id, champion)
     text = (root / "docs" / "models.md").read_text()
     commands = re.findall(r"^dmat (.+?)(?:\s+#.*)?$", text, re.MULTILINE)
     assert len(commands) >= 8

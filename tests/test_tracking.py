@@ -35,6 +35,11 @@ def _runs(home):
     return client, client.search_runs([experiment])
 
 
+def _numbers(run):
+    """Its metrics, without the samples of the machine that a slow one has time for."""
+    return {name: value for name, value in run.data.metrics.items() if not name.startswith("system/")}
+
+
 def _log(home, images_seen, name="one", **values):
     log = MetricsLog(home / "runs" / name / "metrics.jsonl")
     log.write(images_seen, values)
@@ -134,7 +139,7 @@ def test_a_run_killed_with_9_is_ended_by_the_next_command_with_all_its_metrics(h
     assert runs["train_robust two"].info.status == "FINISHED"
     assert runs["train_robust one"].info.status == "KILLED"
     assert runs["train_robust one"].data.tags["dmat.error"] == notes.LOST
-    assert runs["train_robust one"].data.metrics == {"loss": 2.0}
+    assert _numbers(runs["train_robust one"]) == {"loss": 2.0}
     assert tracking.sync(home) == []
 
 
@@ -233,7 +238,7 @@ def test_a_server_that_comes_back_gets_everything_while_the_run_goes_on(home, mo
         deadline = time.monotonic() + 60
         while not files.read_json(home / "runs" / "one" / "tracking.json")["sent"] and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert [run.data.metrics for run in _runs(home)[1]] == [{"loss": 2.0}]
+        assert [_numbers(run) for run in _runs(home)[1]] == [{"loss": 2.0}]
     assert [run.info.status for run in _runs(home)[1]] == ["FINISHED"]
 
 
@@ -280,7 +285,7 @@ def test_what_was_set_aside_is_ended_too(home):
     tracking.set_aside(home, work, work / "before-1")
     with _open(home):
         _log(home, 10, loss=1.0)
-    found = {run.info.status: run.data.metrics for run in _runs(home)[1]}
+    found = {run.info.status: _numbers(run) for run in _runs(home)[1]}
     assert found == {"KILLED": {"loss": 2.0}, "FINISHED": {"loss": 1.0}}
     assert notes.read(home) == []
 
