@@ -133,6 +133,7 @@ def test_a_model_and_a_set_of_images_are_enough(elsewhere):
     assert re.search(r"clean +\d+\.\d\d % +\[\d+\.\d\d, \d+\.\d\d\]  n = 40", text)
     assert "no headline: The attacks are nonstandard (apgd-ce, apgd-dlr), not those of standard AutoAttack." in text
     assert "not tracked: no params.yaml here" in text
+    assert "all images, as it has no test images of its own" in text
     folder = elsewhere / "model-evaluation"
     names = {"per_image.parquet", "summary.json", "protocol.json", "perturbations.png", "confusion.png"}
     assert names <= {path.name for path in folder.iterdir()}

@@ -97,7 +97,8 @@ class DirectEvaluation:
         }
 
     def protocol(self) -> dict[str, Any]:
-        return self.evaluation.protocol(self.threat.plain(), self.all_images)
+        """Says also which images these are: a source without test images of its own may hold what a model saw."""
+        return {**self.evaluation.protocol(self.threat.plain(), self.all_images), "images_from": self.source.origin}
 
     def assist(self, quiet: bool) -> None:
         """Computes shards that nobody else is computing, until none is left."""
@@ -227,7 +228,8 @@ def against_robustbench(direct: DirectEvaluation, result: Result, name: str) -> 
 def lines(result: Result) -> list[str]:
     """What people read at the end: accuracies with intervals, the headline or why there is none."""
     n = result.protocol["images"]
-    found = [
+    found = [f"images: {result.protocol['images_from']}"]
+    found += [
         f"{name:24s}{100 * value['value']:6.2f} %  [{100 * value['low']:.2f}, {100 * value['high']:.2f}]  n = {n:,}"
         for name, value in result.summary.items()
         if isinstance(value, dict) and "low" in value and name != "headline"
