@@ -35,10 +35,15 @@ def _evaluate(
     images: Annotated[
         str | None, typer.Option(help="A CIFAR folder, a folder of images by class, of shards, an .npz, or digits.")
     ] = None,
-    split: Annotated[str, typer.Option(help="test or train, where the source has both.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(help="test or train; of a source that does not say, your word for it. [default: test, if any]"),
+    ] = None,
     norm: Annotated[str | None, typer.Option(help="linf or l2. [default: what the model was trained for]")] = None,
     epsilon: Annotated[str | None, typer.Option(help="In pixels of [0, 1], such as 8/255.")] = None,
-    first: Annotated[int, typer.Option(help="Only so many images: never a headline. 0: all.", min=0)] = 0,
+    first: Annotated[
+        int | None, typer.Option(help="Only so many images: never a headline. [default: 0, all]", min=0)
+    ] = None,
     attacks: Annotated[
         str | None, typer.Option(help="standard, none, or names such as apgd-ce,square: never a headline.")
     ] = None,
@@ -46,20 +51,23 @@ def _evaluate(
     to: Annotated[Path | None, typer.Option(help="Folder of the results. [default: MODEL-evaluation]")] = None,
     against: Annotated[str | None, typer.Option(help="robustbench: compare with its leaderboard.")] = None,
     entry: Annotated[str | None, typer.Option(help="Its row. [default: the name of the model's file]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda; with --model.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; with --model. [default: auto]")] = None,
     worker: Annotated[bool, typer.Option("--worker", help="Help an evaluation that is started elsewhere.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Set earlier work aside and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and the time left.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="No progress bar; the result as JSON.")] = False,
     params: Annotated[
-        Path | None, typer.Option(help="Parameter file; with --model, of its protocol. [default: params.yaml]")
+        Path | None,
+        typer.Option(help="Parameter file. [default: params.yaml; with --model: none]"),
     ] = None,
 ) -> None:
     of_stage: dict[str, Any] = {"--arm": arm, "--seed": seed}
     of_model: dict[str, Any] = {"--model": model, "--images": images}
-    only_model: dict[str, Any] = {"--norm": norm, "--epsilon": epsilon, "--first": first or None, "--attacks": attacks,
+    only_model: dict[str, Any] = {"--norm": norm, "--epsilon": epsilon, "--first": first, "--attacks": attacks,
                   "--batch": batch, "--to": to, "--against": against, "--entry": entry, "--args": args,
-                  "--data": data, "--activation": activation}  # fmt: skip
+                  "--data": data, "--activation": activation, "--split": split, "--device": device}  # fmt: skip
+    if worker and fresh:
+        raise DmatError("--fresh came with --worker; a worker goes on with what is there; say --fresh where it starts")
     if model is None and images is None:
         given = [name for name, value in only_model.items() if value is not None]
         missing = [name for name, value in of_stage.items() if value is None]
@@ -81,25 +89,33 @@ def _evaluate(
             raise DmatError(f"{name} came with --model; expected either an arm and a seed, or a model and images")
     if against not in (None, "robustbench"):
         raise DmatError(f"--against is {against!r}; expected robustbench")
+    if entry is not None and against is None:
+        raise DmatError("--entry came without --against; expected --against robustbench with it")
     assert model is not None
     assert images is not None
     folder = to or Path(f"{model.stem}-evaluation")
     given_as = (model, args, data, activation)
-    overrides: dict[str, Any] = {"images": first}
+    importing: dict[str, Any] = {"--args": args, "--data": data, "--activation": activation}
+    if model.suffix == ".safetensors" and (given := [name for name, value in importing.items() if value is not None]):
+        raise DmatError(
+            f"{', '.join(given)} came with {model}, whose sidecar says this already; expected a .safetensors file "
+            f"alone, or a published file that is to be imported"
+        )
+    overrides: dict[str, Any] = {} if first is None else {"images": first}
     if attacks is not None:
         overrides["auto_attack"] = attacks if attacks in ("standard", "none") else attacks.split(",")
     if batch is not None:
         overrides |= {"batch": batch}
     _evaluate_model(
-        given_as, images, split, (norm, epsilon), overrides, folder, (against, entry), device, worker, fresh, dry_run,
-        as_json, params,
+        given_as, images, split, (norm, epsilon), overrides, folder, (against, entry), device or "auto", worker,
+        fresh, dry_run, as_json, params,
     )  # fmt: skip
 
 
 def _evaluate_model(
     given_as: tuple[Path, Path | None, str | None, str | None],
     images: str,
-    split: str,
+    split: str | None,
     threat: tuple[str | None, str | None],
     overrides: dict[str, Any],
     folder: Path,
@@ -126,6 +142,7 @@ def _evaluate_model(
         workspace.find(Path()).home if in_project else None,
     )
     direct = evaluate_model.DirectEvaluation(request, evaluate_model.compute_on(device))
+    row = evaluate_model.published(direct, against[1] or given_as[0].stem) if against[0] else None
     if dry_run:
         typer.echo(json.dumps(direct.outlook(), indent=2))
         return
@@ -133,7 +150,7 @@ def _evaluate_model(
         direct.assist(quiet=as_json)
         return
     result = direct.run(fresh, quiet=as_json)
-    said = evaluate_model.against_robustbench(direct, result, against[1] or given_as[0].stem) if against[0] else []
+    said = evaluate_model.against_robustbench(direct, result, row) if row else []
     if as_json:
         typer.echo(json.dumps(result.summary | ({"against": said} if said else {}), sort_keys=True))
         return

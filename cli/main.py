@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from typing import Any
 
 import typer
 
@@ -14,6 +15,8 @@ _MENDABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG),
 }
+
+_USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError, for which typer has no public name
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +54,13 @@ upkeep.add_to(app)
 def main() -> None:
     """Runs the command line; never returns."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except _USAGE as error:
+        _explain(error)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
     except DmatError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
@@ -67,6 +76,15 @@ def main() -> None:
     except Interrupted as stop:
         typer.echo(str(stop), err=True)
         sys.exit(stop.exit_code)
+
+
+def _explain(error: Any) -> None:
+    """One sentence instead of usage, hint and frame; where no command was named, the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    where = error.ctx.command_path if error.ctx else "dmat"
+    typer.echo(f"error: {error.format_message().rstrip('.')}; see `{where} --help`", err=True)
 
 
 if __name__ == "__main__":

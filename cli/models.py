@@ -44,7 +44,7 @@ def add_to(app: typer.Typer) -> None:
     )(_list)
     group.command(
         "get",
-        help="Fetch a registered model and verify it.\n\nExample: dmat models get digits-linf-1_5@champion",
+        help="Fetch a registered model and verify it.\n\nExample: dmat models get digits-3f2a91c0-linf-1_5@champion",
     )(_get)
     app.add_typer(group, name="models")
 

@@ -593,6 +593,9 @@ def test_thirty_points_between_one_step_and_many(n):
     most = flags(n // 2, n)
     passes(checks.fgsm_and_pgd(most, flags(n // 5, n)), "fgsm_and_pgd")
     fires(checks.fgsm_and_pgd(most, flags(n // 5 - 1, n)), "fgsm_and_pgd", "resists one step only")
+    passes(checks.fgsm_and_pgd(flags(9 * n // 10, n), flags(n // 2, n)), "fgsm_and_pgd")  # more than half is left
+    passes(checks.fgsm_and_pgd(most, flags(n // 5 - 1, n), "l2"), "fgsm_and_pgd")
+    fires(checks.fgsm_and_pgd(flags(n // 5, n), most, "l2"), "fgsm_and_pgd", "broken")
 
 
 def test_one_image_in_twenty_may_survive_the_large_radius():

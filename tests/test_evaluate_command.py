@@ -174,12 +174,19 @@ def test_published_file_and_cifar_folder_in_one_command(elsewhere):
              "--attacks", "none")  # fmt: skip
     assert "--data" in _dmat(elsewhere, *words, code=2)
     words += ("--data", "cifar10", "--activation", "silu")
+    early = (*words, "--norm", "linf", "--epsilon", "8/255", "--against", "robustbench", "--entry", "Nobody2030")
+    assert "Nobody2030" in _dmat(elsewhere, *early, code=2)
+    assert not list(elsewhere.glob("*-evaluation/work/shard-*")), "refused before anything was computed"
     assert "says no threat model" in _dmat(elsewhere, *words, code=2)
     text = _dmat(elsewhere, *words, "--norm", "linf", "--epsilon", "8/255", "--against", "robustbench")
     assert "92.44 %" in text
     assert "67.31 %" in text
     assert "We attack 6 images, the leaderboard 10,000" in text
     assert "Here: clean " in text
+    fresh = _dmat(elsewhere, *words, "--norm", "linf", "--epsilon", "8/255", "--fresh")
+    folder = elsewhere / "Wang2023Better_WRN-28-10-evaluation"
+    assert "clean" in fresh
+    assert (folder / "Wang2023Better_WRN-28-10.safetensors").is_file(), "what was imported stays"
 
 
 # --- what is refused
@@ -199,6 +206,17 @@ REFUSED = {
     "norm": ((*MODEL, "--norm", "l1", "--epsilon", "8/255"), "is 'l1'; expected 'linf' or 'l2'"),
     "attack": ((*MODEL, "--attacks", "pgd"), "expected 'standard', 'none' or a list of some of apgd-ce"),
     "split": ((*MODEL, "--split", "validation"), "expected test or train"),
+    "entry": ((*MODEL, "--against", "robustbench", "--entry", "Nobody2030"), "names no data set"),
+    "entry alone": ((*MODEL, "--entry", "Wang2023Better_WRN-28-10"), "--entry came without --against"),
+    "options of an import": ((*MODEL, "--data", "cifar10", "--activation", "silu"), "--data, --activation came with"),
+    "split of a stage": (("--arm", "generated", "--seed", "1", "--split", "test"), "--split came with --arm"),
+    "device of a stage": (("--arm", "generated", "--seed", "1", "--device", "cpu"), "--device came with --arm"),
+    "a fresh worker": ((*MODEL, "--worker", "--fresh"), "--fresh came with --worker"),
+    "a folder": (("--model", ".", "--images", "test"), "is a folder"),
+    "no place": ((*MODEL, "--to", "/proc/nowhere"), "no folder can be made"),
+    "another split": ((*MODEL, "--split", "train"), "holds the split test, not train"),
+    "usage": ((*MODEL, "--first", "-1"), "error: Invalid value for '--first'"),
+    "unknown option": ((*MODEL, "--furst", "1"), "error: No such option"),
     "against": ((*MODEL, "--against", "papers"), "--against is 'papers'; expected robustbench"),
 }
 
@@ -209,7 +227,57 @@ def test_bad_requests_are_one_sentence(elsewhere, kind):
     text = _dmat(elsewhere, *words, code=2)
     assert said in text
     assert "Traceback" not in text
+    assert len([line for line in text.splitlines() if line.startswith("error: ")]) == 1
+    assert "Usage:" not in text
     assert not (elsewhere / "model-evaluation" / "summary.json").exists()
+
+
+SIDECARS = {
+    "threat as a string": ({"threat": "linf"}, "has the threat 'linf'; expected norm and epsilon"),
+    "activation": ({"network": {"activation": "gelu"}}, "activation is 'gelu', not one of relu, silu"),
+    "depth": ({"network": {"depth": "x"}}, "depth is 'x', not a whole number"),
+    "classes": ({"classes": "10"}, "classes is '10'"),
+    "std of two": ({"std": [0.3, 0.3]}, "std is"),
+    "std of zero": ({"std": [0.0]}, "std is (0.0,), not as many numbers above 0"),
+    "names": ({"class_names": ["a"]}, "class_names is ['a'], not a list of 10 names"),
+}
+
+
+def _edited(path, changes):
+    sidecar = files.read_json(path)
+    for key, value in changes.items():
+        sidecar[key] = {**sidecar[key], **value} if key == "network" else value
+    files.write_json(path, sidecar)
+
+
+@pytest.mark.parametrize("kind", SIDECARS)
+def test_a_sidecar_of_no_network_is_one_sentence(elsewhere, kind):
+    changes, said = SIDECARS[kind]
+    _edited(elsewhere / "model.json", changes)
+    text = _dmat(elsewhere, *MODEL, "--attacks", "none", code=2)
+    assert said in text
+    assert "Traceback" not in text
+
+
+def test_the_same_weights_in_another_network_are_another_evaluation(elsewhere):
+    """The sidecar says how images are normalised: shards of the other network must never be reported."""
+    _dmat(elsewhere, *MODEL, "--attacks", "none")
+    _edited(elsewhere / "model.json", {"mean": [0.9]})
+    text = _dmat(elsewhere, *MODEL, "--attacks", "none", code=2)
+    assert "holds another evaluation (network differ)" in text
+    assert "network" in _dmat(elsewhere, *MODEL, "--attacks", "none", "--worker", code=2)
+
+
+def test_a_parameter_file_says_how_many_images(elsewhere, finished):
+    import yaml
+
+    params = yaml.safe_load((finished.folder / "params.yaml").read_text())
+    params["evaluate_robust"] = {**params["evaluate_robust"], "images": 7, "auto_attack": "none"}
+    (elsewhere / "own.yaml").write_text(yaml.safe_dump(params))
+    planned = json.loads(_dmat(elsewhere, *MODEL, "--params", "own.yaml", "--dry-run"))
+    assert planned["protocol"]["images"] == 7
+    again = json.loads(_dmat(elsewhere, *MODEL, "--params", "own.yaml", "--first", "9", "--dry-run"))
+    assert again["protocol"]["images"] == 9
 
 
 SPOILED = {

@@ -230,7 +230,9 @@ def test_time_left_is_counted_from_what_was_done(tmp_path):
     assert work.outlook(units) == {"shards": 8, "shards_done": 0, "seconds_left": None}
     for unit, seconds in ((units[0], 20.0), (units[1], 40.0), (units[2], 30.0)):
         unit.path.parent.mkdir(exist_ok=True)
-        unit.path.with_suffix(".json").write_text(json.dumps({"seconds": seconds, "images": 10}))
+        unit.path.with_suffix(".json").write_text(
+            json.dumps({"identity": dict(unit.identity), "seconds": seconds, "images": 10, "sha256": ""})
+        )
     assert work.outlook(units) == {"shards": 8, "shards_done": 3, "seconds_left": None}
     assert work.outlook(units[:4]) == {"shards": 4, "shards_done": 3, "seconds_left": 30.0}
 
@@ -260,6 +262,22 @@ def test_shards_of_another_model_are_refused(tmp_path, subject, compute):
     _done(tmp_path, subject, compute)
     with pytest.raises(DmatError, match=r"belongs to another evaluation \(weights differ\)"):
         _evaluation(tmp_path, subject, compute, weights="other").columns()
+
+
+def test_nobody_computes_beside_shards_of_another_model(tmp_path, subject, compute):
+    _done(tmp_path, subject, compute)
+    other = _evaluation(tmp_path, subject, compute, weights="other")
+    for ask in (work.outlook, lambda units: work.compute_all(units, wait=False, quiet=True)):
+        with pytest.raises(DmatError, match=r"belongs to another evaluation \(weights differ\)"):
+            ask(other.units)
+
+
+@pytest.mark.parametrize("note", [[], {}, {"identity": {}, "images": 12, "seconds": "3", "sha256": ""}, {"sha256": 1}])
+def test_what_is_no_note_is_refused(tmp_path, subject, compute, note):
+    evaluation = _done(tmp_path, subject, compute)
+    (tmp_path / "shard-00000.json").write_text(json.dumps(note))
+    with pytest.raises(DmatError, match=r"shard-00000.json is no whole note of a shard; .*one shard is lost"):
+        work.outlook(evaluation.units)
 
 
 BAD_IMAGES = {
@@ -321,6 +339,50 @@ def test_only_the_whole_standard_suite_on_all_images_is_a_headline(tmp_path, sub
     assert "auto_attack" not in evaluation.summary(columns, subset)
 
 
+def test_training_images_and_unknown_ones_are_no_headline(tmp_path, subject, compute):
+    evaluation = _done(tmp_path, dataclasses.replace(subject, suite=auto_attack.suite("standard", 4)), compute)
+    columns = evaluation.columns()
+    for split, said in {"train": "of the split train, not of test", "": "say `--split test`"}.items():
+        verdict = evaluation.verdict(columns, 24, split)
+        assert verdict.measure == "auto_attack_not_test"
+        assert said in verdict.reasons[0]
+        assert evaluation.summary(columns, verdict)["headline"] is None
+    assert evaluation.verdict(columns, 24, "test").reasons == ()
+
+
+def test_a_handful_of_images_is_no_headline(tmp_path, subject, compute):
+    few = dataclasses.replace(
+        subject, images=subject.images[:19], labels=subject.labels[:19], suite=auto_attack.suite("standard", 4)
+    )
+    verdict = _verdict(_done(tmp_path, few, compute), 19)
+    assert "Only 19 images; a headline takes 20 or more." in verdict.reasons
+    assert verdict.measure == "auto_attack_subset"
+
+
+def test_checks_look_at_images_of_every_part_and_no_more_than_a_batch(tmp_path, subject, compute):
+    """Sets may be sorted by class; a batch is what fits on the device."""
+    settings = QUICK.model_copy(update={"check_images": 8, "batch": 5})
+    order = subject.labels.argsort(stable=True)
+    ordered = dataclasses.replace(subject, images=subject.images[order], labels=subject.labels[order])
+    evaluation = _done(tmp_path, ordered, compute, settings)
+    x, y = evaluation._few()
+    assert len(x) == 5
+    assert set(y.tolist()) == {0, 1, 2, 3}
+    assert len(evaluation._black_box.read()["robust"]) == 8
+    assert evaluation.checks(evaluation.columns())
+
+
+def test_a_model_that_says_one_thing_is_scored_alike(tmp_path, subject, compute):
+    """Equal logits: the first class is predicted with a margin of 0, the same in any batch."""
+    model = _Small().eval().requires_grad_(False)
+    model.logits.weight.zero_()
+    model.logits.bias.zero_()
+    evaluation = _done(tmp_path, dataclasses.replace(subject, model=model, suite=None), compute)
+    found = {check.name: check for check in evaluation.checks(evaluation.columns())}
+    assert found["rescored"].passed
+    assert not found["zero_gradients"].passed
+
+
 def test_other_attacks_are_nonstandard_by_name(tmp_path, subject, compute):
     evaluation = _done(tmp_path, subject, compute)
     verdict = _verdict(evaluation)
@@ -333,6 +395,7 @@ def test_without_auto_attack_there_is_no_headline(tmp_path, subject, compute):
     evaluation = _done(tmp_path, dataclasses.replace(subject, suite=None), compute)
     verdict = _verdict(evaluation)
     assert verdict.reasons == ("AutoAttack was not run.",)
+    assert verdict.tags["evaluation.measure"] == "pgd"
     assert evaluation.summary(evaluation.columns(), verdict)["headline"] is None
 
 
@@ -384,9 +447,18 @@ def test_the_table_comes_back_as_it_was(tmp_path):
 
 
 def test_protocol_says_what_is_needed_to_repeat_it(tmp_path, subject, compute):
-    said = _evaluation(tmp_path, subject, compute).protocol({"norm": "linf", "epsilon": "9/100"}, 30)
+    evaluation = _evaluation(tmp_path, subject, compute)
+    assert evaluation.protocol({}, 30)["computed"] == []
+    evaluation.units[0].compute()
+    other = dataclasses.replace(evaluation.units[1], by={"device": "another"})
+    other.compute()
+    said = evaluation.protocol({"norm": "linf", "epsilon": "9/100"}, 30)
     assert (said["images"], said["of_images"], said["shard"], said["batch"]) == (24, 30, 10, 6)
     assert said["pgd"] == "PGD-8, loss cw, step 0.0225, restarts 1"
     assert said["auto_attack"] == "nonstandard (apgd-ce, apgd-dlr)"
-    assert said["versions"]["torch"] == torch.__version__.partition("+")[0] or said["versions"]["torch"]
-    assert (said["precision"], said["device"]) == ("fp32", "cpu")
+    assert said["precision"] == "fp32"
+    another, here = said["computed"]  # of each shard the machine and versions that computed it
+    assert another == {"device": "another", "shards": 1}
+    assert here["device"].startswith("cpu")
+    assert here["shards"] == 1
+    assert set(here["versions"]) == {"dmat", "torch", "pyautoattack"}

@@ -16,7 +16,7 @@ from dmat.tracking.registry import Candidate
 from dmat.training import weights
 from tests import forked
 
-NAME = "digits-linf-1_5"
+NAME = "digits-3f2a91c0-linf-1_5"
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def _champion(store, name):
 
 
 def test_names_have_no_character_that_mlflow_refuses():
-    assert registry.name_of("digits", "linf", "1/5") == NAME
-    assert registry.name_of("a:b", "l2", "128/255") == "a_b-l2-128_255"
+    assert registry.name_of("digits", "3f2a91c0" + 56 * "0", "linf", "1/5") == NAME
+    assert registry.name_of("a:b", 64 * "f", "l2", "128/255") == "a_b-ffffffff-l2-128_255"
 
 
 def test_the_champion_moves_only_to_a_better_and_checked_model(store):
@@ -122,15 +122,16 @@ def test_an_evaluation_registers_its_model(finished, tmp_path):
     command = project.command("evaluate_robust", DMAT_TRACKING="on")
     assert command.wait()[0] == 0
     (found,) = registry.listed(project.folder)
-    assert (found["name"], found["champion"]) == (NAME, False)
     tags = found["tags"]
+    name = f"digits-{tags['data.test.sha256'][:8]}-linf-1_5"
+    assert (found["name"], found["champion"]) == (name, False)
     assert (tags["threat.norm"], tags["threat.epsilon"], tags["dmat.arm"]) == ("linf", "1/5", "generated")
     assert tags["evaluation.measure"] == "auto_attack_subset"
     assert tags["accuracy.n"] == "10"
     assert "[" in tags["accuracy.auto_attack_subset"]
     said = _dmat(project.folder, "list", "--json")
     assert json.loads(said)[0]["version"] == 1
-    _dmat(project.folder, "get", f"{NAME}@1", "--to", "back.safetensors")
+    _dmat(project.folder, "get", f"{name}@1", "--to", "back.safetensors")
     best = project.folder / "artifacts/train_robust/generated-1/best.safetensors"
     assert (project.folder / "back.safetensors").read_bytes() == best.read_bytes()
 

@@ -416,15 +416,20 @@ def test_what_lies_at_a_path_is_recognised(tmp_path):
     for what, split, expected, origin in (
         (tmp_path / "c", "test", test, f"{part}: its test images"),
         (str(tmp_path / "c"), "train", train, f"{part}: its training images"),
-        (tmp_path / "pets", "test", together(made), f"images in pets: {every}"),
-        (tmp_path / "pets", "train", together(made), f"images in pets: {every}"),
+        (tmp_path / "pets", None, together(made), f"images in pets: {every}"),
+        (tmp_path / "pets", "train", together(made), f"images in pets: {every}; said to be of the split train"),
         (tmp_path / "s", "test", shard, f"made here, split test: {every}"),
-        (tmp_path / "set.npz", "test", shard, f"set.npz: {every}"),
+        (tmp_path / "set.npz", "test", shard, f"set.npz: {every}; said to be of the split test"),
     ):
         found = sources.recognise(what, split)
+        assert found.split == (split or "")
         assert equal((found.images, found.labels), expected)
         assert (found.origin, found.test) == (origin, None)
     assert equal((sources.recognise(tmp_path / "c").images,), (test[0],))
+    assert sources.recognise(tmp_path / "c").split == "test"
+    assert sources.recognise(tmp_path / "s").split == "test"
+    with pytest.raises(DmatError, match="holds the split test, not train"):
+        sources.recognise(tmp_path / "s", "train")
 
 
 def test_the_word_digits_is_recognised(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ class Source:
     """images uint8 [N, H, W, C], labels int64 [N], names of the classes in label order, licence, where it is from.
 
     test: images and labels of the same kind that are for testing alone; None where a source has no such split.
+    split: of which one the images are, where a source says so or somebody chose; else "".
     """
 
     images: np.ndarray
@@ -35,6 +36,7 @@ class Source:
     licence: str
     origin: str
     test: tuple[np.ndarray, np.ndarray] | None = None
+    split: str = ""
 
 
 def digits(path: Path | None = None) -> Source:
@@ -206,7 +208,8 @@ def sharded(path: Path | None) -> Source:
         ) from None
     split = opened.manifest.get("split")
     origin = str(opened.manifest.get("origin", root.name)) + (f", split {split}" if split else "")
-    return Source(images, labels, names, str(opened.manifest.get("licence", NOT_STATED)), origin)
+    licence = str(opened.manifest.get("licence", NOT_STATED))
+    return Source(images, labels, names, licence, origin, split=str(split or ""))
 
 
 SOURCES: dict[str, Callable[[Path | None], Source]] = {
@@ -231,21 +234,29 @@ def location(name: str, path: Path) -> Path:
     return cifar.located(name, path)[0] if name in cifar.LAYOUTS else path
 
 
-def recognise(what: str | Path, split: str = "test") -> Source:
+def recognise(what: str | Path, split: str | None = None) -> Source:
     """What lies at a path, found out by looking, or the word `digits`: images and labels of the split test or train.
 
-    Where there is no test split all images are meant, and the origin says so. Raises DmatError.
+    Without a `split` the test images are meant. Where there is no test split all images are, and the origin says so;
+    a `split` then is the word of who names it, unless the source itself says another. Raises DmatError.
     """
-    if split not in SPLITS:
+    if split not in (None, *SPLITS):
         raise DmatError(f"the split is {split!r}; expected test or train; name one of them")
     source = load(_kind(what), None if what == "digits" else Path(what))
+    if split and source.split not in ("", split):
+        raise DmatError(f"{what} holds the split {source.split}, not {split}; name other images")
     if source.test is None:
         part, images, labels = "all images, as it has no test images of its own", source.images, source.labels
-    elif split == "test":
+        part += f"; said to be of the split {split}" if split and not source.split else ""
+        found = source.split or split or ""
+    elif split in (None, "test"):
+        found = "test"
         part, (images, labels) = "its test images", source.test
     else:
+        found = "train"
         part, images, labels = "its training images", source.images, source.labels
-    return dataclasses.replace(source, images=images, labels=labels, origin=f"{source.origin}: {part}", test=None)
+    origin = f"{source.origin}: {part}"
+    return dataclasses.replace(source, images=images, labels=labels, origin=origin, test=None, split=found)
 
 
 def _kind(what: str | Path) -> str:

@@ -33,7 +33,8 @@ PIXEL_ROUNDING = 2.0**-24  # l2: that error of every pixel, and as much again fo
 ZERO_GRADIENTS = 0.05  # share of images; assumed: dead units silence single images, masking silences most
 HALF_POINT = 0.005  # share of images; assumed: attacks with one random start differ by less where nothing is wrong
 GREY_ACCURACY = 0.05  # at `grey_radius` all images can be one image; guessing among 10 classes would be right for 10 %
-OVERFITTED = 0.3  # FGSM - PGD; assumed: sound training leaves about 10 points, overfitting (Wong et al. 2020) most
+OVERFITTED = 0.3  # FGSM - PGD, linf; assumed: sound training leaves 10 points, overfitting most (Wong et al. 2020)
+HALF = 0.5  # of what FGSM leaves; assumed: an undefended model loses most to FGSM already, an overfitted one nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def in_range(images: Tensor) -> Check:
     elif high >= BYTES or not images.is_floating_point():
         cause = "they look like bytes that were not divided, so epsilon is next to nothing; divide by 255"
     elif low >= 0 and high <= 1:
-        cause = "they look divided by 255 twice, so epsilon covers all of an image; divide once"
+        cause = "divided by 255 twice, epsilon covers all of an image, so divide once; if they are black, mend them"
     else:
         cause = "they look resized or augmented past the range, where attacks cannot follow; clip them"
     return _check("in_range", False, f"{found}; expected floats in [0, 1]: {cause}", low if low < 0 else high)
@@ -319,8 +320,12 @@ def large_radius(robust: np.ndarray, radius: float) -> Check:
     )
 
 
-def fgsm_and_pgd(fgsm: np.ndarray, pgd: np.ndarray) -> Check:
-    """Robust flags [N] of one step and of many: many are not weaker, and one step is not all that is resisted."""
+def fgsm_and_pgd(fgsm: np.ndarray, pgd: np.ndarray, norm: str = "linf") -> Check:
+    """Robust flags [N] of one step and of many: many are not weaker, and one step is not all that is resisted.
+
+    The latter is asked in linf alone, where one step of the whole radius is what such a model was trained with. In l2
+    one step is far weaker than many against every model: 82 and 21 % of a sound one (docs/log.md, 2026-11-24).
+    """
     n, gain = _gain(pgd, fgsm)
     found = f"{_percent(fgsm)} are robust to FGSM, {_percent(pgd)} to PGD"
     if gain > _stray(n):
@@ -328,10 +333,11 @@ def fgsm_and_pgd(fgsm: np.ndarray, pgd: np.ndarray) -> Check:
             f"expected PGD to leave at most {_stray(n)} of {n} images more: it is broken or gradients are masked, and "
             "its accuracy is too high; look at its step size, sign and projection"
         )
-    elif -gain > _images(OVERFITTED, n):
+    elif norm == "linf" and -gain > _images(OVERFITTED, n) and pgd.sum() < HALF * fgsm.sum():
         reason = (
-            f"expected at most {OVERFITTED:.0%} between them: the model resists one step only (catastrophic "
-            "overfitting); quote no FGSM accuracy, and train with more steps or a random start"
+            f"expected at most {OVERFITTED:.0%} between them: the model resists one step only, by catastrophic "
+            "overfitting or because gradients vanish (zero_gradients); quote no FGSM accuracy, and train with more "
+            "steps or a random start"
         )
     else:
         return _check("fgsm_and_pgd", True, found, -gain / n)

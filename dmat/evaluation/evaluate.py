@@ -2,6 +2,7 @@
 accuracy may stand as the headline."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmat import seeds
+from dmat.data.pixels import in_order
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.evaluation import checks, measures
@@ -23,6 +25,8 @@ from dmat.metrics.intervals import wilson
 from dmat.robust import attacks, auto_attack, prediction
 
 _SHOWN = 10  # images in the picture of perturbations
+FEWEST = 20  # images of a headline: of fewer, one image is more than the 5 % of checks.GREY_ACCURACY
+TEST = "test"  # the split that headlines are about
 
 
 class Settings(measures.Settings, Protocol):
@@ -80,17 +84,21 @@ class Evaluation:
         count = -(-len(subject.labels) // settings.shard)
         sizes = [measures.shard_of(k, settings.shard, len(subject.labels)) for k in range(count)]
         known = {**identity, "subject": subject.name, "images_attacked": len(subject.labels)}
+        versions = {name: version(name) for name in ("dmat", "torch", "pyautoattack")}
+        by = {"device": compute.describe()["device"], "precision": compute.precision, "versions": versions}
         self._shards = [
             Unit(
                 folder / f"shard-{number:05d}",
                 where.stop - where.start,
                 {**known, "shard": number},
                 lambda number=number: measures.of_shard(subject, settings, number, compute),  # type: ignore[misc]
+                by,
             )
             for number, where in enumerate(sizes)
         ]
-        checked = min(settings.check_images, len(subject.labels))
-        self._black_box = Unit(folder / "black-box", checked, {**known, "shard": "black box"}, self._square)
+        self._checked = _spread(len(subject.labels), settings.check_images)
+        black_box = {**known, "shard": "black box of spread images"}
+        self._black_box = Unit(folder / "black-box", len(self._checked), black_box, self._square, by)
 
     @property
     def units(self) -> list[Unit]:
@@ -103,27 +111,31 @@ class Evaluation:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _square(self) -> Columns:
-        x, y = self._few()
-        broken = auto_attack.square(
-            self.subject.model, x, y, self.subject.ball, self.settings.check_queries, self.settings.auto_attack_seed
-        )
-        with torch.no_grad():
-            right = self.subject.model(x).argmax(1) == y
-            robust = right & (self.subject.model(broken).argmax(1) == y)
-        return {"robust": robust.cpu().numpy()}
+        model, settings, found = self.subject.model, self.settings, []
+        images, labels = self.subject.images[self._checked], self.subject.labels[self._checked]
+        for _, part, of in in_order(images, labels, settings.batch):
+            x, y = self.compute.place(part), of.to(self.compute.device)
+            broken = auto_attack.square(
+                model, x, y, self.subject.ball, settings.check_queries, settings.auto_attack_seed
+            )
+            with torch.no_grad():
+                found.append((model(x).argmax(1) == y) & (model(broken).argmax(1) == y))
+        return {"robust": torch.cat(found).cpu().numpy()}
 
     def _few(self) -> tuple[Tensor, Tensor]:
-        """The images that checks of the model look at, on the device."""
-        count = self.settings.check_images
-        x, y = self.subject.images[:count], self.subject.labels[:count]
+        """The images that checks of the model look at, on the device: no more at once than an attack has there."""
+        chosen = _spread(len(self.subject.labels), min(self.settings.check_images, self.settings.batch))
+        x, y = self.subject.images[chosen], self.subject.labels[chosen]
         return self.compute.place(x), y.to(self.compute.device)
 
     def checks(self, columns: Columns) -> list[Check]:
         """All checks of a thorough subject, in the order in which they rule each other out."""
         subject, settings = self.subject, self.settings
         x, y = self._few()
-        outputs = prediction.logits(subject.model, x.cpu(), self.compute, settings.batch)
         adversarial = torch.from_numpy(columns["adversarial"])
+        outputs = torch.cat(
+            [prediction.logits(subject.model, of, self.compute, settings.batch) for of in (subject.images, adversarial)]
+        )
         start = subject.ball.random_start(seeds.stream(settings.pgd_seed, "evaluation/check"), tuple(x.shape))
         recorded = columns["pgd"] & columns["auto_attack"] if "auto_attack" in columns else columns["pgd"]
         shape = tuple(subject.images.shape[1:])
@@ -138,19 +150,25 @@ class Evaluation:
             checks.inside_ball(subject.images, adversarial, subject.ball),
             checks.rescored(recorded, self._margins(adversarial, settings.batch), self._margins(adversarial, None)),
             checks.more_steps(columns["pgd_few"], columns["pgd"], measures.few(settings.pgd_steps), settings.pgd_steps),
-            checks.black_box(self._black_box.read()["robust"], self._white_box(columns)[: len(y)]),
-            checks.large_radius(columns["grey"], checks.grey_radius(subject.ball.norm, shape)),
-            checks.fgsm_and_pgd(columns["fgsm"], columns["pgd"]),
+            checks.black_box(self._black_box.read()["robust"], self._white_box(columns)[self._checked]),
+            checks.large_radius(columns["grey"], measures.large(subject.ball, shape)),
+            checks.fgsm_and_pgd(columns["fgsm"], columns["pgd"], subject.ball.norm),
         ]
 
     def _margins(self, adversarial: Tensor, batch: int | None) -> np.ndarray:
-        """Logit margins of saved images: shard by shard as they were computed, or (None) in batches of another size."""
+        """Logit margins of saved images: shard by shard as they were computed, or (None) in batches of another size.
+
+        Above 0 exactly where the prediction is right: also where the first of equal logits decides it, as in a model
+        that says one thing of everything.
+        """
         model, compute, shard = self.subject.model, self.compute, self.settings.shard
         if batch is None:
             logits = prediction.logits(model, adversarial, compute, _other_size(min(self.settings.batch, shard)))
         else:
             logits = torch.cat([prediction.logits(model, part, compute, batch) for part in adversarial.split(shard)])
-        return attacks.logit_margin(logits, self.subject.labels).numpy()
+        margins = attacks.logit_margin(logits, self.subject.labels)
+        right = logits.argmax(1) == self.subject.labels
+        return torch.where(right & ~(margins > 0), torch.finfo(margins.dtype).tiny, margins).numpy()
 
     def _white_box(self, columns: Columns) -> np.ndarray:
         """What PGD and the suite's attacks by gradient left right."""
@@ -160,16 +178,28 @@ class Evaluation:
             robust = robust & ~np.isin(columns["broken_by"], numbers)
         return robust
 
-    def verdict(self, columns: Columns, all_images: int) -> Verdict:
-        """all_images: how many there are; fewer attacked are a subset."""
+    def verdict(self, columns: Columns, all_images: int, split: str = TEST) -> Verdict:
+        """all_images: how many there are; fewer attacked are a subset. split: of the images; "" if nobody knows."""
         found, suite, count = self.checks(columns), self.subject.suite, len(self.subject.labels)
         reasons = [check.sentence for check in found if not check.passed]
         measure = "auto_attack_unchecked" if reasons else "auto_attack"
+        if count < FEWEST:
+            reasons.insert(0, f"Only {count} images; a headline takes {FEWEST} or more.")
+            measure = "auto_attack_subset"
+        if split != TEST:
+            reasons.insert(
+                0,
+                f"The images are of the split {split}, not of test."
+                if split
+                else "Nothing says that the model was not trained on these images; if so, say `--split test`.",
+            )
+            measure = "auto_attack_not_test"
         if count < all_images:
             reasons.insert(0, f"Only {count:,} of {all_images:,} images were attacked.")
             measure = "auto_attack_subset"
         if suite is None:
             reasons.insert(0, "AutoAttack was not run.")
+            measure = "pgd"
         elif not suite.standard:
             reasons.insert(0, f"The attacks are {suite.name}, not those of standard AutoAttack.")
             measure = "auto_attack_nonstandard"
@@ -224,9 +254,13 @@ class Evaluation:
             "shard": settings.shard,
             "batch": settings.batch,
             "precision": self.compute.precision,
-            "device": str(self.compute.device),
-            "versions": {name: version(name) for name in ("dmat", "torch", "pyautoattack")},
+            "computed": self._computed(),
         }
+
+    def _computed(self) -> list[dict[str, Any]]:
+        """Who computed how many shards of those that are there: device, precision, versions."""
+        notes = [json.dumps(unit.note().get("by", {}), sort_keys=True) for unit in self.units if unit.done]
+        return [{**json.loads(by), "shards": notes.count(by)} for by in sorted(set(notes))]
 
     def _sweep(self, columns: Columns) -> list[tuple[float, np.ndarray]]:
         """PGD's flags by radius, 0 and epsilon among them."""
@@ -283,6 +317,11 @@ class Evaluation:
 def _interval(flags: np.ndarray) -> tuple[float, float, float]:
     found = wilson(flags)
     return found.value, found.low, found.high
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """Positions of up to `most` of `count` items at equal distances: sets may be sorted by class."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
 
 def _other_size(batch: int) -> int:

@@ -5,6 +5,7 @@ when, and after which other shard.
 """
 
 import dataclasses
+import hashlib
 from typing import Protocol
 
 import numpy as np
@@ -58,6 +59,15 @@ class Subject:
     ball: Ball
     suite: Suite | None = None
     thorough: bool = False
+
+
+def images_sha256(images: Tensor, labels: Tensor) -> str:
+    """What two evaluations must have in common before their accuracies compare: pixels, labels, and their order."""
+    digest = hashlib.sha256()
+    for tensor in (images, labels):
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def shard_of(number: int, size: int, count: int) -> slice:
@@ -158,7 +168,7 @@ class _Shard:
         }
         radii = [multiple * ball.epsilon for multiple in self.settings.sweep]
         sweep = [clean & self.right(self.pgd(Ball(ball.norm, radius), steps, "/sweep")) for radius in radii]
-        grey = Ball(ball.norm, max(ball.epsilon, grey_radius(ball.norm, tuple(self.images.shape[1:]))))
+        grey = Ball(ball.norm, large(ball, tuple(self.images.shape[1:])))
         found["sweep"] = torch.stack(sweep, 1) if sweep else torch.zeros(len(clean), 0, dtype=torch.bool)
         found["grey"] = clean & self.right(self.pgd(grey, steps, "/grey"))
         return found
@@ -174,6 +184,11 @@ class _Shard:
             self.settings.batch,
         )
         return worst.cpu(), broken_by.cpu()
+
+
+def large(ball: Ball, shape: tuple[int, ...]) -> float:
+    """The radius at which nothing can be robust: all images [C, H, W] can be the same one, or epsilon if larger."""
+    return max(float(ball.epsilon), grey_radius(ball.norm, shape))
 
 
 def few(steps: int) -> int:

@@ -8,7 +8,7 @@ on several it needs a shared folder whose locks hold (NFS 4 or later).
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,33 @@ from dmat import files
 from dmat.errors import DmatError
 
 _LOOK_EVERY = 0.5  # seconds between two looks at what others compute
+_NOTE: dict[str, Any] = {
+    "identity": dict,
+    "images": int,
+    "seconds": (int, float),
+    "sha256": str,
+}
 
 Columns = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One shard: the path of its files without suffix, what it is, and how to compute it."""
+    """One shard: the path of its files without suffix, what it is, and how to compute it.
+
+    by: who computes it, kept in its note: shards of one evaluation may be of several machines and versions.
+    """
 
     path: Path
     images: int
     identity: Mapping[str, Any]
     make: Callable[[], Columns]
+    by: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
-        return self.path.with_suffix(".json").is_file()
+        """Refuses, as `note` does: nobody computes for hours beside shards of another evaluation."""
+        return self.path.with_suffix(".json").is_file() and bool(self.note())
 
     def compute(self) -> None:
         """The note comes last: without it nothing was computed."""
@@ -48,22 +59,31 @@ class Unit:
             "images": self.images,
             "seconds": round(time.monotonic() - started, 3),
             "sha256": files.sha256(self.path.with_suffix(".npz")),
+            "by": dict(self.by),
         }
         files.write_json(self.path.with_suffix(".json"), note)
 
     def note(self) -> dict[str, Any]:
-        note: dict[str, Any] = files.read_json(self.path.with_suffix(".json"))
+        """Refuses what is no note, and that of another model, other images or other settings."""
+        path = self.path.with_suffix(".json")
+        note = files.read_json(path)
+        if not isinstance(note, dict) or not all(isinstance(note.get(name), kind) for name, kind in _NOTE.items()):
+            raise DmatError(
+                f"{path} is no whole note of a shard; expected {', '.join(_NOTE)}; delete it and {self.path.name}.npz "
+                f"and run again: one shard is lost"
+            )
+        if note["identity"] != dict(self.identity) or note["images"] != self.images:
+            other = [key for key, value in self.identity.items() if note["identity"].get(key) != value]
+            raise DmatError(
+                f"{path.with_suffix('.npz')} belongs to another evaluation ({', '.join(other) or 'its images'} "
+                f"differ); expected the same model, images and settings; give another folder, or start over with "
+                f"--fresh"
+            )
         return note
 
     def read(self) -> Columns:
-        """Refuses what another model, other images or other settings made, and what was altered."""
+        """Refuses what `note` refuses, and what was altered."""
         note, path = self.note(), self.path.with_suffix(".npz")
-        if note.get("identity") != dict(self.identity):
-            other = [key for key, value in self.identity.items() if note.get("identity", {}).get(key) != value]
-            raise DmatError(
-                f"{path} belongs to another evaluation ({', '.join(other)} differ); expected the same model, images "
-                f"and settings; give another folder, or start over with --fresh"
-            )
         if not path.is_file() or files.sha256(path) != note["sha256"]:
             raise DmatError(
                 f"{path} is missing or was altered since it was computed; expected the file that "

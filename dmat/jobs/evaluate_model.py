@@ -21,7 +21,7 @@ from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation, Verdict
-from dmat.evaluation.measures import Subject
+from dmat.evaluation.measures import Subject, images_sha256
 from dmat.evaluation.table import write_table
 from dmat.jobs.execution import lock, set_aside
 from dmat.models import importing, leaderboard
@@ -32,6 +32,7 @@ from dmat.tracking import registry
 from dmat.training.interruption import Interruption
 
 _ABOUT = "evaluation.json"
+_NETWORK = ("network", "classes", "channels", "mean", "std", "image_shape")  # what a sidecar makes of weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Request:
 
     model: Path
     images: str  # a path, or the name of an embedded source
-    split: str
+    split: str | None  # None: the test images, or all where a source has none
     norm: str | None
     epsilon: str | None
     settings: EvaluateRobust
@@ -72,7 +73,7 @@ class DirectEvaluation:
         suite = None if settings.auto_attack == "none" else auto_attack.suite(settings.auto_attack, classes)
         labels = torch.from_numpy(self.source.labels)
         images = to_unit(self.source.images)
-        self.all_images = len(labels)
+        self.all_images, self.all_sha256 = len(labels), images_sha256(images, labels)
         if settings.images:
             images, labels = images[: settings.images], labels[: settings.images]
         self.compute.place_model(model)
@@ -80,7 +81,8 @@ class DirectEvaluation:
         subject = Subject("model", model, images, labels, ball, suite, thorough=True)
         self.identity = {
             "weights": self.sidecar["sha256"],
-            "images": _hash(images, labels),
+            "network": files.fingerprint({name: self.sidecar[name] for name in _NETWORK}),
+            "images": images_sha256(images, labels),
             "threat": self.threat.plain(),
             "settings": settings.plain(),
         }
@@ -102,6 +104,7 @@ class DirectEvaluation:
 
     def assist(self, quiet: bool) -> None:
         """Computes shards that nobody else is computing, until none is left."""
+        make_folder(self.request.folder)
         self._expect_own_folder()
         with Interruption(at_once=True):
             work.compute_all(self.evaluation.units, wait=False, quiet=quiet)
@@ -109,10 +112,12 @@ class DirectEvaluation:
     def run(self, fresh: bool, quiet: bool) -> Result:
         """Computes what is missing and writes the results. The same request goes on, and finds a finished one."""
         folder = self.request.folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with lock(folder), Interruption(at_once=True):
-            if fresh:
-                set_aside(folder, self.request.home or folder)
+            if fresh:  # what was imported for this very evaluation stays
+                model = self.request.model
+                own = (model.name, model.with_suffix(".json").name) if model.parent == folder else ()
+                set_aside(folder, self.request.home or folder, own)
             self._expect_own_folder()
             files.write_json(folder / _ABOUT, self.identity)
             with self._tracked() as run:
@@ -144,7 +149,7 @@ class DirectEvaluation:
     def _write(self, folder: Path) -> Result:
         evaluation = self.evaluation
         columns = evaluation.columns()
-        verdict = evaluation.verdict(columns, self.all_images)
+        verdict = evaluation.verdict(columns, self.all_images, self.source.split)
         summary, protocol = evaluation.summary(columns, verdict), self.protocol()
         count = len(evaluation.subject.labels)
         rows = {"index": np.arange(count), "label": evaluation.subject.labels.numpy()}
@@ -156,13 +161,13 @@ class DirectEvaluation:
 
     def _candidate(self, result: Result) -> tracking.Candidate:
         """For the registry of the project."""
-        data = self.sidecar.get("data") or f"images-{self.identity['images'][:8]}"
+        data = self.sidecar.get("data") or "images"
         headline = result.summary["headline"]
         return tracking.Candidate(
-            registry.name_of(data, self.threat.norm, self.threat.epsilon.text),
+            registry.name_of(data, self.all_sha256, self.threat.norm, self.threat.epsilon.text),
             self.request.model,
             {
-                "data.test.sha256": self.identity["images"],
+                "data.test.sha256": self.all_sha256,
                 **result.verdict.about_model(result.summary, self.threat.plain()),
             },
             headline["value"] if headline else None,
@@ -184,7 +189,7 @@ def safetensors(model: Path, args: Path | None, data: str | None, activation: st
         return model
     beside = model.with_name("args.txt")
     target = folder / f"{model.stem}{SUFFIX}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     done = importing.import_model(
         model, args or (beside if beside.is_file() else None), data, activation=activation, target=target
     )
@@ -193,16 +198,28 @@ def safetensors(model: Path, args: Path | None, data: str | None, activation: st
     return done.path
 
 
-def against_robustbench(direct: DirectEvaluation, result: Result, name: str) -> list[str]:
-    """The published number of an entry, ours, and what makes them different measurements."""
+def make_folder(folder: Path) -> None:
+    """Raises DmatError where none can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DmatError(f"--to is {folder}, where no folder can be made ({error.strerror}); give another one") from None
+
+
+def published(direct: DirectEvaluation, name: str) -> leaderboard.Entry:
+    """The entry that a request is to be compared with. Raises DmatError if there is none: ask before computing."""
     data = direct.sidecar.get("data")
     if data is None:
         raise DmatError(
             f"{direct.request.model.with_suffix('.json')} names no data set; expected data: cifar10 or cifar100, as "
             f"`dmat models import` writes it; leave --against out"
         )
+    return leaderboard.entry(data, direct.threat.norm, name)
+
+
+def against_robustbench(direct: DirectEvaluation, result: Result, entry: leaderboard.Entry) -> list[str]:
+    """The published number of an entry, ours, and what makes them different measurements."""
     threat, summary = direct.threat, result.summary
-    entry = leaderboard.entry(data, threat.norm, name)
     ours = {
         "norm": threat.norm,
         "epsilon": threat.epsilon.text,
@@ -255,6 +272,11 @@ def leads() -> bool:
 
 def _threat(request: Request, sidecar: Mapping[str, Any]) -> Threat:
     found = sidecar.get("threat") or {}
+    if not isinstance(found, dict) or not all(isinstance(found.get(key, ""), str) for key in ("norm", "epsilon")):
+        raise DmatError(
+            f"{request.model.with_suffix('.json')} has the threat {found!r}; expected norm and epsilon as text, for "
+            f"example linf and 8/255; bring back the sidecar that was written with {request.model.name}"
+        )
     norm, epsilon = request.norm or found.get("norm"), request.epsilon or found.get("epsilon")
     if norm is None or epsilon is None:
         raise DmatError(
@@ -293,16 +315,6 @@ def _class_names(source: Source, sidecar: Mapping[str, Any]) -> list[str]:
 def _named(source: Source) -> bool:
     """Whether somebody named the classes; without names, the highest labels may just not occur."""
     return source.class_names != tuple(map(str, range(len(source.class_names))))
-
-
-def _hash(images: torch.Tensor, labels: torch.Tensor) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for tensor in (images, labels):
-        digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:

@@ -13,10 +13,9 @@ from dmat import files
 from dmat.config import EvaluateRobust, Fraction
 from dmat.data import shards
 from dmat.data.pixels import everything
-from dmat.data.shards import Shards
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation
-from dmat.evaluation.measures import Subject
+from dmat.evaluation.measures import Subject, images_sha256
 from dmat.evaluation.table import write_table
 from dmat.jobs.classifiers import load_classifier
 from dmat.jobs.execution import Job
@@ -35,7 +34,7 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
     work.compute_all(_units(evaluations), wait=True, quiet=job.quiet)
     columns = {name: one.columns() for name, one in evaluations.items()}
     best = evaluations["best"]
-    verdict = best.verdict(columns["best"], len(test))
+    verdict = best.verdict(columns["best"], len(test), test.manifest["split"])
     sidecar = weights.read_sidecar(_weights(job, "best"), "classifier")
     threat, names = sidecar["threat"], test.manifest["class_names"]
     best.draw(job.pictures, columns["best"], threat["epsilon"], names, verdict)
@@ -62,13 +61,14 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
     files.write_json(folder / "protocol.json", best.protocol(threat, len(test)))
     files.write_json(folder / "summary.json", summary)
     job.tags.update(verdict.tags)
+    all_images = images_sha256(*everything(test))
     job.models.append(
         registry.Candidate(
-            registry.name_of(_data(test), threat["norm"], threat["epsilon"]),
+            registry.name_of(test.manifest["source"], all_images, threat["norm"], threat["epsilon"]),
             _weights(job, "best"),
             {
                 **{f"dmat.{name}": value for name, value in job.chosen.items()},
-                "data.test.sha256": files.checksum(job.inputs["test"]),
+                "data.test.sha256": all_images,
                 **verdict.about_model(summary["best"], threat),
             },
             summary["best"]["headline"]["value"] if summary["best"]["headline"] else None,
@@ -125,14 +125,6 @@ def _evaluations(settings: EvaluateRobust, job: Job) -> dict[str, Evaluation]:
                 {"weights": sidecar["sha256"], "images": files.checksum(job.inputs[split])},
             )
     return found
-
-
-def _data(test: Shards) -> str:
-    """Name of the data set: of a file or folder, its first hash digits too, as many may be called so."""
-    source: str = test.manifest["source"]
-    if source in ("npz", "folder", "shards"):
-        return f"{source}-{files.fingerprint(test.manifest['shards'])[:8]}"
-    return source
 
 
 def _weights(job: Job, which: str) -> Path:

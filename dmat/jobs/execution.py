@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -358,14 +358,14 @@ def _code_changed(plan: Plan) -> bool:
     return bool(files.read_json(path) != plan.code)
 
 
-def set_aside(work: Path, home: Path) -> None:
-    """Earlier state moves to `before-<time>/` beside the new one; nothing is deleted."""
+def set_aside(work: Path, home: Path, keep: Collection[str] = ()) -> None:
+    """Earlier state moves to `before-<time>/` beside the new one; nothing is deleted. keep: names that stay."""
     old = work / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
     while old.exists():  # set aside twice within a second
         time.sleep(0.2)
         old = work / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
     tracking.set_aside(home, work, old)
-    stay = {"lock", "holder.json", *tracking.FILES}
+    stay = {"lock", "holder.json", *tracking.FILES, *keep}
     for path in [p for p in work.iterdir() if p.name not in stay and not p.name.startswith("before-")]:
         old.mkdir(exist_ok=True)
         path.rename(old / path.name)

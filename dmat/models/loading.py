@@ -1,5 +1,6 @@
 """From weights and sidecar back to a network, and what people want to know of such a file."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from dmat import files
 from dmat.errors import DmatError
-from dmat.robust.networks import NETWORKS, Classifier, Facts
+from dmat.robust.networks import ACTIVATIONS, NETWORKS, Classifier, Facts
 from dmat.training import weights
 
 SUFFIX = ".safetensors"
@@ -36,12 +37,12 @@ def load_model(path: str | Path, device: str = "cpu") -> Classifier:
 
 
 def build(sidecar: Mapping[str, Any], path: Path) -> Classifier:
-    """The network that a sidecar describes, with initial weights."""
+    """The network that a sidecar describes, with initial weights. Raises DmatError: sidecars are edited by hand."""
     try:
         spec = sidecar["network"]
         facts = Facts(sidecar["classes"], sidecar["channels"], tuple(sidecar["mean"]), tuple(sidecar["std"]))
         name, shape = spec["name"], (spec["depth"], spec["width"], spec["activation"])
-        _, _, _ = sidecar["image_shape"]
+        _expect_possible(facts, spec, sidecar)
     except (KeyError, TypeError, ValueError) as error:
         raise DmatError(
             f"{path.with_suffix('.json')} does not describe a network ({type(error).__name__}: {error}); expected "
@@ -56,10 +57,45 @@ def build(sidecar: Mapping[str, Any], path: Path) -> Classifier:
     return NETWORKS[name](facts, *shape)
 
 
+def _expect_possible(facts: Facts, spec: Mapping[str, Any], sidecar: Mapping[str, Any]) -> None:
+    """Raises ValueError with what is found and expected of the first value that no network can have."""
+    names = sidecar.get("class_names")
+    for key, value, fits, expected in (
+        ("classes", facts.classes, _whole(facts.classes, 2), "a whole number from 2"),
+        ("channels", facts.channels, _whole(facts.channels, 1), "a whole number from 1"),
+        ("depth", spec["depth"], _whole(spec["depth"], 1), "a whole number from 1"),
+        ("width", spec["width"], _whole(spec["width"], 0), "a whole number"),
+        ("activation", spec["activation"], spec["activation"] in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
+        ("mean", facts.mean, _numbers(facts.mean, facts.channels), f"{facts.channels} numbers"),
+        ("std", facts.std, _numbers(facts.std, facts.channels) and min(facts.std) > 0, "as many numbers above 0"),
+        ("image_shape", sidecar["image_shape"], _shape(sidecar["image_shape"], facts.channels), "[H, W, channels]"),
+        ("class_names", names, names is None or _list(names, facts.classes), f"a list of {facts.classes} names"),
+    ):
+        if not fits:
+            raise ValueError(f"{key} is {value!r}, not {expected}")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _numbers(values: tuple[Any, ...], count: int) -> bool:
+    return len(values) == count and all(isinstance(one, int | float) and math.isfinite(one) for one in values)
+
+
+def _shape(value: Any, channels: int) -> bool:
+    return _list(value, 3) and all(_whole(one, 1) for one in value) and value[2] == channels
+
+
+def _list(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count
+
+
 def expect_pair(path: Path) -> Path:
     """The path, if weights and sidecar are there. For files that people name; a stage's inputs were checked before."""
     if not path.is_file():
-        raise DmatError(f"{path} does not exist; expected the {SUFFIX} file of a classifier; give its path")
+        state = "is a folder" if path.is_dir() else "does not exist"
+        raise DmatError(f"{path} {state}; expected the {SUFFIX} file of a classifier; give its path")
     if path.suffix != SUFFIX:
         raise DmatError(
             f"{path} is no {SUFFIX} file; expected one that a training or an import wrote; "

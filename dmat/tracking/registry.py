@@ -1,4 +1,4 @@
-"""Evaluated models in MLflow's registry: one name for each data set and threat model, one version for each evaluation.
+"""Evaluated models in MLflow's registry: a name for each set of test images and threat model, a version an evaluation.
 
 A version holds the weights as safetensors and their sidecar. The alias `champion` moves to a version only if it has a
 headline (standard AutoAttack, all images, every check passed) and is more robust than the champion so far.
@@ -40,9 +40,12 @@ class Candidate:
         return cls(plain["name"], Path(plain["weights"]), plain["tags"], plain["score"])
 
 
-def name_of(data: str, norm: str, epsilon: str) -> str:
-    """MLflow takes neither / nor : in a name: digits-linf-1_5."""
-    return f"{data}-{norm}-{epsilon}".replace("/", "_").replace(":", "_")
+def name_of(data: str, images_sha256: str, norm: str, epsilon: str) -> str:
+    """MLflow takes neither / nor : in a name: digits-3f2a91c0-linf-1_5.
+
+    Of the images' checksum eight digits: accuracies on other images do not compare, so they have champions apart.
+    """
+    return f"{data}-{images_sha256[:8]}-{norm}-{epsilon}".replace("/", "_").replace(":", "_")
 
 
 def register(client: Any, run: str, candidate: Candidate) -> None:
