@@ -1,7 +1,7 @@
 """Classifiers between jobs: what their sidecars say, and whether one fits the images it is to judge."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmat import devices, seeds
 from dmat.config import Network
@@ -9,9 +9,13 @@ from dmat.data.shards import Shards
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.jobs.execution import Job
+from dmat.metrics import pictures
 from dmat.models.loading import open_classifier
 from dmat.robust.networks import NETWORKS, Classifier, Facts
 from dmat.training import weights
+
+if TYPE_CHECKING:  # what only opens a classifier does not compute with its training
+    from dmat.training.classifier import Outcome
 
 
 def facts_of(real: Shards) -> Facts:
@@ -53,6 +57,23 @@ def speed(images_per_second: float, flops_per_image: int, compute: Compute) -> d
         "flops_per_second": done,
         "model_flops_utilisation": done / devices.matrix_peak(compute),
     }
+
+
+def draw_training(outcome: "Outcome", job: Job, of: str) -> None:
+    """Accuracies with the best and the last weights marked, losses, and the learning rate, over images seen.
+
+    Where the first curve falls from best to last, training went on too long (robust overfitting, Rice et al. 2020).
+    """
+    history, last = outcome.history, outcome.history[-1]
+    marks = {"best": outcome.best_images_seen, "last": last["images_seen"]}
+    selecting = "validation_robust" if "validation_robust" in last else "validation_clean"
+    names = dict.fromkeys([selecting, "validation_clean", "train_robust", "train_clean"])
+    title = f"{of}: averaged weights on validation, live weights on training batches"
+    pictures.curves(job.pictures / "accuracy.png", history, list(names), title, "accuracy", marks)
+    losses = ["train_loss", "train_natural_loss", "train_robust_loss"]
+    pictures.curves(job.pictures / "loss.png", history, losses, f"{of}: loss on training batches", "loss")
+    rate = f"{of}: learning rate of the last step before each evaluation"
+    pictures.curves(job.pictures / "learning_rate.png", history, ["learning_rate"], rate, "learning rate")
 
 
 def load_classifier(path: Path, images: Shards, compute: Compute) -> tuple[Classifier, dict[str, Any]]:

@@ -14,6 +14,7 @@ from dmat.data import shards
 from dmat.data.pixels import to_unit
 from dmat.jobs.classifiers import load_classifier
 from dmat.jobs.execution import Job
+from dmat.metrics import pictures
 from dmat.robust import prediction
 
 
@@ -28,4 +29,6 @@ def run(settings: ScoreImages, job: Job) -> dict[str, Any]:
         scores[where] = probabilities.gather(1, torch.from_numpy(labels)[:, None])[:, 0].numpy()
     with files.writing(job.result / "scores" / "scores.npy") as file:
         np.save(file, scores)
+    title = f"{job.chosen['chunk']}: how sure the scorer is of the labels"
+    pictures.histogram(job.pictures / "scores.png", scores, title, "probability of the label")
     return {"images": len(scores), "mean_score": float(scores.mean()), "share_above_half": float((scores > 0.5).mean())}

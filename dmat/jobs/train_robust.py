@@ -9,10 +9,9 @@ from dmat.data import augmentation, shards
 from dmat.data.batches import MixedBatches
 from dmat.data.pixels import everything
 from dmat.errors import DmatError
-from dmat.jobs.classifiers import classifier_sidecar, facts_of, new_classifier, speed
+from dmat.jobs.classifiers import classifier_sidecar, draw_training, facts_of, new_classifier, speed
 from dmat.jobs.execution import Job
 from dmat.jobs.mix_images import open_mix
-from dmat.metrics import pictures
 from dmat.robust import flops
 from dmat.robust.attacks import Ball
 from dmat.robust.losses import Recipe
@@ -74,14 +73,7 @@ def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
         folder / "last.safetensors", outcome.last, sidecar | {"images_seen": outcome.history[-1]["images_seen"]}
     )
     files.write_json(folder / "history.json", outcome.history)
-    pictures.curves(
-        job.pictures / "accuracy.png",
-        outcome.history,
-        ["validation_clean", "validation_robust", "train_robust"],
-        f"{job.chosen['arm']}, seed {seed}: averaged weights on validation, live weights on training batches",
-        "accuracy",
-        mark=outcome.best_images_seen,
-    )
+    draw_training(outcome, job, f"{job.chosen['arm']}, seed {seed}")
     last = outcome.history[-1]
     return {
         "best_validation_robust": outcome.best_accuracy,

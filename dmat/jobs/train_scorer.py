@@ -7,7 +7,7 @@ from dmat.data import augmentation, shards
 from dmat.data.batches import MixedBatches
 from dmat.data.mixing import Mix
 from dmat.data.pixels import everything
-from dmat.jobs.classifiers import classifier_sidecar, facts_of, new_classifier
+from dmat.jobs.classifiers import classifier_sidecar, draw_training, facts_of, new_classifier
 from dmat.jobs.execution import Job
 from dmat.robust.attacks import Ball
 from dmat.robust.losses import Recipe
@@ -36,4 +36,5 @@ def run(settings: TrainScorer, job: Job) -> dict[str, Any]:
         )
     sidecar = classifier_sidecar(settings.network, facts, real, job)
     weights.save(job.result / "scorer" / "best.safetensors", outcome.best, sidecar)
+    draw_training(outcome, job, "scorer")
     return {"validation_clean": outcome.best_accuracy, "best_images_seen": outcome.best_images_seen}

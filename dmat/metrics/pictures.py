@@ -5,7 +5,7 @@ matplotlib is loaded where it is used and told to write no date or version, so e
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,20 @@ def curves(
     names: Sequence[str],
     title: str,
     y_label: str,
-    mark: float | None = None,
+    marks: Mapping[str, float] | None = None,
 ) -> None:
-    """Values of a history over images seen; `mark`: a dashed line at the best weights."""
+    """Values of a history over images seen. marks: word -> images seen, as of the best and the last weights: a line,
+    and the first curve's value there, so that what was lost between two marks can be read."""
     figure, axes = new_figure(7, 3.6)
-    for colour, name in zip(PALETTE, names, strict=False):
-        points = [(row["images_seen"], row[name]) for row in history if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), color=colour, linewidth=1.6)
-    if mark is not None:
-        axes.axvline(mark, color="#868e96", linestyle="--", linewidth=1, label="best")
+    lines = {name: [(row["images_seen"], row[name]) for row in history if name in row] for name in names}
+    lines = {name: points for name, points in lines.items() if points}
+    for colour, (name, points) in zip(PALETTE, lines.items(), strict=False):
+        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), color=colour, linewidth=1.6)
+    for k, (word, seen) in enumerate((marks or {}).items()):
+        axes.axvline(seen, color="#868e96", linestyle=("--", ":")[k % 2], linewidth=1)
+        value = dict(next(iter(lines.values()), [])).get(seen)
+        if value is not None:
+            axes.plot(seen, value, "o", color=PALETTE[0], markersize=5, label=f"{word}: {value:.4g}")
     dress(axes, title, "images seen", y_label)
     save(figure, path)
 
@@ -93,6 +97,16 @@ def bars(path: Path, table: dict[str, dict[str, tuple[float, float, float]]], ti
     axes.set_ylim(0, 118)  # bars start at 0; room for the legend
     axes.set_yticks(range(0, 101, 20))
     dress(axes, title, "", "accuracy on test, % (95 % interval)")
+    save(figure, path)
+
+
+def histogram(path: Path, values: np.ndarray, title: str, x_label: str) -> None:
+    """How shares of 1 are spread [N]; the counts on a log scale, since most scores are next to 1."""
+    figure, axes = new_figure(7, 3.2)
+    axes.hist(values, bins=50, range=(0, 1), color=PALETTE[0])
+    axes.set_yscale("log")
+    axes.set_xlim(0, 1)
+    dress(axes, title, x_label, "images", legend=False)
     save(figure, path)
 
 

@@ -28,6 +28,7 @@ from dmat.training.long_run import LongRun
 
 _CHECK_EVERY = 64  # steps between two looks at the loss, which a GPU has to be waited for
 _ROLL_BACK_FACTOR = 0.5  # on the learning rate, after a divergence
+_SCHEDULED = {"learning_rate": "lr", "momentum": "momentum"}  # name in a history -> name in the optimiser
 
 
 class Settings(Protocol):
@@ -169,17 +170,10 @@ def train(
             averaging.copy_buffers(averaged, model)
             measured = evaluate(averaged, validation, recipe.ball, settings, seed, compute)
             _keep_best(progress, measured, averaged, images_seen, robust=settings.selection_steps > 0)
-            training = _mean(progress["pending"])
-            progress["history"].append({"images_seen": images_seen, **measured, **training})
-            run.metrics.write(
-                images_seen,
-                {
-                    **measured,
-                    **training,
-                    "learning_rate": optimiser.param_groups[0]["lr"],
-                    "momentum": optimiser.param_groups[0]["momentum"],
-                },
-            )
+            of_last_step = {name: optimiser.param_groups[0][key] for name, key in _SCHEDULED.items()}
+            record = {**measured, **_mean(progress["pending"]), **of_last_step}
+            progress["history"].append({"images_seen": images_seen, **record})
+            run.metrics.write(images_seen, record)
             run.show(**measured)
             progress["pending"] = []
         if settings.on_divergence == "roll_back" and (step == 0 or evaluating):
