@@ -168,16 +168,15 @@ def _lineage(
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     from dmat import config
-    from dmat.jobs import workspace
-    from dmat.upkeep import lineage
+    from dmat.jobs import lineage, workspace
 
     found = lineage.of(result, config.load(params), workspace.find(params.resolve().parent))
     if draw is not None:
-        lineage.draw(found, draw)
+        lineage.draw([found], draw, f"What {found.title} comes from")
     if as_json:
         typer.echo(json.dumps({"steps": found.plain(), "broken": found.broken}, indent=2))
     else:
-        for line in lineage.lines(found):
+        for line in lineage.lines([found]):
             typer.echo(line)
         for sentence in found.broken:
             typer.echo(f"broken: {sentence}", err=True)

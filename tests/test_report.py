@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dmat.config import WriteReport
-from dmat.jobs import write_report
+from dmat.report import charts, costs
+from dmat.report import comparison as report
 
 SETTINGS = WriteReport(title="t", baseline="real", bootstrap=100, seed=1)
 
@@ -25,7 +26,7 @@ def test_an_arm_of_which_one_seed_has_no_headline_shows_none(without):
     names = {run: BAD if run == without else GOOD for runs in RUNS.values() for run in runs}
     tables = _tables(**{run.replace("-", "_"): measure for run, measure in names.items()})
     tables = {run.replace("_", "-"): table for run, table in tables.items()}
-    comparison = write_report.compare(RUNS, tables, SETTINGS)
+    comparison = report.compare(RUNS, tables, SETTINGS)
     arm, other = without[:-2], ({"real", "mixed"} - {without[:-2]}).pop()
     assert GOOD not in comparison["arms"][arm]
     assert GOOD in comparison["arms"][other]
@@ -33,7 +34,7 @@ def test_an_arm_of_which_one_seed_has_no_headline_shows_none(without):
     for values in comparison["arms"].values():
         values |= {"best_gap": 0.1, "last_gap": 0.2}
     comparison["no_headline"] = {without: ["Only 40 of 50 images were attacked."]}
-    table = write_report.markdown(comparison, "real").splitlines()
+    table = report.markdown(comparison).splitlines()
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in table[2:5]}
     assert table[0].split("|")[4].strip() == "AutoAttack, best"
     assert rows[arm][2] == "—"
@@ -46,5 +47,110 @@ def test_an_arm_of_which_one_seed_has_no_headline_shows_none(without):
 def test_without_any_headline_there_is_no_column():
     names = [run for runs in RUNS.values() for run in runs]
     tables = dict(zip(names, _tables(a=BAD, b=BAD, c=BAD, d=BAD).values(), strict=True))
-    comparison = write_report.compare(RUNS, tables, SETTINGS)
-    assert list(write_report.measures_of(comparison)) == ["best_clean", "best_pgd", "last_clean", "last_pgd"]
+    comparison = report.compare(RUNS, tables, SETTINGS)
+    assert list(report.measures_of(comparison)) == ["best_clean", "best_pgd", "last_clean", "last_pgd"]
+
+
+def _value(share, low, high, seeds=1):
+    return {"value": share, "low": low, "high": high, "n": 40, "seeds": seeds, "spread": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("measure", "difference", "words"),
+    [
+        (
+            GOOD,
+            _value(0.05, 0.033, 0.069),
+            ["% of the test images stay right under AutoAttack, +5.0 [+3.3, +6.9] points against real."],
+        ),
+        (GOOD, _value(0.01, -0.01, 0.03), ["+1.0 [-1.0, +3.0] points", "do not tell the two apart"]),
+        (GOOD, None, ["under AutoAttack."]),
+        (
+            "best_pgd",
+            _value(-0.05, -0.07, -0.03),
+            ["(it has no AutoAttack headline), -5.0 [-7.0, -3.0] points"],
+        ),
+    ],
+)
+def test_what_came_out_is_said_in_words(measure, difference, words):
+    comparison = {
+        "baseline": "real",
+        "arms": {"mixed": {"best_pgd": _value(0.711, 0.682, 0.738), measure: _value(0.711, 0.682, 0.738)}},
+        "differences": {"mixed": {measure: difference} if difference else {}},
+    }
+    (sentence,) = report.sentences(comparison)
+    assert sentence.startswith("mixed: 71.1 [68.2, 73.8] %")
+    assert all(word in sentence for word in words), sentence
+
+
+def _noted(stage, seconds, device="cpu", processes=1, **measured):
+    return {
+        "stage": stage,
+        "seconds": seconds,
+        "compute": {"device": device, "processes": processes},
+        "measured": measured,
+    }
+
+
+def test_costs_are_device_hours_of_everything_behind_an_arm():
+    behind = [
+        _noted("train_diffusion", 7200, "H100", processes=4),
+        _noted("train_robust", 1800, images_per_second=100.0, model_flops_utilisation=0.2),
+        _noted("train_robust", 3600, images_per_second=300.0, model_flops_utilisation=0.4),
+    ]
+    cost = costs.of_arm("mixed", behind, 2000, [1e12, 3e12])
+    assert cost.hours == {"train_diffusion": 8.0, "train_robust": 1.5}
+    assert cost.total == 9.5
+    assert cost.devices == ("H100", "cpu")
+    assert (cost.training_flops, cost.images_per_second, cost.utilisation) == (4e12, 200.0, pytest.approx(0.3))
+    unknown = costs.of_arm("mixed", [_noted("train_robust", 1)], 0, [None])
+    assert (unknown.training_flops, unknown.images_per_second, unknown.utilisation) == (None, None, None)
+
+
+HISTORY = {
+    "real-1": [{"images_seen": k, "validation_robust": v} for k, v in ((10, 0.5), (20, 0.75), (30, 0.25))],
+    "mixed-1": [{"images_seen": k, "validation_robust": v} for k, v in ((10, 0.25), (20, 0.5), (30, 0.625))],
+}
+NAMES = {"real": ["real-1"], "mixed": ["mixed-1"]}
+
+
+def test_curves_mark_best_and_last_weights_in_the_colour_of_their_arm():
+    chart = charts.curves(NAMES, HISTORY, "validation_robust", {"real-1": 20, "mixed-1": 30})
+    real, best, last, mixed, *_ = chart["data"]
+    assert (list(real["x"]), list(real["y"])) == ([10, 20, 30], [50, 75, 25])
+    assert (best["x"][0], best["y"][0], best["marker"]["symbol"]) == (20, 75, "star")
+    assert (last["x"][0], last["y"][0], last["marker"]["symbol"]) == (30, 25, "circle-open")
+    assert best["marker"]["color"] == real["line"]["color"] != mixed["line"]["color"]
+    assert charts.curves(NAMES, HISTORY, "train_robust") is None
+
+
+def test_charts_show_the_numbers_of_the_comparison():
+    comparison = {
+        "baseline": "real",
+        "arms": {
+            "real": {"best_pgd": _value(0.5, 0.25, 0.625)},
+            "mixed": {"best_pgd": _value(0.75, 0.5, 0.875), GOOD: _value(0.625, 0.5, 0.75)},
+        },
+        "differences": {"mixed": {"best_pgd": _value(0.25, 0.125, 0.5)}},
+    }
+    _, mixed = charts.accuracies(comparison)["data"]
+    assert (list(mixed["x"]), list(mixed["y"])) == (["PGD, best", "AutoAttack, best"], [75, 62.5])
+    assert (mixed["error_y"]["arrayminus"], mixed["error_y"]["array"]) == ([25, 12.5], [12.5, 12.5])
+    (difference,) = charts.differences(comparison)["data"]
+    assert (list(difference["x"]), list(difference["y"])) == ([25], ["PGD, best"])
+    assert charts.differences(comparison | {"differences": {}}) is None
+    (line, point) = charts.quality(comparison, {"mixed": 3.5}, {"mixed": 1000})[0]["data"]
+    assert list(line["y"]) == [50, 50]  # by PGD: not every arm has a headline
+    assert (list(point["x"]), list(point["y"])) == ([3.5], [75])
+    assert charts.quality(comparison, {}, {}) is None
+
+
+@pytest.mark.parametrize(("epsilon", "number", "radius"), [("8/255", 8 / 255, 8.0), ("0.5", 0.5, 0.5)])
+def test_the_radius_is_in_the_unit_in_which_it_was_written(epsilon, number, radius):
+    point = {"epsilon": number, "value": 0.5, "low": 0.25, "high": 0.75}
+    comparison = {"arms": {"real": {}, "mixed": {GOOD: _value(0.25, 0.125, 0.5)}}}
+    threat = {"norm": "linf", "epsilon": epsilon}
+    chart = charts.against_epsilon(NAMES, {"real-1": [point], "mixed-1": [point]}, comparison, threat, number)
+    assert [trace["x"][0] for trace in chart["data"]] == [pytest.approx(radius)] * 3
+    assert [trace["y"][0] for trace in chart["data"]] == [50, 50, 25]
+    assert chart["layout"]["shapes"][0]["x0"] == pytest.approx(radius)

@@ -20,7 +20,7 @@ ROWS = (
     ("dmat", "dmat.errors"),
     ("dmat.files", "dmat.seeds", "dmat.modes", "dmat.processes", "dmat.devices"),
     ("dmat.data", "dmat.diffusion", "dmat.robust", "dmat.metrics"),
-    ("dmat.training", "dmat.tracking", "dmat.models", "dmat.evaluation"),
+    ("dmat.training", "dmat.tracking", "dmat.models", "dmat.evaluation", "dmat.report"),
     ("dmat.config", "dmat.recipes"),
     ("dmat.jobs",),
     ("dmat.tuning", "dmat.upkeep"),
@@ -46,6 +46,8 @@ HOMES = {  # package -> the only modules that import it
     "optuna": {"dmat.tuning"},
     "PIL": {"dmat.data.sources"},
     "pickle": {"dmat.data.cifar"},  # an unpickler that knows arrays of bytes alone
+    "plotly": {"dmat.report.charts", "dmat.report.page"},
+    "jinja2": {"dmat.report.page"},
     "dvc": set(),
 }
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,6 +29,15 @@ def _open(home, name="one", parent=None):
         home, work, stage="train_robust", instance=name, settings={"beta": 5.0, "threat": {"epsilon": "8/255"}},
         inputs={"train": {"path": "p", "sha256": "abc"}}, compute={"device": "cpu"}, parent=parent,
     )  # fmt: skip
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What a run warns of. Its thread does that, and `pytest.warns` hears the others only as long as no library changes
+    the filters of warnings meanwhile, which are the whole process's."""
+    heard: list[str] = []
+    monkeypatch.setattr(runs, "warnings", SimpleNamespace(warn=lambda text, stacklevel: heard.append(text)))
+    return heard
 
 
 def _runs(home):
@@ -175,13 +185,13 @@ def test_notes_of_another_store_and_of_living_processes_are_left_alone(home, dea
 
 @pytest.mark.parametrize("known_before", [False, True], ids=["never reached", "lost on the way"])
 @pytest.mark.parametrize("process_ends", [False, True], ids=["in its process", "by another"])
-def test_a_server_that_is_away_costs_no_metric(home, monkeypatch, dead_pid, known_before, process_ends):
+def test_a_server_that_is_away_costs_no_metric(home, monkeypatch, told, dead_pid, known_before, process_ends):
     """What an outage kept back arrives by `dmat runs sync`: points, final numbers, status, each once."""
     if known_before:
         with pytest.raises(Interrupted), _open(home):
             _log(home, 5, loss=3.0)
             raise Interrupted(143, "stopped")
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be reached .*; the run goes on"):
+    with monkeypatch.context() as patch:
         patch.setattr(stores, "connect", _unreachable)
         started = time.monotonic()
         with _open(home) as run:
@@ -190,6 +200,7 @@ def test_a_server_that_is_away_costs_no_metric(home, monkeypatch, dead_pid, know
             run.finish_with({"best": 1.0}, [])
         assert time.monotonic() - started < 15
         run._thread.join(60)  # a run does not wait for a silent server; its last attempt must fall into the outage
+        assert ["cannot be reached (nobody answers); the run goes on" in line for line in told] == [True]
         with pytest.raises(DmatError, match=r"cannot be reached .nobody answers.; 0 of 1 runs .* run the same command"):
             tracking.sync(home, report=True)
     if process_ends:
@@ -208,7 +219,7 @@ def _unreachable(home):
     raise ConnectionError("nobody answers")
 
 
-def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, monkeypatch):
+def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, monkeypatch, told):
     """The trials of a study are runs of one process."""
 
     def slow(home):
@@ -216,29 +227,29 @@ def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, monkey
         raise ConnectionError("nobody answers")
 
     monkeypatch.setattr(stores, "connect", slow)
-    with pytest.warns(UserWarning, match="cannot be reached") as told:
-        seconds = []
-        for name in ("one", "two", "three"):
-            started = time.monotonic()
-            with _open(home, name):
-                pass
-            seconds.append(time.monotonic() - started)
+    seconds = []
+    for name in ("one", "two", "three"):
+        started = time.monotonic()
+        with _open(home, name):
+            pass
+        seconds.append(time.monotonic() - started)
     assert seconds[0] >= 1.5
     assert max(seconds[1:]) < 0.75
-    assert len(told) == 1
+    assert ["cannot be reached" in line for line in told] == [True]
 
 
-def test_a_server_that_comes_back_gets_everything_while_the_run_goes_on(home, monkeypatch):
+def test_a_server_that_comes_back_gets_everything_while_the_run_goes_on(home, monkeypatch, told):
     monkeypatch.setattr(runs, "_SEND_EVERY", 0.05)
     answers = iter([_unreachable, _unreachable])
     real = stores.connect
     monkeypatch.setattr(stores, "connect", lambda home: next(answers, real)(home))
-    with pytest.warns(UserWarning, match="cannot be reached"), _open(home):
+    with _open(home):
         _log(home, 10, loss=2.0)
         deadline = time.monotonic() + 60
         while not files.read_json(home / "runs" / "one" / "tracking.json")["sent"] and time.monotonic() < deadline:
             time.sleep(0.05)
         assert [_numbers(run) for run in _runs(home)[1]] == [{"loss": 2.0}]
+    assert ["cannot be reached" in line for line in told] == [True]
     assert [run.info.status for run in _runs(home)[1]] == ["FINISHED"]
 
 
@@ -393,7 +404,7 @@ def test_runs_of_another_machine_are_left_until_a_person_says_it_is_gone(home, d
     assert notes.read(home) == []
 
 
-def test_an_answer_that_was_lost_does_not_double_points(home, monkeypatch):
+def test_an_answer_that_was_lost_does_not_double_points(home, monkeypatch, told):
     """The server stored the points; its answer never came."""
     monkeypatch.setattr(runs, "_SEND_EVERY", 0.05)
     from mlflow import MlflowClient
@@ -407,11 +418,12 @@ def test_an_answer_that_was_lost_does_not_double_points(home, monkeypatch):
             raise ConnectionError("the answer was lost")
 
     monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
-    with pytest.warns(UserWarning, match="the answer was lost"), _open(home):
+    with _open(home):
         _log(home, 10, loss=2.0)
         deadline = time.monotonic() + 60
         while not files.read_json(home / "runs" / "one" / "tracking.json")["sent"] and time.monotonic() < deadline:
             time.sleep(0.05)
+    assert ["the answer was lost" in line for line in told] == [True]
     client, (run,) = _runs(home)
     assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [10]
 

@@ -14,14 +14,14 @@ _ROOT = Path(__file__).parent.parent.parent
 
 # What computes results. The rest of the library carries them: reading, tracking, checkpoints, commands.
 COMPUTING = (
-    *("dmat.data.", "dmat.diffusion.", "dmat.robust.", "dmat.metrics."),
+    *("dmat.data.", "dmat.diffusion.", "dmat.robust.", "dmat.metrics.", "dmat.report."),
     *("dmat.evaluation.measures", "dmat.evaluation.checks", "dmat.evaluation.evaluate"),
     *("dmat.training.classifier", "dmat.training.denoiser", "dmat.training.schedules", "dmat.training.averaging"),
 )
 # Used for pictures only: an edit must not retrain a model.
 PICTURES = {"train_diffusion": ("dmat.diffusion.samplers",)}
 ALWAYS_PICTURES = ("dmat.metrics.pictures",)
-TEMPLATES = {"write_report": ("dmat/jobs/report.html.j2",)}
+TEMPLATES = {"write_report": ("dmat/report/page.html.j2", "dmat/report/page.js")}
 
 
 def of_stage(word: str) -> list[str]:

@@ -53,6 +53,8 @@ class Job:
     # filled by the job: what a reader must know of this result; tags of the MLflow run, sentences for who started it
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    # filled by the job: files below `result` that people will want to open where they look at the run
+    attachments: list[Path] = dataclasses.field(default_factory=list)
     models: list[tracking.Candidate] = dataclasses.field(default_factory=list)  # filled by the job: for the registry
 
     def project_path(self, path: str | None) -> Path | None:
@@ -309,7 +311,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
             },
         }
         files.write_json(plan.work / "finished.json", finished)
-        run.finish_with(metrics | job.measured, sorted(job.pictures.glob("*.png")))
+        run.finish_with(metrics | job.measured, [*sorted(job.pictures.glob("*.png")), *job.attachments])
     return finished
 
 

@@ -84,7 +84,7 @@ def _mix_settings(params: "Params", arm: str) -> "Record":
 # named one by one.
 REPORTED = (
     *("train_diffusion", "measure_images", "mix_images", "train_robust", "evaluate_robust"),
-    "metrics/measure_images",
+    *("metrics/measure_images", "metrics/train_robust"),
     *(f"pictures/{word}" for word in ("train_diffusion", "measure_images", "evaluate_robust")),
     *(
         f"provenance/{word}"

@@ -3,156 +3,76 @@
 Reads per-image tables, so every comparison is paired. Provenance is read here and nowhere else.
 """
 
-import base64
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dmat import files, seeds
+from dmat import files
 from dmat.config import WriteReport
 from dmat.evaluation.table import read_table
+from dmat.jobs import lineage, workspace
 from dmat.jobs.execution import Job
 from dmat.jobs.stages import STAGES
-from dmat.metrics import intervals, pictures
+from dmat.metrics import pictures
+from dmat.report import charts, comparison, costs, page
 
-MEASURES = {  # column of the per-image table -> heading
-    "best_clean": "clean, best",
-    "best_pgd": "PGD, best",
-    "best_auto_attack": "AutoAttack, best",
-    "last_clean": "clean, last",
-    "last_pgd": "PGD, last",
-}
+
+class Files:
+    """The files that the report reads, and which they were."""
+
+    def __init__(self, job: Job):
+        self._job = job
+        self.sources: list[page.Source] = []
+
+    def json(self, folder: str, name: str) -> Any:
+        return files.read_json(self._at(folder, name))
+
+    def table(self, folder: str, name: str) -> dict[str, np.ndarray]:
+        return read_table(self._at(folder, name))
+
+    def _at(self, folder: str, name: str) -> Path:
+        path = self._job.inputs[folder] / name
+        relative = path.relative_to(self._job.root).as_posix()
+        self.sources.append(page.Source(relative, files.sha256(path)))
+        return path
 
 
 def run(settings: WriteReport, job: Job) -> dict[str, Any]:
+    read = Files(job)
     names = {arm: [f"{arm}-{seed}" for seed in job.params.seeds] for arm in job.params.arms}
-    tables = {
-        run: read_table(job.inputs["evaluate_robust"] / run / "per_image.parquet")
-        for runs in names.values()
-        for run in runs
-    }
-    comparison = compare(names, tables, settings)
-    for arm, runs in names.items():
-        summaries = [files.read_json(job.inputs["evaluate_robust"] / run / "summary.json") for run in runs]
-        comparison["arms"][arm] |= {
-            f"{which}_gap": float(np.mean([one[which]["train_test_gap"] for one in summaries]))
+    runs = [run for own in names.values() for run in own]
+    tables = {run: read.table("evaluate_robust", f"{run}/per_image.parquet") for run in runs}
+    summaries = {run: read.json("evaluate_robust", f"{run}/summary.json") for run in runs}
+    histories = {run: read.json("train_robust", f"{run}/history.json") for run in runs}
+    compared = comparison.compare(names, tables, settings)
+    for arm, own in names.items():
+        compared["arms"][arm] |= {
+            f"{which}_gap": float(np.mean([summaries[run][which]["train_test_gap"] for run in own]))
             for which in ("best", "last")
         }
-        comparison["no_headline"] |= {
-            run: one["best"]["no_headline"]
-            for run, one in zip(runs, summaries, strict=True)
-            if one["best"]["no_headline"]
-        }
-    histories = {
-        run: files.read_json(job.inputs["train_robust"] / run / "history.json")
-        for runs in names.values()
-        for run in runs
+    compared["no_headline"] = {
+        run: summaries[run]["best"]["no_headline"] for run in runs if summaries[run]["best"]["no_headline"]
     }
     folder = job.result / "report"
-    files.write_json(folder / "comparison.json", comparison)
+    files.write_json(folder / "comparison.json", compared)
     files.write_text(folder / "history.csv", _history_csv(histories))
-    files.write_text(folder / "table.md", markdown(comparison, settings.baseline))
-    pictures.bars(job.pictures / "comparison.png", _bar_values(comparison), settings.title)
-    pictures.arms(
-        job.pictures / "validation_robust.png",
-        histories,
-        "validation_robust",
-        "PGD accuracy of the averaged weights on the validation split",
-        "accuracy",
-    )
-    pictures.arms(
-        job.pictures / "train_robust.png",
-        histories,
-        "train_robust",
-        "Accuracy under the training attack on training batches",
-        "accuracy",
-    )
-    files.write_text(folder / "report.html", _page(settings, job, comparison, names))
-    groups = comparison["arms"] | {f"{arm}_minus_baseline": v for arm, v in comparison["differences"].items()}
+    files.write_text(folder / "table.md", comparison.markdown(compared))
+    _draw(job, settings, compared, histories)
+    content = _content(settings, job, read, names, compared, summaries, histories)
+    files.write_text(folder / "report.html", page.render(content))
+    job.attachments.extend([folder / "report.html", folder / "table.md"])
+    groups = compared["arms"] | {f"{arm}_minus_baseline": v for arm, v in compared["differences"].items()}
     return {
         group: {measure: value["value"] for measure, value in values.items() if isinstance(value, dict)}
         for group, values in groups.items()
     }
 
 
-def compare(
-    names: dict[str, list[str]], tables: dict[str, dict[str, np.ndarray]], settings: WriteReport
-) -> dict[str, Any]:
-    """Accuracy of each arm and its paired difference from the baseline, for the measures that all its seeds have: an
-    AutoAttack accuracy that is no headline has another name in the table, and none here."""
-    measured = {
-        arm: [measure for measure in MEASURES if all(measure in tables[run] for run in runs)]
-        for arm, runs in names.items()
-    }
-    draw = seeds.stream(settings.seed, "bootstrap")
-    arms: dict[str, dict[str, Any]] = {
-        arm: {
-            measure: intervals.over_seeds([tables[run][measure] for run in runs], settings.bootstrap, draw)
-            for measure in measured[arm]
-        }
-        for arm, runs in names.items()
-    }
-    baseline = [tables[run] for run in names[settings.baseline]]
-    differences = {
-        arm: {
-            measure: intervals.paired_difference(
-                [tables[run][measure] for run in runs], [table[measure] for table in baseline], settings.bootstrap, draw
-            )
-            for measure in measured[arm]
-            if measure in measured[settings.baseline]
-        }
-        for arm, runs in names.items()
-        if arm != settings.baseline
-    }
-    return {"baseline": settings.baseline, "arms": arms, "differences": differences, "no_headline": {}}
-
-
-def measures_of(comparison: dict[str, Any]) -> dict[str, str]:
-    """The measures that some arm has, with their headings."""
-    return {m: heading for m, heading in MEASURES.items() if any(m in values for values in comparison["arms"].values())}
-
-
-def markdown(comparison: dict[str, Any], baseline: str) -> str:
-    """The table people quote: per cent with 95 % intervals, differences in points."""
-    first = next(iter(comparison["arms"].values()))
-    measures = list(measures_of(comparison))
-    lines = [
-        "| arm | " + " | ".join(MEASURES[m] for m in measures) + " | train − test PGD, best | last |",
-        "|---" * (len(measures) + 3) + "|",
-    ]
-    for arm, values in comparison["arms"].items():
-        cells = [_per_cent(values[m]) if m in values else "—" for m in measures]
-        lines.append(
-            f"| {arm} | " + " | ".join(cells) + f" | {100 * values['best_gap']:.1f} | {100 * values['last_gap']:.1f} |"
-        )
-    for arm, values in comparison["differences"].items():
-        cells = [_points(values[m]) if m in values else "—" for m in measures]
-        lines.append(f"| {arm} − {baseline} | " + " | ".join(cells) + " | | |")
-    n, count = first["best_clean"]["n"], first["best_clean"]["seeds"]
-    lines += [
-        "",
-        f"Per cent of n = {n} test images, {count} seed{'s' if count > 1 else ''}, 95 % intervals in brackets; "
-        f"differences are paired by image, in points.",
-    ]
-    for run, reasons in comparison["no_headline"].items():
-        lines += ["", f"No AutoAttack accuracy of {run}: {' '.join(reasons)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _per_cent(value: dict[str, float]) -> str:
-    spread = f" ± {100 * value['spread']:.1f}" if value["seeds"] > 1 else ""
-    return f"{100 * value['value']:.1f}{spread} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
-
-
-def _points(value: dict[str, float]) -> str:
-    return f"**{100 * value['value']:+.1f}** [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
-
-
-def _history_csv(histories: dict[str, Sequence[dict[str, float]]]) -> str:
+def _history_csv(histories: Mapping[str, Sequence[dict[str, float]]]) -> str:
     names = list(dict.fromkeys(name for history in histories.values() for row in history for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, ["run", *names], lineterminator="\n")
@@ -161,76 +81,117 @@ def _history_csv(histories: dict[str, Sequence[dict[str, float]]]) -> str:
     return text.getvalue()
 
 
-def _bar_values(comparison: dict[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    return {
+def _draw(
+    job: Job, settings: WriteReport, compared: dict[str, Any], histories: dict[str, Sequence[dict[str, float]]]
+) -> None:
+    """Pictures for MLflow and for who looks into the folder; the page draws its own."""
+    bars = {
         arm: {
             heading: (values[m]["value"], values[m]["low"], values[m]["high"])
-            for m, heading in MEASURES.items()
-            if all(m in others for others in comparison["arms"].values())
+            for m, heading in comparison.MEASURES.items()
+            if all(m in others for others in compared["arms"].values())
         }
-        for arm, values in comparison["arms"].items()
+        for arm, values in compared["arms"].items()
     }
+    pictures.bars(job.pictures / "comparison.png", bars, settings.title)
+    for name, title in (
+        ("validation_robust", "PGD accuracy of the averaged weights on the validation split"),
+        ("train_robust", "Accuracy under the training attack on training batches"),
+    ):
+        pictures.arms(job.pictures / f"{name}.png", histories, name, title, "accuracy")
 
 
-def _page(settings: WriteReport, job: Job, comparison: dict[str, Any], names: dict[str, list[str]]) -> str:
-    """Renders report.html.j2; pictures are embedded, so that the page needs no other file."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"per_cent": _per_cent, "points": lambda value: _points(value).replace("**", "")}
+def _content(
+    settings: WriteReport,
+    job: Job,
+    read: Files,
+    names: dict[str, list[str]],
+    compared: dict[str, Any],
+    summaries: dict[str, Any],
+    histories: dict[str, Any],
+) -> page.Content:
     provenance = {
-        f"{stage.word} {stage.instance(chosen)}": files.read_json(job.inputs[f"provenance/{stage.word}"] / name)
+        f"{stage.word} {stage.instance(chosen)}": read.json(
+            f"provenance/{stage.word}", f"{stage.instance(chosen)}.json"
+        )
         for stage in STAGES.values()
         if stage.word != "write_report"
         for chosen in stage.choices(job.params)  # and not what an earlier params.yaml left behind
-        for name in [f"{stage.instance(chosen)}.json"]
     }
-    quality = {
-        name: files.read_json(job.inputs["metrics/measure_images"] / f"{name}.json") for name in job.params.selections
-    }
-    mixes = {arm: files.read_json(job.inputs["mix_images"] / arm / "mix.json") for arm in names}
+    quality = {name: read.json("metrics/measure_images", f"{name}.json") for name in job.params.selections}
+    mixes = {arm: read.json("mix_images", f"{arm}/mix.json") for arm in names}
     first = next(iter(names.values()))[0]
-    protocol = files.read_json(job.inputs["evaluate_robust"] / first / "protocol.json")
-    own = [
-        (job.pictures / f"{name}.png", text)
-        for name, text in (
-            ("comparison", "Accuracy of every arm on the test images"),
-            ("validation_robust", "Selection curve; one line a seed"),
-            ("train_robust", "Fit to the training attack"),
-        )
-    ]
-    first_runs = tuple(runs[0] for runs in names.values())
-    groups = {
-        "What came out": own,
-        "Generated images": _found(job, "measure_images") + _found(job, "train_diffusion"),
-        "Adversarial images": [item for item in _found(job, "evaluate_robust") if item[1].startswith(first_runs)],
+    protocol = read.json("evaluate_robust", f"{first}/protocol.json")
+    place = workspace.find(job.root)
+    results = {
+        # not verified: DVC has just compared what it hands on, and images may be millions
+        run: lineage.of(f"evaluate_robust/{run}", job.params, place, verify=False)
+        for runs in names.values()
+        for run in runs
     }
-    figures = {title: [(_embedded(path), text) for path, text in items] for title, items in groups.items()}
-    return environment.get_template("report.html.j2").render(
-        settings=settings,
-        comparison=comparison,
-        measures=measures_of(comparison),
-        figures=figures,
-        provenance=provenance,
-        quality=quality,
-        mixes=mixes,
+    spent = []
+    for arm, runs in names.items():
+        trained = [read.json("metrics/train_robust", f"{run}.json") for run in runs]
+        behind = [provenance[step.title] for step in lineage.behind([results[run] for run in runs])]
+        seen = sum(int(summaries[run]["last"]["images_seen"]) for run in runs)
+        spent.append(costs.of_arm(arm, behind, seen, [one.get("training_flops") for one in trained]))
+    chain = page.Picture(job.pictures / "lineage.png", "Each arrow goes from what was made to what read it.")
+    lineage.draw(list(results.values()), chain.path, "What the numbers of this report come from")
+    used = {arm: Path(mix["selection"]["path"]).name for arm, mix in mixes.items() if mix["selection"]}
+    drawn = charts.quality(
+        compared,
+        {arm: quality[selection]["scorer_frechet_distance"] for arm, selection in used.items()},
+        {arm: mixes[arm]["generated_images"] for arm in used},
+    )
+    best = {run: summary["best"]["images_seen"] for run, summary in summaries.items()}
+    sweeps = {run: summary["best"]["sweep"] for run, summary in summaries.items()}
+    first_runs = tuple(f"{runs[0]}:" for runs in names.values())
+    return page.Content(
+        title=settings.title,
+        sentences=comparison.sentences(compared),
+        comparison=compared,
+        measures=comparison.measures_of(compared),
         protocol=protocol,
         seeds=job.params.seeds,
+        mixes=mixes,
+        quality=quality,
+        quality_measure=drawn[1] if drawn else "",
+        checks={run: summary["best"]["checks"] for run, summary in summaries.items()},
+        costs=spent,
+        charts={
+            "accuracies": charts.accuracies(compared),
+            "differences": charts.differences(compared),
+            "validation_robust": charts.curves(names, histories, "validation_robust", best),
+            "train_robust": charts.curves(names, histories, "train_robust"),
+            "validation_clean": charts.curves(names, histories, "validation_clean", best),
+            "loss": charts.curves(names, histories, "train_loss", unit="loss"),
+            "learning_rate": charts.curves(names, histories, "learning_rate", unit="learning rate"),
+            "against_epsilon": charts.against_epsilon(
+                names, sweeps, compared, protocol["threat"], _radius(protocol["threat"]["epsilon"])
+            ),
+            "quality": drawn[0] if drawn else None,
+            "hours": charts.hours(spent, list(STAGES)),
+        },
+        sheets=_found(job, "measure_images") + _found(job, "train_diffusion"),
+        attacked=[
+            one
+            for one in _found(job, "evaluate_robust")
+            if one.caption.startswith(first_runs) and one.path.stem != "accuracy_against_epsilon"
+        ],
+        chain=chain,
+        chain_lines=lineage.lines(list(results.values())),
+        provenance=provenance,
+        sources=read.sources,
     )
 
 
-def _found(job: Job, word: str) -> list[tuple[Path, str]]:
+def _radius(epsilon: str) -> float:
+    above, _, below = epsilon.partition("/")
+    return float(above) / float(below or 1)
+
+
+def _found(job: Job, word: str) -> list[page.Picture]:
     """Pictures of a stage with their captions."""
     folders = [job.inputs[f"pictures/{word}"] / STAGES[word].instance(c) for c in STAGES[word].choices(job.params)]
     paths = [path for folder in folders for path in sorted(folder.glob("*.png"))]
-    return [(path, f"{path.parent.name}: {path.stem.replace('_', ' ')}") for path in paths]
-
-
-def _embedded(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return [page.Picture(path, f"{path.parent.name}: {path.stem.replace('_', ' ')}") for path in paths]

@@ -5,7 +5,7 @@ next stage read; where one does not, the chain is not the history of the result,
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Link:
     name: str
     path: str
     sha256: str
-    holds: bool  # what lies at `path` is still that
+    holds: bool  # what lies at `path` is still that; True where nobody looked
     makers: tuple["Step", ...]
 
 
@@ -46,15 +46,7 @@ class Step:
 
     def steps(self) -> list["Step"]:
         """This one and all behind it, each once, in the order of the table of stages."""
-        found = {step.title: step for step in self._all()}
-        order = list(STAGES)
-        return sorted(found.values(), key=lambda step: (order.index(step.stage), step.instance))
-
-    def _all(self) -> Iterator["Step"]:
-        yield self
-        for link in self.links:
-            for maker in link.makers:
-                yield from maker._all()
+        return behind([self])
 
     @property
     def broken(self) -> list[str]:
@@ -84,11 +76,31 @@ class Step:
         ]
 
 
-def of(wanted: str, params: Params, place: Workspace) -> Step:
-    """The chain behind "stage/instance", "arm-seed" (its evaluation, else its training), or a path below artifacts/."""
+def of(wanted: str, params: Params, place: Workspace, verify: bool = True) -> Step:
+    """The chain behind "stage/instance", "arm-seed" (its evaluation, else its training), or a path below artifacts/.
+
+    verify: read everything that was handed on, millions of images too, and compare its hash.
+    """
     makers = _makers(params)
     stage, instance = _named(wanted, makers, place)
-    return _step(stage, instance, makers, place, {})
+    return _Chain(makers, place, verify).step(stage, instance)
+
+
+def behind(results: Sequence[Step]) -> list[Step]:
+    """The results and all that they come from, each once, in the order of the table of stages."""
+    found: dict[str, Step] = {}
+
+    def visit(step: Step) -> None:
+        if step.title not in found:
+            found[step.title] = step
+            for link in step.links:
+                for maker in link.makers:
+                    visit(maker)
+
+    for result in results:
+        visit(result)
+    order = list(STAGES)
+    return sorted(found.values(), key=lambda step: (order.index(step.stage), step.instance))
 
 
 Makers = Mapping[str, tuple[str, str]]  # output path -> stage, instance
@@ -129,29 +141,36 @@ def _provenance(stage: str, instance: str, place: Workspace) -> Path:
     return place.at(f"{ARTIFACTS}/provenance/{stage}/{instance}.json")
 
 
-def _step(stage: str, instance: str, makers: Makers, place: Workspace, known: dict[str, Step]) -> Step:
-    title = f"{stage} {instance}"
-    if title in known:
-        return known[title]
-    said = files.read_json(_provenance(stage, instance, place))
-    links = []
-    for name, entry in said["inputs"].items():
-        path = entry["path"]
-        behind = dict.fromkeys(
-            maker for output, maker in makers.items() if output == path or output.startswith(f"{path}/")
+class _Chain:
+    """Steps by title, each read once."""
+
+    def __init__(self, makers: Makers, place: Workspace, verify: bool):
+        self._makers, self._place, self._verify = makers, place, verify
+        self._known: dict[str, Step] = {}
+
+    def step(self, stage: str, instance: str) -> Step:
+        title = f"{stage} {instance}"
+        if title not in self._known:
+            said = files.read_json(_provenance(stage, instance, self._place))
+            links = tuple(self._link(name, **entry) for name, entry in said["inputs"].items())
+            run, commit = said.get("mlflow_run"), said.get("git_commit")
+            self._known[title] = Step(stage, instance, said["fingerprint"], run, commit, links)
+        return self._known[title]
+
+    def _link(self, name: str, path: str, sha256: str) -> Link:
+        owners = dict.fromkeys(
+            maker for output, maker in self._makers.items() if output == path or output.startswith(f"{path}/")
         )
-        steps = tuple(_step(*maker, makers, place, known) for maker in behind if _provenance(*maker, place).exists())
-        at = place.at(path)
-        links.append(Link(name, path, entry["sha256"], at.exists() and files.checksum(at) == entry["sha256"], steps))
-    known[title] = Step(
-        stage, instance, said["fingerprint"], said.get("mlflow_run"), said.get("git_commit"), tuple(links)
-    )
-    return known[title]
+        steps = tuple(self.step(*owner) for owner in owners if _provenance(*owner, self._place).exists())
+        at = self._place.at(path)
+        holds = not self._verify or (at.exists() and files.checksum(at) == sha256)
+        return Link(name, path, sha256, holds, steps)
 
 
-def lines(step: Step) -> list[str]:
-    """A tree, the result on top. A step that was shown is not opened again."""
-    return list(_lines(step, "", set()))
+def lines(results: Sequence[Step]) -> list[str]:
+    """Trees, the results on top. A step that was shown is not opened again."""
+    shown = set[str]()
+    return [line for result in results for line in _lines(result, "", shown)]
 
 
 def _lines(step: Step, indent: str, shown: set[str]) -> Iterator[str]:
@@ -168,11 +187,11 @@ def _lines(step: Step, indent: str, shown: set[str]) -> Iterator[str]:
             yield from _lines(maker, f"{indent}    ", shown)
 
 
-def draw(step: Step, path: Path) -> None:
+def draw(results: Sequence[Step], path: Path, title: str) -> None:
     """The chain as a picture: a column for each stage, arrows from what was made to who read it; red if changed."""
     from dmat.metrics import pictures
 
-    steps = step.steps()
+    steps = behind(results)
     columns = [word for word in STAGES if any(one.stage == word for one in steps)]
     rows = {word: [one for one in steps if one.stage == word] for word in columns}
     tallest = max(len(some) for some in rows.values())
@@ -201,5 +220,5 @@ def draw(step: Step, path: Path) -> None:
     axes.set_xlim(-0.6, len(columns) - 0.4)
     axes.set_ylim(-0.75, tallest - 0.25)
     axes.set_axis_off()
-    axes.set_title(f"What {step.title} comes from", fontsize=9.5, loc="left")
+    axes.set_title(title, fontsize=9.5, loc="left")
     pictures.save(figure, path)

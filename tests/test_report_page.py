@@ -1,0 +1,109 @@
+"""The report in a real browser: as wide as a phone and as a desk, on paper, in the dark, without a network.
+
+Run alone: pytest tests/test_report_page.py (needs chromium and chromium-driver of Debian)
+"""
+
+import re
+import shutil
+
+import pytest
+
+from dmat import files
+from tests import browser, forked
+from tests.projects import Project
+
+CHARTS = {"accuracies", "validation_robust", "train_robust", "validation_clean", "loss", "learning_rate",
+          "against_epsilon", "quality", "hours"}  # fmt: skip
+
+needs_browser = pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason="there is no Chromium here")
+
+
+@pytest.fixture(scope="module")
+def project(finished, tmp_path_factory):
+    """With the one arm that has run."""
+    folder = tmp_path_factory.mktemp("reported") / "project"
+    shutil.copytree(finished.folder, folder)
+    project = Project(folder, finished.params | {"arms": {"generated": finished.params["arms"]["generated"]}})
+    project.write({"write_report": {"baseline": "generated", "title": "A title with <b>, & and </script>"}})
+    code, text = forked.Command(folder, "write-report").wait()
+    assert code == 0, text
+    return project
+
+
+@pytest.fixture(scope="module")
+def page(project):
+    return project.folder / "artifacts/write_report/report/report.html"
+
+
+def test_every_number_is_traced_to_a_file_with_its_hash(project, page):
+    rows = re.findall(r"<tr><td><code>(artifacts/\S+?)</code></td><td><code>(\w{16})</code>", page.read_text())
+    assert len(rows) > 15
+    for path, digest in rows:
+        assert files.sha256(project.folder / path).startswith(digest)
+    assert {path.split("/")[1] for path, _ in rows} >= {"evaluate_robust", "train_robust", "metrics", "provenance"}
+
+
+def test_the_same_files_give_the_same_page(project, page):
+    before = page.read_bytes()
+    code, text = forked.Command(project.folder, "write-report", "--fresh").wait()
+    assert code == 0, text
+    assert page.read_bytes() == before
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1440])
+def test_it_opens_without_an_error_a_request_or_a_thing_that_sticks_out(page, width):
+    with browser.browser(width) as driver:
+        driver.get(page.as_uri())
+        assert browser.errors(driver) == []
+        assert browser.asked(driver) == [page.as_uri()]
+        assert browser.too_wide(driver) == []
+        drawn = driver.execute_script(
+            "return [...document.querySelectorAll('[id^=chart-]')].map(e => [e.id.slice(6), "
+            "e.querySelectorAll('.main-svg').length, e.getBoundingClientRect().width])"
+        )
+        assert {name for name, _, _ in drawn} == CHARTS
+        assert all(pictures > 0 and 250 < wide <= width for _, pictures, wide in drawn), drawn
+        images = driver.execute_script("return [...document.images].map(e => e.naturalWidth)")
+        assert len(images) >= 8
+        assert min(images) > 0
+        assert driver.title == "A title with <b>, & and </script>"
+        assert driver.execute_script("return document.querySelector('h1').textContent") == driver.title
+
+
+@needs_browser
+def test_a_thing_that_sticks_out_is_seen(page, tmp_path):
+    """That the test above can fail."""
+    spoiled = tmp_path / "report.html"
+    spoiled.write_text(page.read_text().replace("<h2 ", '<p style="width: 500px">wide</p><img src="x.png"><h2 ', 1))
+    with browser.browser(390) as driver:
+        driver.get(spoiled.as_uri())
+        assert browser.too_wide(driver)
+        assert browser.errors(driver)
+        assert len(browser.asked(driver)) == 2
+
+
+@needs_browser
+def test_charts_fit_paper_and_come_back(page):
+    with browser.browser(1440) as driver:
+        driver.get(page.as_uri())
+        pdf = browser.on_paper(driver)
+        assert pdf.startswith(b"%PDF")
+        assert len(pdf) > 50_000
+        script = "window.dispatchEvent(new Event('beforeprint')); return "
+        width = "document.querySelector('#chart-quality .main-svg').getBoundingClientRect().width"
+        assert driver.execute_script(script + width) == 640
+        assert driver.execute_script("window.dispatchEvent(new Event('afterprint')); return " + width) > 900
+
+
+@needs_browser
+def test_in_the_dark_text_is_light(page):
+    with browser.browser(800) as driver:
+        dark = {"name": "prefers-color-scheme", "value": "dark"}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [dark]})
+        driver.get(page.as_uri())
+        colours = driver.execute_script(
+            "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color, "
+            "document.querySelector('#chart-quality .xtitle').style.fill]"
+        )
+        assert colours == ["rgb(22, 25, 28)", "rgb(233, 236, 239)", "rgb(233, 236, 239)"]
