@@ -29,6 +29,11 @@ def add_to(app: typer.Typer) -> None:
         "Example: dmat runs sync",
     )(_sync)
     group.command(
+        "reap",
+        help="End runs that died on a machine that is gone for good, or of which nothing but the run is left.\n\n"
+        "Example: dmat runs reap gpu-node-7",
+    )(_reap)
+    group.command(
         "list",
         help="The newest runs, or the best by a metric.\n\nExample: dmat runs list --stage evaluate_robust --sort "
         "best_auto_attack",
@@ -46,19 +51,30 @@ def add_to(app: typer.Typer) -> None:
         help="What a result comes from: every stage instance behind it with hashes, runs and commits; exit code 2 "
         "where something changed since.\n\nExample: dmat runs lineage generated-1 --draw lineage.png",
     )(_lineage)
+    group.command(
+        "reproduce",
+        help="Check out the commit, changes, parameters and data of a run into a new work tree, compare the "
+        "environment, and say the command.\n\nExample: dmat runs reproduce train_robust/generated-1",
+    )(_reproduce)
     app.add_typer(group, name="runs")
     app.command("ui", help="Open the MLflow UI on 127.0.0.1.\n\nExample: dmat ui --port 5000")(_ui)
 
 
-def _sync(
+def _sync() -> None:
+    from dmat import tracking
+
+    for line in tracking.sync(_home(), report=True):
+        typer.echo(line)
+
+
+def _reap(
     gone: Annotated[
-        list[str] | None, typer.Option("--gone", help="A machine that is gone for good: end its runs too.")
+        list[str] | None, typer.Argument(metavar="[MACHINE|RUN]...", help="Names of machines, or ids of runs.")
     ] = None,
 ) -> None:
     from dmat import tracking
-    from dmat.jobs import workspace
 
-    for line in tracking.sync(workspace.find(Path.cwd()).home, report=True, gone=gone or ()):
+    for line in tracking.reap(_home(), gone or []):
         typer.echo(line)
 
 
@@ -183,6 +199,21 @@ def _lineage(
     raise typer.Exit(2 if found.broken else 0)
 
 
+def _reproduce(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The start of an id, or stage/instance: the newest.")],
+    to: Annotated[Path | None, typer.Option(help="The new work tree. [default: beside the project]")] = None,
+) -> None:
+    from dmat.jobs import workspace
+    from dmat.upkeep import reproducing
+
+    found = reproducing.reproduce(workspace.find(Path.cwd()), run, to)
+    for line in found.lines:
+        typer.echo(line)
+    for line in found.differences:
+        typer.echo(f"differs: {line}", err=True)
+    raise typer.Exit(0 if found.whole else 2)
+
+
 def _home() -> Path:
     from dmat.jobs import workspace
 
@@ -200,16 +231,27 @@ def _summary(metrics: Mapping[str, float], tags: Mapping[str, str], sort: str | 
     return ", ".join(told) + ("; no headline" if tags.get("evaluation.headline") == "no" else "")
 
 
-def _ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
+def _ui(
+    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 5000,
+    host: Annotated[str, typer.Option(help="An address of this machine alone.")] = "127.0.0.1",
+) -> None:
     from dmat import tracking
+    from dmat.errors import DmatError
     from dmat.jobs import workspace
 
+    if host not in ("127.0.0.1", "localhost"):
+        raise DmatError(
+            f"--host is {host!r}; expected 127.0.0.1, because whoever reaches the UI may read and delete every run; "
+            f"tunnel to it (ssh -L {port}:127.0.0.1:{port} MACHINE), or start the server of docs/services.md"
+        )
     home = workspace.find(Path.cwd()).home
     if tracking.store(home).startswith("http"):
         typer.echo(f"MLFLOW_TRACKING_URI names a server, which has the UI: {tracking.store(home)}")
         return
-    tracking.connect(home)
-    typer.echo(f"MLflow UI: http://127.0.0.1:{port} (store {tracking.store(home)}); Ctrl-C ends it")
+    _, experiment = tracking.connect(home)
+    # by the bare address MLflow opens its side for language models, where runs are hard to find
+    page = f"http://{host}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    typer.echo(f"MLflow UI: {page} (store {tracking.store(home)}); Ctrl-C ends it")
     command = [
         sys.executable,
         "-m",
@@ -220,7 +262,7 @@ def _ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=
         "--artifacts-destination",
         tracking.artifact_folder(home).as_uri(),
         "--host",
-        "127.0.0.1",
+        host,
         "--port",
         str(port),
         "--workers",

@@ -125,6 +125,7 @@ def _compute(
         settings=plan.settings.plain(),
         inputs=plan.inputs,
         compute=compute.describe(),
+        root=workspace.root,
         tags={"optuna.study": plan.name, "optuna.storage": plan.storage},
     )
     import torch._dynamo  # noqa: F401 - by the first optimiser; seconds that no trial should be charged with
@@ -182,6 +183,7 @@ class _Worker:
             settings=record.plain(),
             inputs=self.plan.inputs,
             compute=self.compute.describe(),
+            root=self.workspace.root,
             parent=self.plan.folder,
             tags={
                 "optuna.study": self.plan.name,

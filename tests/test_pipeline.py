@@ -1,12 +1,15 @@
 """The whole main job through `dvc repro` at a tiny size in a fresh copy of the repository, and what reruns when."""
 
+import contextlib
 import csv
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ import pytest
 import yaml
 
 from dmat import config
-from tests import forked
+from tests import browser, forked
 
 PIPELINE_STAGES = 14  # instances in the repository's params.yaml
 
@@ -138,6 +141,93 @@ def test_mlflow_has_one_parent_and_a_finished_run_for_each_stage(project):
     points = client.get_metric_history(trained.info.run_id, "validation_robust")
     assert [point.step for point in points] == [320, 640]
     assert "accuracy.png" in [item.path for item in client.list_artifacts(trained.info.run_id)]
+
+
+@pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason="there is no Chromium here")
+def test_the_mlflow_ui_shows_experiment_parent_children_charts_and_images(project):
+    project.run("dmat", "runs", "sync")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = project.start("dmat", "ui", "--port", str(port), DMAT_TRACKING="on")
+    try:
+        said = server.stdout.readline()
+        page = re.search(r"http://127.0.0.1:\d+/#/experiments/\d+/runs\S*", said)[0]
+        forked.until(lambda: _answers(port), 200)
+        runs = json.loads(project.run("dmat", "runs", "list", "--limit", "0", "--json"))
+        ids = {run["name"]: run["id"] for run in runs}
+        at = page.partition("?")[0]
+        with browser.browser(1440) as driver:
+
+            def shows(address: str, *words: str) -> None:
+                driver.get(address)
+                forked.until(lambda: all(word in _text(driver) for word in words), 60)
+
+            shows(page, "dmat", "dvc repro")  # the parent; its children are folded
+            shows(f"{at}/{ids['dvc repro']}", "Child runs", "train_robust generated-1", "generated − real_only")
+            shows(f"{at}/{ids['train_robust generated-1']}", "Parent run", "validation_robust", "git.commit")
+            shows(f"{at}/{ids['train_robust generated-1']}/model-metrics", "validation_robust", "learning_rate")
+            charts = "return document.querySelectorAll('.js-plotly-plot .main-svg').length"
+            forked.until(lambda: driver.execute_script(charts) >= 6, 60)
+            shows(f"{at}/{ids['evaluate_robust generated-1']}/artifacts/confusion.png", "confusion.png")
+            image = "return [...document.images].some(one => one.naturalWidth > 300)"
+            forked.until(lambda: driver.execute_script(image), 60)
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
+
+
+def _answers(port: int) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+        return answer.status == 200
+    return False
+
+
+def _text(driver) -> str:
+    return driver.execute_script("return document.body.innerText")
+
+
+def test_a_repro_links_what_it_did_not_run_and_a_run_can_be_had_again(project, tmp_path):
+    """The report alone is made anew: its parent names the runs of all the rest. Then a training is reproduced."""
+    project.params["write_report"]["title"] = "Another title"
+    project.write()
+    assert project.repro(DMAT_TRACKING="on") == ["write_report"]
+    project.run("dmat", "runs", "sync")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project.folder}/mlruns/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("dmat").experiment_id])
+    newer, older = [run for run in runs if run.data.tags["dmat.stage"] == "dvc"]
+    made = {run.info.run_name: run.info.run_id for run in runs if run.data.tags["dmat.stage"] != "dvc"}
+    restored = {k.removeprefix("restored."): v for k, v in newer.data.tags.items() if k.startswith("restored.")}
+    assert not [name for name in older.data.tags if name.startswith("restored.")]
+    assert restored == {name: id_ for name, id_ in made.items() if name != "write_report all"}
+    assert len(restored) == PIPELINE_STAGES - 1
+    for run in (older, newer):
+        page = run.data.tags["mlflow.note.content"]
+        assert "generated − real_only" in page
+        assert page.count("/runs/") == PIPELINE_STAGES
+        assert page.count("restored by DVC") == (PIPELINE_STAGES - 1 if run is newer else 0)
+    assert newer.data.tags["git.dirty"] == "True"
+    assert older.data.tags["git.dirty"] == "False"  # what DVC writes makes no tree dirty
+    report = next(run for run in runs if run.info.run_name == "write_report all")  # the newest first
+    assert {item.path for item in client.list_artifacts(report.info.run_id)} >= {"report.html", "git.patch"}
+
+    tree = tmp_path / "again"
+    said = project.run("dmat", "runs", "reproduce", "train_robust/generated-1", "--to", str(tree))
+    assert "all data are those that the run read" in said
+    assert "gives the parameters of the run" in said
+    command = re.search(r"^run it again: (.+)$", said, re.MULTILINE)[1]
+    weights = "artifacts/train_robust/generated-1/best.safetensors"
+    assert not (tree / weights).exists()
+    project.run("bash", "-c", command, PYTHONPATH="")
+    assert (tree / weights).read_bytes() == (project.folder / weights).read_bytes()
+
+    again = tmp_path / "report again"
+    said = project.run("dmat", "runs", "reproduce", report.info.run_id[:8], "--to", str(again))
+    assert yaml.safe_load((again / "params.yaml").read_text())["write_report"]["title"] == "Another title"
+    refused = project.run("dmat", "runs", "reproduce", report.info.run_id[:8], "--to", str(again), code=2)
+    assert f"{again} exists; expected a new folder" in refused
 
 
 def test_again_runs_nothing_and_an_experiment_with_another_beta_reruns_its_arm_only(project):

@@ -1,9 +1,14 @@
 """MLflow: true status however a run ends, nothing sent twice or lost, and a broken store that stops nothing."""
 
+import contextlib
 import os
+import platform
+import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +17,7 @@ from dmat import files, tracking
 from dmat.errors import DmatError, Interrupted
 from dmat.tracking import notes, runs, stores
 from dmat.training.long_run import MetricsLog
+from tests import forked
 
 
 @pytest.fixture
@@ -398,10 +404,90 @@ def test_runs_of_another_machine_are_left_until_a_person_says_it_is_gone(home, d
     ((path, note),) = notes.read(home)
     files.write_json(path, note | {"host": "elsewhere"})
     assert tracking.sync(home, report=True) == [
-        "1 of machine elsewhere: if it is gone, `dmat runs sync --gone elsewhere`"
+        "1 of machine elsewhere: if it is gone for good, `dmat runs reap elsewhere`"
     ]
-    assert tracking.sync(home, report=True, gone=["elsewhere"]) == ["train_robust one: KILLED"]
+    assert tracking.reap(home, []) == ["1 of machine elsewhere: if it is gone for good, `dmat runs reap elsewhere`"]
+    assert tracking.reap(home, ["elsewhere"]) == ["train_robust one: KILLED"]
+    assert [run.info.status for run in _runs(home)[1]] == ["KILLED"]
     assert notes.read(home) == []
+
+
+def test_a_run_that_nobody_remembers_is_ended_by_its_id(home):
+    client, experiment = tracking.connect(home)
+    lost = client.create_run(experiment, run_name="a stranger").info.run_id
+    assert tracking.reap(home, []) == [
+        f"a stranger ({lost[:8]}) is open and nobody here remembers it: if it died, `dmat runs reap {lost[:8]}`"
+    ]
+    for name in ("gone", lost[:3]):
+        with pytest.raises(DmatError, match=rf"'{name}' is neither a machine with open runs \(none\) nor the start"):
+            tracking.reap(home, [name])
+    with pytest.raises(DmatError, match="is this machine; expected another; `dmat runs sync`"):
+        tracking.reap(home, [platform.node()])
+    assert tracking.reap(home, [lost[:8]]) == ["a stranger: KILLED"]
+    assert client.get_run(lost).info.status == "KILLED"
+    assert client.get_run(lost).data.tags["dmat.error"] == notes.LOST
+    assert tracking.reap(home, []) == ["no run died elsewhere"]
+
+
+def test_a_run_that_is_alive_is_not_reaped(home):
+    with _open(home) as run:
+        run.provenance()  # waits until the store knows it
+        mine = files.read_json(home / "runs" / "one" / "tracking.json")["run"]
+        with pytest.raises(DmatError, match=rf"is remembered as work of process {os.getpid()} on "):
+            tracking.reap(home, [mine])
+    assert [found.info.status for found in _runs(home)[1]] == ["FINISHED"]
+
+
+def _server(folder, port):
+    words = ["-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
+    words += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    quiet = subprocess.DEVNULL
+    server = subprocess.Popen([sys.executable, *words], start_new_session=True, stdout=quiet, stderr=quiet)
+    forked.until(lambda: _healthy(port), 120)
+    return server
+
+
+def _healthy(port):
+    with (
+        contextlib.suppress(OSError),
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer,
+    ):
+        return answer.status == 200
+    return False
+
+
+def test_a_server_that_is_killed_in_the_middle_of_a_run_lacks_nothing_after_sync(home, monkeypatch, told):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(runs, "_SEND_EVERY", 0.1)
+    memory = home / "runs" / "one" / "tracking.json"
+    server = _server(home, port)
+    try:
+        with _open(home) as run:
+            for step in range(10):
+                _log(home, step, loss=1.0 / (step + 1))
+            forked.until(lambda: files.read_json(memory)["sent"] > 0, 60)
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            started = time.monotonic()
+            for step in range(10, 40):
+                _log(home, step, loss=1.0 / (step + 1))
+            assert time.monotonic() - started < 5  # nobody waited
+            run.finish_with({"best": 1.0}, [])
+        run._thread.join(60)
+        assert len(told) == 1
+        server = _server(home, port)
+        assert tracking.sync(home, report=True) == ["train_robust one: FINISHED"]
+        client, (found,) = _runs(home)
+        points = client.get_metric_history(found.info.run_id, "loss")
+        assert [(point.step, point.value) for point in points] == [(step, 1.0 / (step + 1)) for step in range(40)]
+        assert (found.info.status, found.data.metrics["best"]) == ("FINISHED", 1.0)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def test_an_answer_that_was_lost_does_not_double_points(home, monkeypatch, told):

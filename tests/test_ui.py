@@ -10,11 +10,20 @@ import urllib.request
 import psutil
 import pytest
 
+from dmat.errors import DmatError
+
 
 def _free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def test_it_listens_on_this_machine_alone(capsys):
+    from cli.main import app
+
+    with pytest.raises(DmatError, match=r"--host is .0\.0\.0\.0.; expected 127\.0\.0\.1, because whoever reaches"):
+        app(["ui", "--host", "0.0.0.0"], standalone_mode=False)
 
 
 def test_a_signal_to_its_process_alone_ends_the_servers_too(root, tmp_path, monkeypatch):

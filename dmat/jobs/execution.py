@@ -22,7 +22,7 @@ from dmat import ARTIFACTS, devices, files, processes, tracking
 from dmat.config import Params, Record
 from dmat.devices import Compute
 from dmat.errors import DmatError
-from dmat.jobs import code
+from dmat.jobs import code, lineage
 from dmat.jobs.stages import STAGES, Stage
 from dmat.jobs.workspace import Workspace
 from dmat.processes import World
@@ -55,6 +55,7 @@ class Job:
     notes: list[str] = dataclasses.field(default_factory=list)
     # filled by the job: files below `result` that people will want to open where they look at the run
     attachments: list[Path] = dataclasses.field(default_factory=list)
+    described: list[str] = dataclasses.field(default_factory=list)  # filled by the job: Markdown, what came out
     models: list[tracking.Candidate] = dataclasses.field(default_factory=list)  # filled by the job: for the registry
 
     def project_path(self, path: str | None) -> Path | None:
@@ -282,6 +283,11 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
         settings=plan.settings.plain(),
         inputs=plan.inputs,
         compute=compute.describe(),
+        root=workspace.root,
+        behind={
+            step.title: {"run": step.run, "parent": step.parent}
+            for step in lineage.behind_inputs(plan.inputs, params, workspace)
+        },
         tags={"code.changed": "true"} if changed else {},
     )
     job = _job(plan, params, workspace, compute, plan.work, quiet)
@@ -291,6 +297,8 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
             metrics = module.run(plan.settings, job)
         for name, value in job.tags.items():
             run.tag(name, value)
+        if job.described:
+            run.describe("\n\n".join(job.described))
         for model in job.models:
             run.register(model)
         finished = {

@@ -37,6 +37,7 @@ class Step:
     instance: str
     fingerprint: str
     run: str | None
+    parent: str | None  # of the run
     commit: str | None
     links: tuple[Link, ...]
 
@@ -84,6 +85,12 @@ def of(wanted: str, params: Params, place: Workspace, verify: bool = True) -> St
     makers = _makers(params)
     stage, instance = _named(wanted, makers, place)
     return _Chain(makers, place, verify).step(stage, instance)
+
+
+def behind_inputs(inputs: Mapping[str, Mapping[str, str]], params: Params, place: Workspace) -> list[Step]:
+    """All steps that inputs come from; nothing is verified. inputs: name -> path, sha256."""
+    chain = _Chain(_makers(params), place, verify=False)
+    return behind([maker for name, entry in inputs.items() for maker in chain.link(name, **entry).makers])
 
 
 def behind(results: Sequence[Step]) -> list[Step]:
@@ -152,12 +159,12 @@ class _Chain:
         title = f"{stage} {instance}"
         if title not in self._known:
             said = files.read_json(_provenance(stage, instance, self._place))
-            links = tuple(self._link(name, **entry) for name, entry in said["inputs"].items())
-            run, commit = said.get("mlflow_run"), said.get("git_commit")
-            self._known[title] = Step(stage, instance, said["fingerprint"], run, commit, links)
+            links = tuple(self.link(name, **entry) for name, entry in said["inputs"].items())
+            run, parent, commit = (said.get(name) for name in ("mlflow_run", "mlflow_parent", "git_commit"))
+            self._known[title] = Step(stage, instance, said["fingerprint"], run, parent, commit, links)
         return self._known[title]
 
-    def _link(self, name: str, path: str, sha256: str) -> Link:
+    def link(self, name: str, path: str, sha256: str) -> Link:
         owners = dict.fromkeys(
             maker for output, maker in self._makers.items() if output == path or output.startswith(f"{path}/")
         )

@@ -65,6 +65,7 @@ def run(settings: WriteReport, job: Job) -> dict[str, Any]:
     content = _content(settings, job, read, names, compared, summaries, histories)
     files.write_text(folder / "report.html", page.render(content))
     job.attachments.extend([folder / "report.html", folder / "table.md"])
+    job.described.append(comparison.markdown(compared))
     groups = compared["arms"] | {f"{arm}_minus_baseline": v for arm, v in compared["differences"].items()}
     return {
         group: {measure: value["value"] for measure, value in values.items() if isinstance(value, dict)}

@@ -6,7 +6,7 @@ command or by `dmat runs sync`.
 """
 
 from dmat.tracking.memory import FILES
-from dmat.tracking.notes import set_aside, sync
+from dmat.tracking.notes import reap, set_aside, sync
 from dmat.tracking.registry import Candidate
 from dmat.tracking.runs import Run, open_run, seconds_before
 from dmat.tracking.stores import artifact_folder, connect, store
@@ -18,6 +18,7 @@ __all__ = [
     "artifact_folder",
     "connect",
     "open_run",
+    "reap",
     "seconds_before",
     "set_aside",
     "store",

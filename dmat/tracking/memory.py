@@ -17,20 +17,22 @@ import filelock
 
 from dmat import files
 from dmat.errors import DmatError
-from dmat.tracking import registry, stores
+from dmat.tracking import origin, overview, registry, stores
 from dmat.tracking.registry import Candidate
 
 _BATCH = 1000  # MLflow's limit of metrics in one request
 _DIGEST = 36  # and of characters in the digest of a data set
+_LONGEST_TAG = 7900  # characters; MLflow takes 8,000
 FRESH: dict[str, Any] = {
     "run": None,  # id in the store
     "parent": None,
     "sent": 0,  # bytes of metrics.jsonl
     "seconds": 0.0,  # that attempts spent so far
-    "about": None,  # name, tags, settings, started, parent's folder
+    "about": None,  # name, tags, settings, started, parent's folder, behind
     "ending": None,  # status, error, metrics, pictures, tags, models, ended; None while the run goes on
+    "restored": {},  # of a parent: stage instances that DVC did not run again -> the runs that made them
 }
-FILES = ("tracking.json", "tracking.lock", "sending.lock")
+FILES = ("tracking.json", "tracking.lock", "sending.lock", origin.PATCH)
 
 
 class Memory:
@@ -113,11 +115,14 @@ class Sender:
             self._log_inputs(run.info.run_id, about.get("inputs", {}))
             self._already = set()
             self.memory.update(run=run.info.run_id, parent=parent, sent=0)
+            self._tell_parent(about)
         elif live:
             self._client.update_run(self.memory["run"], status="RUNNING")
             self.tag("dmat.resumed", "true")
             if "dmat.error" in known.data.tags:  # how an earlier attempt ended
                 self._client.delete_tag(self.memory["run"], "dmat.error")
+        if (known is None or live) and (patch := self.memory.folder / origin.PATCH).exists():
+            self._client.log_artifact(self.memory["run"], str(patch))
 
     def tag(self, name: str, value: str) -> None:
         self._client.set_tag(self.memory["run"], name, value)
@@ -156,11 +161,17 @@ class Sender:
         self._client.set_terminated(run, status=status, end_time=int(1000 * end["ended"]))
 
     def status_by_children(self) -> tuple[str, float]:
-        """FINISHED if every child is, else FAILED; and when the last one ended."""
+        """FINISHED if every child is, else FAILED; and when the last one ended. Describes the run by them too."""
         run = self._client.get_run(self.memory["run"])
-        children = self._client.search_runs(
-            [run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
-        )
+        experiment = run.info.experiment_id
+        ours, children, token = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'", list[Any](), None
+        while True:
+            page = self._client.search_runs([experiment], ours, page_token=token)
+            children += page
+            token = page.token
+            if not token:
+                break
+        self.tag(overview.NOTE, overview.description(children, self.memory["restored"], experiment)[:_LONGEST_TAG])
         ended = max((child.info.end_time or 0 for child in children), default=0) / 1000
         good = all(child.info.status == "FINISHED" for child in children)
         return ("FINISHED" if good else "FAILED"), ended or time.time()
@@ -176,6 +187,21 @@ class Sender:
             sender.connect(live=False)
         run: str = sender.memory["run"]
         return run
+
+    def _tell_parent(self, about: Mapping[str, Any]) -> None:
+        """The parent of a whole `dvc repro` links the runs of what this run reads and DVC did not make again."""
+        folder, behind = about["parent"], about.get("behind") or {}
+        mine = self.memory["parent"]
+        older = {title: one["run"] for title, one in behind.items() if one["run"] and one["parent"] != mine}
+        if folder is None or mine is None or not older:
+            return
+        parent = Memory(self.home / folder, self.memory["store"])
+        with parent.lock:
+            parent.refresh()
+            known = parent["restored"]
+            parent.update(restored=known | older)
+        for title in [title for title in older if title not in known][: max(0, overview.MOST_TAGS - len(known))]:
+            self._client.set_tag(mine, f"{overview.RESTORED}{title}", older[title])
 
     def _unknown(self, points: list[tuple[str, float, int]]) -> list[tuple[str, float, int]]:
         """Points that the store has not: a process may have died between sending and remembering that it sent."""

@@ -107,6 +107,46 @@ def sync(home: Path, report: bool = False, gone: Collection[str] = ()) -> list[s
     return done + (_left(home, identity) if report else [])
 
 
+def reap(home: Path, gone: Collection[str]) -> list[str]:
+    """Ends runs that died elsewhere: all of the machines named, and runs named by (the start of) their id that nobody
+    here remembers. With nothing named, says what there is to end. Returns a line for each.
+
+    Raises DmatError for a run that is alive or has ended, for a name that is neither, and if the store is away.
+    """
+    machines = {note["host"] for _, note in read(home) if elsewhere(note)}
+    here = platform.node()
+    if here in gone:
+        raise DmatError(f"{here} is this machine; expected another; `dmat runs sync` ends what died here")
+    done = sync(home, report=True, gone=machines & set(gone))
+    client, experiment = stores.connect(home)
+    open_runs = {run.info.run_id: run for run in client.search_runs([experiment], "attributes.status = 'RUNNING'")}
+    known = {remembered(folder_of(home, note)).get("run"): note for _, note in read(home)}
+    for name in [name for name in gone if name not in machines]:
+        fits = [run for run in open_runs if len(name) >= 4 and run.startswith(name)]
+        if len(fits) != 1:
+            raise DmatError(
+                f"{name!r} is neither a machine with open runs ({', '.join(sorted(machines)) or 'none'}) nor the start "
+                f"of the id of one open run; expected one of these; `dmat runs list --status RUNNING` shows them"
+            )
+        if fits[0] in known:
+            note = known[fits[0]]
+            raise DmatError(
+                f"run {fits[0][:8]} is remembered as work of process {note['pid']} on {note['host']}; expected one "
+                f"that nobody remembers; stop that process, or name the machine if it is gone for good"
+            )
+        client.set_tag(fits[0], "dmat.error", LOST)
+        client.set_terminated(fits[0], status="KILLED")
+        done.append(f"{open_runs[fits[0]].info.run_name}: KILLED")
+    if not gone:
+        lost = [run for id_, run in open_runs.items() if id_ not in known]
+        done += [
+            f"{run.info.run_name} ({run.info.run_id[:8]}) is open and nobody here remembers it: if it died, "
+            f"`dmat runs reap {run.info.run_id[:8]}`"
+            for run in lost
+        ]
+    return done or ["no run died elsewhere"]
+
+
 def remove(home: Path, folder: Path) -> None:
     with _lock(home):
         _path(home, folder).unlink(missing_ok=True)
@@ -201,7 +241,7 @@ def _left(home: Path, identity: str) -> list[str]:
         for store, count in sorted(others.items())
     ]
     lines += [
-        f"{count} of machine {host}: if it is gone, `dmat runs sync --gone {host}`"
+        f"{count} of machine {host}: if it is gone for good, `dmat runs reap {host}`"
         for host, count in sorted(hosts.items())
     ]
     return lines + [f"{path} is no note of a run; delete it" for path in damaged(home)]

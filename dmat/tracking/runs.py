@@ -1,8 +1,9 @@
 """The tracked run of one stage instance: what the job sees of tracking."""
 
+import contextlib
 import dataclasses
 import os
-import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -14,7 +15,7 @@ import psutil
 
 from dmat import files
 from dmat.errors import Interrupted
-from dmat.tracking import notes, stores
+from dmat.tracking import notes, origin, overview, stores
 from dmat.tracking.memory import Memory, Sender, remembered
 from dmat.tracking.registry import Candidate
 from dmat.tracking.system import Sampler
@@ -22,6 +23,7 @@ from dmat.tracking.system import Sampler
 _SEND_EVERY = 5.0  # seconds
 _SAMPLE_EVERY = 10.0  # seconds between two looks at processor and memory
 _LONGEST_PAUSE = 60.0  # seconds between two attempts at a store that does not answer
+_SWITCH = 1e-4  # seconds that this thread keeps the interpreter while another one waits
 _PATIENCE = 20.0  # seconds that the end of a stage waits for a slow server
 _silent = set[str]()  # stores that did not answer last time: their runs are told once, and wait for nothing
 
@@ -88,6 +90,10 @@ class Run:
         """A tag that becomes known while the run goes on."""
         self._tags[name] = value
 
+    def describe(self, text: str) -> None:
+        """Markdown that MLflow shows on top of the run's page."""
+        self.tag(overview.NOTE, text)
+
     def register(self, candidate: Candidate) -> None:
         """A model for the registry, sent when the block ends."""
         weights = candidate.weights.resolve()
@@ -102,7 +108,7 @@ class Run:
         return {
             "mlflow_run": self._memory["run"],
             "mlflow_parent": self._memory["parent"],
-            **_git(self.folder),
+            **self._about["git"],
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host_cores": os.cpu_count(),
         }
@@ -114,7 +120,8 @@ class Run:
         while True:
             closing = self._closing.wait(pause)
             try:
-                connected = self._send(sender, connected, closing)
+                with _giving_way() if first else contextlib.nullcontext():
+                    connected = self._send(sender, connected, closing)
                 if not closing and time.time() - sampled >= _SAMPLE_EVERY:
                     sampled = time.time()
                     sender.send_system(sampler.sample(), sampled - self._started)
@@ -154,6 +161,18 @@ class Run:
         return True
 
 
+@contextlib.contextmanager
+def _giving_way() -> Iterator[None]:
+    """Inside, other threads get the interpreter back at once. MLflow's import takes seconds of it, and a training that
+    lets go of it for every operation on tensors would wait 5 ms each time (benchmarks/logging_cost.py)."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
 def open_run(
     home: Path,
     work: Path,
@@ -163,25 +182,32 @@ def open_run(
     settings: Mapping[str, Any],
     inputs: Mapping[str, Mapping[str, str]],
     compute: Mapping[str, Any],
+    root: Path | None = None,
+    behind: Mapping[str, Mapping[str, str | None]] | None = None,
     parent: Path | None = None,
     tags: Mapping[str, str] | None = None,
     enabled: bool = True,
 ) -> Run:
     """The run of a stage instance; resumed where `work` remembers one. DMAT_TRACKING=off makes all of them silent.
 
-    parent: the folder that remembers the parent's run; without it that of the `dvc` process above, if there is one.
+    root: the tree whose code and parameters are used; `home` if not given. behind: the stage instances that the inputs
+    come from -> their `run` and its `parent`. parent: the folder that remembers the parent's run; without it that of
+    the `dvc` process above, if there is one.
     """
-    git = _git(work)
+    git = origin.git(root or home)
     about = {
         "name": f"{stage} {instance}",
         "settings": dict(settings),
         "inputs": {name: dict(entry) for name, entry in inputs.items()},
+        "behind": {title: dict(one) for title, one in (behind or {}).items()},
         "started": time.time(),
+        "git": git,
         "tags": {
             "dmat.stage": stage,
             "dmat.instance": instance,
             "dmat.fingerprint": work.name.rpartition("-")[2],
             **{f"compute.{name}": str(value) for name, value in compute.items()},
+            **{f"software.{name}": number for name, number in origin.software().items()},
             **{f"input.{name}": entry["sha256"] for name, entry in inputs.items()},
             **{f"git.{name.removeprefix('git_')}": str(value) for name, value in git.items()},
             **{
@@ -194,6 +220,8 @@ def open_run(
     }
     enabled = enabled and os.environ.get("DMAT_TRACKING", "on") != "off"
     above = (parent or _dvc_folder(home)) if enabled else None
+    if enabled:
+        origin.write_patch(root or home, work)
     return Run(home, work, about | {"parent": notes.relative(home, above) if above else None}, enabled)
 
 
@@ -225,7 +253,11 @@ def _dvc_folder(home: Path) -> Path | None:
         memory.refresh()
         if memory["about"] is None:
             command = " ".join(["dvc", *words])
-            tags = {"dmat.stage": "dvc", "dmat.command": command, **{k: str(v) for k, v in _git(home).items()}}
+            tags = {
+                "dmat.stage": "dvc",
+                "dmat.command": command,
+                **{k.replace("_", "."): str(v) for k, v in origin.git(home).items()},
+            }
             started = dvc.create_time()
             memory.update(about={"name": command, "tags": tags, "settings": {}, "started": started, "parent": None})
             notes.write(home, folder, dvc.pid, by_children=True)
@@ -256,24 +288,3 @@ def after_dvc(words: list[str]) -> list[str] | None:
     if words[start : start + 2] == ["-m", "dvc"]:
         return words[start + 2 :]
     return words[start + 1 :] if names[start : start + 1] == ["dvc"] else None
-
-
-def _git(folder: Path) -> dict[str, Any]:
-    """Commit and whether the tree differs from it; empty outside a repository."""
-
-    def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=_existing(folder), capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return {
-            "git_commit": ask("rev-parse", "HEAD"),
-            "git_dirty": bool(ask("status", "--porcelain", "--untracked-files=no")),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.is_dir())

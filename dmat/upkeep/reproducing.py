@@ -1,0 +1,181 @@
+"""A run again: its commit, its uncommitted changes, its parameters and its data in a work tree of its own.
+
+The tree shares the project's git objects and DVC's cache, so nothing is copied that is there already. Nothing in the
+project changes but git's list of work trees.
+"""
+
+import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dmat import config, files
+from dmat.errors import DmatError
+from dmat.jobs.stages import STAGES, Stage
+from dmat.jobs.workspace import Workspace
+from dmat.tracking import origin, queries, stores
+from dmat.tracking.queries import TrackedRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduction:
+    """lines: what was done, with the command last. differences: what is not as it was, a sentence each. whole: the
+    commit, the changes, the parameters and all data are those of the run; only the machine may differ."""
+
+    tree: Path
+    command: str
+    lines: tuple[str, ...]
+    differences: tuple[str, ...]
+    whole: bool
+
+
+def reproduce(place: Workspace, wanted: str, to: Path | None = None) -> Reproduction:
+    """Makes the tree. wanted: as `queries.one` takes it.
+
+    Raises DmatError if the run is of no stage, has no commit or one that is not here, or `to` exists.
+    """
+    run = queries.one(place.home, wanted)
+    stage = STAGES.get(run.stage)
+    if stage is None:
+        raise DmatError(
+            f"run {queries.short(run.id)} is of {run.stage or 'nothing that dmat knows'!r}; expected one of a stage; "
+            f"`dmat runs list --stage train_robust` shows some"
+        )
+    tree = _tree(place, run, to)
+    try:
+        patched = _apply_changes(place, run, tree)
+        chosen, unlike = _parameters(tree, stage, run)
+    except BaseException:
+        _git(place.root, "worktree", "remove", "--force", str(tree))
+        raise
+    lacking = list(_data(place, tree, run))
+    words = [sys.executable, "-m", "cli.main", stage.command]
+    words += [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+    command = f"cd {shlex.quote(str(tree))} && {shlex.join(words)}"
+    lines = [
+        f"{run.stage} {run.instance}, run {queries.short(run.id)}, at commit {run.tags['git.commit'][:10]} in {tree}",
+        "its uncommitted changes were applied" if patched else "it had no uncommitted changes",
+        *([] if unlike else ["params.yaml there gives the parameters of the run"]),
+        *([] if lacking else ["all data are those that the run read"]),
+        f"run it again: {command}",
+        f"compare: dmat runs compare {queries.short(run.id)} NEW_RUN (from {tree})",
+    ]
+    if run.tags.get("git.dirty") == "True" and not patched:
+        unlike.append("the run had uncommitted changes that were not kept")
+    machine = list(_machine(run))
+    return Reproduction(tree, command, tuple(lines), (*unlike, *lacking, *machine), whole=not unlike and not lacking)
+
+
+def _tree(place: Workspace, run: TrackedRun, to: Path | None) -> Path:
+    commit = run.tags.get("git.commit")
+    if not commit:
+        raise DmatError(
+            f"run {queries.short(run.id)} was made outside a git repository; expected a commit; its parameters are in "
+            f"`dmat runs show {queries.short(run.id)}`"
+        )
+    tree = (to or place.root.parent / f"{place.root.name}-{run.stage}-{run.instance}-{queries.short(run.id)}").resolve()
+    if tree.exists():
+        raise DmatError(f"{tree} exists; expected a new folder; name one with --to")
+    try:
+        _git(place.root, "cat-file", "-e", f"{commit}^{{commit}}")
+    except subprocess.CalledProcessError:
+        raise DmatError(
+            f"commit {commit[:10]} is not in this repository; expected the one that the run was made at; fetch it "
+            f"(`git fetch --all`) and run the same command again"
+        ) from None
+    _git(place.root, "worktree", "add", "--detach", str(tree), commit)
+    return tree
+
+
+def _apply_changes(place: Workspace, run: TrackedRun, tree: Path) -> bool:
+    """Whether there were some."""
+    client, _ = stores.connect(place.home)
+    if origin.PATCH not in [one.path for one in client.list_artifacts(run.id)]:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        patch = client.download_artifacts(run.id, origin.PATCH, folder)
+        _git(tree, "apply", "--whitespace=nowarn", str(Path(patch).resolve()))
+    return True
+
+
+def _parameters(tree: Path, stage: Stage, run: TrackedRun) -> tuple[Mapping[str, Any], list[str]]:
+    """The options of the instance, and where params.yaml of the tree gives other values than the run had."""
+    params = config.load(tree / "params.yaml")
+    chosen = next((one for one in stage.choices(params) if stage.instance(one) == run.instance), None)
+    if chosen is None:
+        known = ", ".join(stage.instance(one) for one in stage.choices(params))
+        raise DmatError(
+            f"params.yaml at that commit has no {stage.word} {run.instance}; expected one of {known}; the run was made "
+            f"with another parameter file, see `dmat runs show {queries.short(run.id)}`"
+        )
+    now = {name: str(value) for name, value in _leaves(stage.settings(params, **chosen).plain())}
+    differing = [
+        f"{name} is {now.get(name, 'not there')} in params.yaml and was {run.params.get(name, 'not there')}"
+        for name in sorted(now.keys() | run.params.keys())
+        if now.get(name) != run.params.get(name)
+    ]
+    return chosen, differing
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """As tracking writes parameters."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _data(place: Workspace, tree: Path, run: TrackedRun) -> Iterator[str]:
+    """Brings the inputs of the run into the tree from DVC's cache; a sentence for each that is not what it read."""
+    stage = STAGES[run.stage]
+    params = config.load(tree / "params.yaml")
+    chosen = next(one for one in stage.choices(params) if stage.instance(one) == run.instance)
+    cache = _cache(place)
+    if cache is not None:
+        _dvc(tree, "config", "--local", "cache.dir", str(cache))
+    for name, path in stage.inputs(params, **chosen).items():
+        recorded = run.tags.get(f"input.{name}")
+        target = tree / path
+        if not target.exists():
+            _dvc(tree, "checkout", "--force", path)
+        if not target.exists():
+            yield f"{path} is not in DVC's cache: `dvc pull {path}`, or `dvc repro` in {tree} makes it again"
+        elif recorded is not None and (found := files.checksum(target)) != recorded:
+            yield f"{path} has checksum {found[:12]}; the run read {recorded[:12]}"
+
+
+def _cache(place: Workspace) -> Path | None:
+    """Where the project's DVC keeps files, by its own configuration; None without DVC."""
+    words = [sys.executable, "-m", "dvc", "cache", "dir"]
+    answer = subprocess.run(words, cwd=place.home, capture_output=True, text=True, check=False)
+    return Path(answer.stdout.strip()) if answer.returncode == 0 else None
+
+
+def _machine(run: TrackedRun) -> Iterator[str]:
+    for name, now in origin.software().items():
+        was = run.tags.get(f"software.{name}")
+        if was is not None and was != now:
+            yield f"{name} is {now} here and was {was}"
+    was = run.tags.get("compute.device")
+    if was is not None:
+        from dmat import devices
+
+        now = devices.resolve(threads=int(run.tags.get("compute.threads", 0))).describe()["device"]
+        if now != was:
+            yield f"the device is {now} here and was {was}"
+
+
+def _git(folder: Path, *words: str) -> None:
+    subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+
+
+def _dvc(folder: Path, *words: str) -> None:
+    """DVC's own exit code is not looked at: what counts is what lies there afterwards."""
+    environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
+    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, capture_output=True, env=environment, check=False)

@@ -1,0 +1,116 @@
+"""A run had again: what is refused, what is said to differ, and the patch that makes it possible.
+
+The whole way, with DVC and a training that ends in the same bytes, is in tests/test_pipeline.py.
+"""
+
+import subprocess
+
+import pytest
+import yaml
+
+from dmat import tracking
+from dmat.errors import DmatError
+from dmat.jobs.workspace import Workspace
+from dmat.tracking import origin
+from dmat.upkeep import reproducing
+
+
+def _git(folder, *words):
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    answer = subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True, text=True)
+    return answer.stdout.strip()
+
+
+@pytest.fixture
+def project(tmp_path, tiny_params, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params, sort_keys=False))
+    (folder / ".gitignore").write_text("/mlruns/\n/runs/\n")
+    _git(folder, "init", "-q")
+    _git(folder, "add", "-A")
+    _git(folder, "commit", "-qm", "one")
+    return folder
+
+
+def _run(project, **tags):
+    """A run of prepare_data with the parameters that the project has."""
+    client, experiment = tracking.connect(project)
+    given = {"dmat.stage": "prepare_data", "dmat.instance": "all", "git.commit": _git(project, "rev-parse", "HEAD")}
+    kept = {name: value for name, value in (given | tags).items() if value is not None}
+    run = client.create_run(experiment, tags=kept).info.run_id
+    settings = yaml.safe_load((project / "params.yaml").read_text())["prepare_data"]
+    for name, value in settings.items():
+        client.log_param(run, name, value)
+    return client, run
+
+
+def _reproduced(project, run, to="tree"):
+    return reproducing.reproduce(Workspace(project, project), run, project.parent / to)
+
+
+@pytest.mark.parametrize(
+    ("tags", "sentence"),
+    [
+        ({"git.commit": None}, "was made outside a git repository; expected a commit"),
+        ({"git.commit": 40 * "a"}, "commit aaaaaaaaaa is not in this repository"),
+        ({"dmat.stage": "dvc"}, "is of 'dvc'; expected one of a stage"),
+        ({"dmat.stage": "train_robust", "dmat.instance": "gone-1"}, "has no train_robust gone-1; expected one of real"),
+    ],
+)
+def test_what_cannot_be_had_again_is_refused_and_leaves_nothing(project, tags, sentence):
+    _, run = _run(project, **tags)
+    with pytest.raises(DmatError, match=sentence):
+        _reproduced(project, run)
+    assert not (project.parent / "tree").exists()
+    assert len(_git(project, "worktree", "list").splitlines()) == 1
+
+
+def test_parameters_and_software_that_differ_are_said(project):
+    client, run = _run(project, **{"software.torch": "1.0", "compute.device": "a GPU", "git.dirty": "True"})
+    client.log_param(run, "gone", "1")
+    found = _reproduced(project, run)
+    assert not found.whole
+    assert "gone is not there in params.yaml and was 1" in found.differences
+    assert "the run had uncommitted changes that were not kept" in found.differences
+    assert any(line.startswith("torch is ") and line.endswith("was 1.0") for line in found.differences)
+    assert any(line.startswith("the device is cpu") and line.endswith("was a GPU") for line in found.differences)
+    assert found.command.endswith("-m cli.main prepare-data")
+    with pytest.raises(DmatError, match="tree exists; expected a new folder"):
+        _reproduced(project, run)
+
+
+def test_another_machine_alone_is_no_failure(project):
+    _, run = _run(project, **{"software.torch": "1.0"})
+    found = _reproduced(project, run)
+    assert found.whole
+    assert len(found.differences) == 1
+
+
+def test_a_patch_brings_back_what_was_not_committed(project, tmp_path):
+    assert origin.git(project)["git_dirty"] is False
+    (project / "dvc.lock").write_text("new: 1\n")  # git does not know it yet
+    origin.write_patch(project, tmp_path)
+    assert origin.git(project)["git_dirty"] is False
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(f"# changed\n{text}")
+    (project / "image").write_bytes(bytes(range(256)))
+    _git(project, "add", "image")
+    assert origin.git(project)["git_dirty"] is True
+    origin.write_patch(project, tmp_path)
+    client, run = _run(project, **{"git.dirty": "True"})
+    client.log_artifact(run, str(tmp_path / origin.PATCH))
+    found = _reproduced(project, run)
+    assert found.whole
+    assert found.differences == ()
+    assert (found.tree / "params.yaml").read_text().startswith("# changed\n")
+    assert (found.tree / "dvc.lock").read_text() == "new: 1\n"
+    assert (found.tree / "image").read_bytes() == bytes(range(256))
+
+
+def test_a_clean_tree_has_no_patch(project, tmp_path):
+    (tmp_path / origin.PATCH).write_text("of an earlier attempt")
+    origin.write_patch(project, tmp_path)
+    assert not (tmp_path / origin.PATCH).exists()
+    assert origin.git(tmp_path / "nowhere") == {}
