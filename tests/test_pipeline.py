@@ -157,7 +157,7 @@ def test_the_mlflow_ui_shows_experiment_parent_children_charts_and_images(projec
         runs = json.loads(project.run("dmat", "runs", "list", "--limit", "0", "--json"))
         ids = {run["name"]: run["id"] for run in runs}
         at = page.partition("?")[0]
-        with browser.browser(1440) as driver:
+        with browser.browser(1440, 2400) as driver:  # so tall that MLflow draws all charts at once
 
             def shows(address: str, *words: str) -> None:
                 driver.get(address)

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from dmat import tracking
+from dmat import config, tracking
 from dmat.errors import DmatError
 from dmat.jobs.workspace import Workspace
 from dmat.tracking import origin
@@ -40,8 +40,8 @@ def _run(project, **tags):
     given = {"dmat.stage": "prepare_data", "dmat.instance": "all", "git.commit": _git(project, "rev-parse", "HEAD")}
     kept = {name: value for name, value in (given | tags).items() if value is not None}
     run = client.create_run(experiment, tags=kept).info.run_id
-    settings = yaml.safe_load((project / "params.yaml").read_text())["prepare_data"]
-    for name, value in settings.items():
+    settings = config.load(project / "params.yaml").sections["prepare_data"].plain()
+    for name, value in reproducing._leaves(settings):
         client.log_param(run, name, value)
     return client, run
 
