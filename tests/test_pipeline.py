@@ -220,7 +220,7 @@ def test_a_repro_links_what_it_did_not_run_and_a_run_can_be_had_again(project, t
     command = re.search(r"^run it again: (.+)$", said, re.MULTILINE)[1]
     weights = "artifacts/train_robust/generated-1/best.safetensors"
     assert not (tree / weights).exists()
-    project.run("bash", "-c", command, PYTHONPATH="")
+    project.run("/bin/bash", "-c", command, PYTHONPATH="")
     assert (tree / weights).read_bytes() == (project.folder / weights).read_bytes()
 
     again = tmp_path / "report again"

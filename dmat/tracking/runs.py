@@ -1,9 +1,7 @@
 """The tracked run of one stage instance: what the job sees of tracking."""
 
-import contextlib
 import dataclasses
 import os
-import sys
 import threading
 import time
 import warnings
@@ -23,7 +21,6 @@ from dmat.tracking.system import Sampler
 _SEND_EVERY = 5.0  # seconds
 _SAMPLE_EVERY = 10.0  # seconds between two looks at processor and memory
 _LONGEST_PAUSE = 60.0  # seconds between two attempts at a store that does not answer
-_SWITCH = 1e-4  # seconds that this thread keeps the interpreter while another one waits
 _PATIENCE = 20.0  # seconds that the end of a stage waits for a slow server
 _silent = set[str]()  # stores that did not answer last time: their runs are told once, and wait for nothing
 
@@ -120,8 +117,7 @@ class Run:
         while True:
             closing = self._closing.wait(pause)
             try:
-                with _giving_way() if first else contextlib.nullcontext():
-                    connected = self._send(sender, connected, closing)
+                connected = self._send(sender, connected, closing)
                 if not closing and time.time() - sampled >= _SAMPLE_EVERY:
                     sampled = time.time()
                     sender.send_system(sampler.sample(), sampled - self._started)
@@ -159,18 +155,6 @@ class Run:
                 sender.send_end(ending["status"], ending)
                 notes.remove(self.home, self.folder)
         return True
-
-
-@contextlib.contextmanager
-def _giving_way() -> Iterator[None]:
-    """Inside, other threads get the interpreter back at once. MLflow's import takes seconds of it, and a training that
-    lets go of it for every operation on tensors would wait 5 ms each time (benchmarks/logging_cost.py)."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
 
 
 def open_run(
