@@ -7,6 +7,7 @@ project changes but git's list of work trees.
 import dataclasses
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,7 @@ def reproduce(place: Workspace, wanted: str, to: Path | None = None) -> Reproduc
     except BaseException:
         _git(place.root, "worktree", "remove", "--force", str(tree))
         raise
-    lacking = list(_data(place, tree, run))
+    lacking = list(_data(place, tree, run, chosen))
     words = [sys.executable, "-m", "cli.main", stage.command]
     words += [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
     command = f"cd {shlex.quote(str(tree))} && {shlex.join(words)}"
@@ -63,7 +64,7 @@ def reproduce(place: Workspace, wanted: str, to: Path | None = None) -> Reproduc
         *([] if unlike else ["params.yaml there gives the parameters of the run"]),
         *([] if lacking else ["all data are those that the run read"]),
         f"run it again: {command}",
-        f"compare: dmat runs compare {queries.short(run.id)} NEW_RUN (from {tree})",
+        f"compare what it prints with: dmat runs show {queries.short(run.id)}",
     ]
     if run.tags.get("git.dirty") == "True" and not patched:
         unlike.append("the run had uncommitted changes that were not kept")
@@ -131,23 +132,32 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _data(place: Workspace, tree: Path, run: TrackedRun) -> Iterator[str]:
-    """Brings the inputs of the run into the tree from DVC's cache; a sentence for each that is not what it read."""
+def _data(place: Workspace, tree: Path, run: TrackedRun, chosen: Mapping[str, Any]) -> Iterator[str]:
+    """Brings all that the run's inputs come from into the tree, from DVC's cache: a training reads images that its mix
+    names. Yields a sentence for each input that is not what the run read."""
     stage = STAGES[run.stage]
     params = config.load(tree / "params.yaml")
-    chosen = next(one for one in stage.choices(params) if stage.instance(one) == run.instance)
     cache = _cache(place)
     if cache is not None:
         _dvc(tree, "config", "--local", "cache.dir", str(cache))
+        target = f"{stage.word}@{run.instance}" if stage.each else stage.word
+        _dvc(tree, "checkout", "--force", "--with-deps", target)
+        for path in (*stage.outputs(params, **chosen).values(), stage.metrics_path(chosen)):  # they are to be made
+            _remove(tree / path)
     for name, path in stage.inputs(params, **chosen).items():
         recorded = run.tags.get(f"input.{name}")
-        target = tree / path
-        if not target.exists():
-            _dvc(tree, "checkout", "--force", path)
-        if not target.exists():
-            yield f"{path} is not in DVC's cache: `dvc pull {path}`, or `dvc repro` in {tree} makes it again"
-        elif recorded is not None and (found := files.checksum(target)) != recorded:
+        found = files.checksum(tree / path) if (tree / path).exists() else None
+        if found is None:
+            yield f"{path} is not in DVC's cache; `dvc pull` brings it, or `dvc repro` in {tree} makes it again"
+        elif recorded is not None and found != recorded:
             yield f"{path} has checksum {found[:12]}; the run read {recorded[:12]}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _cache(place: Workspace) -> Path | None:
