@@ -96,6 +96,8 @@ def test_a_patch_brings_back_what_was_not_committed(project, tmp_path):
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(f"# changed\n{text}")
     (project / "image").write_bytes(bytes(range(256)))
+    (project / "latin").write_bytes("größer\n".encode("latin-1"))
+    _git(project, "add", "latin")
     _git(project, "add", "image")
     assert origin.git(project)["git_dirty"] is True
     origin.write_patch(project, tmp_path)
@@ -107,6 +109,16 @@ def test_a_patch_brings_back_what_was_not_committed(project, tmp_path):
     assert (found.tree / "params.yaml").read_text().startswith("# changed\n")
     assert (found.tree / "dvc.lock").read_text() == "new: 1\n"
     assert (found.tree / "image").read_bytes() == bytes(range(256))
+    assert (found.tree / "latin").read_bytes() == "größer\n".encode("latin-1")
+
+
+def test_a_patch_that_does_not_fit_is_one_sentence_and_leaves_nothing(project, tmp_path):
+    client, run = _run(project)
+    (tmp_path / origin.PATCH).write_text("--- a/params.yaml\n+++ b/params.yaml\n@@ -1 +1 @@\n-other\n+words\n")
+    client.log_artifact(run, str(tmp_path / origin.PATCH))
+    with pytest.raises(DmatError, match=r"`git apply .* failed in .*patch does not apply|patch failed"):
+        _reproduced(project, run)
+    assert not (project.parent / "tree").exists()
 
 
 def test_a_clean_tree_has_no_patch(project, tmp_path):

@@ -36,7 +36,8 @@ def write_patch(folder: Path, to: Path) -> None:
     except (OSError, subprocess.CalledProcessError):
         text = ""
     if text and len(text) <= _LARGEST:
-        files.write_text(to / PATCH, text)
+        with files.writing(to / PATCH) as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
     else:
         (to / PATCH).unlink(missing_ok=True)
 
@@ -55,7 +56,9 @@ def software() -> dict[str, str]:
 def _ask(folder: Path, *words: str, differs: bool = False) -> str:
     """What git answers. differs: 1 is no failure but says that files differ."""
     where = next(path for path in (folder, *folder.parents) if path.is_dir())
-    answer = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=False)
+    answer = subprocess.run(  # a text file may be in any encoding: its bytes come through
+        ["git", *words], cwd=where, capture_output=True, encoding="utf-8", errors="surrogateescape", check=False
+    )
     if answer.returncode not in ((0, 1) if differs else (0,)):
         raise subprocess.CalledProcessError(answer.returncode, words)
     return answer.stdout

@@ -82,13 +82,12 @@ def _tree(place: Workspace, run: TrackedRun, to: Path | None) -> Path:
     tree = (to or place.root.parent / f"{place.root.name}-{run.stage}-{run.instance}-{queries.short(run.id)}").resolve()
     if tree.exists():
         raise DmatError(f"{tree} exists; expected a new folder; name one with --to")
-    try:
-        _git(place.root, "cat-file", "-e", f"{commit}^{{commit}}")
-    except subprocess.CalledProcessError:
+    look = ["git", "cat-file", "-e", f"{commit}^{{commit}}"]
+    if subprocess.run(look, cwd=place.root, capture_output=True, check=False).returncode:
         raise DmatError(
             f"commit {commit[:10]} is not in this repository; expected the one that the run was made at; fetch it "
             f"(`git fetch --all`) and run the same command again"
-        ) from None
+        )
     _git(place.root, "worktree", "add", "--detach", str(tree), commit)
     return tree
 
@@ -182,7 +181,12 @@ def _machine(run: TrackedRun) -> Iterator[str]:
 
 
 def _git(folder: Path, *words: str) -> None:
-    subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+    answer = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        said = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]
+        raise DmatError(
+            f"`git {' '.join(words)}` failed in {folder} ({said[0]}); expected it to work; see `git status`"
+        )
 
 
 def _dvc(folder: Path, *words: str) -> None:
