@@ -4,7 +4,7 @@ Each round runs the three ways one after the other in fresh processes; ratios ar
 once, however long it is (the import of MLflow in the sending thread, mostly), is in the first half of the loop; the
 second half shows what metrics cost. The stores are there before, as in a project that is in use.
 
-    python benchmarks/logging_cost.py --rounds 3 --seconds 60
+    python benchmarks/logging_cost.py --rounds 3 --seconds 16
 """
 
 import argparse

@@ -1,15 +1,12 @@
 """The whole main job through `dvc repro` at a tiny size in a fresh copy of the repository, and what reruns when."""
 
-import contextlib
 import csv
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ import pytest
 import yaml
 
 from dmat import config
-from tests import browser, forked
+from tests import browser, forked, servers
 
 PIPELINE_STAGES = 14  # instances in the repository's params.yaml
 
@@ -146,14 +143,12 @@ def test_mlflow_has_one_parent_and_a_finished_run_for_each_stage(project):
 @pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason="there is no Chromium here")
 def test_the_mlflow_ui_shows_experiment_parent_children_charts_and_images(project):
     project.run("dmat", "runs", "sync")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = servers.free_port()
     server = project.start("dmat", "ui", "--port", str(port), DMAT_TRACKING="on")
     try:
         said = server.stdout.readline()
         page = re.search(r"http://127.0.0.1:\d+/#/experiments/\d+/runs\S*", said)[0]
-        forked.until(lambda: _answers(port), 200)
+        forked.until(lambda: servers.healthy(port), 200)
         runs = json.loads(project.run("dmat", "runs", "list", "--limit", "0", "--json"))
         ids = {run["name"]: run["id"] for run in runs}
         at = page.partition("?")[0]
@@ -175,12 +170,6 @@ def test_the_mlflow_ui_shows_experiment_parent_children_charts_and_images(projec
     finally:
         server.terminate()
         server.communicate(timeout=60)
-
-
-def _answers(port: int) -> bool:
-    with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-        return answer.status == 200
-    return False
 
 
 def _text(driver) -> str:

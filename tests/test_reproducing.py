@@ -11,7 +11,7 @@ import yaml
 from dmat import config, tracking
 from dmat.errors import DmatError
 from dmat.jobs.workspace import Workspace
-from dmat.tracking import origin
+from dmat.tracking import memory, origin
 from dmat.upkeep import reproducing
 
 
@@ -41,7 +41,7 @@ def _run(project, **tags):
     kept = {name: value for name, value in (given | tags).items() if value is not None}
     run = client.create_run(experiment, tags=kept).info.run_id
     settings = config.load(project / "params.yaml").sections["prepare_data"].plain()
-    for name, value in reproducing._leaves(settings):
+    for name, value in memory.parameters(settings).items():
         client.log_param(run, name, value)
     return client, run
 
@@ -119,6 +119,16 @@ def test_a_patch_that_does_not_fit_is_one_sentence_and_leaves_nothing(project, t
     with pytest.raises(DmatError, match=r"`git apply .* failed in .*patch does not apply|patch failed"):
         _reproduced(project, run)
     assert not (project.parent / "tree").exists()
+
+
+def test_what_dvc_writes_makes_no_tree_dirty_and_is_in_the_patch(project, tmp_path):
+    (project / "dvc.lock").write_text("old: 1\n")
+    _git(project, "add", "dvc.lock")
+    _git(project, "commit", "-qm", "two")
+    (project / "dvc.lock").write_text("new: 1\n")
+    assert origin.git(project)["git_dirty"] is False
+    origin.write_patch(project, tmp_path)
+    assert "+new: 1" in (tmp_path / origin.PATCH).read_text()
 
 
 def test_a_clean_tree_has_no_patch(project, tmp_path):

@@ -1,14 +1,11 @@
 """MLflow: true status however a run ends, nothing sent twice or lost, and a broken store that stops nothing."""
 
-import contextlib
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +14,7 @@ from dmat import files, tracking
 from dmat.errors import DmatError, Interrupted
 from dmat.tracking import notes, runs, stores
 from dmat.training.long_run import MetricsLog
-from tests import forked
+from tests import forked, servers
 
 
 @pytest.fixture
@@ -443,23 +440,12 @@ def _server(folder, port):
     words += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
     quiet = subprocess.DEVNULL
     server = subprocess.Popen([sys.executable, *words], start_new_session=True, stdout=quiet, stderr=quiet)
-    forked.until(lambda: _healthy(port), 120)
+    forked.until(lambda: servers.healthy(port), 120)
     return server
 
 
-def _healthy(port):
-    with (
-        contextlib.suppress(OSError),
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer,
-    ):
-        return answer.status == 200
-    return False
-
-
 def test_a_server_that_is_killed_in_the_middle_of_a_run_lacks_nothing_after_sync(home, monkeypatch, told):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = servers.free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(runs, "_SEND_EVERY", 0.1)

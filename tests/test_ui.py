@@ -5,18 +5,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import psutil
 import pytest
 
 from dmat.errors import DmatError
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests import servers
 
 
 def test_it_listens_on_this_machine_alone(capsys):
@@ -29,7 +23,7 @@ def test_it_listens_on_this_machine_alone(capsys):
 def test_a_signal_to_its_process_alone_ends_the_servers_too(root, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "params.yaml").write_text((root / "params.yaml").read_text())
-    port = _free_port()
+    port = servers.free_port()
     started = subprocess.Popen(
         [sys.executable, "-m", "cli.main", "ui", "--port", str(port)],
         cwd=tmp_path,
@@ -39,20 +33,15 @@ def test_a_signal_to_its_process_alone_ends_the_servers_too(root, tmp_path, monk
     )
     try:
         deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-                    assert answer.status == 200
-                break
-            except OSError:
-                assert started.poll() is None, started.stdout.read()
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        servers = psutil.Process(started.pid).children(recursive=True)
-        assert servers
+        while not servers.healthy(port):
+            assert started.poll() is None, started.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        children = psutil.Process(started.pid).children(recursive=True)
+        assert children
         started.send_signal(signal.SIGTERM)
         started.wait(60)
-        _, left = psutil.wait_procs(servers, timeout=30)
+        _, left = psutil.wait_procs(children, timeout=30)
         assert left == []
     finally:
         for process in [*psutil.Process(started.pid).children(recursive=True)] if started.poll() is None else []:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dmat import files
-from dmat.config import WriteReport
+from dmat.config import Fraction, WriteReport
 from dmat.evaluation.table import read_table
 from dmat.jobs import lineage, workspace
 from dmat.jobs.execution import Job
@@ -146,7 +146,7 @@ def _content(
     )
     best = {run: summary["best"]["images_seen"] for run, summary in summaries.items()}
     sweeps = {run: summary["best"]["sweep"] for run, summary in summaries.items()}
-    first_runs = tuple(f"{runs[0]}:" for runs in names.values())
+    first_runs = [runs[0] for runs in names.values()]
     return page.Content(
         title=settings.title,
         sentences=comparison.sentences(compared),
@@ -168,7 +168,7 @@ def _content(
             "loss": charts.curves(names, histories, "train_loss", unit="loss"),
             "learning_rate": charts.curves(names, histories, "learning_rate", unit="learning rate"),
             "against_epsilon": charts.against_epsilon(
-                names, sweeps, compared, protocol["threat"], _radius(protocol["threat"]["epsilon"])
+                names, sweeps, compared, protocol["threat"], Fraction(protocol["threat"]["epsilon"])
             ),
             "quality": drawn[0] if drawn else None,
             "hours": charts.hours(spent, list(STAGES)),
@@ -177,18 +177,13 @@ def _content(
         attacked=[
             one
             for one in _found(job, "evaluate_robust")
-            if one.caption.startswith(first_runs) and one.path.stem != "accuracy_against_epsilon"
+            if one.path.parent.name in first_runs and one.path.stem != "accuracy_against_epsilon"
         ],
         chain=chain,
         chain_lines=lineage.lines(list(results.values())),
         provenance=provenance,
         sources=read.sources,
     )
-
-
-def _radius(epsilon: str) -> float:
-    above, _, below = epsilon.partition("/")
-    return float(above) / float(below or 1)
 
 
 def _found(job: Job, word: str) -> list[page.Picture]:

@@ -59,11 +59,10 @@ def differences(comparison: Mapping[str, Any]) -> Chart | None:
         )
     if not traces:
         return None
-    many = len(traces) > 1
     layout = {
         "xaxis": {"title": "points", "zeroline": True, "zerolinewidth": 2},
         "yaxis": {"autorange": "reversed", "title": None},
-        "scattermode": "group" if many else "overlay",
+        "scattermode": "group",
         "showlegend": True,
     }
     return _chart(traces, layout)

@@ -22,6 +22,7 @@ from dmat.tracking.registry import Candidate
 
 _BATCH = 1000  # MLflow's limit of metrics in one request
 _DIGEST = 36  # and of characters in the digest of a data set
+_LONGEST_PARAMETER = 6000
 _LONGEST_TAG = 7900  # characters; MLflow takes 8,000
 FRESH: dict[str, Any] = {
     "run": None,  # id in the store
@@ -243,9 +244,14 @@ class Sender:
     def _log_params(self, run: str, settings: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        pairs = [Param(name, str(value)[:6000]) for name, value in _leaves(settings)]
+        pairs = [Param(name, value) for name, value in parameters(settings).items()]
         for start in range(0, len(pairs), 100):
             self._client.log_batch(run, params=pairs[start : start + 100])
+
+
+def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as a run's parameters: dotted names, values as text."""
+    return {name: str(value)[:_LONGEST_PARAMETER] for name, value in _leaves(settings)}
 
 
 def _points(line: bytes) -> list[tuple[str, float, int]]:

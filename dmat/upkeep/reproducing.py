@@ -19,7 +19,7 @@ from dmat import config, files
 from dmat.errors import DmatError
 from dmat.jobs.stages import STAGES, Stage
 from dmat.jobs.workspace import Workspace
-from dmat.tracking import origin, queries, stores
+from dmat.tracking import memory, origin, queries, stores
 from dmat.tracking.queries import TrackedRun
 
 
@@ -113,22 +113,13 @@ def _parameters(tree: Path, stage: Stage, run: TrackedRun) -> tuple[Mapping[str,
             f"params.yaml at that commit has no {stage.word} {run.instance}; expected one of {known}; the run was made "
             f"with another parameter file, see `dmat runs show {queries.short(run.id)}`"
         )
-    now = {name: str(value) for name, value in _leaves(stage.settings(params, **chosen).plain())}
+    now = memory.parameters(stage.settings(params, **chosen).plain())
     differing = [
         f"{name} is {now.get(name, 'not there')} in params.yaml and was {run.params.get(name, 'not there')}"
         for name in sorted(now.keys() | run.params.keys())
         if now.get(name) != run.params.get(name)
     ]
     return chosen, differing
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """As tracking writes parameters."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _data(place: Workspace, tree: Path, run: TrackedRun, chosen: Mapping[str, Any]) -> Iterator[str]:
