@@ -1,10 +1,10 @@
 """What tracking costs a fast run: equal steps without tracking, with the embedded store, with a server 50 ms away.
 
-Each round runs the three ways one after the other in fresh processes; ratios are taken within a round. What a run costs
-once, however long it is (the import of MLflow in the sending thread, mostly), is in the first half of the loop; the
-second half shows what metrics cost. The stores are there before, as in a project that is in use.
+Each round runs the three ways one after the other in fresh processes; ratios are taken within a round. What a run
+costs once, however long it is (the start of the sending process), is in the first half of the loop; the second half
+shows what metrics cost. The stores are there before, as in a project that is in use.
 
-    python benchmarks/logging_cost.py --rounds 3 --seconds 16
+    python benchmarks/logging_cost.py --rounds 5 --seconds 24
 """
 
 import argparse

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from dmat import files, tracking
 from dmat.errors import DmatError, Interrupted
-from dmat.tracking import notes, runs, stores
+from dmat.tracking import courier, notes, runs, stores
 from dmat.training.long_run import MetricsLog
 from tests import forked, servers
 
@@ -35,8 +37,15 @@ def _open(home, name="one", parent=None):
 
 
 @pytest.fixture
+def inside(monkeypatch):
+    """The courier is a thread of this process, so that a test may change what it meets; it sends without a pause."""
+    monkeypatch.setattr(courier, "SEND_EVERY", 0.05)
+    monkeypatch.setattr(courier, "of_this_process", courier.in_this_process)
+
+
+@pytest.fixture
 def told(monkeypatch):
-    """What a run warns of. Its thread does that, and `pytest.warns` hears the others only as long as no library changes
+    """What a run warns of. A thread does that, and `pytest.warns` hears the others only as long as no library changes
     the filters of warnings meanwhile, which are the whole process's."""
     heard: list[str] = []
     monkeypatch.setattr(runs, "warnings", SimpleNamespace(warn=lambda text, stacklevel: heard.append(text)))
@@ -88,8 +97,7 @@ def test_inputs_are_data_sets_of_the_run(home):
     assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "train")]
 
 
-def test_processor_and_memory_are_sampled_while_a_run_goes_on(home, monkeypatch):
-    monkeypatch.setattr(runs, "_SEND_EVERY", 0.05)
+def test_processor_and_memory_are_sampled_while_a_run_goes_on(home, inside, monkeypatch):
     monkeypatch.setattr(runs, "_SAMPLE_EVERY", 0.2)
     with _open(home) as run:
         run.provenance()  # waits for the store
@@ -126,7 +134,7 @@ def _as_if_dead(home, pid):
 
 
 _KILLED = """
-import os, signal, sys, time
+import os, psutil, signal, sys
 from pathlib import Path
 from dmat import tracking
 from dmat.tracking import runs
@@ -138,22 +146,57 @@ work.mkdir(parents=True)
 with tracking.open_run(home, work, stage="train_robust", instance="one", settings={}, inputs={}, compute={}) as run:
     MetricsLog(work / "metrics.jsonl").write(10, {"loss": 2.0})
     run.provenance()
+    (courier,) = psutil.Process().children()
+    if sys.argv[2] == "both":
+        courier.kill()
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_run_killed_with_9_is_ended_by_the_next_command_with_all_its_metrics(home):
-    subprocess.run([sys.executable, "-c", _KILLED, str(home)], check=False, timeout=400)
-    _, before = _runs(home)
-    assert [run.info.status for run in before] == ["RUNNING"]
-    with _open(home, "two"):
-        pass
+@pytest.mark.parametrize("killed", ["training", "both"])
+def test_a_run_killed_with_9_is_ended_as_killed_with_all_its_metrics(home, killed):
+    """By its courier, which is told by nobody; if that died too, by the next command."""
+    subprocess.run([sys.executable, "-c", _KILLED, str(home), killed], check=False, timeout=400)
+    if killed == "both":
+        assert [run.info.status for run in _runs(home)[1]] == ["RUNNING"]
+        with _open(home, "two"):
+            pass
+    else:
+        forked.until(lambda: not notes.read(home), 60)
     runs = {run.info.run_name: run for run in _runs(home)[1]}
-    assert runs["train_robust two"].info.status == "FINISHED"
     assert runs["train_robust one"].info.status == "KILLED"
     assert runs["train_robust one"].data.tags["dmat.error"] == notes.LOST
     assert _numbers(runs["train_robust one"]) == {"loss": 2.0}
+    assert all(run.info.status == "FINISHED" for name, run in runs.items() if name != "train_robust one")
     assert tracking.sync(home) == []
+
+
+def test_a_courier_that_dies_loses_nothing_and_the_next_run_has_another(home, told):
+    with _open(home) as run:
+        run.provenance()  # waits until it sends
+        (child,) = psutil.Process().children()
+        child.kill()
+        child.wait()
+        forked.until(lambda: bool(told), 20)
+        _log(home, 10, loss=2.0)
+    assert ["ended with code -9" in line for line in told] == [True]
+    with _open(home, "two"):
+        pass
+    assert {run.info.run_name: run.info.status for run in _runs(home)[1]} == {
+        "train_robust one": "FINISHED",
+        "train_robust two": "FINISHED",
+    }
+    (one,) = [run for run in _runs(home)[1] if run.info.run_name == "train_robust one"]
+    assert _numbers(one) == {"loss": 2.0}
+
+
+def test_a_training_does_not_import_mlflow(home):
+    """It would be the seconds and the memory of every stage."""
+    script = "import sys, tests.test_tracking as t, pathlib\nwith t._open(pathlib.Path(sys.argv[1])) as run:\n"
+    script += "    run.provenance()\nprint('mlflow' in sys.modules)"
+    words = [sys.executable, "-c", script, str(home)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert done.stdout == "False\n"
 
 
 def test_a_parent_ends_as_its_children_did(home, dead_pid):
@@ -188,7 +231,7 @@ def test_notes_of_another_store_and_of_living_processes_are_left_alone(home, dea
 
 @pytest.mark.parametrize("known_before", [False, True], ids=["never reached", "lost on the way"])
 @pytest.mark.parametrize("process_ends", [False, True], ids=["in its process", "by another"])
-def test_a_server_that_is_away_costs_no_metric(home, monkeypatch, told, dead_pid, known_before, process_ends):
+def test_a_server_that_is_away_costs_no_metric(home, inside, monkeypatch, told, dead_pid, known_before, process_ends):
     """What an outage kept back arrives by `dmat runs sync`: points, final numbers, status, each once."""
     if known_before:
         with pytest.raises(Interrupted), _open(home):
@@ -202,7 +245,9 @@ def test_a_server_that_is_away_costs_no_metric(home, monkeypatch, told, dead_pid
             run.tag("optuna.state", "COMPLETE")
             run.finish_with({"best": 1.0}, [])
         assert time.monotonic() - started < 15
-        run._thread.join(60)  # a run does not wait for a silent server; its last attempt must fall into the outage
+        assert run._ended.wait(
+            60
+        )  # a run does not wait for a silent server; its last attempt must fall into the outage
         assert ["cannot be reached (nobody answers); the run goes on" in line for line in told] == [True]
         with pytest.raises(DmatError, match=r"cannot be reached .nobody answers.; 0 of 1 runs .* run the same command"):
             tracking.sync(home, report=True)
@@ -222,7 +267,7 @@ def _unreachable(home):
     raise ConnectionError("nobody answers")
 
 
-def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, monkeypatch, told):
+def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, inside, monkeypatch, told):
     """The trials of a study are runs of one process."""
 
     def slow(home):
@@ -241,8 +286,7 @@ def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, monkey
     assert ["cannot be reached" in line for line in told] == [True]
 
 
-def test_a_server_that_comes_back_gets_everything_while_the_run_goes_on(home, monkeypatch, told):
-    monkeypatch.setattr(runs, "_SEND_EVERY", 0.05)
+def test_a_server_that_comes_back_gets_everything_while_the_run_goes_on(home, inside, monkeypatch, told):
     answers = iter([_unreachable, _unreachable])
     real = stores.connect
     monkeypatch.setattr(stores, "connect", lambda home: next(answers, real)(home))
@@ -282,7 +326,7 @@ def test_two_that_remember_one_run_keep_what_the_other_learned_and_make_it_once(
     one, other = (runs.Memory(folder, stores.identity(home)) for _ in range(2))
     one.update(about={"name": "study", "tags": {}, "settings": {}, "started": 1.0, "parent": None})
     for memory in (one, other):
-        sender = runs.Sender(home, memory)
+        sender = courier.Sender(home, memory)
         with sender.turn():
             sender.connect(live=False)
     assert one["run"] == other["run"]
@@ -294,7 +338,7 @@ def test_two_that_remember_one_run_keep_what_the_other_learned_and_make_it_once(
 
 def test_what_was_set_aside_is_ended_too(home):
     """kill -9, then --fresh: two runs, and the first does not stay RUNNING."""
-    subprocess.run([sys.executable, "-c", _KILLED, str(home)], check=False, timeout=400)
+    subprocess.run([sys.executable, "-c", _KILLED, str(home), "both"], check=False, timeout=400)
     work = home / "runs" / "one"
     tracking.set_aside(home, work, work / "before-1")
     with _open(home):
@@ -444,11 +488,10 @@ def _server(folder, port):
     return server
 
 
-def test_a_server_that_is_killed_in_the_middle_of_a_run_lacks_nothing_after_sync(home, monkeypatch, told):
+def test_a_server_that_is_killed_in_the_middle_of_a_run_lacks_nothing_after_sync(home, inside, monkeypatch, told):
     port = servers.free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(runs, "_SEND_EVERY", 0.1)
     memory = home / "runs" / "one" / "tracking.json"
     server = _server(home, port)
     try:
@@ -463,7 +506,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run_lacks_nothing_after_sync
                 _log(home, step, loss=1.0 / (step + 1))
             assert time.monotonic() - started < 5  # nobody waited
             run.finish_with({"best": 1.0}, [])
-        run._thread.join(60)
+        assert run._ended.wait(60)
         assert len(told) == 1
         server = _server(home, port)
         assert tracking.sync(home, report=True) == ["train_robust one: FINISHED"]
@@ -476,9 +519,8 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run_lacks_nothing_after_sync
         server.wait()
 
 
-def test_an_answer_that_was_lost_does_not_double_points(home, monkeypatch, told):
+def test_an_answer_that_was_lost_does_not_double_points(home, inside, monkeypatch, told):
     """The server stored the points; its answer never came."""
-    monkeypatch.setattr(runs, "_SEND_EVERY", 0.05)
     from mlflow import MlflowClient
 
     real, lost = MlflowClient.log_batch, []

@@ -30,7 +30,8 @@ FRESH: dict[str, Any] = {
     "sent": 0,  # bytes of metrics.jsonl
     "seconds": 0.0,  # that attempts spent so far
     "about": None,  # name, tags, settings, started, parent's folder, behind
-    "ending": None,  # status, error, metrics, pictures, tags, models, ended; None while the run goes on
+    "tags": {},  # that became known while the run goes on
+    "ending": None,  # status, error, metrics, pictures, models, ended; None while the run goes on
     "restored": {},  # of a parent: stage instances that DVC did not run again -> the runs that made them
 }
 FILES = ("tracking.json", "tracking.lock", "sending.lock", origin.PATCH)
@@ -148,7 +149,7 @@ class Sender:
     def send_end(self, status: str, end: Mapping[str, Any]) -> None:
         """Final numbers, pictures, tags and status. end: as in `ending` of the memory."""
         run = self.memory["run"]
-        for name, value in end["tags"].items():
+        for name, value in self.memory["tags"].items():
             self.tag(name, value)
         self._log([(name, value, 0) for name, value in end["metrics"].items()])
         for picture in end["pictures"]:

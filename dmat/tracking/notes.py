@@ -50,7 +50,9 @@ def alive(note: dict[str, Any]) -> bool:
     if elsewhere(note):
         return True
     try:
-        return bool(abs(psutil.Process(note["pid"]).create_time() - note["started"]) < 1)
+        process = psutil.Process(note["pid"])
+        same = abs(process.create_time() - note["started"]) < 1
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)  # killed, and its parent did not ask yet
     except psutil.NoSuchProcess:
         return False
 
@@ -222,7 +224,7 @@ def _catch_up(home: Path, path: Path, note: dict[str, Any], gone: Collection[str
 
 
 def _ending(status: str, error: str, ended: float) -> dict[str, Any]:
-    return {"status": status, "error": error, "metrics": {}, "pictures": [], "tags": {}, "ended": ended}
+    return {"status": status, "error": error, "metrics": {}, "pictures": [], "ended": ended}
 
 
 def _left(home: Path, identity: str) -> list[str]:

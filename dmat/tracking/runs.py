@@ -13,14 +13,13 @@ import psutil
 
 from dmat import files
 from dmat.errors import Interrupted
-from dmat.tracking import notes, origin, overview, stores
-from dmat.tracking.memory import Memory, Sender, remembered
+from dmat.tracking import courier, notes, origin, overview, stores
+from dmat.tracking.memory import Memory, remembered
 from dmat.tracking.registry import Candidate
 from dmat.tracking.system import Sampler
 
-_SEND_EVERY = 5.0  # seconds
 _SAMPLE_EVERY = 10.0  # seconds between two looks at processor and memory
-_LONGEST_PAUSE = 60.0  # seconds between two attempts at a store that does not answer
+_COURIERS = 3  # that a run calls before it ends, should they die
 _PATIENCE = 20.0  # seconds that the end of a stage waits for a slow server
 _silent = set[str]()  # stores that did not answer last time: their runs are told once, and wait for nothing
 
@@ -33,20 +32,20 @@ class Run:
         self._memory = Memory(folder, stores.identity(home))
         self._store = stores.store(home)
         self._about, self._enabled = about, enabled
-        self._closing, self._connected = threading.Event(), threading.Event()
+        self._closing, self._reached, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._final: tuple[dict[str, float], list[str]] = ({}, [])
         self._tags: dict[str, str] = {}
-        self._told = set[str]()  # tags that the store has
         self._models: list[dict[str, Any]] = []
         self._status: tuple[str, str] | None = None
-        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._started = time.time()
+        self._calls = 0
 
     def __enter__(self) -> Self:
         if self._enabled:
-            self._memory.update(about=self._about, ending=None)
+            self._memory.update(about=self._about, ending=None, tags=self._tags)
             notes.write(self.home, self.folder, os.getpid())
-            self._thread.start()
+            self._call_a_courier()
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -64,16 +63,21 @@ class Run:
             "error": reason,
             "metrics": metrics,
             "pictures": pictures,
-            "tags": self._tags,
             "models": self._models,
             "ended": time.time(),
         }
         try:
-            self._memory.update(seconds=self._memory["seconds"] + time.time() - self._started, ending=ending)
+            self._memory.update(
+                seconds=self._memory["seconds"] + time.time() - self._started, ending=ending, tags=self._tags
+            )
         finally:
             self._closing.set()
-            if self._enabled and self._store not in _silent:
-                self._thread.join(_PATIENCE)
+            if self._enabled:
+                if self._courier.gone:
+                    self._call_a_courier()
+                self._courier.close(self.folder)
+                if self._store not in _silent:
+                    self._ended.wait(_PATIENCE)
 
     def finish_with(self, metrics: Mapping[str, Any], pictures: list[Path]) -> None:
         """Final numbers and pictures (inside the work folder), sent when the block ends."""
@@ -86,6 +90,8 @@ class Run:
     def tag(self, name: str, value: str) -> None:
         """A tag that becomes known while the run goes on."""
         self._tags[name] = value
+        if self._enabled:
+            self._memory.update(tags=self._tags)
 
     def describe(self, text: str) -> None:
         """Markdown that MLflow shows on top of the run's page."""
@@ -101,7 +107,8 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """Where this result can be looked up: not part of any hash."""
         if self._enabled:
-            self._connected.wait(_PATIENCE)
+            self._reached.wait(_PATIENCE)
+            self._memory.refresh()
         return {
             "mlflow_run": self._memory["run"],
             "mlflow_parent": self._memory["parent"],
@@ -110,51 +117,39 @@ class Run:
             "host_cores": os.cpu_count(),
         }
 
-    def _serve(self) -> None:
-        """The thread: sends what is new until the block ends, more seldom while the store does not answer."""
-        sender, sampler = Sender(self.home, self._memory), Sampler()
-        connected, first, pause, sampled = False, True, 0.0, self._started
-        while True:
-            closing = self._closing.wait(pause)
-            try:
-                connected = self._send(sender, connected, closing)
-                if not closing and time.time() - sampled >= _SAMPLE_EVERY:
-                    sampled = time.time()
-                    sender.send_system(sampler.sample(), sampled - self._started)
-                if first or self._store in _silent:
-                    _silent.discard(self._store)
-                    notes.sync(self.home)
-                first, pause = False, _SEND_EVERY
-            except Exception as error:  # any failure of tracking must leave the run alone
-                pause = min(max(2 * pause, _SEND_EVERY), _LONGEST_PAUSE)
-                if self._store not in _silent:
-                    _silent.add(self._store)
-                    warnings.warn(
-                        f"MLflow at {self._store} cannot be reached ({notes.first_line(error)}); the run "
-                        f"goes on, its metrics are in {self.folder / 'metrics.jsonl'} and are sent later",
-                        stacklevel=1,
-                    )
-            finally:
-                self._connected.set()
-            if closing:
-                return
+    def _call_a_courier(self) -> None:
+        self._ended.clear()
+        self._calls += 1
+        self._courier = courier.of_this_process()
+        self._courier.open(self.home, self.folder, stores.identity(self.home), self._hear)
 
-    def _send(self, sender: Sender, connected: bool, closing: bool) -> bool:
-        """One conversation with the store. Returns True; raises whatever MLflow raises."""
-        with sender.turn():
-            if not notes.exists(self.home, self.folder):  # after an outage `sync` of another thread sent its end
-                return True
-            if not connected:
-                sender.connect(live=True)
-            sender.send_new()
-            for name in self._tags.keys() - self._told:
-                sender.tag(name, self._tags[name])
-                self._told.add(name)
-            if closing:
-                ending = self._memory["ending"]
-                sender.send_end(ending["status"], ending)
-                notes.remove(self.home, self.folder)
-        return True
+    def _watch(self) -> None:
+        """The thread: samples what the machine is busy with until the block ends."""
+        sampler = Sampler()
+        while not self._closing.wait(_SAMPLE_EVERY):
+            if self._courier.gone and self._calls < _COURIERS:
+                self._call_a_courier()
+            self._courier.system(self.folder, sampler.sample(), time.time() - self._started)
+
+    def _hear(self, what: str, text: str) -> None:
+        """What the courier says of this run."""
+        if what == "warned":
+            warnings.warn(text, stacklevel=1)
+            return
+        if what == "reached":
+            _silent.discard(self._store)
+        elif what == "gone":
+            warnings.warn(f"{text}; the run goes on, another takes over", stacklevel=1)
+        elif what == "failed" and self._store not in _silent:
+            _silent.add(self._store)
+            warnings.warn(
+                f"MLflow at {self._store} cannot be reached ({text}); the run goes on, its metrics are in "
+                f"{self.folder / 'metrics.jsonl'} and are sent later",
+                stacklevel=1,
+            )
+        self._reached.set()
+        if what in ("ended", "gone"):
+            self._ended.set()
 
 
 def open_run(
