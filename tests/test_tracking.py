@@ -171,23 +171,45 @@ def test_a_run_killed_with_9_is_ended_as_killed_with_all_its_metrics(home, kille
     assert tracking.sync(home) == []
 
 
-def test_a_courier_that_dies_loses_nothing_and_the_next_run_has_another(home, told):
+@pytest.mark.parametrize("another_comes", ["while it goes on", "at its end"])
+def test_a_courier_that_dies_loses_nothing_and_another_takes_over(home, told, monkeypatch, another_comes):
+    monkeypatch.setattr(runs, "_SAMPLE_EVERY", 0.2 if another_comes == "while it goes on" else 1000.0)
     with _open(home) as run:
         run.provenance()  # waits until it sends
         (child,) = psutil.Process().children()
-        child.kill()
-        child.wait()
-        forked.until(lambda: bool(told), 20)
         _log(home, 10, loss=2.0)
+        os.kill(child.pid, signal.SIGKILL)
+        forked.until(lambda: bool(told), 20)
+        if another_comes == "while it goes on":
+            forked.until(lambda: files.read_json(home / "runs" / "one" / "tracking.json")["sent"] > 0, 60)
     assert ["ended with code -9" in line for line in told] == [True]
-    with _open(home, "two"):
-        pass
-    assert {run.info.run_name: run.info.status for run in _runs(home)[1]} == {
-        "train_robust one": "FINISHED",
-        "train_robust two": "FINISHED",
-    }
-    (one,) = [run for run in _runs(home)[1] if run.info.run_name == "train_robust one"]
-    assert _numbers(one) == {"loss": 2.0}
+    (found,) = _runs(home)[1]
+    assert (found.info.status, _numbers(found)) == ("FINISHED", {"loss": 2.0})
+
+
+def test_where_no_process_can_be_started_a_thread_sends(home, monkeypatch):
+    def refused(*words, **options):
+        raise OSError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(courier, "_mine", None)
+    monkeypatch.setattr(courier.subprocess, "Popen", refused)
+    with _open(home):
+        _log(home, 10, loss=2.0)
+    monkeypatch.undo()
+    (found,) = _runs(home)[1]
+    assert (found.info.status, _numbers(found)) == ("FINISHED", {"loss": 2.0})
+
+
+def test_a_killed_process_that_nobody_waited_for_is_not_alive(home):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (home / "runs" / "one").mkdir(parents=True)
+    notes.write(home, home / "runs" / "one", child.pid)
+    ((_, note),) = notes.read(home)
+    assert notes.alive(note)
+    child.kill()
+    forked.until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 20)
+    assert not notes.alive(note)
+    child.wait()
 
 
 def test_a_training_does_not_import_mlflow(home):
@@ -245,9 +267,8 @@ def test_a_server_that_is_away_costs_no_metric(home, inside, monkeypatch, told, 
             run.tag("optuna.state", "COMPLETE")
             run.finish_with({"best": 1.0}, [])
         assert time.monotonic() - started < 15
-        assert run._ended.wait(
-            60
-        )  # a run does not wait for a silent server; its last attempt must fall into the outage
+        # a run does not wait for a silent server; its last attempt must fall into the outage
+        assert run._ended.wait(60)
         assert ["cannot be reached (nobody answers); the run goes on" in line for line in told] == [True]
         with pytest.raises(DmatError, match=r"cannot be reached .nobody answers.; 0 of 1 runs .* run the same command"):
             tracking.sync(home, report=True)

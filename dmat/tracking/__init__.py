@@ -1,8 +1,8 @@
 """MLflow, and nobody else imports it: one run per stage instance, all runs of one `dvc repro` under one parent.
 
 Training never waits for it. Metrics are in `metrics.jsonl` first; a process of its own sends what is new and remembers
-how far it came in the work folder. What an outage kept back, and the end of runs that were killed, is sent by the next
-command or by `dmat runs sync`.
+how far it came in the work folder, and ends the run of a training that was killed. What an outage kept back, and the
+end of runs whose sending process died too, is sent by the next command or by `dmat runs sync`.
 """
 
 from dmat.tracking.memory import FILES

@@ -118,9 +118,8 @@ def _start() -> Courier:
     def listen() -> None:
         for line in answers:
             courier.answer(json.loads(line))
-        courier.answer(
-            {"of": "", "what": "gone", "text": f"the process that sends to MLflow ended with code {child.wait()}"}
-        )
+        text = f"the process that sends to MLflow ended with code {child.wait()}"
+        courier.answer({"of": "", "what": "gone", "text": text})
 
     threading.Thread(target=listen, daemon=True).start()
     return courier
@@ -214,7 +213,6 @@ class _Followed:
 
     def __post_init__(self) -> None:
         self.sender = Sender(self.home, Memory(self.folder, self.store))
-        self.told = dict[str, str]()  # tags that the store has
 
     def step(self) -> tuple[str, str]:
         """Sends what is new, more seldom while the store does not answer. Returns what happened and a text."""
@@ -240,9 +238,7 @@ class _Followed:
                 sender.connect(live=True)
                 self.connected = True
             sender.send_new()
-            for name in [name for name, value in memory["tags"].items() if self.told.get(name) != value]:
-                sender.tag(name, memory["tags"][name])
-                self.told[name] = memory["tags"][name]
+            sender.send_tags()
             while self.samples:
                 sender.send_system(*self.samples[0])
                 self.samples.popleft()

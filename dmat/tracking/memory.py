@@ -94,6 +94,7 @@ class Sender:
         self.home, self.memory = home, memory
         self._client: Any = None
         self._already: set[tuple[str, int]] | None = None
+        self._told: dict[str, str] = {}  # tags that the store has
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -129,6 +130,13 @@ class Sender:
     def tag(self, name: str, value: str) -> None:
         self._client.set_tag(self.memory["run"], name, value)
 
+    def send_tags(self) -> None:
+        """Those that became known since the run began."""
+        for name, value in self.memory["tags"].items():
+            if self._told.get(name) != value:
+                self.tag(name, value)
+                self._told[name] = value
+
     def send_system(self, values: Mapping[str, float], seconds: float) -> None:
         """A sample of what the machine is busy with, so many seconds into the run."""
         self._log_now([(name, value, int(seconds)) for name, value in values.items()])
@@ -149,8 +157,7 @@ class Sender:
     def send_end(self, status: str, end: Mapping[str, Any]) -> None:
         """Final numbers, pictures, tags and status. end: as in `ending` of the memory."""
         run = self.memory["run"]
-        for name, value in self.memory["tags"].items():
-            self.tag(name, value)
+        self.send_tags()
         self._log([(name, value, 0) for name, value in end["metrics"].items()])
         for picture in end["pictures"]:
             if (path := self.memory.folder / picture).exists():
