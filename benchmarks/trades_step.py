@@ -2,6 +2,8 @@
 
     python benchmarks/trades_step.py --depth 10 --width 4 --size 32 --batch 64 --repeats 7
     python benchmarks/trades_step.py --device cuda --depth 28 --width 10 --batch 512 2048   # a GPU
+    ... --compiled   # our network through torch.compile as well
+    ... --profile    # and the kernels of one step of ours that take longest
 
 Plain: fp32, NCHW, eager, every convolution padded by a copy, parameters that require gradients during the attack, one
 more natural forward for the targets of the attack. Ours: what `training.classifier` runs. The two alternate within
@@ -97,11 +99,22 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds(lambda: torch.mm(a, b), device) for _ in range(10))
 
 
+def kernels(step: Callable[[], None], count: int = 16) -> list[str]:
+    """The kernels of one step that take longest, each with its share of the time of all."""
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as found:
+        step()
+    times = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in found.key_averages()}
+    longest = sorted(times, key=lambda key: -times[key])[:count]
+    return [f"{100 * times[key] / sum(times.values()):.1f} % {key[:90]}" for key in longest]
+
+
 def measure(args: argparse.Namespace, batch: int, compute: Compute) -> dict[str, Any]:
     torch.manual_seed(0)
     model = wide_resnet(FACTS, args.depth, args.width, "silu")
     plain = plain_network(model).to(compute.device)
     compute.place_model(model)
+    if args.compiled:
+        model.compile()
     x = torch.rand(batch, 3, args.size, args.size).to(compute.device)
     y = torch.randint(10, (batch,)).to(compute.device)
     start = ((2 * torch.rand(x.shape) - 1) * EPSILON).to(compute.device)
@@ -129,6 +142,8 @@ def measure(args: argparse.Namespace, batch: int, compute: Compute) -> dict[str,
         "peak_gflops": round(peak(compute.device, dtype) / 1e9),
         "share_of_peak": round(work / our_seconds / peak(compute.device, dtype), 3),
         "repeats": args.repeats,
+        "compiled": args.compiled,
+        **({"profile": kernels(steps[1])} if args.profile else {}),
     }
 
 
@@ -143,6 +158,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[64])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     compute = devices.resolve(args.device, args.precision, args.threads)
     if compute.device.type == "cuda":

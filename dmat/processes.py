@@ -92,9 +92,14 @@ class World:
             ) from error
 
 
+def wanted() -> int:
+    """How many processes `torchrun` started; 1 without it. Joins none of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def world() -> World:
     """The processes that `torchrun` started, joined at the first call; one process without it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = wanted()
     if size == 1:
         return World()
     found = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))

@@ -33,8 +33,8 @@ def free_port():
         return str(listener.getsockname()[1])
 
 
-def start(project, size, word="train_robust"):
-    """The processes of one run, as torchrun would start them."""
+def start(project, size, word="train_robust", ranks=None):
+    """The processes of one run, or some of them, as torchrun would start them."""
     port, stage = free_port(), word.replace("_", "-")
     return [
         forked.Command(
@@ -50,7 +50,7 @@ def start(project, size, word="train_robust"):
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
         )
-        for rank in range(size)
+        for rank in (range(size) if ranks is None else ranks)
     ]
 
 
@@ -157,12 +157,13 @@ def test_torchrun_restarts_after_kill_9_of_one_process(project, tmp_path):
     assert identical(result(project), result(whole))
 
 
-def test_what_does_not_compute_together_is_refused(project):
-    found = [command.wait() for command in start(project, 2, "score_images")]
-    for code, text in found:
-        assert code == 2
-        assert "score_images was started in 2 processes; expected one" in text
-        assert "without torchrun" in text
+def test_what_does_not_compute_together_is_refused_before_the_processes_join(project):
+    """Joining needs the other process, and one that has refused and ended breaks the joining of the other."""
+    alone, *_ = start(project, 2, "score_images", ranks=[0])
+    code, text = alone.wait(60)
+    assert code == 2, text
+    assert "score_images was started in 2 processes; expected one" in text
+    assert "without torchrun" in text
 
 
 def test_a_batch_that_does_not_divide_is_refused(project):

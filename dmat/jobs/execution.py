@@ -191,12 +191,13 @@ def execute(
 
     Under `torchrun` the leading process does that and the others only compute with it; they return nothing.
     """
-    world = processes.world()
-    if world.size > 1 and plan.stage.word not in TOGETHER + SHARED:
+    size = processes.wanted()  # before joining: whoever refused first would break the others' joining
+    if size > 1 and plan.stage.word not in TOGETHER + SHARED:
         raise DmatError(
-            f"{plan.stage.word} was started in {world.size} processes; expected one, as only "
+            f"{plan.stage.word} was started in {size} processes; expected one, as only "
             f"{', '.join(TOGETHER + SHARED)} take several; start it without torchrun"
         )
+    world = processes.world()
     if not world.leads:
         return _follow(plan, params, workspace, world)
     plan.work.mkdir(parents=True, exist_ok=True)
