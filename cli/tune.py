@@ -1,49 +1,169 @@
-"""`dmat tune`: a study over beta, learning rate and generated share."""
+"""`dmat tune`: a study over the parameters of an arm: run it, look at it, take its winner."""
 
 import json
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmat.errors import DmatError
+
+if TYPE_CHECKING:
+    from dmat.config import Params
+    from dmat.jobs.workspace import Workspace
+    from dmat.tuning import Study
+
+_PARAMS = Annotated[Path, typer.Option(help="Parameter file.")]
+_STORAGE = Annotated[
+    str,
+    typer.Option(
+        help="URL of the studies, such as postgresql+psycopg://user@host/database; without it DMAT_STUDIES of the "
+        "environment, else the project's own file.",
+        show_default=False,
+    ),
+]
+_JSON = Annotated[bool, typer.Option("--json", help="The result as JSON.")]
+
 
 def add_to(app: typer.Typer) -> None:
-    app.command(
-        "tune",
-        help="Run or resume the study of params.yaml: short trials that differ in beta, learning rate and generated "
-        "share, stopped early on validation PGD accuracy.\n\nExample: dmat tune --trials 20",
-    )(_tune)
+    group = typer.Typer(
+        no_args_is_help=True,
+        help="Studies: which values of an arm's parameters give the highest robust accuracy.\n\nExample: dmat tune "
+        "start --trials 40",
+    )
+    group.command(
+        "start",
+        help="Run, resume or join the study of params.yaml: short trials, stopped early on validation PGD accuracy; "
+        "the best are ranked by AutoAttack.\n\nExample: dmat tune start --trials 40 --workers 4",
+    )(_start)
+    group.command("status", help="How far the study is and what it found.\n\nExample: dmat tune status")(_status)
+    group.command("best", help="The best trial's values.\n\nExample: dmat tune best --json")(_best)
+    group.command(
+        "apply",
+        help="Write the best trial into params.yaml as an arm, for `dvc repro` to train at full length.\n\nExample: "
+        "dmat tune apply --name tuned --seed 1 --seed 2 --seed 3",
+    )(_apply)
+    group.command(
+        "dashboard", help="Open optuna-dashboard on the studies, on this machine alone.\n\nExample: dmat tune dashboard"
+    )(_dashboard)
+    app.add_typer(group, name="tune")
 
 
-def _tune(
-    trials: Annotated[int, typer.Option(help="Trials in all, those of earlier commands included.", min=1)],
+def _start(
+    trials: Annotated[
+        int, typer.Option(help="Trials in all, those of earlier commands included; 0: as params.yaml says.", min=0)
+    ] = 0,
+    workers: Annotated[int, typer.Option(help="Processes on this machine, one for each device.", min=1)] = 1,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Help a study that another command leads: no report, no progress bar.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Set the earlier study aside and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="No progress bar; the result as JSON.")] = False,
-    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
+    storage: _STORAGE = "",
+    params: _PARAMS = Path("params.yaml"),
 ) -> None:
-    from dmat import config, tuning
-    from dmat.jobs import workspace
+    from dmat import processes, tuning
 
-    loaded = config.load(params)
-    place = workspace.find(params.resolve().parent)
-    study = tuning.plan(loaded, place)
+    if worker and (fresh or workers > 1):
+        raise DmatError("--worker is one process that helps; expected it without --fresh and --workers; leave them out")
+    loaded, place, study = _study(params, storage)
+    total = trials or study.settings.trials
     if dry_run:
-        typer.echo(json.dumps(study.describe(), indent=2))
+        typer.echo(json.dumps({**study.describe(), "trials": total, "workers": workers}, indent=2))
         return
+    if worker:
+        tuning.end_with_starter()
     started = time.monotonic()
-    summary = tuning.run(study, loaded, place, trials, fresh=fresh, quiet=as_json)
+    wanted = tuning.Wanted(total, 0 if worker else workers, fresh, quiet=as_json or worker)
+    summary = tuning.run(study, loaded, place, wanted)
+    if worker or not processes.world().leads:
+        return
     if as_json:
         typer.echo(json.dumps(summary, sort_keys=True))
         return
+    own = summary["trials"] - summary["imported"]
+    if own > total:
+        typer.echo(f"{own} trials have ended already; --trials is the total, so none was added")
+    typer.echo(f"{_words(study, summary)} ({time.monotonic() - started:.0f} s); {tuning.folder_of(study)}")
+
+
+def _status(storage: _STORAGE = "", as_json: _JSON = False, params: _PARAMS = Path("params.yaml")) -> None:
+    from dmat import tuning
+
+    _, _, study = _study(params, storage)
+    found = tuning.status(study)
+    if as_json:
+        typer.echo(json.dumps(found, sort_keys=True))
+        return
+    typer.echo(_words(study, found))
+    for line in found["at_work"]:
+        typer.echo(f"  {line}")
+    typer.echo(f"  study {study.name}; storage {study.describe()['storage']}")
+
+
+def _best(storage: _STORAGE = "", as_json: _JSON = False, params: _PARAMS = Path("params.yaml")) -> None:
+    from dmat import tuning
+
+    _, _, study = _study(params, storage)
+    found = tuning.status(study)
+    if found["best"] is None:
+        raise DmatError(f"study {study.name} has no complete trial; expected one; `dmat tune start` runs some")
+    if as_json:
+        typer.echo(json.dumps(found["best"], sort_keys=True))
+        return
+    for name, value in found["best"].items():
+        typer.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+    rank = found["auto_attack"].get(str(found["best"]["trial"]))
+    if rank:
+        typer.echo(f"auto_attack on validation: {rank['value']:.4f} [{rank['low']:.4f}, {rank['high']:.4f}]")
+
+
+def _apply(
+    name: Annotated[str, typer.Option(help="Of the arm.")] = "tuned",
+    seed: Annotated[list[int] | None, typer.Option(help="Of params.yaml's `seeds`, as often as wanted.")] = None,
+    storage: _STORAGE = "",
+    params: _PARAMS = Path("params.yaml"),
+) -> None:
+    from dmat import tuning
+
+    loaded, _, study = _study(params, storage)
+    trial, written = tuning.apply_best(params, study, loaded, name, seed or [])
+    typer.echo(f"trial {trial} is in {params}: {', '.join(written)}; `dvc repro` trains it at full length")
+
+
+def _dashboard(
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 8080,
+    storage: _STORAGE = "",
+    params: _PARAMS = Path("params.yaml"),
+) -> None:
+    from dmat import tuning
+
+    _, _, study = _study(params, storage)
+    tuning.status(study)  # a storage that cannot be used is told before a server starts
+    program = shutil.which("optuna-dashboard", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
+    if program is None:
+        raise DmatError("optuna-dashboard is not installed; expected it beside dmat; run `make .venv/ready` again")
+    typer.echo(f"http://127.0.0.1:{port}/ shows the studies in {study.describe()['storage']}; Ctrl-C ends it")
+    os.execv(program, [program, study.storage, "--host", "127.0.0.1", "--port", str(port)])
+
+
+def _study(path: Path, storage: str) -> "tuple[Params, Workspace, Study]":
+    from dmat import config, tuning
+    from dmat.jobs import workspace
+
+    loaded = config.load(path)
+    place = workspace.find(path.resolve().parent)
+    return loaded, place, tuning.plan(loaded, place, storage or None)
+
+
+def _words(study: "Study", summary: dict[str, Any]) -> str:
     counts = ", ".join(f"{summary[state]} {state}" for state in ("complete", "pruned", "fail"))
     best = summary["best"]
-    if summary["trials"] > trials:
-        typer.echo(f"{summary['trials']} trials have ended already; --trials is the total, so none was added")
-    found = ", ".join(f"{name} {value:.4g}" for name, value in best.items()) if best else "no trial completed"
-    typer.echo(
-        f"tune {study.settings.arm}: best {found}; {counts}, pruning saved "
-        f"{100 * summary['images_saved_by_pruning']:.0f} % of the images ({time.monotonic() - started:.0f} s); "
-        f"artifacts/tune/{study.settings.arm}"
-    )
+    found = ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in best.items()) if best else ""
+    saved = f"pruning saved {100 * summary['images_saved_by_pruning']:.0f} % of the images"
+    return f"tune {study.settings.arm}: {f'best {found}' if best else 'no trial completed'}; {counts}, {saved}"

@@ -359,6 +359,8 @@ class WriteReport(Record):
 
 
 class Range(Record):
+    """Values of a numeric parameter; whole numbers where the parameter is one."""
+
     low: Annotated[float, Field(ge=-1e30, le=1e30)]
     high: Annotated[float, Field(ge=-1e30, le=1e30)]
     scale: Literal["linear", "log"] = "linear"
@@ -371,23 +373,113 @@ class Range(Record):
             raise ValueError(f"low is {self.low} on a log scale; expected above 0, or scale: linear")
         return self
 
+    @property
+    def ends(self) -> dict[str, float]:
+        """Values that must be possible, under the key that says them."""
+        return {"low": self.low, "high": self.high}
 
-Space = Annotated[dict[Literal["beta", "learning_rate", "generated_share"], Range], Field(min_length=1)]
+
+class Choices(Record):
+    """Values of a parameter that has no order, or of which only some are wanted."""
+
+    choices: Annotated[tuple[bool | int | float | str, ...], Field(min_length=2, strict=False)]
+
+    @pydantic.model_validator(mode="after")
+    def _differ(self) -> Self:
+        if len(set(map(repr, self.choices))) < len(self.choices):
+            raise ValueError(f"choices are {list(self.choices)}; expected each once")
+        return self
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        return {f"choices.{k}": value for k, value in enumerate(self.choices)}
+
+
+def _range_or_choices(value: Any) -> Any:
+    """Which of the two is meant: the other one's complaints would only confuse."""
+    if isinstance(value, Mapping):
+        return (Choices if "choices" in value else Range).model_validate(value)
+    return value
+
+
+Dimension = Annotated[Range | Choices, BeforeValidator(_range_or_choices)]
+# What the study itself decides, and what would make trials incomparable.
+NOT_IN_A_SPACE = ("images", "evaluate_every", "threat", "selection_steps", "selection_step_size", "patience")
+IMAGE_SET, SELECTION = "image_set", "selection"  # first part of a name in a space that is no parameter of an arm
+
+
+def _changed(record: AnyRecord, values: Mapping[str, Any]) -> AnyRecord:
+    return type(record).model_validate(merge(record.plain(), values))
 
 
 class Tune(Record):
     """A study: trials are short runs of train_robust that start from an arm and differ in `space` alone."""
 
     arm: Name
+    trials: Count = 40  # in all
     images: Count  # training images that a trial sees, the same for all
     evaluate_every: Count  # images between two reports of validation PGD accuracy
-    sampler: Literal["tpe", "random"] = "tpe"
-    pruner: Literal["median", "none"] = "median"
-    startup_trials: Natural = 5  # before anything is pruned
+    sampler: Literal["tpe", "gp", "random"] = "tpe"
+    pruner: Literal["hyperband", "median", "none"] = "hyperband"
+    startup_trials: Natural = 5  # ended trials before the median prunes
     warm_up_images: Natural = 0  # of a trial before it may be pruned
+    retries: Annotated[int, Field(ge=0, le=100)] = 2  # of a trial that ends with an unexpected exception
+    rerank: Natural = 3  # best trials that AutoAttack on the validation split puts in their final order
     seed: Seed  # of the sampler, and of every trial's training
     overrides: dict[str, Any] = {}  # of the arm, in every trial: what a short run needs otherwise
-    space: Space
+    enqueue: tuple[dict[str, Any], ...] = Field(default=(), strict=False)  # known good points, tried first
+    space: Annotated[dict[str, Dimension], Field(min_length=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What a trial computes with. image_set and selection: None for an arm without generated images."""
+
+    arm: TrainRobust
+    image_set: GenerateImages | None
+    selection: SelectImages | None
+
+    def value_of(self, name: str) -> Any:
+        """Of a parameter by its dotted name, as in a file. Raises DmatError for a name that is no single value."""
+        first, _, rest = name.partition(".")
+        record = {IMAGE_SET: self.image_set, SELECTION: self.selection}.get(first, self.arm)
+        if record is None:
+            raise DmatError(f"{name} is not known: the arm has no generated images; leave it out")
+        found: Any = record.plain()
+        for part in (rest if first in (IMAGE_SET, SELECTION) else name).split("."):
+            known = sorted(found) if isinstance(found, Mapping) else []
+            if part not in known:
+                raise DmatError(
+                    f"{name} is not known; expected one of {', '.join(known)}" if known else f"{name} is not known"
+                )
+            found = found[part]
+        if isinstance(found, Mapping | list):
+            raise DmatError(f"{name} is not a single value; name one below it, with dots")
+        return found
+
+    def with_values(self, values: Mapping[str, Any]) -> "Trial":
+        """The same with values by dotted name. Raises pydantic.ValidationError, as the records do."""
+        parts: dict[str, dict[str, Any]] = {"": {}, IMAGE_SET: {}, SELECTION: {}}
+        for name, value in values.items():
+            first, _, rest = name.partition(".")
+            part, path = (first, rest) if first in (IMAGE_SET, SELECTION) else ("", name)
+            *above, last = path.split(".")
+            place = parts[part]
+            for key in above:
+                place = place.setdefault(key, {})
+            place[last] = value
+        return Trial(
+            _changed(self.arm, parts[""]),
+            self.image_set and _changed(self.image_set, parts[IMAGE_SET]),
+            self.selection and _changed(self.selection, parts[SELECTION]),
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """JSON values; the arm's own at the top, as in a space."""
+        found = self.arm.plain()
+        if self.image_set is not None and self.selection is not None:
+            found |= {IMAGE_SET: self.image_set.plain(), SELECTION: self.selection.plain()}
+        return found
 
 
 class Chunk(Record):
@@ -427,7 +519,7 @@ class Params:
     selected_from: Mapping[str, str]  # selection -> image set
     arms: Mapping[str, TrainRobust]
     arm_images: Mapping[str, str]  # path of a selection, or REAL_ONLY
-    trial: TrainRobust | None  # the arm of the study with the study's overrides and length
+    trial: Trial | None  # the arm of the study with the study's overrides and length
 
     def chunks_of(self, image_set: str) -> dict[str, Chunk]:
         """In the order of their index."""
@@ -543,12 +635,16 @@ class _Reader:
         selections, selected_from = self._merged_list("selections", SelectImages, "select_images", "image_set")
         arms, arm_images = self._merged_list("arms", TrainRobust, "train_robust", "images_from")
         lists = (generators, image_sets, chunks, selections, selected_from, arms, arm_images)
-        trial = self._trial(sections.get("tune"), arms)
         self.problems += _disagreements(sections, *lists)
-        self.problems += _study_disagreements(sections.get("tune"), trial, arm_images)
+        trial = self._trial(sections.get("tune"), arms)
+        if trial is not None:
+            selection = Path(str(arm_images[sections["tune"].arm])).name
+            of_set = image_sets.get(str(selected_from.get(selection)))
+            trial = dataclasses.replace(trial, image_set=of_set, selection=selections.get(selection))
+            self.problems += _study_disagreements(sections["tune"], trial)
         return None if self.problems else Params(sections, tuple(seeds), *lists, trial)
 
-    def _trial(self, study: Tune | None, arms: Mapping[str, TrainRobust | None]) -> TrainRobust | None:
+    def _trial(self, study: Tune | None, arms: Mapping[str, TrainRobust | None]) -> Trial | None:
         """What all trials of a study have in common."""
         if study is None:
             return None
@@ -558,16 +654,16 @@ class _Reader:
         arm = arms[study.arm]
         if arm is None:  # its own problems are told already
             return None
-        both = sorted({*study.overrides} & {*study.space, "images", "evaluate_every"})
+        both = sorted({*study.overrides} & {*study.space, *NOT_IN_A_SPACE})
         if both:
             self.problems.append(
-                f"tune.overrides gives {', '.join(both)}, which the study itself decides; leave it out"
+                f"tune.overrides gives {', '.join(both)}, which the study itself or the arm decides; leave it out"
             )
-        length = {"images": study.images, "evaluate_every": study.evaluate_every}
+        length = {"images": study.images, "evaluate_every": study.evaluate_every, "patience": 0}
         made: TrainRobust | None = self._record(
             TrainRobust, "tune.overrides", merge(arm.plain(), {**study.overrides, **length})
         )
-        return made
+        return None if made is None else Trial(made, None, None)
 
     def _merged_list(
         self, key: str, record: type[Record], section: str, source: str
@@ -708,29 +804,75 @@ def _disagreements(
         yield f"write_report.baseline is {report.baseline!r}; expected one of {_names(arms)}"
 
 
-def _study_disagreements(study: Tune | None, trial: TrainRobust | None, arm_images: Mapping[str, Any]) -> Iterator[str]:
-    if study is None or trial is None:
-        return
-    share = study.space.get("generated_share")
-    if share is not None and arm_images[study.arm] == REAL_ONLY:
-        yield f"tune.space has generated_share and arm {study.arm} has no generated images; leave it out"
-    elif share is not None:
-        drawn = trial.batch // trial.cutmix_copies
-        least, most = round(drawn * share.low), round(drawn * share.high)
-        if least < 1 or most > trial.batch - 1:
-            yield (
-                f"tune.space.generated_share goes from {share.low} to {share.high}, {least} to {most} of a batch of "
-                f"{drawn} images; expected at least one generated and one real image"
-            )
-    for name, wanted in study.space.items():
-        if wanted.low < 0 or (name == "learning_rate" and wanted.low == 0):
-            floor = "above 0" if name == "learning_rate" else "0 or more"
-            yield f"tune.space.{name}.low is {wanted.low}; expected {floor}"
+def _study_disagreements(study: Tune, trial: Trial) -> Iterator[str]:
+    """Every end of the space, taken alone, must make a valid trial."""
+    if trial.arm.selection_steps == 0:
+        yield f"arm {study.arm} has selection_steps 0; expected some, as trials are compared by PGD accuracy"
     if study.evaluate_every > study.images:
         yield (
             f"tune.evaluate_every is {study.evaluate_every} and tune.images {study.images}; expected at least one "
             f"report in a trial"
         )
+    for name, wanted in study.space.items():
+        where = f"tune.space.{name}"
+        if name.partition(".")[0] in NOT_IN_A_SPACE:
+            yield f"{where} cannot be chosen by a study: its trials could not be compared; leave it out"
+            continue
+        try:
+            own = trial.value_of(name)
+        except DmatError as error:
+            yield f"tune.space: {error}"
+            continue
+        if isinstance(wanted, Range) and not _is_numeric(own):
+            yield f"{where} is {own!r} in arm {study.arm}, which is no number; expected choices, not a range"
+            continue
+        yield from _share_disagreements(where, study, trial, wanted) if name == "generated_share" else ()
+        for key, value in wanted.ends.items():
+            if isinstance(wanted, Range) and type(own) is int and value != int(value):
+                yield f"{where}.{key} is {value}; expected a whole number, as {name} is one"
+                continue
+            try:
+                trial.with_values({name: int(value) if type(own) is int and isinstance(wanted, Range) else value})
+            except pydantic.ValidationError as error:
+                for item in error.errors():
+                    yield f"{where}.{key} is {value}; {_sentence(name, item, TrainRobust).partition('; ')[2]}"
+    for k, point in enumerate(study.enqueue):
+        yield from _point_disagreements(f"tune.enqueue.{k}", study, point)
+
+
+def _share_disagreements(where: str, study: Tune, trial: Trial, wanted: Range | Choices) -> Iterator[str]:
+    if trial.selection is None:
+        yield f"tune.space has generated_share and arm {study.arm} has no generated images; leave it out"
+        return
+    drawn = trial.arm.batch // trial.arm.cutmix_copies
+    shares = [value for value in wanted.ends.values() if _is_numeric(value)]
+    counts = [round(drawn * share) for share in shares]
+    if shares and (min(counts) < 1 or max(counts) > drawn - 1):
+        yield (
+            f"{where} goes from {min(shares)} to {max(shares)}, {min(counts)} to {max(counts)} of a batch of "
+            f"{drawn} images; expected at least one generated and one real image"
+        )
+
+
+def _point_disagreements(where: str, study: Tune, point: Mapping[str, Any]) -> Iterator[str]:
+    """A point names some of the space; the others are the arm's own."""
+    for name, value in point.items():
+        wanted = study.space.get(name)
+        if wanted is None:
+            yield f"{where}.{name} is not in the space; expected some of {_names(study.space)}"
+        elif isinstance(wanted, Choices) and value not in wanted.choices:
+            yield f"{where}.{name} is {value!r}; expected one of {', '.join(map(str, wanted.choices))}"
+        elif isinstance(wanted, Range) and not (_is_numeric(value) and wanted.low <= float(value) <= wanted.high):
+            yield f"{where}.{name} is {value!r}; expected a number from {wanted.low} to {wanted.high}"
+
+
+def _is_numeric(value: Any) -> bool:
+    """A number, or a fraction as people write it."""
+    try:
+        Fraction(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _names(values: Any) -> str:

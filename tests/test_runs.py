@@ -4,10 +4,10 @@ Run alone: pytest tests/test_runs.py
 """
 
 import json
+import resource
 import sqlite3
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -168,9 +168,10 @@ def test_thousands_of_runs_are_listed_at_once(tmp_path):
     runs_list.fill(tmp_path, 2000, 10)
     times = []
     for _ in range(3):
-        started = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         words = [sys.executable, "-m", "cli.main", "runs", "list", "--sort", "validation_robust"]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-        times.append(time.monotonic() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processor: what else runs here does not count
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert len(done.stdout.splitlines()) == 30
     assert min(times) < 2, times

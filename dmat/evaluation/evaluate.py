@@ -101,6 +101,11 @@ class Evaluation:
         self._black_box = Unit(folder / "black-box", len(self._checked), black_box, self._square, by)
 
     @property
+    def shards(self) -> list[Unit]:
+        """What `columns` needs; without what only the checks need."""
+        return self._shards
+
+    @property
     def units(self) -> list[Unit]:
         """Everything that must be computed before the rest of this class can be asked."""
         return [*self._shards, self._black_box] if self.subject.thorough else self._shards

@@ -13,13 +13,14 @@ _LOOK = {
     "COMPLETE": ("complete", PALETTE[0], "o", True),
     "PRUNED": ("pruned, at its last report", "#868e96", "o", False),
 }
+_ENOUGH_FOR_A_SURFACE = 6  # different points
 _Y_LABEL = "PGD accuracy on validation"
 
 
 class Trial(NamedTuple):
     number: int
     state: str  # COMPLETE, PRUNED or FAIL
-    parameters: Mapping[str, float]
+    parameters: Mapping[str, Any]
     value: float | None  # share of 1; None of a trial that failed before its first report
     reports: Mapping[int, float]  # images seen -> value
 
@@ -63,18 +64,47 @@ def curves(path: Path, trials: Sequence[Trial]) -> None:
 
 
 def slices(path: Path, trials: Sequence[Trial], scales: Mapping[str, str]) -> None:
-    """Value over each parameter. scales: parameter -> "linear" or "log"."""
+    """Value over each parameter. scales: parameter -> "linear" or "log", or "names" for values without an order."""
     figure, grid = new_figure(3.1 * len(scales), 3.4, columns=len(scales))
     for axes, (name, scale) in zip(np.atleast_1d(grid), scales.items(), strict=True):
         for state in _LOOK:
             points = [(t.parameters[name], t.value) for t in trials if t.state == state and t.value is not None]
-            _dots(axes, points, state)
+            _dots(axes, [(str(x), y) for x, y in points] if scale == "names" else points, state)
         if scale == "log":
             _log_axis(axes, [t.parameters[name] for t in trials if name in t.parameters])
         first = name == next(iter(scales))
         title = "filled: complete; hollow: pruned, at its last report" if first else ""
         dress(axes, title, name.replace("_", " "), _Y_LABEL if first else "", legend=False)
     save(figure, path)
+
+
+def contour(path: Path, trials: Sequence[Trial], pair: tuple[str, str], scales: Mapping[str, str]) -> None:
+    """Value over two parameters: dots are trials, colours between them are interpolated, where there are enough."""
+    figure, axes = new_figure(5.6, 4.4)
+    shown = [t for t in trials if t.value is not None and all(name in t.parameters for name in pair)]
+    x, y = (np.array([float(t.parameters[name]) for t in shown]) for name in pair)
+    values = np.array([100 * t.value for t in shown if t.value is not None])
+    u, v = (np.log(w) if scales[name] == "log" else w for name, w in zip(pair, (x, y), strict=True))
+    colours: dict[str, Any] = {"cmap": "viridis", "vmin": values.min(initial=100), "vmax": values.max(initial=0)}
+    if len({*zip(u.round(9), v.round(9), strict=True)}) >= _ENOUGH_FOR_A_SURFACE:
+        levels = np.linspace(values.min(), values.max() + 1e-6, 12)
+        axes.tricontourf(x, y, _triangles(u, v), values, levels=levels, alpha=0.55, **colours)
+    dots = axes.scatter(x, y, c=values, s=34, edgecolors="white", linewidths=0.7, **colours)
+    figure.colorbar(dots, ax=axes, label=f"{_Y_LABEL}, %")
+    for axis, name, found in (("x", pair[0], x), ("y", pair[1], y)):
+        if scales[name] == "log":
+            _log_axis(axes, found.tolist(), axis)
+    words = [name.replace("_", " ") for name in pair]
+    dress(axes, "Dots are trials (pruned: last report)", words[0], words[1], legend=False)
+    save(figure, path)
+
+
+def _triangles(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Corners of triangles between points, in the scale that people see."""
+    from matplotlib.tri import Triangulation
+
+    widths = [np.ptp(w) or 1.0 for w in (u, v)]
+    return np.asarray(Triangulation(u / widths[0], v / widths[1]).triangles)
 
 
 def importances(path: Path, shares: Mapping[str, float], complete: int) -> None:
@@ -91,7 +121,7 @@ def importances(path: Path, shares: Mapping[str, float], complete: int) -> None:
     save(figure, path)
 
 
-def _dots(axes: Any, points: Sequence[tuple[float, float]], state: str) -> None:
+def _dots(axes: Any, points: Sequence[tuple[Any, float]], state: str) -> None:
     if not points:
         return
     name, colour, marker, filled = _LOOK[state]
@@ -99,12 +129,13 @@ def _dots(axes: Any, points: Sequence[tuple[float, float]], state: str) -> None:
     axes.scatter(*zip(*points, strict=True), s=26, marker=marker, facecolors=face, edgecolors=colour, label=name)
 
 
-def _log_axis(axes: Any, values: Sequence[float]) -> None:
+def _log_axis(axes: Any, values: Sequence[float], which: str = "x") -> None:
     """Logarithmic with a few plain numbers: matplotlib's own labels run into each other within one decade."""
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    axes.set_xscale("log")
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
     steps = [digit * 10.0**power for power in range(-8, 5) for digit in (1, 2, 5)]
-    axes.xaxis.set_major_locator(FixedLocator([s for s in steps if min(values) / 2 <= s <= max(values) * 2]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_major_locator(FixedLocator([s for s in steps if min(values) / 2 <= s <= max(values) * 2]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -8,13 +8,14 @@ end of runs whose sending process died too, is sent by the next command or by `d
 from dmat.tracking.memory import FILES
 from dmat.tracking.notes import reap, set_aside, sync
 from dmat.tracking.registry import Candidate
-from dmat.tracking.runs import Run, open_run, seconds_before
+from dmat.tracking.runs import Run, adopt, open_run, seconds_before
 from dmat.tracking.stores import artifact_folder, connect, store
 
 __all__ = [
     "FILES",
     "Candidate",
     "Run",
+    "adopt",
     "artifact_folder",
     "connect",
     "open_run",

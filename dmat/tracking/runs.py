@@ -204,6 +204,17 @@ def open_run(
     return Run(home, work, about | {"parent": notes.relative(home, above) if above else None}, enabled)
 
 
+def adopt(home: Path, folder: Path, run: str, name: str) -> None:
+    """Makes `folder` remember a run that another machine keeps, so that runs below it find their parent. Does nothing
+    where it remembers one."""
+    memory = Memory(folder, stores.identity(home))
+    with memory.lock:
+        memory.refresh()
+        if memory["about"] is None:
+            about = {"name": name, "tags": {}, "settings": {}, "started": time.time(), "parent": None}
+            memory.update(run=run, about=about)
+
+
 def seconds_before(work: Path) -> float:
     """Time that earlier attempts at this work spent."""
     return float(remembered(work).get("seconds", 0.0))

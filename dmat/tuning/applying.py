@@ -1,0 +1,100 @@
+"""The winner of a study as an arm of params.yaml, whose comments and order stay as they are."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from dmat import ARTIFACTS, config, files
+from dmat.config import Params
+from dmat.errors import DmatError
+from dmat.tuning.plan import Study, selection_of
+
+
+def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: str, seeds: list[int]) -> list[str]:
+    """Writes arm `name` (and, where the winner changed them, an image set, its chunks and a selection of that name),
+    and `seeds` unless empty. Returns the keys written. Nothing is written that would not be a valid file.
+
+    The arm gets the values that the study chose and not the study's `overrides`, which are for short runs.
+    """
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 120
+    raw = yaml.load(path.read_text())
+    known = raw["arms"].get(name)
+    study = f"study {plan.name}, trial {winner.number}"
+    if known is not None and not _was_applied(raw["arms"], name):
+        raise DmatError(f"{path} has an arm {name} that no study wrote; expected a free name; say --name ANOTHER")
+    arm = dict(raw["arms"][plan.settings.arm] or {})
+    arm |= _nested(winner.params, "")
+    written = [f"arms.{name}"]
+    if images := _image_entries(plan, params, winner, name):
+        arm["images_from"] = f"{ARTIFACTS}/select_images/{name}"
+        for section, entries in images.items():
+            for key, entry in entries.items():
+                raw[section][key] = entry
+                written.append(f"{section}.{key}")
+    raw["arms"][name] = CommentedMap(arm)
+    raw["arms"].yaml_add_eol_comment(f"{_MARK} {study}", name)
+    if seeds:
+        raw["seeds"] = seeds
+        written.append("seeds")
+    text = io.StringIO()
+    yaml.dump(raw, text)
+    trial = path.with_name(f".{path.name}.applied")
+    files.write_text(trial, text.getvalue())
+    try:
+        config.load(trial)  # every problem is told before anything is replaced
+        trial.replace(path)
+    finally:
+        trial.unlink(missing_ok=True)
+    return written
+
+
+_MARK = "written by `dmat tune apply`:"
+
+
+def _was_applied(arms: Any, name: str) -> bool:
+    comment = arms.ca.items.get(name)
+    return comment is not None and any(_MARK in part.value for part in comment if hasattr(part, "value"))
+
+
+def _nested(values: dict[str, Any], first: str) -> dict[str, Any]:
+    """Values of one record by dotted name, as a mapping of mappings. first: "" for the arm's own."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        head, _, rest = name.partition(".")
+        part, path = (head, rest) if head in (config.IMAGE_SET, config.SELECTION) else ("", name)
+        if part != first:
+            continue
+        *above, last = path.split(".")
+        place = found
+        for key in above:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return found
+
+
+def _image_entries(plan: Study, params: Params, winner: FrozenTrial, name: str) -> dict[str, dict[str, Any]]:
+    """Entries of other lists that the winner's images need; none if it changes no images."""
+    of_set, of_selection = _nested(winner.params, config.IMAGE_SET), _nested(winner.params, config.SELECTION)
+    if not of_set and not of_selection:
+        return {}
+    selection = selection_of(plan.images_from)
+    base = params.selected_from[selection]
+    entries: dict[str, dict[str, Any]] = {}
+    image_set = base
+    if of_set:
+        image_set = name
+        own = params.image_sets[base].plain()
+        differs = {key: value for key, value in own.items() if params.sections["generate_images"].plain()[key] != value}
+        entries["image_sets"] = {name: config.merge(differs, of_set)}
+        entries["chunks"] = {
+            f"{name}-{chunk.index:04d}": {"image_set": name, "generator": chunk.generator, "index": chunk.index}
+            for chunk in params.chunks_of(base).values()
+        }
+    keep = params.selections[selection].plain()
+    entries["selections"] = {name: {"image_set": image_set, **config.merge(keep, of_selection)}}
+    return entries

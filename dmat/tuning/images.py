@@ -1,0 +1,57 @@
+"""Images of a trial that changes its image set: made once for each distinct value, by the jobs that make all others.
+
+They lie in a small project of their own below the study's folder, so that the artifacts which DVC knows stay as they
+are; the work folders are the ordinary ones, so that equal settings are never computed twice.
+"""
+
+import dataclasses
+
+import filelock
+
+from dmat import files
+from dmat.config import Params, Trial
+from dmat.jobs import STAGES, execution
+from dmat.jobs.workspace import Workspace
+from dmat.tuning.plan import Study, selection_of
+
+
+def workspace_of(plan: Study, trial: Trial, params: Params, workspace: Workspace) -> Workspace:
+    """Where the artifacts lie that a trial trains on. Waits while another worker makes them."""
+    if trial.image_set is None or trial.selection is None:
+        return workspace
+    if (trial.image_set, trial.selection) == (plan.trial.image_set, plan.trial.selection):
+        return workspace
+    identity = {
+        "image_set": trial.image_set.plain(),
+        "selection": trial.selection.plain(),
+        "inputs": {name: plan.inputs[name]["sha256"] for name in ("denoiser", "scorer")},
+    }
+    own = Workspace(plan.folder / "images" / files.fingerprint(identity), workspace.home)
+    own.root.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(own.root / "lock"):  # ends with its process
+        if not (own.root / "made.json").exists():
+            _make(plan, trial, params, workspace, own)
+            files.write_json(own.root / "made.json", identity)
+    return own
+
+
+def _make(plan: Study, trial: Trial, params: Params, workspace: Workspace, own: Workspace) -> None:
+    selection = selection_of(plan.images_from)
+    name = params.selected_from[selection]
+    assert trial.image_set is not None and trial.selection is not None
+    changed = dataclasses.replace(
+        params,
+        image_sets={**params.image_sets, name: trial.image_set},
+        selections={**params.selections, selection: trial.selection},
+    )
+    for wanted in ("denoiser", "scorer"):
+        path = plan.inputs[wanted]["path"]
+        files.publish(workspace.at(path), own.at(path))
+    chunks = [{"chunk": chunk} for chunk in changed.chunks_of(name)]
+    instances = [
+        *(("generate_images", chosen) for chosen in chunks),
+        *(("score_images", chosen) for chosen in chunks),
+        ("select_images", {"selection": selection}),
+    ]
+    for word, chosen in instances:
+        execution.execute(execution.plan(STAGES[word], chosen, changed, own), changed, own, quiet=True)

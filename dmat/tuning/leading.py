@@ -1,0 +1,351 @@
+"""Runs a study: one command leads it, any number help. The leading one has the study's MLflow run and its report.
+
+Leading is a claim like a trial's: where the leader is gone, a helper that finishes takes it over.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dmat import ARTIFACTS, devices, files, tracking
+from dmat.config import Params
+from dmat.devices import Compute
+from dmat.errors import DmatError
+from dmat.jobs import execution
+from dmat.jobs.workspace import Workspace
+from dmat.training.interruption import Interruption
+from dmat.training.long_run import MetricsLog
+from dmat.tuning import applying, ranking, report, storage, worker
+from dmat.tuning.claims import Claims
+from dmat.tuning.plan import WORD, Study, without_password
+from dmat.tuning.storage import speaking
+from dmat.tuning.trials import Bench, item
+
+LEADER = "leader"
+_LOOK_EVERY = 1.0  # seconds between two looks at the workers
+_SHORT, _MOST_SHORT = 20.0, 5  # a worker that ends within so many seconds, so many times in a row, will always
+_RESTARTS = 3  # of all processes of a worker, after one was lost
+_RUN = "mlflow.run"  # attribute of a study: its run in MLflow, for helpers that share no folder with the leader
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a command asks for. total: trials in all. workers: processes on this machine; 0: help, in this process."""
+
+    total: int
+    workers: int = 1
+    fresh: bool = False
+    quiet: bool = False
+
+    @property
+    def helps(self) -> bool:
+        return self.workers == 0
+
+
+def run(plan: Study, params: Params, workspace: Workspace, wanted: Wanted) -> dict[str, Any]:
+    """Runs or resumes a study until enough trials have ended and the best are ranked; returns its summary.
+
+    Raises Interrupted on a signal, with the trials at work saved, and DmatError on bad input.
+    """
+    compute = _resolve(params)
+    bench = Bench(plan, params, workspace, compute, _save_seconds(params))
+    if not compute.world.leads:
+        worker.follow(bench)
+        return {}
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    import torch._dynamo  # noqa: F401 - by the first optimiser; seconds that no trial should be charged with
+
+    rdb = storage.connect(plan.storage)
+    with Interruption(at_once=True) as interruption, speaking(plan.storage):
+        claims = Claims(rdb.engine, plan.name)
+        with claims:
+            leads = not wanted.helps and claims.take(LEADER)
+            if wanted.fresh:
+                _start_over(plan, workspace, rdb, claims, leads)
+            study = storage.begin(rdb, plan, claims)
+            bench = dataclasses.replace(bench, study=study, claims=claims)
+            asked = interruption.raise_if_asked
+            if wanted.helps:
+                _adopt(bench)
+                worker.work(bench, wanted.total, asked)
+                return {}
+            if not leads:
+                if not wanted.quiet:
+                    who = claims.holder(LEADER) or "another process"
+                    tqdm.write(f"study {plan.name} is led by {who}; this command helps it")
+                _adopt(bench)
+                _work(bench, wanted, asked, lambda: None)
+                leads = claims.take(LEADER)
+            if leads:
+                with _alone(plan):
+                    if not _finished(bench, wanted.total):
+                        _lead(bench, wanted, asked)
+                    files.publish(plan.folder / "result", workspace.at(f"{ARTIFACTS}/{WORD}/{plan.settings.arm}"))
+            return report.summary(plan, study)
+
+
+def _lead(bench: Bench, wanted: Wanted, asked: Callable[[], None]) -> None:
+    """Runs trials until enough have ended, and reports, as one tracked run."""
+    plan, study = bench.plan, bench.study
+    assert study is not None
+    tracked = tracking.open_run(
+        bench.workspace.home,
+        plan.folder,
+        stage=WORD,
+        instance=plan.settings.arm,
+        settings=plan.settings.plain(),
+        inputs=plan.inputs,
+        compute=bench.compute.describe(),
+        root=bench.workspace.root,
+        tags={"optuna.study": plan.name, "optuna.storage": without_password(plan.storage)},
+    )
+    files.write_json(plan.folder / "study.json", plan.describe())
+    bar = tqdm(total=wanted.total, unit=" trials", desc=f"tune {plan.settings.arm}", disable=wanted.quiet)
+    with tracked, bar, MetricsLog(plan.folder / "metrics.jsonl") as log:
+
+        def after() -> None:
+            """A killed process may have told the study of a trial and not this log, which drops what it has."""
+            for count, values in report.course(study):
+                log.write(count, values)
+            bar.update(len(storage.own(storage.ended(study))) - bar.n)
+            if (best := ranking.best(plan, study)) is not None:
+                bar.set_postfix_str(report.in_words(best))
+
+        after()
+        threading.Thread(target=_tell_run, args=(bench, tracked), daemon=True).start()
+        _work(bench, wanted, asked, after)
+        after()
+        summary, attachments = report.write(plan, study)
+        tracked.describe(report.markdown(plan, study))
+        tracked.finish_with(summary, attachments)
+    files.write_json(plan.folder / "finished.json", {"trials": summary["trials"], "ranked": summary["ranked"]})
+
+
+def _work(bench: Bench, wanted: Wanted, asked: Callable[[], None], after: Callable[[], None]) -> None:
+    if wanted.workers == 1 and bench.params.sections["compute"].processes == 1:
+        worker.work(bench, wanted.total, asked, after)
+    else:
+        _start_workers(bench, wanted, asked, after)
+
+
+def _start_workers(bench: Bench, wanted: Wanted, asked: Callable[[], None], after: Callable[[], None]) -> None:
+    """Keeps so many workers alive until the study is done; one that was killed is replaced."""
+    assert bench.study is not None
+    pool = [_Process(bench, wanted, number) for number in range(wanted.workers)]
+    seen = -1
+    try:
+        while any(one.at_work() for one in pool):
+            asked()
+            if (count := len(storage.ended(bench.study))) != seen:
+                seen = count
+                after()
+            time.sleep(_LOOK_EVERY)
+    finally:
+        for one in pool:
+            one.stop()
+        for one in pool:
+            one.wait()
+
+
+class _Process:
+    """One worker: a process of its own (with several under `torchrun`), started again where it was killed."""
+
+    def __init__(self, bench: Bench, wanted: Wanted, number: int):
+        self._bench, self._number = bench, number
+        together = bench.params.sections["compute"].processes
+        launcher = (
+            []
+            if together == 1
+            else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={together}",
+                  f"--max-restarts={_RESTARTS}"]
+        )  # fmt: skip
+        words = ["-m", "cli.main", WORD, "start", "--worker", "--trials", str(wanted.total)]
+        words += ["--params", str(bench.workspace.root / "params.yaml")]
+        self._command = [sys.executable, *launcher, *words]
+        self._short = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._since = time.monotonic()
+        devices_of = _visible_device(self._bench.compute, self._number, self._bench.params)
+        self._process = subprocess.Popen(
+            self._command,
+            cwd=self._bench.workspace.root,
+            env={**os.environ, "DMAT_STUDIES": self._bench.plan.storage, **devices_of},
+            stdin=subprocess.PIPE,  # its end tells the worker that nobody waits for it any more
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C reaches it once, from here
+            text=True,
+        )
+        self._said: list[str] = []
+        self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
+        self._listener.start()
+
+    def _listen(self, stream: Any) -> None:
+        for line in stream:
+            self._said = [*self._said[-50:], line.rstrip()]
+
+    def at_work(self) -> bool:
+        """Whether it computes or was just started again. Raises DmatError where that would not help."""
+        code = self._process.poll()
+        if code is None:
+            return True
+        if code == 0:
+            return False
+        self._listener.join(1)
+        said = next((line for line in reversed(self._said) if line), "it said nothing")
+        if code == 2:
+            raise DmatError(said.removeprefix("error: "))
+        self._short = self._short + 1 if time.monotonic() - self._since < _SHORT and code > 0 else 0
+        if self._short >= _MOST_SHORT:
+            raise DmatError(
+                f"a worker ended with code {code} {self._short} times in a row within {_SHORT:.0f} s ({said}); "
+                f"expected it to work; `dmat tune start --worker --trials 1` shows what is wrong"
+            )
+        self._start()
+        return True
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate() if self._process.poll() is None else None
+
+
+def end_with_starter() -> None:
+    """In a worker: stops as by SIGTERM when the process that started it is gone, however that ended."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return
+
+    def watch() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while os.read(0, 1024):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _visible_device(compute: Compute, number: int, params: Params) -> dict[str, str]:
+    """One GPU for each worker in turn; a worker of several processes sees all."""
+    if compute.device.type != "cuda" or params.sections["compute"].processes > 1:
+        return {}
+    import torch
+
+    known = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = known.split(",") if known else [str(k) for k in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+
+
+@contextlib.contextmanager
+def _alone(plan: Study) -> Iterator[None]:
+    """The lock that `dmat doctor` and `dmat clean` look at."""
+    with execution.lock(plan.folder):
+        yield
+
+
+def _start_over(plan: Study, workspace: Workspace, rdb: Any, claims: Claims, leads: bool) -> None:
+    if not leads:
+        raise DmatError(
+            f"study {plan.name} is being computed by {claims.holder(LEADER) or 'another process'}; expected nobody at "
+            f"work where --fresh sets it aside; stop that command first"
+        )
+    if (study := storage.find(rdb, plan.name)) is not None:
+        with _alone(plan):
+            storage.set_aside(rdb, study)
+            execution.set_aside(plan.folder, workspace.home)
+            claims.forget()
+        claims.take(LEADER)
+
+
+def _finished(bench: Bench, total: int) -> bool:
+    """Whether a report of all trials is there already and nothing more is wanted."""
+    assert bench.study is not None
+    path = bench.plan.folder / "finished.json"
+    note = files.read_json(path) if path.exists() else {"trials": 0, "ranked": []}
+    count = len(storage.ended(bench.study))
+    unranked = ranking.missing(bench.plan, bench.study)
+    own = len(storage.own(storage.ended(bench.study)))
+    return bool(total <= own and note["trials"] == count and not unranked and note["ranked"] == ranked(bench))
+
+
+def ranked(bench: Bench) -> list[int]:
+    assert bench.study is not None
+    return sorted(ranking.found(bench.study))
+
+
+def _adopt(bench: Bench) -> None:
+    """A helper without the leader's folder puts its trials below the leader's run, if that is known."""
+    assert bench.study is not None
+    run = bench.study.user_attrs.get(_RUN)
+    if run:
+        tracking.adopt(bench.workspace.home, bench.plan.folder, run, f"{WORD} {bench.plan.settings.arm}")
+
+
+def _tell_run(bench: Bench, tracked: tracking.Run) -> None:
+    run = tracked.provenance()["mlflow_run"]
+    if run and bench.study is not None:
+        with contextlib.suppress(Exception):  # for other machines alone; they wait for nothing
+            bench.study.set_user_attr(_RUN, run)
+
+
+def _resolve(params: Params) -> Compute:
+    wanted: Any = params.sections["compute"]
+    return devices.resolve(wanted.device, wanted.precision, wanted.threads)
+
+
+def _save_seconds(params: Params) -> float:
+    seconds: float = params.sections["compute"].save_every_seconds
+    return seconds
+
+
+def folder_of(plan: Study) -> Path:
+    """Where a study's report is published."""
+    return Path(ARTIFACTS) / WORD / plan.settings.arm
+
+
+def status(plan: Study) -> dict[str, Any]:
+    """The summary so far, and who is at work on which trial. Raises DmatError if the study was not begun."""
+    rdb = storage.connect(plan.storage)
+    with speaking(plan.storage):
+        study = _begun(plan, rdb)
+        claims = Claims(rdb.engine, plan.name)
+        at_work = [
+            f"trial {one.number}: {len(one.intermediate_values)} reports, "
+            f"{claims.holder(item(one.number)) or 'nobody at work; it goes on with `dmat tune start`'}"
+            for one in study.get_trials(deepcopy=False)
+            if not one.state.is_finished()
+        ]
+        return {**report.summary(plan, study), "at_work": at_work}
+
+
+def apply_best(path: Path, plan: Study, params: Params, name: str, seeds: list[int]) -> tuple[int, list[str]]:
+    """Number of the best trial, now an arm of the file, and the keys written."""
+    rdb = storage.connect(plan.storage)
+    with speaking(plan.storage):
+        winner = ranking.best(plan, _begun(plan, rdb))
+    if winner is None:
+        raise DmatError(f"study {plan.name} has no complete trial; expected one; `dmat tune start` runs some")
+    return winner.number, applying.apply(path, plan, params, winner, name, seeds)
+
+
+def _begun(plan: Study, rdb: Any) -> Any:
+    study = storage.find(rdb, plan.name)
+    if study is None:
+        raise DmatError(
+            f"study {plan.name} was not begun in {plan.describe()['storage']}; expected one of these settings and "
+            f"data; start it with `dmat tune start`, or say with --storage where it is"
+        )
+    return study

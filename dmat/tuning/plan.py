@@ -1,0 +1,140 @@
+"""What study a parameter file asks for: settings, pinned inputs, its name, where it is kept. Opens nothing."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmat import ARTIFACTS, config, files
+from dmat.config import Params, Trial, Tune
+from dmat.errors import DmatError
+from dmat.jobs import STAGES
+from dmat.jobs.workspace import Workspace
+
+WORD = "tune"
+DATABASE = "studies.db"  # all studies of a project, where no other storage is named
+VARIABLE = "DMAT_STUDIES"  # environment: URL of the storage, which may hold a password and so stays out of files
+# Not part of what a study is: they decide which trials it makes, never what a trial finds.
+_FREE = ("trials", "sampler", "pruner", "startup_trials", "warm_up_images", "retries", "rerank", "enqueue")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study that a parameter file asks for; `--dry-run` prints it.
+
+    kin: names what trials of studies have in common that differ in their space alone, so that one may know the
+    other's trials.
+    """
+
+    settings: Tune
+    trial: Trial  # what all trials have in common
+    images_from: str
+    inputs: dict[str, dict[str, str]]
+    folder: Path
+    storage: str
+    kin: str
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the storage is the project's own file."""
+        return self.storage.startswith("sqlite:")
+
+    def trial_folder(self, number: int) -> Path:
+        return self.folder / f"trial-{number:04d}"
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """Values that are tried before anything is proposed: the arm as it is, then `enqueue`, where they lie inside
+        the space."""
+        own = {name: self.own_value(name) for name in self.settings.space}
+        found: list[dict[str, Any]] = []
+        for point in (own, *(own | dict(point) for point in self.settings.enqueue)):
+            if all(inside(self.settings.space[name], value) for name, value in point.items()) and point not in found:
+                found.append(point)
+        return found
+
+    def own_value(self, name: str) -> Any:
+        """The arm's value of a parameter, as a number where the space wants one."""
+        value = self.trial.value_of(name)
+        number = isinstance(self.settings.space.get(name), config.Range) and isinstance(value, str)
+        return float(config.Fraction(value)) if number else value
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "study": self.name,
+            "settings": self.settings.plain(),
+            "trial": self.trial.plain(),
+            "inputs": self.inputs,
+            "storage": without_password(self.storage),
+            "work": str(self.folder),
+        }
+
+
+def inside(wanted: config.Dimension, value: Any) -> bool:
+    """Whether a value lies in a dimension of a space."""
+    if isinstance(wanted, config.Choices):
+        return any(value == choice and type(value) is type(choice) for choice in wanted.choices)
+    return isinstance(value, int | float) and wanted.low <= value <= wanted.high
+
+
+def plan(params: Params, workspace: Workspace, storage: str | None = None) -> Study:
+    """Resolves a study. Raises DmatError if the file asks for none, or an input is missing.
+
+    storage: a URL as SQLAlchemy has it; else DMAT_STUDIES; else a SQLite file of the project.
+    """
+    settings: Tune | None = params.sections.get(WORD)
+    if settings is None:
+        raise DmatError(
+            "params.yaml has no section `tune`; add one (docs/parameters.md), or bring a recipe that has it"
+        )
+    trial = params.trial
+    assert trial is not None  # as the section is there
+    inputs = {
+        name: {"path": path, "sha256": files.checksum(workspace.at(path))}
+        for name, path in _inputs(settings, params).items()
+    }
+    identity = {
+        "settings": {name: value for name, value in settings.plain().items() if name not in (*_FREE, "space")},
+        "trial": trial.plain(),
+        "inputs": {name: inputs[name]["sha256"] for name in ("train", "validation", "images_from")},
+    }
+    space = {"space": settings.plain()["space"], "inputs": {name: one["sha256"] for name, one in inputs.items()}}
+    folder = workspace.run_folder(WORD, settings.arm, files.fingerprint(identity | {"space": space}))
+    url = storage or os.environ.get(VARIABLE) or f"sqlite:///{folder.parent / DATABASE}"
+    return Study(settings, trial, params.arm_images[settings.arm], inputs, folder, url, files.fingerprint(identity))
+
+
+def changes_images(names: Mapping[str, Any]) -> bool:
+    """Whether trials with these parameters may train on images of their own."""
+    return any(name.partition(".")[0] in (config.IMAGE_SET, config.SELECTION) for name in names)
+
+
+def selection_of(images_from: str) -> str:
+    """Name of the selection that an arm names by its path."""
+    return Path(images_from).name
+
+
+def _inputs(settings: Tune, params: Params) -> dict[str, str]:
+    found = STAGES["mix_images"].inputs(params, settings.arm) | STAGES["train_robust"].inputs(params, settings.arm, 0)
+    found.pop("mix")  # trials make their own
+    if changes_images(settings.space):
+        image_set = params.selected_from[selection_of(params.arm_images[settings.arm])]
+        generator = next(iter(params.chunks_of(image_set).values())).generator
+        found |= {"denoiser": f"{ARTIFACTS}/train_diffusion/{generator}", "scorer": f"{ARTIFACTS}/train_scorer/scorer"}
+    return found
+
+
+def without_password(url: str) -> str:
+    """A URL that may be shown and logged."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "(no URL)"

@@ -1,0 +1,280 @@
+"""One trial: a short run of `train_robust` that reports to its study, and exactly one recorded state for any outcome.
+
+Under `torchrun` all processes train; only the leading one speaks to the study, and tells the others at each report
+whether they go on, so that all stop at the same step.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import optuna
+import pydantic
+import torch
+from optuna.trial import FrozenTrial, TrialState
+
+from dmat import tracking
+from dmat.config import MixImages, Params, Trial
+from dmat.devices import Compute
+from dmat.errors import Diverged, DmatError, Interrupted, Pruned
+from dmat.jobs import mix_images, train_robust
+from dmat.jobs.execution import Job
+from dmat.jobs.workspace import Workspace
+from dmat.training.long_run import Watcher
+from dmat.tuning import images, sampling
+from dmat.tuning.claims import Claims
+from dmat.tuning.plan import Study
+from dmat.tuning.storage import speaking
+
+OBJECTIVE = "validation_robust"  # share of 1, of the averaged weights
+MOST_DEATHS = 5  # workers that may be killed in a trial before it is the trial's fault
+_GO_ON, _PRUNED, _STOP = "", "pruned ", "stop "  # what the leading process tells the others at a report
+
+
+class LostError(DmatError):
+    """Another worker has this trial by now."""
+
+
+class UnfitError(DmatError):
+    """Values of a trial that do not fit together: a fault of this trial alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    state: TrialState
+    value: float | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What a worker computes trials with. study and claims: of the leading process alone."""
+
+    plan: Study
+    params: Params
+    workspace: Workspace
+    compute: Compute
+    save_seconds: float
+    study: optuna.Study | None = None
+    claims: Claims | None = None
+
+
+def item(number: int) -> str:
+    """A trial as a claim."""
+    return f"trial-{number:04d}"
+
+
+def run(bench: Bench, trial: FrozenTrial) -> Outcome | None:
+    """A trial to its end, in the study and in MLflow, from where an earlier worker left it.
+
+    None: another process still computes it after all. Raises LostError if another worker took it meanwhile, Interrupted
+    on a signal (its state is saved), and DmatError where the study cannot go on.
+    """
+    assert bench.study is not None and bench.claims is not None
+    folder = bench.plan.trial_folder(trial.number)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / "lock", timeout=0)  # a holder that only slept, on this file system
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        return None
+    try:
+        return _run(bench, bench.study, bench.claims, trial, folder)
+    finally:
+        lock.release()
+
+
+def _run(bench: Bench, study: optuna.Study, claims: Claims, trial: FrozenTrial, folder: Path) -> Outcome:
+    spent = _Spent()
+    tracked = tracking.open_run(
+        bench.workspace.home,
+        folder,
+        stage="train_robust",
+        instance=f"trial {trial.number}",
+        settings=_settings(bench.plan, trial),
+        inputs=bench.plan.inputs,
+        compute=bench.compute.describe(),
+        root=bench.workspace.root,
+        parent=bench.plan.folder,
+        tags={
+            "optuna.study": bench.plan.name,
+            "optuna.trial": str(trial.number),
+            "dmat.arm": bench.plan.settings.arm,
+        },
+    )
+    with tracked:
+        started = time.time()
+        outcome = _outcome(bench, trial, folder, _watcher(bench, study, claims, trial, spent))
+        if outcome.state == TrialState.COMPLETE:
+            tracked.finish_with({f"best_{OBJECTIVE}": outcome.value}, sorted((folder / "pictures").glob("*.png")))
+        elif outcome.state == TrialState.PRUNED:
+            tracked.end_as("KILLED", f"pruned: {outcome.reason}")
+        else:
+            tracked.end_as("FAILED", outcome.reason)
+        tracked.tag("optuna.state", outcome.state.name)
+        _expect_held(claims, trial)
+        with speaking(bench.plan.storage):
+            live = optuna.Trial(study, trial._trial_id)
+            live.set_user_attr("seconds", round(tracking.seconds_before(folder) + time.time() - started, 1))
+            live.set_user_attr("reason", outcome.reason)
+            live.set_user_attr("report_seconds", round(spent.seconds / max(1, spent.reports), 4))
+            live.set_user_attr("workers_killed", claims.deaths(item(trial.number)))
+    # last, because what comes after it is lost with the process: a trial that was not told ends once more
+    with speaking(bench.plan.storage):
+        study.tell(trial.number, outcome.value, outcome.state)
+    (folder / "checkpoint.dmat").unlink(missing_ok=True)  # as large as the network and needed no more
+    return outcome
+
+
+def _settings(plan: Study, trial: FrozenTrial) -> dict[str, Any]:
+    try:
+        return plan.trial.with_values(trial.params).plain()
+    except pydantic.ValidationError:
+        return {**plan.trial.plain(), **trial.params}
+
+
+def _outcome(bench: Bench, trial: FrozenTrial, folder: Path, watcher: Watcher) -> Outcome:
+    """Whatever happens in a trial, as its state. Only what ends the study or the worker is raised."""
+    assert bench.claims is not None
+    if (deaths := bench.claims.deaths(item(trial.number))) > MOST_DEATHS:
+        return Outcome(TrialState.FAIL, None, f"{deaths} workers were killed in it")
+    attempts = 0
+    while True:
+        try:
+            return Outcome(TrialState.COMPLETE, compute(bench, trial.params, folder, watcher), "")
+        except Pruned as stop:
+            return Outcome(TrialState.PRUNED, None, str(stop))
+        except (Diverged, UnfitError) as error:
+            return Outcome(TrialState.FAIL, None, str(error))
+        except (DmatError, Interrupted):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                return Outcome(TrialState.FAIL, None, f"out of memory: {_first_line(error)}")
+            attempts += 1
+            if bench.compute.world.size > 1:  # the others are still at the step: all are started again
+                raise
+            if attempts > bench.plan.settings.retries:
+                what = f"{type(error).__name__}: {_first_line(error)}"
+                return Outcome(TrialState.FAIL, None, f"ended with an exception {attempts} times, last {what}")
+
+
+def compute(bench: Bench, values: Mapping[str, Any], folder: Path, watcher: Watcher) -> float:
+    """Best validation PGD accuracy of a training in its own folder; goes on from a checkpoint there."""
+    plan, chosen = bench.plan, _chosen(bench.plan, values)
+    own = images.workspace_of(plan, chosen, bench.params, bench.workspace)
+    inputs = {name: bench.workspace.at(entry["path"]) for name, entry in plan.inputs.items()}
+    inputs["images_from"] = own.at(plan.images_from)
+    job = Job(
+        inputs,
+        {"arm": plan.settings.arm, "seed": plan.settings.seed},
+        bench.params,
+        own.root,
+        folder,
+        folder / "result",
+        folder / "pictures",
+        bench.compute,
+        bench.save_seconds,
+        quiet=True,
+        watcher=watcher,
+    )
+    mix_images.run(MixImages.of(chosen.arm, plan.images_from), job)
+    found = train_robust.run(chosen.arm, dataclasses.replace(job, inputs=inputs | {"mix": folder / "result" / "mix"}))
+    best: float = found["best_validation_robust"]
+    return best
+
+
+def follow(bench: Bench, values: Mapping[str, Any]) -> None:
+    """What a process under `torchrun` does that does not lead: the same training, in a folder that nobody keeps."""
+
+    def watch(images_seen: int, _: dict[str, float]) -> None:
+        told = (bench.compute.world.share(None) or b"").decode()
+        if told.startswith(_PRUNED):
+            raise Pruned(told.removeprefix(_PRUNED))
+        if told.startswith(_STOP):
+            raise DmatError(told.removeprefix(_STOP))
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compute(bench, values, Path(folder), watch)
+        except (Pruned, Diverged, UnfitError):
+            return  # all found the same
+
+
+def _watcher(bench: Bench, study: optuna.Study, claims: Claims, frozen: FrozenTrial, spent: "_Spent") -> Watcher:
+    """Reports validation PGD accuracy against images seen; raises Pruned when the study says so, in all processes."""
+    trial = optuna.Trial(study, frozen._trial_id)
+    known = set(frozen.intermediate_values)  # a resumed trial computes its last report again
+    world = bench.compute.world
+
+    def watch(images_seen: int, values: dict[str, float]) -> None:
+        try:
+            with spent.counted(), speaking(bench.plan.storage):
+                _expect_held(claims, frozen)
+                if images_seen not in known:
+                    trial.report(values[OBJECTIVE], images_seen)
+                    known.add(images_seen)
+                stop = sampling.should_stop(trial, images_seen, bench.plan.settings)
+        except DmatError as error:
+            world.share(f"{_STOP}{error}".encode())
+            raise
+        pruner = bench.plan.settings.pruner
+        reason = f"{values[OBJECTIVE]:.4f} after {images_seen} images is behind the other trials ({pruner})"
+        world.share(f"{_PRUNED}{reason}".encode() if stop else _GO_ON.encode())
+        if stop:
+            raise Pruned(reason)
+
+    return watch
+
+
+def _expect_held(claims: Claims, trial: FrozenTrial) -> None:
+    if not claims.holds(item(trial.number)):
+        raise LostError(
+            f"trial {trial.number} was taken by another worker, because this one did not answer for a minute; it goes "
+            f"on there"
+        )
+
+
+def _chosen(plan: Study, values: Mapping[str, Any]) -> Trial:
+    """A trial's settings. Each value is possible by itself (`config` has seen to that); together they may not be."""
+    try:
+        chosen = plan.trial.with_values(values)
+    except pydantic.ValidationError as error:
+        raise UnfitError(f"its values do not fit together: {error.errors()[0]['msg']}") from None
+    drawn = chosen.arm.batch // chosen.arm.cutmix_copies
+    generated = round(drawn * chosen.arm.generated_share)
+    if chosen.selection is not None and not 0 < generated < drawn:
+        raise UnfitError(
+            f"generated_share {chosen.arm.generated_share} of {drawn} images leaves {generated} generated ones; "
+            f"expected some of both kinds"
+        )
+    return chosen
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
+
+
+class _Spent:
+    """Time that reports took: what a study costs its trainings."""
+
+    def __init__(self) -> None:
+        self.seconds, self.reports = 0.0, 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - started
+        self.reports += 1

@@ -1,0 +1,139 @@
+"""A worker: one trial after the other until enough have ended, then ranks of the best. Any number of them, anywhere.
+
+What comes next is decided in turns (`claims.turn`): a trial that nobody holds any more, else a new one if fewer than
+wanted were begun. A new trial is first stored as waiting, with its values, so that a worker that dies between two
+words leaves a trial that the next one takes as it is.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from dmat.tuning import ranking, sampling, space, storage, trials
+from dmat.tuning.claims import Claims
+from dmat.tuning.plan import Study
+from dmat.tuning.storage import speaking
+from dmat.tuning.trials import Bench, LostError
+
+_LOOK_EVERY = 1.0  # seconds between two looks whether somebody left a trial
+_TELL_EVERY = 60.0  # seconds after which waiting processes hear that there is nothing yet
+_WAIT, _END = "wait", "end"  # what the leading process tells the others between two trials
+
+
+def work(bench: Bench, total: int, asked: Callable[[], None], after: Callable[[], None] = lambda: None) -> None:
+    """Computes until `total` trials have ended and the best are ranked, by whomever.
+
+    asked: is called between two pieces of work and may raise. after: is called when a trial has ended, here or
+    elsewhere.
+    """
+    assert bench.study is not None and bench.claims is not None
+    study, claims, world, told = bench.study, bench.claims, bench.compute.world, time.monotonic()
+    known = -1
+    while True:
+        asked()
+        with speaking(bench.plan.storage):
+            trial = _next(bench.plan, study, claims, total)
+            count = len(storage.ended(study))
+        if count != known:
+            known = count
+            after()
+        if isinstance(trial, FrozenTrial):
+            world.share(json.dumps({"values": trial.params}).encode())
+            _compute(bench, claims, trial)
+            told = time.monotonic()
+        elif trial:
+            if world.size > 1 and time.monotonic() - told > _TELL_EVERY:
+                world.share(_WAIT.encode())
+                told = time.monotonic()
+            time.sleep(_LOOK_EVERY)
+        else:
+            break
+    world.share(_END.encode())
+    _rank(bench, claims, asked)
+    after()
+
+
+def follow(bench: Bench) -> None:
+    """The other processes of `torchrun`: the trials that the leading one takes, in step with it."""
+    while True:
+        told = (bench.compute.world.share(None) or b"").decode()
+        if told == _END:
+            return
+        if told != _WAIT:
+            trials.follow(bench, json.loads(told)["values"])
+
+
+def _compute(bench: Bench, claims: Claims, trial: FrozenTrial) -> None:
+    name = trials.item(trial.number)
+    try:
+        if trials.run(bench, trial) is None:
+            time.sleep(_LOOK_EVERY)  # held by a process that still lives: it is left to it
+    except LostError:
+        if bench.compute.world.size > 1:
+            raise
+    finally:
+        with contextlib.suppress(Exception):  # what happened inside is what matters
+            claims.give_back(name)
+
+
+def _next(plan: Study, study: optuna.Study, claims: Claims, total: int) -> FrozenTrial | bool:
+    """The trial to compute; True where there is none now but others still compute; False where all is done."""
+    all_trials = study.get_trials(deepcopy=False)
+    own = storage.own(all_trials)
+    at_work = [one for one in own if one.state == TrialState.RUNNING]
+    if not at_work and len(own) >= total and all(one.state.is_finished() for one in own):
+        return False
+    with claims.turn():
+        all_trials = study.get_trials(deepcopy=False)
+        own = storage.own(all_trials)
+        for one in [one for one in own if one.state == TrialState.RUNNING]:
+            if claims.take(trials.item(one.number)):
+                return _whole(plan, study, one.number)
+        if not any(one.state == TrialState.WAITING for one in own):
+            if len(own) >= total:
+                return any(one.state == TrialState.RUNNING for one in own)
+            study.enqueue_trial(_values(plan, all_trials, len(own)))
+        number = study.ask().number
+        claims.take(trials.item(number))
+        return _whole(plan, study, number)
+
+
+def _values(plan: Study, all_trials: list[FrozenTrial], count: int) -> dict[str, Any]:
+    """Of the trial after `count` own ones: known points first."""
+    wanted = space.distributions(plan)
+    points = plan.points
+    if count < len(points):
+        return {name: points[count][name] for name in wanted}
+    return sampling.propose(plan.settings, wanted, all_trials, count)
+
+
+def _whole(plan: Study, study: optuna.Study, number: int) -> FrozenTrial:
+    """A trial with all its values."""
+    frozen = study.get_trials(deepcopy=False)[number]
+    space.suggest(optuna.Trial(study, frozen._trial_id), space.distributions(plan))
+    return study.get_trials(deepcopy=False)[number]
+
+
+def _rank(bench: Bench, claims: Claims, asked: Callable[[], None]) -> None:
+    """Ranks what nobody else ranks, and waits for the others."""
+    assert bench.study is not None
+    while True:
+        asked()
+        with speaking(bench.plan.storage):
+            waiting = ranking.missing(bench.plan, bench.study)
+            mine = next((one for one in waiting if claims.take(ranking.item(one.number))), None)
+        if not waiting:
+            return
+        if mine is None:
+            time.sleep(_LOOK_EVERY)
+            continue
+        try:
+            ranking.rank(bench, mine)
+        finally:
+            with contextlib.suppress(Exception):
+                claims.give_back(ranking.item(mine.number))
