@@ -64,5 +64,15 @@ def _tiny() -> dict:
     params["evaluate_robust"] |= {"pgd_steps": 3, "shard": 20, "batch": 20, "auto_attack": "none",
                                   "sweep": [2.0], "check_images": 10, "check_queries": 20}  # fmt: skip
     params["write_report"] |= {"bootstrap": 100}
-    params["tune"] |= {"images": 640, "evaluate_every": 128, "warm_up_images": 0, "startup_trials": 2, "overrides": {}}
+    params["tune"] |= {"images": 640, "evaluate_every": 128, "warm_up_images": 0, "startup_trials": 2, "overrides": {},
+                       "sampler": "tpe", "pruner": "median", "rerank": 0}  # fmt: skip
     return params
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """URL of a real PostgreSQL server, up to the database."""
+    from tests.databases import server
+
+    with server() as url:
+        yield url

@@ -3,11 +3,11 @@
 import importlib
 
 import matplotlib.pyplot as plt
+import plotly.express
 import pyarrow.parquet
 import sklearn.datasets
 import torch
 import torch._dynamo  # by the first optimiser
-from optuna.visualization import matplotlib as plots
 from pyautoattack import AutoAttack
 
 from cli import main
@@ -17,4 +17,4 @@ from dmat.jobs import STAGES, execution
 for _word in STAGES:
     importlib.import_module(f"dmat.jobs.{_word}")
 torch.set_num_threads(1)
-LOADED = (plt, plots, tuning, pyarrow, sklearn, AutoAttack, main, execution)
+LOADED = (plt, plotly.express, tuning, pyarrow, sklearn, AutoAttack, main, execution)

@@ -1,5 +1,6 @@
 """Small projects without git and DVC, in which single commands run, are disturbed and are refused."""
 
+import copy
 import shutil
 
 import yaml
@@ -27,7 +28,7 @@ class Project:
     """A folder with params.yaml and artifacts, without git and DVC."""
 
     def __init__(self, folder, params):
-        self.folder, self.params = folder, params
+        self.folder, self.params = folder, copy.deepcopy(params)  # tests change theirs
         self.write({})
 
     def write(self, changes):

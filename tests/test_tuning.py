@@ -1,25 +1,44 @@
-"""Studies: trials are what training computes, bad ones stop early, a killed study ends as an undisturbed one."""
+"""Studies: trials are what training computes, bad ones stop early, a killed study ends as an undisturbed one, and any
+number of workers share one.
+
+Run alone: pytest tests/test_tuning.py
+"""
 
 import csv
+import json
 import os
 import random
 import signal
 import sqlite3
+import subprocess
+import sys
+import urllib.request
 
 import optuna
+import psutil
 import pytest
+import torch
+import yaml
 
 from dmat import config, files, tuning
 from dmat.errors import DmatError, Interrupted, Pruned
 from dmat.jobs import workspace
-from dmat.training.long_run import MetricsLog
+from dmat.tuning import leading, trials, worker
 from tests import forked
+from tests.databases import STORES, url_of
+from tests.servers import free_port
 
 TRIALS = 6
 
 
-def _study(project, trials=TRIALS, code=0, **environment):
-    found, text = forked.run(project.folder, "tune", "--trials", str(trials), "--json", **environment)
+def _start(project, trials=TRIALS, *words, output=".output", **environment):
+    return forked.Command(
+        project.folder, "tune", "start", "--trials", str(trials), "--json", *words, output=output, **environment
+    )
+
+
+def _study(project, trials=TRIALS, code=0, words=(), **environment):
+    found, text = _start(project, trials, *words, **environment).wait()
     assert found == code, text
     return text
 
@@ -69,7 +88,7 @@ def test_pruned_trials_stopped_early_below_the_median_and_their_reports_stay(stu
     assert pruned, rows
     for row in pruned:
         assert int(row["images_seen"]) < 640
-        assert "is below the median" in row["reason"]
+        assert "is behind the other trials (median)" in row["reason"]
         trial = next((studied.folder / "runs/tune").glob(f"generated-*/trial-{int(row['trial']):04d}"))
         lines = (trial / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == int(row["images_seen"]) / 128
@@ -90,7 +109,7 @@ def test_a_study_killed_at_random_moments_ends_as_if_undisturbed(finished, studi
     rng = random.Random(1)
     killed = 0
     for _ in range(5):
-        command = forked.Command(project.folder, "tune", "--trials", str(TRIALS), "--json")
+        command = _start(project)
         killed += command.kill_after(rng.uniform(0.3, 2))
     _study(project)
     assert killed >= 3
@@ -103,7 +122,7 @@ def test_a_study_killed_at_random_moments_ends_as_if_undisturbed(finished, studi
 
 def test_a_signal_saves_the_trial_and_the_command_goes_on(finished, studied, tmp_path):
     project = finished.copy_without("nothing", tmp_path / "stopped")
-    command = forked.Command(project.folder, "tune", "--trials", str(TRIALS), "--json")
+    command = _start(project)
     forked.until(lambda: list((project.folder / "runs/tune").glob("generated-*/trial-0001/checkpoint.dmat")))
     command.signal(signal.SIGTERM)
     code, text = command.wait()
@@ -151,8 +170,8 @@ def test_another_space_is_another_study_and_fresh_keeps_the_old_one(studied, tmp
     project = studied.copy_without("nothing", tmp_path / "other")
     project.write({"tune": {"space": {"beta": {"low": 2.0}}}})
     _study(project, 1)
-    assert len(_table(project)) == 1
-    forked.run(project.folder, "tune", "--trials", "1", "--fresh", "--json")
+    assert len([row for row in _table(project) if not row["imported_from"]]) == 1
+    _study(project, 1, words=["--fresh"])
     assert len(list((project.folder / "runs/tune").glob("generated-*/study.json"))) == 2
     with sqlite3.connect(project.folder / "runs/tune/studies.db") as database:
         names = [name for (name,) in database.execute("select study_name from studies")]
@@ -160,12 +179,8 @@ def test_another_space_is_another_study_and_fresh_keeps_the_old_one(studied, tmp
     assert sum("-before-" in name for name in names) == 1
 
 
-def test_one_study_at_a_time_and_a_file_without_one_are_answered(finished, tmp_path):
-    project = finished.copy_without("nothing", tmp_path / "two")
-    first = forked.Command(project.folder, "tune", "--trials", "2", "--json")
-    forked.until(lambda: list((project.folder / "runs/tune").glob("generated-*/holder.json")))
-    assert f"is being computed by process {first.process.pid}" in _study(project, code=2)
-    assert first.wait()[0] == 0
+def test_a_file_without_a_study_is_answered(finished, tmp_path):
+    project = finished.copy_without("nothing", tmp_path / "none")
     del project.params["tune"]
     project.write({})
     assert "has no section `tune`" in _study(project, code=2)
@@ -175,19 +190,20 @@ def test_one_study_at_a_time_and_a_file_without_one_are_answered(finished, tmp_p
 def small(finished, tmp_path, monkeypatch):
     """A study inside this process whose trials take no time: their value is made of their parameters."""
     project = finished.copy_without("nothing", tmp_path / "small")
+    project.write({"tune": {"pruner": "none"}})
 
-    def train(self, folder, record, watcher):
-        value = float(record.beta / 10 - abs(record.learning_rate - 0.3) + record.generated_share / 3)
+    def compute(bench, values, folder, watcher):
+        value = float(values["beta"] / 10 - abs(values["learning_rate"] - 0.3) + values["generated_share"] / 3)
         for seen in (128, 256):
             watcher(seen, {tuning.OBJECTIVE: value * seen / 256})
         return value
 
-    monkeypatch.setattr(tuning._Worker, "train", train)
+    monkeypatch.setattr(trials, "compute", compute)
 
-    def run(trials, fresh=False):
+    def run(total, fresh=False):
         params = config.load(project.folder / "params.yaml")
         place = workspace.find(project.folder)
-        return tuning.run(tuning.plan(params, place), params, place, trials, fresh=fresh, quiet=True)
+        return tuning.run(tuning.plan(params, place), params, place, tuning.Wanted(total, fresh=fresh, quiet=True))
 
     run.project = project
     return run
@@ -197,20 +213,24 @@ def _curve(project):
     return next((project.folder / "runs/tune").glob("generated-*/metrics.jsonl")).read_text()
 
 
-@pytest.mark.parametrize("trial", [0, 3, 12], ids=["enqueued", "drawn at random", "drawn by TPE"])
-def test_a_trial_killed_between_two_of_its_values_is_the_same_trial(small, monkeypatch, trial):
+@pytest.mark.parametrize("trial", [0, 3, 12], ids=["known", "drawn at random", "drawn by TPE"])
+@pytest.mark.parametrize("call", ["suggest_float", "enqueue_trial", "ask"])
+def test_a_trial_that_was_half_born_is_the_same_trial(small, monkeypatch, trial, call):
     small(14)
     undisturbed = _table(small.project), _curve(small.project)
-    real, calls = optuna.Trial.suggest_float, []
+    owner = optuna.Trial if call == "suggest_float" else optuna.Study
+    real, calls = getattr(owner, call), []
 
-    def suggest_float(self, name, *rest, **more):
-        calls.append(name)
-        if len(calls) == 3 * trial + 2:
+    def killed(self, *words, **more):
+        if not (owner is optuna.Study and "fixed_distributions" in more):  # not that of a sampler in memory
+            calls.append(words)
+        done = real(self, *words, **more)
+        if len(calls) == (3 * trial + 2 if call == "suggest_float" else trial + 1):
             raise SystemExit("killed")
-        return real(self, name, *rest, **more)
+        return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(optuna.Trial, "suggest_float", suggest_float)
+        patch.setattr(owner, call, killed)
         with pytest.raises(SystemExit):
             small(14, fresh=True)
     small(14)
@@ -247,13 +267,13 @@ def test_a_kill_around_the_word_that_a_trial_ended_loses_and_doubles_nothing(sma
 def test_a_signal_while_a_trial_is_pruned_ends_the_command_after_it(small, monkeypatch):
     small(2)
 
-    def train(self, folder, record, watcher):
+    def compute(bench, values, folder, watcher):
         (folder / "here").touch()
-        with tuning.Interruption():
+        with leading.Interruption():
             os.kill(os.getpid(), signal.SIGTERM)
-            raise Pruned("below the median")
+            raise Pruned("behind the other trials")
 
-    monkeypatch.setattr(tuning._Worker, "train", train)
+    monkeypatch.setattr(trials, "compute", compute)
     with pytest.raises(Interrupted, match="SIGTERM"):
         small(4)
     assert len(list((small.project.folder / "runs/tune").glob("generated-*/trial-*/here"))) == 1
@@ -271,13 +291,63 @@ def test_a_study_with_nothing_left_to_do_is_not_tracked_again(small, monkeypatch
     assert {run.info.run_id: run.to_dictionary() for run in _runs(small.project)} == before
 
 
-def test_the_log_of_a_study_is_closed_when_a_trial_fails(small, monkeypatch):
-    logs = []
-    monkeypatch.setattr(MetricsLog, "__enter__", lambda self: logs.append(self) or self)
-    monkeypatch.setattr(tuning._Worker, "train", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        small(1)
-    assert logs[0]._file.closed
+@pytest.mark.parametrize(
+    ("errors", "state", "reason"),
+    [
+        ([ZeroDivisionError("a")] * 2, "COMPLETE", ""),
+        ([ZeroDivisionError("a")] * 3, "FAIL", "ended with an exception 3 times, last ZeroDivisionError: a"),
+        ([torch.OutOfMemoryError("CUDA out of memory. Tried")], "FAIL", "out of memory: CUDA out of memory. Tried"),
+        ([MemoryError("no")], "FAIL", "out of memory: no"),
+    ],
+)
+def test_an_exception_is_tried_again_up_to_a_limit_and_never_ends_the_study(small, monkeypatch, errors, state, reason):
+    real, left = trials.compute, list(errors)
+
+    def compute(bench, values, folder, watcher):
+        if left and folder.name == "trial-0001":
+            raise left.pop()
+        return real(bench, values, folder, watcher)
+
+    monkeypatch.setattr(trials, "compute", compute)
+    small(3)
+    rows = _table(small.project)
+    assert [row["state"] for row in rows] == ["COMPLETE", state, "COMPLETE"]
+    assert rows[1]["reason"] == reason
+
+
+def test_a_trial_that_kills_its_workers_ends_with_that_reason(small, monkeypatch):
+    monkeypatch.setattr(worker.Claims, "deaths", lambda self, item: 6 * (item == "trial-0001"))
+    small(3)
+    assert [row["state"] for row in _table(small.project)] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert _table(small.project)[1]["reason"] == "6 workers were killed in it"
+
+
+def test_a_worker_that_lost_its_trial_leaves_it_alone(small, monkeypatch):
+    """One that slept for longer than a claim lives must not report over the other's shoulder."""
+    real, lost = worker.Claims.holds, []
+
+    def holds(self, item):
+        if item == "trial-0001" and not lost:
+            lost.append(item)
+            return False
+        return real(self, item)
+
+    monkeypatch.setattr(worker.Claims, "holds", holds)
+    small(3)
+    assert lost
+    assert [row["state"] for row in _table(small.project)] == ["COMPLETE"] * 3
+    assert len({row["trial"] for row in _table(small.project)}) == 3
+
+
+def test_values_that_do_not_fit_together_fail_their_trial_alone(small, monkeypatch):
+    monkeypatch.undo()
+    space = {"batch": {"choices": [64, 4]}, "generated_share": {"low": 0.1, "high": 0.9}}
+    small.project.params["tune"]["space"] = space
+    small.project.write({"tune": {"enqueue": [{"batch": 4, "generated_share": 0.1}]}})
+    small(2)
+    rows = _table(small.project)
+    assert [row["state"] for row in rows] == ["COMPLETE", "FAIL"]
+    assert "leaves 0 generated ones; expected some of both kinds" in rows[1]["reason"]
 
 
 def test_a_damaged_storage_is_named_and_left_as_it_is(small):
@@ -288,3 +358,204 @@ def test_a_damaged_storage_is_named_and_left_as_it_is(small):
         with pytest.raises(DmatError, match=r"studies.db cannot be used .* bring back a good copy, or move it away"):
             small(2)
         assert path.read_bytes() == damage
+
+
+def test_a_study_whose_space_changed_knows_the_trials_that_fit(small):
+    small(8)
+    old = _table(small.project)
+    small.project.write({"tune": {"space": {"learning_rate": {"low": 0.1}}}})
+    small(2)
+    rows = _table(small.project)
+    fitting = [row for row in old if float(row["learning_rate"]) >= 0.1]
+    assert 0 < len(fitting) < 8
+    taken = [row for row in rows if row["imported_from"]]
+    assert [row["beta"] for row in taken] == [row["beta"] for row in fitting]
+    assert [row["imported_from"].rpartition(" ")[2] for row in taken] == [row["trial"] for row in fitting]
+    assert len(rows) == len(taken) + 2, "--trials counts those that the study made itself"
+    small.project.write({"tune": {"space": {"learning_rate": {"low": 0.02}}}})
+    assert small(8)["trials"] == 8, "the old study is as it was"
+
+
+def test_without_a_pruner_every_trial_is_complete_and_sees_all_images(studied, tmp_path):
+    project = studied.copy_without("nothing", tmp_path / "whole")
+    project.write({"tune": {"pruner": "none", "seed": 2}})
+    _study(project, 4)
+    assert {(row["state"], row["images_seen"]) for row in _table(project)} == {("COMPLETE", "640")}
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_workers_killed_at_random_lose_no_trial_and_double_none(finished, tmp_path, request, store):
+    """A leader and two helpers, four of which are killed with -9; benchmarks/tune_workers.py has it larger."""
+    project = finished.copy_without("nothing", tmp_path / "many")
+    project.write({"tune": {"sampler": "random"}})
+    total, rng, url = 12, random.Random(3), url_of(store, request, tmp_path)
+    storages = {"DMAT_STUDIES": url}
+    leader = _start(project, total, **storages)
+    helpers = [_start(project, total, "--worker", output=f".output-{k}", **storages) for k in range(2)]
+    killed = 0
+    for k in range(4):
+        at_work = helpers[k % 2].kill_after(rng.uniform(0.8, 2.5))
+        killed += at_work
+        helpers[k % 2] = _start(project, total, "--worker", output=f".output-{k % 2}", **storages)
+    found = [one.wait() for one in (leader, *helpers)]
+    assert [code for code, _ in found] == [0, 0, 0], found
+    assert killed >= 2
+    study = optuna.load_study(study_name=None, storage=url)
+    assert [trial.number for trial in study.trials] == list(range(total))
+    assert all(trial.state.is_finished() for trial in study.trials)
+    folder = next((project.folder / "runs/tune").glob("generated-*"))
+    for trial in study.trials:
+        lines = (folder / f"trial-{trial.number:04d}/metrics.jsonl").read_text().splitlines()
+        told = {record["images_seen"]: record["validation_robust"] for record in map(json.loads, lines)}
+        assert len(told) == len(lines), "no report twice"
+        assert trial.intermediate_values == told
+        assert trial.state.name == "PRUNED" or list(told) == [128, 256, 384, 512, 640]
+    assert sum(trial.user_attrs["workers_killed"] for trial in study.trials) >= 1
+    assert json.loads(found[0][1])["trials"] == total
+    assert len(_table(project)) == total
+
+
+def test_real_workers_are_replaced_when_killed_and_end_with_their_leader(finished, tmp_path):
+    project = finished.copy_without("nothing", tmp_path / "real")
+    command = [sys.executable, "-m", "cli.main", "tune", "start", "--trials", "100", "--workers", "2", "--json"]
+    started = subprocess.Popen(
+        command, cwd=project.folder, env={**os.environ, "DMAT_TRACKING": "off"}, stderr=subprocess.PIPE, text=True
+    )
+    tree = psutil.Process(started.pid)
+
+    def ended():
+        return len(list((project.folder / "runs/tune").glob("generated-*/trial-*/result/classifier")))
+
+    try:
+        forked.until(lambda: ended() >= 1, 200)
+        workers = tree.children()
+        assert len(workers) == 2
+        workers[0].kill()
+        forked.until(
+            lambda: len([one for one in tree.children() if one.is_running()]) == 2 and tree.children() != workers, 60
+        )
+        before = ended()
+        forked.until(lambda: ended() >= before + 2, 200)
+        workers = tree.children()
+    finally:
+        started.kill()
+        started.wait()
+    forked.until(lambda: not any(one.is_running() and one.status() != "zombie" for one in workers), 120)
+    found, text = forked.run(project.folder, "tune", "status")
+    assert (found, "process" in text) == (0, False), text
+
+
+def test_under_torchrun_the_leading_process_prunes_and_all_stop_together(finished, tmp_path):
+    project = finished.copy_without("nothing", tmp_path / "together")
+    port = str(free_port())
+    commands = [
+        _start(project, TRIALS, output=f".output-{rank}", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+               LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for rank in range(2)
+    ]  # fmt: skip
+    (code, text), silence = (command.wait() for command in commands)
+    assert (code, silence) == (0, (0, "")), (text, silence)
+    rows = _table(project)
+    assert len(rows) == TRIALS
+    pruned = [row for row in rows if row["state"] == "PRUNED"]
+    assert pruned, rows
+    assert all(int(row["images_seen"]) < 640 for row in pruned)
+
+
+def test_images_that_a_trial_changes_are_made_once_for_each_value(finished, tmp_path):
+    project = finished.copy_without("nothing", tmp_path / "images")
+    before = {str(p): files.checksum(p) for p in (project.folder / "artifacts").iterdir()}
+    made = len(list((project.folder / "runs/generate_images").iterdir()))
+    project.params["tune"]["space"] = {"image_set.sampler.steps": {"choices": [3, 2]}, "selection.keep": {"choices": [0.8, 0.5]}}  # fmt: skip # noqa: E501
+    points = [
+        {"image_set.sampler.steps": 2},
+        {"image_set.sampler.steps": 2, "selection.keep": 0.5},
+        {"selection.keep": 0.5},
+    ]
+    project.write({"tune": {"enqueue": points, "images": 128}})
+    _study(project, 6)
+    rows = _table(project)
+    assert [row["state"] for row in rows] == ["COMPLETE"] * 6
+    assert len(list((project.folder / "runs/generate_images").iterdir())) == made + 1
+    assert len(list((project.folder / "runs/select_images").iterdir())) == 4
+    after = {str(p): files.checksum(p) for p in (project.folder / "artifacts").iterdir() if p.name != "tune"}
+    assert after == before, "what DVC knows stays as it is"
+    _study(project, 8)
+    assert len(list((project.folder / "runs/generate_images").iterdir())) == made + 1
+
+
+def test_the_best_are_ranked_by_autoattack_on_validation_and_the_first_becomes_an_arm(finished, tmp_path):
+    project = finished.copy_without("nothing", tmp_path / "ranked")
+    project.write({"tune": {"rerank": 2, "pruner": "none"}, "evaluate_robust": {"auto_attack": ["apgd-ce"]}})
+    summary = json.loads(_study(project, 4, DMAT_TRACKING="on").splitlines()[-1])
+    rows = {int(row["trial"]): row for row in _table(project)}
+    by_pgd = sorted(rows, key=lambda number: (-float(rows[number]["validation_robust"]), number))
+    assert sorted(by_pgd[:2]) == summary["ranked"]
+    ranks = {number: float(rows[number]["auto_attack"]) for number in summary["ranked"]}
+    assert summary["best"]["trial"] == max(ranks, key=lambda n: (ranks[n], float(rows[n]["validation_robust"]), -n))
+    assert all(value <= float(rows[n]["validation_robust"]) + 1e-9 for n, value in ranks.items())
+    shards = list((project.folder / "runs/tune").glob("generated-*/trial-*/auto_attack/shard-*.npz"))
+    assert {int(path.parent.parent.name[-4:]) for path in shards} == set(ranks)
+    (study,) = [run for run in _runs(project) if run.data.tags["dmat.stage"] == "tune"]
+    assert "| trial | beta |" in study.data.tags["mlflow.note.content"]
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project.folder}/mlruns/mlflow.db")
+    names = {entry.path for entry in client.list_artifacts(study.info.run_id)}
+    assert names >= {"history.png", "curves.png", "slices.png", "contour.png", "study.html", "trials.csv"}
+    page = next((project.folder / "artifacts/tune/generated").glob("study.html")).read_text()
+    assert page.count("Plotly.newPlot") >= 5
+    assert "cdn" not in page.replace("cdn.plot.ly", "").lower() or 'src="http' not in page
+    code, text = forked.run(project.folder, "tune", "best", "--json")
+    assert code == 0
+    assert json.loads(text)["trial"] == summary["best"]["trial"]
+    code, text = forked.run(project.folder, "tune", "apply", "--name", "winner")
+    assert code == 0, text
+    arm = config.load(project.folder / "params.yaml").arms["winner"]
+    assert arm.beta == pytest.approx(summary["best"]["beta"])
+
+
+def test_status_says_who_is_at_work_and_what_was_not_begun(finished, tmp_path):
+    project = finished.copy_without("nothing", tmp_path / "status")
+    code, text = forked.run(project.folder, "tune", "status")
+    assert code == 2
+    assert "was not begun" in text
+    first = _start(project, 40)
+    forked.until(lambda: list((project.folder / "runs/tune").glob("generated-*/trial-0001/metrics.jsonl")))
+    _, text = forked.run(project.folder, "tune", "status", "--json")
+    found = json.loads(text)
+    assert f"process {first.process.pid}" in found["at_work"][0]
+    assert "is being computed by process" in _study(project, 40, code=2, words=["--fresh"])
+    first.signal(signal.SIGTERM)
+    assert first.wait()[0] == 143
+    _, text = forked.run(project.folder, "tune", "status", "--json")
+    assert "nobody at work; it goes on with `dmat tune start`" in json.loads(text)["at_work"][0]
+
+
+def test_the_dashboard_shows_the_same_storage_on_this_machine_alone(studied):
+    port = free_port()
+    command = [sys.executable, "-m", "cli.main", "tune", "dashboard", "--port", str(port)]
+    started = subprocess.Popen(command, cwd=studied.folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def answer(path=""):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5) as found:
+                return found.read().decode()
+        except OSError:
+            return ""
+
+    try:
+        forked.until(lambda: "api/studies" in answer() or "Optuna" in answer(), 120)
+        names = [one["study_name"] for one in json.loads(answer("api/studies"))["study_summaries"]]
+        assert any(name.startswith("generated-") for name in names)
+        listening = {one.laddr.ip for one in psutil.Process(started.pid).net_connections() if one.status == "LISTEN"}
+        assert listening == {"127.0.0.1"}
+    finally:
+        started.terminate()
+        started.wait(30)
+
+
+def test_the_stage_tune_lies_beside_the_pipeline(root):
+    (word,) = yaml.safe_load((root / "tune/dvc.yaml").read_text())["stages"]
+    assert word == "tune"
+    assert "tune" not in yaml.safe_load((root / "dvc.yaml").read_text())["stages"]

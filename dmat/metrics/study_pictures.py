@@ -79,7 +79,10 @@ def slices(path: Path, trials: Sequence[Trial], scales: Mapping[str, str]) -> No
 
 
 def contour(path: Path, trials: Sequence[Trial], pair: tuple[str, str], scales: Mapping[str, str]) -> None:
-    """Value over two parameters: dots are trials, colours between them are interpolated, where there are enough."""
+    """Value over two parameters: dots are trials, colours between them are interpolated, where there are enough.
+
+    At least one trial must have a value.
+    """
     figure, axes = new_figure(5.6, 4.4)
     shown = [t for t in trials if t.value is not None and all(name in t.parameters for name in pair)]
     x, y = (np.array([float(t.parameters[name]) for t in shown]) for name in pair)

@@ -55,7 +55,11 @@ class Claims:
             if engine.dialect.name == "sqlite"
             else sqlalchemy.func.extract("epoch", sqlalchemy.func.clock_timestamp())
         )
-        _METADATA.create_all(engine)
+        try:
+            _METADATA.create_all(engine)
+        except sqlalchemy.exc.SQLAlchemyError:  # another process makes it at this moment
+            time.sleep(0.5)
+            _METADATA.create_all(engine)
 
     def __enter__(self) -> "Claims":
         threading.Thread(target=self._renew_until_closed, daemon=True).start()

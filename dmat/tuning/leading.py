@@ -27,11 +27,12 @@ from dmat.training.interruption import Interruption
 from dmat.training.long_run import MetricsLog
 from dmat.tuning import applying, ranking, report, storage, worker
 from dmat.tuning.claims import Claims
-from dmat.tuning.plan import WORD, Study, without_password
+from dmat.tuning.plan import VARIABLE, WORD, Study, without_password
 from dmat.tuning.storage import speaking
 from dmat.tuning.trials import Bench, item
 
 LEADER = "leader"
+_STARTED = "DMAT_WORKER_OF_LEADER"  # environment of workers whose standard input ends with who started them
 _LOOK_EVERY = 1.0  # seconds between two looks at the workers
 _SHORT, _MOST_SHORT = 20.0, 5  # a worker that ends within so many seconds, so many times in a row, will always
 _RESTARTS = 3  # of all processes of a worker, after one was lost
@@ -181,7 +182,7 @@ class _Process:
         self._process = subprocess.Popen(
             self._command,
             cwd=self._bench.workspace.root,
-            env={**os.environ, "DMAT_STUDIES": self._bench.plan.storage, **devices_of},
+            env={**os.environ, VARIABLE: self._bench.plan.storage, _STARTED: "yes", **devices_of},
             stdin=subprocess.PIPE,  # its end tells the worker that nobody waits for it any more
             stderr=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C reaches it once, from here
@@ -225,8 +226,8 @@ class _Process:
 
 
 def end_with_starter() -> None:
-    """In a worker: stops as by SIGTERM when the process that started it is gone, however that ended."""
-    if sys.stdin is None or sys.stdin.isatty():
+    """In a worker that a leader started: stops as by SIGTERM when that is gone, however it ended."""
+    if _STARTED not in os.environ:
         return
 
     def watch() -> None:

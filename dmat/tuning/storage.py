@@ -12,7 +12,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from dmat.errors import DmatError
-from dmat.tuning import space
+from dmat.tuning import sampling, space
 from dmat.tuning.claims import Claims
 from dmat.tuning.plan import Study, without_password
 
@@ -77,7 +77,14 @@ def find(storage: RDBStorage, name: str) -> optuna.Study | None:
 
 def begin(storage: RDBStorage, plan: Study, claims: Claims) -> optuna.Study:
     """The study, made if it is not there yet: with the trials of its kin that fit its space."""
-    study = optuna.create_study(storage=storage, study_name=plan.name, direction="maximize", load_if_exists=True)
+    study = optuna.create_study(
+        storage=storage,
+        study_name=plan.name,
+        direction="maximize",
+        load_if_exists=True,
+        pruner=sampling.pruner(plan.settings),
+        sampler=optuna.samplers.RandomSampler(),  # never asked: `sampling.propose` gives all values
+    )
     if study.user_attrs.get(_READY):
         return study
     with claims.turn():

@@ -1,0 +1,410 @@
+"""Parts of studies without training: claims of work, spaces and known trials, what samplers see, the winner's arm.
+
+Run alone: pytest tests/test_tuning_parts.py
+"""
+
+import os
+import subprocess
+import threading
+import time
+
+import numpy as np
+import optuna
+import pytest
+import sqlalchemy
+import yaml
+from optuna.trial import TrialState, create_trial
+
+from dmat import config
+from dmat.errors import ConfigError, DmatError
+from dmat.jobs.workspace import Workspace
+from dmat.tuning import applying, claims, sampling, space, storage
+from dmat.tuning.claims import Claims
+from dmat.tuning.plan import Study
+from tests.databases import STORES, url_of
+
+
+@pytest.fixture(params=STORES)
+def engine(request, tmp_path):
+    made = sqlalchemy.create_engine(url_of(request.param, request, tmp_path))
+    yield made
+    made.dispose()
+
+
+def _row(engine, item):
+    with engine.begin() as connection:
+        return connection.execute(sqlalchemy.text(f"select * from dmat_claims where item = '{item}'")).mappings().one()
+
+
+def _set(engine, item, **values):
+    words = ", ".join(f"{name} = :{name}" for name in values)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text(f"update dmat_claims set {words} where item = '{item}'"), values)
+
+
+def test_a_claim_is_held_by_one_until_it_is_given_back(engine):
+    with Claims(engine, "study") as one, Claims(engine, "study") as two, Claims(engine, "other") as other:
+        assert one.take("a")
+        assert one.take("a"), "its own"
+        assert not two.take("a")
+        assert other.take("a"), "of another study"
+        assert (one.holds("a"), two.holds("a")) == (True, False)
+        assert f"process {os.getpid()}" in two.holder("a")
+        two.give_back("a")
+        assert one.holds("a"), "nobody gives back what is not his"
+        one.give_back("a")
+        assert two.holder("a") is None
+        assert two.take("a")
+        assert two.deaths("a") == 0
+    with Claims(engine, "study") as three:
+        assert three.take("a"), "the end of a block gives everything back"
+
+
+def test_a_claim_of_a_process_that_is_gone_is_free_at_once_and_of_a_silent_one_after_a_minute(engine):
+    with Claims(engine, "study") as one, Claims(engine, "study") as two:
+        assert one.take("a")
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        _set(engine, "a", pid=ended.pid)
+        assert two.take("a")
+        assert not one.holds("a"), "whoever lost it is told"
+        assert two.deaths("a") == 1
+        _set(engine, "a", place="another machine", pid=1, holder="x")
+        assert not one.take("a"), "what happens there is not known"
+        _set(engine, "a", renewed=_row(engine, "a")["renewed"] - claims.STALE - 1)
+        assert one.take("a")
+        assert one.deaths("a") == 2
+
+
+def test_a_process_number_that_belongs_to_another_by_now_is_no_sign_of_life(engine):
+    with Claims(engine, "study") as one, Claims(engine, "study") as two:
+        assert one.take("a")
+        _set(engine, "a", born=_row(engine, "a")["born"] - 1000)
+        assert two.take("a")
+
+
+def test_claims_are_renewed_beside_the_work(engine, monkeypatch):
+    monkeypatch.setattr(claims, "RENEW", 0.05)
+    with Claims(engine, "study") as one:
+        assert one.take("a")
+        _set(engine, "a", renewed=0.0)
+        deadline = time.monotonic() + 20
+        while _row(engine, "a")["renewed"] == 0.0:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_of_many_workers_at_once_each_item_has_one_holder(engine):
+    barrier, taken = threading.Barrier(4), []
+
+    def work():
+        with Claims(engine, "study") as mine:
+            barrier.wait()
+            taken.extend(number for number in range(20) if mine.take(f"item-{number}"))
+            barrier.wait()
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(taken) == list(range(20))
+
+
+def test_a_turn_is_one_at_a_time(engine):
+    inside, most = [], []
+
+    def work():
+        with Claims(engine, "study") as mine:
+            for _ in range(5):
+                with mine.turn():
+                    inside.append(1)
+                    most.append(len(inside))
+                    time.sleep(0.01)
+                    inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 15
+    assert max(most) == 1
+
+
+def _study(root, tmp_path, changes, images=True):
+    """The study of params.yaml with some of its keys changed, and the file."""
+    raw = yaml.safe_load((root / "params.yaml").read_text())
+    for key, value in changes.items():
+        if key in ("space", "overrides"):
+            raw["tune"][key] = value
+        else:
+            raw["tune"][key] = value
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    params = config.load(path)
+    settings, trial = params.sections["tune"], params.trial
+    folder = tmp_path / "runs/tune/generated-000000000000"
+    return Study(settings, trial, params.arm_images[settings.arm], {}, folder, "sqlite:///none", "kin"), params, path
+
+
+SPACE = {
+    "beta": {"low": 1.0, "high": 10.0, "scale": "log"},
+    "network.width": {"low": 1, "high": 3},
+    "augmentation": {"choices": ["none", "crop1"]},
+    "image_set.sampler.steps": {"low": 5, "high": 40, "scale": "log"},
+    "selection.keep": {"low": 0.2, "high": 1.0},
+    "attack_step_size": {"low": 0.02, "high": 0.1},
+}
+
+
+def test_any_parameter_of_an_arm_or_its_images_may_be_in_a_space(root, tmp_path):
+    plan, *_ = _study(root, tmp_path, {"space": SPACE})
+    wanted = space.distributions(plan)
+    kinds = {name: type(one).__name__.removesuffix("Distribution") for name, one in wanted.items()}
+    assert kinds == {
+        "beta": "Float",
+        "network.width": "Int",
+        "augmentation": "Categorical",
+        "image_set.sampler.steps": "Int",
+        "selection.keep": "Float",
+        "attack_step_size": "Float",
+    }
+    assert (wanted["beta"].log, wanted["image_set.sampler.steps"].log, wanted["selection.keep"].log) == (
+        True,
+        True,
+        False,
+    )
+    assert plan.points == [
+        {"beta": 5.0, "network.width": 1, "augmentation": "none", "image_set.sampler.steps": 18, "selection.keep": 0.8,
+         "attack_step_size": 0.05}
+    ]  # fmt: skip
+    values = plan.points[0] | {"network.width": 2, "image_set.sampler.steps": 9, "selection.keep": 0.5}
+    chosen = plan.trial.with_values(values)
+    assert (chosen.arm.network.width, chosen.image_set.sampler.steps, chosen.selection.keep) == (2, 9, 0.5)
+    assert chosen.arm.network.depth == plan.trial.arm.network.depth, "mappings are merged"
+    assert (chosen.arm.images, chosen.arm.evaluate_every) == (plan.settings.images, plan.settings.evaluate_every)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"space": {"bta": {"low": 1, "high": 2}}}, ["tune.space: bta is not known", "beta"]),
+        ({"space": {"network": {"choices": ["a", "b"]}}}, ["network is not a single value", "dots"]),
+        ({"space": {"network.dpth": {"low": 1, "high": 2}}}, ["network.dpth is not known", "depth"]),
+        ({"space": {"images": {"low": 1, "high": 2}}}, ["tune.space.images", "could not be compared"]),
+        ({"space": {"threat.epsilon": {"low": 0.1, "high": 0.2}}}, ["threat.epsilon", "could not be compared"]),
+        ({"space": {"augmentation": {"low": 1, "high": 2}}}, ["augmentation is 'none'", "choices, not a range"]),
+        ({"space": {"augmentation": {"choices": ["none", "nose"]}}}, ["augmentation.choices.1 is nose", "crop1"]),
+        ({"space": {"network.width": {"low": 1, "high": 2.5}}}, ["width.high is 2.5", "whole number"]),
+        ({"space": {"beta": {"choices": [1.0]}}}, ["tune.space.beta", "at least 2 items"]),
+        ({"space": {"beta": {"choices": [1.0, 1.0]}}}, ["expected each once"]),
+        (
+            {"space": {"image_set.sampler.stps": {"low": 1, "high": 2}}},
+            ["image_set.sampler.stps is not known", "steps"],
+        ),
+        ({"space": {"selection.keep": {"low": 0.0, "high": 1.0}}}, ["selection.keep.low is 0.0", "greater than 0"]),
+        ({"arm": "real_only", "space": {"selection.keep": {"low": 0.1, "high": 1.0}}}, ["no generated images"]),
+        ({"enqueue": [{"bet": 1.0}]}, ["tune.enqueue.0.bet is not in the space", "beta"]),
+        ({"enqueue": [{"beta": 50.0}]}, ["tune.enqueue.0.beta is 50.0", "from 1.0 to 10.0"]),
+        ({"space": {"beta": {"low": 0.0, "high": 1.0, "scale": "log"}}}, ["low is 0.0 on a log scale"]),
+        ({"space": {"beta": {"low": 2.0, "high": 1.0}}}, ["low is 2.0 and high is 1.0"]),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused_with_its_key(root, tmp_path, changes, words):
+    with pytest.raises(ConfigError) as refused:
+        _study(root, tmp_path, changes)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+
+
+def test_known_points_come_first_each_once(root, tmp_path):
+    own = {"beta": 5.0, "learning_rate": 0.2, "generated_share": 0.7}
+    plan, *_ = _study(root, tmp_path, {"enqueue": [{"beta": 3.0}, {"beta": 5.0}, {"generated_share": 0.5}]})
+    assert plan.points == [own, own | {"beta": 3.0}, own | {"generated_share": 0.5}]
+    low = {"beta": {"low": 6.0, "high": 10.0}, "learning_rate": {"low": 0.02, "high": 0.5}}
+    plan, *_ = _study(root, tmp_path, {"space": low})
+    assert plan.points == [], "the arm lies outside"
+
+
+def _trial(values, state=TrialState.COMPLETE, value=None, reports=None, **attributes):
+    wanted = {name: optuna.distributions.FloatDistribution(0.0, 100.0) for name in values}
+    return create_trial(
+        state=state, value=value, params=values, distributions=wanted, intermediate_values=reports or {},
+        user_attrs=attributes,
+    )  # fmt: skip
+
+
+def test_trials_of_a_study_with_another_space_are_taken_over_where_they_fit(root, tmp_path):
+    wanted = {"beta": {"low": 2.0, "high": 8.0}, "generated_share": {"low": 0.1, "high": 0.9}}
+    plan, *_ = _study(root, tmp_path, {"space": wanted})
+    old = [
+        _trial({"beta": 3.0, "learning_rate": 0.2, "generated_share": 0.5}, value=0.6, reports={128: 0.5}),
+        _trial({"beta": 1.0, "learning_rate": 0.2, "generated_share": 0.5}, value=0.7),  # outside
+        _trial(
+            {"beta": 3.0, "learning_rate": 0.1, "generated_share": 0.5}, value=0.8
+        ),  # a rate that is the arm's no more
+        _trial({"beta": 4.0, "learning_rate": 0.2}, TrialState.PRUNED, reports={128: 0.2}),  # had the arm's share
+        _trial({"beta": 4.0, "learning_rate": 0.2, "generated_share": 0.5}, TrialState.RUNNING),
+    ]
+    for number, trial in enumerate(old):
+        trial.number = number
+    found = list(space.fitting(plan, "old", old))
+    assert [trial.params for trial in found] == [
+        {"beta": 3.0, "generated_share": 0.5},
+        {"beta": 4.0, "generated_share": 0.7},
+    ]
+    assert [trial.user_attrs[space.ORIGIN] for trial in found] == [
+        {"study": "old", "trial": 0},
+        {"study": "old", "trial": 3},
+    ]
+    assert (found[0].value, found[0].intermediate_values, found[1].state) == (0.6, {128: 0.5}, TrialState.PRUNED)
+    again = list(space.fitting(plan, "newer", [_number(found[0], 7)]))
+    assert again[0].user_attrs[space.ORIGIN] == {"study": "old", "trial": 0}, "where it was really computed"
+
+
+def _number(trial, number):
+    trial.number = number
+    return trial
+
+
+def test_what_samplers_are_shown_of_trials_that_did_not_finish():
+    trials = [
+        _trial({"x": 1.0}, value=0.6, reports={10: 0.3, 20: 0.6}),
+        _trial({"x": 2.0}, value=0.8, reports={10: 0.4, 20: 0.8}),
+        _trial({"x": 3.0}, TrialState.PRUNED, reports={10: 0.2}),
+        _trial({"x": 4.0}, TrialState.FAIL),
+        _trial({"x": 5.0}, TrialState.RUNNING),
+        _trial({}, TrialState.FAIL),
+    ]
+
+    def values(pruned_as):
+        return {trial.params["x"]: (trial.state.name, trial.value) for trial in sampling.shown(trials, pruned_as)}
+
+    common = {1.0: ("COMPLETE", 0.6), 2.0: ("COMPLETE", 0.8), 4.0: ("COMPLETE", 0.6), 5.0: ("COMPLETE", 0.7)}
+    assert values("nothing") == common
+    assert values("last") == common | {3.0: ("COMPLETE", 0.2)}
+    extended = values("extended")
+    assert extended.pop(3.0) == ("COMPLETE", pytest.approx(0.2 + 0.35))
+    assert extended == common
+    assert values("pruned")[3.0][0] == "PRUNED"
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
+def test_a_proposal_depends_on_seed_number_and_trials_alone(root, tmp_path, sampler):
+    plan, *_ = _study(root, tmp_path, {"sampler": sampler})
+    wanted = space.distributions(plan)
+    rng = np.random.default_rng(0)
+    known = []
+    for number in range(12):
+        values = sampling.propose(plan.settings, wanted, known, number)
+        assert values == sampling.propose(plan.settings, wanted, known, number)
+        assert list(values) == list(wanted)
+        known.append(
+            create_trial(
+                params=values, distributions=wanted, value=float(-abs(values["beta"] - 3) + rng.normal(0, 0.01))
+            )
+        )
+    assert len({trial.params["beta"] for trial in known}) == 12, "a resumed study does not repeat its start"
+    if sampler != "random":
+        late = [sampling.propose(plan.settings, wanted, known, number)["beta"] for number in range(20, 26)]
+        assert np.median(np.abs(np.log(np.array(late) / 3))) < 0.6, "it goes where the values are"
+
+
+@pytest.mark.parametrize("pruner", ["hyperband", "median", "none"])
+def test_the_warm_up_is_never_pruned_and_what_falls_behind_is(root, tmp_path, pruner):
+    changes = {"pruner": pruner, "images": 8000, "evaluate_every": 1000, "warm_up_images": 2000, "startup_trials": 2}
+    plan, *_ = _study(root, tmp_path, changes)
+    study = optuna.create_study(direction="maximize", pruner=sampling.pruner(plan.settings))
+    stopped = {}
+    for number in range(24):
+        trial = study.ask()
+        level = 0.9 if number < 4 else 0.3
+        for seen in range(1000, 9000, 1000):
+            trial.report(level * seen / 8000, seen)
+            if sampling.should_stop(trial, seen, plan.settings):
+                stopped[number] = seen
+                break
+        study.tell(trial, state=TrialState.PRUNED if number in stopped else TrialState.COMPLETE, values=None if number in stopped else level)  # fmt: skip # noqa: E501
+    assert all(seen > 2000 for seen in stopped.values())
+    assert not {0, 1} & set(stopped)
+    assert bool([n for n in stopped if n >= 4]) == (pruner != "none")
+
+
+def _winner(values):
+    return _number(create_trial(value=0.7, params=values, distributions={
+        name: optuna.distributions.CategoricalDistribution([value]) for name, value in values.items()
+    }), 5)  # fmt: skip
+
+
+def test_the_winner_is_an_arm_and_the_rest_of_the_file_stays(root, tmp_path):
+    plan, params, path = _study(root, tmp_path, {})
+    path.write_text((root / "params.yaml").read_text())
+    before = path.read_text()
+    winner = _winner({"beta": 3.25, "learning_rate": 0.1, "generated_share": 0.5})
+    written = applying.apply(path, plan, params, winner, "tuned", [1, 2, 3])
+    assert written == ["arms.tuned", "seeds"]
+    loaded = config.load(path)
+    assert (loaded.arms["tuned"].beta, loaded.arms["tuned"].generated_share, loaded.seeds) == (3.25, 0.5, (1, 2, 3))
+    assert loaded.arms["tuned"].batch == loaded.arms["generated"].batch, "overrides of short runs stay with them"
+    old, new = before.splitlines(), path.read_text().splitlines()
+    gone = [line for line in old if line not in new]
+    assert gone == ["seeds: [1]"], gone
+    assert any("# written by `dmat tune apply`: study generated-000000000000, trial 5" in line for line in new)
+    applying.apply(path, plan, loaded, _winner({"beta": 4.5}), "tuned", [])
+    assert config.load(path).arms["tuned"].beta == 4.5, "what a study wrote a study may write again"
+    with pytest.raises(DmatError, match="has an arm generated that no study wrote"):
+        applying.apply(path, plan, loaded, winner, "generated", [])
+    text = path.read_text()
+    with pytest.raises(ConfigError, match="generated_share"):
+        applying.apply(path, plan, loaded, _winner({"generated_share": 0.0}), "other", [])
+    assert path.read_text() == text
+    assert not list(tmp_path.glob(".params*"))
+
+
+def test_a_winner_with_images_of_its_own_brings_their_entries(root, tmp_path):
+    plan, params, path = _study(root, tmp_path, {"space": SPACE})
+    winner = _winner({"beta": 2.0, "image_set.sampler.steps": 9, "selection.keep": 0.5, "network.width": 2})
+    written = applying.apply(path, plan, params, winner, "tuned", [])
+    assert written == ["arms.tuned", "image_sets.tuned", "chunks.tuned-0000", "selections.tuned"]
+    loaded = config.load(path)
+    assert loaded.arm_images["tuned"] == "artifacts/select_images/tuned"
+    assert loaded.selected_from["tuned"] == "tuned"
+    assert (loaded.image_sets["tuned"].sampler.steps, loaded.selections["tuned"].keep) == (9, 0.5)
+    assert loaded.arms["tuned"].network.width == 2
+    assert loaded.chunks["tuned-0000"].generator == "edm"
+    only_kept = applying.apply(path, plan, params, _winner({"selection.keep": 0.3}), "kept", [])
+    assert only_kept == ["arms.kept", "selections.kept"]
+    assert config.load(path).selected_from["kept"] == "edm18"
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("nonsense", ["is no URL", "postgresql+psycopg://"]),
+        ("postgresql+psycopg://someone:secret@127.0.0.1:1/studies", ["someone:***@127.0.0.1:1", "cannot be reached"]),
+        ("postgres+nothing://127.0.0.1/studies", ["cannot be reached"]),
+        ("sqlite:////proc/none/studies.db", ["/proc/none"]),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_one_sentence_without_its_password(url, words):
+    with pytest.raises((DmatError, OSError)) as refused:
+        storage.connect(url)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_storage_of_a_newer_optuna_is_refused(tmp_path):
+    url = f"sqlite:///{tmp_path}/studies.db"
+    made = storage.connect(url)
+    with made.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("update alembic_version set version_num = 'v9.9.9.a'"))
+        connection.execute(sqlalchemy.text("update version_info set library_version = '99.0.0', schema_version = 99"))
+    with pytest.raises(DmatError, match="written by another version of Optuna"):
+        storage.connect(url)
+
+
+def test_passwords_are_not_in_what_is_shown(tmp_path):
+    place = Workspace(tmp_path, tmp_path)
+    assert place.home == tmp_path
+    shown = Study(None, None, "", {}, tmp_path, "postgresql+psycopg://me:secret@host/db", "kin")
+    assert "secret" not in str(config.Fraction("1/2")) + storage.without_password(shown.storage)
