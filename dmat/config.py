@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import CoreSchema, core_schema
 
 from dmat import ARTIFACTS
-from dmat.errors import ConfigError, DmatError
+from dmat.errors import ConfigError, DmatError, UnfitError
 
 _NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
 _FRACTION = re.compile(rf"(?P<top>{_NUMBER})(/(?P<bottom>{_NUMBER}))?", re.ASCII)
@@ -458,7 +458,7 @@ class Trial:
         return found
 
     def with_values(self, values: Mapping[str, Any]) -> "Trial":
-        """The same with values by dotted name. Raises pydantic.ValidationError, as the records do."""
+        """The same with values by dotted name. Raises UnfitError."""
         parts: dict[str, dict[str, Any]] = {"": {}, IMAGE_SET: {}, SELECTION: {}}
         for name, value in values.items():
             first, _, rest = name.partition(".")
@@ -468,11 +468,15 @@ class Trial:
             for key in above:
                 place = place.setdefault(key, {})
             place[last] = value
-        return Trial(
-            _changed(self.arm, parts[""]),
-            self.image_set and _changed(self.image_set, parts[IMAGE_SET]),
-            self.selection and _changed(self.selection, parts[SELECTION]),
-        )
+        try:
+            return Trial(
+                _changed(self.arm, parts[""]),
+                self.image_set and _changed(self.image_set, parts[IMAGE_SET]),
+                self.selection and _changed(self.selection, parts[SELECTION]),
+            )
+        except pydantic.ValidationError as error:
+            said = [_sentence("trial", item, TrainRobust) for item in error.errors()]
+            raise UnfitError("; ".join(said)) from None
 
     def plain(self) -> dict[str, Any]:
         """JSON values; the arm's own at the top, as in a space."""
@@ -833,9 +837,8 @@ def _study_disagreements(study: Tune, trial: Trial) -> Iterator[str]:
                 continue
             try:
                 trial.with_values({name: int(value) if type(own) is int and isinstance(wanted, Range) else value})
-            except pydantic.ValidationError as error:
-                for item in error.errors():
-                    yield f"{where}.{key} is {value}; {_sentence(name, item, TrainRobust).partition('; ')[2]}"
+            except UnfitError as error:
+                yield f"{where}.{key} is {value}; {str(error).partition('; ')[2] or error}"
     for k, point in enumerate(study.enqueue):
         yield from _point_disagreements(f"tune.enqueue.{k}", study, point)
 

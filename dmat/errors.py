@@ -20,6 +20,10 @@ class ConfigError(DmatError):
         super().__init__("\n".join([f"{path}: {count}", *(f"  - {line}" for line in self.problems)]))
 
 
+class UnfitError(DmatError):
+    """Values of one trial of a study that are possible by themselves and not together: a fault of this trial alone."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop; its state is saved. `exit_code` is 75 for "requeue me", else 128 + signal."""
 

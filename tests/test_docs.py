@@ -126,7 +126,7 @@ def test_every_value_has_a_source() -> None:
 
 def test_examples_are_valid_additions_to_params_yaml(tmp_path: Path) -> None:
     examples = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.+?)```", PARAMETERS, re.DOTALL)]
-    assert len(examples) == 4
+    assert len(examples) == 5
     together = PARAMS
     for example in examples:
         together = config.merge(together, example)
@@ -135,7 +135,10 @@ def test_examples_are_valid_additions_to_params_yaml(tmp_path: Path) -> None:
             path.write_text(yaml.safe_dump(content))
             params = config.load(path)
             for name, entries in example.items():
-                assert set(entries) <= set(getattr(params, name))
+                if name == "tune":
+                    assert set(entries["space"]) <= set(params.sections[name].space)
+                else:
+                    assert set(entries) <= set(getattr(params, name))
 
 
 def test_table_of_reruns_is_that_of_dvc_yaml() -> None:

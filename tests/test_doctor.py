@@ -504,7 +504,7 @@ def test_studies(project):
     (folder / "lock").touch()
     stopped, _ = look(project, "work")
     assert (stopped.mark, stopped.found) == (NOTE, "tune generated: stopped in trial-0001")
-    assert "`dmat tune` goes on" in stopped.do
+    assert "`dmat tune start` goes on" in stopped.do
     (folder / "trial-0001/checkpoint.dmat").unlink()
     assert look(project, "work")[0].found == "tune generated: stopped between two trials"
     (folder / "finished.json").touch()

@@ -20,9 +20,9 @@ def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: st
 
     The arm gets the values that the study chose and not the study's `overrides`, which are for short runs.
     """
-    yaml = YAML()
-    yaml.preserve_quotes, yaml.width = True, 120
-    raw = yaml.load(path.read_text())
+    document = YAML()  # keeps comments and order
+    document.preserve_quotes, document.width = True, 120
+    raw = document.load(path.read_text())
     known = raw["arms"].get(name)
     study = f"study {plan.name}, trial {winner.number}"
     if known is not None and not _was_applied(raw["arms"], name):
@@ -42,7 +42,7 @@ def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: st
         raw["seeds"] = seeds
         written.append("seeds")
     text = io.StringIO()
-    yaml.dump(raw, text)
+    document.dump(raw, text)
     trial = path.with_name(f".{path.name}.applied")
     files.write_text(trial, text.getvalue())
     try:

@@ -14,14 +14,13 @@ from typing import Any
 
 import filelock
 import optuna
-import pydantic
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from dmat import tracking
 from dmat.config import MixImages, Params, Trial
 from dmat.devices import Compute
-from dmat.errors import Diverged, DmatError, Interrupted, Pruned
+from dmat.errors import Diverged, DmatError, Interrupted, Pruned, UnfitError
 from dmat.jobs import mix_images, train_robust
 from dmat.jobs.execution import Job
 from dmat.jobs.workspace import Workspace
@@ -38,10 +37,6 @@ _GO_ON, _PRUNED, _STOP = "", "pruned ", "stop "  # what the leading process tell
 
 class LostError(DmatError):
     """Another worker has this trial by now."""
-
-
-class UnfitError(DmatError):
-    """Values of a trial that do not fit together: a fault of this trial alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +129,7 @@ def _run(bench: Bench, study: optuna.Study, claims: Claims, trial: FrozenTrial, 
 def _settings(plan: Study, trial: FrozenTrial) -> dict[str, Any]:
     try:
         return plan.trial.with_values(trial.params).plain()
-    except pydantic.ValidationError:
+    except UnfitError:
         return {**plan.trial.plain(), **trial.params}
 
 
@@ -242,10 +237,7 @@ def _expect_held(claims: Claims, trial: FrozenTrial) -> None:
 
 def _chosen(plan: Study, values: Mapping[str, Any]) -> Trial:
     """A trial's settings. Each value is possible by itself (`config` has seen to that); together they may not be."""
-    try:
-        chosen = plan.trial.with_values(values)
-    except pydantic.ValidationError as error:
-        raise UnfitError(f"its values do not fit together: {error.errors()[0]['msg']}") from None
+    chosen = plan.trial.with_values(values)
     drawn = chosen.arm.batch // chosen.arm.cutmix_copies
     generated = round(drawn * chosen.arm.generated_share)
     if chosen.selection is not None and not 0 < generated < drawn:

@@ -240,12 +240,16 @@ def _work(site: Site) -> Iterator[Marked]:
             yield OK, f"{name}: {holder} computes it{_checkpoint(work)}", ""
         elif work.word == work_folders.STUDY and (cut := sorted(work.path.glob("trial-*/checkpoint.dmat"))):
             # a trial that ended has no checkpoint
-            do = "`dmat tune` goes on if nothing it needs was changed"
+            do = "`dmat tune start` goes on if nothing it needs was changed"
             yield NOTE, f"{name}: stopped in {cut[-1].parent.name}", do
         elif (work.path / "finished.json").exists():
             finished += 1
         elif work.word == work_folders.STUDY:
-            yield NOTE, f"{name}: stopped between two trials", "`dmat tune` goes on if nothing it needs was changed"
+            yield (
+                NOTE,
+                f"{name}: stopped between two trials",
+                "`dmat tune start` goes on if nothing it needs was changed",
+            )
         elif work.progress:
             yield NOTE, f"{name}: stopped{_checkpoint(work)}", _continuation(site, work)
     yield OK, f"finished in runs/: {finished}", ""

@@ -1,6 +1,6 @@
 """The folders of `runs/`: whose work is in them, how far it is, who holds them. Only looks, and changes nothing.
 
-A folder is work if it lies where `jobs/execution.py` or `tuning.py` puts it and is named as there; others are nobody's.
+A folder is work if it lies where `jobs/execution.py` or `tuning/` puts it and is named as there; others are nobody's.
 """
 
 import dataclasses

@@ -1,0 +1,153 @@
+"""Workers of a study killed with -9 at random: nothing lost, twice or left RUNNING, and what a report costs.
+
+    python benchmarks/tune_workers.py --storage sqlite --to /tmp/workers-sqlite
+    python benchmarks/tune_workers.py --storage postgresql --to /tmp/workers-postgresql
+
+Needs the artifacts of `make repro` (as far as `mix_images`) in this project and, for the second, PostgreSQL's programs:
+a real server is started on a folder of its own. `dmat tune start --trials 60 --workers 4` runs in a copy; ten times a
+worker is killed while it computes. Prints one JSON line; the exit code says whether all held.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import yaml
+
+from tests.databases import server
+
+ROOT = Path(__file__).parent.parent
+
+
+def prepare(folder: Path, images: int) -> None:
+    """A project beside this one whose trials are short."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["compute"] |= {"threads": 1, "save_every_seconds": 1.0}
+    params["tune"] |= {"images": images, "evaluate_every": images // 4, "warm_up_images": images // 4, "rerank": 0}
+    folder.mkdir(parents=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    for word in ("prepare_data", "generate_images", "select_images"):
+        shutil.copytree(ROOT / "artifacts" / word, folder / "artifacts" / word)
+
+
+def study_of(url: str) -> optuna.Study | None:
+    try:
+        names = optuna.get_all_study_names(url)
+    except Exception:  # being made
+        return None
+    return optuna.load_study(study_name=names[0], storage=url) if names else None
+
+
+def run(folder: Path, url: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The study with its kills; what came out."""
+    command = [sys.executable, "-m", "cli.main", "tune", "start", "--json"]
+    command += ["--trials", str(args.trials), "--workers", str(args.workers)]
+    rng, started = random.Random(args.seed), time.monotonic()
+    leader = subprocess.Popen(
+        command, cwd=folder, env={**os.environ, "DMAT_STUDIES": url}, stdout=subprocess.PIPE, text=True
+    )
+    kills: list[dict[str, Any]] = []
+    while leader.poll() is None:
+        time.sleep(1)
+        study = study_of(url)
+        if study is None or len(kills) >= args.kills:
+            continue
+        ended = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+        at_work = sum(trial.state.name == "RUNNING" for trial in study.get_trials(deepcopy=False))
+        if at_work < 2 or ended < (len(kills) + 0.5) * args.trials / (args.kills + 1):
+            continue
+        time.sleep(rng.uniform(0, 3))
+        workers = [one for one in psutil.Process(leader.pid).children() if "--worker" in one.cmdline()]
+        if workers:
+            victim = rng.choice(workers)
+            victim.kill()
+            kills.append({"pid": victim.pid, "ended": ended})
+    seconds = time.monotonic() - started
+    study = study_of(url)
+    assert study is not None
+    trials = study.trials
+    lines = {t.number: _lines(folder, t.number) for t in trials}
+    return {
+        "storage": url.partition(":")[0],
+        "code": leader.returncode,
+        "trials": len(trials),
+        "ended": sum(trial.state.is_finished() for trial in trials),
+        "running": sum(not trial.state.is_finished() for trial in trials),
+        "numbers_are_whole": [trial.number for trial in trials] == list(range(args.trials)),
+        "reports_match": all(trial.intermediate_values == lines[trial.number] for trial in trials),
+        "kills": len(kills),
+        "kills_inside_a_trial": sum(trial.user_attrs.get("workers_killed", 0) for trial in trials),
+        "complete": sum(trial.state.name == "COMPLETE" for trial in trials),
+        "pruned": sum(trial.state.name == "PRUNED" for trial in trials),
+        "failed": sum(trial.state.name == "FAIL" for trial in trials),
+        "longest_trial_seconds": max(trial.user_attrs["seconds"] for trial in trials),
+        "report_ms_median": _median([1000 * trial.user_attrs["report_seconds"] for trial in trials]),
+        "report_ms_worst_trial": max(1000 * trial.user_attrs["report_seconds"] for trial in trials),
+        "seconds": round(seconds),
+        **_runs(folder, args.trials),
+    }
+
+
+def _lines(folder: Path, number: int) -> dict[int, float]:
+    (path,) = (folder / "runs/tune").glob(f"generated-*/trial-{number:04d}/metrics.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({record["images_seen"] for record in records}) == len(records), f"trial {number} has a report twice"
+    return {record["images_seen"]: record["validation_robust"] for record in records}
+
+
+def _runs(folder: Path, trials: int) -> dict[str, Any]:
+    """What MLflow has: one run a trial and one of the study, with the status that fits."""
+    subprocess.run(
+        [sys.executable, "-m", "cli.main", "runs", "sync"], cwd=folder, check=True, stdout=subprocess.DEVNULL
+    )
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlruns/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("dmat").experiment_id], max_results=1000)
+    of_trials = [run for run in found if "optuna.trial" in run.data.tags]
+    fits = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
+    return {
+        "mlflow_runs": len(found),
+        "mlflow_one_for_each_trial": sorted(int(r.data.tags["optuna.trial"]) for r in of_trials) == list(range(trials)),
+        "mlflow_status_fits": all(r.info.status == fits[r.data.tags["optuna.state"]] for r in of_trials),
+        "mlflow_running": sum(run.info.status == "RUNNING" for run in found),
+    }
+
+
+def _median(values: list[float]) -> float:
+    return round(sorted(values)[len(values) // 2], 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--storage", choices=["sqlite", "postgresql"], default="sqlite")
+    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--images", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    prepare(args.to, args.images)
+    if args.storage == "sqlite":
+        found = run(args.to, f"sqlite:///{args.to.resolve()}/studies.db", args)
+    else:
+        with server() as base:
+            found = run(args.to, f"{base}/postgres", args)
+    print(json.dumps(found, sort_keys=True))
+    good = found["ended"] == found["trials"] == args.trials and not found["running"] and found["code"] == 0
+    sys.exit(0 if good and found["numbers_are_whole"] and found["reports_match"] else 1)
+
+
+if __name__ == "__main__":
+    main()
