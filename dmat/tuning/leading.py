@@ -133,7 +133,8 @@ def _lead(bench: Bench, wanted: Wanted, asked: Callable[[], None]) -> None:
 
 
 def _work(bench: Bench, wanted: Wanted, asked: Callable[[], None], after: Callable[[], None]) -> None:
-    if wanted.workers == 1 and bench.params.sections["compute"].processes == 1:
+    in_one = wanted.workers == 1 and bench.params.sections["compute"].processes == 1
+    if in_one or bench.compute.world.size > 1:  # already under `torchrun`
         worker.work(bench, wanted.total, asked, after)
     else:
         _start_workers(bench, wanted, asked, after)
@@ -264,6 +265,12 @@ def _start_over(plan: Study, workspace: Workspace, rdb: Any, claims: Claims, lea
             f"work where --fresh sets it aside; stop that command first"
         )
     if (study := storage.find(rdb, plan.name)) is not None:
+        for trial in study.get_trials(deepcopy=False):
+            if (who := claims.holder(item(trial.number))) is not None:
+                raise DmatError(
+                    f"trial {trial.number} of study {plan.name} is being computed by {who}; expected nobody at work where "
+                    f"--fresh sets it aside; stop that worker first"
+                )
         with _alone(plan):
             storage.set_aside(rdb, study)
             execution.set_aside(plan.folder, workspace.home)

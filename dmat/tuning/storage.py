@@ -26,17 +26,8 @@ def speaking(url: str) -> Iterator[None]:
     """What goes wrong with a storage inside the block becomes a sentence."""
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, ImportError) as error:
-        cause = error.__cause__ or error
-        first = (str(cause).splitlines() or [type(cause).__name__])[0][:300]
-        if isinstance(error, RuntimeError) and "version" in str(error):
-            raise DmatError(
-                f"the studies in {without_password(url)} were written by another version of Optuna than the "
-                f"{optuna.__version__} here ({first}); expected one that this version knows; install dmat's pinned "
-                f"set, or name another storage"
-            ) from error
-        if isinstance(error, RuntimeError) and not isinstance(error, optuna.exceptions.StorageInternalError):
-            raise
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        first = _first_line(error)
         if url.startswith("sqlite:"):
             path = url.removeprefix("sqlite:///")
             raise DmatError(
@@ -61,12 +52,29 @@ def connect(url: str) -> RDBStorage:
             "the storage of studies is no URL; expected one such as postgresql+psycopg://user@host/database"
         ) from None
     options = {"connect_args": {"timeout": _WAIT}} if dialect == "sqlite" else {"pool_pre_ping": True}
-    with speaking(url):
-        try:
-            return RDBStorage(url, engine_kwargs=options)
-        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError):
-            time.sleep(1)  # another process is just making the tables
-            return RDBStorage(url, engine_kwargs=options)
+    try:
+        with speaking(url):
+            try:
+                return RDBStorage(url, engine_kwargs=options)
+            except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError):
+                time.sleep(1)  # another process is just making the tables
+                return RDBStorage(url, engine_kwargs=options)
+    except RuntimeError as error:
+        raise DmatError(
+            f"the studies in {without_password(url)} were written by another version of Optuna than the "
+            f"{optuna.__version__} here ({_first_line(error)}); expected one that this version knows; install dmat's "
+            f"pinned set, or name another storage"
+        ) from error
+    except ImportError as error:
+        raise DmatError(
+            f"the storage of studies {without_password(url)} cannot be reached ({_first_line(error)}); expected a "
+            f"database whose driver is installed; postgresql+psycopg is"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return (str(cause).splitlines() or [type(cause).__name__])[0][:300]
 
 
 def find(storage: RDBStorage, name: str) -> optuna.Study | None:
