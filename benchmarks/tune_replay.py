@@ -117,11 +117,15 @@ def replay(recorded: Recorded, settings: Tune, pruned_as: str, trials: int) -> t
     return best, seen
 
 
-def compare(recorded: Recorded, repeats: int, trials: int, warm_up: int | None) -> Iterator[dict[str, Any]]:
+def compare(
+    recorded: Recorded, samplers: list[str], repeats: int, trials: int, warm_up: int | None
+) -> Iterator[dict[str, Any]]:
     """A line for each variant. Repeats differ in the seed of sampler and brackets."""
     without: dict[str, list[tuple[float, int]]] = {}
     error = math.sqrt(max(recorded.best) * (1 - max(recorded.best)) / recorded.images)
     for sampler, pruned_as, pruner in sorted(VARIANTS, key=lambda variant: variant[2] != "none"):
+        if sampler not in samplers:
+            continue
         found = []
         for seed in range(repeats):
             changes: dict[str, Any] = {"sampler": sampler, "pruner": pruner, "seed": seed}
@@ -161,6 +165,7 @@ def main() -> None:
     one.add_argument("--params", type=Path, default=Path("params.yaml"))
     two = commands.add_parser("replay")
     two.add_argument("curves", type=Path)
+    two.add_argument("--samplers", nargs="+", default=["random", "tpe", "gp"])
     two.add_argument("--repeats", type=int, default=40)
     two.add_argument("--trials", type=int, default=30)
     two.add_argument("--warm-up", type=int, default=None)
@@ -170,7 +175,7 @@ def main() -> None:
         export(args.to, args.params)
         return
     rows = []
-    for row in compare(Recorded(args.curves), args.repeats, args.trials, args.warm_up):
+    for row in compare(Recorded(args.curves), args.samplers, args.repeats, args.trials, args.warm_up):
         print(json.dumps(row), flush=True)
         rows.append(row)
     print("\n| sampler | pruner | pruned trials shown as | images saved | same best | regret, points |")

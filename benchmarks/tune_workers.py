@@ -66,8 +66,7 @@ def run(folder: Path, url: str, args: argparse.Namespace) -> dict[str, Any]:
         if at_work < 2 or ended < (len(kills) + 0.5) * args.trials / (args.kills + 1):
             continue
         time.sleep(rng.uniform(0, 3))
-        workers = [one for one in psutil.Process(leader.pid).children() if "--worker" in one.cmdline()]
-        if workers:
+        if workers := _workers(leader.pid):
             victim = rng.choice(workers)
             victim.kill()
             kills.append({"pid": victim.pid, "ended": ended})
@@ -95,6 +94,17 @@ def run(folder: Path, url: str, args: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(seconds),
         **_runs(folder, args.trials),
     }
+
+
+def _workers(leader: int) -> list[psutil.Process]:
+    found = []
+    for one in psutil.Process(leader).children():
+        try:
+            if "--worker" in one.cmdline():
+                found.append(one)
+        except psutil.Error:  # killed a moment ago
+            continue
+    return found
 
 
 def _lines(folder: Path, number: int) -> dict[int, float]:

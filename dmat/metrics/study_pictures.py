@@ -93,7 +93,11 @@ def contour(path: Path, trials: Sequence[Trial], pair: tuple[str, str], scales: 
         levels = np.linspace(values.min(), values.max() + 1e-6, 12)
         axes.tricontourf(x, y, _triangles(u, v), values, levels=levels, alpha=0.55, **colours)
     dots = axes.scatter(x, y, c=values, s=34, edgecolors="white", linewidths=0.7, **colours)
-    figure.colorbar(dots, ax=axes, label=f"{_Y_LABEL}, %")
+    bar = figure.colorbar(dots, ax=axes)
+    bar.set_label(f"{_Y_LABEL}, %", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    axes.use_sticky_edges = False  # else dots at the edge are cut
+    axes.margins(0.06)
     for axis, name, found in (("x", pair[0], x), ("y", pair[1], y)):
         if scales[name] == "log":
             _log_axis(axes, found.tolist(), axis)
