@@ -355,6 +355,22 @@ def test_dvc_shows_metrics_and_plots(project):
     assert "html" in project.run("dvc", "plots", "show", "-o", "plots")
 
 
+def test_the_study_is_a_stage_that_a_plain_repro_does_not_run(project):
+    project.params["tune"] |= {"trials": 2, "images": 128, "rerank": 0}
+    project.write()
+    assert not any("tune" in name for name in project.repro())
+    assert not (project.folder / "artifacts/tune").exists()
+    assert project.ran(project.run("dvc", "repro", "tune/dvc.yaml"))[-1:] == ["tune/dvc.yaml:tune"]
+    assert project.json("artifacts/tune/generated/summary.json")["trials"] == 2
+    locked = yaml.safe_load((project.folder / "tune/dvc.lock").read_text())["stages"]["tune"]
+    pinned = {one["path"]: one["md5"] for one in locked["deps"]}
+    assert set(pinned) == {f"artifacts/{name}" for name in ("prepare_data/train", "prepare_data/validation", "mix_images/generated")}  # fmt: skip # noqa: E501
+    assert project.ran(project.run("dvc", "repro", "tune/dvc.yaml")) == []
+    for folder in ("artifacts/tune", "runs/tune"):
+        shutil.rmtree(project.folder / folder)
+    (project.folder / "tune/dvc.lock").unlink()
+
+
 def test_clean_removes_what_dvc_can_bring_back_and_everything_stays_up_to_date(project):
     """Last, because it removes what other tests look at. Nothing that a stage leaves may look strange to it."""
     project.repro()
