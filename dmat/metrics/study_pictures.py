@@ -79,30 +79,31 @@ def slices(path: Path, trials: Sequence[Trial], scales: Mapping[str, str]) -> No
 
 
 def contour(path: Path, trials: Sequence[Trial], pair: tuple[str, str], scales: Mapping[str, str]) -> None:
-    """Value over two parameters: dots are trials, colours between them are interpolated, where there are enough.
-
-    At least one trial must have a value.
+    """Value over two parameters: filled dots are complete trials, colours between them are interpolated where there are
+    enough; hollow dots were pruned, and their values are of shorter trainings. At least one trial must be complete.
     """
     figure, axes = new_figure(5.6, 4.4)
-    shown = [t for t in trials if t.value is not None and all(name in t.parameters for name in pair)]
+    shown = [t for t in trials if t.value is not None and t.state == "COMPLETE"]
+    pruned = [t for t in trials if t.state == "PRUNED"]
     x, y = (np.array([float(t.parameters[name]) for t in shown]) for name in pair)
     values = np.array([100 * t.value for t in shown if t.value is not None])
     u, v = (np.log(w) if scales[name] == "log" else w for name, w in zip(pair, (x, y), strict=True))
-    colours: dict[str, Any] = {"cmap": "viridis", "vmin": values.min(initial=100), "vmax": values.max(initial=0)}
+    colours: dict[str, Any] = {"cmap": "viridis", "vmin": values.min(), "vmax": values.max()}
     if len({*zip(u.round(9), v.round(9), strict=True)}) >= _ENOUGH_FOR_A_SURFACE:
         levels = np.linspace(values.min(), values.max() + 1e-6, 12)
         axes.tricontourf(x, y, _triangles(u, v), values, levels=levels, alpha=0.55, **colours)
     dots = axes.scatter(x, y, c=values, s=34, edgecolors="white", linewidths=0.7, **colours)
+    _dots(axes, [(t.parameters[pair[0]], t.parameters[pair[1]]) for t in pruned], "PRUNED")
     bar = figure.colorbar(dots, ax=axes)
     bar.set_label(f"{_Y_LABEL}, %", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     axes.use_sticky_edges = False  # else dots at the edge are cut
     axes.margins(0.06)
-    for axis, name, found in (("x", pair[0], x), ("y", pair[1], y)):
+    for which, name in zip("xy", pair, strict=True):
         if scales[name] == "log":
-            _log_axis(axes, found.tolist(), axis)
+            _log_axis(axes, [float(t.parameters[name]) for t in [*shown, *pruned]], which)
     words = [name.replace("_", " ") for name in pair]
-    dress(axes, "Dots are trials (pruned: last report)", words[0], words[1], legend=False)
+    dress(axes, "Filled: complete; hollow: pruned", words[0], words[1], legend=False)
     save(figure, path)
 
 

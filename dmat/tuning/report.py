@@ -87,7 +87,7 @@ def _pictures(plan: Study, study: optuna.Study, folder: Path, complete: int) -> 
         study_pictures.importances(folder / "importances.png", shares, complete)
         drawn.append("importances")
     pair = [name for name in shares or scales if name in scales][:2]
-    if len(pair) == 2 and any(trial.value is not None for trial in trials):
+    if len(pair) == 2 and complete:
         study_pictures.contour(folder / "contour.png", trials, (pair[0], pair[1]), scales)
         drawn.append("contour")
     return [folder / f"{name}.png" for name in drawn]
