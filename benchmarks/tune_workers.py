@@ -62,10 +62,9 @@ def run(folder: Path, url: str, args: argparse.Namespace) -> dict[str, Any]:
         if study is None or len(kills) >= args.kills:
             continue
         ended = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-        at_work = sum(trial.state.name == "RUNNING" for trial in study.get_trials(deepcopy=False))
-        if at_work < 2 or ended < (len(kills) + 0.5) * args.trials / (args.kills + 1):
+        if ended < len(kills) * 0.75 * args.trials / args.kills + 1:
             continue
-        time.sleep(rng.uniform(0, 3))
+        time.sleep(rng.uniform(0, 1))
         if workers := _workers(leader.pid):
             victim = rng.choice(workers)
             victim.kill()

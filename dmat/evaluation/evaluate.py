@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmat import seeds
+from dmat import __version__, seeds
 from dmat.data.pixels import in_order
 from dmat.devices import Compute
 from dmat.errors import DmatError
@@ -84,7 +84,8 @@ class Evaluation:
         count = -(-len(subject.labels) // settings.shard)
         sizes = [measures.shard_of(k, settings.shard, len(subject.labels)) for k in range(count)]
         known = {**identity, "subject": subject.name, "images_attacked": len(subject.labels)}
-        versions = {name: version(name) for name in ("dmat", "torch", "pyautoattack")}
+        # its own from its source: it may be used from a tree that was never installed
+        versions = {"dmat": __version__, **{name: version(name) for name in ("torch", "pyautoattack")}}
         by = {"device": compute.describe()["device"], "precision": compute.precision, "versions": versions}
         self._shards = [
             Unit(
