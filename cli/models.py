@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dmat.errors import DmatError
+
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A .safetensors file, its sidecar beside it.")]
 
 
@@ -131,7 +133,9 @@ def _list(as_json: Annotated[bool, typer.Option("--json", help="The result as JS
         tags = one["tags"]
         accuracy = tags.get(f"accuracy.{tags.get('evaluation.measure')}", "not measured")
         mark = " champion" if one["champion"] else ""
-        typer.echo(f"{one['name']}@{one['version']}  {tags.get('evaluation.measure')} {accuracy}{mark}")
+        whose = " ".join(f"{name} {tags[f'dmat.{name}']}" for name in ("arm", "seed") if f"dmat.{name}" in tags)
+        whose = f"  ({whose})" if whose else ""
+        typer.echo(f"{one['name']}@{one['version']}  {tags.get('evaluation.measure')} {accuracy}{mark}{whose}")
     if not found:
         typer.echo("no model is registered; an evaluation registers its model")
 
@@ -144,8 +148,10 @@ def _get(
     from dmat.tracking import registry
 
     target = to or Path(f"{wanted.partition('@')[0]}.safetensors")
+    if target.suffix != ".safetensors":
+        raise DmatError(f"--to is {target}; expected a name that ends with .safetensors")
     found = registry.fetch(workspace.find(Path.cwd()).home, wanted, target)
-    typer.echo(f"{target}: version {found['version']}, run {found['run']}")
+    typer.echo(f"{target}: version {found['version']}, run {found['run']}; its checksum is the registered one")
 
 
 def _lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:

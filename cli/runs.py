@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from dmat.errors import DmatError
 
 _STATUS = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED")
 _TELLING = (
@@ -85,7 +88,6 @@ def _list(
     limit: Annotated[int, typer.Option(help="At most so many; 0: all.", min=0)] = 30,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
-    from dmat.errors import DmatError
     from dmat.tracking import queries
 
     if status is not None and status not in _STATUS:
@@ -146,7 +148,6 @@ def _compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Two or more, named as for `runs show`.")],
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
-    from dmat.errors import DmatError
     from dmat.jobs import workspace
     from dmat.tracking import queries
 
@@ -187,6 +188,8 @@ def _lineage(
     from dmat.jobs import lineage, workspace
 
     found = lineage.of(result, config.load(params), workspace.find(params.resolve().parent))
+    if draw is not None and draw.suffix != ".png":
+        raise DmatError(f"--draw is {draw}; expected a file whose name ends with .png")
     if draw is not None:
         lineage.draw([found], draw, f"What {found.title} comes from")
     if as_json:
@@ -217,7 +220,13 @@ def _reproduce(
 def _home() -> Path:
     from dmat.jobs import workspace
 
-    return workspace.find(Path.cwd()).home
+    home = workspace.find(Path.cwd()).home
+    if not (home / "params.yaml").exists() and not (home / "mlruns").exists():
+        raise DmatError(
+            f"{home} is no project: it has neither params.yaml nor mlruns; expected one; go to its folder, or bring a "
+            f"recipe with `dmat recipes use NAME`"
+        )
+    return home
 
 
 def _moment(seconds: float) -> str:
@@ -236,18 +245,17 @@ def _ui(
     host: Annotated[str, typer.Option(help="An address of this machine alone.")] = "127.0.0.1",
 ) -> None:
     from dmat import tracking
-    from dmat.errors import DmatError
-    from dmat.jobs import workspace
 
     if host not in ("127.0.0.1", "localhost"):
         raise DmatError(
             f"--host is {host!r}; expected 127.0.0.1, because whoever reaches the UI may read and delete every run; "
             f"tunnel to it (ssh -L {port}:127.0.0.1:{port} MACHINE), or start the server of docs/services.md"
         )
-    home = workspace.find(Path.cwd()).home
+    home = _home()
     if tracking.store(home).startswith("http"):
         typer.echo(f"MLFLOW_TRACKING_URI names a server, which has the UI: {tracking.store(home)}")
         return
+    _expect_free(host, port)
     _, experiment = tracking.connect(home)
     # by the bare address MLflow opens its side for language models, where runs are hard to find
     page = f"http://{host}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
@@ -269,6 +277,16 @@ def _ui(
         "1",  # for one person; each takes seconds to start
     ]
     raise typer.Exit(_until_told(command))
+
+
+def _expect_free(host: str, port: int) -> None:
+    """Before an address is said: behind a taken port answers somebody else's server."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            raise DmatError(f"port {port} is taken; expected a free one; name another with --port") from None
 
 
 def _until_told(command: list[str]) -> int:

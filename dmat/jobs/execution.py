@@ -30,6 +30,7 @@ from dmat.training.interruption import Interruption
 from dmat.training.long_run import LongRun, Watcher
 
 TOGETHER = ("train_scorer", "train_robust")  # stages that several processes compute in step with each other
+EXACT = ("evaluate_robust",)  # stages that compute in float32 whatever the precision of the others
 SHARED = ("evaluate_robust",)  # stages whose work several processes divide, each at its own pace
 
 
@@ -274,6 +275,8 @@ def _job(plan: Plan, params: Params, workspace: Workspace, compute: Compute, wor
 
 def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> dict[str, Any]:
     compute = _resolve(params)
+    if plan.stage.word in EXACT:
+        compute = compute.exact()
     started = time.time()
     changed = _code_changed(plan)
     run = tracking.open_run(

@@ -121,8 +121,10 @@ def _content(
     }
     quality = {name: read.json("metrics/measure_images", f"{name}.json") for name in job.params.selections}
     mixes = {arm: read.json("mix_images", f"{arm}/mix.json") for arm in names}
-    first = next(iter(names.values()))[0]
-    protocol = read.json("evaluate_robust", f"{first}/protocol.json")
+    protocols = {run: read.json("evaluate_robust", f"{run}/protocol.json") for runs in names.values() for run in runs}
+    protocol = next(iter(protocols.values()))
+    said = [{key: value for key, value in one.items() if key != "computed"} for one in protocols.values()]
+    unlike = [] if all(one == said[0] for one in said) else ["The evaluations do not have one protocol: compare none."]
     place = workspace.find(job.root)
     results = {
         # not verified: DVC has just compared what it hands on, and images may be millions
@@ -136,6 +138,7 @@ def _content(
         behind = [provenance[step.title] for step in lineage.behind([results[run] for run in runs])]
         seen = sum(int(summaries[run]["last"]["images_seen"]) for run in runs)
         spent.append(costs.of_arm(arm, behind, seen, [one.get("training_flops") for one in trained]))
+    spent = costs.one_peak(spent)
     chain = page.Picture(job.pictures / "lineage.png", "Each arrow goes from what was made to what read it.")
     lineage.draw(list(results.values()), chain.path, "What the numbers of this report come from")
     used = {arm: Path(mix["selection"]["path"]).name for arm, mix in mixes.items() if mix["selection"]}
@@ -149,7 +152,7 @@ def _content(
     first_runs = [runs[0] for runs in names.values()]
     return page.Content(
         title=settings.title,
-        sentences=comparison.sentences(compared),
+        sentences=[*unlike, *comparison.sentences(compared)],
         comparison=compared,
         measures=comparison.measures_of(compared),
         protocol=protocol,

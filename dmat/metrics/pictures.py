@@ -174,7 +174,8 @@ def per_class(
 def confusion(path: Path, counts: np.ndarray, classes: Sequence[str], title: str) -> None:
     """Rows: labels; columns: predictions under attack. counts: int64 [K, K].
 
-    Colours are shares of a row, and spread so that a share of a few hundredths is seen beside a nearly full diagonal.
+    Numbers and colours are shares of a row in per cent. Colours are spread so that a few hundredths are seen beside a
+    nearly full diagonal.
     """
     from matplotlib.colors import PowerNorm
 
@@ -186,7 +187,7 @@ def confusion(path: Path, counts: np.ndarray, classes: Sequence[str], title: str
     if count <= _COUNTED:
         for (row, column), number in np.ndenumerate(counts):
             colour = "#adb5bd" if number == 0 else "white" if shares[row, column] > 35 else "#212529"
-            axes.text(column, row, str(number), ha="center", va="center", fontsize=7.5, color=colour)
+            axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
     dress(axes, title, "prediction under attack", "label", legend=False)
     named = range(0, count, -(-count // _NAMED))
     names, size = [_short(classes[k]) for k in named], _type_size(count)

@@ -75,7 +75,8 @@ def sentences(comparison: Mapping[str, Any]) -> list[str]:
         if difference is not None:
             sure = difference["low"] > 0 or difference["high"] < 0
             said += f", {points(difference)} points against {comparison['baseline']}"
-            said += "" if sure else "; the interval holds 0, so these images do not tell the two apart"
+            better = "; it is the more robust one" if difference["low"] > 0 else "; it is the less robust one"
+            said += better if sure else "; the interval holds 0, so these images do not tell the two apart"
         found.append(f"{said}.")
     return found
 

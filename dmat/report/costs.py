@@ -52,6 +52,31 @@ def of_arm(
     )
 
 
+def one_peak(costs: Sequence[Cost]) -> list[Cost]:
+    """The same with utilisations of one matrix peak for each device, the highest that any of its trainings measured: a
+    busy machine measures a lower one, and the slower training would seem to use more of it."""
+    implied = [_implied_peak(cost) for cost in costs]
+    highest = {
+        cost.devices: max(
+            peak or 0.0 for other, peak in zip(costs, implied, strict=True) if other.devices == cost.devices
+        )
+        for cost in costs
+    }
+    return [
+        cost
+        if not peak
+        else dataclasses.replace(cost, utilisation=(cost.utilisation or 0.0) * peak / highest[cost.devices])
+        for cost, peak in zip(costs, implied, strict=True)
+    ]
+
+
+def _implied_peak(cost: Cost) -> float | None:
+    """In operations a second, up to what an image costs, which is the same for all that are compared by it."""
+    if not cost.utilisation or not cost.images_per_second or not cost.training_flops or not cost.images_seen:
+        return None
+    return cost.images_per_second * cost.training_flops / cost.images_seen / cost.utilisation
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

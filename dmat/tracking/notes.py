@@ -120,7 +120,7 @@ def reap(home: Path, gone: Collection[str]) -> list[str]:
     if here in gone:
         raise DmatError(f"{here} is this machine; expected another; `dmat runs sync` ends what died here")
     done = sync(home, report=True, gone=machines & set(gone))
-    client, experiment = stores.connect(home)
+    client, experiment = stores.reach(home)
     open_runs = {run.info.run_id: run for run in client.search_runs([experiment], "attributes.status = 'RUNNING'")}
     known = {remembered(folder_of(home, note)).get("run"): note for _, note in read(home)}
     for name in [name for name in gone if name not in machines]:

@@ -67,6 +67,8 @@ def best(home: Path, metric: str, stage: str | None = None, limit: int = 30) -> 
 
 def one(home: Path, wanted: str) -> TrackedRun:
     """The run whose id begins so, or the newest of "stage/instance" or "instance"."""
+    if not wanted:
+        raise DmatError("a run was named by nothing; expected an id, or stage/instance; `dmat runs list` shows them")
     runs = recent(home, limit=0)
     by_id = [run for run in runs if len(wanted) >= 4 and run.id.startswith(wanted)]
     if len(by_id) == 1:
@@ -76,7 +78,7 @@ def one(home: Path, wanted: str) -> TrackedRun:
     named = [run for run in runs if wanted in (f"{run.stage}/{run.instance}", run.instance, run.name)]
     if not named:
         raise DmatError(
-            f"no run {wanted!r}; expected the first characters of an id, or stage/instance such as "
+            f"no run {wanted!r}; expected the first four characters of an id or more, or stage/instance such as "
             f"train_robust/generated-1; `dmat runs list` shows them"
         )
     return named[0]
@@ -140,7 +142,7 @@ def _pages(ids: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _from_mlflow(home: Path, tags: Mapping[str, str], status: str | None, limit: int) -> list[TrackedRun]:
-    client, experiment = stores.connect(home)
+    client, experiment = stores.reach(home)
     conditions = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
     conditions += [f"attributes.status = '{status}'"] if status else []
     found: list[Any] = []

@@ -70,7 +70,7 @@ def register(client: Any, run: str, candidate: Candidate) -> None:
 
 def listed(home: Path) -> list[dict[str, Any]]:
     """Every version of every name, the newest first: name, version, champion, run, tags."""
-    client, _ = stores.connect(home)
+    client, _ = stores.reach(home)
     found = []
     for model in client.search_registered_models():
         champion = _champion(client, model.name)
@@ -97,7 +97,7 @@ def fetch(home: Path, wanted: str, target: Path) -> dict[str, Any]:
         raise DmatError(
             f"{wanted!r} is no model; expected NAME@{CHAMPION} or NAME@VERSION; `dmat models list` has them"
         )
-    client, _ = stores.connect(home)
+    client, _ = stores.reach(home)
     version = _version(client, name, which, home)
     if target.exists():
         raise DmatError(f"{target} exists; expected a new name; give one with --to")

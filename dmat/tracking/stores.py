@@ -9,6 +9,8 @@ from typing import Any
 
 import filelock
 
+from dmat.errors import DmatError
+
 EXPERIMENT = "dmat"
 EMBEDDED = "embedded"  # what a project calls its own store, wherever the project is moved
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens its view for language models
@@ -55,6 +57,20 @@ def connect(home: Path) -> tuple[Any, str]:
             where = None if _server() else artifact_folder(home).as_uri()
             return client, client.create_experiment(EXPERIMENT, artifact_location=where, tags=_KIND)
         return client, found.experiment_id
+
+
+def reach(home: Path) -> tuple[Any, str]:
+    """`connect` for a command that cannot do without: raises DmatError where the store does not answer."""
+    try:
+        return connect(home)
+    except DmatError:
+        raise
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DmatError(
+            f"MLflow at {store(home)} cannot be reached ({said}); expected a store that answers; start it, or correct "
+            f"MLFLOW_TRACKING_URI"
+        ) from error
 
 
 def _follow_a_move(home: Path) -> None:

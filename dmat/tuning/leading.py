@@ -268,8 +268,8 @@ def _start_over(plan: Study, workspace: Workspace, rdb: Any, claims: Claims, lea
         for trial in study.get_trials(deepcopy=False):
             if (who := claims.holder(item(trial.number))) is not None:
                 raise DmatError(
-                    f"trial {trial.number} of study {plan.name} is being computed by {who}; expected nobody at work where "
-                    f"--fresh sets it aside; stop that worker first"
+                    f"trial {trial.number} of study {plan.name} is being computed by {who}; expected nobody at work "
+                    f"where --fresh sets it aside; stop that worker first"
                 )
         with _alone(plan):
             storage.set_aside(rdb, study)

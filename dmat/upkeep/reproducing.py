@@ -60,16 +60,25 @@ def reproduce(place: Workspace, wanted: str, to: Path | None = None) -> Reproduc
     command = f"cd {shlex.quote(str(tree))} && {shlex.join(words)}"
     lines = [
         f"{run.stage} {run.instance}, run {queries.short(run.id)}, at commit {run.tags['git.commit'][:10]} in {tree}",
-        "its uncommitted changes were applied" if patched else "it had no uncommitted changes",
+        _about_changes(run, patched),
         *([] if unlike else ["params.yaml there gives the parameters of the run"]),
         *([] if lacking else ["all data are those that the run read"]),
         f"run it again: {command}",
-        f"compare what it prints with: dmat runs show {queries.short(run.id)}",
+        f"compare what it prints with: cd {shlex.quote(str(place.root))} && dmat runs show {queries.short(run.id)}",
+        f"take the tree away: git -C {shlex.quote(str(place.root))} worktree remove --force {shlex.quote(str(tree))}",
     ]
     if run.tags.get("git.dirty") == "True" and not patched:
         unlike.append("the run had uncommitted changes that were not kept")
     machine = list(_machine(run))
     return Reproduction(tree, command, tuple(lines), (*unlike, *lacking, *machine), whole=not unlike and not lacking)
+
+
+def _about_changes(run: TrackedRun, patched: bool) -> str:
+    if not patched:
+        return "it had no uncommitted changes"
+    if run.tags.get("git.dirty") == "True":
+        return "its uncommitted changes were applied"
+    return "its dvc.lock was taken over; it had no other uncommitted changes"
 
 
 def _tree(place: Workspace, run: TrackedRun, to: Path | None) -> Path:
@@ -94,7 +103,7 @@ def _tree(place: Workspace, run: TrackedRun, to: Path | None) -> Path:
 
 def _apply_changes(place: Workspace, run: TrackedRun, tree: Path) -> bool:
     """Whether there were some."""
-    client, _ = stores.connect(place.home)
+    client, _ = stores.reach(place.home)
     if origin.PATCH not in [one.path for one in client.list_artifacts(run.id)]:
         return False
     with tempfile.TemporaryDirectory() as folder:
