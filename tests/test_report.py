@@ -61,14 +61,17 @@ def _value(share, low, high, seeds=1):
         (
             GOOD,
             _value(0.05, 0.033, 0.069),
-            ["% of the test images stay right under AutoAttack, +5.0 [+3.3, +6.9] points against real."],
+            [
+                "% of the test images stay right under AutoAttack, +5.0 [+3.3, +6.9] points",
+                "points against real; it is the more robust one.",
+            ],
         ),
         (GOOD, _value(0.01, -0.01, 0.03), ["+1.0 [-1.0, +3.0] points", "do not tell the two apart"]),
         (GOOD, None, ["under AutoAttack."]),
         (
             "best_pgd",
             _value(-0.05, -0.07, -0.03),
-            ["(it has no AutoAttack headline), -5.0 [-7.0, -3.0] points"],
+            ["(it has no AutoAttack headline), -5.0 [-7.0, -3.0] points", "it is the less robust one"],
         ),
     ],
 )
@@ -154,3 +157,14 @@ def test_the_radius_is_in_the_unit_in_which_it_was_written(epsilon, number, radi
     assert [trace["x"][0] for trace in chart["data"]] == [pytest.approx(radius)] * 3
     assert [trace["y"][0] for trace in chart["data"]] == [50, 50, 25]
     assert chart["layout"]["shapes"][0]["x0"] == pytest.approx(radius)
+
+
+def test_utilisations_of_a_report_are_shares_of_one_peak():
+    """A busy machine measured half the peak beside the second training; it made as many operations a second."""
+    slow, quick = (
+        costs.Cost(arm, ("cpu",), {}, 1000, 2e9, 100.0, utilisation) for arm, utilisation in (("a", 0.2), ("b", 0.4))
+    )
+    gpu = costs.Cost("c", ("gpu",), {}, 1000, 2e9, 100.0, 0.01)
+    unknown = costs.Cost("d", ("cpu",), {}, 1000, None, None, None)
+    found = costs.one_peak([slow, quick, gpu, unknown])
+    assert [one.utilisation for one in found] == [pytest.approx(0.2), pytest.approx(0.2), pytest.approx(0.01), None]

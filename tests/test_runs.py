@@ -121,7 +121,9 @@ def test_show_finds_a_run_by_id_and_by_name(home):
         assert newest.id in text
         assert "FAILED: beta is -1; expected 0 or more" in text
     assert "input.test" in text
-    assert "no run 'nobody'; expected the first characters of an id" in _dmat(home, "show", "nobody", code=2)
+    assert "no run 'nobody'; expected the first four characters of an id or more" in _dmat(
+        home, "show", "nobody", code=2
+    )
 
 
 def test_compare_says_what_differs_and_what_does_not(home):
@@ -155,10 +157,22 @@ def test_compare_of_evaluations_is_paired_by_image(home):
     assert comparing.paired(place, runs["real-1"], runs["mixed-1"]) == {}, "other images"
 
 
-def test_an_empty_project_has_no_runs(tmp_path):
+def test_an_empty_project_has_no_runs_and_another_folder_is_none(tmp_path):
+    assert "is no project: it has neither params.yaml nor mlruns" in _dmat(tmp_path, "list", code=2)
+    assert not list(tmp_path.glob("mlruns"))
+    (tmp_path / "params.yaml").touch()
     assert _dmat(tmp_path, "list") == "no runs\n"
     assert not (tmp_path / "mlruns").exists(), "looking makes nothing"
     assert "--status is 'DONE'; expected one of RUNNING" in _dmat(tmp_path, "list", "--status", "DONE", code=2)
+
+
+def test_a_store_that_does_not_answer_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    text = _dmat(tmp_path, "list", code=2)
+    assert "MLflow at http://127.0.0.1:9 cannot be reached" in text
+    assert "correct MLFLOW_TRACKING_URI" in text
+    assert "Traceback" not in text
 
 
 def test_thousands_of_runs_are_listed_at_once(tmp_path):
