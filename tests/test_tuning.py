@@ -326,11 +326,11 @@ def test_a_worker_that_lost_its_trial_leaves_it_alone(small, monkeypatch):
     """One that slept for longer than a claim lives must not report over the other's shoulder."""
     real, lost = worker.Claims.holds, []
 
-    def holds(self, item):
+    def holds(self, item, within=0.0):
         if item == "trial-0001" and not lost:
             lost.append(item)
             return False
-        return real(self, item)
+        return real(self, item, within)
 
     monkeypatch.setattr(worker.Claims, "holds", holds)
     small(3)

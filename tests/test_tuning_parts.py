@@ -67,7 +67,9 @@ def test_a_claim_of_a_process_that_is_gone_is_free_at_once_and_of_a_silent_one_a
         ended.wait()
         _set(engine, "a", pid=ended.pid)
         assert two.take("a")
+        assert one.holds("a", within=20), "an answer that is younger holds, as nobody takes a claim in that time"
         assert not one.holds("a"), "whoever lost it is told"
+        assert not one.holds("a", within=20)
         assert two.deaths("a") == 1
         _set(engine, "a", place="another machine", pid=1, holder="x")
         assert not one.take("a"), "what happens there is not known"

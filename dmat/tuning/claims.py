@@ -49,6 +49,7 @@ class Claims:
         self._holder, self._place = uuid.uuid4().hex, _place()
         self._born = psutil.Process().create_time()
         self._held: set[str] = set()
+        self._confirmed: dict[str, float] = {}  # item -> when the storage last said that it is ours
         self._closing = threading.Event()
         self._now = (
             sqlalchemy.text("(julianday('now') - 2440587.5) * 86400.0")
@@ -97,19 +98,28 @@ class Claims:
                 if taken.rowcount != 1:
                     return False
         self._held.add(item)
+        self._confirmed[item] = _awake_or_not()
         return True
 
-    def holds(self, item: str) -> bool:
+    def holds(self, item: str, within: float = 0.0) -> bool:
         """Renews the claim, and says whether it still is this process's: one that slept for a minute may have lost
-        it."""
+        it. within: seconds, well below `STALE`, for which an earlier answer holds; nobody takes a claim in them."""
+        asked = _awake_or_not()
+        if asked - self._confirmed.get(item, -STALE) < within:
+            return True
         with self._engine.begin() as connection:
             renewed = connection.execute(
                 _CLAIMS.update().where(*self._key(item), _CLAIMS.c.holder == self._holder).values(renewed=self._now)
             )
-        return bool(renewed.rowcount == 1)
+        if renewed.rowcount != 1:
+            self._confirmed.pop(item, None)
+            return False
+        self._confirmed[item] = asked
+        return True
 
     def give_back(self, item: str) -> None:
         self._held.discard(item)
+        self._confirmed.pop(item, None)
         with self._engine.begin() as connection:
             connection.execute(
                 _CLAIMS.update().where(*self._key(item), _CLAIMS.c.holder == self._holder).values(holder=None)
@@ -157,6 +167,11 @@ class Claims:
             for item in list(self._held):
                 with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):  # tried again; asked before every report
                     self.holds(item)
+
+
+def _awake_or_not() -> float:
+    """Seconds of a clock that goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _place() -> str:

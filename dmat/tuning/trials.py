@@ -26,7 +26,7 @@ from dmat.jobs.execution import Job
 from dmat.jobs.workspace import Workspace
 from dmat.training.long_run import Watcher
 from dmat.tuning import images, sampling
-from dmat.tuning.claims import Claims
+from dmat.tuning.claims import RENEW, Claims
 from dmat.tuning.plan import Study
 from dmat.tuning.storage import speaking
 
@@ -210,7 +210,7 @@ def _watcher(bench: Bench, study: optuna.Study, claims: Claims, frozen: FrozenTr
     def watch(images_seen: int, values: dict[str, float]) -> None:
         try:
             with spent.counted(), speaking(bench.plan.storage):
-                _expect_held(claims, frozen)
+                _expect_held(claims, frozen, within=RENEW + 5)
                 if images_seen not in known:
                     trial.report(values[OBJECTIVE], images_seen)
                     known.add(images_seen)
@@ -227,8 +227,8 @@ def _watcher(bench: Bench, study: optuna.Study, claims: Claims, frozen: FrozenTr
     return watch
 
 
-def _expect_held(claims: Claims, trial: FrozenTrial) -> None:
-    if not claims.holds(item(trial.number)):
+def _expect_held(claims: Claims, trial: FrozenTrial, within: float = 0.0) -> None:
+    if not claims.holds(item(trial.number), within):
         raise LostError(
             f"trial {trial.number} was taken by another worker, because this one did not answer for a minute; it goes "
             f"on there"
