@@ -421,7 +421,7 @@ class Tune(Record):
     evaluate_every: Count  # images between two reports of validation PGD accuracy
     sampler: Literal["tpe", "gp", "random"] = "tpe"
     pruner: Literal["hyperband", "median", "none"] = "hyperband"
-    startup_trials: Natural = 5  # ended trials before the median prunes
+    startup_trials: Natural = 5  # complete trials before the median prunes
     warm_up_images: Natural = 0  # of a trial before it may be pruned
     retries: Annotated[int, Field(ge=0, le=100)] = 2  # of a trial that ends with an unexpected exception
     rerank: Natural = 3  # best trials that AutoAttack on the validation split puts in their final order
@@ -554,6 +554,16 @@ def load(path: Path) -> Params:
     return params
 
 
+def expect_name(option: str, value: str) -> None:
+    """Raises DmatError for what cannot be the name of an entry, such as one that YAML reads as something else."""
+    if not isinstance(yaml.safe_load(value or "0"), str):
+        raise DmatError(f"{option} is {value!r}, which YAML does not read as text; expected a word; name another")
+    try:
+        _name(value)
+    except ValueError as error:
+        raise DmatError(f"{option} is {value!r}; {error}") from None
+
+
 def threat(norm: Any, epsilon: Any) -> Threat:
     """A threat model that is in no params.yaml. Raises DmatError."""
     return _validated("threat", {"norm": norm, "epsilon": epsilon}, Threat)
@@ -658,7 +668,8 @@ class _Reader:
         arm = arms[study.arm]
         if arm is None:  # its own problems are told already
             return None
-        both = sorted({*study.overrides} & {*study.space, *NOT_IN_A_SPACE})
+        given = {name for name, _ in _leaves(study.overrides)}
+        both = sorted({*given, *study.overrides} & {*study.space, *NOT_IN_A_SPACE})
         if both:
             self.problems.append(
                 f"tune.overrides gives {', '.join(both)}, which the study itself or the arm decides; leave it out"
@@ -723,6 +734,15 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if nested else value
     return merged
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of what is no mapping."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _reaches(value: Any, location: tuple[Any, ...]) -> bool:
@@ -840,7 +860,12 @@ def _study_disagreements(study: Tune, trial: Trial) -> Iterator[str]:
             except UnfitError as error:
                 yield f"{where}.{key} is {value}; {str(error).partition('; ')[2] or error}"
     for k, point in enumerate(study.enqueue):
-        yield from _point_disagreements(f"tune.enqueue.{k}", study, point)
+        yield from _point_disagreements(f"tune.enqueue.{k}", study, trial, point)
+    if (trial.selection is None) != (trial.arm.generated_share == 0):
+        yield (
+            f"tune.overrides makes generated_share {trial.arm.generated_share} of arm {study.arm}; expected a share "
+            f"above 0 exactly where the arm has generated images"
+        )
 
 
 def _share_disagreements(where: str, study: Tune, trial: Trial, wanted: Range | Choices) -> Iterator[str]:
@@ -857,16 +882,40 @@ def _share_disagreements(where: str, study: Tune, trial: Trial, wanted: Range | 
         )
 
 
-def _point_disagreements(where: str, study: Tune, point: Mapping[str, Any]) -> Iterator[str]:
+def _point_disagreements(where: str, study: Tune, trial: Trial, point: Mapping[str, Any]) -> Iterator[str]:
     """A point names some of the space; the others are the arm's own."""
     for name, value in point.items():
         wanted = study.space.get(name)
         if wanted is None:
             yield f"{where}.{name} is not in the space; expected some of {_names(study.space)}"
-        elif isinstance(wanted, Choices) and value not in wanted.choices:
+        elif isinstance(wanted, Choices) and not any(
+            value == choice and type(value) is type(choice) for choice in wanted.choices
+        ):
             yield f"{where}.{name} is {value!r}; expected one of {', '.join(map(str, wanted.choices))}"
-        elif isinstance(wanted, Range) and not (_is_numeric(value) and wanted.low <= float(value) <= wanted.high):
-            yield f"{where}.{name} is {value!r}; expected a number from {wanted.low} to {wanted.high}"
+        elif isinstance(wanted, Range) and (
+            type(value) not in (int, float)
+            or not wanted.low <= value <= wanted.high
+            or (_is_whole(trial, name) and value != int(value))
+        ):
+            kind = "whole number" if _is_whole(trial, name) else "number"
+            yield f"{where}.{name} is {value!r}; expected a {kind} from {wanted.low} to {wanted.high}"
+    for name, wanted in study.space.items():
+        if name not in point and isinstance(wanted, Range) and not _own_is_inside(trial, name, wanted):
+            yield f"{where} leaves out {name}, and the arm's lies outside the space; name it in the point"
+
+
+def _is_whole(trial: Trial, name: str) -> bool:
+    try:
+        return type(trial.value_of(name)) is int
+    except DmatError:  # told elsewhere
+        return False
+
+
+def _own_is_inside(trial: Trial, name: str, wanted: Range) -> bool:
+    try:
+        return wanted.low <= float(Fraction(trial.value_of(name))) <= wanted.high
+    except (DmatError, ValueError):  # told elsewhere
+        return True
 
 
 def _is_numeric(value: Any) -> bool:

@@ -21,7 +21,12 @@ class ConfigError(DmatError):
 
 
 class UnfitError(DmatError):
-    """Values of one trial of a study that are possible by themselves and not together: a fault of this trial alone."""
+    """Values that are possible by themselves and do not fit each other, the data or the machine. Of a study's trial: a
+    fault of this trial alone."""
+
+
+class StorageError(DmatError):
+    """The storage of studies does not answer, or not as it should: no fault of a trial."""
 
 
 class Interrupted(Exception):

@@ -415,6 +415,24 @@ def test_workers_killed_at_random_lose_no_trial_and_double_none(finished, tmp_pa
     assert len(_table(project)) == total
 
 
+def test_machines_that_share_no_folder_share_a_study(finished, tmp_path, request):
+    """Two projects of the same settings and data on one storage: what one leaves the other ends, from its beginning."""
+    url, total = url_of("sqlite", request, tmp_path), 6
+    here, there = (finished.copy_without("nothing", tmp_path / name) for name in ("here", "there"))
+    for project in (here, there):
+        project.write({"tune": {"sampler": "random", "pruner": "none"}})
+    away = _start(there, total, "--worker", DMAT_STUDIES=url)
+    forked.until(lambda: list((there.folder / "runs/tune").glob("generated-*/trial-0001/metrics.jsonl")))
+    assert away.kill_after(0.1)
+    _study(here, total, DMAT_STUDIES=url)
+    study = optuna.load_study(study_name=None, storage=url)
+    assert [(trial.number, trial.state.name) for trial in study.trials] == [(k, "COMPLETE") for k in range(total)]
+    assert {tuple(trial.intermediate_values) for trial in study.trials} == {(128, 256, 384, 512, 640)}
+    made_here = {path.name for path in (here.folder / "runs/tune").glob("generated-*/trial-*")}
+    assert made_here == {f"trial-{k:04d}" for k in range(1, total)}
+    assert [int(row["trial"]) for row in _table(here)] == list(range(total))
+
+
 def test_real_workers_are_replaced_when_killed_and_end_with_their_leader(finished, tmp_path):
     project = finished.copy_without("nothing", tmp_path / "real")
     command = [sys.executable, "-m", "cli.main", "tune", "start", "--trials", "100", "--workers", "2", "--json"]

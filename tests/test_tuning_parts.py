@@ -18,7 +18,7 @@ from optuna.trial import TrialState, create_trial
 from dmat import config
 from dmat.errors import ConfigError, DmatError
 from dmat.jobs.workspace import Workspace
-from dmat.tuning import applying, claims, sampling, space, storage
+from dmat.tuning import applying, claims, sampling, space, storage, worker
 from dmat.tuning.claims import Claims
 from dmat.tuning.plan import Study
 from tests.databases import STORES, url_of
@@ -354,13 +354,50 @@ def test_the_winner_is_an_arm_and_the_rest_of_the_file_stays(root, tmp_path):
     assert any("# written by `dmat tune apply`: study generated-000000000000, trial 5" in line for line in new)
     applying.apply(path, plan, loaded, _winner({"beta": 4.5}), "tuned", [])
     assert config.load(path).arms["tuned"].beta == 4.5, "what a study wrote a study may write again"
-    with pytest.raises(DmatError, match="has an arm generated that no study wrote"):
+    with pytest.raises(DmatError, match="has arms.generated, which no study wrote"):
         applying.apply(path, plan, loaded, winner, "generated", [])
     text = path.read_text()
     with pytest.raises(ConfigError, match="generated_share"):
         applying.apply(path, plan, loaded, _winner({"generated_share": 0.0}), "other", [])
     assert path.read_text() == text
     assert not list(tmp_path.glob(".params*"))
+
+
+def test_a_winner_changes_one_key_of_a_mapping_and_keeps_the_others(root, tmp_path):
+    plan, params, path = _study(root, tmp_path, {"space": SPACE})
+    raw = yaml.safe_load(path.read_text())
+    raw["arms"]["generated"]["network"] = {"depth": 16, "activation": "relu"}
+    path.write_text(yaml.safe_dump(raw))
+    applying.apply(path, plan, config.load(path), _winner({"network.width": 2}), "tuned", [])
+    assert config.load(path).arms["tuned"].network.plain() == {
+        "name": "wide_resnet", "depth": 16, "width": 2, "activation": "relu"}  # fmt: skip
+    for name in ("no", "a-b", "", "7"):
+        with pytest.raises(DmatError, match="--name is"):
+            applying.apply(path, plan, params, _winner({"beta": 2.0}), name, [])
+
+
+def test_a_trial_that_ended_between_look_and_claim_is_left_alone(root, tmp_path):
+    plan, *_ = _study(root, tmp_path, {})
+    study = optuna.create_study()
+    study.enqueue_trial(plan.points[0])
+    number = study.ask(fixed_distributions=space.distributions(plan)).number
+    assert worker._whole(plan, study, number).params == plan.points[0]
+    study.tell(number, 0.5)
+    assert worker._whole(plan, study, number) is None
+
+
+@pytest.mark.parametrize(
+    ("point", "words"),
+    [
+        ({"beta": "5/2"}, ["enqueue.0.beta is '5/2'", "a number from"]),
+        ({"network.width": 2.5}, ["network.width is 2.5", "whole number"]),
+        ({"augmentation": "crop4"}, ["augmentation is 'crop4'", "none, crop1"]),
+    ],
+)
+def test_points_that_cannot_be_tried_are_refused(root, tmp_path, point, words):
+    with pytest.raises(ConfigError) as refused:
+        _study(root, tmp_path, {"space": SPACE, "enqueue": [point]})
+    assert all(word in str(refused.value) for word in words), str(refused.value)
 
 
 def test_a_winner_with_images_of_its_own_brings_their_entries(root, tmp_path):
@@ -382,6 +419,8 @@ def test_a_winner_with_images_of_its_own_brings_their_entries(root, tmp_path):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
+        ("postgresql+psycopg://h:notaport/db", ["is no URL"]),
+        ("sqlite://", ["in memory"]),
         ("nonsense", ["is no URL", "postgresql+psycopg://"]),
         ("postgresql+psycopg://someone:secret@127.0.0.1:1/studies", ["someone:***@127.0.0.1:1", "cannot be reached"]),
         ("postgres+nothing://127.0.0.1/studies", ["cannot be reached"]),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from dmat.data import operations
 from dmat.devices import send
-from dmat.errors import DmatError
+from dmat.errors import UnfitError
 
 Augmentation = Callable[[Tensor, np.random.Generator], Tensor]
 
@@ -261,10 +261,10 @@ LARGER_THAN = {"cutout18": 18, "autoaugment": 18, "idbh": 10}
 
 
 def check(name: str, height: int, width: int) -> None:
-    """Raises DmatError where an augmentation would leave nothing of images this small."""
+    """Raises UnfitError where an augmentation would leave nothing of images this small."""
     least = LARGER_THAN.get(name, 0)
     if min(height, width) <= least:
-        raise DmatError(
+        raise UnfitError(
             f"augmentation {name} takes up to {least} pixels of a side, these images are {height}x{width}; expected "
             f"larger images; choose another augmentation, for example crop1"
         )

@@ -19,7 +19,7 @@ from dmat.data.augmentation import AUGMENTATIONS, Augmentation, cutmix
 from dmat.data.batches import MixedBatches
 from dmat.data.pixels import in_order
 from dmat.devices import Compute
-from dmat.errors import Diverged, DmatError
+from dmat.errors import Diverged, UnfitError
 from dmat.robust import attacks, losses
 from dmat.robust.attacks import Ball
 from dmat.training import averaging, schedules
@@ -102,7 +102,7 @@ def train(
     """
     world = compute.world
     if settings.batch % world.size:
-        raise DmatError(
+        raise UnfitError(
             f"a batch of {settings.batch} images does not divide among {world.size} processes; expected a multiple; "
             f"change batch or the number of processes"
         )

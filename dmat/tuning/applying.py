@@ -10,7 +10,7 @@ from ruamel.yaml.comments import CommentedMap
 
 from dmat import ARTIFACTS, config, files
 from dmat.config import Params
-from dmat.errors import DmatError
+from dmat.errors import ConfigError, DmatError
 from dmat.tuning.plan import Study, selection_of
 
 
@@ -23,18 +23,24 @@ def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: st
     document = YAML()  # keeps comments and order
     document.preserve_quotes, document.width = True, 120
     raw = document.load(path.read_text())
-    known = raw["arms"].get(name)
+    config.expect_name("--name", name)
     study = f"study {plan.name}, trial {winner.number}"
-    if known is not None and not _was_applied(raw["arms"], name):
-        raise DmatError(f"{path} has an arm {name} that no study wrote; expected a free name; say --name ANOTHER")
+    images = _image_entries(plan, params, winner, name)
+    for section, keys in {"arms": [name], **{part: list(entries) for part, entries in images.items()}}.items():
+        for key in keys:
+            if key in raw[section] and not _was_applied(raw[section], key):
+                raise DmatError(
+                    f"{path} has {section}.{key}, which no study wrote; expected a free name; say --name ANOTHER"
+                )
     arm = dict(raw["arms"][plan.settings.arm] or {})
-    arm |= _nested(winner.params, "")
+    arm = config.merge(arm, _nested(winner.params, ""))
     written = [f"arms.{name}"]
-    if images := _image_entries(plan, params, winner, name):
+    if images:
         arm["images_from"] = f"{ARTIFACTS}/select_images/{name}"
         for section, entries in images.items():
             for key, entry in entries.items():
-                raw[section][key] = entry
+                raw[section][key] = CommentedMap(entry)
+                raw[section].yaml_add_eol_comment(f"{_MARK} {study}", key)
                 written.append(f"{section}.{key}")
     raw["arms"][name] = CommentedMap(arm)
     raw["arms"].yaml_add_eol_comment(f"{_MARK} {study}", name)
@@ -48,6 +54,8 @@ def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: st
     try:
         config.load(trial)  # every problem is told before anything is replaced
         trial.replace(path)
+    except ConfigError as error:
+        raise ConfigError(f"{path} with what is to be written", error.problems) from None
     finally:
         trial.unlink(missing_ok=True)
     return written

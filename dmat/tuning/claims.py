@@ -92,7 +92,7 @@ class Claims:
                 same = _CLAIMS.c.holder == row["holder"] if left else _CLAIMS.c.holder.is_(None)
                 taken = connection.execute(
                     _CLAIMS.update()
-                    .where(*self._key(item), same)
+                    .where(*self._key(item), same, _CLAIMS.c.renewed == row["renewed"])
                     .values(renewed=now, deaths=row["deaths"] + int(left), **mine)
                 )
                 if taken.rowcount != 1:

@@ -27,7 +27,7 @@ from dmat.training.interruption import Interruption
 from dmat.training.long_run import MetricsLog
 from dmat.tuning import applying, ranking, report, storage, worker
 from dmat.tuning.claims import Claims
-from dmat.tuning.plan import VARIABLE, WORD, Study, without_password
+from dmat.tuning.plan import VARIABLE, WORD, Study, changes_images, without_password
 from dmat.tuning.storage import speaking
 from dmat.tuning.trials import Bench, item
 
@@ -60,6 +60,11 @@ def run(plan: Study, params: Params, workspace: Workspace, wanted: Wanted) -> di
     """
     compute = _resolve(params)
     bench = Bench(plan, params, workspace, compute, _save_seconds(params))
+    if compute.world.size > 1 and changes_images(plan.settings.space):
+        raise DmatError(
+            f"the space of study {plan.name} changes images, which one process makes, and {compute.world.size} were "
+            f"started; expected one for each worker; leave compute.processes and torchrun out"
+        )
     if not compute.world.leads:
         worker.follow(bench)
         return {}
@@ -146,7 +151,10 @@ def _start_workers(bench: Bench, wanted: Wanted, asked: Callable[[], None], afte
     pool = [_Process(bench, wanted, number) for number in range(wanted.workers)]
     seen = -1
     try:
-        while any(one.at_work() for one in pool):
+        while True:
+            at_work = [one.at_work() for one in pool]  # each is looked at: a killed one is started again
+            if not any(at_work):
+                break
             asked()
             if (count := len(storage.ended(bench.study))) != seen:
                 seen = count

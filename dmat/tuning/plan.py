@@ -106,6 +106,8 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
     space = {"space": settings.plain()["space"], "inputs": {name: one["sha256"] for name, one in inputs.items()}}
     folder = workspace.run_folder(WORD, settings.arm, files.fingerprint(identity | {"space": space}))
     url = storage or os.environ.get(VARIABLE) or f"sqlite:///{folder.parent / DATABASE}"
+    if url.startswith("sqlite:///") and not url.startswith("sqlite:////") and url != "sqlite:///":
+        url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).resolve()}"  # workers start in another folder
     return Study(settings, trial, params.arm_images[settings.arm], inputs, folder, url, files.fingerprint(identity))
 
 
@@ -136,5 +138,5 @@ def without_password(url: str) -> str:
 
     try:
         return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         return "(no URL)"

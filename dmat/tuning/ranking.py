@@ -25,7 +25,7 @@ from dmat.robust.attacks import Ball
 from dmat.tuning import space
 from dmat.tuning.plan import Study
 from dmat.tuning.storage import ended, speaking
-from dmat.tuning.trials import Bench
+from dmat.tuning.trials import NOTE, Bench
 
 _PREFIX = "auto_attack."  # of a study's attribute; then the trial's number
 
@@ -53,7 +53,7 @@ def found(study: optuna.Study) -> dict[int, dict[str, Any]]:
 def missing(plan: Study, study: optuna.Study) -> list[FrozenTrial]:
     """Candidates without a rank whose weights are here."""
     known = found(study)
-    return [one for one in candidates(plan, study) if one.number not in known and weights_of(plan, one).exists()]
+    return [one for one in candidates(plan, study) if one.number not in known and _has_weights(plan, one)]
 
 
 def weights_of(plan: Study, trial: FrozenTrial) -> Path:
@@ -61,6 +61,16 @@ def weights_of(plan: Study, trial: FrozenTrial) -> Path:
     made = space.origin(plan.name, trial)
     folder = plan.folder.parent / made["study"] / f"trial-{made['trial']:04d}"
     return folder / "result" / "classifier" / "best.safetensors"
+
+
+def _has_weights(plan: Study, trial: FrozenTrial) -> bool:
+    """Also of an imported trial whose study was begun again meanwhile: its number belongs to another one then."""
+    path = weights_of(plan, trial)
+    note = path.parents[2] / NOTE
+    if not path.exists() or not note.exists():
+        return False
+    values = files.read_json(note)["params"]
+    return all(values.get(name, value) == value for name, value in trial.params.items())
 
 
 def rank(bench: Bench, trial: FrozenTrial) -> None:

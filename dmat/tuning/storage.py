@@ -11,7 +11,7 @@ import sqlalchemy.exc
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from dmat.errors import DmatError
+from dmat.errors import DmatError, StorageError
 from dmat.tuning import sampling, space
 from dmat.tuning.claims import Claims
 from dmat.tuning.plan import Study, without_password
@@ -30,11 +30,11 @@ def speaking(url: str) -> Iterator[None]:
         first = _first_line(error)
         if url.startswith("sqlite:"):
             path = url.removeprefix("sqlite:///")
-            raise DmatError(
+            raise StorageError(
                 f"{path} cannot be used as the storage of studies ({first}); bring back a good copy, or move it away: "
                 f"a new one is made and the study begins again"
             ) from error
-        raise DmatError(
+        raise StorageError(
             f"the storage of studies {without_password(url)} cannot be reached ({first}); expected a database that "
             f"answers; start it, or correct --storage; the same command goes on from the last checkpoints"
         ) from error
@@ -47,10 +47,12 @@ def connect(url: str) -> RDBStorage:
         Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
         dialect = sqlalchemy.engine.make_url(url).get_backend_name()
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):
         raise DmatError(
             "the storage of studies is no URL; expected one such as postgresql+psycopg://user@host/database"
         ) from None
+    if url.rstrip("/") in ("sqlite:", "sqlite"):
+        raise DmatError("the storage of studies is a database in memory, which no other worker sees; expected a file")
     options = {"connect_args": {"timeout": _WAIT}} if dialect == "sqlite" else {"pool_pre_ping": True}
     try:
         with speaking(url):
@@ -101,7 +103,8 @@ def begin(storage: RDBStorage, plan: Study, claims: Claims) -> optuna.Study:
             known = [space.origin(plan.name, trial) for trial in study.get_trials(deepcopy=False)]
             for other in _kin(storage, plan):
                 for trial in space.fitting(plan, other.study_name, other.get_trials(deepcopy=False)):
-                    if (origin := trial.user_attrs[space.ORIGIN]) not in known:
+                    origin = trial.user_attrs[space.ORIGIN]
+                    if origin not in known and origin["study"] != plan.name:  # its own came back from one set aside
                         study.add_trial(trial)
                         known.append(origin)
             study.set_user_attr(_READY, True)
@@ -110,10 +113,10 @@ def begin(storage: RDBStorage, plan: Study, claims: Claims) -> optuna.Study:
 
 def set_aside(storage: RDBStorage, study: optuna.Study) -> str:
     """The study under another name; returns it. Nothing is deleted but the name."""
+    study.set_user_attr(_KIN, "set aside")
     old = f"{study.study_name}-before-{time.strftime('%Y%m%d-%H%M%S')}"
     optuna.copy_study(from_study_name=study.study_name, from_storage=storage, to_storage=storage, to_study_name=old)
     optuna.delete_study(study_name=study.study_name, storage=storage)
-    optuna.load_study(study_name=old, storage=storage).set_user_attr(_KIN, "set aside")
     return old
 
 

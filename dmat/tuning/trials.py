@@ -5,6 +5,7 @@ whether they go on, so that all stop at the same step.
 """
 
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,11 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from dmat import tracking
+from dmat import files, tracking
 from dmat.config import MixImages, Params, Trial
 from dmat.devices import Compute
 from dmat.errors import Diverged, DmatError, Interrupted, Pruned, UnfitError
-from dmat.jobs import mix_images, train_robust
+from dmat.jobs import execution, mix_images, train_robust
 from dmat.jobs.execution import Job
 from dmat.jobs.workspace import Workspace
 from dmat.training.long_run import Watcher
@@ -30,6 +31,7 @@ from dmat.tuning.claims import RENEW, Claims
 from dmat.tuning.plan import Study
 from dmat.tuning.storage import speaking
 
+NOTE = "trial.json"  # in a trial's folder: its values
 OBJECTIVE = "validation_robust"  # share of 1, of the averaged weights
 MOST_DEATHS = 5  # workers that may be killed in a trial before it is the trial's fault
 _GO_ON, _PRUNED, _STOP = "", "pruned ", "stop "  # what the leading process tells the others at a report
@@ -79,6 +81,7 @@ def run(bench: Bench, trial: FrozenTrial) -> Outcome | None:
     except filelock.Timeout:
         return None
     try:
+        _expect_own_files(bench, trial, folder)
         return _run(bench, bench.study, bench.claims, trial, folder)
     finally:
         lock.release()
@@ -113,17 +116,27 @@ def _run(bench: Bench, study: optuna.Study, claims: Claims, trial: FrozenTrial, 
             tracked.end_as("FAILED", outcome.reason)
         tracked.tag("optuna.state", outcome.state.name)
         _expect_held(claims, trial)
-        with speaking(bench.plan.storage):
+        with speaking(bench.plan.storage), _unless_ended(trial):
             live = optuna.Trial(study, trial._trial_id)
             live.set_user_attr("seconds", round(tracking.seconds_before(folder) + time.time() - started, 1))
             live.set_user_attr("reason", outcome.reason)
             live.set_user_attr("report_seconds", round(spent.seconds / max(1, spent.reports), 4))
             live.set_user_attr("workers_killed", claims.deaths(item(trial.number)))
     # last, because what comes after it is lost with the process: a trial that was not told ends once more
-    with speaking(bench.plan.storage):
+    with speaking(bench.plan.storage), _unless_ended(trial):
+        _expect_running(study, trial)
         study.tell(trial.number, outcome.value, outcome.state)
     (folder / "checkpoint.dmat").unlink(missing_ok=True)  # as large as the network and needed no more
     return outcome
+
+
+def _expect_own_files(bench: Bench, trial: FrozenTrial, folder: Path) -> None:
+    """What lies in a trial's folder may be of a study whose storage was moved away: a checkpoint says nothing of the
+    values that it was trained with. Then it is set aside."""
+    note = folder / NOTE
+    if note.exists() and files.read_json(note) != {"params": trial.params}:
+        execution.set_aside(folder, bench.workspace.home)
+    files.write_json(note, {"params": trial.params})
 
 
 def _settings(plan: Study, trial: FrozenTrial) -> dict[str, Any]:
@@ -138,6 +151,7 @@ def _outcome(bench: Bench, trial: FrozenTrial, folder: Path, watcher: Watcher) -
     assert bench.claims is not None
     if (deaths := bench.claims.deaths(item(trial.number))) > MOST_DEATHS:
         return Outcome(TrialState.FAIL, None, f"{deaths} workers were killed in it")
+    bench.compute.world.share(json.dumps({"values": trial.params}).encode())  # `worker.follow` waits for it
     attempts = 0
     while True:
         try:
@@ -209,7 +223,7 @@ def _watcher(bench: Bench, study: optuna.Study, claims: Claims, frozen: FrozenTr
 
     def watch(images_seen: int, values: dict[str, float]) -> None:
         try:
-            with spent.counted(), speaking(bench.plan.storage):
+            with spent.counted(), speaking(bench.plan.storage), _unless_ended(frozen):
                 _expect_held(claims, frozen, within=RENEW + 5)
                 if images_seen not in known:
                     trial.report(values[OBJECTIVE], images_seen)
@@ -233,6 +247,20 @@ def _expect_held(claims: Claims, trial: FrozenTrial, within: float = 0.0) -> Non
             f"trial {trial.number} was taken by another worker, because this one did not answer for a minute; it goes "
             f"on there"
         )
+
+
+@contextmanager
+def _unless_ended(trial: FrozenTrial) -> Iterator[None]:
+    """Optuna refuses to change a trial that has ended: another worker ended it."""
+    try:
+        yield
+    except optuna.exceptions.UpdateFinishedTrialError as error:
+        raise LostError(f"trial {trial.number} was ended by another worker; what it found stands") from error
+
+
+def _expect_running(study: optuna.Study, trial: FrozenTrial) -> None:
+    if study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+        raise LostError(f"trial {trial.number} was ended by another worker; what it found stands")
 
 
 def _chosen(plan: Study, values: Mapping[str, Any]) -> Trial:

@@ -8,7 +8,7 @@ words leaves a trial that the next one takes as it is.
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import optuna
@@ -21,6 +21,7 @@ from dmat.tuning.storage import speaking
 from dmat.tuning.trials import Bench, LostError
 
 _LOOK_EVERY = 1.0  # seconds between two looks whether somebody left a trial
+_AVOID = 30.0  # seconds for which a trial that another process has open is left alone
 _TELL_EVERY = 60.0  # seconds after which waiting processes hear that there is nothing yet
 _WAIT, _END = "wait", "end"  # what the leading process tells the others between two trials
 
@@ -34,17 +35,19 @@ def work(bench: Bench, total: int, asked: Callable[[], None], after: Callable[[]
     assert bench.study is not None and bench.claims is not None
     study, claims, world, told = bench.study, bench.claims, bench.compute.world, time.monotonic()
     known = -1
+    busy: dict[int, float] = {}  # trials that a process still has open which did not renew its claim -> until when
     while True:
         asked()
         with speaking(bench.plan.storage):
-            trial = _next(bench.plan, study, claims, total)
+            avoid = [number for number, until in busy.items() if time.monotonic() < until]
+            trial = _next(bench.plan, study, claims, total, avoid)
             count = len(storage.ended(study))
         if count != known:
             known = count
             after()
         if isinstance(trial, FrozenTrial):
-            world.share(json.dumps({"values": trial.params}).encode())
-            _compute(bench, claims, trial)
+            if not _compute(bench, claims, trial):
+                busy[trial.number] = time.monotonic() + _AVOID
             told = time.monotonic()
         elif trial:
             if world.size > 1 and time.monotonic() - told > _TELL_EVERY:
@@ -68,21 +71,24 @@ def follow(bench: Bench) -> None:
             trials.follow(bench, json.loads(told)["values"])
 
 
-def _compute(bench: Bench, claims: Claims, trial: FrozenTrial) -> None:
+def _compute(bench: Bench, claims: Claims, trial: FrozenTrial) -> bool:
+    """Whether it was computed here; False: a process that still lives has it open, and it is left to that."""
     name = trials.item(trial.number)
     try:
-        if trials.run(bench, trial) is None:
-            time.sleep(_LOOK_EVERY)  # held by a process that still lives: it is left to it
+        return trials.run(bench, trial) is not None
     except LostError:
         if bench.compute.world.size > 1:
             raise
+        return True
     finally:
         with contextlib.suppress(Exception):  # what happened inside is what matters
             claims.give_back(name)
 
 
-def _next(plan: Study, study: optuna.Study, claims: Claims, total: int) -> FrozenTrial | bool:
-    """The trial to compute; True where there is none now but others still compute; False where all is done."""
+def _next(
+    plan: Study, study: optuna.Study, claims: Claims, total: int, avoid: Collection[int] = ()
+) -> FrozenTrial | bool:
+    """The trial to compute, none of `avoid`; True: there is none now but others still compute; False: all is done."""
     all_trials = study.get_trials(deepcopy=False)
     own = storage.own(all_trials)
     at_work = [one for one in own if one.state == TrialState.RUNNING]
@@ -91,16 +97,19 @@ def _next(plan: Study, study: optuna.Study, claims: Claims, total: int) -> Froze
     with claims.turn():
         all_trials = study.get_trials(deepcopy=False)
         own = storage.own(all_trials)
-        for one in [one for one in own if one.state == TrialState.RUNNING]:
+        for one in [one for one in own if one.state == TrialState.RUNNING and one.number not in avoid]:
             if claims.take(trials.item(one.number)):
-                return _whole(plan, study, one.number)
+                whole = _whole(plan, study, one.number)
+                if whole is not None:
+                    return whole
+                claims.give_back(trials.item(one.number))  # it ended between the look and the claim
         if not any(one.state == TrialState.WAITING for one in own):
             if len(own) >= total:
                 return any(one.state == TrialState.RUNNING for one in own)
             study.enqueue_trial(_values(plan, all_trials, len(own)))
         number = study.ask().number
         claims.take(trials.item(number))
-        return _whole(plan, study, number)
+        return _whole(plan, study, number) or True
 
 
 def _values(plan: Study, all_trials: list[FrozenTrial], count: int) -> dict[str, Any]:
@@ -112,9 +121,11 @@ def _values(plan: Study, all_trials: list[FrozenTrial], count: int) -> dict[str,
     return sampling.propose(plan.settings, wanted, all_trials, count)
 
 
-def _whole(plan: Study, study: optuna.Study, number: int) -> FrozenTrial:
-    """A trial with all its values."""
+def _whole(plan: Study, study: optuna.Study, number: int) -> FrozenTrial | None:
+    """A trial with all its values; None if it has ended."""
     frozen = study.get_trials(deepcopy=False)[number]
+    if frozen.state.is_finished():
+        return None
     space.suggest(optuna.Trial(study, frozen._trial_id), space.distributions(plan))
     return study.get_trials(deepcopy=False)[number]
 
