@@ -18,9 +18,10 @@ from optuna.trial import TrialState, create_trial
 from dmat import config
 from dmat.errors import ConfigError, DmatError
 from dmat.jobs.workspace import Workspace
-from dmat.tuning import applying, claims, sampling, space, storage, worker
+from dmat.tuning import applying, claims, sampling, space, storage
 from dmat.tuning.claims import Claims
 from dmat.tuning.plan import Study
+from dmat.tuning.worker import _whole
 from tests.databases import STORES, url_of
 
 
@@ -354,7 +355,7 @@ def test_the_winner_is_an_arm_and_the_rest_of_the_file_stays(root, tmp_path):
     assert any("# written by `dmat tune apply`: study generated-000000000000, trial 5" in line for line in new)
     applying.apply(path, plan, loaded, _winner({"beta": 4.5}), "tuned", [])
     assert config.load(path).arms["tuned"].beta == 4.5, "what a study wrote a study may write again"
-    with pytest.raises(DmatError, match="has arms.generated, which no study wrote"):
+    with pytest.raises(DmatError, match=r"has arms\.generated, which no study wrote"):
         applying.apply(path, plan, loaded, winner, "generated", [])
     text = path.read_text()
     with pytest.raises(ConfigError, match="generated_share"):
@@ -381,9 +382,9 @@ def test_a_trial_that_ended_between_look_and_claim_is_left_alone(root, tmp_path)
     study = optuna.create_study()
     study.enqueue_trial(plan.points[0])
     number = study.ask(fixed_distributions=space.distributions(plan)).number
-    assert worker._whole(plan, study, number).params == plan.points[0]
+    assert _whole(plan, study, number).params == plan.points[0]
     study.tell(number, 0.5)
-    assert worker._whole(plan, study, number) is None
+    assert _whole(plan, study, number) is None
 
 
 @pytest.mark.parametrize(
