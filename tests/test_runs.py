@@ -166,10 +166,10 @@ def test_an_empty_project_has_no_runs_and_another_folder_is_none(tmp_path):
     assert "--status is 'DONE'; expected one of RUNNING" in _dmat(tmp_path, "list", "--status", "DONE", code=2)
 
 
-def test_a_store_that_does_not_answer_is_one_sentence(tmp_path, monkeypatch):
+def test_a_store_that_does_not_answer_is_one_sentence(tmp_path):
     (tmp_path / "params.yaml").touch()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    text = _dmat(tmp_path, "list", code=2)
+    code, text = forked.run(tmp_path, "runs", "list", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert code == 2, text
     assert "MLflow at http://127.0.0.1:9 cannot be reached" in text
     assert "correct MLFLOW_TRACKING_URI" in text
     assert "Traceback" not in text
