@@ -125,7 +125,7 @@ def _list(as_json: Annotated[bool, typer.Option("--json", help="The result as JS
     from dmat.jobs import workspace
     from dmat.tracking import registry
 
-    found = registry.listed(workspace.find(Path.cwd()).home)
+    found = registry.listed(workspace.here().home)
     if as_json:
         typer.echo(json.dumps(found, indent=2, sort_keys=True))
         return
@@ -150,7 +150,7 @@ def _get(
     target = to or Path(f"{wanted.partition('@')[0]}.safetensors")
     if target.suffix != ".safetensors":
         raise DmatError(f"--to is {target}; expected a name that ends with .safetensors")
-    found = registry.fetch(workspace.find(Path.cwd()).home, wanted, target)
+    found = registry.fetch(workspace.here().home, wanted, target)
     typer.echo(f"{target}: version {found['version']}, run {found['run']}; its checksum is the registered one")
 
 

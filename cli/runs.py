@@ -123,7 +123,7 @@ def _show(
         typer.echo(json.dumps(found.plain(), indent=2, sort_keys=True))
         return
     reason = f": {found.tags['dmat.error']}" if "dmat.error" in found.tags else ""
-    work = workspace.find(Path.cwd()).run_folder(found.stage, found.instance, found.tags.get("dmat.fingerprint", ""))
+    work = workspace.here().run_folder(found.stage, found.instance, found.tags.get("dmat.fingerprint", ""))
     lines = {
         "run": found.id,
         "name": found.name,
@@ -153,7 +153,7 @@ def _compare(
 
     if len(runs) < 2:
         raise DmatError(f"there is {len(runs)} run to compare; expected two or more; name another")
-    place = workspace.find(Path.cwd())
+    place = workspace.here()
     found = [queries.one(place.home, run) for run in runs]
     differing, same = queries.differences(found)
     paired = {}
@@ -209,7 +209,7 @@ def _reproduce(
     from dmat.jobs import workspace
     from dmat.upkeep import reproducing
 
-    found = reproducing.reproduce(workspace.find(Path.cwd()), run, to)
+    found = reproducing.reproduce(workspace.here(), run, to)
     for line in found.lines:
         typer.echo(line)
     for line in found.differences:
@@ -220,13 +220,7 @@ def _reproduce(
 def _home() -> Path:
     from dmat.jobs import workspace
 
-    home = workspace.find(Path.cwd()).home
-    if not (home / "params.yaml").exists() and not (home / "mlruns").exists():
-        raise DmatError(
-            f"{home} is no project: it has neither params.yaml nor mlruns; expected one; go to its folder, or bring a "
-            f"recipe with `dmat recipes use NAME`"
-        )
-    return home
+    return workspace.here().home
 
 
 def _moment(seconds: float) -> str:

@@ -13,7 +13,6 @@ import typer
 
 from dmat.jobs import STAGES, Stage
 
-_RESTARTS = 3  # of all processes, after one was lost
 _INSTANCE_OPTIONS = {
     "generator": (str, "Name in `generators` of params.yaml."),
     "chunk": (str, "Name in `chunks` of params.yaml."),
@@ -95,8 +94,9 @@ def run(
 
 def _start_together(count: int) -> None:
     """Becomes `torchrun` with this very command in `count` processes: who started this one notices nothing."""
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", f"--max-restarts={_RESTARTS}"]
-    os.execv(sys.executable, [sys.executable, "-m", *launcher, "-m", "cli.main", *sys.argv[1:]])
+    from dmat import processes
+
+    os.execv(sys.executable, [sys.executable, *processes.launcher(count), "-m", "cli.main", *sys.argv[1:]])
 
 
 def _headline(metrics: dict[str, Any]) -> list[tuple[str, float]]:

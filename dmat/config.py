@@ -668,8 +668,9 @@ class _Reader:
         arm = arms[study.arm]
         if arm is None:  # its own problems are told already
             return None
-        given = {name for name, _ in _leaves(study.overrides)}
-        both = sorted({*given, *study.overrides} & {*study.space, *NOT_IN_A_SPACE})
+        both = sorted(
+            name for name in {*study.space, *NOT_IN_A_SPACE} if _reaches(study.overrides, tuple(name.split(".")))
+        )
         if both:
             self.problems.append(
                 f"tune.overrides gives {', '.join(both)}, which the study itself or the arm decides; leave it out"
@@ -734,15 +735,6 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if nested else value
     return merged
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names of what is no mapping."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _reaches(value: Any, location: tuple[Any, ...]) -> bool:

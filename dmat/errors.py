@@ -6,6 +6,8 @@ Anything else that escapes is a defect of dmat and keeps its traceback.
 
 from collections.abc import Iterable
 
+_LONGEST_LINE = 300
+
 
 class DmatError(Exception):
     """What was found, what was expected, what to do: in this order, naming the path or key."""
@@ -25,10 +27,6 @@ class UnfitError(DmatError):
     fault of this trial alone."""
 
 
-class StorageError(DmatError):
-    """The storage of studies does not answer, or not as it should: no fault of a trial."""
-
-
 class Interrupted(Exception):
     """A signal asked the run to stop; its state is saved. `exit_code` is 75 for "requeue me", else 128 + signal."""
 
@@ -43,3 +41,8 @@ class Pruned(Exception):
 
 class Diverged(DmatError):
     """Training met a number that is not finite; the run ends FAILED and its last good checkpoint stays."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what another library says, for a sentence of ours: its first line, or the error's name if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:_LONGEST_LINE]

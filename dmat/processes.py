@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dmat.errors import DmatError
 
+_RESTARTS = 3  # of all processes, after one was lost
 _PATIENCE = datetime.timedelta(minutes=10)  # that a process waits for the others: an evaluation may lie in between
 
 
@@ -95,6 +96,12 @@ class World:
 def wanted() -> int:
     """How many processes `torchrun` started; 1 without it. Joins none of them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launcher(count: int) -> list[str]:
+    """Words after `python` that run a module (`-m NAME ...`, to be added) in `count` processes of this machine."""
+    together = ["--standalone", f"--nproc-per-node={count}", f"--max-restarts={_RESTARTS}"]
+    return ["-m", "torch.distributed.run", *together]
 
 
 def world() -> World:

@@ -359,7 +359,7 @@ def test_the_study_is_a_stage_that_a_plain_repro_does_not_run(project):
     project.params["tune"] |= {"trials": 2, "images": 128, "rerank": 0}
     project.write()
     assert not any("tune" in name for name in project.repro())
-    assert not (project.folder / "artifacts/tune").exists()
+    assert not (project.folder / "artifacts/tune/generated").exists()
     assert project.ran(project.run("dvc", "repro", "tune/dvc.yaml"))[-1:] == ["tune/dvc.yaml:tune"]
     assert project.json("artifacts/tune/generated/summary.json")["trials"] == 2
     locked = yaml.safe_load((project.folder / "tune/dvc.lock").read_text())["stages"]["tune"]

@@ -5,6 +5,7 @@ Run alone: pytest tests/test_tuning.py
 """
 
 import csv
+import functools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import urllib.request
 import optuna
 import psutil
 import pytest
+import sqlalchemy
 import torch
 import yaml
 
@@ -339,15 +341,36 @@ def test_a_worker_that_lost_its_trial_leaves_it_alone(small, monkeypatch):
     assert len({row["trial"] for row in _table(small.project)}) == 3
 
 
-def test_values_that_do_not_fit_together_fail_their_trial_alone(small, monkeypatch):
+@pytest.mark.parametrize(
+    ("space", "point", "words"),
+    [
+        (
+            {"batch": {"choices": [64, 4]}, "generated_share": {"low": 0.1, "high": 0.9}},
+            {"batch": 4, "generated_share": 0.1},
+            "leaves 0 generated ones; expected some of both kinds",
+        ),
+        ({"augmentation": {"choices": ["none", "cutout18"]}}, {"augmentation": "cutout18"}, "takes up to 18 pixels"),
+    ],
+    ids=["each other", "the data"],
+)
+def test_values_that_do_not_fit_fail_their_trial_alone(small, monkeypatch, space, point, words):
     monkeypatch.undo()
-    space = {"batch": {"choices": [64, 4]}, "generated_share": {"low": 0.1, "high": 0.9}}
     small.project.params["tune"]["space"] = space
-    small.project.write({"tune": {"enqueue": [{"batch": 4, "generated_share": 0.1}]}})
+    small.project.write({"tune": {"enqueue": [point]}})
     small(2)
     rows = _table(small.project)
     assert [row["state"] for row in rows] == ["COMPLETE", "FAIL"]
-    assert "leaves 0 generated ones; expected some of both kinds" in rows[1]["reason"]
+    assert words in rows[1]["reason"]
+
+
+def test_what_a_moved_storage_left_in_the_folders_is_set_aside(small):
+    small(2)
+    (small.project.folder / "runs/tune/studies.db").unlink()
+    small.project.write({"tune": {"enqueue": [{"beta": 3.0}]}})
+    small(2)
+    aside = {path.parent.name for path in (small.project.folder / "runs/tune").glob("generated-*/trial-*/before-*")}
+    assert aside == {"trial-0001"}, "the other has the values of the first study, so what it holds is its own"
+    assert float(_table(small.project)[1]["beta"]) == 3.0
 
 
 def test_a_damaged_storage_is_named_and_left_as_it_is(small):
@@ -385,21 +408,33 @@ def test_without_a_pruner_every_trial_is_complete_and_sees_all_images(studied, t
 
 @pytest.mark.parametrize("store", STORES)
 def test_workers_killed_at_random_lose_no_trial_and_double_none(finished, tmp_path, request, store):
-    """A leader and two helpers, four of which are killed with -9; benchmarks/tune_workers.py has it larger."""
+    """A leader and two helpers. Four times one is killed with -9 that has a trial; benchmarks/tune_workers.py has it
+    larger."""
     project = finished.copy_without("nothing", tmp_path / "many")
     project.write({"tune": {"sampler": "random"}})
     total, rng, url = 12, random.Random(3), url_of(store, request, tmp_path)
     storages = {"DMAT_STUDIES": url}
     leader = _start(project, total, **storages)
     helpers = [_start(project, total, "--worker", output=f".output-{k}", **storages) for k in range(2)]
-    killed = 0
-    for k in range(4):
-        at_work = helpers[k % 2].kill_after(rng.uniform(0.8, 2.5))
-        killed += at_work
-        helpers[k % 2] = _start(project, total, "--worker", output=f".output-{k % 2}", **storages)
+    engine, killed = sqlalchemy.create_engine(url), 0
+    held = "select count(*) from dmat_claims where pid = :pid and holder is not null and item like 'trial-%'"
+
+    def has_a_trial_or_ended(helper):
+        if helper.process.exitcode is not None:
+            return True
+        try:
+            with engine.connect() as connection:
+                return connection.execute(sqlalchemy.text(held), {"pid": helper.process.pid}).scalar() > 0
+        except sqlalchemy.exc.SQLAlchemyError:  # the table is not there yet
+            return False
+
+    for k in (0, 1, 0, 1):
+        forked.until(functools.partial(has_a_trial_or_ended, helpers[k]), 120)
+        killed += helpers[k].kill_after(rng.uniform(0, 0.2))
+        helpers[k] = _start(project, total, "--worker", output=f".output-{k}", **storages)
     found = [one.wait() for one in (leader, *helpers)]
     assert [code for code, _ in found] == [0, 0, 0], found
-    assert killed  # at least one helper was at work or starting; how many fell inside a trial is the machine's affair
+    assert killed >= 2
     study = optuna.load_study(study_name=None, storage=url)
     assert [trial.number for trial in study.trials] == list(range(total))
     assert all(trial.state.is_finished() for trial in study.trials)
@@ -410,6 +445,7 @@ def test_workers_killed_at_random_lose_no_trial_and_double_none(finished, tmp_pa
         assert len(told) == len(lines), "no report twice"
         assert trial.intermediate_values == told
         assert trial.state.name == "PRUNED" or list(told) == [128, 256, 384, 512, 640]
+    assert sum(trial.user_attrs["workers_killed"] for trial in study.trials) >= 1
     assert json.loads(found[0][1])["trials"] == total
     assert len(_table(project)) == total
 
@@ -447,7 +483,7 @@ def test_real_workers_are_replaced_when_killed_and_end_with_their_leader(finishe
         forked.until(lambda: ended() >= 1, 200)
         workers = tree.children()
         assert len(workers) == 2
-        workers[0].kill()
+        workers[1].kill()  # not the first: each is looked at
         forked.until(
             lambda: len([one for one in tree.children() if one.is_running()]) == 2 and tree.children() != workers, 60
         )
@@ -462,21 +498,34 @@ def test_real_workers_are_replaced_when_killed_and_end_with_their_leader(finishe
     assert (found, "process" in text) == (0, False), text
 
 
-def test_under_torchrun_the_leading_process_prunes_and_all_stop_together(finished, tmp_path):
-    project = finished.copy_without("nothing", tmp_path / "together")
+def _together(project):
+    """The study in two processes, as torchrun would start them."""
     port = str(free_port())
-    commands = [
+    return [
         _start(project, TRIALS, output=f".output-{rank}", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         for rank in range(2)
     ]  # fmt: skip
-    (code, text), silence = (command.wait() for command in commands)
+
+
+def test_under_torchrun_the_leading_process_prunes_and_all_stop_together(finished, tmp_path):
+    project = finished.copy_without("nothing", tmp_path / "together")
+    (code, text), silence = (command.wait() for command in _together(project))
     assert (code, silence) == (0, (0, "")), (text, silence)
     rows = _table(project)
     assert len(rows) == TRIALS
     pruned = [row for row in rows if row["state"] == "PRUNED"]
     assert pruned, rows
     assert all(int(row["images_seen"]) < 640 for row in pruned)
+
+
+def test_a_space_of_images_is_refused_in_several_processes(finished, tmp_path):
+    project = finished.copy_without("nothing", tmp_path / "refused")
+    project.params["tune"]["space"] = {"selection.keep": {"choices": [0.8, 0.5]}}
+    project.write({})
+    for code, text in [command.wait() for command in _together(project)]:
+        assert code == 2, text
+        assert "changes images, which one process makes, and 2 were started" in text
 
 
 def test_images_that_a_trial_changes_are_made_once_for_each_value(finished, tmp_path):
@@ -537,8 +586,9 @@ def test_status_says_who_is_at_work_and_what_was_not_begun(finished, tmp_path):
     code, text = forked.run(project.folder, "tune", "status")
     assert code == 2
     assert "was not begun" in text
+    project.write({"tune": {"images": 64000}})  # so long that the signal below finds a trial at work
     first = _start(project, 40)
-    forked.until(lambda: list((project.folder / "runs/tune").glob("generated-*/trial-0001/metrics.jsonl")))
+    forked.until(lambda: list((project.folder / "runs/tune").glob("generated-*/trial-0000/metrics.jsonl")))
     _, text = forked.run(project.folder, "tune", "status", "--json")
     found = json.loads(text)
     assert f"process {first.process.pid}" in found["at_work"][0]

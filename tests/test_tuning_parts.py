@@ -3,6 +3,7 @@
 Run alone: pytest tests/test_tuning_parts.py
 """
 
+import dataclasses
 import os
 import subprocess
 import threading
@@ -17,11 +18,10 @@ from optuna.trial import TrialState, create_trial
 
 from dmat import config
 from dmat.errors import ConfigError, DmatError
-from dmat.jobs.workspace import Workspace
 from dmat.tuning import applying, claims, sampling, space, storage
 from dmat.tuning.claims import Claims
 from dmat.tuning.plan import Study
-from dmat.tuning.worker import _whole
+from dmat.tuning.worker import _next, _whole
 from tests.databases import STORES, url_of
 
 
@@ -97,6 +97,15 @@ def test_claims_are_renewed_beside_the_work(engine, monkeypatch):
             time.sleep(0.02)
 
 
+def _at_once(count, work):
+    """Runs `work` in so many threads, each with claims of its own to make."""
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_of_many_workers_at_once_each_item_has_one_holder(engine):
     barrier, taken = threading.Barrier(4), []
 
@@ -106,11 +115,7 @@ def test_of_many_workers_at_once_each_item_has_one_holder(engine):
             taken.extend(number for number in range(20) if mine.take(f"item-{number}"))
             barrier.wait()
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    _at_once(4, work)
     assert sorted(taken) == list(range(20))
 
 
@@ -126,23 +131,15 @@ def test_a_turn_is_one_at_a_time(engine):
                     time.sleep(0.01)
                     inside.pop()
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _at_once(3, work)
     assert len(most) == 15
     assert max(most) == 1
 
 
-def _study(root, tmp_path, changes, images=True):
+def _study(root, tmp_path, changes):
     """The study of params.yaml with some of its keys changed, and the file."""
     raw = yaml.safe_load((root / "params.yaml").read_text())
-    for key, value in changes.items():
-        if key in ("space", "overrides"):
-            raw["tune"][key] = value
-        else:
-            raw["tune"][key] = value
+    raw["tune"] |= changes
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     params = config.load(path)
@@ -387,6 +384,18 @@ def test_a_trial_that_ended_between_look_and_claim_is_left_alone(root, tmp_path)
     assert _whole(plan, study, number) is None
 
 
+def test_a_trial_that_a_paused_process_has_open_keeps_nobody_from_the_others(root, tmp_path, engine):
+    plan, *_ = _study(root, tmp_path, {})
+    study = optuna.create_study()
+    with Claims(engine, "study") as paused, Claims(engine, "study") as live:
+        assert _next(plan, study, paused, 2).number == 0
+        paused.give_back("trial-0000")  # as if it had become stale; its file lock is the other half
+        assert _next(plan, study, live, 2).number == 0
+        live.give_back("trial-0000")
+        assert _next(plan, study, live, 2, avoid=[0]).number == 1
+        assert _next(plan, study, paused, 2, avoid=[0]) is True, "nothing now, and not all is done"
+
+
 @pytest.mark.parametrize(
     ("point", "words"),
     [
@@ -445,8 +454,8 @@ def test_a_storage_of_a_newer_optuna_is_refused(tmp_path):
         storage.connect(url)
 
 
-def test_passwords_are_not_in_what_is_shown(tmp_path):
-    place = Workspace(tmp_path, tmp_path)
-    assert place.home == tmp_path
-    shown = Study(None, None, "", {}, tmp_path, "postgresql+psycopg://me:secret@host/db", "kin")
-    assert "secret" not in str(config.Fraction("1/2")) + storage.without_password(shown.storage)
+def test_passwords_are_not_in_what_is_shown(root, tmp_path):
+    plan, *_ = _study(root, tmp_path, {})
+    shown = dataclasses.replace(plan, storage="postgresql+psycopg://me:secret@host/db").describe()
+    assert shown["storage"] == "postgresql+psycopg://me:***@host/db"
+    assert "secret" not in str(shown)

@@ -225,7 +225,7 @@ def _follow(plan: Plan, params: Params, workspace: Workspace, world: World) -> d
         return {}
     with tempfile.TemporaryDirectory() as folder, Interruption(at_once=True):
         module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
-        module.run(plan.settings, _job(plan, params, workspace, _resolve(params), Path(folder), quiet=True))
+        module.run(plan.settings, _job(plan, params, workspace, resolve(params), Path(folder), quiet=True))
     return {}
 
 
@@ -238,7 +238,7 @@ def assist(plan: Plan, params: Params, workspace: Workspace, *, quiet: bool = Fa
     plan.work.mkdir(parents=True, exist_ok=True)
     with Interruption(at_once=True):
         module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
-        module.assist(plan.settings, _job(plan, params, workspace, _resolve(params), plan.work, quiet))
+        module.assist(plan.settings, _job(plan, params, workspace, resolve(params), plan.work, quiet))
 
 
 def outlook(plan: Plan, params: Params, workspace: Workspace) -> dict[str, Any]:
@@ -247,12 +247,13 @@ def outlook(plan: Plan, params: Params, workspace: Workspace) -> dict[str, Any]:
         return {}
     module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
     found: dict[str, Any] = module.outlook(
-        plan.settings, _job(plan, params, workspace, _resolve(params), plan.work, quiet=True)
+        plan.settings, _job(plan, params, workspace, resolve(params), plan.work, quiet=True)
     )
     return found
 
 
-def _resolve(params: Params) -> Compute:
+def resolve(params: Params) -> Compute:
+    """Device, precision and threads that a parameter file asks for."""
     wanted: Any = params.sections["compute"]
     return devices.resolve(wanted.device, wanted.precision, wanted.threads)
 
@@ -274,7 +275,7 @@ def _job(plan: Plan, params: Params, workspace: Workspace, compute: Compute, wor
 
 
 def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> dict[str, Any]:
-    compute = _resolve(params)
+    compute = resolve(params)
     if plan.stage.word in EXACT:
         compute = compute.exact()
     started = time.time()

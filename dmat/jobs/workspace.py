@@ -4,6 +4,8 @@ import dataclasses
 import os
 from pathlib import Path
 
+from dmat.errors import DmatError
+
 EXPERIMENT_COPIES = "/.dvc/tmp/exps/"  # DVC runs queued experiments in copies of the project below this folder
 
 
@@ -19,6 +21,18 @@ class Workspace:
 
     def run_folder(self, word: str, instance: str, fingerprint: str) -> Path:
         return self.home / "runs" / word / f"{instance}-{fingerprint}"
+
+
+def here() -> Workspace:
+    """That of the current folder. Raises DmatError where it is no project: reading there would only make an empty
+    store."""
+    place = find(Path.cwd())
+    if not (place.home / "params.yaml").exists() and not (place.home / "mlruns").exists():
+        raise DmatError(
+            f"{place.home} is no project: it has neither params.yaml nor mlruns; expected one; go to its folder, or "
+            f"bring a recipe with `dmat recipes use NAME`"
+        )
+    return place
 
 
 def find(start: Path) -> Workspace:

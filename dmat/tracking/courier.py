@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dmat.errors import first_line
 from dmat.tracking import notes
 from dmat.tracking.memory import Memory, Sender
 
@@ -224,7 +225,7 @@ class _Followed:
             return "reached", ""
         except Exception as error:  # any failure of tracking must leave the run alone
             self.owing, self.pause = True, min(max(2 * self.pause, SEND_EVERY), _LONGEST_PAUSE)
-            return "failed", notes.first_line(error)
+            return "failed", first_line(error)
         finally:
             self.due = time.monotonic() + self.pause
 

@@ -14,7 +14,7 @@ import filelock
 import psutil
 
 from dmat import files
-from dmat.errors import DmatError
+from dmat.errors import DmatError, first_line
 from dmat.tracking import stores
 from dmat.tracking.memory import FILES, Memory, Sender, remembered
 
@@ -49,9 +49,14 @@ def alive(note: dict[str, Any]) -> bool:
     happens on another machine is not known here: its processes count as alive."""
     if elsewhere(note):
         return True
+    return process_lives(note["pid"], note["started"])
+
+
+def process_lives(pid: int, started: float) -> bool:
+    """Whether a process of this machine that started then (seconds since 1970) still runs."""
     try:
-        process = psutil.Process(note["pid"])
-        same = abs(process.create_time() - note["started"]) < 1
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) < 1
         return bool(same and process.status() != psutil.STATUS_ZOMBIE)  # killed, and its parent did not ask yet
     except psutil.NoSuchProcess:
         return False
@@ -162,10 +167,6 @@ def exists(home: Path, folder: Path) -> bool:
 def relative(home: Path, folder: Path) -> str:
     """A folder as notes and memories name it: a project may be moved."""
     return str(folder.relative_to(home) if folder.is_relative_to(home) else folder)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextlib.contextmanager

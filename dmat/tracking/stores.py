@@ -9,7 +9,7 @@ from typing import Any
 
 import filelock
 
-from dmat.errors import DmatError
+from dmat.errors import DmatError, first_line
 
 EXPERIMENT = "dmat"
 EMBEDDED = "embedded"  # what a project calls its own store, wherever the project is moved
@@ -66,10 +66,9 @@ def reach(home: Path) -> tuple[Any, str]:
     except DmatError:
         raise
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DmatError(
-            f"MLflow at {store(home)} cannot be reached ({said}); expected a store that answers; start it, or correct "
-            f"MLFLOW_TRACKING_URI"
+            f"MLflow at {store(home)} cannot be reached ({first_line(error)}); expected a store that answers; start "
+            f"it, or correct MLFLOW_TRACKING_URI"
         ) from error
 
 

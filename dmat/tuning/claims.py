@@ -20,6 +20,8 @@ import psutil
 import sqlalchemy
 from sqlalchemy import Column, Float, Integer, MetaData, String, Table
 
+from dmat.tracking import notes
+
 RENEW = 10.0  # seconds
 STALE = 60.0  # seconds after which the holder counts as gone, wherever it is
 _TURN = "turn"
@@ -160,7 +162,7 @@ class Claims:
     def _is_free(self, row: Any, now: float) -> bool:
         if row["holder"] is None or now - row["renewed"] > STALE:
             return True
-        return bool(row["place"] == self._place and not _lives(row["pid"], row["born"]))
+        return bool(row["place"] == self._place and not notes.process_lives(row["pid"], row["born"]))
 
     def _renew_until_closed(self) -> None:
         while not self._closing.wait(RENEW):
@@ -183,11 +185,3 @@ def _place() -> str:
         except OSError:
             marks.append("")
     return "/".join([platform.node(), *marks])
-
-
-def _lives(pid: int, born: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - born) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from dmat import ARTIFACTS, devices, files, tracking
+from dmat import ARTIFACTS, files, processes, tracking
 from dmat.config import Params
 from dmat.devices import Compute
 from dmat.errors import DmatError
@@ -35,7 +35,6 @@ LEADER = "leader"
 _STARTED = "DMAT_WORKER_OF_LEADER"  # environment of workers whose standard input ends with who started them
 _LOOK_EVERY = 1.0  # seconds between two looks at the workers
 _SHORT, _MOST_SHORT = 20.0, 5  # a worker that ends within so many seconds, so many times in a row, will always
-_RESTARTS = 3  # of all processes of a worker, after one was lost
 _RUN = "mlflow.run"  # attribute of a study: its run in MLflow, for helpers that share no folder with the leader
 
 
@@ -58,8 +57,8 @@ def run(plan: Study, params: Params, workspace: Workspace, wanted: Wanted) -> di
 
     Raises Interrupted on a signal, with the trials at work saved, and DmatError on bad input.
     """
-    compute = _resolve(params)
-    bench = Bench(plan, params, workspace, compute, _save_seconds(params))
+    compute = execution.resolve(params)
+    bench = Bench(plan, params, workspace, compute, params.sections["compute"].save_every_seconds)
     if compute.world.size > 1 and changes_images(plan.settings.space):
         raise DmatError(
             f"the space of study {plan.name} changes images, which one process makes, and {compute.world.size} were "
@@ -72,7 +71,7 @@ def run(plan: Study, params: Params, workspace: Workspace, wanted: Wanted) -> di
     import torch._dynamo  # noqa: F401 - by the first optimiser; seconds that no trial should be charged with
 
     rdb = storage.connect(plan.storage)
-    with Interruption(at_once=True) as interruption, speaking(plan.storage):
+    with Interruption(at_once=True) as interruption, speaking(plan.storage):  # whatever speaks to it inside
         claims = Claims(rdb.engine, plan.name)
         with claims:
             leads = not wanted.helps and claims.take(LEADER)
@@ -93,7 +92,7 @@ def run(plan: Study, params: Params, workspace: Workspace, wanted: Wanted) -> di
                 _work(bench, wanted, asked, lambda: None)
                 leads = claims.take(LEADER)
             if leads:
-                with _alone(plan):
+                with execution.lock(plan.folder):
                     if not _finished(bench, wanted.total):
                         _lead(bench, wanted, asked)
                     files.publish(plan.folder / "result", workspace.at(f"{ARTIFACTS}/{WORD}/{plan.settings.arm}"))
@@ -173,12 +172,7 @@ class _Process:
     def __init__(self, bench: Bench, wanted: Wanted, number: int):
         self._bench, self._number = bench, number
         together = bench.params.sections["compute"].processes
-        launcher = (
-            []
-            if together == 1
-            else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={together}",
-                  f"--max-restarts={_RESTARTS}"]
-        )  # fmt: skip
+        launcher = [] if together == 1 else processes.launcher(together)
         words = ["-m", "cli.main", WORD, "start", "--worker", "--trials", str(wanted.total)]
         words += ["--params", str(bench.workspace.root / "params.yaml")]
         self._command = [sys.executable, *launcher, *words]
@@ -259,13 +253,6 @@ def _visible_device(compute: Compute, number: int, params: Params) -> dict[str, 
     return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
 
 
-@contextlib.contextmanager
-def _alone(plan: Study) -> Iterator[None]:
-    """The lock that `dmat doctor` and `dmat clean` look at."""
-    with execution.lock(plan.folder):
-        yield
-
-
 def _start_over(plan: Study, workspace: Workspace, rdb: Any, claims: Claims, leads: bool) -> None:
     if not leads:
         raise DmatError(
@@ -279,7 +266,7 @@ def _start_over(plan: Study, workspace: Workspace, rdb: Any, claims: Claims, lea
                     f"trial {trial.number} of study {plan.name} is being computed by {who}; expected nobody at work "
                     f"where --fresh sets it aside; stop that worker first"
                 )
-        with _alone(plan):
+        with execution.lock(plan.folder):
             storage.set_aside(rdb, study)
             execution.set_aside(plan.folder, workspace.home)
             claims.forget()
@@ -291,15 +278,9 @@ def _finished(bench: Bench, total: int) -> bool:
     assert bench.study is not None
     path = bench.plan.folder / "finished.json"
     note = files.read_json(path) if path.exists() else {"trials": 0, "ranked": []}
-    count = len(storage.ended(bench.study))
-    unranked = ranking.missing(bench.plan, bench.study)
-    own = len(storage.own(storage.ended(bench.study)))
-    return bool(total <= own and note["trials"] == count and not unranked and note["ranked"] == ranked(bench))
-
-
-def ranked(bench: Bench) -> list[int]:
-    assert bench.study is not None
-    return sorted(ranking.found(bench.study))
+    ended = storage.ended(bench.study)
+    reported = note["trials"] == len(ended) and note["ranked"] == sorted(ranking.found(bench.study))
+    return reported and total <= len(storage.own(ended)) and not ranking.missing(bench.plan, bench.study)
 
 
 def _adopt(bench: Bench) -> None:
@@ -315,16 +296,6 @@ def _tell_run(bench: Bench, tracked: tracking.Run) -> None:
     if run and bench.study is not None:
         with contextlib.suppress(Exception):  # for other machines alone; they wait for nothing
             bench.study.set_user_attr(_RUN, run)
-
-
-def _resolve(params: Params) -> Compute:
-    wanted: Any = params.sections["compute"]
-    return devices.resolve(wanted.device, wanted.precision, wanted.threads)
-
-
-def _save_seconds(params: Params) -> float:
-    seconds: float = params.sections["compute"].save_every_seconds
-    return seconds
 
 
 def folder_of(plan: Study) -> Path:

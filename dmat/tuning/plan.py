@@ -39,11 +39,6 @@ class Study:
     def name(self) -> str:
         return self.folder.name
 
-    @property
-    def embedded(self) -> bool:
-        """Whether the storage is the project's own file."""
-        return self.storage.startswith("sqlite:")
-
     def trial_folder(self, number: int) -> Path:
         return self.folder / f"trial-{number:04d}"
 

@@ -24,7 +24,7 @@ from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
 from dmat.tuning import space
 from dmat.tuning.plan import Study
-from dmat.tuning.storage import ended, speaking
+from dmat.tuning.storage import ended
 from dmat.tuning.trials import NOTE, Bench
 
 _PREFIX = "auto_attack."  # of a study's attribute; then the trial's number
@@ -99,8 +99,7 @@ def rank(bench: Bench, trial: FrozenTrial) -> None:
     )
     work.compute_all(evaluation.shards, wait=True, quiet=True)
     value = wilson(evaluation.columns()["auto_attack"]).plain() | {"attacks": suite.name}
-    with speaking(plan.storage):
-        bench.study.set_user_attr(f"{_PREFIX}{trial.number}", value)
+    bench.study.set_user_attr(f"{_PREFIX}{trial.number}", value)
 
 
 def best(plan: Study, study: optuna.Study) -> FrozenTrial | None:

@@ -11,7 +11,7 @@ import sqlalchemy.exc
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from dmat.errors import DmatError, StorageError
+from dmat.errors import DmatError, first_line
 from dmat.tuning import sampling, space
 from dmat.tuning.claims import Claims
 from dmat.tuning.plan import Study, without_password
@@ -27,14 +27,14 @@ def speaking(url: str) -> Iterator[None]:
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        first = _first_line(error)
+        first = first_line(error.__cause__ or error)
         if url.startswith("sqlite:"):
             path = url.removeprefix("sqlite:///")
-            raise StorageError(
+            raise DmatError(
                 f"{path} cannot be used as the storage of studies ({first}); bring back a good copy, or move it away: "
                 f"a new one is made and the study begins again"
             ) from error
-        raise StorageError(
+        raise DmatError(
             f"the storage of studies {without_password(url)} cannot be reached ({first}); expected a database that "
             f"answers; start it, or correct --storage; the same command goes on from the last checkpoints"
         ) from error
@@ -64,19 +64,14 @@ def connect(url: str) -> RDBStorage:
     except RuntimeError as error:
         raise DmatError(
             f"the studies in {without_password(url)} were written by another version of Optuna than the "
-            f"{optuna.__version__} here ({_first_line(error)}); expected one that this version knows; install dmat's "
+            f"{optuna.__version__} here ({first_line(error)}); expected one that this version knows; install dmat's "
             f"pinned set, or name another storage"
         ) from error
     except ImportError as error:
         raise DmatError(
-            f"the storage of studies {without_password(url)} cannot be reached ({_first_line(error)}); expected a "
+            f"the storage of studies {without_password(url)} cannot be reached ({first_line(error)}); expected a "
             f"database whose driver is installed; postgresql+psycopg is"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).splitlines() or [type(cause).__name__])[0][:300]
 
 
 def find(storage: RDBStorage, name: str) -> optuna.Study | None:
@@ -111,13 +106,12 @@ def begin(storage: RDBStorage, plan: Study, claims: Claims) -> optuna.Study:
     return study
 
 
-def set_aside(storage: RDBStorage, study: optuna.Study) -> str:
-    """The study under another name; returns it. Nothing is deleted but the name."""
+def set_aside(storage: RDBStorage, study: optuna.Study) -> None:
+    """The study under another name. Nothing is deleted but the name."""
     study.set_user_attr(_KIN, "set aside")
     old = f"{study.study_name}-before-{time.strftime('%Y%m%d-%H%M%S')}"
     optuna.copy_study(from_study_name=study.study_name, from_storage=storage, to_storage=storage, to_study_name=old)
     optuna.delete_study(study_name=study.study_name, storage=storage)
-    return old
 
 
 def own(trials: list[FrozenTrial]) -> list[FrozenTrial]:

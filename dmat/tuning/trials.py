@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dmat import files, tracking
 from dmat.config import MixImages, Params, Trial
 from dmat.devices import Compute
-from dmat.errors import Diverged, DmatError, Interrupted, Pruned, UnfitError
+from dmat.errors import Diverged, DmatError, Interrupted, Pruned, UnfitError, first_line
 from dmat.jobs import execution, mix_images, train_robust
 from dmat.jobs.execution import Job
 from dmat.jobs.workspace import Workspace
@@ -116,16 +116,16 @@ def _run(bench: Bench, study: optuna.Study, claims: Claims, trial: FrozenTrial, 
             tracked.end_as("FAILED", outcome.reason)
         tracked.tag("optuna.state", outcome.state.name)
         _expect_held(claims, trial)
-        with speaking(bench.plan.storage), _unless_ended(trial):
+        with _unless_ended(trial):
             live = optuna.Trial(study, trial._trial_id)
             live.set_user_attr("seconds", round(tracking.seconds_before(folder) + time.time() - started, 1))
             live.set_user_attr("reason", outcome.reason)
             live.set_user_attr("report_seconds", round(spent.seconds / max(1, spent.reports), 4))
             live.set_user_attr("workers_killed", claims.deaths(item(trial.number)))
     # last, because what comes after it is lost with the process: a trial that was not told ends once more
-    with speaking(bench.plan.storage), _unless_ended(trial):
-        _expect_running(study, trial)
-        study.tell(trial.number, outcome.value, outcome.state)
+    if study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+        raise _ended_elsewhere(trial)
+    study.tell(trial.number, outcome.value, outcome.state)
     (folder / "checkpoint.dmat").unlink(missing_ok=True)  # as large as the network and needed no more
     return outcome
 
@@ -164,12 +164,12 @@ def _outcome(bench: Bench, trial: FrozenTrial, folder: Path, watcher: Watcher) -
             raise
         except Exception as error:
             if is_out_of_memory(error):
-                return Outcome(TrialState.FAIL, None, f"out of memory: {_first_line(error)}")
+                return Outcome(TrialState.FAIL, None, f"out of memory: {first_line(error)}")
             attempts += 1
             if bench.compute.world.size > 1:  # the others are still at the step: all are started again
                 raise
             if attempts > bench.plan.settings.retries:
-                what = f"{type(error).__name__}: {_first_line(error)}"
+                what = f"{type(error).__name__}: {first_line(error)}"
                 return Outcome(TrialState.FAIL, None, f"ended with an exception {attempts} times, last {what}")
 
 
@@ -255,12 +255,11 @@ def _unless_ended(trial: FrozenTrial) -> Iterator[None]:
     try:
         yield
     except optuna.exceptions.UpdateFinishedTrialError as error:
-        raise LostError(f"trial {trial.number} was ended by another worker; what it found stands") from error
+        raise _ended_elsewhere(trial) from error
 
 
-def _expect_running(study: optuna.Study, trial: FrozenTrial) -> None:
-    if study.get_trials(deepcopy=False)[trial.number].state.is_finished():
-        raise LostError(f"trial {trial.number} was ended by another worker; what it found stands")
+def _ended_elsewhere(trial: FrozenTrial) -> LostError:
+    return LostError(f"trial {trial.number} was ended by another worker; what it found stands")
 
 
 def _chosen(plan: Study, values: Mapping[str, Any]) -> Trial:
@@ -280,10 +279,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
 
 
 class _Spent:

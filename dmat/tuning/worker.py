@@ -17,7 +17,6 @@ from optuna.trial import FrozenTrial, TrialState
 from dmat.tuning import ranking, sampling, space, storage, trials
 from dmat.tuning.claims import Claims
 from dmat.tuning.plan import Study
-from dmat.tuning.storage import speaking
 from dmat.tuning.trials import Bench, LostError
 
 _LOOK_EVERY = 1.0  # seconds between two looks whether somebody left a trial
@@ -38,10 +37,9 @@ def work(bench: Bench, total: int, asked: Callable[[], None], after: Callable[[]
     busy: dict[int, float] = {}  # trials that a process still has open which did not renew its claim -> until when
     while True:
         asked()
-        with speaking(bench.plan.storage):
-            avoid = [number for number, until in busy.items() if time.monotonic() < until]
-            trial = _next(bench.plan, study, claims, total, avoid)
-            count = len(storage.ended(study))
+        avoid = [number for number, until in busy.items() if time.monotonic() < until]
+        trial = _next(bench.plan, study, claims, total, avoid)
+        count = len(storage.ended(study))
         if count != known:
             known = count
             after()
@@ -135,9 +133,8 @@ def _rank(bench: Bench, claims: Claims, asked: Callable[[], None]) -> None:
     assert bench.study is not None
     while True:
         asked()
-        with speaking(bench.plan.storage):
-            waiting = ranking.missing(bench.plan, bench.study)
-            mine = next((one for one in waiting if claims.take(ranking.item(one.number))), None)
+        waiting = ranking.missing(bench.plan, bench.study)
+        mine = next((one for one in waiting if claims.take(ranking.item(one.number))), None)
         if not waiting:
             return
         if mine is None:
