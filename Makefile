@@ -7,6 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: repro test test-slow test-gpu test-robustbench check ui clean-env
 
 repro: .venv/ready
+	$(BIN)/dmat doctor --fix
 	$(BIN)/dvc repro; status=$$?; $(BIN)/dmat runs sync; exit $$status
 	@cat artifacts/write_report/report/table.md
 	@echo "The whole comparison: artifacts/write_report/report/report.html; every run: make ui"

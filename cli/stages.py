@@ -80,7 +80,7 @@ def run(
     if wanted > 1 and stage.word in execution.TOGETHER and "RANK" not in os.environ:
         _start_together(wanted)
     started = time.monotonic()
-    metrics = execution.execute(plan, params, place, fresh=fresh, quiet=as_json)
+    metrics = execution.execute(plan, params, place, fresh=fresh, quiet=as_json, read_again=lambda: config.load(path))
     if not processes.world().leads:
         return
     if as_json:

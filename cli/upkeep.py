@@ -18,7 +18,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(
         "doctor",
         help="Look at versions, hardware, disk, parameters, DVC, MLflow and unfinished work, and say what to do. "
-        "Changes nothing; exit code 2 if there is a PROBLEM.\n\nExample: dmat doctor",
+        "Changes nothing without --fix; exit code 2 if there is a PROBLEM.\n\nExample: dmat doctor",
     )(_doctor)
     app.command(
         "clean",
@@ -28,10 +28,19 @@ def add_to(app: typer.Typer) -> None:
     )(_clean)
 
 
-def _doctor(as_json: AsJson = False) -> None:
+def _doctor(
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Only repair what a kill left damaged, and say what that was.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     from dmat.jobs import workspace
     from dmat.upkeep import doctor, machine
 
+    if fix:
+        repaired = doctor.fix(workspace.find(Path.cwd()))
+        typer.echo(json.dumps(repaired) if as_json else "\n".join(repaired or ["nothing to repair"]))
+        return
     found = []
     for one in doctor.examine(workspace.find(Path.cwd())):
         found.append(one)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _READ_SIZE = 1 << 20
+_SETTLED = 2_000_000_000  # ns; file systems mark times coarsely, so a file that just changed may change again unseen
+_known: dict[tuple[int, ...], str] = {}  # of this process: device, inode, size, times -> SHA-256
 
 
 @contextlib.contextmanager
@@ -69,6 +72,20 @@ def read_json(path: Path) -> Any:
         raise DmatError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
 
 
+def read_record(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    """A JSON object with a value of the given kind under each key. Raises DmatError if the file is anything else."""
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise DmatError(f"{path} holds {type(record).__name__}; expected an object; delete it and run its stage again")
+    wrong = [key for key, kind in kinds.items() if key not in record or not isinstance(record[key], kind)]
+    if wrong:
+        raise DmatError(
+            f"{path} lacks {', '.join(wrong)}, or has something else there; expected what its stage wrote; run its "
+            f"stage again, or `dvc checkout`"
+        )
+    return record
+
+
 def load_array(path: Path) -> "np.ndarray":
     """A whole .npy file. Raises DmatError if it is missing or cut."""
     import numpy as np  # not above: `dmat --help` needs this module, and not numpy
@@ -85,14 +102,23 @@ def load_array(path: Path) -> "np.ndarray":
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
+    """Hex SHA-256 of a file, read in pieces of 1 MiB.
+
+    A file is read once in a process as long as inode, size and times stay: inputs are hashed before and after the work.
+    """
     try:
         with open(path, "rb") as file:
+            state = os.fstat(file.fileno())
+            identity = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+            if (known := _known.get(identity)) is not None:
+                return known
+            digest = hashlib.sha256()
             while piece := file.read(_READ_SIZE):
                 digest.update(piece)
     except FileNotFoundError:
         raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`") from None
+    if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > _SETTLED:
+        _known[identity] = digest.hexdigest()
     return digest.hexdigest()
 
 
@@ -102,8 +128,13 @@ def checksum(path: Path) -> str:
         return sha256(path)
     if not path.is_dir():
         raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`")
-    lines = [f"{sha256(file)}  {file.relative_to(path).as_posix()}" for file in visible_files(path)]
+    lines = [f"{digest}  {name}" for name, digest in checksums(path).items()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Relative name -> SHA-256 of every visible file below `folder`; empty where there is no folder."""
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in visible_files(folder)}
 
 
 def visible_files(folder: Path) -> list[Path]:

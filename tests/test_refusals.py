@@ -4,6 +4,7 @@ found, what was expected and what to do, no traceback, nothing lost."""
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from dmat import files
 from tests import forked
 
-REMOVED, CUT, ALTERED = "removed", "cut", "altered"
+REMOVED, CUT, ALTERED, EMPTY = "removed", "cut", "altered", "an empty object"
 SPLITS, CHUNK = "artifacts/prepare_data", "artifacts/generate_images/edm18/edm18-0000"
 DENOISER, SCORER = "artifacts/train_diffusion/edm", "artifacts/train_scorer/scorer"
 SCORES = "artifacts/score_images/edm18/edm18-0000/scores.npy"
@@ -49,6 +50,9 @@ DAMAGE = [
     ("measure_images", f"{KEPT}/indices.npy", CUT, ["indices.npy", "not a whole array"]),
     ("mix_images", f"{KEPT}/selection.json", {"classes": 7}, ["of 7 classes", "of 10", "expected the same"]),
     ("mix_images", f"{KEPT}/selection.json", {"kept": 0}, ["arm generated", "0 generated"]),
+    ("mix_images", f"{KEPT}/selection.json", EMPTY, ["selection.json lacks image_set", "dvc checkout"]),
+    ("train_robust", "artifacts/mix_images/generated/mix.json", EMPTY, ["mix.json lacks generated_images"]),
+    ("select_images", f"{CHUNK}/labels-00000.npy", ALTERED, ["labels-00000.npy has checksum", "altered or cut"]),
     ("train_robust", "artifacts/mix_images/generated/mix.json", REMOVED, ["mix.json does not exist", "dvc repro"]),
     ("train_robust", f"{CHUNK}/manifest.json", {"seed": 2}, ["is not the chunk that was selected from", "dvc repro"]),
     ("train_robust", f"{CHUNK}/images-00000.npy", ALTERED, ["images-00000.npy has checksum", "altered or cut"]),
@@ -71,6 +75,8 @@ def _damage(path, how):
         path.write_bytes(content[: len(content) // 2])
     elif how == ALTERED:
         path.write_bytes(content[:-8] + bytes(b ^ 1 for b in content[-8:]))
+    elif how == EMPTY:
+        path.write_text("{}")
     elif how != REMOVED:
         path.write_text(json.dumps(json.loads(content) | how))
 
@@ -86,10 +92,28 @@ def _refused(project, word, **environment):
     ("word", "path", "how", "words"), DAMAGE, ids=[f"{path}-{str(how)[:20]}" for _, path, how, _ in DAMAGE]
 )
 def test_damaged_input_is_refused(finished, tmp_path, word, path, how, words):
+    """By the stage that reads it, also where no record of what was written there is left."""
     project = finished.copy_without(word, tmp_path / "damaged")
+    shutil.rmtree(project.folder / "artifacts/provenance")
     _damage(project.folder / path, how)
     text = _refused(project, word)
     assert all(part in text for part in words), text
+    assert not (project.folder / "artifacts" / word).exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "path", "maker"),
+    [
+        ("mix_images", f"{KEPT}/indices.npy", "select_images"),  # read by nobody there, and yet part of its result
+        ("select_images", f"{CHUNK}/images-00000.npy", "generate_images"),
+        ("evaluate_robust", f"{ROBUST}/history.json", "train_robust"),
+    ],
+)
+def test_a_stage_started_directly_refuses_what_was_altered_since_it_was_written(finished, tmp_path, word, path, maker):
+    project = finished.copy_without(word, tmp_path / "altered")
+    _damage(project.folder / path, ALTERED)
+    text = _refused(project, word)
+    assert re.search(rf"has checksum \w+; {maker} wrote \w+: it was altered since; restore it", text), text
     assert not (project.folder / "artifacts" / word).exists()
 
 

@@ -67,6 +67,14 @@ def write_shard(folder: Path, index: int, images: np.ndarray, labels: np.ndarray
     return {"index": index, "count": len(labels), **names, **checksums}
 
 
+def is_whole(folder: Path, entry: dict[str, Any]) -> bool:
+    """Whether both files of a manifest entry are there with the bytes that were written."""
+    return all(
+        (folder / entry[key]).is_file() and files.sha256(folder / entry[key]) == entry[f"{key}_sha256"]
+        for key in ("images", "labels")
+    )
+
+
 def write_manifest(
     folder: Path,
     entries: Sequence[dict[str, Any]],

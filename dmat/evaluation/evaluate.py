@@ -265,7 +265,8 @@ class Evaluation:
 
     def _computed(self) -> list[dict[str, Any]]:
         """Who computed how many shards of those that are there: device, precision, versions."""
-        notes = [json.dumps(unit.note().get("by", {}), sort_keys=True) for unit in self.units if unit.done]
+        there = [note for unit in self.units if (note := unit.note()) is not None]
+        notes = [json.dumps(note.get("by", {}), sort_keys=True) for note in there]
         return [{**json.loads(by), "shards": notes.count(by)} for by in sorted(set(notes))]
 
     def _sweep(self, columns: Columns) -> list[tuple[float, np.ndarray]]:

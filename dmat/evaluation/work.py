@@ -45,8 +45,11 @@ class Unit:
 
     @property
     def done(self) -> bool:
-        """Refuses, as `note` does: nobody computes for hours beside shards of another evaluation."""
-        return self.path.with_suffix(".json").is_file() and bool(self.note())
+        """Whether the shard is there as it was computed; a damaged one is not, and is computed again.
+
+        Refuses, as `note` does, a shard of another evaluation: nobody computes for hours beside those.
+        """
+        return self.note() is not None
 
     def compute(self) -> None:
         """The note comes last: without it nothing was computed."""
@@ -63,31 +66,35 @@ class Unit:
         }
         files.write_json(self.path.with_suffix(".json"), note)
 
-    def note(self) -> dict[str, Any]:
-        """Refuses what is no note, and that of another model, other images or other settings."""
-        path = self.path.with_suffix(".json")
-        note = files.read_json(path)
-        if not isinstance(note, dict) or not all(isinstance(note.get(name), kind) for name, kind in _NOTE.items()):
-            raise DmatError(
-                f"{path} is no whole note of a shard; expected {', '.join(_NOTE)}; delete it and {self.path.name}.npz "
-                f"and run again: one shard is lost"
-            )
+    def note(self) -> dict[str, Any] | None:
+        """What is known of the shard; None where it is not there, or not as it was computed.
+
+        Raises DmatError for a shard of another model, other images or other settings.
+        """
+        path, shard = self.path.with_suffix(".json"), self.path.with_suffix(".npz")
+        if not path.is_file() or not shard.is_file():
+            return None
+        try:
+            note = files.read_record(path, **_NOTE)
+        except DmatError:
+            return None
+        if files.sha256(shard) != note["sha256"]:
+            return None
         if note["identity"] != dict(self.identity) or note["images"] != self.images:
             other = [key for key, value in self.identity.items() if note["identity"].get(key) != value]
             raise DmatError(
-                f"{path.with_suffix('.npz')} belongs to another evaluation ({', '.join(other) or 'its images'} "
-                f"differ); expected the same model, images and settings; give another folder, or start over with "
-                f"--fresh"
+                f"{shard} belongs to another evaluation ({', '.join(other) or 'its images'} differ); expected the same "
+                f"model, images and settings; give another folder, or start over with --fresh"
             )
         return note
 
     def read(self) -> Columns:
-        """Refuses what `note` refuses, and what was altered."""
-        note, path = self.note(), self.path.with_suffix(".npz")
-        if not path.is_file() or files.sha256(path) != note["sha256"]:
+        """Raises DmatError where the shard is not there: it was damaged after all were computed."""
+        path = self.path.with_suffix(".npz")
+        if not self.done:
             raise DmatError(
                 f"{path} is missing or was altered since it was computed; expected the file that "
-                f"{self.path.with_suffix('.json').name} describes; delete both and run again: one shard is lost"
+                f"{self.path.with_suffix('.json').name} describes; run the same command again: one shard is lost"
             )
         with np.load(path, allow_pickle=False) as saved:
             return {name: saved[name] for name in saved.files}
@@ -135,7 +142,7 @@ def outlook(units: Sequence[Unit]) -> dict[str, Any]:
     for folder in dict.fromkeys(unit.path.parent for unit in units):
         own = [unit for unit in units if unit.path.parent == folder]
         missing = sum(unit.images for unit in own if not unit.done)
-        speeds = [note["seconds"] / note["images"] for note in (unit.note() for unit in own if unit.done)]
+        speeds = [note["seconds"] / note["images"] for unit in own if (note := unit.note()) is not None]
         if missing and not speeds:
             known = False
         elif missing:

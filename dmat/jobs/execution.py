@@ -2,7 +2,8 @@
 
 Inputs are hashed, the fingerprint of settings and inputs names the work folder, a lock keeps a second writer out,
 the job fills `result/`, and only a complete result is hard-linked to `artifacts/`. The work folder stays, so a
-result that DVC loses before it wrote its lock file is published again instead of computed again.
+result that DVC loses before it wrote its lock file is published again instead of computed again, as long as its files
+are those that were computed. Nothing is published under settings or inputs that are not those on disk by then.
 """
 
 import contextlib
@@ -10,15 +11,17 @@ import dataclasses
 import importlib
 import json
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import filelock
+from tqdm import tqdm
 
-from dmat import ARTIFACTS, devices, files, processes, tracking
+from dmat import ARTIFACTS, devices, dvc_lock, files, processes, tracking
 from dmat.config import Params, Record
 from dmat.devices import Compute
 from dmat.errors import DmatError
@@ -29,6 +32,9 @@ from dmat.processes import World
 from dmat.training.interruption import Interruption
 from dmat.training.long_run import LongRun, Watcher
 
+FINISHED = "finished.json"  # of a work folder: metrics, notes, code, provenance, and the checksum of every file
+METRICS = "metrics.json"
+FOLDERS = ("result", "pictures")  # of a work folder; with METRICS all that goes to artifacts/
 TOGETHER = ("train_scorer", "train_robust")  # stages that several processes compute in step with each other
 EXACT = ("evaluate_robust",)  # stages that compute in float32 whatever the precision of the others
 SHARED = ("evaluate_robust",)  # stages whose work several processes divide, each at its own pace
@@ -91,10 +97,9 @@ class Plan:
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The note of a complete result that this code computed."""
-        path = self.work / "finished.json"
-        note: dict[str, Any] | None = files.read_json(path) if path.exists() else None
-        return note if note is not None and note["code"] == self.code else None
+        """The record of a complete result that this code computed."""
+        record = _finished(self.work)
+        return record if record is not None and record["code"] == self.code else None
 
     @property
     def state(self) -> str:
@@ -129,6 +134,7 @@ def plan(stage: Stage, chosen: Mapping[str, Any], params: Params, workspace: Wor
     }
     if any(entry["path"].startswith(f"{ARTIFACTS}/prepare_data/") for entry in inputs.values()):
         _expect_known_source(params, workspace)
+    _expect_unaltered({entry["path"] for entry in inputs.values()}, params, workspace)
     identity = {
         "stage": stage.word,
         "chosen": dict(chosen),
@@ -173,6 +179,37 @@ def _expect_known_source(params: Params, workspace: Workspace) -> None:
         )
 
 
+def _expect_unaltered(read: Collection[str], params: Params, workspace: Workspace) -> None:
+    """Raises DmatError if what a stage published at or below one of these paths is not what it published.
+
+    DVC compares before it starts a stage; a stage that is started directly has nobody else who would.
+    """
+    for word, stage in STAGES.items():
+        for chosen in stage.choices(params):
+            below = [
+                path
+                for path in published_paths(stage, params, chosen)
+                if any(path == one or path.startswith(f"{one}/") for one in read)
+            ]
+            record = workspace.at(stage.provenance_path(chosen))
+            recorded = files.read_record(record).get("outputs", {}) if below and record.exists() else {}
+            for path in below:
+                if path in recorded and (found := files.checksum(workspace.at(path))) != recorded[path]:
+                    raise DmatError(
+                        f"{path} has checksum {found[:12]}; {word} wrote {recorded[path][:12]}: it was altered since; "
+                        f"restore it (`dvc checkout`) or run that stage again"
+                    )
+
+
+def published_paths(stage: Stage, params: Params, chosen: Mapping[str, Any]) -> list[str]:
+    """Where an instance publishes what others read; its provenance says the checksum of each."""
+    return [
+        *stage.outputs(params, **chosen).values(),
+        stage.pictures_path(chosen),
+        stage.metrics_path(chosen),
+    ]
+
+
 def stage_identity(stage: Stage, chosen: Mapping[str, Any], params: Params) -> dict[str, Any]:
     """What else decides a result: the position of a chunk, the chunks of a set, what there is to report."""
     if "chunk" in chosen:
@@ -186,11 +223,18 @@ def stage_identity(stage: Stage, chosen: Mapping[str, Any], params: Params) -> d
 
 
 def execute(
-    plan: Plan, params: Params, workspace: Workspace, *, fresh: bool = False, quiet: bool = False
+    plan: Plan,
+    params: Params,
+    workspace: Workspace,
+    *,
+    fresh: bool = False,
+    quiet: bool = False,
+    read_again: Callable[[], Params] | None = None,
 ) -> dict[str, Any]:
     """Runs, resumes or republishes one instance; returns its metrics. Raises DmatError and Interrupted.
 
-    Under `torchrun` the leading process does that and the others only compute with it; they return nothing.
+    read_again: reads the parameter file as it is by now; None where `params` are not a file's. Under `torchrun` the
+    leading process does that and the others only compute with it; they return nothing.
     """
     size = processes.wanted()  # before joining: whoever refused first would break the others' joining
     if size > 1 and plan.stage.word not in TOGETHER + SHARED:
@@ -201,19 +245,97 @@ def execute(
     world = processes.world()
     if not world.leads:
         return _follow(plan, params, workspace, world)
+    dvc_lock.remember(workspace.root, workspace.home)
     plan.work.mkdir(parents=True, exist_ok=True)
     with lock(plan.work), Interruption(at_once=True):
-        if fresh:
+        other_code = _finished(plan.work) is not None and plan.finished is None
+        if fresh or other_code:  # two versions of the code never mix in one result
             set_aside(plan.work, workspace.home)
-        finished = plan.finished
-        if finished is None and (plan.work / "finished.json").exists():  # by other code: two versions never mix
-            set_aside(plan.work, workspace.home)
+        finished = _intact(plan)
         world.share(None if finished else b"compute")
         if finished is None:
             finished = _compute(plan, params, workspace, quiet)
+        if read_again is not None:
+            _expect_unchanged(plan, read_again, workspace)
         _publish(plan, finished, workspace)
     metrics: dict[str, Any] = finished["metrics"]
     return metrics
+
+
+def _finished(work: Path) -> dict[str, Any] | None:
+    """The record of a complete result in a work folder. A damaged one counts as none."""
+    with contextlib.suppress(DmatError):
+        record = files.read_record(work / FINISHED, metrics=dict, code=dict, files=dict, provenance=dict)
+        if record.pop("checksum", None) == files.fingerprint(record):
+            return record
+    return None
+
+
+def _write_finished(work: Path, record: dict[str, Any]) -> None:
+    """With a checksum of its own, so that no altered number is ever published."""
+    files.write_json(work / FINISHED, record | {"checksum": files.fingerprint(record)})
+
+
+def _intact(plan: Plan) -> dict[str, Any] | None:
+    """The record of the finished result, if each of its files still is what was computed.
+
+    Otherwise what is not goes aside, and so does the record: the job then computes again what is missing, from its
+    checkpoint, shards or inputs.
+    """
+    path, finished = plan.work / FINISHED, plan.finished
+    if not path.exists():
+        return None
+    found, recorded = _files_of(plan.work), finished["files"] if finished else {}
+    damaged = sorted(name for name in {*found, *recorded} if found.get(name) != recorded.get(name))
+    if finished is not None and not damaged:
+        return finished
+    what = damaged[0] + (f" and {len(damaged) - 1} more" if damaged[1:] else "") if finished else FINISHED
+    tqdm.write(
+        f"note: {plan.work}: {what} changed after the result was computed; what it was is computed again, the damaged "
+        f"file is kept in before-*/",
+        file=sys.stderr,
+    )
+    old = _before(plan.work)
+    for name in [FINISHED, *(name for name in damaged if name in found)]:
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(plan.work / name, old / name)
+    return None
+
+
+def _files_of(work: Path) -> dict[str, str]:
+    """Name below the work folder -> SHA-256 of every file that is published."""
+    folders = {f"{part}/{name}": one for part in FOLDERS for name, one in files.checksums(work / part).items()}
+    return folders | ({METRICS: files.sha256(work / METRICS)} if (work / METRICS).is_file() else {})
+
+
+def _expect_unchanged(old: Plan, read_again: Callable[[], Params], workspace: Workspace) -> None:
+    """Raises DmatError if parameters or inputs on disk are not those that were computed with.
+
+    DVC reads both again when it records the stage, so it would write this result down under what lies there now.
+    """
+    title = f"{old.stage.word} {old.stage.instance(old.chosen)}"
+    advice = (
+        f"expected no change until it ended; nothing was published, the result is kept in {old.work}: bring back what "
+        f"was there and run the same command again to publish it, or run it again for what is there now"
+    )
+    try:
+        now = plan(old.stage, old.chosen, read_again(), workspace)
+    except DmatError as error:
+        raise DmatError(f"while {title} was computed its parameters or inputs changed ({error}); {advice}") from None
+    if now.fingerprint == old.fingerprint:
+        return
+    before, after = (tracking.parameters(one.settings.plain()) for one in (old, now))
+    changed = [
+        f"{name} was {before.get(name, 'not there')} and is {after.get(name, 'not there')}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+    changed += [
+        f"{now.inputs[name]['path']} was {entry['sha256'][:12]} and is {now.inputs[name]['sha256'][:12]}"
+        for name, entry in old.inputs.items()
+        if name in now.inputs and now.inputs[name]["sha256"] != entry["sha256"]
+    ]
+    raise DmatError(f"{'; '.join(changed) or 'what it reads changed'} while {title} was computed; {advice}")
 
 
 def _follow(plan: Plan, params: Params, workspace: Workspace, world: World) -> dict[str, Any]:
@@ -233,7 +355,7 @@ def assist(plan: Plan, params: Params, workspace: Workspace, *, quiet: bool = Fa
     """Computes parts of a stage in `SHARED` beside the process that will publish it, which may start later."""
     if plan.stage.word not in SHARED:
         raise DmatError(f"{plan.stage.word} cannot be shared; expected one of {', '.join(SHARED)}; start it once")
-    if (plan.work / "finished.json").exists():
+    if (plan.work / FINISHED).exists():
         return  # nothing to do, or by other code, which only the publishing process sets aside
     plan.work.mkdir(parents=True, exist_ok=True)
     with Interruption(at_once=True):
@@ -306,10 +428,12 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
             run.describe("\n\n".join(job.described))
         for model in job.models:
             run.register(model)
+        files.write_json(plan.work / METRICS, metrics)
         finished = {
             "metrics": metrics,
             "notes": job.notes,
             "code": plan.code,
+            "files": _files_of(plan.work),
             "provenance": {
                 **run.provenance(),
                 "stage": plan.stage.word,
@@ -321,20 +445,28 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
                 "code_changed": changed,
                 "seconds": round(_spent(plan.work) + time.time() - started, 1),
                 "measured": job.measured,
+                "outputs": {path: files.checksum(source) for path, source in _published(plan).items()},
             },
         }
-        files.write_json(plan.work / "finished.json", finished)
+        _write_finished(plan.work, finished)
         run.finish_with(metrics | job.measured, [*sorted(job.pictures.glob("*.png")), *job.attachments])
     return finished
 
 
 def _publish(plan: Plan, finished: dict[str, Any], workspace: Workspace) -> None:
-    for name, path in plan.outputs.items():
-        files.publish(plan.work / "result" / name, workspace.at(path))
-    if (plan.work / "pictures").exists():
-        files.publish(plan.work / "pictures", workspace.at(plan.stage.pictures_path(plan.chosen)))
-    files.write_json(workspace.at(plan.stage.metrics_path(plan.chosen)), finished["metrics"])
+    """The provenance comes last and says the checksum of everything else."""
+    for path, source in _published(plan).items():
+        files.publish(source, workspace.at(path))
     files.write_json(workspace.at(plan.stage.provenance_path(plan.chosen)), finished["provenance"])
+
+
+def _published(plan: Plan) -> dict[str, Path]:
+    """Path below the project -> the file or folder of the work folder that goes there."""
+    found = {path: plan.work / "result" / name for name, path in plan.outputs.items()}
+    found[plan.stage.metrics_path(plan.chosen)] = plan.work / METRICS
+    if (plan.work / "pictures").exists():
+        found[plan.stage.pictures_path(plan.chosen)] = plan.work / "pictures"
+    return found
 
 
 @contextlib.contextmanager
@@ -373,12 +505,16 @@ def _code_changed(plan: Plan) -> bool:
     return bool(files.read_json(path) != plan.code)
 
 
+def _before(work: Path) -> Path:
+    """A folder for what is set aside now, which is not there yet."""
+    while (old := work / f"before-{time.strftime('%Y%m%d-%H%M%S')}").exists():  # set aside twice within a second
+        time.sleep(0.2)
+    return old
+
+
 def set_aside(work: Path, home: Path, keep: Collection[str] = ()) -> None:
     """Earlier state moves to `before-<time>/` beside the new one; nothing is deleted. keep: names that stay."""
-    old = work / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
-    while old.exists():  # set aside twice within a second
-        time.sleep(0.2)
-        old = work / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+    old = _before(work)
     tracking.set_aside(home, work, old)
     stay = {"lock", "holder.json", *tracking.FILES, *keep}
     for path in [p for p in work.iterdir() if p.name not in stay and not p.name.startswith("before-")]:

@@ -4,6 +4,7 @@ Image k of a set has the label k modulo the number of classes and its own latent
 not depend on chunk, shard or restart. Finished shards are kept, so a restart makes only what is missing.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dmat.data import shards
 from dmat.data.pixels import to_bytes
 from dmat.diffusion.edm import Preconditioned
 from dmat.diffusion.samplers import SAMPLERS
+from dmat.errors import DmatError
 from dmat.jobs.denoisers import load_denoiser
 from dmat.jobs.execution import Job
 from dmat.metrics import pictures
@@ -72,10 +74,9 @@ def _shard(
 ) -> dict[str, Any]:
     """One shard, made or found finished by an earlier attempt (its entry beside it is written last)."""
     note = job.work / f"shard-{number:05d}.json"
-    if note.exists():
-        entry: dict[str, Any] = files.read_json(note)
-        bar.update(entry["count"])
-        return entry
+    if (earlier := _finished(folder, note, number, len(indices))) is not None:
+        bar.update(earlier["count"])
+        return earlier
     images = np.empty((len(indices), *sidecar["image_shape"]), dtype=np.uint8)
     labels = indices % len(sidecar["class_names"])
     for start in range(0, len(indices), settings.block):
@@ -86,6 +87,22 @@ def _shard(
     entry = shards.write_shard(folder, number, images, labels)
     files.write_json(note, entry)
     return entry
+
+
+def _finished(folder: Path, note: Path, number: int, count: int) -> dict[str, Any] | None:
+    """The manifest entry of a shard that is whole. A damaged one is made again."""
+    if not note.exists():
+        return None
+    try:
+        entry = files.read_record(
+            note, index=int, count=int, images=str, labels=str, images_sha256=str, labels_sha256=str
+        )
+        if (entry["index"], entry["count"]) == (number, count) and shards.is_whole(folder, entry):
+            return entry
+    except DmatError:
+        pass
+    tqdm.write(f"note: {note} or its shard was damaged after it was made; it is made again", file=sys.stderr)
+    return None
 
 
 def _block(

@@ -16,14 +16,13 @@ from dmat.data.mixing import Mix
 from dmat.data.shards import Shards
 from dmat.errors import DmatError
 from dmat.jobs.execution import Job
+from dmat.jobs.select_images import read_selection
 
 
 def run(settings: MixImages, job: Job) -> dict[str, Any]:
     real = shards.open_shards(job.inputs["train"])
-    selection = (
-        None if settings.images_from == REAL_ONLY else files.read_json(job.inputs["images_from"] / "selection.json")
-    )
-    if selection and (selection["shape"], selection["classes"]) != (list(real.shape), real.classes):
+    selection = None if settings.images_from == REAL_ONLY else read_selection(job.inputs["images_from"])
+    if selection is not None and (selection["shape"], selection["classes"]) != (list(real.shape), real.classes):
         raise DmatError(
             f"arm {job.chosen['arm']}: {settings.images_from} holds images {selection['shape']} of "
             f"{selection['classes']} classes, the training images are {list(real.shape)} of {real.classes}; expected "
@@ -31,18 +30,18 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
         )
     mix = Mix(
         len(real),
-        selection["kept"] if selection else 0,
+        selection["kept"] if selection is not None else 0,
         settings.batch,
         settings.generated_share,
         settings.with_replacement,
         settings.copies,
     )
-    if selection and not mix.generated:
+    if selection is not None and not mix.generated:
         raise DmatError(
             f"arm {job.chosen['arm']}: {settings.images_from} keeps 0 generated images; expected some; run its "
             f"selection again"
         )
-    if selection and not 0 < mix.generated_per_batch < mix.drawn:
+    if selection is not None and not 0 < mix.generated_per_batch < mix.drawn:
         raise DmatError(
             f"arm {job.chosen['arm']}: generated_share {settings.generated_share} of {mix.drawn} images leaves "
             f"{mix.generated_per_batch} generated and {mix.real_per_batch} real images; expected some of both; "
@@ -63,8 +62,9 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
             "generated_to_real": f"{mix.generated_per_batch}:{mix.real_per_batch}",
             "images_seen": settings.images,
             "coverage": mix.coverage(settings.images),
-            "selection": selection
-            and {
+            "selection": None
+            if selection is None
+            else {
                 "path": settings.images_from,
                 **selection,
                 "indices_sha256": files.sha256(job.inputs["images_from"] / "indices.npy"),
@@ -76,7 +76,11 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
 
 def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None, np.ndarray | None]:
     """The mix of an arm, its opened generated images and the indices kept. Refuses anything that changed since."""
-    facts = files.read_json(folder / "mix.json")
+    facts = files.read_record(
+        folder / "mix.json",
+        generated_images=int, batch=int, generated_share=(int, float), with_replacement=bool, copies=int,
+        selection=(dict, type(None)),
+    )  # fmt: skip
     mix = Mix(
         len(real),
         facts["generated_images"],

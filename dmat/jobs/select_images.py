@@ -3,6 +3,7 @@
 The best `keep` share of each class stays, as Wang et al. 2023 kept the best 20 % of each class of 5M images.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from dmat.jobs.execution import Job
 def run(settings: SelectImages, job: Job) -> dict[str, Any]:
     image_set = job.params.selected_from[job.chosen["selection"]]
     names = list(job.params.chunks_of(image_set))
-    pool = shards.open_shards([job.inputs["images"] / name for name in names], verify=False)
+    pool = shards.open_shards([job.inputs["images"] / name for name in names])
     scores = np.concatenate([files.load_array(job.inputs["scores"] / name / "scores.npy") for name in names])
     if len(scores) != len(pool):
         raise DmatError(
@@ -50,6 +51,13 @@ def run(settings: SelectImages, job: Job) -> dict[str, Any]:
         },
     )
     return {"pool": len(pool), "kept": len(kept), "lowest_kept_score": float(scores[kept].min())}
+
+
+def read_selection(folder: Path) -> dict[str, Any]:
+    """What `run` wrote as selection.json. Raises DmatError for anything else."""
+    return files.read_record(
+        folder / "selection.json", image_set=str, shape=list, classes=int, chunks=list, manifest_sha256=dict, kept=int
+    )
 
 
 def best_of_each_class(scores: np.ndarray, labels: np.ndarray, keep: float) -> np.ndarray:

@@ -5,7 +5,7 @@ how far it came in the work folder, and ends the run of a training that was kill
 end of runs whose sending process died too, is sent by the next command or by `dmat runs sync`.
 """
 
-from dmat.tracking.memory import FILES
+from dmat.tracking.memory import FILES, parameters
 from dmat.tracking.notes import reap, set_aside, sync
 from dmat.tracking.registry import Candidate
 from dmat.tracking.runs import Run, adopt, open_run, seconds_before
@@ -19,6 +19,7 @@ __all__ = [
     "artifact_folder",
     "connect",
     "open_run",
+    "parameters",
     "reap",
     "seconds_before",
     "set_aside",

@@ -1,6 +1,7 @@
 """What `dmat doctor` looks at: everything that a run needs from this machine and this project.
 
-Looks only: it makes no folder, no lock and no database. A check that fails by itself is a finding like any other.
+Looks only, but for `fix`: it makes no folder, no lock and no database. A check that fails by itself is a finding like
+any other.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dmat import ARTIFACTS, config, tracking
+from dmat import ARTIFACTS, config, dvc_lock, tracking
 from dmat.config import Params
 from dmat.errors import ConfigError, DmatError
 from dmat.jobs import STAGES
@@ -69,6 +70,12 @@ def examine(place: Workspace) -> Iterator[Finding]:
         except Exception as error:  # whatever one check meets must not hide what the others find
             do = "mend what it names; if nothing is wrong with that, it is a defect of dmat"
             yield Finding(PROBLEM, name, f"the check itself failed: {type(error).__name__}: {error}", do)
+
+
+def fix(place: Workspace) -> list[str]:
+    """Repairs what a kill left damaged, and keeps what lay there. Returns a sentence for each repair."""
+    restored = dvc_lock.restore(place.root, place.home)
+    return [restored] if restored else []
 
 
 def _device(site: Site) -> Iterator[Marked]:

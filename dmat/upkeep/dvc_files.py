@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import yaml
 
+from dmat import dvc_lock
 from dmat.errors import DmatError
 from dmat.upkeep import work_folders
 
@@ -112,8 +113,16 @@ def results(root: Path) -> list[Result]:
 
 
 def read_lock(root: Path) -> dict[str, Any]:
-    """dvc.lock; empty if there is none."""
-    return _yaml(root / "dvc.lock") if (root / "dvc.lock").exists() else {}
+    """dvc.lock; empty if there is none. Raises DmatError for one that a kill left damaged."""
+    path = root / dvc_lock.NAME
+    if not path.exists():
+        return {}
+    if not dvc_lock.is_sound(path.read_bytes()):
+        raise DmatError(
+            f"{path} cannot be read, so every dvc command stops; DVC was killed while it wrote it; `dmat doctor --fix` "
+            f"brings back the copy that the last stage kept"
+        )
+    return _yaml(path)
 
 
 def read_pipeline(root: Path) -> dict[str, Any]:

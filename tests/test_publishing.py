@@ -1,0 +1,205 @@
+"""What is published is what was computed: damaged work is computed again, and nothing appears under other settings or
+inputs than those it was computed with."""
+
+import json
+import shutil
+
+import pytest
+
+from cli import stages
+from dmat import dvc_lock, files
+from dmat.errors import DmatError
+from dmat.jobs import STAGES, mix_images
+
+
+def _cut(path):
+    """A new file, as an editor or a crash leaves it: what is hard-linked elsewhere stays."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def _altered(path):
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-9] + bytes(b ^ 1 for b in content[-9:]))
+
+
+def _added(path):
+    path.with_name("notes.txt").write_text("mine")
+
+
+def _work(project, word):
+    return next((project.folder / "runs" / word).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "harm"),
+    [
+        ("train_scorer", "result/scorer/best.safetensors", _altered),  # again from its checkpoint
+        ("train_diffusion", "pictures/loss.png", _cut),
+        ("generate_images", "result/images/labels-00001.npy", _altered),  # again that shard alone
+        ("select_images", "result/selection/indices.npy", lambda path: path.unlink()),
+        ("evaluate_robust", "result/evaluation/summary.json", _cut),  # again from its shards
+        ("mix_images", "result/mix/mix.json", _added),
+        ("mix_images", "metrics.json", _altered),
+        ("mix_images", "finished.json", _cut),
+        ("mix_images", "finished.json", lambda path: path.write_text("{}")),
+        ("mix_images", "finished.json", lambda path: path.write_text(path.read_text().replace('"real": 19', '"real": 18'))),
+    ],
+)  # fmt: skip
+def test_a_damaged_result_is_computed_again_and_not_published(finished, tmp_path, word, name, harm):
+    project = finished.copy_without(f"no-{word}", tmp_path / "copy")
+    before, work = project.outputs(word), _work(project, word)
+    content = (work / name).read_bytes()
+    harm(work / name)
+    assert (work / name).parent.is_dir()
+    shutil.rmtree(project.folder / "artifacts" / word)
+    text = project.run(word)
+    assert "changed after the result was computed" in text
+    assert project.outputs(word) == before
+    assert (work / name).is_file()
+    assert name == "finished.json" or (work / name).read_bytes() == content
+    assert not (work / name).with_name("notes.txt").exists()
+    assert "changed after" not in project.run(word)
+
+
+@pytest.fixture
+def half_generated(finished, tmp_path):
+    """A project whose generation was killed after its two shards."""
+    project = finished.copy_without("no-stage", tmp_path / "half")
+    expected, work = project.outputs("generate_images"), _work(project, "generate_images")
+    (work / "finished.json").unlink()
+    (work / "result/images/manifest.json").unlink()
+    shutil.rmtree(project.folder / "artifacts/generate_images")
+    return project, work, expected
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda work: _cut(work / "result/images/images-00000.npy"),
+        lambda work: _altered(work / "result/images/labels-00001.npy"),
+        lambda work: (work / "result/images/images-00001.npy").unlink(),
+        lambda work: _cut(work / "shard-00000.json"),
+        lambda work: (work / "shard-00000.json").write_text("[]"),
+        lambda work: shutil.copy(work / "shard-00001.json", work / "shard-00000.json"),
+    ],
+    ids=["images cut", "labels altered", "images gone", "record cut", "record of another kind", "record of another"],
+)
+def test_a_resumed_generation_makes_damaged_shards_again(half_generated, harm):
+    project, work, expected = half_generated
+    stamps = [(work / f"result/images/images-0000{k}.npy").stat().st_mtime_ns for k in range(2)]
+    harm(work)
+    text = project.run("generate_images")
+    assert text.count("it is made again") == 1
+    assert project.outputs("generate_images") == expected
+    now = [(work / f"result/images/images-0000{k}.npy").stat().st_mtime_ns for k in range(2)]
+    assert sum(a != b for a, b in zip(stamps, now, strict=True)) == 1  # the other was not made again
+
+
+def _mix(project):
+    return stages.run(STAGES["mix_images"], {"arm": "generated"}, project.folder / "params.yaml", False, False, True)
+
+
+def _during(monkeypatch, happens):
+    """Something happens while mix_images is at work."""
+    compute = mix_images.run
+
+    def run(settings, job):
+        metrics = compute(settings, job)
+        happens()
+        return metrics
+
+    monkeypatch.setattr(mix_images, "run", run)
+
+
+def test_parameters_edited_while_a_stage_runs_do_not_name_its_result(finished, tmp_path, monkeypatch):
+    project = finished.copy_without("mix_images", tmp_path / "copy")
+    as_planned = (project.folder / "params.yaml").read_text()
+    _during(monkeypatch, lambda: project.write({"arms": {"generated": {"generated_share": 0.5}}}))
+    with pytest.raises(DmatError) as told:
+        _mix(project)
+    assert "generated_share was 0.7 and is 0.5 while mix_images generated was computed" in str(told.value)
+    assert "nothing was published" in str(told.value)
+    assert not (project.folder / "artifacts/mix_images").exists()
+    assert not (project.folder / "artifacts/provenance/mix_images").exists()
+
+    monkeypatch.undo()  # the result is not lost: with the old parameters it is published as it is
+    (project.folder / "params.yaml").write_text(as_planned)
+    stamp = (_work(project, "mix_images") / "finished.json").stat().st_mtime_ns
+    _mix(project)
+    assert (_work(project, "mix_images") / "finished.json").stat().st_mtime_ns == stamp
+    assert project.outputs("mix_images") == finished.outputs("mix_images")
+
+
+@pytest.mark.parametrize("edit", ["train: [", "arms: {other: {images_from: artifacts/prepare_data/train}}"])
+def test_parameters_that_no_longer_name_the_instance_are_told(finished, tmp_path, monkeypatch, edit):
+    project = finished.copy_without("mix_images", tmp_path / "copy")
+    _during(monkeypatch, lambda: (project.folder / "params.yaml").write_text(edit))
+    with pytest.raises(DmatError, match="while mix_images generated was computed its parameters or inputs changed"):
+        _mix(project)
+    assert not (project.folder / "artifacts/mix_images").exists()
+
+
+def test_inputs_changed_while_a_stage_runs_do_not_become_its_inputs(finished, tmp_path, monkeypatch):
+    project = finished.copy_without("mix_images", tmp_path / "copy")
+    shutil.rmtree(project.folder / "artifacts/provenance")
+    _during(monkeypatch, lambda: _altered(project.folder / "artifacts/select_images/edm18_best/indices.npy"))
+    with pytest.raises(DmatError, match=r"edm18_best was \w{12} and is \w{12} while mix_images generated was computed"):
+        _mix(project)
+    assert not (project.folder / "artifacts/mix_images").exists()
+
+
+def test_an_edit_that_changes_nothing_for_the_stage_is_allowed(finished, tmp_path, monkeypatch):
+    project = finished.copy_without("mix_images", tmp_path / "copy")
+    _during(monkeypatch, lambda: project.write({"evaluate_robust": {"pgd_steps": 7}}))
+    _mix(project)
+    assert project.outputs("mix_images") == finished.outputs("mix_images")
+
+
+def test_a_checksum_is_that_of_the_bytes_that_are_there_now(tmp_path):
+    """Also where size and, as far as a coarse clock tells, time stay the same."""
+    path = tmp_path / "file"
+    for content in (b"one", b"two", b"six"):
+        path.write_bytes(content)
+        first = files.sha256(path)
+        path.write_bytes(content[::-1])
+        assert files.sha256(path) != first
+
+
+LOCK = "schema: '2.0'\nstages:\n  prepare_data:\n    cmd: dmat prepare-data\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "sound"),
+    [(LOCK, True), ("schema: '2.0'\n", True), ("", False), ("\0" * 100, False), (LOCK[:40], False), ("stages: {}", False),
+     ("schema: '2.0'\nstages:\n", False), ("schema: '2.0'\nstages:\n  a:\n", False), ("{", False), ("[]", False)],
+)  # fmt: skip
+def test_a_damaged_dvc_lock_is_known(text, sound):
+    assert dvc_lock.is_sound(text) == sound
+
+
+def test_a_dvc_lock_that_a_kill_emptied_is_brought_back(tmp_path):
+    path = tmp_path / "dvc.lock"
+    path.write_text(LOCK)
+    dvc_lock.remember(tmp_path, tmp_path)
+    path.write_text("")  # DVC was killed while it wrote
+    dvc_lock.remember(tmp_path, tmp_path)  # the next stage does not take that for a copy
+    said = dvc_lock.restore(tmp_path, tmp_path)
+    assert "brought back from the copy that the last stage kept" in said
+    assert path.read_text() == LOCK
+    assert dvc_lock.restore(tmp_path, tmp_path) is None
+    (tmp_path / "runs/dvc.lock").unlink()
+    path.write_text("schema: ")
+    assert "`dvc repro` begins anew" in dvc_lock.restore(tmp_path, tmp_path)
+    assert not path.exists()
+    assert sorted(one.read_text() for one in (tmp_path / "runs").glob("dvc.lock-damaged-*"))[-1] == "schema: "
+
+
+def test_every_stage_keeps_a_copy_of_dvc_lock(finished, tmp_path):
+    project = finished.copy_without("mix_images", tmp_path / "copy")
+    (project.folder / "dvc.lock").write_text(LOCK)
+    project.run("mix_images")
+    assert (project.folder / "runs/dvc.lock").read_text() == LOCK
+    assert json.loads(next((project.folder / "artifacts/provenance/mix_images").iterdir()).read_text())["outputs"]
