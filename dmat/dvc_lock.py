@@ -33,8 +33,8 @@ def is_sound(text: str | bytes) -> bool:
 
 
 def remember(root: Path, home: Path) -> None:
-    """Copies a sound dvc.lock of the main checkout beside the work folders. Those of experiments vanish with them."""
-    path, copy = root / NAME, _copy(home)
+    """Copies the sound dvc.lock of the main checkout beside the work folders. Those of experiments vanish with them."""
+    path, copy = root / NAME, home / "runs" / NAME
     if root != home or not path.is_file():
         return
     if copy.is_file() and copy.stat().st_mtime_ns >= path.stat().st_mtime_ns:
@@ -45,16 +45,23 @@ def remember(root: Path, home: Path) -> None:
             file.write(content)
 
 
-def restore(root: Path, home: Path) -> str | None:
-    """Brings dvc.lock back where it cannot be read: the newest copy, else that of the last commit, else none, as if
-    nothing had run yet. What lay there is kept. Returns a sentence, or None where nothing is wrong."""
-    path = root / NAME
-    if not path.exists() or is_sound(path.read_bytes()):
-        return None
-    kept = _copy(home).with_name(f"{NAME}-damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+def restore(root: Path, home: Path) -> list[str]:
+    """Brings back each dvc.lock that cannot be read, of the project and of its folders. Returns a sentence for each.
+
+    The copy of `remember` takes its place, else that of the last commit, else none, as if its stages had not run yet.
+    """
+    paths = [path for path in (root / NAME, *sorted(root.glob(f"[!.]*/{NAME}"))) if path.is_file()]
+    return [_restore(path, root, home) for path in paths if not is_sound(path.read_bytes())]
+
+
+def _restore(path: Path, root: Path, home: Path) -> str:
+    """What lay there is kept."""
+    kept = home / "runs" / f"{path.relative_to(root).as_posix().replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, kept)
-    for content, source in ((_remembered(home), "the copy that the last stage kept"), (_committed(root), "git")):
+    copy = home / "runs" / NAME
+    copied = copy.read_bytes() if path == root / NAME and copy.is_file() else None
+    for content, source in ((copied, "the copy that the last stage kept"), (_committed(path), "the last commit")):
         if content is not None and is_sound(content):
             with files.writing(path) as file:
                 file.write(content)
@@ -63,17 +70,9 @@ def restore(root: Path, home: Path) -> str | None:
     return f"{path} could not be read and there is no copy: `dvc repro` begins anew; the damaged one is {kept}"
 
 
-def _copy(home: Path) -> Path:
-    return home / "runs" / NAME
-
-
-def _remembered(home: Path) -> bytes | None:
-    return _copy(home).read_bytes() if _copy(home).is_file() else None
-
-
-def _committed(root: Path) -> bytes | None:
+def _committed(path: Path) -> bytes | None:
     try:
-        answer = subprocess.run(["git", "show", f"HEAD:./{NAME}"], cwd=root, capture_output=True, check=False)
+        answer = subprocess.run(["git", "show", f"HEAD:./{NAME}"], cwd=path.parent, capture_output=True, check=False)
     except OSError:
         return None
     return answer.stdout if answer.returncode == 0 else None

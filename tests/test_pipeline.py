@@ -319,8 +319,8 @@ def test_tampered_input_is_refused_with_a_sentence(project):
     labels.write_bytes(original[:-8] + bytes(8))
     text = project.run("dmat", "train-scorer", code=2)
     labels.write_bytes(original)
-    assert "labels-00000.npy has checksum" in text
-    assert "its manifest says" in text
+    assert "artifacts/prepare_data/validation has checksum" in text
+    assert "it was altered since; restore it (`dvc checkout`)" in text
     assert "Traceback" not in text
 
 
@@ -353,6 +353,32 @@ def test_dvc_shows_metrics_and_plots(project):
     files = shown[""]["data"]
     assert 0 <= files["artifacts/metrics/evaluate_robust/generated-1.json"]["data"]["best_pgd"] <= 1
     assert "html" in project.run("dvc", "plots", "show", "-o", "plots")
+
+
+def test_the_plots_of_dvc_draw_one_line_for_each_arm_and_seed(project):
+    shown = json.loads(project.run("dvc", "plots", "show", "--json", "--hide-warnings"))["data"]
+    assert len(shown) == 2
+    for (plot,) in shown.values():
+        chart = plot["content"]
+        assert chart["encoding"]["color"]["field"] == "run"
+        assert chart["encoding"]["strokeDash"]["field"] == "rev"
+        assert {row["run"] for row in chart["data"]["values"]} == {"real_only-1", "generated-1"}
+
+
+def test_a_dvc_lock_that_a_kill_emptied_stops_nobody_for_ever(project):
+    path = project.folder / "dvc.lock"
+    before = path.read_bytes()
+    path.write_bytes(b"")
+    process = project.start("dvc", "status")
+    process.communicate(timeout=200)
+    assert process.returncode != 0  # else DVC heals itself by now, and all of this can go
+    finding = project.run("dmat", "doctor", "--json", code=2)
+    assert "`dmat doctor --fix` brings back the copy" in finding
+    assert "brought back from the copy that the last stage kept" in project.run("dmat", "doctor", "--fix")
+    assert set(yaml.safe_load(path.read_text())["stages"]) <= set(yaml.safe_load(before)["stages"])
+    assert "nothing to repair" in project.run("dmat", "doctor", "--fix")
+    project.run("dvc", "status")
+    path.write_bytes(before)
 
 
 def test_the_study_is_a_stage_that_a_plain_repro_does_not_run(project):

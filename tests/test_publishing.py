@@ -29,6 +29,13 @@ def _added(path):
     path.with_name("notes.txt").write_text("mine")
 
 
+def _other_number(path):
+    """Still a record, with one number that nobody computed."""
+    record = json.loads(path.read_text())
+    record["metrics"]["real"] += 1
+    path.write_text(json.dumps(record))
+
+
 def _work(project, word):
     return next((project.folder / "runs" / word).iterdir())
 
@@ -45,9 +52,9 @@ def _work(project, word):
         ("mix_images", "metrics.json", _altered),
         ("mix_images", "finished.json", _cut),
         ("mix_images", "finished.json", lambda path: path.write_text("{}")),
-        ("mix_images", "finished.json", lambda path: path.write_text(path.read_text().replace('"real": 19', '"real": 18'))),
+        ("mix_images", "finished.json", _other_number),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_result_is_computed_again_and_not_published(finished, tmp_path, word, name, harm):
     project = finished.copy_without(f"no-{word}", tmp_path / "copy")
     before, work = project.outputs(word), _work(project, word)
@@ -173,7 +180,7 @@ LOCK = "schema: '2.0'\nstages:\n  prepare_data:\n    cmd: dmat prepare-data\n"
 
 @pytest.mark.parametrize(
     ("text", "sound"),
-    [(LOCK, True), ("schema: '2.0'\n", True), ("", False), ("\0" * 100, False), (LOCK[:40], False), ("stages: {}", False),
+    [(LOCK, True), ("schema: '2.0'\n", True), ("", False), ("\0" * 9, False), (LOCK[:40], False), ("stages: {}", False),
      ("schema: '2.0'\nstages:\n", False), ("schema: '2.0'\nstages:\n  a:\n", False), ("{", False), ("[]", False)],
 )  # fmt: skip
 def test_a_damaged_dvc_lock_is_known(text, sound):
@@ -186,15 +193,16 @@ def test_a_dvc_lock_that_a_kill_emptied_is_brought_back(tmp_path):
     dvc_lock.remember(tmp_path, tmp_path)
     path.write_text("")  # DVC was killed while it wrote
     dvc_lock.remember(tmp_path, tmp_path)  # the next stage does not take that for a copy
-    said = dvc_lock.restore(tmp_path, tmp_path)
+    (said,) = dvc_lock.restore(tmp_path, tmp_path)
     assert "brought back from the copy that the last stage kept" in said
     assert path.read_text() == LOCK
-    assert dvc_lock.restore(tmp_path, tmp_path) is None
-    (tmp_path / "runs/dvc.lock").unlink()
-    path.write_text("schema: ")
-    assert "`dvc repro` begins anew" in dvc_lock.restore(tmp_path, tmp_path)
-    assert not path.exists()
-    assert sorted(one.read_text() for one in (tmp_path / "runs").glob("dvc.lock-damaged-*"))[-1] == "schema: "
+    assert dvc_lock.restore(tmp_path, tmp_path) == []
+    other = tmp_path / "tune/dvc.lock"  # of the study's own pipeline, which nobody copies
+    other.parent.mkdir()
+    other.write_text("schema: ")
+    assert ["`dvc repro` begins anew" in said for said in dvc_lock.restore(tmp_path, tmp_path)] == [True]
+    assert not other.exists()
+    assert [one.read_text() for one in (tmp_path / "runs").glob("tune-dvc.lock-*")] == ["schema: "]
 
 
 def test_every_stage_keeps_a_copy_of_dvc_lock(finished, tmp_path):

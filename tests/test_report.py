@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dmat.config import WriteReport
-from dmat.report import charts, costs
+from dmat.report import charts, costs, page
 from dmat.report import comparison as report
 
 SETTINGS = WriteReport(title="t", baseline="real", bootstrap=100, seed=1)
@@ -168,3 +168,22 @@ def test_utilisations_of_a_report_are_shares_of_one_peak():
     unknown = costs.Cost("d", ("cpu",), {}, 1000, None, None, None)
     found = costs.one_peak([slow, quick, gpu, unknown])
     assert [one.utilisation for one in found] == [pytest.approx(0.2), pytest.approx(0.2), pytest.approx(0.01), None]
+
+
+def _made(**facts):
+    return {"git_commit": "c" * 40, "git_dirty": False, **facts}
+
+
+def test_a_commit_is_named_as_the_way_back_only_where_it_is_one():
+    """Changes that no commit has are in the run alone."""
+    clean = {"train_robust a-1": _made(), "evaluate_robust a-1": _made()}
+    assert page.again(clean)[1] == [f"git checkout {'c' * 40}", "make repro"]
+    for other, words in (
+        (_made(git_dirty=True), "at one commit with local changes"),
+        (_made(git_commit="d" * 40), "at 2 commits,"),
+        ({}, "at one commit with local changes"),  # where there was no repository
+    ):
+        said, commands = page.again(clean | {"train_robust a-1": other})
+        assert words in said
+        assert commands == ["dmat runs reproduce evaluate_robust/a-1"]
+    assert "outside a git repository" in page.again({"evaluate_robust a-1": {}})[0]

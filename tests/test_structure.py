@@ -1,6 +1,7 @@
 """The shape of the project: layers, one word per stage, one home per opinionated package, and files that agree."""
 
 import ast
+import hashlib
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ruamel.yaml
 import typer
 import yaml
 
@@ -145,6 +147,28 @@ def test_dvc_stages_agree_with_the_table(root):
                 *config.LISTS,
                 "train_robust",
             }
+
+
+def test_dvc_lock_is_of_this_code_and_these_parameters(root):
+    """What the repository ships as its last run was computed by what it ships: a fresh clone shows no changed file."""
+    parameters = ruamel.yaml.YAML(typ="safe").load((root / "params.yaml").read_text())
+    stages = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
+    changed, looked_at = set(), 0
+    for name, entry in stages.items():
+        for dependency in entry["deps"]:
+            if not dependency["path"].startswith("artifacts/"):
+                looked_at += 1
+                found = hashlib.md5((root / dependency["path"]).read_bytes()).hexdigest()
+                changed |= {dependency["path"]} if found != dependency["md5"] else set()
+        for key, value in entry.get("params", {}).get("params.yaml", {}).items():
+            looked_at += 1
+            now = parameters
+            for part in key.split("."):
+                now = now[part]
+            changed |= {f"{key} of {name}"} if now != value else set()
+    assert looked_at > 50
+    assert changed == set(), "run `make repro` and commit dvc.lock and its results"
+    assert len(stages) == 14
 
 
 def _resolved(template: dict, word: str, chosen: dict, params: config.Params) -> dict:

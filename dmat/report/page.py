@@ -57,6 +57,26 @@ class Content:
     sources: Sequence[Source]
 
 
+def again(provenance: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
+    """What to do to get the numbers again, as a sentence and commands. provenance: "stage instance" -> its own.
+
+    A commit alone gives them only if every part was made at that commit without local changes.
+    """
+    commits = list(dict.fromkeys(one["git_commit"] for one in provenance.values() if one.get("git_commit")))
+    whole = all(one.get("git_commit") and not one.get("git_dirty") for one in provenance.values())
+    if len(commits) == 1 and whole:
+        return "Every part was made at one commit without local changes.", [f"git checkout {commits[0]}", "make repro"]
+    made = (
+        "outside a git repository" if not commits else f"at {len(commits)} commits" if commits[1:] else "at one commit"
+    )
+    changed = " with local changes" if commits and not whole else ""
+    return (
+        f"The parts were made {made}{changed}, so no commit alone gives them again. Each run keeps its commit, its "
+        f"changes, its parameters and the checksums of its data; this sets a tree up for one of them:",
+        [f"dmat runs reproduce {name.replace(' ', '/')}" for name in provenance if name.startswith("evaluate_robust ")],
+    )
+
+
 def render(content: Content) -> str:
     """The whole page. Raises jinja2.UndefinedError if the template asks for what is not there."""
     import jinja2
@@ -74,6 +94,7 @@ def render(content: Content) -> str:
     return environment.get_template("page.html.j2").render(
         **{field.name: getattr(content, field.name) for field in dataclasses.fields(content)},
         drawn=drawn,
+        again=again(content.provenance),
         charts_json=_script(json.dumps(drawn)),
         plotly_js=_script(plotly.offline.get_plotlyjs()),
         page_js=_script((_HERE / "page.js").read_text(encoding="utf-8")),

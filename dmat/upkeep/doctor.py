@@ -74,8 +74,7 @@ def examine(place: Workspace) -> Iterator[Finding]:
 
 def fix(place: Workspace) -> list[str]:
     """Repairs what a kill left damaged, and keeps what lay there. Returns a sentence for each repair."""
-    restored = dvc_lock.restore(place.root, place.home)
-    return [restored] if restored else []
+    return dvc_lock.restore(place.root, place.home)
 
 
 def _device(site: Site) -> Iterator[Marked]:
