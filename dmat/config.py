@@ -5,17 +5,17 @@ the section with its overrides merged in. Limits stand in the records alone; mes
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import CoreSchema, core_schema
 
-from dmat import ARTIFACTS
+from dmat import ARTIFACTS, yaml_file
 from dmat.errors import ConfigError, DmatError, UnfitError
 
 _NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
@@ -56,6 +56,10 @@ def _radius(value: Fraction) -> Fraction:
     return value
 
 
+def _step_size(value: Fraction) -> Fraction:
+    return _radius(value) if value else NOT_GIVEN
+
+
 def _name(value: str) -> str:
     if not value or not all(c.isalnum() or c in "_" for c in value):
         raise ValueError("expected letters, digits and underscores only (it becomes a folder and a stage name)")
@@ -70,8 +74,15 @@ Positive = Annotated[float, Field(gt=0, le=1e30)]  # single precision ends at 3e
 NotNegative = Annotated[float, Field(ge=0, le=1e30)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Radius = Annotated[Fraction, AfterValidator(_radius)]
-NOT_GIVEN = Fraction(0)  # of a Radius: no value that a person could write
+NOT_GIVEN = Fraction(0)  # of a StepSize: `default_step` takes its place
+StepSize = Annotated[Fraction, AfterValidator(_step_size)]  # pixels in [0, 1]
 Name = Annotated[str, AfterValidator(_name)]
+
+
+def default_step(norm: str, epsilon: float, steps: int) -> float:
+    """Step of PGD in pixels of [0, 1] where none is given: a quarter of epsilon, as Wang et al. 2023 say; l2: 2 epsilon
+    over steps, as their code has it, at most epsilon."""
+    return min(epsilon, 2 * epsilon / max(1, steps)) if norm == "l2" else epsilon / 4
 
 
 class Record(pydantic.BaseModel):
@@ -143,7 +154,7 @@ class ClassifierTraining(Record):
     temperature: Positive = 4.0  # of ikl: of the predictions that its class means are made of
     label_smoothing: Share = 0.0
     attack_steps: Natural = 0
-    attack_step_size: Radius = NOT_GIVEN  # pixels in [0, 1]; needed with attack_steps
+    attack_step_size: StepSize = NOT_GIVEN
     images: Count
     batch: Count
     learning_rate: Positive  # at the peak
@@ -177,7 +188,7 @@ class ClassifierTraining(Record):
     cutmix_copies: Count = 1  # of each drawn image in a batch, each with a box of its own
     evaluate_every: Count  # images
     selection_steps: Natural  # of PGD on the validation split; 0 selects on clean accuracy
-    selection_step_size: Radius = NOT_GIVEN  # pixels in [0, 1]; needed with selection_steps
+    selection_step_size: StepSize = NOT_GIVEN
     patience: Natural = 0  # evaluations without a new best after which the run ends; 0: never
     on_divergence: Literal["stop", "roll_back"] = "stop"
 
@@ -187,10 +198,6 @@ class ClassifierTraining(Record):
             raise ValueError(
                 f"attack_steps is 0 and loss is {self.loss!r}; expected at least 1 step, or loss: standard"
             )
-        for name in ("attack", "selection"):
-            published = name == "attack" and self._is_l2()
-            if getattr(self, f"{name}_steps") and not getattr(self, f"{name}_step_size") and not published:
-                raise ValueError(f"{name}_step_size is missing; expected a part of the pixel range, for example 2/255")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -201,13 +208,16 @@ class ClassifierTraining(Record):
             raise ValueError(f"cutmix_copies is {self.cutmix_copies}; expected a divisor of batch, {self.batch}")
         return self
 
-    def _is_l2(self) -> bool:
-        return False
-
 
 class TrainScorer(ClassifierTraining):
     loss: Literal["standard"]
     seed: Seed
+
+    @pydantic.model_validator(mode="after")
+    def _is_not_attacked(self) -> Self:
+        if self.selection_steps:
+            raise ValueError(f"selection_steps is {self.selection_steps}; expected 0, as a scorer has no threat")
+        return self
 
 
 class Threat(Record):
@@ -224,18 +234,37 @@ class Threat(Record):
         return self
 
 
+def step_problem(threat: Threat, step: Fraction) -> str | None:
+    """What is wrong with a step that leaves the ball at once; to follow the name of its key."""
+    if step <= threat.epsilon:
+        return None
+    default = "a quarter of epsilon" if threat.norm == "linf" else "2 epsilon / steps"
+    return (
+        f"is {step.text}, larger than threat.epsilon {threat.epsilon.text}; expected at most epsilon; "
+        f"leave it out for {default}"
+    )
+
+
 class TrainRobust(ClassifierTraining):
     threat: Threat
     generated_share: Share = 0.0  # of each batch
     generated_sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
 
-    @property
-    def attack_step(self) -> float:
-        """Pixels in [0, 1]. l2 without one: 2 epsilon / steps, as Wang et al.'s code has it."""
-        return self.attack_step_size or 2 * self.threat.epsilon / max(1, self.attack_steps)
+    @pydantic.model_validator(mode="after")
+    def _steps_stay_inside(self) -> Self:
+        for name in ("attack_step_size", "selection_step_size"):
+            if (sentence := step_problem(self.threat, getattr(self, name))) is not None:
+                raise ValueError(f"{name} {sentence}")
+        return self
 
-    def _is_l2(self) -> bool:
-        return self.threat.norm == "l2"
+    def with_step_sizes(self) -> Self:
+        """The same, with the step sizes that are not given."""
+        found = {
+            f"{name}_size": Fraction(default_step(self.threat.norm, self.threat.epsilon, getattr(self, f"{name}s")))
+            for name in ("attack_step", "selection_step")
+            if not getattr(self, f"{name}_size")
+        }
+        return self.model_copy(update=found)
 
 
 class Generator(Record):
@@ -338,7 +367,7 @@ class EvaluateRobust(Record):
 
     images: Natural = 0  # the first ones of the test split; 0: all
     pgd_steps: Count = 40
-    pgd_step_size: Radius = NOT_GIVEN  # pixels in [0, 1]; not given: a quarter of epsilon
+    pgd_step_size: StepSize = NOT_GIVEN
     pgd_loss: Literal["ce", "cw", "dlr"] = "cw"
     pgd_restarts: Count = 1
     pgd_seed: Seed = 1
@@ -349,6 +378,10 @@ class EvaluateRobust(Record):
     batch: Count = 250  # images at a time, within a shard
     check_images: Count = 200  # that the checks of the model look at
     check_queries: Count = 1000  # of the black-box attack among the checks
+
+    def pgd_step(self, norm: str, epsilon: float) -> float:
+        """In pixels of [0, 1]."""
+        return self.pgd_step_size or default_step(norm, epsilon, self.pgd_steps)
 
 
 class WriteReport(Record):
@@ -445,7 +478,7 @@ class Trial:
         record = {IMAGE_SET: self.image_set, SELECTION: self.selection}.get(first, self.arm)
         if record is None:
             raise DmatError(f"{name} is not known: the arm has no generated images; leave it out")
-        found: Any = record.plain()
+        found: Any = (record.with_step_sizes() if isinstance(record, TrainRobust) else record).plain()
         for part in (rest if first in (IMAGE_SET, SELECTION) else name).split("."):
             known = sorted(found) if isinstance(found, Mapping) else []
             if part not in known:
@@ -458,7 +491,7 @@ class Trial:
         return found
 
     def with_values(self, values: Mapping[str, Any]) -> "Trial":
-        """The same with values by dotted name. Raises UnfitError."""
+        """The same with values by dotted name, and with all step sizes. Raises UnfitError."""
         parts: dict[str, dict[str, Any]] = {"": {}, IMAGE_SET: {}, SELECTION: {}}
         for name, value in values.items():
             first, _, rest = name.partition(".")
@@ -470,7 +503,7 @@ class Trial:
             place[last] = value
         try:
             return Trial(
-                _changed(self.arm, parts[""]),
+                _changed(self.arm, parts[""]).with_step_sizes(),
                 self.image_set and _changed(self.image_set, parts[IMAGE_SET]),
                 self.selection and _changed(self.selection, parts[SELECTION]),
             )
@@ -507,6 +540,7 @@ SECTIONS: dict[str, type[Record]] = {
     "tune": Tune,
 }
 NOT_NEEDED = ("compute", "tune")  # sections that a file may leave out
+_YES_OR_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}  # YAML 1.1
 LISTS = ("generators", "image_sets", "chunks", "selections", "arms")
 
 
@@ -534,34 +568,31 @@ class Params:
 def load(path: Path) -> Params:
     """Reads and checks a parameter file. Raises ConfigError with every problem found."""
     try:
-        raw = _Loader(path.read_text()).get_single_data()
+        document = yaml_file.read(path)
     except FileNotFoundError:
         raise DmatError(
             f"{path} does not exist; run in the folder of a project, or bring a recipe with `dmat recipes use NAME`"
         ) from None
-    except _KeyTwiceError as error:
+    except DmatError as error:
         raise ConfigError(str(path), [str(error)]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), [f"not valid YAML: {str(error).splitlines()[0]}"]) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, bytes that are no text
-        raise ConfigError(str(path), [f"not readable: {str(error).splitlines()[0]}"]) from None
-    if not isinstance(raw, dict):
+    if not isinstance(document.value, dict):
         raise ConfigError(str(path), ["expected a mapping of sections; see docs/parameters.md"])
-    reader = _Reader(raw)
+    reader = _Reader(document.value)
     params = reader.read()
     if reader.problems or params is None:
-        raise ConfigError(str(path), reader.problems)
+        places = [(document.line_of(problem), problem) for problem in reader.problems]
+        raise ConfigError(str(path), [f"line {line}: {problem}" if line else problem for line, problem in places])
     return params
 
 
 def expect_name(option: str, value: str) -> None:
     """Raises DmatError for what cannot be the name of an entry, such as one that YAML reads as something else."""
-    if not isinstance(yaml.safe_load(value or "0"), str):
-        raise DmatError(f"{option} is {value!r}, which YAML does not read as text; expected a word; name another")
     try:
         _name(value)
     except ValueError as error:
         raise DmatError(f"{option} is {value!r}; {error}") from None
+    if not isinstance(yaml_file.parse(value).value, str):
+        raise DmatError(f"{option} is {value!r}, which YAML does not read as text; expected a word; name another")
 
 
 def threat(norm: Any, epsilon: Any) -> Threat:
@@ -579,26 +610,6 @@ def _validated(where: str, values: Mapping[str, Any], record: type[AnyRecord]) -
         return record.model_validate(values)
     except pydantic.ValidationError as error:
         raise DmatError("; ".join(_sentence(where, item, record) for item in error.errors())) from None
-
-
-class _KeyTwiceError(yaml.YAMLError):
-    """Of two equal keys YAML readers silently drop the first."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                where = f"lines {lines[key.value]} and {line}"
-                raise _KeyTwiceError(f"{key.value} is given twice, in {where}; keep one of them")
-            lines[key.value] = line
-        return super().construct_mapping(node, deep)
 
 
 class _Reader:
@@ -649,14 +660,17 @@ class _Reader:
         selections, selected_from = self._merged_list("selections", SelectImages, "select_images", "image_set")
         arms, arm_images = self._merged_list("arms", TrainRobust, "train_robust", "images_from")
         lists = (generators, image_sets, chunks, selections, selected_from, arms, arm_images)
-        self.problems += _disagreements(sections, *lists)
+        self.problems += [*_disagreements(sections, *lists), *_steps_outside(sections.get("evaluate_robust"), arms)]
         trial = self._trial(sections.get("tune"), arms)
         if trial is not None:
             selection = Path(str(arm_images[sections["tune"].arm])).name
             of_set = image_sets.get(str(selected_from.get(selection)))
             trial = dataclasses.replace(trial, image_set=of_set, selection=selections.get(selection))
             self.problems += _study_disagreements(sections["tune"], trial)
-        return None if self.problems else Params(sections, tuple(seeds), *lists, trial)
+        if self.problems:
+            return None
+        arms = {name: arm.with_step_sizes() for name, arm in arms.items()}
+        return Params(sections, tuple(seeds), *lists[:-2], arms, arm_images, trial)
 
     def _trial(self, study: Tune | None, arms: Mapping[str, TrainRobust | None]) -> Trial | None:
         """What all trials of a study have in common."""
@@ -701,7 +715,7 @@ class _Reader:
             try:
                 _name(str(name) if plain_names else str(name).replace("-", "_"))
             except ValueError as error:
-                self.problems.append(f"{key}: the name {name!r} cannot be used; {error}")
+                self.problems.append(f"{key}.{name}: the name {name!r} cannot be used; {error}")
                 continue
             if entry is not None and not isinstance(entry, dict):
                 self.problems.append(f"{key}.{name} is {entry!r}; expected a mapping of overrides, {{}} for none")
@@ -758,17 +772,32 @@ def _sentence(where: str, item: Any, record: type[Record]) -> str:
     message = message.replace("input should be", "expected")
     if item["type"] in ("model_type", "dict_type"):
         message = "expected a mapping of keys"
-    if item["type"] in ("float_type", "int_type") and isinstance(found, str) and _is_number(found):
-        message += f" (YAML reads {found} as text; write {float(found)})"
-    return f"{path}: {message}" if isinstance(found, Mapping) else f"{path} is {found!r}; {message}"
+    if isinstance(found, Mapping):  # a problem between keys; most begin with the one to change
+        return f"{path}.{message}" if message.partition(" ")[0] in found else f"{path}: {message}"
+    return f"{path} is {found!r}; {message}{_advice(item['type'], found)}"
 
 
-def _is_number(text: str) -> bool:
+def _advice(problem: str, found: Any) -> str:
+    """What to write instead of a value of the wrong type, where it is clear what was meant."""
+    if problem == "bool_type" and isinstance(found, str) and found.lower() in _YES_OR_NO:
+        return f" (YAML 1.2 reads {found} as text; write {_YES_OR_NO[found.lower()]})"
+    if problem == "string_type" and isinstance(found, bool | int | float):
+        return " (put it in quotes)"
+    number = _number(found)
+    if problem == "int_type" and number is not None and number == int(number):
+        return f" (write {int(number)})"
+    if problem == "float_type" and number is not None:
+        return f" (YAML reads {found} as text; write {number})"
+    return ""
+
+
+def _number(value: Any) -> float | None:
+    """A finite number of a usual size, from a number or text."""
     try:
-        float(text)
+        number = float(value) if isinstance(value, float | str) else math.nan
     except ValueError:
-        return False
-    return True
+        return None
+    return number if abs(number) <= 1e15 else None
 
 
 def _disagreements(
@@ -792,7 +821,7 @@ def _disagreements(
             yield f"chunks.{name}.generator is {chunk.generator!r}; expected one of {_names(generators)}"
         if not name.startswith(f"{chunk.image_set}-"):
             example = f"{chunk.image_set}-{chunk.index:04d}"
-            yield f"chunks: the name {name!r} should begin with its image set, for example {example}"
+            yield f"chunks.{name}: the name should begin with its image set, for example {example}"
         of_set.setdefault(chunk.image_set, {})[name] = chunk
     for name in image_sets:
         mine = of_set.get(name, {})
@@ -820,10 +849,17 @@ def _disagreements(
         yield f"write_report.baseline is {report.baseline!r}; expected one of {_names(arms)}"
 
 
+def _steps_outside(evaluation: EvaluateRobust | None, arms: Mapping[str, TrainRobust | None]) -> Iterator[str]:
+    """Arms whose ball is smaller than the one step that the evaluation of all arms takes."""
+    for name, arm in arms.items():
+        if evaluation and arm and (sentence := step_problem(arm.threat, evaluation.pgd_step_size)) is not None:
+            yield f"evaluate_robust.pgd_step_size {sentence} (arm {name})"
+
+
 def _study_disagreements(study: Tune, trial: Trial) -> Iterator[str]:
     """Every end of the space, taken alone, must make a valid trial."""
     if trial.arm.selection_steps == 0:
-        yield f"arm {study.arm} has selection_steps 0; expected some, as trials are compared by PGD accuracy"
+        yield f"arms.{study.arm} has selection_steps 0; expected some, as trials are compared by PGD accuracy"
     if study.evaluate_every > study.images:
         yield (
             f"tune.evaluate_every is {study.evaluate_every} and tune.images {study.images}; expected at least one "
@@ -837,7 +873,7 @@ def _study_disagreements(study: Tune, trial: Trial) -> Iterator[str]:
         try:
             own = trial.value_of(name)
         except DmatError as error:
-            yield f"tune.space: {error}"
+            yield f"tune.space.{error}"
             continue
         if isinstance(wanted, Range) and not _is_numeric(own):
             yield f"{where} is {own!r} in arm {study.arm}, which is no number; expected choices, not a range"

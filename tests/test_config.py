@@ -1,12 +1,15 @@
 """params.yaml: every problem of a file in one answer, found and expected in each; overrides; identity of numbers."""
 
 import copy
+import re
+import shlex
+import warnings
 
 import pytest
 import yaml
 
 from cli.main import main
-from dmat import config
+from dmat import config, yaml_file
 from dmat.config import Fraction
 from dmat.errors import ConfigError, DmatError
 
@@ -99,11 +102,17 @@ BAD = [
     ("compute", 0, ["compute is 0", "mapping of keys"]),
     ("tune", 0, ["tune is 0", "mapping of keys"]),
     ("tune.space.beta.high", 1e300, ["is 1e+300", "less than or equal to 1000"]),
-    ("train_robust.learning_rate", "1e-3", ["is '1e-3'", "write 0.001"]),
     ("train_robust.threat", 5, ["is 5", "mapping of keys"]),
     ("train_robust", 5, ["is 5", "mapping of keys"]),
     ("train_scorer.loss", "trades", ["is 'trades'", "'standard'"]),
-    ("train_scorer.selection_steps", 3, ["selection_step_size is missing", "2/255"]),
+    ("train_scorer.selection_steps", 3, ["selection_steps is 3", "expected 0"]),
+    ("train_robust.threat.epsilon", "0", ["is '0'", "above 0"]),
+    ("train_robust.attack_step_size", "1/4", ["attack_step_size is 1/4, larger than threat.epsilon 1/5", "a quarter"]),
+    ("train_robust.selection_step_size", 0.3, ["selection_step_size is 0.3, larger than threat.epsilon 1/5"]),
+    ("arms.generated.attack_step_size", "1/2", ["arms.generated.attack_step_size is 1/2, larger than", "1/5"]),
+    ("evaluate_robust.pgd_step_size", "1/4", ["pgd_step_size is 1/4, larger than threat.epsilon 1/5", "arm generated"]),
+    ("tune.space.attack_step_size", {"low": 0.01, "high": 0.3}, ["attack_step_size.high is 0.3", "at most epsilon"]),
+    ("tune.overrides.attack_step_size", 0.3, ["tune.overrides.attack_step_size is 0.3, larger than", "1/5"]),
     ("prepare_data.source", "npz", ["source is 'npz' and path is None", "expected where its images are"]),
     ("prepare_data.source", "cifar10", ["source is 'cifar10' and path is None", "expected where its images are"]),
     ("prepare_data.path", "digits.npz", ["source is 'digits' and path is 'digits.npz'", "leave it out"]),
@@ -204,16 +213,187 @@ def test_missing_and_broken_files(tmp_path):
     [
         ("seeds: [1]\narms: {}\nseeds: [2]\n", ["seeds is given twice, in lines 1 and 3", "keep one"]),
         ("arms: {a: {beta: 1.0, beta: 2.0}}", ["beta is given twice, in lines 1 and 1"]),
-        ("seeds: [" + "9" * 5000 + "]", ["not readable", "digits"]),
-        ("a: " + "[" * 5000, ["not readable"]),
+        ("seeds:\n- [" + "9" * 5000 + "]", ["line 2: a number of 5000 digits", "at most 300"]),
+        ("seeds: [0x" + "f" * 5000 + "]", ["line 1: a number of 5002 digits"]),
+        ("- " * 600, ["not readable: nested too deeply"]),
+        ("a:\n  &x b: &y [*y]", ["line 2: holds itself"]),
+        ("a: &a [1, 1]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 40)}]\n" for a, b in zip("abcd", "bcde", strict=True)),
+         ["aliases make more than 1,000,000 entries"]),
+        ("a: 1\nseeds: [1, 2024-01-01]", ["line 2: 2024-01-01 is read as a date", "in quotes"]),
+        ("a: !!python/object/apply:os.getpid []", ["line 1", "python/object/apply:os.getpid"]),
+        ("a: 1\nb: !!int x", ["line 2: 'x' cannot be read"]),
+        ("a: 1\n---\nb: 2\n", ["line 2", "another document", "keep one"]),
+        ("a: 1\nb: \x07", ["line 2", "special characters"]),
+        ("%YAML 1.9\n---\na: 1", ["not valid YAML: version"]),
     ],
-    ids=["section twice", "key twice", "huge number", "nested"],
-)
+    ids=["section twice", "key twice", "huge number", "huge hexadecimal", "nested", "loop", "many aliases",
+         "date", "tag", "wrong tag", "two documents", "control character", "version"],
+)  # fmt: skip
 def test_what_yaml_lets_pass_is_refused(tmp_path, text, words):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         config.load(tmp_path / "params.yaml")
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["1", "010", "1e3", "0x1f", "2024-01-01", "true", "~", "1_0", ".5"])
+def test_keys_that_dvc_drops_are_refused_with_their_line(root, tmp_path, key):
+    """A stage for each entry of a list would silently have none for this one."""
+    path = tmp_path / "params.yaml"
+    text = (root / "params.yaml").read_text()
+    path.write_text(text.replace("arms:\n", f"arms:\n  {key}: {{images_from: {config.REAL_ONLY}}}\n", 1))
+    line = path.read_text().splitlines().index("arms:") + 2
+    with pytest.raises(
+        ConfigError, match=rf"line {line}: the key {re.escape(key)} is read as .*begin it with a letter"
+    ):
+        config.load(path)
+
+
+def test_a_file_means_what_it_means_to_dvc(root):
+    """Parser and version are DVC's: YAML 1.2, or that of a %YAML line."""
+    from dvc.utils.serialize import parse_yaml
+
+    scalars = shlex.split(
+        """0100 0o10 0x10 +1 -1 1_000 1e5 1e-5 1e+16 1E5 .5 1. .5e1 1:30 1:30:00 no yes on off y true True null ~
+        .inf -.Inf .nan 1e400 08 00 -0 0b11 8/255 '1e5' "010" 1__0 e5 infinity nan""",
+        posix=False,
+    )
+    merges = "base: &b {x: 1, y: [1, 2]}\nuser:\n  <<: *b\n  y: 010\nagain: *b\n"
+    lists = "".join(f"k{n}: {scalar}\n" for n, scalar in enumerate(scalars))
+    texts = [
+        lists,
+        f"%YAML 1.1\n---\n{lists}",
+        f"%YAML 1.2\n---\n{lists}",
+        merges,
+        f"\ufeff{lists}",
+        "a: |\n  x\n  y\n",
+    ]
+    for text in [*texts, (root / "params.yaml").read_text(), (root / "dvc.yaml").read_text()]:
+        with warnings.catch_warnings(action="ignore"):
+            theirs = parse_yaml(text, "x")
+        assert repr(yaml_file.parse(text).value) == repr(theirs)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "line_of", "words"),
+    [
+        ("label_smoothing: 0.1", "label_smoothing:0.1", "  label_smoothing:0.1", ["a space after the colon"]),
+        ("  batch: 256", "\tbatch: 256", "\tbatch: 256", ["spaces, not with tabs"]),
+        ("title: Robust", "title: Mix: Robust", "  title: Mix", ["text with a colon in quotes"]),
+        ("seeds: [1]", "seeds: [1", "seeds: [1", ["expected ',' or ']'", "close the bracket"]),
+        ("title: Robust", "title: 'Robust", "  title: 'Robust", ["unexpected end of stream", "close the quotes"]),
+        ("title: Robust", "title: *Robust", "  title: *Robust", ["undefined alias", "in quotes"]),
+        ("title: Robust", "title: @Robust", "  title: @Robust", ["cannot start any token", "in quotes"]),
+        ("  beta: 5.0", "   beta: 5.0", "   beta: 5.0", ["mapping values", "alike"]),
+        ("  beta: 5.0", " beta: 5.0", " beta: 5.0", ["expected <block end>", "alike"]),
+        ("  beta: 5.0", "  beta: -5.0", "  beta: -5.0", ["train_robust.beta is -5.0"]),
+        ("  beta: 5.0", "  beta: 5.0\n  betta: 5.0", "  betta: 5.0", ["train_robust.betta is not known"]),
+        ("  beta: 5.0", "  beta: 5.0\n  beta: 4.0", "  beta: 4.0", ["beta is given twice, in lines"]),
+        ("  loss: trades\n", "", "train_robust:", ["train_robust.loss is missing"]),
+        ("seeds: [1]", "seeds: [1, 1]", "seeds: [1, 1]", ["seeds is [1, 1]"]),
+        ("epsilon: 1/5", "epsilon: 0/5", "  threat:", ["threat.epsilon is '0/5'"]),
+        ("depth: 10, width: 1, activation: silu}\n  threat", "depth: 11, width: 1, activation: silu}\n  threat",
+         "  network: {name: wide_resnet, depth: 11", ["train_robust.network.depth is 11"]),
+        ("_share: 0.7", "_share: 7", "    generated_share: 7", ["arms.generated.generated_share is 7"]),
+        ("learning_rate: {low: 0.02", "learning_rate: {low: 0.9", "    learning_rate: {low", ["low is 0.9 and high"]),
+        ("index: 0", "index: -1", "  edm18-0000:", ["chunks.edm18-0000.index is -1"]),
+        ("baseline: real_only", "baseline: nobody", "  baseline", ["write_report.baseline is 'nobody'"]),
+        ("  edm18_best: {", "  edm18-best: {", "  edm18-best", ["selections.edm18-best: the name 'edm18-best'"]),
+    ],
+)  # fmt: skip
+def test_problems_name_their_line(root, tmp_path, key, written, line_of, words):
+    path = tmp_path / "params.yaml"
+    text = (root / "params.yaml").read_text()
+    assert key in text
+    path.write_text(text.replace(key, written, 1))
+    (line, *_) = [n for n, found in enumerate(path.read_text().splitlines(), 1) if found.startswith(line_of)]
+    with pytest.raises(ConfigError) as refused:
+        config.load(path)
+    assert f"line {line}: " in str(refused.value), (line, str(refused.value))
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+
+
+def test_a_file_that_is_no_utf_8_names_the_line(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_bytes("a: 1\nb: caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="line 2: not UTF-8"):
+        config.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "advice"),
+    [
+        ("  batch: 128", "1e2", "100"),
+        ("  batch: 128", "'128'", "128"),
+        ("  batch: 128", "100.0", "100"),
+        ("  weight_decay: 0.0005", "'1e-5'", "1e-05"),
+        ("  weight_decay: 0.0005", "' 5e-4'", "0.0005"),
+        ("  weight_decay: 0.0005", ".5e-3", None),
+        ("  weight_decay: 0.0005", "1e-5", None),
+        ("  weight_decay: 0.0005", ".5e1", "5.0"),
+        ("  cycle_momentum: true", "no", "false"),
+        ("  cycle_momentum: true", "On", "true"),
+        ("  cycle_momentum: true", "Y", "true"),
+    ],
+)
+def test_advice_is_accepted(root, tmp_path, key, written, advice):
+    """What a message tells people to write is read without another complaint. advice: None if nothing is wrong."""
+    path, (name, _, old) = tmp_path / "params.yaml", key.partition(": ")
+    before, section, after = (root / "params.yaml").read_text().partition("train_robust:")
+    assert f"{name}: {old}" in after
+
+    def put(value):
+        path.write_text(before + section + after.replace(f"{name}: {old}", f"{name}: {value}", 1))
+
+    put(written)
+    if advice is not None:
+        with pytest.raises(ConfigError) as refused:
+            config.load(path)
+        assert str(refused.value).rpartition("write ")[2].rstrip(")") == advice, str(refused.value)
+        put(advice)
+    config.load(path)
+
+
+def test_no_advice_where_none_would_help(tmp_path, params):
+    for key, value in (("train_robust.beta", "inf"), ("train_robust.batch", "1.5"), ("train_robust.batch", 1.5)):
+        changed = copy.deepcopy(params)
+        _put(changed, key, value)
+        with pytest.raises(ConfigError) as refused:
+            _load(tmp_path, changed)
+        assert "write " not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("norm", "epsilon", "attack", "selection", "pgd"),
+    [
+        ("linf", "1/5", 1 / 20, 1 / 20, 1 / 20),
+        ("linf", "8/255", 2 / 255, 2 / 255, 2 / 255),
+        ("l2", "128/255", 2 * 128 / 255 / 10, 2 * 128 / 255 / 40, 2 * 128 / 255 / 20),
+    ],
+)
+def test_step_sizes_follow_epsilon(tmp_path, params, norm, epsilon, attack, selection, pgd):
+    """Changing epsilon is one edit. Oracle: Wang et al.: 2/255 for 8/255; their l2 code: 2 epsilon / steps."""
+    params["train_robust"]["threat"] = {"norm": norm, "epsilon": epsilon}
+    params["evaluate_robust"]["pgd_steps"] = 20
+    loaded = _load(tmp_path, params)
+    arm = loaded.arms["generated"]
+    found = (arm.attack_step_size, arm.selection_step_size)
+    assert found == pytest.approx((attack, selection), rel=1e-15)
+    assert arm.plain()["attack_step_size"] == str(float(arm.attack_step_size)), "shown to people, and exactly"
+    evaluation = loaded.sections["evaluate_robust"]
+    assert evaluation.pgd_step(norm, arm.threat.epsilon) == pytest.approx(pgd, rel=1e-15)
+    assert loaded.trial.with_values({"beta": 2.0}).arm.attack_step_size == pytest.approx(attack, rel=1e-15)
+    assert float(Fraction(loaded.trial.value_of("attack_step_size"))) == pytest.approx(attack, rel=1e-15)
+
+
+def test_a_given_step_size_stays_and_the_radius_of_one_arm_moves_its_own(tmp_path, params):
+    params["train_robust"]["attack_step_size"] = "1/40"
+    params["arms"]["generated"]["threat"] = {"epsilon": "1/10"}
+    params["evaluate_robust"]["pgd_step_size"] = 0  # as what a command writes down where none is given
+    arms = _load(tmp_path, params).arms
+    assert {name: (arm.attack_step_size.text, float(arm.selection_step_size)) for name, arm in arms.items()} == {
+        "generated": ("1/40", 0.025), "real_only": ("1/40", 0.05)}  # fmt: skip
+    assert config.default_step("l2", 0.5, 1) == 0.5, "never out of the ball at once"
 
 
 def test_an_arm_overrides_its_section_and_nothing_else(tmp_path, params):

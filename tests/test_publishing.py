@@ -184,7 +184,7 @@ LOCK = "schema: '2.0'\nstages:\n  prepare_data:\n    cmd: dmat prepare-data\n"
      ("schema: '2.0'\nstages:\n", False), ("schema: '2.0'\nstages:\n  a:\n", False), ("{", False), ("[]", False)],
 )  # fmt: skip
 def test_a_damaged_dvc_lock_is_known(text, sound):
-    assert dvc_lock.is_sound(text) == sound
+    assert dvc_lock.is_sound(text.encode()) == sound
 
 
 def test_a_dvc_lock_that_a_kill_emptied_is_brought_back(tmp_path):

@@ -20,7 +20,7 @@ from dmat.jobs import STAGES, code
 # A module imports from its own row and from lower rows only; rows as in docs/architecture.md.
 ROWS = (
     ("dmat", "dmat.errors"),
-    ("dmat.files", "dmat.dvc_lock", "dmat.seeds", "dmat.modes", "dmat.processes", "dmat.devices"),
+    ("dmat.files", "dmat.dvc_lock", "dmat.yaml_file", "dmat.seeds", "dmat.modes", "dmat.processes", "dmat.devices"),
     ("dmat.data", "dmat.diffusion", "dmat.robust", "dmat.metrics"),
     ("dmat.training", "dmat.tracking", "dmat.models", "dmat.evaluation", "dmat.report"),
     ("dmat.config", "dmat.recipes"),
@@ -50,7 +50,8 @@ HOMES = {  # package -> the only modules that import it
         for name in ("applying", "ranking", "report", "sampling", "space", "storage", "trials", "worker")
     },
     "sqlalchemy": {"dmat.tuning.claims", "dmat.tuning.plan", "dmat.tuning.storage"},
-    "ruamel": {"dmat.tuning.applying"},
+    "ruamel": {"dmat.tuning.applying", "dmat.yaml_file"},
+    "yaml": {"dmat.dvc_lock"},
     "PIL": {"dmat.data.sources"},
     "pickle": {"dmat.data.cifar"},  # an unpickler that knows arrays of bytes alone
     "plotly": {"dmat.report.charts", "dmat.report.page"},

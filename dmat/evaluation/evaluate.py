@@ -247,7 +247,7 @@ class Evaluation:
     def protocol(self, threat: Mapping[str, Any], all_images: int) -> dict[str, Any]:
         """Everything that somebody needs who wants to measure the same. threat: norm, epsilon as written."""
         settings, suite = self.settings, self.subject.suite
-        step = f"step {settings.pgd_step_size or self.subject.ball.epsilon / 4:.6g}"
+        step = f"step {settings.pgd_step(self.subject.ball.norm, self.subject.ball.epsilon):.6g}"
         return {
             "threat": dict(threat),
             "images": len(self.subject.labels),

@@ -36,12 +36,11 @@ class Settings(Protocol):
     batch: int
 
     @property
-    def pgd_step_size(self) -> float:
-        """0: a quarter of epsilon."""
-
-    @property
     def pgd_loss(self) -> str:
         """A name in `OBJECTIVES`."""
+
+    def pgd_step(self, norm: str, epsilon: float) -> float:
+        """Length of a step of PGD in a ball of radius epsilon."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +123,8 @@ class _Shard:
 
     def pgd(self, ball: Ball, steps: int, purpose: str) -> Tensor:
         """With as many restarts as set; the step keeps its share of the radius."""
-        step = (self.settings.pgd_step_size or self.subject.ball.epsilon / 4) * ball.epsilon / self.subject.ball.epsilon
+        whole = self.subject.ball
+        step = self.settings.pgd_step(whole.norm, whole.epsilon) * ball.epsilon / whole.epsilon
         starts = [
             ball.random_start(
                 seeds.stream(self.settings.pgd_seed, f"evaluation/start{purpose}/{restart}", self.number),

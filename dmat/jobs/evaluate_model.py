@@ -69,6 +69,8 @@ class DirectEvaluation:
         _expect_fit(self.source, self.sidecar, request)
         self.threat = _threat(request, self.sidecar)
         settings, classes = request.settings, self.sidecar["classes"]
+        if (sentence := config.step_problem(self.threat, settings.pgd_step_size)) is not None:
+            raise DmatError(f"evaluate_robust.pgd_step_size {sentence}")
         self.names = _class_names(self.source, self.sidecar)
         suite = None if settings.auto_attack == "none" else auto_attack.suite(settings.auto_attack, classes)
         labels = torch.from_numpy(self.source.labels)

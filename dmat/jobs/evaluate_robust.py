@@ -89,8 +89,11 @@ def assist(settings: EvaluateRobust, job: Job) -> None:
 
 
 def outlook(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
-    """What `--dry-run` says about the time left."""
-    return work.outlook(_units(_evaluations(settings, job)))
+    """What `--dry-run` says: the attacks, and the time left."""
+    evaluations = _evaluations(settings, job)
+    threat = weights.read_sidecar(_weights(job, "best"), "classifier")["threat"]
+    test = shards.open_shards(job.inputs["test"])
+    return {"protocol": evaluations["best"].protocol(threat, len(test))} | work.outlook(_units(evaluations))
 
 
 def _units(evaluations: dict[str, Evaluation]) -> list[work.Unit]:

@@ -35,7 +35,7 @@ def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
     recipe = Recipe(
         ball,
         settings.attack_steps,
-        settings.attack_step,
+        settings.attack_step_size,
         settings.beta,
         settings.label_smoothing,
         settings.alpha,

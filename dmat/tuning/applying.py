@@ -22,7 +22,7 @@ def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: st
     """
     document = YAML()  # keeps comments and order
     document.preserve_quotes, document.width = True, 120
-    raw = document.load(path.read_text())
+    raw = document.load(path.read_text(encoding="utf-8"))
     config.expect_name("--name", name)
     study = f"study {plan.name}, trial {winner.number}"
     images = _image_entries(plan, params, winner, name)

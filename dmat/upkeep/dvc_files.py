@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
-from dmat import dvc_lock
+from dmat import dvc_lock, yaml_file
 from dmat.errors import DmatError
 from dmat.upkeep import work_folders
-
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C reads a large dvc.lock ten times faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +101,7 @@ def results(root: Path) -> list[Result]:
     cache = _cache_folder(root)
     lock = read_lock(root)
     found = [(entry, True) for entry in lock.get("stages", {}).values()]
-    found += [(_yaml(path), False) for path in sorted((cache / "runs").glob("*/*/*")) if path.is_file()]
+    found += [(_recorded(path), False) for path in sorted((cache / "runs").glob("*/*/*")) if path.is_file()]
     return [
         Result({out["path"]: out["md5"] for out in outs}, locked, cache / "files" / "md5")
         for entry, locked in found
@@ -113,7 +110,7 @@ def results(root: Path) -> list[Result]:
 
 
 def read_lock(root: Path) -> dict[str, Any]:
-    """dvc.lock; empty if there is none. Raises DmatError for one that a kill left damaged."""
+    """dvc.lock, every value as text; empty if there is none. Raises DmatError for one that a kill left damaged."""
     path = root / dvc_lock.NAME
     if not path.exists():
         return {}
@@ -122,14 +119,18 @@ def read_lock(root: Path) -> dict[str, Any]:
             f"{path} cannot be read, so every dvc command stops; DVC was killed while it wrote it; `dmat doctor --fix` "
             f"brings back the copy that the last stage kept"
         )
-    return _yaml(path)
+    return _recorded(path)
 
 
 def read_pipeline(root: Path) -> dict[str, Any]:
     """dvc.yaml. Raises DmatError if it has no stages."""
-    pipeline = _yaml(root / "dvc.yaml")
-    if not isinstance(pipeline.get("stages"), dict):
-        raise DmatError(f"{root / 'dvc.yaml'} has no stages; bring the file back from git")
+    path = root / "dvc.yaml"
+    try:
+        pipeline = yaml_file.read(path).value
+    except DmatError as error:
+        raise DmatError(f"{path}: {error}; or bring the file back from git") from None
+    if not isinstance(pipeline, dict) or not isinstance(pipeline.get("stages"), dict):
+        raise DmatError(f"{path} has no stages; bring the file back from git")
     return pipeline
 
 
@@ -143,14 +144,12 @@ def _cache_folder(root: Path) -> Path:
     return folder / Path(given).expanduser()
 
 
-def _yaml(path: Path) -> dict[str, Any]:
-    loader = _Loader(path.read_text())
+def _recorded(path: Path) -> dict[str, Any]:
+    """What DVC wrote."""
     try:
-        value = loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise DmatError(f"{path} is not valid YAML ({str(error).splitlines()[0]}); bring it back from git") from None
-    finally:
-        loader.dispose()
+        value = dvc_lock.parse(path.read_bytes())
+    except ValueError as error:
+        raise DmatError(f"{path} is not valid YAML ({error}); bring it back from git") from None
     if not isinstance(value, dict):
         raise DmatError(f"{path} holds {type(value).__name__}; expected a mapping; bring it back from git")
     return value
