@@ -71,6 +71,7 @@ def test_a_helper_alone_computes_everything_and_publishes_nothing(finished, unev
     said = json.loads(_dmat(unevaluated.folder, *ARM, "--dry-run"))
     assert said["shards"] == said["shards_done"] > 8
     assert said["seconds_left"] == 0
+    assert "step 0.05," in said["protocol"]["pgd"]
     unevaluated.run("evaluate_robust")
     assert unevaluated.outputs("evaluate_robust") == finished.outputs("evaluate_robust")
 
@@ -272,12 +273,17 @@ def test_a_parameter_file_says_how_many_images(elsewhere, finished):
     import yaml
 
     params = yaml.safe_load((finished.folder / "params.yaml").read_text())
-    params["evaluate_robust"] = {**params["evaluate_robust"], "images": 7, "auto_attack": "none"}
+    params["evaluate_robust"] = {**params["evaluate_robust"], "images": 7, "auto_attack": "none",
+                                 "pgd_step_size": "1/10"}  # fmt: skip
     (elsewhere / "own.yaml").write_text(yaml.safe_dump(params))
     planned = json.loads(_dmat(elsewhere, *MODEL, "--params", "own.yaml", "--dry-run"))
     assert planned["protocol"]["images"] == 7
     again = json.loads(_dmat(elsewhere, *MODEL, "--params", "own.yaml", "--first", "9", "--dry-run"))
     assert again["protocol"]["images"] == 9
+    small = ("--norm", "linf", "--epsilon", "1/20")
+    text = _dmat(elsewhere, *MODEL, "--params", "own.yaml", *small, "--dry-run", code=2)
+    assert "pgd_step_size is 1/10, larger than threat.epsilon 1/20; expected at most epsilon; leave it out" in text
+    assert "step 0.0125," in json.loads(_dmat(elsewhere, *MODEL, *small, "--dry-run"))["protocol"]["pgd"]
 
 
 SPOILED = {

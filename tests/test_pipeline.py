@@ -334,6 +334,7 @@ def test_dry_run_plans_without_doing(project):
     plan = json.loads(project.run("dmat", "train-robust", "--arm", "generated", "--seed", "1", "--dry-run"))
     assert plan["state"].startswith("finished")
     assert plan["settings"]["threat"]["epsilon"] == "1/5"
+    assert plan["settings"]["attack_step_size"] == plan["settings"]["selection_step_size"] == "0.05"
     assert set(plan["inputs"]) == {"train", "validation", "mix"}
 
 

@@ -189,7 +189,7 @@ def test_any_parameter_of_an_arm_or_its_images_may_be_in_a_space(root, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"space": {"bta": {"low": 1, "high": 2}}}, ["tune.space: bta is not known", "beta"]),
+        ({"space": {"bta": {"low": 1, "high": 2}}}, ["tune.space.bta is not known", "beta"]),
         ({"space": {"network": {"choices": ["a", "b"]}}}, ["network is not a single value", "dots"]),
         ({"space": {"network.dpth": {"low": 1, "high": 2}}}, ["network.dpth is not known", "depth"]),
         ({"space": {"images": {"low": 1, "high": 2}}}, ["tune.space.images", "could not be compared"]),
@@ -369,9 +369,23 @@ def test_a_winner_changes_one_key_of_a_mapping_and_keeps_the_others(root, tmp_pa
     applying.apply(path, plan, config.load(path), _winner({"network.width": 2}), "tuned", [])
     assert config.load(path).arms["tuned"].network.plain() == {
         "name": "wide_resnet", "depth": 16, "width": 2, "activation": "relu"}  # fmt: skip
-    for name in ("no", "a-b", "", "7"):
+    for name in ("null", "true", "a-b", "", "7", "010", "1e3", "1_0"):
         with pytest.raises(DmatError, match="--name is"):
             applying.apply(path, plan, params, _winner({"beta": 2.0}), name, [])
+
+
+@pytest.mark.parametrize("head", ["", "%YAML 1.1\n---\n"])
+def test_what_is_applied_is_what_is_read(root, tmp_path, head):
+    """Small numbers are written as 1e-05, names as YAML 1.2 reads them; the other values stay what they were."""
+    plan, _, path = _study(root, tmp_path, {})
+    path.write_text(
+        head + (root / "params.yaml").read_text().replace("label_smoothing: 0.1", "label_smoothing: 1.0e-1")
+    )
+    before = config.load(path)
+    applying.apply(path, plan, before, _winner({"weight_decay": 1e-05, "beta": 1e22}), "no", [])
+    after = config.load(path)
+    assert (after.arms["no"].weight_decay, after.arms["no"].beta) == (1e-05, 1e22)
+    assert (after.sections, after.arms["generated"]) == (before.sections, before.arms["generated"])
 
 
 def test_a_trial_that_ended_between_look_and_claim_is_left_alone(root, tmp_path):
