@@ -162,6 +162,32 @@ def test_no_steps_return_the_start_inside():
 # --- what an attack must leave alone
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_start_may_be_left_unclipped(norm):
+    """Then the first gradient is that at images + start, and later iterates are inside as ever."""
+    images, ball, seen = unit(5, 1, 4, 4), Ball(norm, 0.1), []
+    start, model = gaussian(5, 1, 4, 4, seed=3), network((1, 4, 4))
+
+    def logits_of(x):
+        seen.append(x.detach().clone())
+        return model(x)
+
+    found = attacks.pgd(
+        logits_of,
+        images,
+        attacks.cross_entropy(torch.zeros(5, dtype=torch.long)),
+        ball,
+        start,
+        2,
+        0.05,
+        clip_start=False,
+    )
+    assert torch.equal(seen[0], images + start)
+    for x in (seen[1], found):
+        assert max(lengths(x - images, norm)) <= 0.1 * (1 + 1e-5)
+        assert 0 <= x.min() <= x.max() <= 1
+
+
 def test_pgd_leaves_gradients_inputs_and_surroundings_alone():
     model = network((1, 4, 4)).requires_grad_(True)
     mark = torch.full_like(model[1].weight, 7.0)

@@ -9,6 +9,7 @@ import dataclasses
 
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
@@ -50,6 +51,7 @@ def a_batch(norm):
         model.norm.bias.normal_(std=0.3)
         model.norm.running_mean.normal_()
     images, labels = torch.rand(6, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 0])
+    images[:, 0, 0], images[:, 0, -1] = 0, 1  # pixels at both ends of the range, which clipping moves
     start = RECIPES[norm].ball.random_start(seeds.stream(1, "start"), images.shape).double()
     return model.train(), images, labels, start
 
@@ -87,7 +89,8 @@ class Slow:
 
     def attack(self, images, start, recipe):
         target = self.forward(images)[0].detach()
-        x = self.pull_back(images, start, recipe.ball)
+        # published: the linf start is clipped, the l2 start is not
+        x = self.pull_back(images, start, recipe.ball) if recipe.ball.norm == "linf" else images + start
         for _ in range(recipe.steps):
             x = x.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(self.divergence(target, self.forward(x)[0]).sum(), x)
@@ -162,7 +165,7 @@ def test_trades_step_equals_the_slow_version(norm):
     torch.testing.assert_close(loss.total.detach(), loss.natural + recipe.beta * loss.robust)
     assert furthest({name: p.grad for name, p in model.named_parameters()}, gradients) < 1e-5
     # the attack did something, and both terms matter
-    assert robust.mean() > 0.05
+    assert robust.mean() > 0.03
     # two tracked passes, natural first
     mean, variance = before.norm.running_mean, before.norm.running_var
     for batch_mean, batch_variance in statistics:
@@ -170,6 +173,52 @@ def test_trades_step_equals_the_slow_version(norm):
     torch.testing.assert_close(model.norm.running_mean, mean, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(model.norm.running_var, variance, rtol=1e-6, atol=1e-8)
     assert model.norm.num_batches_tracked == 2
+
+
+def test_l2_attack_of_trades_begins_outside_the_pixel_range():
+    """Wang et al.'s code: the first gradient is taken at image + 0.001 x Gaussian, border pixels included."""
+    model, images, labels, _ = a_batch("l2")
+    start = losses.draw_start("trades", RECIPES["l2"].ball, seeds.stream(1, "attack/start"), tuple(images.shape))
+    seen = []
+    model.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().clone()))
+    losses.trades(model, images, labels, start, RECIPES["l2"])
+    natural, first, *later, adversarial = seen
+    assert torch.equal(natural, images)
+    torch.testing.assert_close(first, images + start)
+    assert first.min() < 0
+    assert first.max() > 1
+    for x in (*later, adversarial):
+        assert (x.min(), x.max()) == (0, 1)
+    slow = Slow({name: p.detach() for name, p in model.named_parameters()})
+    # near the images the divergence is so flat that logits in float32 turn its gradient by 1e-4
+    assert (adversarial - slow.attack(images, start, RECIPES["l2"])).abs().max() < 1e-4
+    clipped = Slow.pull_back(images, start, RECIPES["l2"].ball) - images
+    assert (adversarial - slow.attack(images, clipped, RECIPES["l2"])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", losses.ADVERSARIAL)
+@pytest.mark.parametrize("norm", RECIPES)
+def test_starts_are_those_of_the_published_code(name, norm):
+    """linf: uniform in the ball. l2: 0.001 x Gaussian, but pgd_at on the sphere towards a random image."""
+    model, images, labels, _ = a_batch(norm)
+    epsilon = RECIPES[norm].ball.epsilon
+    images = images.repeat(50, 1, 1, 1)
+    drawn = losses.draw_start(name, RECIPES[norm].ball, seeds.stream(1, "attack/start"), tuple(images.shape))
+    numbers = drawn.flatten().double().numpy()
+    if norm == "linf":
+        assert stats.kstest(numbers, "uniform", args=(-epsilon, 2 * epsilon)).pvalue > 0.001
+    elif name != "pgd_at":
+        assert stats.kstest(numbers, "norm", args=(0, 0.001)).pvalue > 0.001
+    else:
+        assert stats.kstest(numbers, "uniform").pvalue > 0.001
+        seen = []
+        model.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().clone()))
+        losses.pgd_at(model, images, labels.repeat(50), drawn, RECIPES[norm])
+        moved = seen[0] - images
+        assert moved.flatten(1).norm(dim=1).tolist() == pytest.approx([epsilon] * 300, rel=1e-5)
+        towards = (drawn - images).flatten(1)
+        assert F.cosine_similarity(moved.flatten(1), towards).min() > 1 - 1e-6
+        assert 0 <= seen[0].min() <= seen[0].max() <= 1
 
 
 @pytest.mark.parametrize("norm", RECIPES)
@@ -359,7 +408,12 @@ def test_pgd_at_trains_on_the_images_that_maximise_cross_entropy_in_evaluation_m
         h = F.silu(h * before.norm.weight[:, None, None] + before.norm.bias[:, None, None])
         return before.logits(h.reshape(len(h), 5, 2, 3, 2, 3).mean((3, 5)).flatten(1))
 
-    x = Slow.pull_back(images, start, recipe.ball)
+    if norm == "l2":  # published: a random image, brought to the distance epsilon
+        start = torch.rand(images.shape, dtype=torch.float64)
+        way = start - images
+        x = images + recipe.ball.epsilon * way / way.flatten(1).norm(dim=1)[:, None, None, None]
+    else:
+        x = Slow.pull_back(images, start, recipe.ball)
     for _ in range(recipe.steps):
         x = x.detach().requires_grad_(True)
         (g,) = torch.autograd.grad(F.cross_entropy(logits_in_evaluation(x), labels, reduction="sum"), x)

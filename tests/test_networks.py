@@ -4,6 +4,7 @@ Oracle: the whole network again, written with functions from the published tenso
 pytest tests/test_networks.py
 """
 
+import collections
 import math
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dmat.robust import flops
-from dmat.robust.networks import ACTIVATIONS, Block, Facts, preact_resnet, wide_resnet
+from dmat.robust.networks import ACTIVATIONS, NETWORKS, Block, Facts, preact_resnet, wide_resnet
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
@@ -177,27 +178,48 @@ def test_normalisation_is_a_layer_of_the_network():
 # --- the start
 
 
-def test_initialisation_is_the_published_one():
-    """Convolutions: std sqrt(2 / (k k out)); batch norm 1 and 0 with momentum 0.01; linear bias 0."""
+def fan_out_normal(layer):
+    """Gowal et al. 2020: std of a normal distribution, sqrt(2 / (k k out))."""
+    return math.sqrt(2 / (layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels))
+
+
+def uniform_by_fan_in(layer):
+    """The default of nn.Conv2d and nn.Linear, as their pages say: uniform within 1 / sqrt(fan in) of 0."""
+    return 1 / math.sqrt(layer.weight[0].numel()) / math.sqrt(3)
+
+
+# network -> (depth, width), std of a convolution, whether the bias of the last layer is 0
+STARTS = {
+    "wide_resnet": ((10, 4), fan_out_normal, True),
+    "wide_resnet_symmetric": ((10, 4), fan_out_normal, True),
+    "preact_resnet": ((18, 0), uniform_by_fan_in, False),  # Rebuffi et al. 2021's file initialises nothing
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_initialisation_is_the_published_one(name):
+    """Convolutions by the rule of the network, the last layer by torch's; batch norm 1 and 0 with momentum 0.01."""
+    size, std_of, bias_is_zero = STARTS[name]
     torch.manual_seed(0)
-    model = wide_resnet(facts(), 10, 4, "silu")
-    convolutions = norms = 0
+    model, kinds = NETWORKS[name](facts(), *size, "silu"), collections.Counter()
     for layer in model.modules():
+        kinds[type(layer)] += 1
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            weight, expected = layer.weight, (std_of if type(layer) is torch.nn.Conv2d else uniform_by_fan_in)(layer)
+            spread = 4 / math.sqrt(2 * weight.numel())  # four standard errors of a standard deviation
+            assert weight.std().item() == pytest.approx(expected, rel=spread)
+            assert abs(weight.mean().item()) < 4 * expected / math.sqrt(weight.numel())
         if isinstance(layer, torch.nn.Conv2d):
-            expected = math.sqrt(2 / (layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels))
-            spread = 4 / math.sqrt(2 * layer.weight.numel())  # four standard errors of a standard deviation
-            assert layer.weight.std().item() == pytest.approx(expected, rel=spread)
-            assert abs(layer.weight.mean().item()) < 4 * expected / math.sqrt(layer.weight.numel())
             assert layer.bias is None
-            convolutions += 1
+            # a uniform distribution ends at sqrt(3) of its std, a normal one goes far beyond
+            assert (layer.weight.abs().max() < 1.8 * std_of(layer)) == (std_of is uniform_by_fan_in)
         elif isinstance(layer, torch.nn.BatchNorm2d):
             assert (layer.weight == 1).all()
             assert (layer.bias == 0).all()
             assert (layer.momentum, layer.eps) == (0.01, 1e-5)
-            norms += 1
-    assert (convolutions, norms) == (1 + 3 * 2 + 3, 3 * 2 + 1)
-    assert (model.logits.bias == 0).all()
-    assert model.logits.weight.any()
+    counts = (kinds[torch.nn.Conv2d], kinds[torch.nn.BatchNorm2d], kinds[torch.nn.Linear])
+    assert counts == ((1 + 8 * 2 + 3, 8 * 2 + 1, 1) if name == "preact_resnet" else (1 + 3 * 2 + 3, 3 * 2 + 1, 1))
+    assert (model.logits.bias == 0).all() == bias_is_zero
 
 
 def test_gradient_reaches_every_parameter():

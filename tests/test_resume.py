@@ -22,7 +22,7 @@ from dmat.errors import Diverged, DmatError, Interrupted
 from dmat.robust.attacks import Ball
 from dmat.robust.losses import LOSSES, Recipe
 from dmat.robust.networks import Facts, wide_resnet
-from dmat.training import classifier, denoiser
+from dmat.training import averaging, classifier, denoiser
 from dmat.training.long_run import LongRun, MetricsLog
 
 
@@ -233,6 +233,49 @@ def test_denoiser_resumes_bit_for_bit(tmp_path, shards, compute, tiny_params, st
     again, again_history = _train_denoiser(tmp_path / "parts", shards, compute, settings)
     assert again_history == history
     assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_denoiser_average_is_that_of_karras_et_al(tmp_path, shards, compute, tiny_params, monkeypatch):
+    """The half-life is 5 % of the images seen before each step until it is whole: the first average is a copy."""
+    lives, update = [], averaging.update
+
+    def record(averaged, live, decay):
+        lives.append([p.detach().double().clone() for p in live.parameters()])
+        update(averaged, live, decay)
+
+    monkeypatch.setattr(averaging, "update", record)
+    section = tiny_params["train_diffusion"] | {"images": 160, "batch": 16, "average_half_life": 5.0}
+    settings = config.Generator.model_validate(section)
+    weights, _ = _train_denoiser(tmp_path, shards, compute, settings)
+    average = lives[0]
+    for step, live in enumerate(lives[1:], start=1):
+        half_life = min(5.0, 0.05 * 16 * step)
+        decay = 0.5 ** (16 / half_life)
+        average = [decay * a + (1 - decay) * p for a, p in zip(average, live, strict=True)]
+    assert len(lives) == 10
+    assert half_life == 5  # both parts of the minimum were used
+    model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.dropout), settings.sigma_data)
+    for (name, _), expected in zip(model.named_parameters(), average, strict=True):
+        torch.testing.assert_close(weights[name].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_learning_rate_of_a_run_changes_after_whole_batches(tmp_path, shards, compute, robust_settings):
+    """40 images in batches of 16 are an epoch of 3 steps; torch's scheduler is stepped once for each."""
+    changes = {"batch": 16, "schedule_every": 40, "images": 41 * 48, "evaluate_every": 48, "selection_steps": 0}
+    settings = robust_settings.model_copy(update={**changes, "loss": "standard", "augmentation": "none"})
+    history = _train_classifier(tmp_path, shards, compute, settings).history
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, settings.learning_rate, total_steps=41, pct_start=settings.warm_up
+    )
+    expected = []
+    for _ in range(41):
+        expected.append((optimiser.param_groups[0]["lr"], optimiser.param_groups[0]["momentum"]))
+        optimiser.step()
+        if len(expected) < 41:
+            scheduler.step()
+    found = [(record["learning_rate"], record["momentum"]) for record in history]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_another_precision_is_refused(tmp_path, shards, compute, robust_settings):

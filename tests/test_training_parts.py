@@ -88,6 +88,23 @@ def test_one_cycle_without_cycled_momentum_keeps_nine_tenths():
     assert rates == [schedules.one_cycle(step, 100, 0.2)[0] for step in range(100)]
 
 
+@pytest.mark.parametrize(("batch", "epoch_steps"), [(512, 98), (2048, 25), (500, 100), (50_000, 1), (65_536, 1)])
+def test_an_epoch_is_rounded_up_to_whole_batches(batch, epoch_steps):
+    """Wang et al.'s code: the scheduler steps once after each ceil(50,000 / batch) batches, for 60 epochs."""
+    expected = torch_one_cycle(60, 0.2, pct_start=0.025)
+    steps = 60 * math.ceil(50_000 / batch)
+    found, count = schedules.epochs(50_000, batch, steps)
+    assert (found, count) == (epoch_steps, 60)
+    for step in range(steps):
+        rate_and_momentum = schedules.one_cycle(step // found, count, 0.2)
+        assert rate_and_momentum == pytest.approx(expected[step // math.ceil(50_000 / batch)])
+
+
+def test_an_epoch_shorter_than_a_batch_is_one_batch():
+    assert schedules.epochs(1, 128, 10) == (1, 10)
+    assert schedules.epochs(256, 128, 9) == (2, 5)  # the last epoch is cut short
+
+
 def test_ramp_then_cosine_rises_in_a_line_and_falls_in_half_a_cosine():
     for progress, expected in [(0, 0), (0.05, 0.5), (0.1, 1), (0.55, 0.5), (1, 0), (0.325, (1 + math.sqrt(0.5)) / 2)]:
         assert schedules.ramp_then_cosine(progress, 3.0, 0.1) == pytest.approx(3 * expected, abs=1e-12)
@@ -124,7 +141,7 @@ def test_denoiser_half_life_is_the_images_after_which_half_is_forgotten(batch):
 
 
 def test_denoiser_half_life_grows_with_the_images_seen():
-    """At most 5 % of the images seen so far: the first averages forget fast."""
+    """At most 5 % of the images seen before the step: the first averages forget fast."""
     assert averaging.denoiser_decay(2000, 50, 1e9) == pytest.approx(0.5 ** (50 / 100))
     assert averaging.denoiser_decay(2000, 50, 1e9, ramp=0.5) == pytest.approx(0.5 ** (50 / 1000))
     assert averaging.denoiser_decay(0, 50, 1e9) == 0

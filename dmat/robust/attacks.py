@@ -49,7 +49,10 @@ class Ball:
         return _length(perturbation).flatten()
 
     def training_start(self, generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
-        """Start of TRADES's inner attack (Wang et al.'s code): linf uniform in the ball, l2 0.001 x Gaussian."""
+        """Start of TRADES's inner attack (Wang et al.'s code): linf uniform in the ball, l2 0.001 x Gaussian.
+
+        Published, the linf start is clipped to [0, 1] and the l2 start is not: `pgd` with clip_start=False.
+        """
         if self.norm == "linf":
             return seeds.uniform(generator, shape, -self.epsilon, self.epsilon)
         return 0.001 * seeds.normal(generator, shape)
@@ -63,10 +66,21 @@ class Ball:
 
 
 def pgd(
-    logits_of: Logits, images: Tensor, objective: Objective, ball: Ball, start: Tensor, steps: int, step_size: float
+    logits_of: Logits,
+    images: Tensor,
+    objective: Objective,
+    ball: Ball,
+    start: Tensor,
+    steps: int,
+    step_size: float,
+    clip_start: bool = True,
 ) -> Tensor:
-    """Projected gradient ascent (Madry et al. 2018). Returns the last iterate, detached, float32."""
-    adversarial = _inside(images, start, ball)
+    """Projected gradient ascent (Madry et al. 2018). Returns the last iterate, detached, float32.
+
+    clip_start: the first gradient is taken inside [0, 1] and the ball; False takes it at images + start as given.
+    Every later iterate, and so the result, is inside.
+    """
+    adversarial = _inside(images, start, ball) if clip_start or not steps else (images + start).detach()
     for _ in range(steps):
         adversarial.requires_grad_(True)
         with torch.enable_grad():

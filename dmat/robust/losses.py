@@ -1,18 +1,20 @@
 """Training losses of a classifier, one signature: loss(model, images, targets, start, recipe, class_means) -> Loss.
 
 targets: labels int64 [B], or shares of the classes float [B, K] (mixed images; these are not smoothed, as published).
-start: where the attack begins, [B, C, H, W] around 0. class_means: [K, K], what `ikl` weighs with; others ignore it.
+start: where the attack begins, [B, C, H, W], as `draw_start` draws it for the loss. class_means: [K, K], what `ikl`
+weighs with; others ignore it.
 The model is in training mode; how batch norm behaves in each forward pass is part of a loss and stated in it.
 """
 
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmat import modes
+from dmat import modes, seeds
 from dmat.robust import attacks
 from dmat.robust.attacks import Ball
 
@@ -41,6 +43,13 @@ class Loss:
 
 
 LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor, Recipe, Tensor | None], Loss]
+
+
+def draw_start(name: str, ball: Ball, generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    """The `start` of the loss of that name, [B, C, H, W]: perturbations, but for `pgd_at` in l2 images in [0, 1]."""
+    if name == "pgd_at" and ball.norm == "l2":
+        return seeds.uniform(generator, shape)
+    return ball.training_start(generator, shape)
 
 
 def trades(
@@ -91,8 +100,11 @@ def pgd_at(
 ) -> Loss:
     """Adversarial training (Madry et al. 2018): cross-entropy on the images that maximise it. One tracked pass.
 
-    The attack sees the model in evaluation mode, as in Wang et al.'s code base; label smoothing is the recipe's.
+    The attack sees the model in evaluation mode and starts, in l2, on the sphere in the direction of a random image,
+    as in Wang et al.'s code base: `start` is that image, uniform in [0, 1]. Label smoothing is the recipe's.
     """
+    if recipe.ball.norm == "l2":
+        start = recipe.ball.project(start - images)  # inside [0, 1], as it lies between two images
     with modes.frozen(model), modes.mode(model, training=False):
         adversarial = attacks.pgd(
             model, images, attacks.cross_entropy(targets), recipe.ball, start, recipe.steps, recipe.step_size
@@ -152,13 +164,20 @@ def _both(model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, reci
     """Natural and adversarial logits [B, K], float32, with gradients.
 
     The tracked natural pass comes before the attack, which needs its prediction: the same numbers as one more pass
-    without tracking, as published, and one pass of 27 less.
+    without tracking, as published, and one pass of 27 less. The l2 start is not clipped to [0, 1], as published.
     """
     natural_logits = model(images).float()
     target = natural_logits.detach().log_softmax(1) if targets.ndim == 1 else targets.clamp(min=1e-30).log()
     with modes.frozen(model), modes.untracked_batch_norm(model):
         adversarial = attacks.pgd(
-            model, images, attacks.divergence(target), recipe.ball, start, recipe.steps, recipe.step_size
+            model,
+            images,
+            attacks.divergence(target),
+            recipe.ball,
+            start,
+            recipe.steps,
+            recipe.step_size,
+            clip_start=recipe.ball.norm == "linf",
         )
     return natural_logits, model(adversarial).float()
 

@@ -114,7 +114,8 @@ PREACT_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # depth -> blocks of each 
 
 class PreActResNet(Classifier):
     """Pre-activation residual network (He et al. 2016) as Rebuffi et al. 2021 published it: groups of 64, 128, 256 and
-    512 channels, 3x3 shortcuts from the raw input of a block, names as in their files."""
+    512 channels, 3x3 shortcuts from the raw input of a block, names as in their files. Their weights start as torch
+    initialises its layers, unlike those of their `WideResNet`."""
 
     def __init__(self, facts: Facts, blocks: Sequence[int], activation: type[nn.Module]):
         super().__init__()
@@ -130,7 +131,6 @@ class PreActResNet(Classifier):
         self.batchnorm = nn.BatchNorm2d(width, momentum=0.01)
         self.relu = activation()
         self.logits = nn.Linear(width, facts.classes)
-        self.apply(_initialise)
 
     def features(self, images: Tensor) -> Tensor:
         """What the last layer sees: [B, 512]."""

@@ -13,7 +13,10 @@ def classifier_decay(step: int, steps: int, tau: float, warm_up: float = 0.025) 
 
 
 def denoiser_decay(images_seen: int, batch: int, half_life: float, ramp: float = 0.05) -> float:
-    """Decay of EDM: half-life in images, at most `ramp` of the images seen so far (Karras et al. 2022, F.2)."""
+    """Decay of EDM: half-life in images, at most `ramp` of the images seen before this step (Karras et al. 2022, F.2).
+
+    0 in the first step, so the average begins as a copy of the weights after it.
+    """
     life = min(half_life, ramp * images_seen)
     return 0.5 ** (batch / max(life, 1e-8))
 

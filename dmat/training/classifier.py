@@ -116,6 +116,7 @@ def train(
     class_means = losses.ClassMeans(classes, settings.temperature, compute.device)
     steps = -(-settings.images // settings.batch)
     every = max(1, settings.evaluate_every // settings.batch)
+    epoch_steps, epochs = schedules.epochs(settings.schedule_every, settings.batch, steps)
     check_every = _CHECK_EVERY if world.size == 1 else 1  # all processes must find the same at the same step
     progress: dict[str, Any] = {
         "step": 0,
@@ -148,7 +149,7 @@ def train(
     if (found := run.resume()) is not None:
         restore(found)
     clock, asked, mine = _Clock(), False, world.part(settings.batch)
-    next_steps = Ahead(lambda step: _draw(batches, recipe.ball, step, seed, settings.batch, compute), steps)
+    next_steps = Ahead(lambda step: _draw(batches, settings, recipe.ball, step, seed, compute), steps)
     while True:
         step, images_seen = progress["step"], progress["step"] * settings.batch
         done = step >= steps
@@ -184,8 +185,8 @@ def train(
         modes.set_batch_norm_momentum(
             model, settings.first_batch_norm_momentum if step == 0 else settings.batch_norm_momentum
         )
-        _set_rate(optimiser, images_seen, settings, progress["rate_factor"])
-        if images_seen // settings.schedule_every > (images_seen - settings.batch) // settings.schedule_every:
+        _set_rate(optimiser, step // epoch_steps, epochs, settings, progress["rate_factor"])
+        if step % epoch_steps == 0:
             class_means.next_epoch()
         drawn = next_steps.at(step)
         images, targets = _inputs(drawn, augment, classes, settings, step, seed, compute)
@@ -257,11 +258,13 @@ class _Drawn:
     start: Tensor
 
 
-def _draw(batches: MixedBatches, ball: Ball, step: int, seed: int, batch: int, compute: Compute) -> _Drawn:
+def _draw(batches: MixedBatches, settings: Settings, ball: Ball, step: int, seed: int, compute: Compute) -> _Drawn:
     """Named by (seed, step), so that it may be drawn early and by another thread."""
     images, labels = batches.at(step)
-    start = ball.training_start(seeds.stream(seed, "attack/start", step), (batch, *images.shape[1:]))
-    return _Drawn(compute.ready(images), compute.ready(labels), compute.ready(start[compute.world.part(batch)]))
+    shape = (settings.batch, *images.shape[1:])
+    start = losses.draw_start(settings.loss, ball, seeds.stream(seed, "attack/start", step), shape)
+    mine = compute.world.part(settings.batch)
+    return _Drawn(compute.ready(images), compute.ready(labels), compute.ready(start[mine]))
 
 
 def _inputs(
@@ -312,10 +315,10 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, images_seen: int, settings: Settings, factor: float) -> None:
+def _set_rate(optimiser: torch.optim.Optimizer, epoch: int, epochs: int, settings: Settings, factor: float) -> None:
     rate, momentum = schedules.one_cycle(
-        images_seen // settings.schedule_every,
-        -(-settings.images // settings.schedule_every),
+        epoch,
+        epochs,
         settings.learning_rate,
         warm_up=settings.warm_up,
         start_divisor=settings.start_divisor,

@@ -94,7 +94,7 @@ def train(
         averaging.update(
             averaged,
             denoiser,
-            averaging.denoiser_decay(images_seen + settings.batch, settings.batch, settings.average_half_life),
+            averaging.denoiser_decay(images_seen, settings.batch, settings.average_half_life),
         )
         pending.append(loss.detach())
         progress["step"] = step + 1

@@ -3,6 +3,15 @@
 import math
 
 
+def epochs(every: int, batch: int, steps: int) -> tuple[int, int]:
+    """Steps of an epoch of `every` images, and how many epochs a run of `steps` steps begins.
+
+    An epoch is rounded up to whole batches, as Wang et al.'s code has it: 98 steps for 50,000 images in batches of 512.
+    """
+    epoch_steps = -(-every // batch)
+    return epoch_steps, -(-steps // epoch_steps)
+
+
 def one_cycle(
     step: int,
     steps: int,
