@@ -248,6 +248,7 @@ def step_problem(threat: Threat, step: Fraction) -> str | None:
 class TrainRobust(ClassifierTraining):
     threat: Threat
     generated_share: Share = 0.0  # of each batch
+    real_sampling: Literal["without_replacement", "reshuffled"] = "without_replacement"
     generated_sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
 
     @pydantic.model_validator(mode="after")
@@ -336,6 +337,7 @@ class MixImages(Record):
     images: Count  # training images seen
     with_replacement: bool  # of generated images
     copies: Count  # of each drawn image in a batch
+    reshuffle_steps: Natural  # after which real images are shuffled anew; 0: once all were seen
 
     @classmethod
     def of(cls, arm: TrainRobust, images_from: str) -> Self:
@@ -346,6 +348,7 @@ class MixImages(Record):
             images=arm.images,
             with_replacement=arm.generated_sampling == "with_replacement",
             copies=arm.cutmix_copies,
+            reshuffle_steps=-(-arm.schedule_every // arm.batch) if arm.real_sampling == "reshuffled" else 0,
         )
 
 

@@ -45,6 +45,7 @@ BAD = [
     ("train_robust.temperature", 0.0, ["is 0.0", "greater than 0"]),
     ("train_robust.patience", -1, ["is -1", "greater than or equal to 0"]),
     ("train_robust.on_divergence", "ignore", ["is 'ignore'", "'stop' or 'roll_back'"]),
+    ("train_robust.real_sampling", "twice", ["is 'twice'", "'without_replacement' or 'reshuffled'"]),
     ("train_robust.generated_sampling", "twice", ["is 'twice'", "'with_replacement'"]),
     ("train_robust.batch_norm_momentum", 1.5, ["is 1.5", "less than or equal to 1"]),
     ("train_robust.start_divisor", 0.5, ["is 0.5", "greater than or equal to 1"]),

@@ -432,6 +432,41 @@ def test_generated_images_may_be_drawn_anew_in_each_step():
     )
 
 
+def test_real_images_may_be_reshuffled_after_an_epoch():
+    """Wang et al.'s code: 98 batches of 512 with 154 real images each read 15,092 of 48,976, then another order begins."""
+    mix = Mix(48_976, 100, 512, 0.7, reshuffle_steps=98)
+    assert mix.real_per_batch * 98 == 15_092
+    order = BatchOrder(mix, seed=1)
+    for epoch in (0, 3):
+        drawn = np.concatenate([order.at(98 * epoch + step)[0] for step in range(98)])
+        assert len(set(drawn.tolist())) == 15_092
+        assert np.array_equal(drawn, seeds.order(1, "order/real", epoch, 48_976)[:15_092])
+    assert np.array_equal(BatchOrder(mix, seed=1).at(98 * 3 + 5)[0], order.at(98 * 3 + 5)[0])  # read alone
+    assert np.array_equal(order.at(299)[1], BatchOrder(Mix(48_976, 100, 512, 0.7), seed=1).at(299)[1])
+
+
+@pytest.mark.parametrize(("real", "steps"), [(7, 4), (10, 2), (20, 1), (100, 4)])
+def test_no_permutation_is_read_in_two_epochs(real, steps):
+    """5 real images a step, in epochs that read less than one permutation, exactly one, or several."""
+    order, whole = BatchOrder(Mix(real, 0, 5, 0.0, reshuffle_steps=steps), seed=1), Sequence(1, "order/real", real)
+    rounds = -(-5 * steps // real)
+    for step in range(3 * steps):
+        epoch, within = divmod(step, steps)
+        assert np.array_equal(order.at(step)[0], whole.at(epoch * rounds * real + 5 * within, 5))
+
+
+@pytest.mark.parametrize(("real", "steps", "count"), [(100, 4, 10), (30, 2, 7), (12, 3, 3), (200, 1, 9)])
+def test_coverage_of_reshuffled_images_is_what_runs_see_on_average(real, steps, count):
+    mix = Mix(real, 0, 5, 0.0, reshuffle_steps=steps)
+    seen = [
+        len(np.unique(np.concatenate([order.at(step)[0] for step in range(count)])))
+        for order in (BatchOrder(mix, seed) for seed in range(60))
+    ]
+    report = mix.coverage(5 * count)
+    assert report["real_coverage"] == pytest.approx(np.mean(seen) / real, abs=4 * np.std(seen) / real / 60**0.5 + 1e-9)
+    assert (report["real_drawn"], report["real_epochs"]) == (5 * count, 5 * count / real)
+
+
 @pytest.mark.parametrize(("share", "generated"), [(0.0, 0), (0.7, 18)])
 def test_copies_draw_a_part_of_the_batch(share, generated):
     """As Wang et al.'s code cuts and mixes: four copies of a quarter of the batch."""

@@ -95,6 +95,7 @@ WAYS = {
     "cutmix copies": ({"cutmix": 1.0, "cutmix_copies": 4}, Mix(48, 0, 16, 0.0, copies=4)),
     "mixed": ({}, Mix(48, 24, 16, 0.75)),
     "mixed with replacement": ({}, Mix(48, 24, 16, 0.75, with_replacement=True)),
+    "mixed and reshuffled": ({}, Mix(48, 24, 16, 0.75, reshuffle_steps=3)),
     "rolling back": ({"on_divergence": "roll_back"}, None),
 }
 
@@ -124,6 +125,7 @@ def test_the_ways_differ(tmp_path, shards, compute, robust_settings):
         "cutmix copies",
         "mixed",
         "mixed with replacement",
+        "mixed and reshuffled",
     ):
         changes, mix = WAYS[way]
         settings = robust_settings.model_copy(update={"schedule_every": 48, "images": 96, **changes})

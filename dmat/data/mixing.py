@@ -2,7 +2,8 @@
 
 Real images, and generated ones unless they are drawn with replacement, follow their own endless sequence of
 permutations (without replacement within an epoch of that source); position p of a sequence is a pure function of (seed,
-source, p). A restarted run therefore asks for the same images, and so does a run with another number of workers.
+source, p), and the position of a step one of the step. A restarted run therefore asks for the same images, and so does
+a run with another number of workers.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ class Mix:
     generated_share: float
     with_replacement: bool = False  # generated images are drawn anew in each step, as in Wang et al.'s code
     copies: int = 1  # of each drawn image in a batch, which it must divide
+    reshuffle_steps: int = 0  # after so many steps real images are shuffled anew, seen or not; 0: once all were seen
 
     @property
     def drawn(self) -> int:
@@ -41,16 +43,32 @@ class Mix:
     def real_per_batch(self) -> int:
         return self.drawn - self.generated_per_batch
 
+    def real_position(self, step: int) -> int:
+        """Where a step begins in the sequence of real images. A reshuffle goes on with the next unread permutation."""
+        if not self.reshuffle_steps:
+            return step * self.real_per_batch
+        rounds, within = divmod(step, self.reshuffle_steps)
+        permutations = -(-self.reshuffle_steps * self.real_per_batch // self.real)  # that a round reads from
+        return rounds * permutations * self.real + within * self.real_per_batch
+
     def coverage(self, images_seen: int) -> dict[str, float]:
-        """How far `images_seen` training images go: drawn, epochs and distinct share of either source."""
+        """How far `images_seen` training images go: drawn, epochs and distinct share of either source.
+
+        The share is what is to be expected where chance decides: real images reshuffled, generated ones drawn anew.
+        """
         steps = -(-images_seen // self.batch)  # as training counts: the last step is a whole batch
         drawn = {"real": steps * self.real_per_batch, "generated": steps * self.generated_per_batch}
         sizes = {"real": self.real, "generated": self.generated}
         report: dict[str, float] = {}
         for source, count in drawn.items():
             epochs = count / sizes[source] if sizes[source] else 0.0
-            anew = self.with_replacement and source == "generated"
-            covered = 1 - math.exp(-epochs) if anew else min(1.0, epochs)  # anew: what is to be expected
+            covered = min(1.0, epochs)
+            if self.with_replacement and source == "generated":
+                covered = 1 - math.exp(-epochs)
+            elif self.reshuffle_steps and source == "real":
+                rounds, left = divmod(steps, self.reshuffle_steps)
+                missed = [max(0.0, 1 - n * self.real_per_batch / self.real) for n in (self.reshuffle_steps, left)]
+                covered = 1 - missed[0] ** rounds * missed[1]
             report |= {f"{source}_drawn": count, f"{source}_epochs": epochs, f"{source}_coverage": covered}
         return report
 
@@ -95,4 +113,4 @@ class BatchOrder:
             if self.mix.with_replacement and generated
             else self._generated.at(step * generated, generated)
         )
-        return self._real.at(step * real, real), chosen
+        return self._real.at(self.mix.real_position(step), real), chosen

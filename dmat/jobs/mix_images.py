@@ -35,6 +35,7 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
         settings.generated_share,
         settings.with_replacement,
         settings.copies,
+        settings.reshuffle_steps,
     )
     if selection is not None and not mix.generated:
         raise DmatError(
@@ -58,6 +59,7 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
             "with_replacement": mix.with_replacement,
             "batch": mix.batch,
             "copies": mix.copies,
+            "reshuffle_steps": mix.reshuffle_steps,
             "per_batch": facts,
             "generated_to_real": f"{mix.generated_per_batch}:{mix.real_per_batch}",
             "images_seen": settings.images,
@@ -88,6 +90,7 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None
         facts["generated_share"],
         facts["with_replacement"],
         facts["copies"],
+        facts["reshuffle_steps"],
     )
     selection = facts["selection"]
     if selection is None:
