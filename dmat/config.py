@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -108,12 +108,33 @@ class Compute(Record):
     save_every_seconds: Positive = 60.0  # between two checkpoints
 
 
+class Normalisation(Record):
+    """What every network subtracts from each channel of the images, and what it divides by."""
+
+    mean: Annotated[tuple[Share, ...], Field(min_length=1, strict=False)]
+    std: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)]
+
+
+NORMALISATION = Literal["measured", "cifar10", "cifar100", "svhn", "tinyimagenet"]
+
+
+def _normalisation(value: Any) -> Any:
+    """Which of the two is meant, as the complaints of the other one would only confuse."""
+    if isinstance(value, Mapping):
+        return Normalisation.model_validate(value)
+    if value not in (names := get_args(NORMALISATION)):
+        raise ValueError(f"expected one of {', '.join(names)}, or a mapping of mean and std")
+    return value
+
+
 class PrepareData(Record):
     source: Literal["digits", "npz", "cifar10", "cifar100", "folder", "shards"]
     path: str | None = None  # of all but digits
     train: Count  # images
     validation: Count
     test: Count
+    validation_split: Literal["stratified", "first"] = "stratified"
+    normalisation: Annotated[NORMALISATION | Normalisation, BeforeValidator(_normalisation)] = "measured"
     seed: Seed
 
     @pydantic.model_validator(mode="after")

@@ -433,7 +433,7 @@ def test_generated_images_may_be_drawn_anew_in_each_step():
 
 
 def test_real_images_may_be_reshuffled_after_an_epoch():
-    """Wang et al.'s code: 98 batches of 512 with 154 real images each read 15,092 of 48,976, then another order begins."""
+    """Wang et al.'s code: 98 batches of 512 with 154 real images each read 15,092 of 48,976; then a new order."""
     mix = Mix(48_976, 100, 512, 0.7, reshuffle_steps=98)
     assert mix.real_per_batch * 98 == 15_092
     order = BatchOrder(mix, seed=1)

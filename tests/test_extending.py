@@ -28,6 +28,7 @@ def test_names_in_the_configuration_are_those_of_the_tables():
         (config.PrepareData, "source", sources.SOURCES),
     ):
         assert set(typing.get_args(record.model_fields[field].annotation)) == set(table)
+    assert set(typing.get_args(config.NORMALISATION)) == {"measured", *sources.NORMALISATIONS}
 
 
 def test_the_page_can_be_followed(tmp_path, tiny_params):

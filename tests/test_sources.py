@@ -18,6 +18,7 @@ from PIL import Image
 from dmat import files
 from dmat.data import cifar, shards, sources
 from dmat.errors import DmatError
+from dmat.jobs.classifiers import facts_of
 from tests import cifar_files
 from tests.cifar_files import FOLDERS, NAMES, python2
 from tests.projects import Project
@@ -517,6 +518,10 @@ def test_own_test_images_are_the_test_split(project):
     [
         ({"test": 61}, "prepare_data.test asks for 61 images; cifar10 brings 60 test images of its own; ask for fewer"),
         ({"train": 151}, "asks for 201 training images ({'validation': 50, 'train': 151}); cifar10 has 200; ask for"),
+        (
+            {"normalisation": {"mean": [0.5], "std": [0.5, 0.5, 0.5]}},
+            "prepare_data.normalisation has 1 numbers of mean and 3 of std; the images have 3 channels; give one",
+        ),
         ({"path": "../nowhere"}, "nowhere, which does not exist; expected the images of source cifar10"),
         ({"source": "cifar100"}, "data is no CIFAR-100 folder; expected cifar-100-python (train, test, meta) or"),
     ],
@@ -527,6 +532,22 @@ def test_what_a_source_does_not_have_is_refused(project, settings, words):
     text = project.run("prepare_data", code=2)
     assert words in text
     assert "Traceback" not in text
+
+
+def test_validation_may_be_the_first_images_and_normalisation_the_published_one(project):
+    """Wang et al.'s code: the first images in the order of the files are validation, and leave training."""
+    project, (train, _) = project
+    project.write({"prepare_data": {"train": 150, "validation_split": "first", "normalisation": "cifar10"}})
+    project.run("prepare_data")
+    for name, rows in (("validation", slice(50)), ("train", slice(50, None))):
+        manifest, found = _split(project, name)
+        assert equal(found, (train[0][rows], train[1][rows]))
+        assert manifest["mean"] == [0.4914, 0.4822, 0.4465]
+        assert manifest["std"] == [0.2471, 0.2435, 0.2616]
+    project.write({"prepare_data": {"normalisation": {"mean": [0, 0.25, 0.5], "std": [0.5, 1, 2]}}})
+    project.run("prepare_data")
+    facts = facts_of(shards.open_shards(project.folder / "artifacts/prepare_data/train"))
+    assert (facts.mean, facts.std) == ((0.0, 0.25, 0.5), (0.5, 1.0, 2.0))
 
 
 def test_a_source_whose_bytes_changed_is_noticed(project):

@@ -18,6 +18,13 @@ from dmat.errors import DmatError
 
 NOT_STATED = "unknown"  # licence
 MOST_CLASSES = 100_000  # more is taken for a mistake
+# Mean and std of each channel in [0, 1], inside the networks of Wang et al. 2023; for CIFAR RobustBench has the same.
+NORMALISATIONS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "tinyimagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+}
 SPLITS = ("train", "test")
 OTHER_SPLITS = ("val", "valid", "validation")  # beside those two; `prepare_data` draws its own
 

@@ -1,4 +1,4 @@
-"""prepare_data: a named source -> stratified train, validation and test splits as shards.
+"""prepare_data: a named source -> train, validation and test splits as shards, stratified unless asked otherwise.
 
 Test images come from those that a source brings for testing, where it brings any, and are never trained on.
 """
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dmat import seeds
-from dmat.config import PrepareData
+from dmat.config import Normalisation, PrepareData
 from dmat.data import shards, sources
 from dmat.data.sources import Source, stratified
 from dmat.errors import DmatError
@@ -23,23 +23,27 @@ def run(settings: PrepareData, job: Job) -> dict[str, Any]:
     source = sources.load(settings.source, job.project_path(settings.path))
     wanted = {name: getattr(settings, name) for name in SPLITS}
     _expect_enough(settings.source, source, wanted)
+    constants = _constants(settings.normalisation, source.images.shape[3])
     pools = {"train": (source.images, source.labels), **({"test": source.test} if source.test else {})}
     left = {pool: np.arange(len(labels)) for pool, (_, labels) in pools.items()}
     for name, count in wanted.items():
         pool = name if name in pools else "train"
         images, labels = pools[pool]
-        chosen = left[pool][stratified(labels[left[pool]], count, seeds.stream(settings.seed, f"split/{name}"))]
+        if name == "validation" and settings.validation_split == "first":
+            chosen = left[pool][:count]
+        else:
+            chosen = left[pool][stratified(labels[left[pool]], count, seeds.stream(settings.seed, f"split/{name}"))]
         left[pool] = np.setdiff1d(left[pool], chosen)
         images, labels = images[chosen], labels[chosen]
-        mean, std = _moments(images)
+        mean, std = _moments(images) if constants is None else constants
         facts = {
             "split": name,
             "source": settings.source,
             "origin": source.origin,
             "licence": source.licence,
             "source_indices": chosen.tolist(),
-            "mean": mean.round(6).tolist(),
-            "std": std.round(6).tolist(),
+            "mean": mean,
+            "std": std,
         }
         if source.test:
             facts["source_split"] = pool  # what the indices count in
@@ -72,8 +76,24 @@ def _expect_enough(name: str, source: Source, wanted: dict[str, int]) -> None:
         )
 
 
-def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, float64 [C], in units of [0, 1]. images: uint8 [N, H, W, C].
+def _constants(normalisation: str | Normalisation, channels: int) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation of each channel as given or published; None where they are to be measured."""
+    if normalisation == "measured":
+        return None
+    if isinstance(normalisation, str):
+        mean, std = sources.NORMALISATIONS[normalisation]
+    else:
+        mean, std = normalisation.mean, normalisation.std
+    if not len(mean) == len(std) == channels:
+        raise DmatError(
+            f"prepare_data.normalisation has {len(mean)} numbers of mean and {len(std)} of std; the images have "
+            f"{channels} channel{'s' if channels > 1 else ''}; give one of each for every channel, or write measured"
+        )
+    return list(mean), list(std)
+
+
+def _moments(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, in units of [0, 1]. images: uint8 [N, H, W, C].
 
     From whole sums: a float64 copy of all of CIFAR would take more than a GB.
     """
@@ -81,4 +101,5 @@ def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     total = images.sum((0, 1, 2), dtype=np.int64)
     squares = np.einsum("nhwc,nhwc->c", images, images, dtype=np.int64, casting="unsafe")
     mean = total / count
-    return mean / 255, np.sqrt(np.maximum(squares / count - mean**2, 0)) / 255
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return (mean / 255).round(6).tolist(), (std / 255).round(6).tolist()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dmat import files
+from dmat.data.sources import NORMALISATIONS
 from dmat.errors import DmatError
 from dmat.models import foreign, layouts
 from dmat.models.loading import SUFFIX
@@ -32,12 +33,11 @@ def _numbered(count: int) -> tuple[str, ...]:
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-# Mean and std inside the networks of Wang et al. 2023, by data set; for CIFAR RobustBench has the same.
 DATA = {
-    "cifar10": Images(10, 32, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), _CIFAR10),
-    "cifar100": Images(100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), _numbered(100)),
-    "svhn": Images(10, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), _numbered(10)),
-    "tinyimagenet": Images(200, 64, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), _numbered(200)),
+    "cifar10": Images(10, 32, *NORMALISATIONS["cifar10"], _CIFAR10),
+    "cifar100": Images(100, 32, *NORMALISATIONS["cifar100"], _numbered(100)),
+    "svhn": Images(10, 32, *NORMALISATIONS["svhn"], _numbered(10)),
+    "tinyimagenet": Images(200, 64, *NORMALISATIONS["tinyimagenet"], _numbered(200)),
 }
 # How args.txt writes them: an s at the end means "with generated images".
 _DATA_IN_ARGS = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn", "tiny-imagenet": "tinyimagenet"}
