@@ -202,6 +202,7 @@ class ClassifierTraining(Record):
         "crop4_flip_rotate15",
         "cutout18",
         "autoaugment",
+        "autoaugment_pil",
         "randaugment",
         "idbh",
     ]

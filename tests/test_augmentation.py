@@ -5,19 +5,21 @@ not have, written out below for one image. Run alone: pytest tests/test_augmenta
 """
 
 import collections
+import functools
 import itertools
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms as T
+from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from torchvision.transforms.autoaugment import _apply_op
 
 from dmat import seeds
-from dmat.data import operations
+from dmat.data import operations, pil_operations
 from dmat.data.augmentation import AUGMENTATIONS, LARGER_THAN, cutmix, erase
 
 # --- crops and flips
@@ -100,6 +102,45 @@ def test_an_operation_gives_what_torchvision_gives_for_each_image(name, shape):
     assert torch.equal(found, torch.stack(expected).float())
 
 
+def with_pil(image, name, strength):
+    """What the published AutoAugment calls of PIL for one image, uint8 [C, H, W]."""
+    given = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
+    grey = (128,) * len(given.getbands())
+    moves = {"ShearX": (1, strength, 0, 0, 1, 0), "ShearY": (1, 0, 0, strength, 1, 0),
+             "TranslateX": (1, 0, strength, 0, 1, 0), "TranslateY": (1, 0, 0, 0, 1, strength)}  # fmt: skip
+    enhance = {"Brightness": ImageEnhance.Brightness, "Color": ImageEnhance.Color,
+               "Contrast": ImageEnhance.Contrast, "Sharpness": ImageEnhance.Sharpness}  # fmt: skip
+    if name in moves:
+        how = Image.Resampling.BICUBIC if name.startswith("Shear") else Image.Resampling.NEAREST
+        fill = grey if len(grey) > 1 else 128
+        found = given.transform(given.size, Image.Transform.AFFINE, moves[name], how, fillcolor=fill)
+    elif name == "Rotate":
+        turned = given.convert("RGBA").rotate(strength)
+        found = Image.composite(turned, Image.new("RGBA", given.size, (128,) * 4), turned).convert(given.mode)
+    elif name in enhance:
+        found = enhance[name](given).enhance(1 + strength)
+    elif name == "Posterize":
+        found = ImageOps.posterize(given, int(strength))
+    elif name == "Solarize":
+        found = ImageOps.solarize(given, strength)
+    elif name in ("AutoContrast", "Equalize", "Invert"):
+        found = getattr(ImageOps, name.lower())(given)
+    else:
+        found = given
+    return torch.from_numpy(np.array(found)).reshape(*image.shape[1:], -1).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 16, 12)])
+@pytest.mark.parametrize("name", pil_operations.OPERATIONS)
+def test_an_operation_gives_what_pil_gives_for_each_image(name, shape):
+    drawn = torch.randint(0, 256, (9, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    drawn[1], drawn[2] = drawn[1] // 4 + 60, 77
+    strengths = torch.tensor(STRENGTHS[name] * 3, dtype=torch.float64)
+    found = pil_operations.OPERATIONS[name](drawn.float(), strengths)
+    expected = [with_pil(image, name, s) for image, s in zip(drawn, strengths.tolist(), strict=True)]
+    assert torch.equal(found, torch.stack(expected).float())
+
+
 # --- distributions
 
 
@@ -139,11 +180,30 @@ def one_idbh(image):
     return T.RandomErasing(p=0.5)(image)
 
 
+def one_autoaugment_pil(image):
+    """Wang et al.'s code: one of the 25 pairs, magnitudes evenly spaced, a random sign for all but rotations."""
+    policy = T.AutoAugment(T.AutoAugmentPolicy.CIFAR10).policies[np.random.randint(25)]
+    for name, often, place in policy:
+        if np.random.rand() >= often:
+            continue
+        sign, share = np.random.choice([-1, 1]), (place or 0) / 9
+        strength = {
+            "Rotate": 30 * share,
+            "Posterize": round(8 - 4 * share),
+            "Solarize": 256 * (1 - share),
+            **dict.fromkeys(("ShearX", "ShearY"), 0.3 * share * sign),
+            **dict.fromkeys(("TranslateX", "TranslateY"), 150 / 331 * 32 * share * sign),
+        }.get(name, 0.9 * share * sign)
+        image = with_pil(image, name, strength)
+    return image
+
+
 _BASE = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()])
 ORIGINALS = {
     "crop4_flip_rotate15": T.Compose([_BASE, T.RandomRotation(15)]),
     "cutout18": T.Compose([_BASE, one_cutout]),
     "autoaugment": T.Compose([_BASE, T.AutoAugment(T.AutoAugmentPolicy.CIFAR10), one_cutout]),
+    "autoaugment_pil": T.Compose([_BASE, one_autoaugment_pil, one_cutout]),
     "randaugment": T.Compose([T.RandAugment(2, 14), _BASE]),
     "idbh": one_idbh,
 }
@@ -166,6 +226,7 @@ def furthest(ours, theirs):
     return worst
 
 
+@functools.cache
 def original(name, count):
     torch.manual_seed(1)
     np.random.seed(1)
@@ -195,6 +256,7 @@ def test_the_comparison_sees_small_mistakes():
         "cutout18": lambda g: augmentation.crop_flip_cutout(batch, g, 4, 16),
         "randaugment": lambda g: augmentation.randaugment(batch, g, 2, 9),
         "autoaugment": lambda g: augmentation.randaugment(batch, g, 2, 14),
+        "autoaugment_pil": lambda g: augmentation.autoaugment(batch, g),
     }
     for name, mistaken in mistakes.items():
         assert furthest(mistaken(seeds.stream(1, "augmentation")), original(name, 2500)) > 6, name

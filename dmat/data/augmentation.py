@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmat.data import operations
+from dmat.data import operations, pil_operations
 from dmat.devices import send
 from dmat.errors import UnfitError
 
@@ -64,11 +64,13 @@ def crop_flip_cutout(images: Tensor, generator: np.random.Generator, pad: int, s
     return cutout(crop_flip(images, generator, pad), generator, side)
 
 
-def autoaugment(images: Tensor, generator: np.random.Generator) -> Tensor:
+def autoaugment(images: Tensor, generator: np.random.Generator, pil: bool = False) -> Tensor:
     """Crop and flip, the CIFAR-10 policy of AutoAugment (Cubuk et al. 2019, Table 7, as torchvision has it), cutout 18.
 
-    Each image gets one of 25 pairs of operations, each with its own probability and strength.
+    Each image gets one of 25 pairs of operations, each with its own probability and strength. pil: as Wang et al.'s
+    code has it, with PIL's operations (grey outside, bicubic shears), rotated counter-clockwise only.
     """
+    known = pil_operations.OPERATIONS if pil else operations.OPERATIONS
     size = len(images)
     levels = _levels(crop_flip(images, generator, 4))
     table = _policies()
@@ -79,7 +81,11 @@ def autoaugment(images: Tensor, generator: np.random.Generator) -> Tensor:
         often = np.array([table[policy][k][1] for policy in policies])
         bins = np.array([table[policy][k][2] or 0 for policy in policies])
         names = np.where(chances[k] <= often, names, "Identity")
-        levels = _apply(levels, names, _strengths(names, bins, 10, signs[k], images.shape[2:]))
+        strengths = _strengths(names, bins, 10, signs[k], images.shape[2:])
+        if pil:
+            strengths = np.where(names == "Rotate", np.abs(strengths), strengths)
+            strengths = np.where(names == "Solarize", 256 * (1 - bins / 9), strengths)
+        levels = _apply(levels, names, strengths, known)
     return cutout(levels / 255, generator, 18)
 
 
@@ -94,7 +100,8 @@ def randaugment(images: Tensor, generator: np.random.Generator, count: int, magn
         names = np.array(_RANDAUGMENT)[generator.integers(0, len(_RANDAUGMENT), len(images))]
         signs = generator.integers(0, 2, len(images)) * 2 - 1
         bins = np.full(len(images), magnitude)
-        levels = _apply(levels, names, _strengths(names, bins, 31, signs, images.shape[2:]))
+        strengths = _strengths(names, bins, 31, signs, images.shape[2:])
+        levels = _apply(levels, names, strengths, operations.OPERATIONS)
     return crop_flip(levels / 255, generator, 4)
 
 
@@ -191,11 +198,11 @@ def _boxes(images: Tensor, top: np.ndarray, left: np.ndarray, bottom: np.ndarray
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
-def _apply(levels: Tensor, names: np.ndarray, strengths: np.ndarray) -> Tensor:
+def _apply(levels: Tensor, names: np.ndarray, strengths: np.ndarray, known: dict[str, operations.Operation]) -> Tensor:
     """To each image the operation of its name."""
     for name in sorted(set(names.tolist()) - {"Identity"}):
         rows = np.flatnonzero(names == name)
-        levels = _at(levels, rows, operations.OPERATIONS[name], strengths[rows])
+        levels = _at(levels, rows, known[name], strengths[rows])
     return levels
 
 
@@ -252,12 +259,13 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "crop4_flip_rotate15": partial(crop_flip_rotate, pad=4, degrees=15.0),
     "cutout18": partial(crop_flip_cutout, pad=4, side=18),
     "autoaugment": autoaugment,
+    "autoaugment_pil": partial(autoaugment, pil=True),
     "randaugment": partial(randaugment, count=2, magnitude=14),
     "idbh": idbh,
 }
 
 # Images must be higher and wider than this many pixels, or nothing of them may be left.
-LARGER_THAN = {"cutout18": 18, "autoaugment": 18, "idbh": 10}
+LARGER_THAN = {"cutout18": 18, "autoaugment": 18, "autoaugment_pil": 18, "idbh": 10}
 
 
 def check(name: str, height: int, width: int) -> None:

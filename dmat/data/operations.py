@@ -15,15 +15,15 @@ from torch.nn import functional as F
 Operation = Callable[[Tensor, Tensor], Tensor]
 
 
-def pick(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """images [B, C, H, W] at integer positions rows, columns [B, H', W'] (or broadcast to it); zeros outside."""
+def pick(images: Tensor, rows: Tensor, columns: Tensor, fill: float = 0.0) -> Tensor:
+    """images [B, C, H, W] at integer positions rows, columns [B, H', W'] (or broadcast to it); `fill` outside."""
     size, channels, height, width = images.shape
     rows, columns = torch.broadcast_tensors(rows, columns)
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     flat = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
     index = flat.reshape(size, 1, -1).expand(-1, channels, -1)
     found = images.flatten(2).gather(2, index).reshape(size, channels, *rows.shape[1:])
-    return torch.where(inside[:, None], found, torch.zeros((), device=images.device))
+    return torch.where(inside[:, None], found, torch.full((), fill, device=images.device))
 
 
 def affine(images: Tensor, matrix: Tensor) -> Tensor:
@@ -84,12 +84,17 @@ def contrast(levels: Tensor, factor: Tensor) -> Tensor:
 
 def sharpness(levels: Tensor, factor: Tensor) -> Tensor:
     """Against a blurred copy whose border is the image's own."""
+    return _blend(levels, smooth(levels), factor)
+
+
+def smooth(levels: Tensor) -> Tensor:
+    """Each pixel with its eight neighbours, five times as heavy as each of them; the border stays."""
     channels = levels.shape[1]
     kernel = F.pad(torch.full((1, 1), 4.0, device=levels.device), (1, 1, 1, 1)) + 1  # kernel[1, 1] = 5 waits for a GPU
     kernel = (kernel / kernel.sum()).expand(channels, 1, 3, 3)
     blurred = levels.clone()
     blurred[:, :, 1:-1, 1:-1] = F.conv2d(levels, kernel, groups=channels).round()
-    return _blend(levels, blurred, factor)
+    return blurred
 
 
 def posterise(levels: Tensor, bits: Tensor) -> Tensor:

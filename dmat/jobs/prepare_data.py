@@ -80,10 +80,11 @@ def _constants(normalisation: str | Normalisation, channels: int) -> tuple[list[
     """Mean and standard deviation of each channel as given or published; None where they are to be measured."""
     if normalisation == "measured":
         return None
-    if isinstance(normalisation, str):
-        mean, std = sources.NORMALISATIONS[normalisation]
-    else:
-        mean, std = normalisation.mean, normalisation.std
+    mean, std = (
+        sources.NORMALISATIONS[normalisation]
+        if isinstance(normalisation, str)
+        else (normalisation.mean, normalisation.std)
+    )
     if not len(mean) == len(std) == channels:
         raise DmatError(
             f"prepare_data.normalisation has {len(mean)} numbers of mean and {len(std)} of std; the images have "
