@@ -39,6 +39,12 @@ def _evaluate(
         str | None,
         typer.Option(help="test or train; of a source that does not say, your word for it. [default: test, if any]"),
     ] = None,
+    classes_in_order: Annotated[
+        bool,
+        typer.Option(
+            "--classes-in-order", help="Your word that the images' classes are the model's, although names differ."
+        ),
+    ] = False,
     norm: Annotated[str | None, typer.Option(help="linf or l2. [default: what the model was trained for]")] = None,
     epsilon: Annotated[str | None, typer.Option(help="In pixels of [0, 1], such as 8/255.")] = None,
     first: Annotated[
@@ -65,7 +71,8 @@ def _evaluate(
     of_model: dict[str, Any] = {"--model": model, "--images": images}
     only_model: dict[str, Any] = {"--norm": norm, "--epsilon": epsilon, "--first": first, "--attacks": attacks,
                   "--batch": batch, "--to": to, "--against": against, "--entry": entry, "--args": args,
-                  "--data": data, "--activation": activation, "--split": split, "--device": device}  # fmt: skip
+                  "--data": data, "--activation": activation, "--split": split, "--device": device,
+                  "--classes-in-order": classes_in_order or None}  # fmt: skip
     if worker and fresh:
         raise DmatError("--fresh came with --worker; a worker goes on with what is there; say --fresh where it starts")
     if model is None and images is None:
@@ -107,8 +114,8 @@ def _evaluate(
     if batch is not None:
         overrides |= {"batch": batch}
     _evaluate_model(
-        given_as, images, split, (norm, epsilon), overrides, folder, (against, entry), device or "auto", worker,
-        fresh, dry_run, as_json, params,
+        given_as, images, split, classes_in_order, (norm, epsilon), overrides, folder, (against, entry),
+        device or "auto", worker, fresh, dry_run, as_json, params,
     )  # fmt: skip
 
 
@@ -116,6 +123,7 @@ def _evaluate_model(
     given_as: tuple[Path, Path | None, str | None, str | None],
     images: str,
     split: str | None,
+    classes_in_order: bool,
     threat: tuple[str | None, str | None],
     overrides: dict[str, Any],
     folder: Path,
@@ -140,6 +148,7 @@ def _evaluate_model(
         config.evaluation(base | overrides),
         folder,
         workspace.find(Path()).home if in_project else None,
+        classes_in_order,
     )
     direct = evaluate_model.DirectEvaluation(request, evaluate_model.compute_on(device))
     row = evaluate_model.published(direct, against[1] or given_as[0].stem) if against[0] else None

@@ -138,9 +138,37 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Every file below `folder` in sorted order, except hidden ones such as the .gitignore that DVC writes."""
-    found = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    """Every file below `folder` that is not hidden, in the order of the parts of its path.
+
+    Follows links. Leaves out names that start with a dot (such as the .gitignore that DVC writes) and what archives of
+    macOS add. Raises DmatError for what is neither a file nor a folder, and for a folder inside itself.
+    """
+    return list(_walk(folder, frozenset()))
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is nobody's data."""
+    return name.startswith((".", "__MACOSX"))
+
+
+def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    """above: device and inode of every folder around `folder`."""
+    own = folder.stat()
+    inside = above | {(own.st_dev, own.st_ino)}
+    if inside == above:
+        raise DmatError(f"{folder} is a link to a folder that holds it; expected folders that end; remove the link")
+    with os.scandir(folder) as entries:
+        visible = sorted((entry for entry in entries if not hidden(entry.name)), key=lambda entry: entry.name)
+    for entry in visible:
+        if entry.is_dir():
+            yield from _walk(folder / entry.name, inside)
+        elif entry.is_file():
+            yield folder / entry.name
+        elif os.path.lexists(entry.path):  # else it went away while we looked
+            raise DmatError(
+                f"{entry.path} is neither a file nor a folder, or a link to nothing; expected files; restore or "
+                f"remove it"
+            )
 
 
 def fingerprint(value: Any) -> str:

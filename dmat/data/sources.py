@@ -2,17 +2,20 @@
 runs anything that is in a file.
 
 A source may bring its own test images; otherwise `prepare_data` splits them off. `recognise` finds out by looking what
-lies at a path.
+lies at a path. A folder of images is read from the list of files that its checksum is made of (`files.visible_files`),
+and every file in it is read, refused by its name, or left out and counted.
 """
 
+import collections
 import dataclasses
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from dmat import files
 from dmat.data import cifar, shards
 from dmat.errors import DmatError
 
@@ -26,7 +29,13 @@ NORMALISATIONS = {
     "tinyimagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
 }
 SPLITS = ("train", "test")
-OTHER_SPLITS = ("val", "valid", "validation")  # beside those two; `prepare_data` draws its own
+SPLIT_FOLDERS = {  # names of sub-folders, in any case, and what they hold; the last is not read
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+}
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # of PIL: still images; none runs a program
+BESIDE_IMAGES = (".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +43,8 @@ class Source:
     """images uint8 [N, H, W, C], labels int64 [N], names of the classes in label order, licence, where it is from.
 
     test: images and labels of the same kind that are for testing alone; None where a source has no such split.
-    split: of which one the images are, where a source says so or somebody chose; else "".
+    split: of which one the images are, where a source says so or somebody chose; else "". notes: sentences about what
+    was left out or taken for something.
     """
 
     images: np.ndarray
@@ -44,6 +54,7 @@ class Source:
     origin: str
     test: tuple[np.ndarray, np.ndarray] | None = None
     split: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def digits(path: Path | None = None) -> Source:
@@ -67,21 +78,53 @@ def digits(path: Path | None = None) -> Source:
 
 def npz(path: Path | None) -> Source:
     """An uncompressed or compressed .npz with `image` uint8 [N, H, W, C] and `label` integers [N] from 0, and perhaps
-    `test_image` and `test_label`."""
+    `test_image`, `test_label` and `class_names`, text [classes]. Without names every class must have an image."""
     if path is None or not path.is_file():
         raise DmatError(f"prepare_data.path is {path}; expected an .npz file with `image` and `label`; give its path")
     if not zipfile.is_zipfile(path):
         raise DmatError(f"{path} is no .npz archive; expected arrays `image` and `label`; save it by numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files if name.removeprefix("test_") in ("image", "label")}
+            known = ("image", "label", "test_image", "test_label", "class_names")
+            arrays = {name: archive[name] for name in archive.files if name in known}
             held = ", ".join(archive.files[:5]) or "nothing"
     except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise DmatError(f"{path} is not a whole .npz of numbers ({error}); save it again by numpy.savez") from None
     images, labels = _pair(path, arrays, held, "")
     test = _pair(path, arrays, held, "test_") if {"test_image", "test_label"} & set(arrays) else None
-    classes = 1 + max(int(part.max(initial=0)) for part in (labels, *(test or ())[1:]))
-    return Source(images, labels, tuple(str(k) for k in range(classes)), NOT_STATED, path.name, test)
+    if "class_names" in arrays:
+        names = _names(path, arrays["class_names"])
+    else:
+        classes = 1 + max(int(part.max(initial=0)) for part in (labels, *(test or ())[1:]))
+        names = tuple(str(k) for k in range(classes))
+        _expect_no_gap(path, labels, classes)
+    return Source(images, labels, names, NOT_STATED, path.name, test)
+
+
+def _names(path: Path, names: np.ndarray) -> tuple[str, ...]:
+    if names.ndim != 1 or names.dtype.kind != "U" or len(set(names.tolist())) != len(names):
+        raise DmatError(
+            f"{path}: `class_names` is {names.dtype} {names.shape}; expected one line of text per class, all "
+            f"different, in label order; save them again or leave them out"
+        )
+    return tuple(names.tolist())
+
+
+def _expect_no_gap(path: Path, labels: np.ndarray, classes: int) -> None:
+    """Raises DmatError where labels say that there are classes and no image is of them: they count otherwise."""
+    missing = np.setdiff1d(np.arange(classes), labels)
+    if len(missing) and len(labels):
+        raise DmatError(
+            f"{path}: no training image has the label {listing(missing.tolist())}, and labels go up to {classes - 1}; "
+            f"expected images of every class from 0 on; number the classes from 0 without gaps, or name all of them "
+            f"in an array `class_names`"
+        )
+
+
+def listing(values: Sequence[object], most: int = 5) -> str:
+    """The first few of a list in words: 1, 2, 3 and 7 more."""
+    shown = ", ".join(map(str, values[:most]))
+    return f"{shown} and {len(values) - most} more" if len(values) > most else shown
 
 
 def _pair(path: Path, arrays: dict[str, np.ndarray], held: str, prefix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -121,59 +164,150 @@ def _cifar(data: str, path: Path | None) -> Source:
 
 
 def folder(path: Path | None) -> Source:
-    """A folder of images in one sub-folder a class, classes in the order of their names; or such folders in `train` and
-    `test`. All images have one size and are all grey or all in colour."""
-    root = _folder(path, "a folder with one sub-folder of images a class")
-    inside = _folders(root)
-    if not set(inside) & {*SPLITS} or set(inside) - {*SPLITS, *OTHER_SPLITS}:  # a class may be called train
-        images, labels, names = _images(root)
-        return Source(images, labels, names, NOT_STATED, f"images in {root.name}")
-    if "train" not in inside:
-        raise DmatError(f"{root} has {', '.join(inside)} and no train; expected classes, or train and test; add train")
-    images, labels, names = _images(root / "train")
+    """A folder of images in one sub-folder per class; or such folders in `train` and `test`.
+
+    Classes are in the order of their names, of their numbers where all names are numbers. All images have one size and
+    are all grey or all in colour; pixels are taken as stored, without the rotation that EXIF may ask for.
+    """
+    root = _folder(path, "a folder with one sub-folder of images per class")
+    found = files.visible_files(root)
+    groups = _groups(root, found)
+    layout, notes = _layout(root, groups)
+    if not layout:
+        images, labels, names, left_out = _images(root, found)
+        return Source(images, labels, names, NOT_STATED, f"images in {root.name}", notes=(*notes, *_told(left_out)))
+    left_out = _beside(root, groups[""])
+    images, labels, names, others = _images(root / layout["train"], groups[layout["train"]])
+    left_out += others
     test = None
-    if "test" in inside:
-        *test_pair, test_names = _images(root / "test", images.shape[1:])
+    if "test" in layout:
+        *pair, test_names, others = _images(root / layout["test"], groups[layout["test"]], images.shape[1:])
         if test_names != names:
             odd = sorted(set(names) ^ set(test_names))
             raise DmatError(
-                f"{root}: train and test differ in the classes {', '.join(odd[:5])}; expected the same sub-folders in "
-                f"both; add or remove them"
+                f"{root}: {layout['train']} and {layout['test']} differ in the classes {listing(odd)}; expected the "
+                f"same sub-folders in both; add or remove them"
             )
-        test = (test_pair[0], test_pair[1])
-    return Source(images, labels, names, NOT_STATED, f"images in {root.name}", test)
+        test = (pair[0], pair[1])
+        left_out += others
+    if "validation" in layout:
+        name = layout["validation"]
+        notes.append(f"{root / name} is not read ({len(groups[name]):,} files); validation images come from the others")
+    return Source(images, labels, names, NOT_STATED, f"images in {root.name}", test, notes=(*notes, *_told(left_out)))
 
 
-def _images(root: Path, shape: tuple[int, ...] | None = None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images uint8 [N, H, W, C], labels int64 [N] and class names below `root`. shape: that all must have, if known."""
-    from torchvision.datasets.folder import (  # type: ignore[import-untyped]  # half a second: only where it is used
-        IMG_EXTENSIONS,
-        make_dataset,
-    )
+def _groups(root: Path, found: Sequence[Path]) -> dict[str, list[Path]]:
+    """Files by the sub-folder of `root` that they are in, empty ones too; under "" those that are in none."""
+    names = [one.name for one in root.iterdir() if one.is_dir() and not files.hidden(one.name)]
+    numbers = all(name.isdecimal() for name in names)  # 0, 1, ... 10: not 0, 1, 10, 2
+    groups: dict[str, list[Path]] = {name: [] for name in sorted(names, key=lambda n: (int(n), n) if numbers else n)}
+    groups[""] = []
+    depth = len(root.parts)
+    for file in found:
+        inside = file.parts[depth:]
+        groups[inside[0] if len(inside) > 1 else ""].append(file)
+    return groups
 
-    names = _folders(root)
-    try:
-        files = make_dataset(str(root), {name: k for k, name in enumerate(names)}, IMG_EXTENSIONS) if names else []
-    except FileNotFoundError as error:
-        empty = str(error).removeprefix("Found no valid file for the classes ").partition(". Supported")[0]
+
+def _layout(root: Path, groups: dict[str, list[Path]]) -> tuple[dict[str, str], list[str]]:
+    """Split -> its sub-folder, nothing where all sub-folders are classes; and what a reader should know of that.
+
+    One class may be called like a split if images lie directly in it, as in CIFAR-100, which has trains.
+    """
+    inside = [name for name in groups if name]
+    named = [name for name in inside if name.lower() in SPLIT_FOLDERS]
+    others = [name for name in inside if name not in named]
+    if not named:
+        return {}, []
+    if others:
+        if len(named) == 1 and any(file.parent == root / named[0] for file in groups[named[0]]):
+            return {}, [f"{root / named[0]} is taken for a class, as images lie in it and not in sub-folders"]
         raise DmatError(
-            f"{root} has no image of the classes {empty}; expected some ({', '.join(IMG_EXTENSIONS)}) in each "
-            f"sub-folder; add them or remove the sub-folder"
-        ) from None
-    if not files:
-        raise DmatError(f"{root} has no sub-folders; expected one a class, with its images in it; give another path")
-    labels = np.array([label for _, label in files], dtype=np.int64)
-    first = _image(Path(files[0][0]))
+            f"{root} has {', '.join(named)} beside {listing(others)}; expected either classes alone, or train, test "
+            f"and val alone with the classes in each; move the others away or give another path"
+        )
+    layout = {SPLIT_FOLDERS[name.lower()]: name for name in named}
+    if len(layout) < len(named):
+        raise DmatError(
+            f"{root} has {', '.join(named)}; expected one folder of training, one of test and one of validation "
+            f"images; rename or move those that are the same"
+        )
+    if "train" not in layout:
+        raise DmatError(f"{root} has {', '.join(named)} and no train; expected classes, or train and test; add train")
+    return layout, []
+
+
+def _images(
+    root: Path, found: Sequence[Path], shape: tuple[int, ...] | None = None
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], list[Path]]:
+    """Images uint8 [N, H, W, C], labels int64 [N], class names and files left out, of the files `found` below `root`.
+
+    shape: that all images must have, if known.
+    """
+    groups = _groups(root, found)
+    outside = groups.pop("")
+    if not groups:
+        raise DmatError(f"{root} has no sub-folders; expected one per class, with its images in it; give another path")
+    left_out = _beside(root, outside)
+    paths, labels = list[Path](), list[int]()
+    for label, own in enumerate(groups.values()):
+        for file in own:
+            if _is_beside(file):
+                left_out.append(file)
+                continue
+            _expect_no_split(root, file)
+            paths.append(file)
+            labels.append(label)
+    if empty := sorted(set(range(len(groups))) - set(labels)):
+        names = list(groups)
+        raise DmatError(
+            f"{root} has no image of the classes {listing([names[k] for k in empty])}; expected some "
+            f"({', '.join(FORMATS)}) in each sub-folder; add them or remove the sub-folder"
+        )
+    first = _image(paths[0])
     wanted = shape or first.shape
-    images = np.empty((len(files), *wanted), dtype=np.uint8)
-    for k, (name, _) in enumerate(files):
-        one = _image(Path(name)) if k else first
-        if one.shape != wanted:
+    images = np.empty((len(paths), *wanted), dtype=np.uint8)
+    for k, path in enumerate(paths):
+        image = _image(path) if k else first
+        if image.shape != wanted:
             raise DmatError(
-                f"{name} is {_size(one.shape)}; expected {_size(wanted)} as the other images are; make them all alike"
+                f"{path} is {_size(image.shape)}; expected {_size(wanted)} as the other images are; make them all alike"
             )
-        images[k] = one
-    return images, labels, tuple(names)
+        images[k] = image
+    return images, np.array(labels, dtype=np.int64), tuple(groups), left_out
+
+
+def _beside(root: Path, outside: Sequence[Path]) -> list[Path]:
+    """Files that are in no sub-folder of `root`, if none may be an image."""
+    for file in outside:
+        if not _is_beside(file):
+            raise DmatError(
+                f"{file} is in no sub-folder of {root}; expected every image in the sub-folder of its class; move or "
+                f"remove it"
+            )
+    return list(outside)
+
+
+def _is_beside(file: Path) -> bool:
+    """Whether a file is known to be no image, such as a list or what Windows leaves (Thumbs.db, desktop.ini)."""
+    return file.suffix.lower() in BESIDE_IMAGES
+
+
+def _told(left_out: Sequence[Path]) -> list[str]:
+    """How many files were left out, by their kind."""
+    kinds = collections.Counter(file.suffix.lower() for file in left_out)
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+    return [f"left out, as they are no images: {counts}; the first is {left_out[0]}"] if left_out else []
+
+
+def _expect_no_split(root: Path, file: Path) -> None:
+    """Raises DmatError for CLASS/test/FILE: it would be trained on as one of its class."""
+    between = file.parts[len(root.parts) + 1 : -1]
+    if split := next((part for part in between if part.lower() in SPLIT_FOLDERS), None):
+        raise DmatError(
+            f"{file.parent} is a folder {split} inside a class; expected {root}/{split}/CLASS, or no splits in a "
+            f"class; move it"
+        )
 
 
 def _image(path: Path) -> np.ndarray:
@@ -181,11 +315,17 @@ def _image(path: Path) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as opened:
-            mode, image = opened.mode, opened.convert("RGB") if opened.mode == "P" else opened
+        with Image.open(path, formats=FORMATS) as opened:
+            mode, frames = opened.mode, getattr(opened, "n_frames", 1)
+            image = opened.convert("RGB") if mode == "P" else opened
             pixels = np.asarray(image)
     except Exception as error:  # PIL has no common one for damaged files
-        raise DmatError(f"{path} cannot be read as an image ({error}); bring a good copy or remove it") from None
+        raise DmatError(
+            f"{path} cannot be read as an image ({error}); expected {', '.join(FORMATS)}; bring a good copy or "
+            f"remove it"
+        ) from None
+    if frames != 1:
+        raise DmatError(f"{path} has {frames} frames; expected one still image; save the one that is meant")
     if mode not in ("L", "RGB", "P"):
         raise DmatError(f"{path} is of the kind {mode}; expected 8 bits of grey or RGB a pixel; convert it")
     return pixels[..., None] if pixels.ndim == 2 else pixels
@@ -193,12 +333,6 @@ def _image(path: Path) -> np.ndarray:
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]} in {'colour' if shape[2] == 3 else 'grey'}"
-
-
-def _folders(path: Path) -> list[str]:
-    """Sub-folders in the order of their names, without hidden ones and those that archives of macOS leave."""
-    found = (one.name for one in path.iterdir() if one.is_dir())
-    return sorted(name for name in found if not name.startswith((".", "__MACOSX")))
 
 
 def sharded(path: Path | None) -> Source:
@@ -283,7 +417,7 @@ def _kind(what: str | Path) -> str:
             return found[0]
         if (path / shards.MANIFEST).is_file():
             return "shards"
-        if _folders(path) and _holds_images(path):
+        if _holds_images(path):
             return "folder"
     state = "is nothing that dmat reads" if path.exists() else "does not exist"
     raise DmatError(
@@ -294,9 +428,12 @@ def _kind(what: str | Path) -> str:
 
 
 def _holds_images(path: Path) -> bool:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    """Whether a sub-folder has a file that is called like an image."""
+    from PIL import Image
 
-    return any(one.suffix.lower() in IMG_EXTENSIONS for one in path.rglob("*"))
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    found = (file for file in files.visible_files(path) if file.parent != path)
+    return any(file.suffix.lower() in suffixes for file in found)
 
 
 def _folder(path: Path | None, what: str) -> Path:

@@ -10,7 +10,7 @@ Flags are bool [N], True where the prediction is right; robust flags say so of a
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ HALF_POINT = 0.005  # share of images; assumed: attacks with one random start di
 GREY_ACCURACY = 0.05  # at `grey_radius` all images can be one image; guessing among 10 classes would be right for 10 %
 OVERFITTED = 0.3  # FGSM - PGD, linf; assumed: sound training leaves 10 points, overfitting most (Wong et al. 2020)
 HALF = 0.5  # of what FGSM leaves; assumed: an undefended model loses most to FGSM already, an overfitted one nothing
+COPIES = 0.01  # share of images; assumed: of fewer copies an accuracy changes by less than its 95 % interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,6 +343,26 @@ def fgsm_and_pgd(fgsm: np.ndarray, pgd: np.ndarray, norm: str = "linf") -> Check
     else:
         return _check("fgsm_and_pgd", True, found, -gain / n)
     return _check("fgsm_and_pgd", False, f"{found}; {reason}", -gain / n)
+
+
+def unseen(copies: Mapping[str, np.ndarray]) -> Check:
+    """Test images are not those that the model was trained on, and each is there once.
+
+    copies: what a test image may be an exact copy of, in words -> flags [N], True where it is.
+    """
+    n = _paired(*copies.values())
+    counts = ", ".join(f"{int(flags.sum()):,} of {name}" for name, flags in copies.items())
+    found = f"of {n:,} test images these are exact copies: {counts}"
+    count = int(np.logical_or.reduce(list(copies.values())).sum())
+    if count <= _images(COPIES, n):
+        return _check("unseen", True, found, count / n)
+    return _check(
+        "unseen",
+        False,
+        f"{found}; expected at most {COPIES:.0%} together: a model knows images that it was trained on, and an image "
+        "that is there often counts often; remove the copies from the data set and prepare it anew",
+        count / n,
+    )
 
 
 def _check(name: str, passed: bool, sentence: str, found: float | None) -> Check:

@@ -54,8 +54,13 @@ class Verdict:
 
     @property
     def sentences(self) -> list[str]:
-        """For who started the evaluation; nothing if there is a headline."""
-        return [f"no headline: {reason}" for reason in self.reasons]
+        """For who started the evaluation: why there is no headline, and the notes."""
+        return [*(f"no headline: {reason}" for reason in self.reasons), *self.notes]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know although its check passed: how many test images are copies, if any is."""
+        return [check.sentence for check in self.checks if check.name == "unseen" and check.passed and check.found]
 
     @property
     def tags(self) -> dict[str, str]:
@@ -134,8 +139,8 @@ class Evaluation:
         x, y = self.subject.images[chosen], self.subject.labels[chosen]
         return self.compute.place(x), y.to(self.compute.device)
 
-    def checks(self, columns: Columns) -> list[Check]:
-        """All checks of a thorough subject, in the order in which they rule each other out."""
+    def checks(self, columns: Columns, copies: Mapping[str, np.ndarray]) -> list[Check]:
+        """All checks of a thorough subject, in the order in which they rule each other out. copies: `checks.unseen`."""
         subject, settings = self.subject, self.settings
         x, y = self._few()
         adversarial = torch.from_numpy(columns["adversarial"])
@@ -159,6 +164,7 @@ class Evaluation:
             checks.black_box(self._black_box.read()["robust"], self._white_box(columns)[self._checked]),
             checks.large_radius(columns["grey"], measures.large(subject.ball, shape)),
             checks.fgsm_and_pgd(columns["fgsm"], columns["pgd"], subject.ball.norm),
+            checks.unseen(copies),
         ]
 
     def _margins(self, adversarial: Tensor, batch: int | None) -> np.ndarray:
@@ -184,9 +190,12 @@ class Evaluation:
             robust = robust & ~np.isin(columns["broken_by"], numbers)
         return robust
 
-    def verdict(self, columns: Columns, all_images: int, split: str = TEST) -> Verdict:
-        """all_images: how many there are; fewer attacked are a subset. split: of the images; "" if nobody knows."""
-        found, suite, count = self.checks(columns), self.subject.suite, len(self.subject.labels)
+    def verdict(
+        self, columns: Columns, all_images: int, copies: Mapping[str, np.ndarray], split: str = TEST
+    ) -> Verdict:
+        """all_images: how many there are; fewer attacked are a subset. copies: as `checks.unseen` takes them. split: of
+        the images; "" if nobody knows."""
+        found, suite, count = self.checks(columns, copies), self.subject.suite, len(self.subject.labels)
         reasons = [check.sentence for check in found if not check.passed]
         measure = "auto_attack_unchecked" if reasons else "auto_attack"
         if count < FEWEST:
@@ -241,6 +250,7 @@ class Evaluation:
         found["sweep"] = [{"epsilon": radius, **wilson(flags).plain()} for radius, flags in self._sweep(columns)]
         found["headline"] = None if verdict.reasons else {"measure": verdict.measure, **found[verdict.measure]}
         found["no_headline"] = list(verdict.reasons)
+        found["notes"] = verdict.notes
         found["checks"] = [check.plain() for check in verdict.checks]
         return found
 

@@ -5,7 +5,7 @@ In a project it is tracked like a stage; elsewhere it is not.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from dmat import config, devices, files, processes, tracking
 from dmat.config import EvaluateRobust, Threat
+from dmat.data import overlap
 from dmat.data.pixels import to_unit
-from dmat.data.sources import Source, recognise
+from dmat.data.sources import Source, listing, recognise
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.evaluation import work
@@ -37,7 +38,10 @@ _NETWORK = ("network", "classes", "channels", "mean", "std", "image_shape")  # w
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to evaluate on what. norm, epsilon: None for those of the model's sidecar. folder: where all goes."""
+    """What to evaluate on what. norm, epsilon: None for those of the model's sidecar. folder: where all goes.
+
+    classes_in_order: somebody says that label k of the images is class k of the model, whatever the names are.
+    """
 
     model: Path
     images: str  # a path, or the name of an embedded source
@@ -47,6 +51,7 @@ class Request:
     settings: EvaluateRobust
     folder: Path
     home: Path | None  # the project whose MLflow store is told; None: nobody is
+    classes_in_order: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,7 @@ class DirectEvaluation:
         model, self.sidecar = open_classifier(path)
         self.source = recognise(request.images, request.split)
         _expect_fit(self.source, self.sidecar, request)
+        self.labels_are = _expect_same_classes(self.source, self.sidecar, request)
         self.threat = _threat(request, self.sidecar)
         settings, classes = request.settings, self.sidecar["classes"]
         if (sentence := config.step_problem(self.threat, settings.pgd_step_size)) is not None:
@@ -102,7 +108,12 @@ class DirectEvaluation:
 
     def protocol(self) -> dict[str, Any]:
         """Says also which images these are: a source without test images of its own may hold what a model saw."""
-        return {**self.evaluation.protocol(self.threat.plain(), self.all_images), "images_from": self.source.origin}
+        return {
+            **self.evaluation.protocol(self.threat.plain(), self.all_images),
+            "images_from": self.source.origin,
+            "images_notes": list(self.source.notes),
+            "labels_are": self.labels_are,
+        }
 
     def assist(self, quiet: bool) -> None:
         """Computes shards that nobody else is computing, until none is left."""
@@ -151,9 +162,11 @@ class DirectEvaluation:
     def _write(self, folder: Path) -> Result:
         evaluation = self.evaluation
         columns = evaluation.columns()
-        verdict = evaluation.verdict(columns, self.all_images, self.source.split)
-        summary, protocol = evaluation.summary(columns, verdict), self.protocol()
         count = len(evaluation.subject.labels)
+        repeated = overlap.repeated(overlap.digests(self.source.images[:count]))
+        copies = {"earlier test images (what the model was trained on is not known here)": repeated}
+        verdict = evaluation.verdict(columns, self.all_images, copies, self.source.split)
+        summary, protocol = evaluation.summary(columns, verdict), self.protocol()
         rows = {"index": np.arange(count), "label": evaluation.subject.labels.numpy()}
         write_table(folder / "per_image.parquet", rows | evaluation.rows(columns, verdict))
         evaluation.draw(folder, columns, self.threat.epsilon.text, self.names, verdict)
@@ -247,7 +260,8 @@ def against_robustbench(direct: DirectEvaluation, result: Result, entry: leaderb
 def lines(result: Result) -> list[str]:
     """What people read at the end: accuracies with intervals, the headline or why there is none."""
     n = result.protocol["images"]
-    found = [f"images: {result.protocol['images_from']}"]
+    found = [f"images: {result.protocol['images_from']}", *result.protocol["images_notes"]]
+    found += [f"labels: {result.protocol['labels_are']}"]
     found += [
         f"{name:24s}{100 * value['value']:6.2f} %  [{100 * value['low']:.2f}, {100 * value['high']:.2f}]  n = {n:,}"
         for name, value in result.summary.items()
@@ -295,28 +309,52 @@ def _expect_fit(source: Source, sidecar: Mapping[str, Any], request: Request) ->
             f"{request.images} holds images {list(source.images.shape[1:])}, {request.model} is for {shape} (height, "
             f"width, channels); expected the same; name other images or another model"
         )
-    if len(source.class_names) != classes and (_named(source) or len(source.class_names) > classes):
+    if len(source.class_names) != classes and (_are_names(source.class_names) or len(source.class_names) > classes):
         raise DmatError(
             f"{request.images} has {len(source.class_names)} classes, {request.model} {classes}; expected the same; "
             f"name other images or another model"
         )
-    ours, theirs = list(source.class_names), list(sidecar.get("class_names") or [])
-    if _named(source) and ours != theirs and sorted(ours) == sorted(theirs):
+
+
+def _expect_same_classes(source: Source, sidecar: Mapping[str, Any], request: Request) -> str:
+    """What label k is, in words. Raises DmatError where names say that it is not class k of the model.
+
+    Labels are numbers: with other names, or the same in another order, the accuracy would be that of other classes.
+    """
+    ours, theirs = list(source.class_names), [str(name) for name in sidecar.get("class_names") or []]
+    place = {name.casefold(): k for k, name in enumerate(theirs)}
+    places = [place.get(name.casefold()) for name in ours]
+    if places == list(range(len(theirs))):
+        return "classes of the same names as the model's"
+    moved = [f"{name} is {k}, the model's {at}" for k, (name, at) in enumerate(zip(ours, places, strict=True))
+             if at not in (None, k)]  # fmt: skip
+    if moved:
         raise DmatError(
-            f"{request.images} and {request.model} have the same classes in another order; expected one order, as "
-            f"labels are numbers; put the images in the order of the sidecar's class_names"
+            f"{request.images} and {request.model} have classes in another order ({listing(moved, 3)}); expected one "
+            f"order, as labels are numbers; put the images in the order of the sidecar's class_names"
         )
+    if not (_are_names(ours) and _are_names(theirs)):
+        whose = "the model" if _are_names(ours) else "the images"
+        return f"numbers of the model's classes: names could not be compared, as {whose} came without any"
+    if request.classes_in_order:
+        return f"numbers of the model's classes, on the word of who asked: {ours[0]} is taken for {theirs[0]}"
+    other = [f"{k} is {a}, the model's {b}" for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+    raise DmatError(
+        f"{request.images} has other classes than {request.model} ({listing(other, 3)}); expected the same names in "
+        f"the same order, as labels are numbers; rename them as in the sidecar's class_names, or say "
+        f"--classes-in-order if only the names differ"
+    )
 
 
 def _class_names(source: Source, sidecar: Mapping[str, Any]) -> list[str]:
-    if _named(source):
+    if _are_names(source.class_names):
         return list(source.class_names)
     return [str(name) for name in sidecar.get("class_names") or range(sidecar["classes"])]
 
 
-def _named(source: Source) -> bool:
-    """Whether somebody named the classes; without names, the highest labels may just not occur."""
-    return source.class_names != tuple(map(str, range(len(source.class_names))))
+def _are_names(classes: Sequence[str]) -> bool:
+    """Whether somebody named the classes; without names they are numbers, and the highest may just not occur."""
+    return list(classes) != [str(k) for k in range(len(classes))]
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """evaluate_robust: best and last weights on the test split -> per-image table, accuracies with intervals, headline.
 
-The only stage that opens the test split. Everything is computed in float32 and in shards (`dmat.evaluation`): a restart
+The only stage that opens the test split. It also opens what the arm trained on, to count test images that are exact
+copies of those. Everything is computed in float32 and in shards (`dmat.evaluation`): a restart
 loses one shard at most, and several processes share them. AutoAttack and the checks are about the best weights.
 """
 
@@ -11,14 +12,16 @@ import numpy as np
 
 from dmat import files
 from dmat.config import EvaluateRobust, Fraction
-from dmat.data import shards
+from dmat.data import overlap, shards
 from dmat.data.pixels import everything
+from dmat.data.shards import Shards
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation
 from dmat.evaluation.measures import Subject, images_sha256
 from dmat.evaluation.table import write_table
 from dmat.jobs.classifiers import load_classifier
 from dmat.jobs.execution import Job
+from dmat.jobs.mix_images import open_mix
 from dmat.metrics.intervals import wilson
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
@@ -34,7 +37,8 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
     work.compute_all(_units(evaluations), wait=True, quiet=job.quiet)
     columns = {name: one.columns() for name, one in evaluations.items()}
     best = evaluations["best"]
-    verdict = best.verdict(columns["best"], len(test), test.manifest["split"])
+    copies = _copies(test, len(best.subject.labels), job)
+    verdict = best.verdict(columns["best"], len(test), copies, test.manifest["split"])
     sidecar = weights.read_sidecar(_weights(job, "best"), "classifier")
     threat, names = sidecar["threat"], test.manifest["class_names"]
     best.draw(job.pictures, columns["best"], threat["epsilon"], names, verdict)
@@ -81,6 +85,20 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
         for name, value in values.items()
         if name != "headline" and (isinstance(value, int | float) or (isinstance(value, dict) and "value" in value))
     }
+
+
+def _copies(test: Shards, count: int, job: Job) -> dict[str, np.ndarray]:
+    """Which of the first `count` test images are exact copies, and of what: flags [count], as `checks.unseen` takes."""
+    real = shards.open_shards(job.inputs["train"])
+    _, generated, kept = open_mix(job.inputs["mix"], real, job.root)
+    found = overlap.digests_of(test, np.arange(count))
+    copies = {
+        "earlier test images": overlap.repeated(found),
+        "real training images": overlap.shared(found, overlap.digests_of(real)),
+    }
+    if generated is not None:
+        copies["generated training images"] = overlap.shared(found, overlap.digests_of(generated, kept))
+    return copies
 
 
 def assist(settings: EvaluateRobust, job: Job) -> None:

@@ -1,6 +1,7 @@
 """prepare_data: a named source -> train, validation and test splits as shards, stratified unless asked otherwise.
 
-Test images come from those that a source brings for testing, where it brings any, and are never trained on.
+Test images come from those that a source brings for testing, where it brings any, and are never trained on. Exact
+copies between the splits are counted and told; `evaluate_robust` decides what they mean for a headline.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from dmat import seeds
 from dmat.config import Normalisation, PrepareData
-from dmat.data import shards, sources
+from dmat.data import overlap, shards, sources
 from dmat.data.sources import Source, stratified
 from dmat.errors import DmatError
 from dmat.jobs.execution import Job
@@ -26,6 +27,7 @@ def run(settings: PrepareData, job: Job) -> dict[str, Any]:
     constants = _constants(settings.normalisation, source.images.shape[3])
     pools = {"train": (source.images, source.labels), **({"test": source.test} if source.test else {})}
     left = {pool: np.arange(len(labels)) for pool, (_, labels) in pools.items()}
+    hashes: dict[str, np.ndarray] = {}  # of the images of each split
     for name, count in wanted.items():
         pool = name if name in pools else "train"
         images, labels = pools[pool]
@@ -35,6 +37,9 @@ def run(settings: PrepareData, job: Job) -> dict[str, Any]:
             chosen = left[pool][stratified(labels[left[pool]], count, seeds.stream(settings.seed, f"split/{name}"))]
         left[pool] = np.setdiff1d(left[pool], chosen)
         images, labels = images[chosen], labels[chosen]
+        hashes[name] = overlap.digests(images)
+        if name == "train":
+            _expect_every_class(labels, source.class_names)
         mean, std = _moments(images) if constants is None else constants
         facts = {
             "split": name,
@@ -50,7 +55,9 @@ def run(settings: PrepareData, job: Job) -> dict[str, Any]:
         shards.write_set(job.result / name, images, labels, class_names=source.class_names, facts=facts)
         if name == "train":
             pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images, one row a class")
-    return {**wanted, "classes": len(source.class_names)}
+    copies = _copies(hashes)
+    job.notes.extend([*source.notes, *_told(copies, wanted)])
+    return {**wanted, "classes": len(source.class_names), **copies}
 
 
 def location(settings: PrepareData, path: Path) -> Path:
@@ -91,6 +98,38 @@ def _constants(normalisation: str | Normalisation, channels: int) -> tuple[list[
             f"{channels} channel{'s' if channels > 1 else ''}; give one of each for every channel, or write measured"
         )
     return list(mean), list(std)
+
+
+def _expect_every_class(labels: np.ndarray, names: tuple[str, ...]) -> None:
+    """Raises DmatError where a class has no training image: no model learns it, and accuracy counts it as wrong."""
+    missing = np.setdiff1d(np.arange(len(names)), labels)
+    if len(missing):
+        raise DmatError(
+            f"the training split of {len(labels):,} images has none of the classes "
+            f"{sources.listing([names[k] for k in missing])}; expected some of each; ask for more prepare_data.train "
+            f"images, or name a source without these classes"
+        )
+
+
+def _copies(hashes: dict[str, np.ndarray]) -> dict[str, int]:
+    """How many images of one split are exact copies of images of another, or of earlier ones of the test split."""
+    pairs = {"test_in_train": ("test", "train"), "test_in_validation": ("test", "validation"),
+             "validation_in_train": ("validation", "train")}  # fmt: skip
+    found = {f"copies_{name}": overlap.shared(hashes[a], hashes[b]).sum() for name, (a, b) in pairs.items()}
+    found["copies_within_test"] = overlap.repeated(hashes["test"]).sum()
+    return {name: int(count) for name, count in found.items()}
+
+
+def _told(copies: dict[str, int], wanted: dict[str, int]) -> list[str]:
+    """What a reader must know of copies, if there are any."""
+    if not any(copies.values()):
+        return []
+    return [
+        f"exact copies: of {wanted['test']:,} test images {copies['copies_within_test']:,} are copies of an earlier "
+        f"one, {copies['copies_test_in_train']:,} are also among the training images and "
+        f"{copies['copies_test_in_validation']:,} among the validation images; of {wanted['validation']:,} validation "
+        f"images {copies['copies_validation_in_train']:,} are among the training images; remove them from the source"
+    ]
 
 
 def _moments(images: np.ndarray) -> tuple[list[float], list[float]]:

@@ -202,6 +202,7 @@ STAGES: dict[str, Stage] = {
             inputs=lambda p, arm, seed: {
                 "train": _split("train"),
                 "test": _split("test"),
+                "mix": f"{ARTIFACTS}/mix_images/{arm}",
                 "classifier": f"{ARTIFACTS}/train_robust/{arm}-{seed}",
             },
             outputs=lambda p, arm, seed: {"evaluation": f"{ARTIFACTS}/evaluate_robust/{arm}-{seed}"},

@@ -54,9 +54,8 @@ def run(settings: WriteReport, job: Job) -> dict[str, Any]:
             f"{which}_gap": float(np.mean([summaries[run][which]["train_test_gap"] for run in own]))
             for which in ("best", "last")
         }
-    compared["no_headline"] = {
-        run: summaries[run]["best"]["no_headline"] for run in runs if summaries[run]["best"]["no_headline"]
-    }
+    for key in ("no_headline", "notes"):
+        compared[key] = {run: summaries[run]["best"][key] for run in runs if summaries[run]["best"][key]}
     folder = job.result / "report"
     files.write_json(folder / "comparison.json", compared)
     files.write_text(folder / "history.csv", _history_csv(histories))
@@ -125,6 +124,7 @@ def _content(
     protocol = next(iter(protocols.values()))
     said = [{key: value for key, value in one.items() if key != "computed"} for one in protocols.values()]
     unlike = [] if all(one == said[0] for one in said) else ["The evaluations do not have one protocol: compare none."]
+    notes = [f"{run}: {'; '.join(own)}." for run, own in compared["notes"].items()]
     place = workspace.find(job.root)
     results = {
         # not verified: DVC has just compared what it hands on, and images may be millions
@@ -152,7 +152,7 @@ def _content(
     first_runs = [runs[0] for runs in names.values()]
     return page.Content(
         title=settings.title,
-        sentences=[*unlike, *comparison.sentences(compared)],
+        sentences=[*unlike, *comparison.sentences(compared), *notes],
         comparison=compared,
         measures=comparison.measures_of(compared),
         protocol=protocol,

@@ -56,7 +56,7 @@ def compare(
         for arm, runs in names.items()
         if arm != settings.baseline
     }
-    return {"baseline": settings.baseline, "arms": arms, "differences": differences, "no_headline": {}}
+    return {"baseline": settings.baseline, "arms": arms, "differences": differences, "no_headline": {}, "notes": {}}
 
 
 def measures_of(comparison: Mapping[str, Any]) -> dict[str, str]:
@@ -105,6 +105,8 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     ]
     for run, reasons in comparison["no_headline"].items():
         lines += ["", f"No AutoAttack accuracy of {run}: {' '.join(reasons)}"]
+    for run, notes in comparison["notes"].items():
+        lines += ["", f"{run}: {'; '.join(notes)}."]
     return "\n".join(lines) + "\n"
 
 
