@@ -10,14 +10,17 @@ import os
 import pickle
 import shutil
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dmat import files
+from dmat import config, files
 from dmat.data import cifar, shards, sources
 from dmat.errors import DmatError
+from dmat.jobs import prepare_data
 from dmat.jobs.classifiers import facts_of
 from tests import cifar_files
 from tests.cifar_files import FOLDERS, NAMES, python2
@@ -285,9 +288,113 @@ def test_train_and_test_folders_stay_apart(tmp_path):
     assert sources.load("folder", tmp_path).test is None
 
 
-def test_train_may_be_a_class(tmp_path):
-    write_images(tmp_path, {"train": 2, "ship": 1})
-    assert sources.load("folder", tmp_path).class_names == ("ship", "train")
+LAYOUTS = {  # counts below the folder -> classes and whether there are test images, or words of the refusal
+    "a train among vehicles": ({"train": 2, "ship": 1}, ("ship", "train"), False),
+    "train and val": ({"train/a": 1, "val/a": 2}, ("a",), False),
+    "other words": ({"Training/a": 1, "TESTING/a": 2, "Valid/a": 1}, ("a",), True),
+    "both and another": ({"train/a": 1, "test/a": 1, "extra/a": 1}, "has test, train beside extra; expected either"),
+    "both without classes": ({"train": 1, "test": 1, "extra": 1}, "has test, train beside extra; expected either"),
+    "one and another": ({"train/a": 1, "a": 1}, "has train beside a; expected either classes alone, or train, test"),
+    "capitals": ({"Train/a": 1, "TEST/a": 1, "a": 1, "b": 1}, "has TEST, Train beside a, b; expected either"),
+    "val beside classes": ({"a": 1, "val/a": 1}, "has val beside a; expected either"),
+    "twice": ({"train/a": 1, "training/a": 1}, "has train, training; expected one folder of training"),
+    "no train": ({"test/a": 1, "val/a": 1}, "has test, val and no train; expected"),
+    "splits in classes": ({"a/train": 1, "a/test": 1}, "a/test is a folder test inside a class; expected "),
+    "test lacks a class": ({"train/a": 1, "train/b": 1, "test/a": 1}, "train and test differ in the classes b;"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_of_a_folder_is_clear_or_refused(tmp_path, name):
+    counts, expected, *has_test = LAYOUTS[name]
+    write_images(tmp_path, counts)
+    if not has_test:
+        assert expected in refusal(sources.load, "folder", tmp_path)
+        return
+    source = sources.load("folder", tmp_path)
+    assert source.class_names == expected
+    assert (source.test is not None) == has_test[0]
+    told = "is taken for a class" if "ship" in expected else "is not read"
+    assert told in " ".join(source.notes)
+
+
+def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    made = write_images(tmp_path, {str(k): 1 for k in range(12)})
+    source = sources.load("folder", tmp_path)
+    assert source.class_names == tuple(str(k) for k in range(12))
+    assert source.labels.tolist() == list(range(12))
+    assert np.array_equal(source.images[10], made["10"][0])
+
+
+# --- what is read is what is hashed
+
+
+def _link(path, target):
+    path.symlink_to(target)
+
+
+def _save(path, pages=1, kind=None):
+    frames = [Image.fromarray(np.full((6, 5, 3), 40 * k, np.uint8)) for k in range(pages)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, kind, save_all=True, append_images=frames[1:]) if pages > 1 else frames[0].save(path, kind)
+
+
+ADDED = {  # something in a folder of 2 cats and 2 dogs -> images then
+    "hidden folder": (lambda r: _save(r / "cat/.ipynb_checkpoints/0-checkpoint.png"), 4),
+    "hidden file": (lambda r: (r / "cat/._000.png").write_bytes(b"\0\5\x16\7" + bytes(99)), 4),
+    "of an archive": (lambda r: (_save(r / "__MACOSX/cat/0.png"), _save(r / "cat/__MACOSX/0.png")), 4),
+    "hidden class": (lambda r: _save(r / ".cache/0.png"), 4),
+    "nested": (lambda r: _save(r / "cat/more/0.png"), 5),
+    "jfif": (lambda r: _save(r / "cat/9.jfif", kind="JPEG"), 5),
+    "gif": (lambda r: _save(r / "cat/9.GIF"), 5),
+    "webp": (lambda r: _save(r / "cat/9.webp"), 5),
+    "no suffix": (lambda r: _save(r / "cat/9", kind="PNG"), 5),
+    "linked file": (lambda r: _link(r / "cat/9.png", r.parent / "elsewhere/a/000.png"), 5),
+    "linked class": (lambda r: _link(r / "emu", r.parent / "elsewhere/a"), 6),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_what_is_read_is_what_is_hashed(tmp_path, name):
+    add, count = ADDED[name]
+    root = tmp_path / "pets"
+    write_images(root, {"cat": 2, "dog": 2})
+    write_images(tmp_path / "elsewhere", {"a": 2}, seed=1)
+    before = files.checksum(root)
+    add(root)
+    assert len(sources.load("folder", root).labels) == len(sources.recognise(root).labels) == count
+    assert (files.checksum(root) != before) == (count != 4)
+    if count == 6:  # what lies behind a link counts
+        _save(tmp_path / "elsewhere/a/000.png")
+        assert files.checksum(root) != before
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    write_images(tmp_path, {"train/a": 1, "test/a": 1})
+    for name in ("words.txt", "train/list.csv", "train/a/1.txt", "test/a/Thumbs.db"):
+        (tmp_path / name).write_bytes(b"x")
+    (told,) = sources.load("folder", tmp_path).notes
+    assert told == f"left out, as they are no images: 1 .csv, 1 .db, 2 .txt; the first is {tmp_path / 'words.txt'}"
+
+
+NOT_READ = {
+    "film": (lambda r: (r / "a/9.mp4").write_bytes(b"x"), "a/9.mp4 cannot be read as an image"),
+    "animated": (lambda r: _save(r / "a/9.gif", 3), "a/9.gif has 3 frames; expected one still image"),
+    "animated png": (lambda r: _save(r / "a/9.png", 2), "a/9.png has 2 frames"),
+    "pages": (lambda r: _save(r / "a/9.tiff", 2), "a/9.tiff has 2 frames"),
+    "a program": (lambda r: (r / "a/9.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "a/9.png cannot be read as an"),
+    "outside": (lambda r: _save(r / "0.png"), "0.png is in no sub-folder of"),
+    "broken link": (lambda r: _link(r / "a/9.png", r / "nothing"), "a/9.png is neither a file nor a folder, or a link"),
+    "in a circle": (lambda r: _link(r / "a/b", r), "a/b is a link to a folder that holds it"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_cannot_be_read_is_refused_by_its_name(tmp_path, name):
+    add, words = NOT_READ[name]
+    write_images(tmp_path / "pets", {"a": 2, "b": 2})
+    add(tmp_path / "pets")
+    assert words in refusal(sources.load, "folder", tmp_path / "pets")
 
 
 def _picture(path, shape=(6, 5, 3), mode=None):
@@ -305,7 +412,7 @@ FOLDER_DAMAGE = {
         lambda r: (r / "a/000.png").write_bytes((r / "a/000.png").read_bytes()[:60]),
         "a/000.png cannot be read as an image",
     ),
-    "empty class": (lambda r: (r / "c").mkdir(), "has no image of the classes c; expected some (.jpg"),
+    "empty class": (lambda r: (r / "c").mkdir(), "has no image of the classes c; expected some (BMP, "),
 }
 
 
@@ -318,7 +425,7 @@ def test_unfitting_images_are_refused(tmp_path, name):
 
 
 def test_folders_without_classes_are_refused(tmp_path):
-    assert "has no sub-folders; expected one a class" in refusal(sources.load, "folder", tmp_path)
+    assert "has no sub-folders; expected one per class" in refusal(sources.load, "folder", tmp_path)
     assert "expected a folder with one sub-folder" in refusal(sources.load, "folder", tmp_path / "none")
     write_images(tmp_path / "test", {"a": 1})
     assert "has test and no train" in refusal(sources.load, "folder", tmp_path)
@@ -367,13 +474,13 @@ def test_manifests_that_do_not_fit_are_refused(tmp_path, change, words):
 
 
 def test_an_npz_may_bring_test_images(tmp_path):
-    train, test = cifar_files.some(6, 3, 0), cifar_files.some(4, 4, 1)
+    train, test = cifar_files.some(6, 3, 0), cifar_files.some(4, 2, 1)
     arrays = {"image": train[0], "label": train[1], "test_image": test[0], "test_label": test[1]}
     np.savez(tmp_path / "s.npz", **arrays, other=np.zeros(3))
     source = sources.load("npz", tmp_path / "s.npz")
     assert equal((source.images, source.labels), train)
     assert equal(source.test, test)
-    assert source.class_names == ("0", "1", "2", "3")
+    assert source.class_names == ("0", "1", "2")
     np.savez(tmp_path / "s.npz", **{key: arrays[key] for key in ("image", "label", "test_image")})
     assert "lacks test_label; expected arrays `test_image` and `test_label`" in refusal(sources.npz, tmp_path / "s.npz")
     np.savez(tmp_path / "s.npz", **arrays | {"test_image": test[0][:, :8]})
@@ -394,6 +501,29 @@ def test_an_npz_may_bring_test_images(tmp_path):
 def test_odd_npz_files_are_refused(tmp_path, arrays, words):
     np.savez(tmp_path / "s.npz", **arrays)
     assert words in refusal(sources.load, "npz", tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize(
+    ("labels", "test", "words"),
+    [
+        (range(1, 11), [], "no image has the label 0, and labels go up to 10; expected images of every class from 0"),
+        ([0, 255, 0], [], "no image has the label 1, 2, 3, 4, 5 and 249 more, and labels go up to 255"),
+        ([0, 1, 0], [1, 2], "no image has the label 2, and labels go up to 2"),
+    ],
+)
+def test_labels_with_gaps_are_refused_unless_classes_are_named(tmp_path, labels, test, words):
+    images = cifar_files.some(len(labels), 1, 0)[0]
+    arrays = {"image": images, "label": np.array(labels)}
+    arrays |= {"test_image": images[: len(test)], "test_label": np.array(test)} if test else {}
+    np.savez(tmp_path / "s.npz", **arrays)
+    assert words in refusal(sources.load, "npz", tmp_path / "s.npz")
+    names = [f"class {k}" for k in range(256)]
+    np.savez(tmp_path / "s.npz", **arrays, class_names=np.array(names))
+    assert sources.load("npz", tmp_path / "s.npz").class_names == tuple(names)
+    np.savez(tmp_path / "s.npz", **arrays, class_names=np.array(["same", "same"]))
+    assert "`class_names` is <U4 (2,); expected one line of text per class" in refusal(
+        sources.load, "npz", tmp_path / "s.npz"
+    )
 
 
 def test_a_damaged_npz_is_refused(tmp_path):
@@ -481,6 +611,39 @@ def project(tmp_path, tiny_params):
     project = Project(folder, tiny_params)
     project.write({"prepare_data": settings})
     return project, made
+
+
+def _prepare(folder, source, **counts):
+    """`prepare_data.run` itself: its metrics and notes."""
+    settings = config.PrepareData(source="shards", path=str(source), seed=1, **counts)
+    job = types.SimpleNamespace(
+        project_path=Path, result=folder / "result", pictures=folder / "pictures", notes=[], root=folder
+    )
+    return prepare_data.run(settings, job), job.notes
+
+
+def test_copies_across_the_splits_are_counted_and_told(tmp_path):
+    """All images of a class are one image, so that every split has it."""
+    images, labels = cifar_files.some(40, 2, 0)
+    images[labels == 1] = images[1]
+    shards.write_set(tmp_path / "s", images, labels, class_names=["a", "b"], facts={})
+    metrics, (note,) = _prepare(tmp_path, tmp_path / "s", train=16, validation=12, test=12)
+    copies = {name: value for name, value in metrics.items() if name.startswith("copies")}
+    assert copies == {"copies_within_test": 5, "copies_test_in_train": 6, "copies_test_in_validation": 6,
+                      "copies_validation_in_train": 6}  # fmt: skip
+    assert "of 12 test images 5 are copies of an earlier one, 6 are also among the training images and 6" in note
+    write_shards(tmp_path / "other")
+    metrics, notes = _prepare(tmp_path / "2", tmp_path / "other", train=3, validation=2, test=1)
+    assert notes == []
+    assert {metrics[name] for name in copies} == {0}
+
+
+def test_a_class_without_training_images_is_refused(tmp_path):
+    images, labels = cifar_files.some(12, 3, 0)
+    shards.write_set(tmp_path / "s", images, labels, class_names=["a", "b", "c", "unicorn"], facts={})
+    assert len(sources.recognise(tmp_path / "s").labels) == 12  # a part of a set may be evaluated
+    with pytest.raises(DmatError, match="the training split of 6 images has none of the classes unicorn; expected"):
+        _prepare(tmp_path, tmp_path / "s", train=6, validation=3, test=3)
 
 
 def _split(project, name):

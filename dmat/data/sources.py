@@ -115,7 +115,7 @@ def _expect_no_gap(path: Path, labels: np.ndarray, classes: int) -> None:
     missing = np.setdiff1d(np.arange(classes), labels)
     if len(missing) and len(labels):
         raise DmatError(
-            f"{path}: no training image has the label {listing(missing.tolist())}, and labels go up to {classes - 1}; "
+            f"{path}: no image has the label {listing(missing.tolist())}, and labels go up to {classes - 1}; "
             f"expected images of every class from 0 on; number the classes from 0 without gaps, or name all of them "
             f"in an array `class_names`"
         )
