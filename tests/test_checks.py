@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dmat import modes, seeds
-from dmat.data import sources
+from dmat.data import overlap, sources
 from dmat.data.pixels import to_bytes, to_unit
 from dmat.evaluation import checks
 from dmat.evaluation.checks import Check
@@ -151,6 +151,7 @@ def test_a_sound_measurement_passes_every_check(sound, seen):
         checks.black_box(robust_to_square(sound, seen, BALL), many),
         checks.large_radius(robust(sound, seen, Ball("linf", grey), 20, 0.125), grey),
         checks.fgsm_and_pgd(robust(sound, seen, BALL, 1, 0.1), many),
+        checks.unseen({"earlier test images": overlap.repeated(overlap.digests(to_bytes(images * 2 - 1)))}),
     ]
     assert 0.6 < many.mean() < few.mean() < 0.9  # so that the last ones had something to compare
     assert checks.verdict(made) == []
@@ -158,7 +159,7 @@ def test_a_sound_measurement_passes_every_check(sound, seen):
         passes(check, check.name)
     public = [name for name, f in inspect.getmembers(checks, inspect.isfunction) if _gives_check(name, f)]
     assert sorted(check.name for check in made) == sorted(public)
-    assert len(public) == 13
+    assert len(public) == 14
 
 
 def _gives_check(name, function):
@@ -620,6 +621,17 @@ def test_grey_radius_of_another_norm_is_refused():
 
 
 # --- what becomes of them
+
+
+@pytest.mark.parametrize(("n", "most"), [(1000, 10), (199, 1), (99, 0)])
+def test_one_test_image_in_a_hundred_may_be_a_copy(n, most):
+    """Of anything, counted once: the flags overlap."""
+    for count in (most, most + 1):
+        copies = {"earlier test images": flags(count // 2, n), "generated training images": flags(count, n)}
+        check = checks.unseen(copies)
+        words = (f"of {n:,} test images these are exact copies", f"{count} of generated training images")
+        (passes if count == most else fires)(check, "unseen", *words)
+        assert check.found == pytest.approx(count / n)
 
 
 def test_the_verdict_is_what_did_not_pass(seen):

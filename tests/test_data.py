@@ -15,7 +15,7 @@ import torch
 from scipy import stats
 
 from dmat import files, seeds
-from dmat.data import shards
+from dmat.data import overlap, shards
 from dmat.data.batches import MixedBatches
 from dmat.data.mixing import BatchOrder, Mix, Sequence
 from dmat.data.pixels import everything, in_order, to_bytes, to_unit
@@ -325,6 +325,29 @@ def test_folders_that_differ_are_not_one_set(tmp_path, change, found):
     assert str(refused.value) == (
         f"{tmp_path / '2'} holds images {found}; expected [4, 5, 3] of 3 as in {tmp_path / '1'}; generate both alike"
     )
+
+
+# --- copies
+
+
+def test_copies_are_found_pixel_by_pixel(tmp_path, monkeypatch):
+    """Brute force over all pairs; sets are read piece by piece, and only the images asked for."""
+    monkeypatch.setattr(overlap, "BATCH", 4)
+    images, labels = some_images(30, (2, 2, 1))
+    images //= 86  # three levels: 81 images are possible, so that some are there twice
+    images[7] = images[3]
+    others = images[[20, 7, 21]]
+    found = overlap.digests(images)
+    assert overlap.repeated(found).tolist() == [
+        any(np.array_equal(x, y) for y in images[:k]) for k, x in enumerate(images)
+    ]
+    assert overlap.repeated(found)[7]
+    expected = [any(np.array_equal(x, y) for y in others) for x in images]
+    assert overlap.shared(found, overlap.digests(others)).tolist() == expected
+    opened = shards.open_shards(write_in_shards(tmp_path, images, labels, (9, 0, 21)))
+    assert np.array_equal(overlap.digests_of(opened), found)
+    assert np.array_equal(overlap.digests_of(opened, np.array([20, 7, 21])), overlap.digests(others))
+    assert len(overlap.digests_of(opened, np.zeros(0, int))) == 0
 
 
 # --- pixels

@@ -8,13 +8,17 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from dmat import files
-from dmat.data import shards
+from dmat import config, files
+from dmat.config import REAL_ONLY, MixImages
+from dmat.data import shards, sources
+from dmat.errors import DmatError
 from dmat.evaluation.table import read_table
+from dmat.jobs import evaluate_model, evaluate_robust, mix_images
 from tests import cifar_files, forked
 from tests.projects import IN_ORDER
 
@@ -97,8 +101,44 @@ def test_the_stage_says_what_it_measured(finished):
     summary = files.read_json(finished.folder / SUMMARY)["best"]
     assert summary["clean"]["right"] == int(table["best_clean"].sum())
     assert sum(summary["broken_by"].values()) == len(table["index"])
-    assert len(summary["checks"]) == 13
+    assert len(summary["checks"]) == 14
+    (unseen,) = [check for check in summary["checks"] if check["name"] == "unseen"]
+    assert unseen["sentence"] == (
+        "of 40 test images these are exact copies: 0 of earlier test images, 0 of real training images, 0 of generated "
+        "training images"
+    )
     assert (summary["headline"] is None) == bool(summary["no_headline"])
+
+
+def test_copies_of_real_and_of_kept_generated_images_are_found(tmp_path):
+    """The test images: a real one, a kept generated one, one that was not kept, the first again, two new ones."""
+    images, labels = cifar_files.some(30, 3, 0)
+    about = {"class_names": list("abc"), "facts": {}}
+    chunk, selection = tmp_path / "artifacts/generate_images/set/c0", tmp_path / "artifacts/select_images/best"
+    shards.write_set(tmp_path / "train", images[:10], labels[:10], **about)
+    shards.write_set(chunk, images[10:20], labels[10:20], **about)
+    shards.write_set(tmp_path / "test", images[[4, 13, 17, 4, 28, 29]], labels[[4, 13, 17, 4, 28, 29]], **about)
+    selection.mkdir(parents=True)
+    np.save(selection / "indices.npy", np.array([1, 3, 9]))
+    files.write_json(
+        selection / "selection.json",
+        {"kept": 3, "shape": [32, 32, 3], "classes": 3, "image_set": "set", "chunks": ["c0"],
+         "manifest_sha256": {"c0": files.sha256(chunk / shards.MANIFEST)}},
+    )  # fmt: skip
+    inputs = {"train": tmp_path / "train", "images_from": selection, "mix": tmp_path / "mix"}
+    job = types.SimpleNamespace(inputs=inputs, root=tmp_path, result=tmp_path, chosen={"arm": "a"})
+    test = shards.open_shards(tmp_path / "test")
+    for images_from, found in (("artifacts/select_images/best", [False, True] + 4 * [False]), (REAL_ONLY, None)):
+        share = 0.5 if found else 0.0
+        settings = MixImages(
+            images_from=images_from, batch=4, generated_share=share, images=8, with_replacement=False, copies=1
+        )
+        mix_images.run(settings, job)
+        copies = {name: flags.tolist() for name, flags in evaluate_robust._copies(test, 6, job).items()}
+        assert copies.pop("earlier test images") == [False, False, False, True, False, False]
+        assert copies.pop("real training images") == [True, False, False, True, False, False]
+        assert copies == ({"generated training images": found} if found else {})
+    assert len(evaluate_robust._copies(test, 3, job)["earlier test images"]) == 3
 
 
 def test_a_failed_check_is_said_everywhere_and_stops_nothing(unevaluated):
@@ -188,6 +228,62 @@ def test_published_file_and_cifar_folder_in_one_command(elsewhere):
     folder = elsewhere / "Wang2023Better_WRN-28-10-evaluation"
     assert "clean" in fresh
     assert (folder / "Wang2023Better_WRN-28-10.safetensors").is_file(), "what was imported stays"
+
+
+def test_copies_among_the_images_are_counted(elsewhere):
+    """And classes of other names are the model's only on the word of who asks."""
+    with np.load(elsewhere / "images.npz") as saved:
+        images, labels = (
+            np.concatenate([saved["image"], saved["image"][:3]]),
+            np.append(saved["label"], saved["label"][:3]),
+        )
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    files.write_json(
+        elsewhere / "model.json", files.read_json(elsewhere / "model.json") | {"class_names": list("abcdefghij")}
+    )
+    np.savez(elsewhere / "named.npz", image=images, label=labels, class_names=np.array(names))
+    words = ("--model", "model.safetensors", "--images", "named.npz", "--attacks", "none", "--split", "test")
+    assert "named.npz has other classes than model.safetensors (0 is zero, the model's a, " in _dmat(
+        elsewhere, *words, code=2
+    )
+    text = _dmat(elsewhere, *words, "--classes-in-order")
+    assert "labels: numbers of the model's classes, on the word of who asked: zero is taken for a" in text
+    assert (
+        "no headline: of 43 test images these are exact copies: 3 of earlier test images (what the model was " in text
+    )
+
+
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+SHORT = ["plane", "car", *CIFAR[2:]]
+NUMBERS = [str(k) for k in range(10)]
+CLASSES = {  # names of the images, of the model -> what labels are, or words of the refusal; with --classes-in-order
+    "the same": (CIFAR, CIFAR, "classes of the same names", ...),
+    "capitals": ([name.title() for name in CIFAR], CIFAR, "classes of the same names", ...),
+    "other names": (SHORT, CIFAR, "(0 is plane, the model's airplane, 1 is car, ", "on the word of who asked"),
+    "another order": (CIFAR[::-1], CIFAR, "truck is 0, the model's 9", ...),
+    "names that moved": (sorted(SHORT), CIFAR, "bird is 0, the model's 2", ...),
+    "from 1": ([str(k) for k in range(1, 11)], NUMBERS, "1 is 0, the model's 1", ...),
+    "images without names": (NUMBERS, CIFAR, "as the images came without any", ...),
+    "fewer numbers": (NUMBERS[:4], CIFAR, "as the images came without any", ...),
+    "a model without names": (CIFAR, None, "as the model came without any", ...),
+    "a model of numbers": (CIFAR, NUMBERS, "as the model came without any", ...),
+}
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_classes_are_compared_by_name(tmp_path, kind, in_order):
+    ours, theirs, said, said_in_order = CLASSES[kind]
+    source = sources.Source(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, int), tuple(ours), "", "")
+    request = evaluate_model.Request(
+        tmp_path / "m.safetensors", "images", None, None, None, config.evaluation({}), tmp_path, None, in_order
+    )
+    try:
+        found = evaluate_model._expect_same_classes(source, {"class_names": theirs}, request)
+    except DmatError as error:
+        found = str(error)
+        assert "expected" in found
+    assert (said if not in_order or said_in_order is ... else said_in_order) in found
 
 
 # --- what is refused
@@ -288,7 +384,8 @@ def test_a_parameter_file_says_how_many_images(elsewhere, finished):
 
 SPOILED = {
     "other shape": (lambda x, y: (x[:, :6, :6], y), "holds images [6, 6, 1]"),
-    "too many classes": (lambda x, y: (x, y + 4), "has 14 classes"),
+    "too many classes": (lambda x, y: (x, np.arange(len(y)) % 14), "has 14 classes"),
+    "counted from 1": (lambda x, y: (x, np.arange(len(y)) % 9 + 1), "no image has the label 0"),
     "none": (lambda x, y: (x[:0], y[:0]), "images.npz"),
     "floats": (lambda x, y: (x / 255, y), "expected uint8"),
 }

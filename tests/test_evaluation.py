@@ -18,8 +18,8 @@ import torch
 
 from dmat import config, devices, seeds
 from dmat.errors import DmatError
-from dmat.evaluation import measures, work
-from dmat.evaluation.evaluate import Evaluation
+from dmat.evaluation import checks, measures, work
+from dmat.evaluation.evaluate import Evaluation, Verdict
 from dmat.evaluation.measures import Subject
 from dmat.evaluation.table import read_table, write_table
 from dmat.evaluation.work import Unit
@@ -313,8 +313,11 @@ def test_epsilon_in_levels_is_refused(tmp_path, subject, compute):
 # --- what is said
 
 
+NO_COPIES = {"earlier test images": np.zeros(24, bool)}
+
+
 def _verdict(evaluation, all_images=24):
-    return evaluation.verdict(evaluation.columns(), all_images)
+    return evaluation.verdict(evaluation.columns(), all_images, NO_COPIES)
 
 
 def test_only_the_whole_standard_suite_on_all_images_is_a_headline(tmp_path, subject, compute):
@@ -322,32 +325,44 @@ def test_only_the_whole_standard_suite_on_all_images_is_a_headline(tmp_path, sub
     settings = QUICK.model_copy(update={"auto_attack": "standard"})
     evaluation = _done(tmp_path / "standard", standard, compute, settings)
     columns = evaluation.columns()
-    verdict = evaluation.verdict(columns, 24)
+    verdict = evaluation.verdict(columns, 24, NO_COPIES)
     assert verdict.reasons == (), [check for check in verdict.checks if not check.passed]
     assert verdict.measure == "auto_attack"
-    assert len(verdict.checks) == 13
+    assert len(verdict.checks) == 14
     assert verdict.tags["evaluation.headline"] == "yes"
     summary = evaluation.summary(columns, verdict)
     assert summary["headline"] == {"measure": "auto_attack", **wilson(columns["auto_attack"]).plain()}
     assert sum(summary["broken_by"].values()) == 24
     assert [point["epsilon"] for point in summary["sweep"]] == pytest.approx([0, 0.045, 0.09, 0.18])
     assert summary["sweep"][2]["right"] == summary["pgd"]["right"]
-    subset = evaluation.verdict(columns, 25)
+    subset = evaluation.verdict(columns, 25, NO_COPIES)
     assert (subset.measure, subset.tags["evaluation.headline"]) == ("auto_attack_subset", "no")
     assert subset.reasons == ("Only 24 of 25 images were attacked.",)
     assert evaluation.summary(columns, subset)["headline"] is None
     assert "auto_attack" not in evaluation.summary(columns, subset)
+    copied = evaluation.verdict(columns, 24, {"real training images": np.arange(24) == 3})
+    assert (copied.measure, copied.tags["evaluation.checks"]) == ("auto_attack_unchecked", "failed: unseen")
+    assert "of 24 test images these are exact copies: 1 of real training images; expected" in copied.reasons[0]
 
 
 def test_training_images_and_unknown_ones_are_no_headline(tmp_path, subject, compute):
     evaluation = _done(tmp_path, dataclasses.replace(subject, suite=auto_attack.suite("standard", 4)), compute)
     columns = evaluation.columns()
     for split, said in {"train": "of the split train, not of test", "": "say `--split test`"}.items():
-        verdict = evaluation.verdict(columns, 24, split)
+        verdict = evaluation.verdict(columns, 24, NO_COPIES, split)
         assert verdict.measure == "auto_attack_not_test"
         assert said in verdict.reasons[0]
         assert evaluation.summary(columns, verdict)["headline"] is None
-    assert evaluation.verdict(columns, 24, "test").reasons == ()
+    assert evaluation.verdict(columns, 24, NO_COPIES, "test").reasons == ()
+
+
+def test_few_copies_are_told_beside_a_headline():
+    copies = {"earlier test images": np.arange(200) < 1, "generated training images": np.arange(200) < 2}
+    verdict = Verdict("auto_attack", (), (checks.unseen(copies),))
+    assert verdict.sentences == verdict.notes
+    assert verdict.notes == [
+        "of 200 test images these are exact copies: 1 of earlier test images, 2 of generated training images"
+    ]
 
 
 def test_a_handful_of_images_is_no_headline(tmp_path, subject, compute):
@@ -369,7 +384,7 @@ def test_checks_look_at_images_of_every_part_and_no_more_than_a_batch(tmp_path, 
     assert len(x) == 5
     assert set(y.tolist()) == {0, 1, 2, 3}
     assert len(evaluation._black_box.read()["robust"]) == 8
-    assert evaluation.checks(evaluation.columns())
+    assert evaluation.checks(evaluation.columns(), NO_COPIES)
 
 
 def test_a_model_that_says_one_thing_is_scored_alike(tmp_path, subject, compute):
@@ -378,7 +393,7 @@ def test_a_model_that_says_one_thing_is_scored_alike(tmp_path, subject, compute)
     model.logits.weight.zero_()
     model.logits.bias.zero_()
     evaluation = _done(tmp_path, dataclasses.replace(subject, model=model, suite=None), compute)
-    found = {check.name: check for check in evaluation.checks(evaluation.columns())}
+    found = {check.name: check for check in evaluation.checks(evaluation.columns(), NO_COPIES)}
     assert found["rescored"].passed
     assert not found["zero_gradients"].passed
 

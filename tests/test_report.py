@@ -34,6 +34,7 @@ def test_an_arm_of_which_one_seed_has_no_headline_shows_none(without):
     for values in comparison["arms"].values():
         values |= {"best_gap": 0.1, "last_gap": 0.2}
     comparison["no_headline"] = {without: ["Only 40 of 50 images were attacked."]}
+    comparison["notes"] = {"real-1": ["of 200 test images these are exact copies: 1 of earlier test images"]}
     table = report.markdown(comparison).splitlines()
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in table[2:5]}
     assert table[0].split("|")[4].strip() == "AutoAttack, best"
@@ -41,7 +42,8 @@ def test_an_arm_of_which_one_seed_has_no_headline_shows_none(without):
     assert "[" in rows[other][2]
     assert rows["mixed − real"][2] == "—"
     assert "**" in rows["mixed − real"][1]
-    assert table[-1] == f"No AutoAttack accuracy of {without}: Only 40 of 50 images were attacked."
+    assert table[-3] == f"No AutoAttack accuracy of {without}: Only 40 of 50 images were attacked."
+    assert table[-1] == "real-1: of 200 test images these are exact copies: 1 of earlier test images."
 
 
 def test_without_any_headline_there_is_no_column():
