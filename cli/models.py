@@ -103,7 +103,10 @@ def _predict(
     model: Model,
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A .npy file.")],
     to: Annotated[Path | None, typer.Option(help="File to write. [default: IMAGES with -logits.npy]")] = None,
-    labels: Annotated[Path | None, typer.Option(help="A .npy file of integers: say how many are right.")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="A .npy file of integers, numbers of the model's classes: say how many are right."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 1000,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
