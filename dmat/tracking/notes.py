@@ -13,7 +13,7 @@ from typing import Any
 import filelock
 import psutil
 
-from dmat import files
+from dmat import files, liveness
 from dmat.errors import DmatError, first_line
 from dmat.tracking import stores
 from dmat.tracking.memory import FILES, Memory, Sender, remembered
@@ -24,7 +24,7 @@ _KEYS = {"folder", "host", "pid", "started", "by_children", "store"}
 
 def write(home: Path, folder: Path, pid: int, by_children: bool = False) -> None:
     """A run remembered in `folder` is the work of process `pid` here. by_children: its status is its children's."""
-    about = {"pid": pid, "started": psutil.Process(pid).create_time(), "host": platform.node()}
+    about = {"pid": pid, "started": liveness.identity(pid), "host": platform.node()}
     note = {"folder": relative(home, folder), "by_children": by_children, "store": stores.identity(home)}
     _write(home, folder, about | note)
 
@@ -49,15 +49,17 @@ def alive(note: dict[str, Any]) -> bool:
     happens on another machine is not known here: its processes count as alive."""
     if elsewhere(note):
         return True
-    return process_lives(note["pid"], note["started"])
+    if isinstance(note["started"], str):
+        return liveness.lives(note["pid"], note["started"])
+    return _lives_since(note["pid"], note["started"])
 
 
-def process_lives(pid: int, started: float) -> bool:
-    """Whether a process of this machine that started then (seconds since 1970) still runs."""
+def _lives_since(pid: int, started: float) -> bool:
+    """The same by the time of day (seconds since 1970), which older notes have; a step of the clock deceives it."""
     try:
         process = psutil.Process(pid)
         same = abs(process.create_time() - started) < 1
-        return bool(same and process.status() != psutil.STATUS_ZOMBIE)  # killed, and its parent did not ask yet
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import sqlalchemy
 from sqlalchemy import Column, Float, Integer, MetaData, String, Table
 
-from dmat.tracking import notes
+from dmat import liveness
 
 RENEW = 10.0  # seconds
 STALE = 60.0  # seconds after which the holder counts as gone, wherever it is
@@ -36,7 +35,7 @@ _CLAIMS = Table(
     Column("holder", String(64)),  # NULL: nobody
     Column("place", String(512)),  # machine and process namespace: only there the process can be looked at
     Column("pid", Integer),
-    Column("born", Float),  # when the process started; its number alone may belong to another by now
+    Column("born", Float),  # `liveness.started`: the number alone may belong to another process by now
     Column("renewed", Float),  # seconds since 1970 by the database's clock
     Column("deaths", Integer),  # holders that went without giving it back
 )
@@ -49,7 +48,7 @@ class Claims:
     def __init__(self, engine: sqlalchemy.Engine, study: str):
         self._engine, self._study = engine, study
         self._holder, self._place = uuid.uuid4().hex, _place()
-        self._born = psutil.Process().create_time()
+        self._born = liveness.started(os.getpid())
         self._held: set[str] = set()
         self._confirmed: dict[str, float] = {}  # item -> when the storage last said that it is ours
         self._closing = threading.Event()
@@ -162,7 +161,7 @@ class Claims:
     def _is_free(self, row: Any, now: float) -> bool:
         if row["holder"] is None or now - row["renewed"] > STALE:
             return True
-        return bool(row["place"] == self._place and not notes.process_lives(row["pid"], row["born"]))
+        return bool(row["place"] == self._place and liveness.started(row["pid"]) != row["born"])
 
     def _renew_until_closed(self) -> None:
         while not self._closing.wait(RENEW):
@@ -177,11 +176,10 @@ def _awake_or_not() -> float:
 
 
 def _place() -> str:
-    """This machine since it was started, and this namespace of processes: two containers may have one name."""
-    marks = []
-    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        try:
-            marks.append(str(Path(path).readlink()) if "/ns/" in path else Path(path).read_text().strip())
-        except OSError:
-            marks.append("")
-    return "/".join([platform.node(), *marks])
+    """This machine since it was started, and this namespace of processes: two containers may have one name. "ticks" says
+    what `born` is: a claim of an earlier dmat, which has a time of day there, is of another place and becomes stale."""
+    try:
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    return "/".join([platform.node(), liveness.boot_id(), namespace, "ticks"])
