@@ -46,8 +46,9 @@ def add_to(app: typer.Typer) -> None:
     )
     group.command(
         "compare",
-        help="What differs between runs: parameters, data, code, numbers; of two evaluations the paired difference too."
-        "\n\nExample: dmat runs compare evaluate_robust/real_only-1 evaluate_robust/generated-1",
+        help="What differs between runs: parameters, data, code, numbers; of two evaluations, or two trials that "
+        "AutoAttack ranked, the paired difference too.\n\n"
+        "Example: dmat runs compare evaluate_robust/real_only-1 evaluate_robust/generated-1",
     )(_compare)
     group.command(
         "lineage",
@@ -115,22 +116,21 @@ def _show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The start of an id, or stage/instance: the newest.")],
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
-    from dmat.jobs import workspace
     from dmat.tracking import queries
 
-    found = queries.one(_home(), run)
+    home = _home()
+    found = queries.one(home, run)
     if as_json:
         typer.echo(json.dumps(found.plain(), indent=2, sort_keys=True))
         return
     reason = f": {found.tags['dmat.error']}" if "dmat.error" in found.tags else ""
-    work = workspace.here().run_folder(found.stage, found.instance, found.tags.get("dmat.fingerprint", ""))
     lines = {
         "run": found.id,
         "name": found.name,
         "status": found.status + reason,
         "started": _moment(found.started),
         "seconds": "" if found.seconds is None else f"{found.seconds:.0f}",
-        "work folder": str(work) if work.exists() else "is not here",
+        "work folder": str(queries.work_folder(home, found) or "is not here"),
     }
     for name, text in lines.items():
         typer.echo(f"{name:14s}{text}")
@@ -157,7 +157,7 @@ def _compare(
     found = [queries.one(place.home, run) for run in runs]
     differing, same = queries.differences(found)
     paired = {}
-    if len(found) == 2 and {run.stage for run in found} == {"evaluate_robust"}:
+    if len(found) == 2 and all(run.stage == "evaluate_robust" or "optuna.trial" in run.tags for run in found):
         from dmat.upkeep import comparing  # numpy and pyarrow only where they are needed
 
         paired = comparing.paired(place, *found)

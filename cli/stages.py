@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dmat.jobs import STAGES, Stage
+
+if TYPE_CHECKING:
+    from dmat.jobs.workspace import Workspace
 
 _INSTANCE_OPTIONS = {
     "generator": (str, "Name in `generators` of params.yaml."),
@@ -64,11 +67,25 @@ def run(
     stage: Stage, chosen: dict[str, Any], path: Path, fresh: bool, dry_run: bool, as_json: bool, worker: bool = False
 ) -> None:
     """One instance of a stage, as its command does it. worker: helps the process that will publish it."""
+    from dmat import tracking
+    from dmat.jobs import workspace
+
+    place = workspace.find(path.resolve().parent)
+    try:
+        _run(stage, chosen, path, place, fresh, dry_run, as_json, worker)
+    except Exception as error:
+        tracking.tell(place.home, error)
+        raise
+
+
+def _run(
+    stage: Stage, chosen: dict[str, Any], path: Path, place: "Workspace", fresh: bool, dry_run: bool, as_json: bool,
+    worker: bool,
+) -> None:  # fmt: skip
     from dmat import config, processes
-    from dmat.jobs import execution, workspace
+    from dmat.jobs import execution
 
     params = config.load(path)
-    place = workspace.find(path.resolve().parent)
     plan = execution.plan(stage, chosen, params, place)
     if dry_run:
         typer.echo(json.dumps(plan.describe() | execution.outlook(plan, params, place), indent=2))

@@ -156,6 +156,7 @@ class DirectEvaluation:
                 "images": {"path": request.images, "sha256": self.identity["images"]},
             },
             compute=self.compute.describe(),
+            fingerprint=files.fingerprint(self.identity),
             enabled=request.home is not None,
         )
 

@@ -411,6 +411,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
         inputs=plan.inputs,
         compute=compute.describe(),
         root=workspace.root,
+        fingerprint=plan.fingerprint,
         behind={
             step.title: {"run": step.run, "parent": step.parent}
             for step in lineage.behind_inputs(plan.inputs, params, workspace)

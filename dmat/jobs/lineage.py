@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmat import ARTIFACTS, files
+from dmat import ARTIFACTS, files, tracking
 from dmat.config import Params
 from dmat.errors import DmatError
 from dmat.jobs.stages import STAGES
@@ -93,6 +93,19 @@ def behind_inputs(inputs: Mapping[str, Mapping[str, str]], params: Params, place
     return behind([maker for name, entry in inputs.items() for maker in chain.link(name, **entry).makers])
 
 
+def runs_of(provenance: Mapping[str, Any], home: Path) -> tuple[str | None, str | None]:
+    """The MLflow run that made a result, and the parent of it. A store that was away when the result was finished got
+    its run later: then what the work folder remembers by now counts, or where that work was set aside."""
+    if provenance.get("mlflow_run") or not provenance.get("work"):
+        return provenance.get("mlflow_run"), provenance.get("mlflow_parent")
+    work = home / provenance["work"]
+    for folder in (work, *sorted(work.glob("before-*"))):
+        note = folder / "finished.json"
+        if note.exists() and files.read_json(note).get("provenance") == provenance:
+            return tracking.remembered_runs(folder)
+    return None, None
+
+
 def behind(results: Sequence[Step]) -> list[Step]:
     """The results and all that they come from, each once, in the order of the table of stages."""
     found: dict[str, Step] = {}
@@ -160,8 +173,8 @@ class _Chain:
         if title not in self._known:
             said = files.read_json(_provenance(stage, instance, self._place))
             links = tuple(self.link(name, **entry) for name, entry in said["inputs"].items())
-            run, parent, commit = (said.get(name) for name in ("mlflow_run", "mlflow_parent", "git_commit"))
-            self._known[title] = Step(stage, instance, said["fingerprint"], run, parent, commit, links)
+            run, parent = runs_of(said, self._place.home)
+            self._known[title] = Step(stage, instance, said["fingerprint"], run, parent, said.get("git_commit"), links)
         return self._known[title]
 
     def link(self, name: str, path: str, sha256: str) -> Link:

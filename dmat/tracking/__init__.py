@@ -7,8 +7,9 @@ end of runs whose sending process died too, is sent by the next command or by `d
 
 from dmat.tracking.memory import FILES, parameters
 from dmat.tracking.notes import reap, set_aside, sync
+from dmat.tracking.parents import tell
 from dmat.tracking.registry import Candidate
-from dmat.tracking.runs import Run, adopt, open_run, seconds_before
+from dmat.tracking.runs import Run, adopt, open_run, remembered_runs, seconds_before
 from dmat.tracking.stores import artifact_folder, connect, store
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "open_run",
     "parameters",
     "reap",
+    "remembered_runs",
     "seconds_before",
     "set_aside",
     "store",
     "sync",
+    "tell",
 ]

@@ -91,19 +91,27 @@ def in_this_process() -> Courier:
     return courier
 
 
-def _start() -> Courier:
+def python(statement: str, *words: str) -> dict[str, Any]:
+    """Options of `subprocess.Popen` for a statement in this interpreter with this code, whatever is installed.
+
+    It has a session of its own: Ctrl-C is for the process that starts it.
+    """
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    words = [sys.executable, "-P", "-c", "from dmat.tracking import courier; courier.main()"]
+    return {
+        "args": [sys.executable, "-P", "-c", statement, *words],
+        "env": os.environ | {"PYTHONPATH": path},
+        "start_new_session": True,
+    }
+
+
+def _start() -> Courier:
     try:
-        # a session of its own: Ctrl-C is for the training, which says here how it ended
         child = subprocess.Popen(
-            words,
+            **python("from dmat.tracking import courier; courier.main()"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # else whoever reads all that a command prints would wait for this process too
-            env=os.environ | {"PYTHONPATH": path},
-            start_new_session=True,
         )
     except OSError:
         return in_this_process()

@@ -17,7 +17,7 @@ import filelock
 
 from dmat import files
 from dmat.errors import DmatError
-from dmat.tracking import origin, overview, registry, stores
+from dmat.tracking import dvc_process, origin, overview, registry, stores
 from dmat.tracking.registry import Candidate
 
 _BATCH = 1000  # MLflow's limit of metrics in one request
@@ -33,7 +33,9 @@ FRESH: dict[str, Any] = {
     "tags": {},  # that became known while the run goes on
     "ending": None,  # status, error, metrics, pictures, models, ended; None while the run goes on
     "restored": {},  # of a parent: stage instances that DVC did not run again -> the runs that made them
+    "stopped": None,  # of a parent: status and error, where `dvc` or a stage ended in a way that no child tells of
 }
+WORK = "dmat.work"  # tag: the work folder of a run, relative to the project's home where it is below
 FILES = ("tracking.json", "tracking.lock", "sending.lock", origin.PATCH)
 
 
@@ -62,6 +64,12 @@ class Memory:
     def refresh(self) -> None:
         """Takes in what others wrote."""
         self._values = self._read()
+
+    def note_a_kill(self, home: Path) -> None:
+        """Of the run of a whole `dvc repro` whose process is gone: whether it was killed."""
+        about = self["about"] or {}
+        if "dvc" in about and dvc_process.was_killed(home / about["root"], about["dvc"]):
+            self.update(stopped={"status": "KILLED", "error": "dvc was killed while it reproduced a stage"})
 
     def _read(self) -> dict[str, Any]:
         known = remembered(self.folder)
@@ -169,8 +177,8 @@ class Sender:
             registry.register(self._client, run, dataclasses.replace(candidate, weights=self.home / candidate.weights))
         self._client.set_terminated(run, status=status, end_time=int(1000 * end["ended"]))
 
-    def status_by_children(self) -> tuple[str, float]:
-        """FINISHED if every child is, else FAILED; and when the last one ended. Describes the run by them too."""
+    def ending_by_children(self) -> dict[str, Any]:
+        """How a parent whose process is gone ended: status, error, ended. Describes the run by its children too."""
         run = self._client.get_run(self.memory["run"])
         experiment = run.info.experiment_id
         ours, children, token = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'", list[Any](), None
@@ -182,8 +190,20 @@ class Sender:
                 break
         self.tag(overview.NOTE, overview.description(children, self.memory["restored"], experiment)[:_LONGEST_TAG])
         ended = max((child.info.end_time or 0 for child in children), default=0) / 1000
-        good = all(child.info.status == "FINISHED" for child in children)
-        return ("FINISHED" if good else "FAILED"), ended or time.time()
+        self.memory.note_a_kill(self.home)
+        return (self.memory["stopped"] or self._by_status(children)) | {"ended": ended or time.time()}
+
+    def _by_status(self, children: list[Any]) -> dict[str, str]:
+        """FINISHED if every child is and `dvc` recorded its result. A child that goes on lost its `dvc`."""
+        finished = {child.info.run_id for child in children if child.info.status == "FINISHED"}
+        if any(child.info.status == "FAILED" for child in children):
+            return {"status": "FAILED", "error": ""}
+        if len(finished) < len(children):
+            return {"status": "KILLED", "error": ""}
+        root = self.memory["about"].get("root")
+        if root is not None and (lacking := dvc_process.unrecorded(self.home / root, finished)):
+            return {"status": "FAILED", "error": f"dvc did not record the result of {', '.join(lacking)}"}
+        return {"status": "FINISHED", "error": ""}
 
     def _parent(self, folder: str | None) -> str | None:
         """The run of the folder that the parent is remembered in; made if it is not there yet."""

@@ -87,16 +87,17 @@ def set_aside(home: Path, work: Path, old: Path) -> None:
                 (work / name).rename(old / name)
 
 
-def sync(home: Path, report: bool = False, gone: Collection[str] = ()) -> list[str]:
+def sync(home: Path, report: bool = False, gone: Collection[str] = (), wait: float = 0) -> list[str]:
     """Brings the store up to date with runs whose process is gone; returns a line for each.
 
     report: raise DmatError if the store cannot be reached, and say what is left, for a person who asked; else warn and
-    go on. gone: names of machines whose processes have all ended.
+    go on. gone: names of machines whose processes have all ended. wait: seconds for another process that does the same;
+    after them it is left to that one.
     """
     identity = stores.identity(home)
     waiting = [(path, note) for path, note in read(home) if note["store"] == identity and _owed(home, note, gone)]
     done = []
-    lock = filelock.FileLock(home / "mlruns" / "sync.lock", timeout=60 if report else 0)
+    lock = filelock.FileLock(home / "mlruns" / "sync.lock", timeout=60 if report else wait)
     try:
         if waiting:
             with lock:
@@ -216,8 +217,7 @@ def _catch_up(home: Path, path: Path, note: dict[str, Any], gone: Collection[str
         sender.send_new()
         ending = sender.memory["ending"]
         if note["by_children"]:
-            status, ended = sender.status_by_children()
-            ending = _ending(status, "", ended)
+            ending = _ending(**sender.ending_by_children())
         elif ending is None:
             changed = [file.stat().st_mtime for file in folder.iterdir() if file.name not in FILES and file.is_file()]
             ending = _ending("KILLED", LOST, max(changed, default=sender.memory["about"]["started"]))

@@ -13,6 +13,7 @@ from typing import Any
 
 from dmat.errors import DmatError
 from dmat.tracking import stores
+from dmat.tracking.memory import WORK, remembered
 
 _PAGE = 900  # names in one question; SQLite takes 999 at least
 _SHORT = 8  # characters of an id that people see
@@ -82,6 +83,22 @@ def one(home: Path, wanted: str) -> TrackedRun:
             f"train_robust/generated-1; `dmat runs list` shows them"
         )
     return named[0]
+
+
+def work_folder(home: Path, run: TrackedRun) -> Path | None:
+    """Where a run did its work, as its tag says, if that is still there; what was set aside since is found too.
+
+    Runs of an earlier dmat have no such tag: those of a stage are where their fingerprint says.
+    """
+    named = home / "runs" / run.stage / f"{run.instance}-{run.tags.get('dmat.fingerprint', '')}"
+    work = home / run.tags[WORK] if WORK in run.tags else named
+    aside = [*work.glob("before-*"), *work.parent.glob(f"before-*/{work.name}")]
+    for folder in (work, *sorted(aside)):
+        if remembered(folder).get("run") == run.id:
+            return folder
+    known = remembered(work)
+    another = known.get("run") is not None and known.get("store") == stores.identity(home)
+    return work if work.is_dir() and not another else None
 
 
 def _ask(home: Path, tags: Mapping[str, str], status: str | None, limit: int) -> list[TrackedRun]:

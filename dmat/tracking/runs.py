@@ -9,18 +9,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
-
-from dmat import files
 from dmat.errors import Interrupted
-from dmat.tracking import courier, notes, origin, overview, stores
-from dmat.tracking.memory import Memory, remembered
+from dmat.tracking import courier, notes, origin, overview, parents, stores
+from dmat.tracking.memory import WORK, Memory, remembered
 from dmat.tracking.registry import Candidate
 from dmat.tracking.system import Sampler
 
 _SAMPLE_EVERY = 10.0  # seconds between two looks at processor and memory
 _COURIERS = 3  # that a run calls before it ends, should they die
-_PATIENCE = 20.0  # seconds that the end of a stage waits for a slow server
+_PATIENCE = 120.0  # seconds that the end of a stage waits for the sending process to answer: sent, failed or gone
 _silent = set[str]()  # stores that did not answer last time: their runs are told once, and wait for nothing
 
 
@@ -105,13 +102,15 @@ class Run:
         self._models.append(dataclasses.replace(candidate, weights=weights).plain())
 
     def provenance(self) -> dict[str, Any]:
-        """Where this result can be looked up: not part of any hash."""
+        """Where this result can be looked up: not part of any hash. The runs are None where the store is away; what the
+        folder `work` remembers tells them later (`dmat.jobs.lineage.runs_of`)."""
         if self._enabled:
             self._reached.wait(_PATIENCE)
             self._memory.refresh()
         return {
             "mlflow_run": self._memory["run"],
             "mlflow_parent": self._memory["parent"],
+            "work": notes.relative(self.home, self.folder),
             **self._about["git"],
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host_cores": os.cpu_count(),
@@ -164,6 +163,7 @@ def open_run(
     root: Path | None = None,
     behind: Mapping[str, Mapping[str, str | None]] | None = None,
     parent: Path | None = None,
+    fingerprint: str | None = None,
     tags: Mapping[str, str] | None = None,
     enabled: bool = True,
 ) -> Run:
@@ -171,7 +171,7 @@ def open_run(
 
     root: the tree whose code and parameters are used; `home` if not given. behind: the stage instances that the inputs
     come from -> their `run` and its `parent`. parent: the folder that remembers the parent's run; without it that of
-    the `dvc` process above, if there is one.
+    the `dvc` process above, if there is one. fingerprint: of settings and inputs, where the work has one of its own.
     """
     git = origin.git(root or home)
     about = {
@@ -184,7 +184,8 @@ def open_run(
         "tags": {
             "dmat.stage": stage,
             "dmat.instance": instance,
-            "dmat.fingerprint": work.name.rpartition("-")[2],
+            **({"dmat.fingerprint": fingerprint} if fingerprint else {}),
+            WORK: notes.relative(home, work),
             **{f"compute.{name}": str(value) for name, value in compute.items()},
             **{f"software.{name}": number for name, number in origin.software().items()},
             **{f"input.{name}": entry["sha256"] for name, entry in inputs.items()},
@@ -198,7 +199,7 @@ def open_run(
         },
     }
     enabled = enabled and os.environ.get("DMAT_TRACKING", "on") != "off"
-    above = (parent or _dvc_folder(home)) if enabled else None
+    above = (parent or parents.folder_above(home, root or home)) if enabled else None
     if enabled:
         origin.write_patch(root or home, work)
     return Run(home, work, about | {"parent": notes.relative(home, above) if above else None}, enabled)
@@ -220,6 +221,12 @@ def seconds_before(work: Path) -> float:
     return float(remembered(work).get("seconds", 0.0))
 
 
+def remembered_runs(work: Path) -> tuple[str | None, str | None]:
+    """Ids of the run of this work and of its parent, as far as a store has them by now."""
+    known = remembered(work)
+    return known.get("run"), known.get("parent")
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Numbers of nested mappings as dotted names; text and lists are left out."""
     for name, value in values.items():
@@ -227,54 +234,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield f"{prefix}{name}", float(value)
-
-
-def _dvc_folder(home: Path) -> Path | None:
-    """The folder that remembers the run of the `dvc` process above this one; None for a direct command."""
-    above, identity = _outermost_dvc(), stores.identity(home)
-    if above is None:
-        return None
-    dvc, words = above
-    name = f"{dvc.pid}-{dvc.create_time():.2f}-{files.fingerprint(identity)}"
-    folder = home / "mlruns" / "parents" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    memory = Memory(folder, identity)
-    with memory.lock:
-        memory.refresh()
-        if memory["about"] is None:
-            command = " ".join(["dvc", *words])
-            tags = {
-                "dmat.stage": "dvc",
-                "dmat.command": command,
-                **{k.replace("_", "."): str(v) for k, v in origin.git(home).items()},
-            }
-            started = dvc.create_time()
-            memory.update(about={"name": command, "tags": tags, "settings": {}, "started": started, "parent": None})
-            notes.write(home, folder, dvc.pid, by_children=True)
-    return folder
-
-
-def _outermost_dvc() -> tuple[psutil.Process, list[str]] | None:
-    """The process and the words after `dvc`."""
-    found = None
-    for process in psutil.Process().parents():
-        try:
-            words = after_dvc(process.cmdline())
-        except psutil.Error:  # ended meanwhile, or of another person
-            continue
-        if words is not None:
-            found = process, words
-    return found
-
-
-def after_dvc(words: list[str]) -> list[str] | None:
-    """The rest of a command line that is DVC's: `dvc ...`, or Python with that script or module. Else None."""
-    names = [Path(word).name for word in words]
-    if names[:1] == ["dvc"]:
-        return words[1:]
-    if not names or not names[0].startswith("python"):
-        return None
-    start = next((k for k, word in enumerate(words[1:], 1) if not word.startswith("-") or word == "-m"), len(words))
-    if words[start : start + 2] == ["-m", "dvc"]:
-        return words[start + 2 :]
-    return words[start + 1 :] if names[start : start + 1] == ["dvc"] else None

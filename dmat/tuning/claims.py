@@ -176,8 +176,9 @@ def _awake_or_not() -> float:
 
 
 def _place() -> str:
-    """This machine since it was started, and this namespace of processes: two containers may have one name. "ticks" says
-    what `born` is: a claim of an earlier dmat, which has a time of day there, is of another place and becomes stale."""
+    """This machine since it was started, and this namespace of processes: two containers may have one name.
+
+    "ticks" says what `born` is. A claim of an earlier dmat has a time of day there; it counts as of another machine."""
     try:
         namespace = str(Path("/proc/self/ns/pid").readlink())
     except OSError:

@@ -112,6 +112,7 @@ def _lead(bench: Bench, wanted: Wanted, asked: Callable[[], None]) -> None:
         inputs=plan.inputs,
         compute=bench.compute.describe(),
         root=bench.workspace.root,
+        fingerprint=plan.fingerprint,
         tags={"optuna.study": plan.name, "optuna.storage": without_password(plan.storage)},
     )
     files.write_json(plan.folder / "study.json", plan.describe())

@@ -39,6 +39,10 @@ class Study:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def fingerprint(self) -> str:
+        return self.name.rpartition("-")[2]
+
     def trial_folder(self, number: int) -> Path:
         return self.folder / f"trial-{number:04d}"
 
