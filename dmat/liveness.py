@@ -4,6 +4,12 @@ A process is known by the boot of its machine and the clock ticks from that boot
 nothing: NTP and resumed virtual machines step it.
 """
 
+import contextlib
+import fcntl
+import os
+import select
+import struct
+import time
 from pathlib import Path
 
 import psutil
@@ -11,6 +17,11 @@ import psutil
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _STATE, _TICKS = 0, 19  # fields 3 and 22 of /proc/PID/stat (man 5 proc_pid_stat), counted after the command's name
 _ENDED = (b"Z", b"X", b"x")  # killed, and its parent did not ask yet
+# linux/pidfd.h, Linux 6.15: struct pidfd_info is a mask, a cgroup, eleven numbers of the process, its exit status
+_INFO = struct.Struct("=QQ11Ii")
+_GET_INFO, _WITH_EXIT = 0xC040FF0B, 1 << 3
+_REAPED_WITHIN = 10.0  # seconds from a process's end until its parent asks for the exit status
+_LOOK_EVERY = 1.0  # seconds, where the system does not tell of a process's end
 
 
 def boot_id() -> str:
@@ -36,6 +47,32 @@ def identity(pid: int) -> str:
 def lives(pid: int, known: str) -> bool:
     """Whether the process that had this number and this identity still runs."""
     return known != "" and identity(pid) == known
+
+
+def wait(pid: int, known: str) -> int | None:
+    """Waits for the end of a process that is no child of this one. Returns its status as `os.wait` has it, or None
+    where the system does not tell it (before Linux 6.15)."""
+    status = None
+    with contextlib.suppress(OSError, AttributeError):  # gone by now, or a system without such handles
+        handle = os.pidfd_open(pid)
+        try:
+            if lives(pid, known):  # its number was not given away before the handle was there
+                status = _status_at_end(handle)
+        finally:
+            os.close(handle)
+    while lives(pid, known):
+        time.sleep(_LOOK_EVERY)
+    return status
+
+
+def _status_at_end(handle: int) -> int | None:
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    poll.poll()
+    poll.modify(handle, 0)  # from now on only that its parent asked, which makes the status public
+    poll.poll(1000 * _REAPED_WITHIN)
+    info = _INFO.unpack(fcntl.ioctl(handle, _GET_INFO, _INFO.pack(_WITH_EXIT, *[0] * 13)))
+    return info[-1] if info[0] & _WITH_EXIT else None
 
 
 def _ticks(pid: int) -> float | None:

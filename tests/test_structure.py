@@ -20,7 +20,10 @@ from dmat.jobs import STAGES, code
 # A module imports from its own row and from lower rows only; rows as in docs/architecture.md.
 ROWS = (
     ("dmat", "dmat.errors"),
-    ("dmat.files", "dmat.dvc_lock", "dmat.yaml_file", "dmat.seeds", "dmat.modes", "dmat.processes", "dmat.devices"),
+    (
+        *("dmat.files", "dmat.dvc_lock", "dmat.yaml_file", "dmat.seeds", "dmat.modes", "dmat.liveness"),
+        *("dmat.processes", "dmat.devices"),
+    ),
     ("dmat.data", "dmat.diffusion", "dmat.robust", "dmat.metrics"),
     ("dmat.training", "dmat.tracking", "dmat.models", "dmat.evaluation", "dmat.report"),
     ("dmat.config", "dmat.recipes"),

@@ -5,6 +5,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from dmat import files, tracking
+from dmat import files, liveness, tracking
 from dmat.errors import DmatError, Interrupted
-from dmat.tracking import courier, notes, runs, stores
+from dmat.tracking import courier, dvc_process, notes, runs, stores
 from dmat.training.long_run import MetricsLog
 from tests import forked, servers
 
@@ -210,6 +211,62 @@ def test_a_killed_process_that_nobody_waited_for_is_not_alive(home):
     forked.until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 20)
     assert not notes.alive(note)
     child.wait()
+
+
+@pytest.fixture
+def stepped(monkeypatch):
+    """Steps the clock by some seconds, as processes see it: Linux moves the time of its boot."""
+    linux = pytest.importorskip("psutil._pslinux")
+    real = linux.boot_time
+
+    def step(seconds):
+        monkeypatch.setattr(linux, "boot_time", lambda: real() + seconds)
+
+    return step
+
+
+@pytest.mark.parametrize("seconds", [2, -5, 3600])
+def test_a_step_of_the_clock_ends_no_living_run(home, stepped, seconds):
+    notes.write(home, home / "runs" / "one", os.getpid())
+    before = psutil.Process().create_time()
+    stepped(seconds)
+    assert abs(psutil.Process().create_time() - before) > 1, "the step is one"
+    ((_, note),) = notes.read(home)
+    assert notes.alive(note)
+    assert tracking.sync(home) == []
+
+
+def test_a_note_of_an_earlier_dmat_is_judged_by_the_time_of_day(home):
+    notes.write(home, home / "runs" / "one", os.getpid())
+    ((_, note),) = notes.read(home)
+    started = psutil.Process().create_time()
+    assert notes.alive(note | {"started": started})
+    assert not notes.alive(note | {"started": started - 10})
+
+
+def test_a_number_means_another_process_after_a_boot_and_whatever_its_name(home, monkeypatch):
+    script = "open('/proc/self/comm', 'w').write(') Z (1 2'); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        child.stdout.readline()
+        known = liveness.identity(child.pid)
+        assert liveness.lives(child.pid, known)
+        assert not liveness.lives(os.getpid(), known)
+        monkeypatch.setattr(liveness, "boot_id", lambda: "another boot")
+        assert not liveness.lives(child.pid, known)
+        monkeypatch.undo()
+        child.communicate("\n")
+    assert liveness.identity(child.pid) == ""
+    assert not liveness.lives(child.pid, "")
+
+
+def test_the_end_of_a_process_of_somebody_else_is_waited_for():
+    child = subprocess.Popen(["sleep", "0.3"])
+    known = liveness.identity(child.pid)
+    threading.Thread(target=child.wait, daemon=True).start()
+    assert liveness.wait(child.pid, known) in (0, None)  # where the system tells its status
+    assert not liveness.lives(child.pid, known)
 
 
 def test_a_training_does_not_import_mlflow(home):
@@ -579,4 +636,4 @@ def test_an_answer_that_was_lost_does_not_double_points(home, inside, monkeypatc
     ],
 )
 def test_only_dvc_itself_is_taken_for_dvc(line, words):
-    assert runs.after_dvc(line.split()) == words
+    assert dvc_process.after_dvc(line.split()) == words

@@ -165,6 +165,11 @@ def test_mlflow_has_a_run_for_each_trial_with_its_true_status_below_the_study(fi
         number: status[state] for number, state in states.items()
     }
     assert {run.data.tags["optuna.state"] for run in trials} == set(states.values())
+    for run in (study, *trials):
+        folder = project.folder / run.data.tags["dmat.work"]
+        assert files.read_json(folder / "tracking.json")["run"] == run.info.run_id
+    assert (project.folder / study.data.tags["dmat.work"]).name.endswith(f"-{study.data.tags['dmat.fingerprint']}")
+    assert not any("dmat.fingerprint" in run.data.tags for run in trials), "a trial has none of its own"
     assert {"beta", "learning_rate", "generated_share"} <= set(trials[0].data.params)
 
 

@@ -86,6 +86,18 @@ def test_a_process_number_that_belongs_to_another_by_now_is_no_sign_of_life(engi
         assert two.take("a")
 
 
+def test_a_step_of_the_clock_frees_no_claim_of_a_living_process(engine, monkeypatch):
+    linux = pytest.importorskip("psutil._pslinux")
+    with Claims(engine, "study") as one, Claims(engine, "study") as two:
+        assert one.take("a")
+        real = linux.boot_time
+        monkeypatch.setattr(linux, "boot_time", lambda: real() + 5)
+        assert not two.take("a")
+        # of an earlier dmat: a time of day, and a place that did not say what it is
+        _set(engine, "a", born=1.8e9, place=_row(engine, "a")["place"].removesuffix("/ticks"))
+        assert not two.take("a"), "it becomes stale if nobody renews it"
+
+
 def test_claims_are_renewed_beside_the_work(engine, monkeypatch):
     monkeypatch.setattr(claims, "RENEW", 0.05)
     with Claims(engine, "study") as one:

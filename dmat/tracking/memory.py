@@ -191,19 +191,22 @@ class Sender:
         self.tag(overview.NOTE, overview.description(children, self.memory["restored"], experiment)[:_LONGEST_TAG])
         ended = max((child.info.end_time or 0 for child in children), default=0) / 1000
         self.memory.note_a_kill(self.home)
-        return (self.memory["stopped"] or self._by_status(children)) | {"ended": ended or time.time()}
+        return self._together(children) | {"ended": ended or time.time()}
 
-    def _by_status(self, children: list[Any]) -> dict[str, str]:
-        """FINISHED if every child is and `dvc` recorded its result. A child that goes on lost its `dvc`."""
+    def _together(self, children: list[Any]) -> dict[str, str]:
+        """Status and error of a parent. What is known of its process counts where the children tell nothing worse."""
+        stopped = self.memory["stopped"] or {"status": "FINISHED", "error": ""}
         finished = {child.info.run_id for child in children if child.info.status == "FINISHED"}
+        if stopped["status"] == "KILLED":
+            return stopped
         if any(child.info.status == "FAILED" for child in children):
-            return {"status": "FAILED", "error": ""}
-        if len(finished) < len(children):
-            return {"status": "KILLED", "error": ""}
+            return stopped | {"status": "FAILED"}
+        if len(finished) < len(children):  # one that still goes on has lost its `dvc`
+            return stopped | {"status": "KILLED"}
         root = self.memory["about"].get("root")
-        if root is not None and (lacking := dvc_process.unrecorded(self.home / root, finished)):
-            return {"status": "FAILED", "error": f"dvc did not record the result of {', '.join(lacking)}"}
-        return {"status": "FINISHED", "error": ""}
+        if root is not None and not stopped["error"] and (lost := dvc_process.unrecorded(self.home / root, finished)):
+            return {"status": "FAILED", "error": f"dvc did not record the result of {', '.join(lost)}"}
+        return stopped
 
     def _parent(self, folder: str | None) -> str | None:
         """The run of the folder that the parent is remembered in; made if it is not there yet."""

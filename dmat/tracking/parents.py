@@ -6,10 +6,8 @@ gone and then ends the run.
 
 import contextlib
 import os
-import select
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from dmat.errors import Interrupted, first_line
 from dmat.tracking import courier, dvc_process, notes, origin, stores
 from dmat.tracking.memory import Memory
 
-_LOOK_EVERY = 1.0  # seconds, where the system does not tell of a process's end
 _NICENESS = 5
 
 
@@ -65,11 +62,16 @@ def main() -> None:
     """The process that waits. What it needs to know is in its arguments: home, folder, pid and identity of `dvc`."""
     home, folder, pid = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     os.nice(_NICENESS)
-    _wait(pid, sys.argv[4])
+    status = liveness.wait(pid, sys.argv[4])
     if not folder.is_dir():  # the project was deleted meanwhile: nothing of it is made again
         return
     memory = Memory(folder, stores.identity(home))
-    memory.note_a_kill(home)  # now, as the next `dvc` clears the signs of it away
+    if status is None:
+        memory.note_a_kill(home)  # now, as the next `dvc` clears the signs of it away
+    elif os.WIFSIGNALED(status):
+        memory.update(stopped={"status": "KILLED", "error": f"dvc was killed by signal {os.WTERMSIG(status)}"})
+    elif status and memory["stopped"] is None:
+        memory.update(stopped={"status": "FAILED", "error": f"dvc ended with code {os.WEXITSTATUS(status)}"})
     warnings.simplefilter("ignore")  # nobody reads them
     notes.sync(home, wait=60)
 
@@ -85,16 +87,3 @@ def _start_watching(home: Path, folder: Path, pid: int, known: str) -> None:
         # `dvc` removes the folder of a queued experiment, so the process is not to stand in it
         options = courier.python("from dmat.tracking import parents; parents.main()", *words) | {"cwd": home}
         subprocess.Popen(**options, stdin=quiet, stdout=quiet, stderr=quiet)
-
-
-def _wait(pid: int, known: str) -> None:
-    """Until the process is gone."""
-    with contextlib.suppress(OSError, AttributeError):  # gone by now, or a system without such handles
-        handle = os.pidfd_open(pid)
-        if liveness.lives(pid, known):  # its number was not given away before the handle was there
-            poll = select.poll()
-            poll.register(handle, select.POLLIN)
-            poll.poll()
-        os.close(handle)
-    while liveness.lives(pid, known):
-        time.sleep(_LOOK_EVERY)

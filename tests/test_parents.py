@@ -1,0 +1,213 @@
+"""The run of a whole `dvc repro`: it ends by itself, soon after `dvc`, and as that ended.
+
+Run alone: pytest tests/test_parents.py
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dmat import files, liveness, tracking
+from dmat.errors import DmatError, Interrupted
+from dmat.tracking import courier, dvc_process, notes, parents, queries
+from tests import forked
+
+_STAGE = """
+import time
+from pathlib import Path
+from dmat import tracking
+home = Path.cwd()
+work = home / "runs" / "one"
+work.mkdir(parents=True)
+with tracking.open_run(home, work, stage="mix_images", instance="one", settings={}, inputs={}, compute={}) as run:
+    run.provenance()
+    (work / "begun").touch()
+    while not (home / "end").exists():
+        time.sleep(0.02)
+(home / "out").touch()
+"""
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """MLflow takes seconds to make one."""
+    home = tmp_path_factory.mktemp("empty")
+    tracking.connect(home)
+    return home / "mlruns" / "mlflow.db"
+
+
+@pytest.fixture(autouse=True)
+def tracked(tmp_path, monkeypatch, empty_store):
+    monkeypatch.setenv("DMAT_TRACKING", "on")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_store, tmp_path / "mlruns")
+
+
+@pytest.fixture
+def repro(tmp_path, monkeypatch):
+    """`dvc repro` of a project with one stage, which goes on until there is a file `end`."""
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    (tmp_path / "stage.py").write_text(_STAGE)
+    (tmp_path / "params.yaml").touch()
+    (tmp_path / "dvc.yaml").write_text(f"stages:\n  one:\n    cmd: {sys.executable} stage.py\n    outs:\n    - out\n")
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run([*dvc, "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    process = subprocess.Popen([*dvc, "repro", "-q"], cwd=tmp_path)
+    forked.until((tmp_path / "runs" / "one" / "begun").exists, 200)
+    yield process
+    (tmp_path / "end").touch()
+    process.kill()
+    process.wait()
+    forked.until(lambda: not _at_work(tmp_path), 100)
+
+
+def _at_work(home):
+    """Processes of tracking that know this project, or may: they end with their `dvc` and their stage."""
+    lines = [" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if "dmat.tracking" in line and str(home) in line]
+
+
+def _statuses(home):
+    return {run.name.split()[0]: run.status for run in queries.recent(home)}
+
+
+@pytest.mark.parametrize("ends", ["well", "killed"])
+def test_the_run_of_a_repro_ends_by_itself_as_dvc_did(repro, tmp_path, ends):
+    assert _statuses(tmp_path) == {"dvc": "RUNNING", "mix_images": "RUNNING"}
+    if ends == "well":
+        (tmp_path / "end").touch()
+        assert repro.wait(200) == 0
+    else:
+        repro.kill()
+        repro.wait()
+    forked.until(lambda: _statuses(tmp_path)["dvc"] != "RUNNING", 200)
+    assert _statuses(tmp_path)["dvc"] == {"well": "FINISHED", "killed": "KILLED"}[ends]
+    assert notes.read(tmp_path) == [] or ends == "killed", "the stage that lost its dvc goes on"
+
+
+@pytest.fixture
+def above(tmp_path, monkeypatch):
+    """A process that is taken for `dvc repro`, above stages which are this process."""
+    monkeypatch.setenv("DVC_STAGE", "mix_images@one")
+    monkeypatch.setattr(courier, "of_this_process", courier.in_this_process)
+    process = subprocess.Popen(["sleep", "600"])
+    known = liveness.identity(process.pid)
+    monkeypatch.setattr(dvc_process, "outermost", lambda: (psutil.Process(process.pid), known, ["repro"]))
+    monkeypatch.setattr(parents, "_start_watching", lambda *_: None)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def _stage(home, error=None, name="one"):
+    """A stage instance to its end, with its provenance."""
+    work = home / "runs" / name
+    work.mkdir(parents=True, exist_ok=True)
+    with tracking.open_run(
+        home, work, stage="mix_images", instance=name, settings={}, inputs={}, compute={}
+    ) as run:  # fmt: skip
+        if error:
+            raise error
+        provenance = run.provenance()
+    path = home / "artifacts" / "provenance" / "mix_images" / f"{name}.json"
+    files.write_json(path, provenance)
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def _end(home, process, monkeypatch, status):
+    """What the waiting process does when `dvc` is gone. status: what the system says of its end."""
+    process.kill()
+    process.wait()
+    (folder,) = (home / "mlruns" / "parents").iterdir()
+    monkeypatch.setattr(liveness, "wait", lambda *_: status)
+    monkeypatch.setattr(sys, "argv", ["", str(home), str(folder), str(process.pid), "known"])
+    monkeypatch.setattr(os, "nice", lambda _: 0)
+    parents.main()
+    run = queries.one(home, "dvc repro")
+    return run.status, run.tags.get("dmat.error", "")
+
+
+_KILLED_BY_9, _CODE_255 = signal.SIGKILL.value, 255 << 8
+
+
+@pytest.mark.parametrize(
+    ("status", "ending"),
+    [
+        (0, ("FINISHED", "")),
+        (None, ("FINISHED", "")),
+        (_KILLED_BY_9, ("KILLED", "dvc was killed by signal 9")),  # between two stages, too
+        (_CODE_255, ("FAILED", "dvc ended with code 255")),  # a stage that is none of dmat's failed
+    ],
+)
+def test_a_parent_of_finished_children_ends_as_its_process(tmp_path, above, monkeypatch, status, ending):
+    (tmp_path / "dvc.lock").write_text(_stage(tmp_path))
+    assert _end(tmp_path, above, monkeypatch, status) == ending
+
+
+def test_where_the_system_is_silent_the_files_of_dvc_tell(tmp_path, above, monkeypatch):
+    (tmp_path / "dvc.lock").write_text(_stage(tmp_path))
+    entry = {"pid": above.pid, "cmd": "dvc repro"}
+    files.write_json(tmp_path / ".dvc" / "tmp" / "rwlock", {"read": {"in": [entry]}, "write": {}})
+    ending = ("KILLED", "dvc was killed while it reproduced a stage")
+    assert _end(tmp_path, above, monkeypatch, None) == ending
+
+
+def test_a_result_that_dvc_did_not_record_is_no_good_end(tmp_path, above, monkeypatch):
+    (tmp_path / "dvc.lock").write_text(f"the one before: {_stage(tmp_path)}")
+    _stage(tmp_path, name="two")
+    ending = ("FAILED", "dvc did not record the result of mix_images two")
+    assert _end(tmp_path, above, monkeypatch, None) == ending
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"),
+    [
+        (DmatError("diverged"), ("FAILED", "")),
+        (Interrupted(143, "stopped"), ("KILLED", "")),
+    ],
+)
+def test_a_parent_ends_as_the_worst_of_its_children(tmp_path, above, monkeypatch, error, ending):
+    with pytest.raises(type(error)):
+        _stage(tmp_path, error)
+    assert _end(tmp_path, above, monkeypatch, None) == ending
+
+
+def test_a_stage_that_fails_before_it_has_a_run_fails_its_parent(tmp_path, above, monkeypatch):
+    (tmp_path / "dvc.lock").write_text(_stage(tmp_path))
+    (tmp_path / "params.yaml").write_text("arms: 5")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dmat", "mix-images", "--arm", "one"])
+    from cli.main import main
+
+    with pytest.raises(SystemExit):
+        main()
+    status, reason = _end(tmp_path, above, monkeypatch, None)
+    assert status == "FAILED"
+    assert reason.startswith("mix_images@one: params.yaml: ")
+
+
+def test_a_step_of_the_clock_begins_no_second_parent(tmp_path, above, monkeypatch):
+    linux = pytest.importorskip("psutil._pslinux")
+    _stage(tmp_path)
+    real = linux.boot_time
+    monkeypatch.setattr(linux, "boot_time", lambda: real() + 5)
+    _stage(tmp_path, name="two")
+    assert len(list((tmp_path / "mlruns" / "parents").iterdir())) == 1
+
+
+def test_of_a_project_that_was_deleted_nothing_is_made_again(tmp_path, monkeypatch):
+    home = tmp_path / "gone"
+    monkeypatch.setattr(liveness, "wait", lambda *_: 0)
+    monkeypatch.setattr(os, "nice", lambda _: 0)
+    monkeypatch.setattr(sys, "argv", ["", str(home), str(home / "mlruns" / "parents" / "1-a"), "1", "known"])
+    parents.main()
+    assert not home.exists()
