@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from dmat import files
+from dmat.jobs import lineage
 from tests import forked
 from tests.projects import IN_ORDER, Project
 
@@ -81,3 +82,18 @@ def test_what_is_unknown_or_not_there_is_refused(project):
     assert "'nobody' is nothing that params.yaml makes; expected stage/instance" in _lineage(project, "nobody", code=2)
     text = _lineage(project, "train_robust/real_only-1", code=2)
     assert "real_only-1.json does not exist; expected what train_robust real_only-1 writes" in text
+
+
+def test_a_run_that_the_store_got_later_is_found_in_what_the_work_folder_remembers(tmp_path):
+    """The store was away when the result was finished; a provenance is not changed any more."""
+    work = tmp_path / "runs/mix_images/one-0123456789ab"
+    older, newer = ({"mlflow_run": None, "mlflow_parent": None, "work": "runs/mix_images/one-0123456789ab",
+                     "finished": time} for time in ("2026-01-01", "2026-01-02"))  # fmt: skip
+    for folder, run, provenance in ((work / "before-1", "first", older), (work, "second", newer)):
+        files.write_json(folder / "finished.json", {"provenance": provenance})
+        files.write_json(folder / "tracking.json", {"run": run, "parent": f"above {run}"})
+    assert lineage.runs_of(older, tmp_path) == ("first", "above first")
+    assert lineage.runs_of(newer, tmp_path) == ("second", "above second")
+    assert lineage.runs_of(newer | {"mlflow_run": "known"}, tmp_path) == ("known", None)
+    assert lineage.runs_of(newer | {"finished": "2026-01-03"}, tmp_path) == (None, None)
+    assert lineage.runs_of({"mlflow_run": None}, tmp_path) == (None, None), "of an earlier dmat"

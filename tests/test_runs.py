@@ -3,6 +3,7 @@
 Run alone: pytest tests/test_runs.py
 """
 
+import dataclasses
 import json
 import resource
 import sqlite3
@@ -12,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from dmat import tracking
+from dmat import files, tracking
 from dmat.errors import DmatError
 from dmat.evaluation.table import write_table
 from dmat.jobs.workspace import Workspace
@@ -120,6 +121,7 @@ def test_show_finds_a_run_by_id_and_by_name(home):
         text = _dmat(home, "show", wanted)
         assert newest.id in text
         assert "FAILED: beta is -1; expected 0 or more" in text
+        assert f"work folder   {home}/runs/train_robust/broken-1-traibrok\n" in text
     assert "input.test" in text
     assert "no run 'nobody'; expected the first four characters of an id or more" in _dmat(
         home, "show", "nobody", code=2
@@ -155,6 +157,52 @@ def test_compare_of_evaluations_is_paired_by_image(home):
     assert f"best_pgd: second − first {100 * found['value']:+.1f} points" in text
     write_table(path, {"label": np.arange(400)[::-1].copy(), "best_pgd": flags[name]})
     assert comparing.paired(place, runs["real-1"], runs["mixed-1"]) == {}, "other images"
+
+
+def _known(home, folder, id_, tags):
+    """A run as the store tells it, and what its work folder remembers."""
+    files.write_json(home / folder / "tracking.json", {"run": id_, "store": "embedded"})
+    return queries.TrackedRun(id_, "", "FINISHED", 1.0, 2.0, tags, {}, {})
+
+
+def test_a_run_is_found_where_its_tag_says_also_when_it_was_set_aside(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    study, trial = "runs/tune/arm-0123456789ab", {"dmat.stage": "train_robust", "dmat.instance": "trial 4"}
+    tags = trial | {"dmat.work": f"{study}/trial-0004"}
+    before = _known(tmp_path, f"{study}/before-1/trial-0004", "a" * 32, tags)
+    again = _known(tmp_path, f"{study}/trial-0004/before-2", "b" * 32, tags)
+    now = _known(tmp_path, f"{study}/trial-0004", "c" * 32, tags)
+    found = {run.id[0]: queries.work_folder(tmp_path, run) for run in (before, again, now)}
+    assert {id_: str(path.relative_to(tmp_path / study)) for id_, path in found.items()} == {
+        "a": "before-1/trial-0004",
+        "b": "trial-0004/before-2",
+        "c": "trial-0004",
+    }
+    assert queries.work_folder(tmp_path, dataclasses.replace(now, id="d" * 32)) is None, "another run worked there since"
+    old = {"dmat.stage": "train_robust", "dmat.instance": "real-1", "dmat.fingerprint": "0123456789ab"}
+    folder = "runs/train_robust/real-1-0123456789ab"
+    assert queries.work_folder(tmp_path, _known(tmp_path, folder, "e" * 32, old)) == tmp_path / folder
+
+
+def test_trials_that_were_ranked_are_compared_in_pairs(tmp_path):
+    rng = np.random.default_rng(0)
+    flags = {name: rng.random(30) < 0.5 for name in ("one", "two")}
+    runs = []
+    for name, robust in flags.items():
+        tags = {"dmat.stage": "train_robust", "optuna.trial": name, "dmat.work": f"runs/tune/s/{name}"}
+        runs.append(_known(tmp_path, f"runs/tune/s/{name}", name, tags))
+        for number, part in enumerate(np.split(robust, 3)):
+            path = tmp_path / "runs/tune/s" / name / "auto_attack" / f"shard-{number:05d}"
+            path.parent.mkdir(exist_ok=True)
+            np.savez(path.with_suffix(".npz"), auto_attack=part, adversarial=np.zeros((10, 1, 2, 2)))
+            identity = {"images": "abc", "weights": name, "shard": number, "images_attacked": 30}
+            files.write_json(path.with_suffix(".json"), {"images": 10, "identity": identity})
+    place = Workspace(tmp_path, tmp_path)
+    found = comparing.paired(place, *runs)
+    assert set(found) == {"auto_attack"}
+    assert found["auto_attack"]["value"] == pytest.approx(flags["two"].mean() - flags["one"].mean())
+    path.with_suffix(".json").unlink()
+    assert comparing.paired(place, *runs) == {}, "a shard is missing"
 
 
 def test_an_empty_project_has_no_runs_and_another_folder_is_none(tmp_path):

@@ -345,6 +345,20 @@ def _unreachable(home):
     raise ConnectionError("nobody answers")
 
 
+def test_a_stage_waits_for_the_answer_of_a_slow_server_and_no_longer(home, inside, monkeypatch, told):
+    """By the seconds of this constant alone it gave up on a busy machine, and its provenance had no run for ever."""
+    monkeypatch.undo()
+    assert runs._PATIENCE >= 60
+    monkeypatch.setenv("DMAT_TRACKING", "on")
+    monkeypatch.setattr(courier, "of_this_process", courier.in_this_process)
+    real = stores.connect
+    monkeypatch.setattr(stores, "connect", lambda home: time.sleep(1) or real(home))
+    with _open(home) as run:
+        known = run.provenance()
+    assert known["mlflow_run"] == _runs(home)[1][0].info.run_id
+    assert known["work"] == "runs/one"
+
+
 def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, inside, monkeypatch, told):
     """The trials of a study are runs of one process."""
 
