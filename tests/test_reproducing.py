@@ -112,6 +112,46 @@ def test_a_patch_brings_back_what_was_not_committed(project, tmp_path):
     assert (found.tree / "latin").read_bytes() == "größer\n".encode("latin-1")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({name: value} for name, value in (
+            ("diff.noprefix", "true"), ("diff.mnemonicPrefix", "true"), ("diff.external", "echo"),
+            ("color.ui", "always"), ("diff.context", "0"), ("diff.interHunkContext", "50"), ("diff.relative", "true"),
+            ("diff.orderFile", "nowhere"), ("diff.submodule", "log"), ("diff.renames", "copies"),
+            ("core.quotePath", "false"), ("diff.suppressBlankEmpty", "true"), ("apply.whitespace", "error"),
+            ("apply.ignoreWhitespace", "change"), ("diff.upper.textconv", "rev"), ("diff.upper.command", "echo"),
+            ("GIT_DIFF_OPTS", "-u0"), ("GIT_EXTERNAL_DIFF", "echo"), ("GIT_LITERAL_PATHSPECS", "1"),
+        )),
+    ],
+    ids=lambda one: next(iter(one)),
+)  # fmt: skip
+def test_a_patch_applies_whatever_git_is_told_to_show(tmp_path, monkeypatch, settings):
+    """The patch is written from a subfolder; line ends, spaces at line ends and odd names come back as bytes."""
+    project, before, after = tmp_path / "p", "".join(f"{n}\n\n" for n in range(30)), tmp_path / "t"
+    (project / "below").mkdir(parents=True)
+    (project / ".gitattributes").write_text("*.txt diff=upper\n")
+    (project / "long.txt").write_text(before)
+    (project / "ä b.crlf").write_bytes(b"a\r\nb\r\n")
+    (project / "below/old").write_text(50 * "same\n")
+    _git(project, "init", "-q")
+    _git(project, "add", "-A")
+    _git(project, "commit", "-qm", "one")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value) if name.startswith("GIT_") else _git(project, "config", name, value)
+    (project / "long.txt").write_text(before.replace("4\n", "4  \n"))
+    (project / "ä b.crlf").write_bytes(b"a\r\nB\t\r\n")
+    (project / "below/old").rename(project / "below/new")
+    _git(project, "add", "--intent-to-add", "below/new")
+    (project / "dvc.lock").write_text("new: 1\n")
+    origin.write_patch(project / "below", tmp_path)
+    _git(project, "worktree", "add", "--detach", str(after))
+    reproducing.apply_patch(after, tmp_path / origin.PATCH)
+    for name in ("long.txt", "ä b.crlf", "below/new", "dvc.lock"):
+        assert (after / name).read_bytes() == (project / name).read_bytes(), name
+    assert not (after / "below/old").exists()
+
+
 def test_a_patch_that_does_not_fit_is_one_sentence_and_leaves_nothing(project, tmp_path):
     client, run = _run(project)
     (tmp_path / origin.PATCH).write_text("--- a/params.yaml\n+++ b/params.yaml\n@@ -1 +1 @@\n-other\n+words\n")

@@ -12,13 +12,24 @@ from dmat import files
 PATCH = "git.patch"
 _LOCK = "dvc.lock"  # DVC rewrites it after every stage: a patch needs it, but it makes no tree dirty
 _LARGEST = 10_000_000  # bytes of a patch
+# A patch must apply whatever a person's configuration of git and environment say of how differences are shown.
+_PLAIN = (
+    *("-c", "core.quotePath=true", "-c", "diff.suppressBlankEmpty=false", "diff", "--binary", "--full-index"),
+    *("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/", "--no-relative"),
+    *("--unified=3", "--inter-hunk-context=0", f"-O{os.devnull}", "--find-renames", "--ignore-submodules=dirty"),
+    "--submodule=short",
+)
+_VARIABLES = (  # of the environment; they outrank options or take `:/` for a file's name
+    *("GIT_DIFF_OPTS", "GIT_EXTERNAL_DIFF"),
+    *("GIT_LITERAL_PATHSPECS", "GIT_GLOB_PATHSPECS", "GIT_NOGLOB_PATHSPECS", "GIT_ICASE_PATHSPECS"),
+)
 _PACKAGES = ("dmat", "numpy", "pyautoattack", "scikit-learn", "torch", "torchvision")
 
 
 def git(folder: Path) -> dict[str, Any]:
     """git_commit and git_dirty: whether tracked files differ from it. Empty outside a repository."""
     try:
-        head = _ask(folder, "rev-parse", "HEAD").strip()
+        head = _ask(folder, "rev-parse", "HEAD").decode().strip()
         changed = _ask(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", f":(top,exclude){_LOCK}")
     except (OSError, subprocess.CalledProcessError):
         return {}
@@ -29,15 +40,15 @@ def write_patch(folder: Path, to: Path) -> None:
     """What tracked files differ by from their commit, as `to`/git.patch, for `git apply`. With dvc.lock, which says
     what data there was, also if it is new. No file if nothing differs, or so much that it is no patch any more."""
     try:
-        text = _ask(folder, "diff", "--binary", "HEAD", "--", ":/")
+        patch = _ask(folder, *_PLAIN, "HEAD", "--", ":/")
         if _ask(folder, "ls-files", "--others", "--", f":(top){_LOCK}"):
-            top = Path(_ask(folder, "rev-parse", "--show-toplevel").strip())
-            text += _ask(top, "diff", "--no-index", "--", os.devnull, _LOCK, differs=True)
+            top = Path(os.fsdecode(_ask(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
+            patch += _ask(top, *_PLAIN, "--no-index", "--", os.devnull, _LOCK, differs=True)
     except (OSError, subprocess.CalledProcessError):
-        text = ""
-    if text and len(text) <= _LARGEST:
+        patch = b""
+    if patch and len(patch) <= _LARGEST:
         with files.writing(to / PATCH) as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
+            file.write(patch)
     else:
         (to / PATCH).unlink(missing_ok=True)
 
@@ -53,12 +64,14 @@ def software() -> dict[str, str]:
     return found
 
 
-def _ask(folder: Path, *words: str, differs: bool = False) -> str:
-    """What git answers. differs: 1 is no failure but says that files differ."""
+def _ask(folder: Path, *words: str, differs: bool = False) -> bytes:
+    """What git answers, byte for byte: a patch of a file with CRLF or in another encoding must stay as it is.
+
+    differs: 1 is no failure but says that files differ.
+    """
     where = next(path for path in (folder, *folder.parents) if path.is_dir())
-    answer = subprocess.run(  # a text file may be in any encoding: its bytes come through
-        ["git", *words], cwd=where, capture_output=True, encoding="utf-8", errors="surrogateescape", check=False
-    )
+    environment = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+    answer = subprocess.run(["git", *words], cwd=where, env=environment, capture_output=True, check=False)
     if answer.returncode not in ((0, 1) if differs else (0,)):
         raise subprocess.CalledProcessError(answer.returncode, words)
     return answer.stdout

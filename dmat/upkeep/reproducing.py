@@ -107,9 +107,13 @@ def _apply_changes(place: Workspace, run: TrackedRun, tree: Path) -> bool:
     if origin.PATCH not in [one.path for one in client.list_artifacts(run.id)]:
         return False
     with tempfile.TemporaryDirectory() as folder:
-        patch = client.download_artifacts(run.id, origin.PATCH, folder)
-        _git(tree, "apply", "--whitespace=nowarn", str(Path(patch).resolve()))
+        apply_patch(tree, Path(client.download_artifacts(run.id, origin.PATCH, folder)))
     return True
+
+
+def apply_patch(tree: Path, patch: Path) -> None:
+    """Applies a git.patch to a work tree, whatever git's configuration says of spaces. Raises DmatError."""
+    _git(tree, "apply", "--whitespace=nowarn", "--no-ignore-whitespace", str(patch.resolve()))
 
 
 def _parameters(tree: Path, stage: Stage, run: TrackedRun) -> tuple[Mapping[str, Any], list[str]]:
