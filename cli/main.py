@@ -1,14 +1,17 @@
 """Entry point of `dmat`. A DmatError becomes its sentence on stderr and exit code 2; an interruption its own code."""
 
+import contextlib
 import errno
 import sys
-from typing import Any
+import traceback
+from typing import Any, TextIO, cast
 
 import typer
 
 from cli import evaluate, models, recipes, runs, stages, tune, upkeep
 from dmat import __version__
 from dmat.errors import DmatError, Interrupted
+from dmat.redaction import RedactingStream
 
 # What the person at the keyboard can mend: a full, read-only, forbidden or wrong place.
 _MENDABLE = {
@@ -52,7 +55,16 @@ upkeep.add_to(app)
 
 
 def main() -> None:
-    """Runs the command line; never returns."""
+    """Runs the command line; never returns. What goes to stderr has no secrets in it, whoever writes it."""
+    with contextlib.redirect_stderr(cast(TextIO, RedactingStream(sys.stderr))):
+        try:
+            _run()
+        except Exception:  # a defect of dmat; printed here, where secrets are masked
+            traceback.print_exc()
+            sys.exit(1)
+
+
+def _run() -> None:
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -239,6 +239,7 @@ def _ui(
     host: Annotated[str, typer.Option(help="An address of this machine alone.")] = "127.0.0.1",
 ) -> None:
     from dmat import tracking
+    from dmat.tracking import stores
 
     if host not in ("127.0.0.1", "localhost"):
         raise DmatError(
@@ -247,20 +248,18 @@ def _ui(
         )
     home = _home()
     if tracking.store(home).startswith("http"):
-        typer.echo(f"MLFLOW_TRACKING_URI names a server, which has the UI: {tracking.store(home)}")
+        typer.echo(f"MLFLOW_TRACKING_URI names a server, which has the UI: {stores.shown(home)}")
         return
     _expect_free(host, port)
     _, experiment = tracking.connect(home)
     # by the bare address MLflow opens its side for language models, where runs are hard to find
     page = f"http://{host}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
-    typer.echo(f"MLflow UI: {page} (store {tracking.store(home)}); Ctrl-C ends it")
+    typer.echo(f"MLflow UI: {page} (store {stores.shown(home)}); Ctrl-C ends it")
     command = [
         sys.executable,
         "-m",
         "mlflow",
         "ui",
-        "--backend-store-uri",
-        tracking.store(home),
         "--artifacts-destination",
         tracking.artifact_folder(home).as_uri(),
         "--host",
@@ -270,7 +269,8 @@ def _ui(
         "--workers",
         "1",  # for one person; each takes seconds to start
     ]
-    raise typer.Exit(_until_told(command))
+    # by the environment: everybody on this machine sees the words of a command, and the address may hold a password
+    raise typer.Exit(_until_told(command, {"MLFLOW_BACKEND_STORE_URI": tracking.store(home)}))
 
 
 def _expect_free(host: str, port: int) -> None:
@@ -283,9 +283,9 @@ def _expect_free(host: str, port: int) -> None:
             raise DmatError(f"port {port} is taken; expected a free one; name another with --port") from None
 
 
-def _until_told(command: list[str]) -> int:
+def _until_told(command: list[str], environment: Mapping[str, str]) -> int:
     """Runs a server that has processes of its own; a signal that ends this process ends all of them."""
-    server = subprocess.Popen(command, start_new_session=True)
+    server = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
 
     def end(number: int, _: object) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -1,9 +1,6 @@
 """`dmat tune`: a study over the parameters of an arm: run it, look at it, take its winner."""
 
 import json
-import os
-import shutil
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -142,14 +139,12 @@ def _dashboard(
     params: _PARAMS = Path("params.yaml"),
 ) -> None:
     from dmat import tuning
+    from dmat.tuning import dashboard
 
     _, _, study = _study(params, storage)
-    tuning.status(study)  # a storage that cannot be used is told before a server starts
-    program = shutil.which("optuna-dashboard", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
-    if program is None:
-        raise DmatError("optuna-dashboard is not installed; expected it beside dmat; run `make .venv/ready` again")
-    typer.echo(f"http://127.0.0.1:{port}/ shows the studies in {study.describe()['storage']}; Ctrl-C ends it")
-    os.execv(program, [program, study.storage, "--host", "127.0.0.1", "--port", str(port)])
+    tuning.status(study)  # a storage that cannot be used, or has no such study, is told before a server starts
+    said = f"http://{dashboard.ADDRESS}:{port}/ shows the studies in {study.describe()['storage']}; Ctrl-C ends it"
+    dashboard.serve(study, port, lambda: typer.echo(said))
 
 
 def _study(path: Path, storage: str) -> "tuple[Params, Workspace, Study]":

@@ -6,6 +6,8 @@ Anything else that escapes is a defect of dmat and keeps its traceback.
 
 from collections.abc import Iterable
 
+from dmat.redaction import redacted
+
 _LONGEST_LINE = 300
 
 
@@ -43,6 +45,9 @@ class Diverged(DmatError):
     """Training met a number that is not finite; the run ends FAILED and its last good checkpoint stays."""
 
 
-def first_line(error: BaseException) -> str:
-    """Of what another library says, for a sentence of ours: its first line, or the error's name if it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:_LONGEST_LINE]
+def first_line(error: BaseException, *urls: str) -> str:
+    """Of what another library says, for a sentence of ours: its first line, or the error's name if it says nothing.
+
+    Secrets are masked. urls: addresses that the error may be about; secrets in them are masked wherever they stand.
+    """
+    return (redacted(str(error), *urls).splitlines() or [type(error).__name__])[0][:_LONGEST_LINE]

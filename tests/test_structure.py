@@ -19,7 +19,7 @@ from dmat.jobs import STAGES, code
 
 # A module imports from its own row and from lower rows only; rows as in docs/architecture.md.
 ROWS = (
-    ("dmat", "dmat.errors"),
+    ("dmat", "dmat.errors", "dmat.redaction"),
     (
         *("dmat.files", "dmat.dvc_lock", "dmat.yaml_file", "dmat.seeds", "dmat.modes", "dmat.liveness"),
         *("dmat.processes", "dmat.devices"),
@@ -52,7 +52,8 @@ HOMES = {  # package -> the only modules that import it
         f"dmat.tuning.{name}"
         for name in ("applying", "ranking", "report", "sampling", "space", "storage", "trials", "worker")
     },
-    "sqlalchemy": {"dmat.tuning.claims", "dmat.tuning.plan", "dmat.tuning.storage"},
+    "optuna_dashboard": {"dmat.tuning.dashboard"},
+    "sqlalchemy": {"dmat.tuning.claims", "dmat.tuning.storage"},
     "ruamel": {"dmat.tuning.applying", "dmat.yaml_file"},
     "yaml": {"dmat.dvc_lock"},
     "PIL": {"dmat.data.sources"},

@@ -609,10 +609,13 @@ def test_the_dashboard_shows_the_same_storage_on_this_machine_alone(studied):
     command = [sys.executable, "-m", "cli.main", "tune", "dashboard", "--port", str(port)]
     started = subprocess.Popen(command, cwd=studied.folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
-    def answer(path=""):
+    def answer(path="", **headers):
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5) as found:
+            asked = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", headers=headers)
+            with urllib.request.urlopen(asked, timeout=5) as found:
                 return found.read().decode()
+        except urllib.error.HTTPError as refused:
+            return str(refused.code)
         except OSError:
             return ""
 
@@ -622,6 +625,8 @@ def test_the_dashboard_shows_the_same_storage_on_this_machine_alone(studied):
         assert any(name.startswith("generated-") for name in names)
         listening = {one.laddr.ip for one in psutil.Process(started.pid).net_connections() if one.status == "LISTEN"}
         assert listening == {"127.0.0.1"}
+        assert answer("api/studies", Host="elsewhere.example") == "403"
+        assert not any("sqlite" in word for word in psutil.Process(started.pid).cmdline())
     finally:
         started.terminate()
         started.wait(30)

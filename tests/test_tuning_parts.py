@@ -480,6 +480,32 @@ def test_a_storage_of_a_newer_optuna_is_refused(tmp_path):
         storage.connect(url)
 
 
+@pytest.mark.parametrize(
+    ("headers", "ours"),
+    [
+        ({"HTTP_HOST": "127.0.0.1:8080"}, True),
+        ({"HTTP_HOST": "LocalHost"}, True),
+        ({"HTTP_HOST": "[::1]:9", "HTTP_ORIGIN": "http://localhost:9"}, True),
+        ({"HTTP_HOST": "elsewhere.example:8080"}, False),
+        ({"HTTP_HOST": "127.0.0.1.elsewhere.example"}, False),
+        ({"HTTP_HOST": "127.0.0.1@elsewhere.example"}, False),
+        ({"HTTP_HOST": "localhost:8080/@elsewhere.example"}, True),  # a path, which no browser sends
+        ({"HTTP_HOST": "[bad"}, False),
+        ({"HTTP_HOST": ""}, False),
+        ({}, False),
+        ({"HTTP_HOST": "127.0.0.1", "HTTP_ORIGIN": "http://elsewhere.example"}, False),
+        ({"HTTP_HOST": "127.0.0.1", "HTTP_ORIGIN": "null"}, False),
+    ],
+)
+def test_the_dashboard_answers_to_the_names_of_this_machine_alone(headers, ours):
+    from dmat.tuning import dashboard
+
+    said = []
+    guarded = dashboard.guarded(lambda environment, start: [b"studies"])
+    answer = b"".join(guarded(headers, lambda status, headers: said.append(status)))
+    assert (answer == b"studies", said) == ((True, []) if ours else (False, ["403 Forbidden"]))
+
+
 def test_passwords_are_not_in_what_is_shown(root, tmp_path):
     plan, *_ = _study(root, tmp_path, {})
     shown = dataclasses.replace(plan, storage="postgresql+psycopg://me:secret@host/db").describe()

@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from dmat import files
+from dmat import files, redaction
 from dmat.errors import DmatError
 from dmat.tracking import dvc_process, origin, overview, registry, stores
 from dmat.tracking.registry import Candidate
@@ -73,8 +73,9 @@ class Memory:
 
     def _read(self) -> dict[str, Any]:
         known = remembered(self.folder)
-        kept = known if known.get("store") == self._identity else {"seconds": known.get("seconds", 0.0)}
-        return {**FRESH, "store": self._identity, **kept}
+        # earlier versions wrote a password into the store's address
+        ours = redaction.address(str(known.get("store"))) == self._identity
+        return {**FRESH, **(known if ours else {"seconds": known.get("seconds", 0.0)}), "store": self._identity}
 
 
 def remembered(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import filelock
 import psutil
 
-from dmat import files, liveness
+from dmat import files, liveness, redaction
 from dmat.errors import DmatError, first_line
 from dmat.tracking import stores
 from dmat.tracking.memory import FILES, Memory, Sender, remembered
@@ -109,7 +109,7 @@ def sync(home: Path, report: bool = False, gone: Collection[str] = (), wait: flo
     except Exception as error:  # an unreachable store must not stop a stage
         if report:
             raise DmatError(
-                f"MLflow at {stores.store(home)} cannot be reached ({first_line(error)}); {len(done)} of "
+                f"MLflow at {stores.shown(home)} cannot be reached ({first_line(error)}); {len(done)} of "
                 f"{len(waiting)} runs were brought up to date; start it or correct MLFLOW_TRACKING_URI, and run "
                 f"the same command again"
             ) from error
@@ -240,7 +240,7 @@ def _left(home: Path, identity: str) -> list[str]:
         elif elsewhere(note):
             hosts[note["host"]] = hosts.get(note["host"], 0) + 1
     lines = [
-        f"{count} of another store, {store}: set MLFLOW_TRACKING_URI to it and run this again"
+        f"{count} of another store, {store}: set MLFLOW_TRACKING_URI to it{_with_password(store)} and run this again"
         if store != stores.EMBEDDED
         else f"{count} of this project's own store: unset MLFLOW_TRACKING_URI and run this again"
         for store, count in sorted(others.items())
@@ -250,6 +250,10 @@ def _left(home: Path, identity: str) -> list[str]:
         for host, count in sorted(hosts.items())
     ]
     return lines + [f"{path} is no note of a run; delete it" for path in damaged(home)]
+
+
+def _with_password(store: str) -> str:
+    return f" (its password for {redaction.MASK})" if redaction.MASK in store else ""
 
 
 def _path(home: Path, folder: Path) -> Path:
@@ -267,7 +271,9 @@ def _read(path: Path) -> dict[str, Any] | None:
         note = files.read_json(path)
     except (DmatError, OSError):
         return None
-    return note if isinstance(note, dict) and set(note) >= _KEYS else None
+    if not isinstance(note, dict) or not set(note) >= _KEYS:
+        return None
+    return note | {"store": redaction.address(note["store"])}  # earlier versions wrote a password into it
 
 
 def _write(home: Path, folder: Path, note: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dmat import files, liveness
 from dmat.errors import Interrupted, first_line
+from dmat.redaction import redacted
 from dmat.tracking import courier, dvc_process, notes, origin, stores
 from dmat.tracking.memory import Memory
 
@@ -34,7 +35,7 @@ def folder_above(home: Path, root: Path) -> Path | None:
     with memory.lock:
         memory.refresh()
         if memory["about"] is None:
-            command = " ".join(["dvc", *words])
+            command = redacted(" ".join(["dvc", *words]))
             tags = {
                 "dmat.stage": "dvc",
                 "dmat.command": command,

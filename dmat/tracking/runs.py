@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dmat.errors import Interrupted
+from dmat.redaction import redacted
 from dmat.tracking import courier, notes, origin, overview, parents, stores
 from dmat.tracking.memory import WORK, Memory, remembered
 from dmat.tracking.registry import Candidate
@@ -27,7 +28,7 @@ class Run:
     def __init__(self, home: Path, folder: Path, about: dict[str, Any], enabled: bool = True):
         self.home, self.folder = home, folder
         self._memory = Memory(folder, stores.identity(home))
-        self._store = stores.store(home)
+        self._store = stores.shown(home)
         self._about, self._enabled = about, enabled
         self._closing, self._reached, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._final: tuple[dict[str, float], list[str]] = ({}, [])
@@ -53,7 +54,7 @@ class Run:
             if issubclass(kind, (Interrupted, KeyboardInterrupt, SystemExit))
             else "FAILED"
         )
-        status, reason = self._status or (status, str(error) if error else "")
+        status, reason = self._status or (status, redacted(str(error)) if error else "")
         metrics, pictures = self._final
         ending = {
             "status": status,

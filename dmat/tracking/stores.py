@@ -9,6 +9,7 @@ from typing import Any
 
 import filelock
 
+from dmat import redaction
 from dmat.errors import DmatError, first_line
 
 EXPERIMENT = "dmat"
@@ -23,13 +24,18 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdou
 
 
 def store(home: Path) -> str:
-    """MLFLOW_TRACKING_URI, or the embedded SQLite store at an absolute path."""
+    """MLFLOW_TRACKING_URI, or the embedded SQLite store at an absolute path. May hold a password: see `shown`."""
     return _server() or f"sqlite:///{home / 'mlruns' / 'mlflow.db'}"
 
 
+def shown(home: Path) -> str:
+    """`store` as messages name it: without a password."""
+    return redaction.address(store(home))
+
+
 def identity(home: Path) -> str:
-    """What a run remembers of its store: the server's address, or that it is the project's own."""
-    return _server() or EMBEDDED
+    """What a run remembers of its store: the server's address without a password, or that it is the project's own."""
+    return redaction.address(_server()) or EMBEDDED
 
 
 def _server() -> str:
@@ -67,7 +73,7 @@ def reach(home: Path) -> tuple[Any, str]:
         raise
     except Exception as error:
         raise DmatError(
-            f"MLflow at {store(home)} cannot be reached ({first_line(error)}); expected a store that answers; start "
+            f"MLflow at {shown(home)} cannot be reached ({first_line(error)}); expected a store that answers; start "
             f"it, or correct MLFLOW_TRACKING_URI"
         ) from error
 

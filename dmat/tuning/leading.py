@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dmat import ARTIFACTS, files, processes, tracking
+from dmat import ARTIFACTS, files, processes, redaction, tracking
 from dmat.config import Params
 from dmat.devices import Compute
 from dmat.errors import DmatError
@@ -27,7 +27,7 @@ from dmat.training.interruption import Interruption
 from dmat.training.long_run import MetricsLog
 from dmat.tuning import applying, ranking, report, storage, worker
 from dmat.tuning.claims import Claims
-from dmat.tuning.plan import VARIABLE, WORD, Study, changes_images, without_password
+from dmat.tuning.plan import VARIABLE, WORD, Study, changes_images
 from dmat.tuning.storage import speaking
 from dmat.tuning.trials import Bench, item
 
@@ -113,7 +113,7 @@ def _lead(bench: Bench, wanted: Wanted, asked: Callable[[], None]) -> None:
         compute=bench.compute.describe(),
         root=bench.workspace.root,
         fingerprint=plan.fingerprint,
-        tags={"optuna.study": plan.name, "optuna.storage": without_password(plan.storage)},
+        tags={"optuna.study": plan.name, "optuna.storage": redaction.address(plan.storage)},
     )
     files.write_json(plan.folder / "study.json", plan.describe())
     bar = tqdm(total=wanted.total, unit=" trials", desc=f"tune {plan.settings.arm}", disable=wanted.quiet)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmat import ARTIFACTS, config, files
+from dmat import ARTIFACTS, config, files, redaction
 from dmat.config import Params, Trial, Tune
 from dmat.errors import DmatError
 from dmat.jobs import STAGES
@@ -69,7 +69,7 @@ class Study:
             "settings": self.settings.plain(),
             "trial": self.trial.plain(),
             "inputs": self.inputs,
-            "storage": without_password(self.storage),
+            "storage": redaction.address(self.storage),
             "work": str(self.folder),
         }
 
@@ -128,14 +128,3 @@ def _inputs(settings: Tune, params: Params) -> dict[str, str]:
         generator = next(iter(params.chunks_of(image_set).values())).generator
         found |= {"denoiser": f"{ARTIFACTS}/train_diffusion/{generator}", "scorer": f"{ARTIFACTS}/train_scorer/scorer"}
     return found
-
-
-def without_password(url: str) -> str:
-    """A URL that may be shown and logged."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except (ArgumentError, ValueError):
-        return "(no URL)"

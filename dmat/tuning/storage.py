@@ -11,10 +11,11 @@ import sqlalchemy.exc
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from dmat import redaction
 from dmat.errors import DmatError, first_line
 from dmat.tuning import sampling, space
 from dmat.tuning.claims import Claims
-from dmat.tuning.plan import Study, without_password
+from dmat.tuning.plan import Study
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _KIN, _READY = "dmat.kin", "dmat.ready"  # attributes of a study
@@ -27,7 +28,7 @@ def speaking(url: str) -> Iterator[None]:
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        first = first_line(error.__cause__ or error)
+        first = first_line(error.__cause__ or error, url)
         if url.startswith("sqlite:"):
             path = url.removeprefix("sqlite:///")
             raise DmatError(
@@ -35,7 +36,7 @@ def speaking(url: str) -> Iterator[None]:
                 f"a new one is made and the study begins again"
             ) from error
         raise DmatError(
-            f"the storage of studies {without_password(url)} cannot be reached ({first}); expected a database that "
+            f"the storage of studies {redaction.address(url)} cannot be reached ({first}); expected a database that "
             f"answers; start it, or correct --storage; the same command goes on from the last checkpoints"
         ) from error
 
@@ -46,11 +47,17 @@ def connect(url: str) -> RDBStorage:
     if url.startswith("sqlite:///"):
         Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        dialect = sqlalchemy.engine.make_url(url).get_backend_name()
+        parsed = sqlalchemy.engine.make_url(url)
+        dialect = parsed.get_backend_name()
     except (sqlalchemy.exc.ArgumentError, ValueError):
         raise DmatError(
             "the storage of studies is no URL; expected one such as postgresql+psycopg://user@host/database"
         ) from None
+    if parsed.host and "@" in parsed.host:
+        raise DmatError(
+            f"the storage of studies {redaction.address(url)} has a plain @ in its user or password; expected %40; "
+            f"write it so"
+        )
     if url.rstrip("/") in ("sqlite:", "sqlite"):
         raise DmatError("the storage of studies is a database in memory, which no other worker sees; expected a file")
     options = {"connect_args": {"timeout": _WAIT}} if dialect == "sqlite" else {"pool_pre_ping": True}
@@ -63,13 +70,13 @@ def connect(url: str) -> RDBStorage:
                 return RDBStorage(url, engine_kwargs=options)
     except RuntimeError as error:
         raise DmatError(
-            f"the studies in {without_password(url)} were written by another version of Optuna than the "
-            f"{optuna.__version__} here ({first_line(error)}); expected one that this version knows; install dmat's "
-            f"pinned set, or name another storage"
+            f"the studies in {redaction.address(url)} were written by another version of Optuna than the "
+            f"{optuna.__version__} here ({first_line(error, url)}); expected one that this version knows; install "
+            f"dmat's pinned set, or name another storage"
         ) from error
     except ImportError as error:
         raise DmatError(
-            f"the storage of studies {without_password(url)} cannot be reached ({first_line(error)}); expected a "
+            f"the storage of studies {redaction.address(url)} cannot be reached ({first_line(error, url)}); expected a "
             f"database whose driver is installed; postgresql+psycopg is"
         ) from error
 

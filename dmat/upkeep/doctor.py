@@ -7,7 +7,6 @@ any other.
 import dataclasses
 import json
 import os
-import re
 import shutil
 import sqlite3
 import subprocess
@@ -25,7 +24,8 @@ from dmat.config import Params
 from dmat.errors import ConfigError, DmatError
 from dmat.jobs import STAGES
 from dmat.jobs.workspace import Workspace
-from dmat.tracking import notes
+from dmat.redaction import redacted
+from dmat.tracking import notes, stores
 from dmat.upkeep import dvc_files, machine, work_folders
 from dmat.upkeep.machine import NOTE, OK, PROBLEM, Marked
 from dmat.upkeep.work_folders import WorkFolder
@@ -63,13 +63,13 @@ def examine(place: Workspace) -> Iterator[Finding]:
     for name, check in CHECKS.items():
         try:
             for mark, found, do in check(site):
-                yield Finding(mark, name, found, do)
+                yield Finding(mark, name, redacted(found), do)
         except DmatError as error:
             found, _, do = str(error).rpartition("; ")  # an error ends with what to do
-            yield Finding(PROBLEM, name, found or do, do)
+            yield Finding(PROBLEM, name, redacted(found or do), do)
         except Exception as error:  # whatever one check meets must not hide what the others find
             do = "mend what it names; if nothing is wrong with that, it is a defect of dmat"
-            yield Finding(PROBLEM, name, f"the check itself failed: {type(error).__name__}: {error}", do)
+            yield Finding(PROBLEM, name, f"the check itself failed: {type(error).__name__}: {redacted(str(error))}", do)
 
 
 def fix(place: Workspace) -> list[str]:
@@ -169,7 +169,7 @@ def _dvc_locks(site: Site) -> Iterator[Marked]:
 
 def _mlflow(site: Site) -> Iterator[Marked]:
     address = tracking.store(site.place.home)
-    shown = re.sub(r"//[^/@]*@", "//…@", address)  # without a password
+    shown = stores.shown(site.place.home)
     if os.environ.get("DMAT_TRACKING") == "off":
         yield NOTE, "off, by DMAT_TRACKING=off", "unset it to track runs"
     elif address.startswith(("http://", "https://")):

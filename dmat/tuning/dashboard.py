@@ -1,0 +1,68 @@
+"""optuna-dashboard on the studies, served by this process on 127.0.0.1.
+
+It has no login. The Host header is checked because a page of another site can lead its own name to 127.0.0.1 (DNS
+rebinding) and would then read and delete studies through the browser of whoever looks at it. The storage's URL may hold
+a password, so it is no word of a command, which everybody on this machine sees.
+"""
+
+import contextlib
+import socketserver
+import wsgiref.simple_server
+from collections.abc import Callable, Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+from dmat.errors import DmatError
+from dmat.tuning import storage
+from dmat.tuning.plan import Study
+
+ADDRESS = "127.0.0.1"
+_OURS = {ADDRESS, "localhost", "::1"}  # with any port: a tunnel may have another
+_Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+
+class _Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(wsgiref.simple_server.WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """The page asks every few seconds; nobody reads that."""
+
+
+def serve(plan: Study, port: int, started: Callable[[], None]) -> None:
+    """Serves until Ctrl-C. started: called when the port is taken. Raises DmatError if it is taken already."""
+    import optuna_dashboard  # takes seconds
+
+    application = guarded(optuna_dashboard.wsgi(storage.connect(plan.storage)))
+    try:
+        server = wsgiref.simple_server.make_server(ADDRESS, port, application, _Server, _Quiet)
+    except OSError:
+        raise DmatError(f"port {port} is taken; expected a free one; name another with --port") from None
+    with server, contextlib.suppress(KeyboardInterrupt):
+        started()
+        server.serve_forever()
+
+
+def guarded(application: _Application) -> _Application:
+    """The application for requests to this machine by its own names; 403 for all others."""
+
+    def answer(environment: dict[str, Any], start: Any) -> Iterable[bytes]:
+        asked = [f"//{environment.get('HTTP_HOST', '')}"]
+        asked += [environment["HTTP_ORIGIN"]] if "HTTP_ORIGIN" in environment else []
+        if all(_host(url) in _OURS for url in asked):
+            return application(environment, start)
+        start("403 Forbidden", [("Content-Type", "text/plain")])
+        return [
+            f"the Host or Origin is another than {ADDRESS} and localhost; open http://{ADDRESS} with the port".encode()
+        ]
+
+    return answer
+
+
+def _host(url: str) -> str | None:
+    """In lower case, without the port; None if there is none."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
