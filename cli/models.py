@@ -154,7 +154,9 @@ def _get(
     if target.suffix != ".safetensors":
         raise DmatError(f"--to is {target}; expected a name that ends with .safetensors")
     found = registry.fetch(workspace.here().home, wanted, target)
-    typer.echo(f"{target}: version {found['version']}, run {found['run']}; its checksum is the registered one")
+    both = "weights and sidecar have the registered checksums"
+    checked = both if registry.SIDECAR in found else "the weights have the registered checksum, the sidecar names it"
+    typer.echo(f"{target}: version {found['version']}, run {found['run']}; {checked}")
 
 
 def _lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:

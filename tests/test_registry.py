@@ -11,7 +11,7 @@ from torch import nn
 
 from dmat import files
 from dmat.errors import DmatError
-from dmat.tracking import registry, stores
+from dmat.tracking import memory, registry, stores
 from dmat.tracking.registry import Candidate
 from dmat.training import weights
 from tests import forked
@@ -35,8 +35,14 @@ def _register(store, name, score, run=None, number=1.0):
     nn.init.constant_(layer.weight, number)
     path = home / f"{run}.safetensors"
     weights.save(path, layer.state_dict(), {"kind": "classifier", "network": {"name": "a"}})
-    registry.register(client, run, Candidate(name, path, {"threat.norm": "linf"}, score))
+    assert registry.register(client, run, _candidate(name, path, score)) is None
     return run
+
+
+def _candidate(name, path, score):
+    """As if the files that lie there were evaluated."""
+    sums = {"weights_sha256": files.sha256(path), "sidecar_sha256": files.sha256(path.with_suffix(".json"))}
+    return Candidate(name, path, {"threat.norm": "linf"}, score, **sums)
 
 
 def _champion(store, name):
@@ -115,6 +121,121 @@ def test_an_altered_file_is_not_handed_out(store, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def _train(path, number):
+    """Weights of another training where an evaluated model lies."""
+    weights.save(path, {"weight": torch.full((2, 2), number)}, {"kind": "classifier", "network": {"name": "a"}})
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("other-weights", lambda path: _train(path, 2.0), r"m\.safetensors has checksum .*; expected .* evaluated"),
+        ("other-sidecar", lambda path: _flip(path.with_suffix(".json")), r"m\.json has checksum .*; expected .* which"),
+        ("no-weights", lambda path: path.unlink(), r"m\.safetensors is gone; expected"),
+        ("no-sidecar", lambda path: path.with_suffix(".json").unlink(), r"m\.json is gone; expected"),
+    ],
+)
+def test_what_was_not_evaluated_is_never_registered(store, tmp_path, name, change, sentence):
+    """The store was away when the evaluation ended; the files change, then the run is sent: it ends all the same."""
+    home, client, _ = store
+    _train(tmp_path / "m.safetensors", 1.0)
+    candidate = _candidate(name, tmp_path / "m.safetensors", 0.9)
+    change(tmp_path / "m.safetensors")
+    run = _sent(home, tmp_path / "run", candidate.plain(), sentence)
+    assert client.get_run(run).info.status == "FINISHED"
+    assert "gets no version" in client.get_run(run).data.tags["dmat.not_registered"]
+    assert name not in {one.name for one in client.search_registered_models()}
+
+
+def test_what_an_earlier_version_remembered_without_checksums_is_not_registered(store, tmp_path):
+    _train(tmp_path / "m.safetensors", 1.0)
+    known = _candidate("old", tmp_path / "m.safetensors", 0.9).plain()
+    known = {name: value for name, value in known.items() if not name.endswith("_sha256")}
+    _sent(store[0], tmp_path / "run", known, "evaluated by an earlier version of dmat.* evaluate it again with --fresh")
+    assert "old" not in {one.name for one in store[1].search_registered_models()}
+
+
+def _sent(home, folder, model, sentence):
+    """Sends the end of a run that waited; returns its id."""
+    folder.mkdir()
+    known = memory.Memory(folder, stores.identity(home))
+    about = {"name": "one", "tags": {}, "settings": {}, "started": 1.0, "parent": None}
+    end = {"status": "FINISHED", "error": "", "metrics": {}, "pictures": [], "models": [model], "ended": 2.0}
+    known.update(about=about, ending=end)
+    sender = memory.Sender(home, known)
+    with sender.turn(), pytest.warns(UserWarning, match=sentence):
+        sender.connect(live=False)
+        sender.send_end("FINISHED", known["ending"])
+    return known["run"]
+
+
+def test_files_replaced_while_they_are_sent_make_no_version(store, tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    _train(path, 1.0)
+    candidate, sent = _candidate("replaced", path, 0.9), type(store[1]).log_artifact
+
+    def log_artifact(client, run, file, folder):
+        sent(client, run, file, folder)
+        _train(path, 2.0)
+
+    monkeypatch.setattr(type(store[1]), "log_artifact", log_artifact)
+    run = store[1].create_run(store[2]).info.run_id
+    assert "has checksum" in registry.register(store[1], run, candidate)
+    assert [one for one in registry.listed(store[0]) if one["name"] == "replaced"] == []
+
+
+@pytest.mark.parametrize("tagged", [True, False], ids=["tagged", "of an earlier version"])
+def test_a_damaged_sidecar_is_not_handed_out(store, tmp_path, tagged):
+    home, client, _ = store
+    name = f"sidecar-{tagged}"
+    run = _register(store, name, 0.5)
+    if not tagged:
+        client.delete_model_version_tag(name, "1", "sidecar.sha256")
+    (path,) = stores.artifact_folder(home).rglob(f"{run}.json")
+    good = path.read_bytes()
+    damages = [b"", b"{}", b"[]", b"null", good[:-20], good.decode().encode("utf-16"), 9999 * b"[", b"\xff" + good]
+    damages += [good.replace(b"classifier", b"denoiser"), good.replace(b"sha256", b"sha257")]
+    damages += [good.replace(b'"a"', b'"b"'), good + b" "] if tagged else []
+    for number, damaged in enumerate(damages):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            DmatError, match=r"the sidecar of sidecar-.* version 1 is missing or not the one that was reg"
+        ):
+            registry.fetch(home, f"{name}@1", tmp_path / f"{number}/x.safetensors")
+    path.unlink()
+    with pytest.raises(DmatError, match="the sidecar of"):
+        registry.fetch(home, f"{name}@1", tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+    path.write_bytes(good)
+    assert ("sidecar.sha256" in registry.fetch(home, f"{name}@1", tmp_path / "x.safetensors")) is tagged
+    assert (tmp_path / "x.json").read_bytes() == good
+
+
+def test_a_pair_is_written_whole_or_not_at_all(store, tmp_path, monkeypatch):
+    _register(store, "pair", 0.5)
+    (tmp_path / "x.json").write_text("mine")
+    with pytest.raises(DmatError, match=r"x\.json exists; expected a new name"):
+        registry.fetch(store[0], "pair@1", tmp_path / "x.safetensors")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    real = files.os.replace
+
+    def full(source, target):
+        if str(target).endswith("y.safetensors"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(DmatError, match=r"y\.safetensors: could not be written"):
+        registry.fetch(store[0], "pair@1", tmp_path / "y.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
 def test_an_evaluation_registers_its_model(finished, tmp_path):
     """The stage with tracking on: version, tags, no champion without a headline, and `dmat models list` and `get`."""
     project = finished.copy_without("evaluate_robust", tmp_path / "project")
@@ -128,6 +249,9 @@ def test_an_evaluation_registers_its_model(finished, tmp_path):
     assert (tags["threat.norm"], tags["threat.epsilon"], tags["dmat.arm"]) == ("linf", "1/5", "generated")
     assert tags["evaluation.measure"] == "auto_attack_subset"
     assert tags["accuracy.n"] == "10"
+    sidecar = project.folder / "artifacts/train_robust/generated-1/best.json"
+    assert tags["weights.sha256"] == files.read_json(sidecar)["sha256"]
+    assert tags["sidecar.sha256"] == files.sha256(sidecar)
     assert "[" in tags["accuracy.auto_attack_subset"]
     said = _dmat(project.folder, "list", "--json")
     assert json.loads(said)[0]["version"] == 1

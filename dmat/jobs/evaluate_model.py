@@ -30,6 +30,7 @@ from dmat.models.loading import SUFFIX, expect_pair, open_classifier
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
 from dmat.tracking import registry
+from dmat.training import weights
 from dmat.training.interruption import Interruption
 
 _ABOUT = "evaluation.json"
@@ -70,6 +71,7 @@ class DirectEvaluation:
         self.request, self.compute = request, compute.exact()
         path = expect_pair(request.model)
         model, self.sidecar = open_classifier(path)
+        self.sidecar_sha256 = weights.sidecar_sha256(path, self.sidecar)
         self.source = recognise(request.images, request.split)
         _expect_fit(self.source, self.sidecar, request)
         self.labels_are = _expect_same_classes(self.source, self.sidecar, request)
@@ -187,6 +189,8 @@ class DirectEvaluation:
                 **result.verdict.about_model(result.summary, self.threat.plain()),
             },
             headline["value"] if headline else None,
+            weights_sha256=self.sidecar["sha256"],
+            sidecar_sha256=self.sidecar_sha256,
         )
 
     def _expect_own_folder(self) -> None:

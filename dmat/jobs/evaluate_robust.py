@@ -5,6 +5,7 @@ copies of those. Everything is computed in float32 and in shards (`dmat.evaluati
 loses one shard at most, and several processes share them. AutoAttack and the checks are about the best weights.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dmat.jobs.mix_images import open_mix
 from dmat.metrics.intervals import wilson
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
+from dmat.robust.networks import Classifier
 from dmat.tracking import registry
 from dmat.training import weights
 
@@ -33,14 +35,16 @@ WHICH = ("best", "last")
 
 def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
     test = shards.open_shards(job.inputs["test"])
-    evaluations = _evaluations(settings, job)
+    models = _models(job)
+    sidecars = {which: sidecar for which, (_, sidecar) in models.items()}
+    sidecar_sha256 = weights.sidecar_sha256(_weights(job, "best"), sidecars["best"])
+    evaluations = _evaluations(settings, job, models)
     work.compute_all(_units(evaluations), wait=True, quiet=job.quiet)
     columns = {name: one.columns() for name, one in evaluations.items()}
     best = evaluations["best"]
     copies = _copies(test, len(best.subject.labels), job)
     verdict = best.verdict(columns["best"], len(test), copies, test.manifest["split"])
-    sidecar = weights.read_sidecar(_weights(job, "best"), "classifier")
-    threat, names = sidecar["threat"], test.manifest["class_names"]
+    threat, names = sidecars["best"]["threat"], test.manifest["class_names"]
     best.draw(job.pictures, columns["best"], threat["epsilon"], names, verdict)
     table: dict[str, np.ndarray] = {
         "index": np.arange(len(best.subject.labels)),
@@ -57,7 +61,7 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
         summary[which] = {
             **measured,
             "train_pgd": wilson(train["pgd"]).plain(),
-            "images_seen": weights.read_sidecar(_weights(job, which), "classifier")["images_seen"],
+            "images_seen": sidecars[which]["images_seen"],
             "train_test_gap": float(train["pgd"].mean() - own["pgd"].mean()),
         }
     folder = job.result / "evaluation"
@@ -76,6 +80,8 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
                 **verdict.about_model(summary["best"], threat),
             },
             summary["best"]["headline"]["value"] if summary["best"]["headline"] else None,
+            weights_sha256=sidecars["best"]["sha256"],
+            sidecar_sha256=sidecar_sha256,
         )
     )
     job.notes.extend(verdict.sentences)
@@ -103,29 +109,36 @@ def _copies(test: Shards, count: int, job: Job) -> dict[str, np.ndarray]:
 
 def assist(settings: EvaluateRobust, job: Job) -> None:
     """Computes shards that nobody else is computing, until none is left."""
-    work.compute_all(_units(_evaluations(settings, job)), wait=False, quiet=job.quiet)
+    work.compute_all(_units(_evaluations(settings, job, _models(job))), wait=False, quiet=job.quiet)
 
 
 def outlook(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
     """What `--dry-run` says: the attacks, and the time left."""
-    evaluations = _evaluations(settings, job)
-    threat = weights.read_sidecar(_weights(job, "best"), "classifier")["threat"]
+    models = _models(job)
+    evaluations = _evaluations(settings, job, models)
     test = shards.open_shards(job.inputs["test"])
-    return {"protocol": evaluations["best"].protocol(threat, len(test))} | work.outlook(_units(evaluations))
+    protocol = evaluations["best"].protocol(models["best"][1]["threat"], len(test))
+    return {"protocol": protocol} | work.outlook(_units(evaluations))
 
 
 def _units(evaluations: dict[str, Evaluation]) -> list[work.Unit]:
     return [unit for one in evaluations.values() for unit in one.units]
 
 
-def _evaluations(settings: EvaluateRobust, job: Job) -> dict[str, Evaluation]:
+def _models(job: Job) -> dict[str, tuple[Classifier, dict[str, Any]]]:
+    """By name of the weights: the classifier in evaluation mode and its sidecar, which was checked against them."""
+    test = shards.open_shards(job.inputs["test"])
+    return {which: load_classifier(_weights(job, which), test, job.compute.exact()) for which in WHICH}
+
+
+def _evaluations(
+    settings: EvaluateRobust, job: Job, models: Mapping[str, tuple[Classifier, dict[str, Any]]]
+) -> dict[str, Evaluation]:
     """By name: best and last weights on test and, for the gap between them, on train."""
     compute = job.compute.exact()
     splits = {name: shards.open_shards(job.inputs[name]) for name in ("test", "train")}
     found = {}
-    for which in WHICH:
-        path = _weights(job, which)
-        model, sidecar = load_classifier(path, splits["test"], compute)
+    for which, (model, sidecar) in models.items():
         ball = Ball(sidecar["threat"]["norm"], Fraction(sidecar["threat"]["epsilon"]))
         for split, opened in splits.items():
             name = which if split == "test" else f"{which}-{split}"

@@ -175,7 +175,10 @@ class Sender:
             self.tag("dmat.error", end["error"][:4000])
         for model in end.get("models", []):
             candidate = Candidate.of(model)
-            registry.register(self._client, run, dataclasses.replace(candidate, weights=self.home / candidate.weights))
+            candidate = dataclasses.replace(candidate, weights=self.home / candidate.weights)
+            if refused := registry.register(self._client, run, candidate):
+                self.tag("dmat.not_registered", refused[:_LONGEST_TAG])
+                warnings.warn(refused, stacklevel=1)
         self._client.set_terminated(run, status=status, end_time=int(1000 * end["ended"]))
 
     def ending_by_children(self) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Weights that explain themselves: a safetensors file and a JSON sidecar, checked against each other."""
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,17 @@ def read_sidecar(path: Path, kind: str) -> dict[str, Any]:
     if sidecar.get("kind") != kind:
         raise DmatError(f"{path} holds a {sidecar.get('kind')}; expected a {kind}; name another file")
     return sidecar
+
+
+def sidecar_sha256(path: Path, sidecar: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of the sidecar's file of the weights `path`. Raises DmatError if it no longer holds `sidecar`, which
+    was read from it before."""
+    file = path.with_suffix(".json")
+    data = file.read_bytes()
+    with contextlib.suppress(ValueError):
+        if json.dumps(json.loads(data), sort_keys=True) == json.dumps(sidecar, sort_keys=True):
+            return hashlib.sha256(data).hexdigest()
+    raise DmatError(f"{file} changed while it was read; expected it to stay as it is; run the same command again")
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
