@@ -418,7 +418,7 @@ def test_a_server_is_asked_for_its_health(project, monkeypatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{address}/well")
         mark, found, _ = one(project, "mlflow")
         assert mark == OK
-        assert found.startswith(f"http://…@{address}/well answers after")
+        assert found.startswith(f"http://me:***@{address}/well answers after")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address}/other/")
         assert one(project, "mlflow")[:2] == (
             PROBLEM,
@@ -446,7 +446,7 @@ def test_other_stores_and_no_tracking_are_noted(project, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db/mlflow")
     mark, found, _ = one(project, "mlflow")
     assert mark == NOTE
-    assert found.startswith("postgresql://…@db/mlflow")
+    assert found.startswith("postgresql://me:***@db/mlflow")
     monkeypatch.setenv("DMAT_TRACKING", "off")
     assert "DMAT_TRACKING=off" in one(project, "mlflow")[1]
 

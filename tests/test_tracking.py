@@ -405,6 +405,48 @@ def test_a_point_that_was_sent_but_not_remembered_is_not_sent_again(home):
     assert [(point.step, point.value) for point in history] == [(10, 2.0), (20, 1.0)]
 
 
+def test_a_password_in_the_address_of_the_server_is_neither_shown_nor_kept(home, inside, monkeypatch, told):
+    """Nothing listens there, and the library repeats the address. Another user or host is another store."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:s3cret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with _open(home) as run:
+        run.end_as("FAILED", "refused by http://alice:s3cret@127.0.0.1:9")
+    said = [*told, *_failing_sync(home)]
+    assert any("http://alice:***@127.0.0.1:9" in line for line in said)
+    assert [line for line in said if "s3cret" in line] == []
+    kept = [path for path in home.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    assert kept == []
+    ours = stores.identity(home)
+    for other in ("http://bob:s3cret@127.0.0.1:9", "http://alice:s3cret@127.0.0.2:9"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+        assert stores.identity(home) != ours
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:changed@127.0.0.1:9")
+    assert stores.identity(home) == ours
+
+
+def _failing_sync(home):
+    with pytest.raises(DmatError) as refused:
+        tracking.sync(home, report=True)
+    return [str(refused.value)]
+
+
+def test_what_an_earlier_version_kept_with_a_password_is_found_and_rewritten(home, monkeypatch):
+    with_password = "http://alice:s3cret@127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", with_password)
+    files.write_json(home / "runs/a/tracking.json", {"store": with_password, "run": "abc"})
+    known = runs.Memory(home / "runs/a", stores.identity(home))
+    assert known["run"] == "abc"
+    known.update(sent=1)
+    assert "s3cret" not in (home / "runs/a/tracking.json").read_text()
+    notes.write(home, home / "runs/a", os.getpid())
+    ((path, note),) = notes.read(home)
+    files.write_json(path, note | {"store": with_password})
+    assert notes.read(home) == [(path, note)]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (line,) = tracking.sync(home, report=True)
+    assert "http://alice:***@127.0.0.1:9: set MLFLOW_TRACKING_URI to it (its password for ***)" in line
+
+
 def test_an_empty_address_is_the_embedded_store(home, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     client, experiment = tracking.connect(home)

@@ -459,6 +459,8 @@ def test_a_winner_with_images_of_its_own_brings_their_entries(root, tmp_path):
         ("sqlite://", ["in memory"]),
         ("nonsense", ["is no URL", "postgresql+psycopg://"]),
         ("postgresql+psycopg://someone:secret@127.0.0.1:1/studies", ["someone:***@127.0.0.1:1", "cannot be reached"]),
+        ("postgresql+psycopg://127.0.0.1:1/studies?password=secret", ["?password=***", "cannot be reached"]),
+        ("postgresql+psycopg://me:sec@ret@127.0.0.1:1/studies", ["me:***@127.0.0.1:1", "plain @", "expected %40"]),
         ("postgres+nothing://127.0.0.1/studies", ["cannot be reached"]),
         ("sqlite:////proc/none/studies.db", ["/proc/none"]),
     ],
@@ -508,6 +510,9 @@ def test_the_dashboard_answers_to_the_names_of_this_machine_alone(headers, ours)
 
 def test_passwords_are_not_in_what_is_shown(root, tmp_path):
     plan, *_ = _study(root, tmp_path, {})
-    shown = dataclasses.replace(plan, storage="postgresql+psycopg://me:secret@host/db").describe()
+    shown = [
+        dataclasses.replace(plan, storage=url).describe()
+        for url in ("postgresql+psycopg://me:secret@host/db", "postgresql://host/db?password=secret", "me:secret@host")
+    ]
     assert shown["storage"] == "postgresql+psycopg://me:***@host/db"
     assert "secret" not in str(shown)

@@ -39,6 +39,7 @@ def test_a_signal_to_its_process_alone_ends_the_servers_too(root, tmp_path, monk
             time.sleep(0.2)
         children = psutil.Process(started.pid).children(recursive=True)
         assert children
+        assert not any("mlflow.db" in word for one in children for word in one.cmdline())  # may hold a password
         started.send_signal(signal.SIGTERM)
         started.wait(60)
         _, left = psutil.wait_procs(children, timeout=30)

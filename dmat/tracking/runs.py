@@ -54,11 +54,11 @@ class Run:
             if issubclass(kind, (Interrupted, KeyboardInterrupt, SystemExit))
             else "FAILED"
         )
-        status, reason = self._status or (status, redacted(str(error)) if error else "")
+        status, reason = self._status or (status, str(error) if error else "")
         metrics, pictures = self._final
         ending = {
             "status": status,
-            "error": reason,
+            "error": redacted(reason),
             "metrics": metrics,
             "pictures": pictures,
             "models": self._models,
