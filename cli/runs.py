@@ -251,7 +251,7 @@ def _ui(
         typer.echo(f"MLFLOW_TRACKING_URI names a server, which has the UI: {stores.shown(home)}")
         return
     _expect_free(host, port)
-    _, experiment = tracking.connect(home)
+    _, experiment = stores.reach(home)
     # by the bare address MLflow opens its side for language models, where runs are hard to find
     page = f"http://{host}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
     typer.echo(f"MLflow UI: {page} (store {stores.shown(home)}); Ctrl-C ends it")

@@ -137,8 +137,8 @@ def _flip(path):
     [
         ("other-weights", lambda path: _train(path, 2.0), r"m\.safetensors has checksum .*; expected .* evaluated"),
         ("other-sidecar", lambda path: _flip(path.with_suffix(".json")), r"m\.json has checksum .*; expected .* which"),
-        ("no-weights", lambda path: path.unlink(), r"m\.safetensors is gone; expected"),
-        ("no-sidecar", lambda path: path.with_suffix(".json").unlink(), r"m\.json is gone; expected"),
+        ("no-weights", lambda path: path.unlink(), r"m\.safetensors is gone or cannot be read; expected"),
+        ("no-sidecar", lambda path: path.with_suffix(".json").unlink(), r"m\.json is gone or cannot be read; expected"),
     ],
 )
 def test_what_was_not_evaluated_is_never_registered(store, tmp_path, name, change, sentence):

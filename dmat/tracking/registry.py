@@ -134,9 +134,11 @@ def _refused(candidate: Candidate) -> str | None:
                 f"{path} was evaluated by an earlier version of dmat, which kept no checksum of it; expected one, so "
                 f"{candidate.name} gets no version; evaluate it again with --fresh"
             )
-        found = files.sha256(path) if path.is_file() else None
-        if found != evaluated:
-            state = "is gone" if found is None else f"has checksum {found[:12]}"
+        try:
+            state = f"has checksum {found[:12]}" if (found := files.sha256(path)) != evaluated else ""
+        except (DmatError, OSError):  # what cannot be read must not keep the run from ending
+            state = "is gone or cannot be read"
+        if state:
             return (
                 f"{path} {state}; expected {evaluated[:12]}, which was evaluated, so {candidate.name} gets no version; "
                 f"evaluate what lies there now, or bring the file back and evaluate it again with --fresh"
