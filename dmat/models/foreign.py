@@ -1,67 +1,93 @@
-"""Files that other projects wrote, read without running anything that is in them.
-
-A .pt file is a pickle, and a pickle is a program. torch reads it here with `weights_only=True`: numbers, text, lists,
-dictionaries and tensors come through, any other name in it is refused before it is called.
-"""
+"""Files that other projects wrote, read without running anything that is in them: weights and args.txt."""
 
 import json
-import re
-import warnings
-import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from dmat.errors import DmatError
+from dmat.models import torch_files
+from dmat.models.torch_files import Stored, Unread
 
-_NAMED = re.compile(r"GLOBAL ([\w.]+)")  # how torch tells the name that it refused
+_NAMES_TOLD = 8  # assumed: enough to know what else is in a file
 
 
-def content(path: Path) -> dict[str, Any]:
-    """The dictionary that a .pt or .safetensors file holds, its tensors on the CPU and not yet read from disk."""
+def content(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The dictionary that a .pt or .safetensors file holds, and notes. Tensors of a .pt file are not yet read."""
     if not path.is_file():
         raise DmatError(f"{path} does not exist; expected a .pt, .pth or .safetensors file; give its path")
     _expect_no_page(path)
+    unread: list[str] = []
     try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else _without_running(path)
+        found: Any
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            found, unread = torch_files.read(path)
     except SafetensorError as error:
         raise DmatError(
             f"{path} is not a whole .safetensors file ({str(error).splitlines()[0]}); expected one as it was "
             f"published; download it again and compare its checksum"
         ) from None
+    except Exception as error:  # hostile bytes may end in any of them, and none is a defect of dmat
+        raise _incomplete(path, error) from None
     if not isinstance(found, dict):
         raise DmatError(
-            f"{path} holds a {type(found).__name__}; expected a dictionary of tensors; save the network's state_dict()"
+            f"{path} holds {kind(found)}; expected a dictionary of tensors; save the network's state_dict()"
         )
-    return found
+    return found, [f"the file names code, which was neither run nor read: {listed(unread)}"] if unread else []
 
 
-def _without_running(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of other versions: the answer below says what matters
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # hostile bytes may end in any of them, and none is a defect of dmat
-        if named := _NAMED.search(str(error)):
+def tensor_names(entries: Mapping[Any, Any]) -> set[str]:
+    return {name for name, value in entries.items() if isinstance(value, Tensor | Stored) and isinstance(name, str)}
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(names) - _NAMES_TOLD
+    return ", ".join(names[:_NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
+
+
+def tensors(entries: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Those of the entries that are tensors, as float or whole numbers on the CPU; they may share memory.
+
+    Raises DmatError if they claim more bytes than the file has: a view may, and a copy of it would fill the memory.
+    """
+    found = {name: entries[name] for name in tensor_names(entries)}
+    for name, value in entries.items():
+        if isinstance(value, Unread) and value.name.startswith("torch._utils."):
             raise DmatError(
-                f"{path} names {named[1]} beside its tensors, and reading that would run code; expected tensors, "
-                f"numbers and text; save only the state_dict of its network, on a machine where you trust the file"
-            ) from None
+                f"{path}: {name} is {kind(value)}; expected tensors of plain numbers; save them dense, on the CPU and "
+                f"not quantised"
+            )
+    claimed, there = sum(value.nbytes for value in found.values()), path.stat().st_size
+    if claimed > there:
         raise DmatError(
-            f"{path} is no whole file of weights ({_short(error)}); expected what torch.save wrote; download it again "
-            f"and compare its checksum"
-        ) from None
+            f"{path} claims tensors of {claimed} bytes and has {there}; expected a file that holds its numbers; "
+            f"download it again and compare its checksum"
+        )
+    try:
+        return {name: value.tensor() if isinstance(value, Stored) else value for name, value in found.items()}
+    except Exception as error:
+        raise _incomplete(path, error) from None
 
 
-def _short(error: Exception) -> str:
-    """The line of torch's answer that says what is wrong; the others advise to run the file."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("Unsupported", "PytorchStreamReader", "unexpected"))]
-    line = (telling or [f"{type(error).__name__}, not a pickle of tensors"])[0]
-    return line.partition(". ")[0].removesuffix(".")
+def kind(value: Any) -> str:
+    """What a value is, for an error: "a list", "a core.models.WideResNet"."""
+    return f"a {value.name if isinstance(value, Unread) else type(value).__name__}"
+
+
+def _incomplete(path: Path, error: Exception) -> DmatError:
+    text = " ".join(str(error).split())[:100]
+    problem = text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+    return DmatError(
+        f"{path} is no whole file of weights ({problem}); expected what torch.save wrote; download it again and "
+        f"compare its checksum"
+    )
 
 
 def _expect_no_page(path: Path) -> None:

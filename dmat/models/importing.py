@@ -14,17 +14,22 @@ from dmat.robust.networks import ACTIVATIONS
 from dmat.training import weights
 
 AVERAGED, RAW, UNKNOWN = "averaged", "raw", "unknown"
+_WANG = ("model_state_dict", "unaveraged_model_state_dict")  # averages and what they are of
+_LIGHTNING = ("state_dict", "current_model_state")  # the same where its callback WeightAveraging was used
+_DEEPEST = 3  # levels of dictionaries that are searched for a network; assumed: none is deeper
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """What a network must know of a data set, and what its users want to know."""
+    """What a network must know of a data set, and what its users want to know. front: mean and std of the layer that
+    the code of Wang et al. 2023 puts before a network with --normalize True; those of SVHN are CIFAR-10's there."""
 
     classes: int
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     class_names: tuple[str, ...]
+    front: layouts.Normalisation
 
 
 def _numbered(count: int) -> tuple[str, ...]:
@@ -33,16 +38,34 @@ def _numbered(count: int) -> tuple[str, ...]:
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
+# What --normalize puts in front of the published networks, where it is not the normalisation inside them.
+_CIFAR10_IN_FRONT = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 DATA = {
-    "cifar10": Images(10, 32, *NORMALISATIONS["cifar10"], _CIFAR10),
-    "cifar100": Images(100, 32, *NORMALISATIONS["cifar100"], _numbered(100)),
-    "svhn": Images(10, 32, *NORMALISATIONS["svhn"], _numbered(10)),
-    "tinyimagenet": Images(200, 64, *NORMALISATIONS["tinyimagenet"], _numbered(200)),
+    "cifar10": Images(10, 32, *NORMALISATIONS["cifar10"], _CIFAR10, _CIFAR10_IN_FRONT),
+    "cifar100": Images(100, 32, *NORMALISATIONS["cifar100"], _numbered(100), NORMALISATIONS["cifar100"]),
+    "svhn": Images(10, 32, *NORMALISATIONS["svhn"], _numbered(10), _CIFAR10_IN_FRONT),
+    "tinyimagenet": Images(200, 64, *NORMALISATIONS["tinyimagenet"], _numbered(200), NORMALISATIONS["tinyimagenet"]),
 }
 # How args.txt writes them: an s at the end means "with generated images".
 _DATA_IN_ARGS = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn", "tiny-imagenet": "tinyimagenet"}
 _DATA_IN_ARGS |= {f"{name}s": ours for name, ours in _DATA_IN_ARGS.items()}
 _LINF_ATTACKS = ("fgsm", "linf-pgd", "linf-df")  # in args.txt; every other attack there is an L2 one
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A network in a file. key: of its dictionary, "" for the file itself, "a.b" for one inside another. prefix: the
+    wrappers before its names. kind: AVERAGED, RAW or UNKNOWN."""
+
+    key: str
+    entries: Mapping[str, Any]
+    prefix: str
+    kind: str
+
+    @property
+    def title(self) -> str:
+        where = self.key or "the file itself"
+        return f"{where} ({self.kind})" if not self.prefix else f"{where}, {self.prefix} ({self.kind})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +92,22 @@ def import_model(
     if which not in (None, AVERAGED, RAW):
         raise DmatError(f"--weights is {which!r}; expected {AVERAGED} or {RAW}")
     target = _target(file, target)
-    found = foreign.content(file)
+    found, notes = foreign.content(file)
     said = foreign.arguments(args) if args else {}
-    tensors, key, form, weights_are, notes = _choose(found, said, which, file)
-    network = layouts.recognise(tensors, file)
+    chosen, more = _choose(found, said, which, file)
+    network = layouts.recognise(foreign.tensors(chosen.entries, file), file, chosen.prefix)
+    notes += more + _left_out(chosen.entries)
     name = _data(said, data, network.classes, args)
     images = DATA[name]
     _expect_agreement(network, images, name, said, found, file)
-    mean, std = _normalisation(network, images)
-    notes += network.notes
-    if not any(mean):
-        notes.append("its network takes pixels in [0, 1] as they are: mean 0, std 1")
-    chosen, note = _activation(network, said, activation)
+    (mean, std), more = _normalisation(network, images, said, file)
+    notes += [*network.notes, *more]
+    function, note = _activation(network, said, activation)
     notes += [note] if note else []
     sidecar: dict[str, Any] = {
         "kind": "classifier",
-        "weights": weights_are,
-        "network": {"name": network.network, "depth": network.depth, "width": network.width, "activation": chosen},
+        "weights": which if chosen.kind == UNKNOWN and which else chosen.kind,
+        "network": {"name": network.network, "depth": network.depth, "width": network.width, "activation": function},
         "classes": network.classes,
         "channels": network.channels,
         "mean": list(mean),
@@ -101,8 +123,8 @@ def import_model(
         "origin": {
             "file": file.name,
             "sha256": files.sha256(file),
-            "format": form,
-            "tensors": key,
+            "format": "Wang et al. 2023" if chosen.key in _WANG else chosen.key or "bare tensors",
+            "tensors": chosen.key,
             "args": said or None,
             "notes": notes,
         },
@@ -136,42 +158,132 @@ def _same_origin(target: Path, file: Path) -> bool:
 
 def _choose(
     found: Mapping[str, Any], said: Mapping[str, Any], which: str | None, file: Path
-) -> tuple[Mapping[str, Any], str, str, str, list[str]]:
-    """Tensors, the key they were under, format, what they are (averaged, raw, unknown) and notes."""
-    if "model_state_dict" in found:
-        both = "unaveraged_model_state_dict" in found
-        if which == RAW and not both:
-            raise DmatError(
-                f"{file} has no unaveraged_model_state_dict; expected it beside model_state_dict for raw weights; "
-                f"leave --weights away or get the file that the training wrote"
-            )
-        key = "unaveraged_model_state_dict" if which == RAW else "model_state_dict"
-        notes = []
-        if which is None and not both and not said.get("tau"):
-            notes.append("nothing in the file says that its weights are averages; those of Wang et al. 2023 are")
-        return _mapping(found, key, file), key, "Wang et al. 2023", RAW if which == RAW else AVERAGED, notes
-    if "state_dict" in found:
-        return _mapping(found, "state_dict", file), "state_dict", "state_dict", which or UNKNOWN, []
-    if (
-        found
-        and all(isinstance(key, str) for key in found)
-        and any(hasattr(value, "shape") for value in found.values())
-    ):
-        return found, "", "bare tensors", which or UNKNOWN, []
-    raise DmatError(
-        f"{file} holds {', '.join(map(str, list(found)[:6])) or 'nothing'}; expected model_state_dict, state_dict or "
-        f"tensors; save the state_dict of its network"
-    )
-
-
-def _mapping(found: Mapping[str, Any], key: str, file: Path) -> Mapping[str, Any]:
-    value = found[key]
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+) -> tuple[Candidate, list[str]]:
+    """The network to read, and notes. Raises DmatError where there is none, or several and nothing says which."""
+    if set(_WANG) <= found.keys() and said.get("tau", 1) == 0:
         raise DmatError(
-            f"{file}: {key} is a {type(value).__name__}; expected a dictionary of named tensors; save the network's "
+            f"{file} holds {_WANG[1]}, which no training with tau 0 writes, and its args say tau 0; expected the same; "
+            f"give the args.txt of this file"
+        )
+    candidates = [
+        Candidate(key, entries, prefix, _kind(key, entries, prefix, found, said, file))
+        for key, entries in _dictionaries(found)
+        for prefix in layouts.named(foreign.tensor_names(entries), file).networks()
+    ]
+    if not candidates:
+        raise _no_network(found, file)
+    if any(one.kind == AVERAGED for one in candidates):  # then those beside it are what it is an average of
+        candidates = [dataclasses.replace(one, kind=RAW) if one.kind == UNKNOWN else one for one in candidates]
+    if len(candidates) == 1:
+        _expect_kind(candidates[0], found, said, which, file)
+        return candidates[0], _doubts(candidates[0], which)
+    wanted = which or (AVERAGED if {one.key for one in candidates} == set(_WANG) else None)
+    fits = [one for one in candidates if one.kind == wanted]
+    if len(fits) != 1:
+        kinds = {one.kind for one in candidates}
+        choose = (
+            f"say --weights {AVERAGED} or --weights {RAW} to `dmat models import`"
+            if len(candidates) == 2 and kinds == {AVERAGED, RAW}
+            else "save the state_dict of one alone"
+        )
+        raise DmatError(
+            f"{file} holds {len(candidates)} networks: {'; '.join(one.title for one in candidates)}; expected one; "
+            f"{choose}"
+        )
+    return fits[0], []
+
+
+def _dictionaries(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Keys and entries of the file's dictionary, key "", and of those inside it, each once, _DEEPEST levels down."""
+    level: list[tuple[str, Mapping[str, Any]]] = [("", found)]
+    all_of_them, seen = list(level), {id(found)}
+    for _ in range(_DEEPEST):
+        inside: list[tuple[str, Mapping[str, Any]]] = []
+        for key, entries in level:
+            for name, value in entries.items():
+                if isinstance(value, dict) and isinstance(name, str) and id(value) not in seen:
+                    seen.add(id(value))
+                    inside.append((f"{key}.{name}" if key else name, value))
+        all_of_them += inside
+        level = inside
+    return all_of_them
+
+
+def _kind(
+    key: str, entries: Mapping[str, Any], prefix: str, found: Mapping[str, Any], said: Mapping[str, Any], file: Path
+) -> str:
+    """What names, a counter and args.txt say of weights."""
+    averaged, live = _WANG
+    if key == averaged and (live in found or said):  # without averaging the live weights go there, and alone
+        return AVERAGED if live in found or said.get("tau") else RAW
+    if key in (live, _LIGHTNING[1]):
+        return RAW
+    if key == _LIGHTNING[0] and _LIGHTNING[1] in found:
+        return AVERAGED
+    return AVERAGED if layouts.says_averaged(f"{key}.{prefix}") or _counted(entries, prefix, file) else UNKNOWN
+
+
+def _counted(entries: Mapping[str, Any], prefix: str, file: Path) -> bool:
+    """Whether an AveragedModel around the names after `prefix` has counted updates."""
+    counters = {
+        name: value
+        for name, value in entries.items()
+        if str(name).endswith(layouts.AVERAGED_MODEL) and prefix.startswith(name.removesuffix(layouts.AVERAGED_MODEL))
+    }
+    return any(tensor.numel() == 1 and tensor.item() > 0 for tensor in foreign.tensors(counters, file).values())
+
+
+def _expect_kind(
+    one: Candidate, found: Mapping[str, Any], said: Mapping[str, Any], which: str | None, file: Path
+) -> None:
+    """The only network of a file against --weights."""
+    averaged, live = _WANG
+    if which == RAW and one.key == averaged and live not in found and one.kind != RAW:
+        raise DmatError(
+            f"{file} has no {live}; expected it beside {averaged} for raw weights; leave --weights away, get the "
+            f"weights-best.pt that the training wrote, or give its args.txt if that says tau 0"
+        )
+    if which is not None and one.kind not in (which, UNKNOWN):
+        why = "; its args name no tau" if one.key == averaged and said and not said.get("tau") else ""
+        raise DmatError(
+            f"{file} holds one network, {one.title}{why}; expected {which} weights; leave --weights away, or give a "
+            f"file that has them"
+        )
+
+
+def _doubts(one: Candidate, which: str | None) -> list[str]:
+    if one.key == _WANG[0] and one.kind == UNKNOWN and which is None:
+        return [
+            "nothing in the file says whether its weights are averages: those of Wang et al. 2023 are, unless their "
+            "args.txt says tau 0"
+        ]
+    return []
+
+
+def _left_out(entries: Mapping[Any, Any]) -> list[str]:
+    """Of a dictionary of tensors, what is none."""
+    names = foreign.tensor_names(entries)
+    others = [str(name) for name in entries if name not in names]
+    return [f"left out beside the tensors: {foreign.listed(others)}"] if others else []
+
+
+def _no_network(found: Mapping[str, Any], file: Path) -> DmatError:
+    """What is there instead: of the dictionary that should hold a network, else of that with most tensors."""
+    key = next((key for key in ("model_state_dict", "state_dict") if key in found), None)
+    if key and not isinstance(found[key], dict):
+        return DmatError(
+            f"{file}: {key} is {foreign.kind(found[key])}; expected a dictionary of named tensors; save the network's "
             f"state_dict()"
         )
-    return value
+    entries = (
+        found[key] if key else max((e for _, e in _dictionaries(found)), key=lambda e: len(foreign.tensor_names(e)))
+    )
+    if not key and not foreign.tensor_names(entries):
+        return DmatError(
+            f"{file} holds {', '.join(map(str, list(found)[:6])) or 'nothing'}; expected model_state_dict, state_dict "
+            f"or tensors; save the state_dict of its network"
+        )
+    return layouts.unknown(foreign.tensors(entries, file), file)
 
 
 def _data(said: Mapping[str, Any], data: str | None, classes: int, args: Path | None) -> str:
@@ -205,12 +317,12 @@ def _expect_agreement(
         raise DmatError(
             f"{file} takes images of {network.channels} channels; expected 3, as {name} has; name other data"
         )
-    for key, there in (("num_classes", network.classes), ("normalize_input", network.mean is not None)):
+    for key, there in (("num_classes", network.classes), ("normalize_input", bool(network.own or network.front))):
         if key in found and found[key] != there:
             raise DmatError(
                 f"{file} says {key} {found[key]} and its tensors say {there}; expected the same; download it again"
             )
-    if said.get("normalize") and network.mean is None:
+    if said.get("normalize") and not network.layer_in_front:
         raise DmatError(
             f"{file}: its args say normalize true, a layer that the tensors do not show; expected normalize false; "
             f"give the args.txt of this file"
@@ -230,13 +342,40 @@ def _in_args(network: layouts.Found) -> str:
     return f"wrn-{network.depth}-{network.width}{'-swish' if network.network == 'wide_resnet' else ''}"
 
 
-def _normalisation(network: layouts.Found, images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of the layer in the file; else that which the layout has built in; else none."""
-    if network.mean is not None and network.std is not None:
-        return network.mean, network.std
-    if layouts.LAYOUTS[network.network].normalises:
-        return images.mean, images.std
-    return (0.0,) * network.channels, (1.0,) * network.channels
+def _normalisation(
+    network: layouts.Found, images: Images, said: Mapping[str, Any], file: Path
+) -> tuple[layouts.Normalisation, list[str]]:
+    """Mean and std of all layers that normalise, as one, and notes.
+
+    Two after each other: ((x - m) / s - m') / s' = (x - (m + s m')) / (s s').
+    """
+    own, front = network.own, network.front
+    if own is None and layouts.LAYOUTS[network.network].normalises:
+        own = images.mean, images.std
+    if network.layer_in_front and front is None:
+        if not said.get("normalize"):
+            raise DmatError(
+                f"{file} has a layer in front of its network and does not hold its mean and std; expected both, or an "
+                f"args.txt that says normalize true; give the args.txt of its training with --args"
+            )
+        front = images.front
+    if own is None or front is None:
+        as_they_are = (0.0,) * network.channels, (1.0,) * network.channels
+        takes = "its network takes pixels in [0, 1] as they are: mean 0, std 1"
+        return own or front or as_they_are, [] if own or front else [takes]
+    (m, s), (mean, std) = front, own
+    both = (
+        tuple(m[k] + s[k] * mean[k] for k in range(network.channels)),
+        tuple(s[k] * std[k] for k in range(network.channels)),
+    )
+    return both, [
+        f"its images are normalised twice and the sidecar has both as one: in front by mean {_listed(m)} and std "
+        f"{_listed(s)}, in the network by mean {_listed(mean)} and std {_listed(std)}"
+    ]
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return " ".join(f"{number:.4g}" for number in numbers)
 
 
 def _activation(network: layouts.Found, said: Mapping[str, Any], wanted: str | None) -> tuple[str, str]:

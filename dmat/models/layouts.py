@@ -13,11 +13,9 @@ The other PreActResNet in public use (conv1, layer1 to layer4, linear) pads stri
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +24,20 @@ from dmat.errors import DmatError
 from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, Facts
 from dmat.training import weights
 
-# DataParallel adds "module.", nn.Sequential a number, some wrappers "model.". A network at place 1 of a Sequential has
-# a layer in front of it, which can only be a normalisation.
-PREFIXES = ("", "module.", "model.", "module.model.", "module.0.", "0.", "module.1.", "1.")
+_AVERAGES = ("ema", "swa", "avg", "average", "averaged")
+_NAMES = ("model", "net", "network", "classifier")
+# Words that wrappers put before a name or between its parts: those of torch itself (compile, DataParallel, DDP, FSDP,
+# activation checkpoints), attributes of the class around a network, and places in an nn.Sequential.
+_OF_TORCH = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+_WRAPPERS = {
+    *("module", "0", "1", *_OF_TORCH, *_NAMES, *_AVERAGES),
+    *(f"{average}_{name}" for average in _AVERAGES for name in _NAMES),
+    *(f"{name}_{average}" for average in _AVERAGES for name in _NAMES),
+}
 _UNUSED = "sub_block1."
+_COUNTER = "num_batches_tracked"  # of a batch norm; torch before 0.4.1 has none, and no evaluation uses it
+AVERAGED_MODEL = "n_averaged"  # torch.optim.swa_utils.AveragedModel counts its updates
+_MEANS, _STDS = ("mean", "mu", "new_mean"), ("std", "sigma", "new_std")
 
 _SYMMETRIC = {
     "init_conv.": "conv1.",
@@ -76,10 +84,14 @@ LAYOUTS = {
 _OTHER_RESNET = "layer1.0.conv1.weight"  # every ResNet and PreActResNet in the manner of torchvision has it
 
 
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, a number per channel each
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A network in a file. state: float32 tensors under dmat's names. mean and std: of the normalisation in front of
-    it, if the file has one."""
+    """A network in a file. state: float32 tensors under dmat's names. own: the normalisation that is among the tensors
+    of the network. front: that of a layer in front of it. layer_in_front: whether there is such a layer; the file may
+    not hold its numbers."""
 
     network: str  # a name in NETWORKS
     depth: int
@@ -87,9 +99,26 @@ class Found:
     classes: int
     channels: int
     state: dict[str, Tensor]
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    own: Normalisation | None
+    front: Normalisation | None
+    layer_in_front: bool
     notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """Entries of a file by the wrappers before their names, as "module.0.", and by the rest of their names."""
+
+    groups: Mapping[str, Mapping[str, str]]  # wrappers -> rest of a name -> the whole name in the file
+
+    def networks(self) -> dict[str, str]:
+        """Wrappers -> network in NETWORKS, for each network whose first convolutions are here."""
+        return {
+            prefix: network
+            for prefix, names in self.groups.items()
+            for network, layout in LAYOUTS.items()
+            if all(layout.theirs(sign) in names for sign in (layout.first, layout.groups[0].format(0)))
+        }
 
 
 def title(name: str, depth: int, width: int) -> str:
@@ -97,43 +126,47 @@ def title(name: str, depth: int, width: int) -> str:
     return f"PreActResNet-{depth}" if name == "preact_resnet" else f"WRN-{depth}-{width}"
 
 
-def recognise(tensors: Mapping[str, Any], path: Path) -> Found:
-    """Which network these tensors are. Raises DmatError unless it is all of one, and nothing else."""
-    _expect_tensors(tensors, path)
-    network, prefix = _layout(tensors, path)
-    layout = LAYOUTS[network]
-    theirs = layout.theirs
-    mean, std, front = _normalisation(tensors, network, prefix, path)
-    inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    unused = {name for name in inner if name.startswith(_UNUSED)} if network == "wide_resnet_symmetric" else set[str]()
-    strangers = sorted(name for name in tensors if not name.startswith(prefix) and name not in front)
-    if strangers:
-        raise DmatError(
-            f"{path} holds {strangers[0]} beside a network whose names begin with {prefix!r}; expected the tensors of "
-            f"one network; save its state_dict alone"
-        )
-    given = {name: tensor for name, tensor in inner.items() if name not in unused}
-
-    def size(name: str, axis: int, dimensions: int) -> int:
-        """A length along one axis of a tensor, under dmat's name for it."""
-        shape = tuple(given[theirs(name)].shape) if theirs(name) in given else ()
-        if len(shape) != dimensions or 0 in shape:
-            found = f"is {shape}" if shape else "is missing"
+def named(names: Iterable[str], path: Path) -> Named:
+    """Takes the wrappers off. Raises DmatError if two names are the same then."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        parts = [part for part in name.split(".") if part not in _OF_TORCH]
+        wrappers = next((k for k, part in enumerate(parts) if part not in _WRAPPERS), len(parts))
+        prefix = "".join(f"{part}." for part in parts[:wrappers])
+        rest = ".".join(part for part in parts[wrappers:] if part != "module")
+        group = groups.setdefault(prefix, {})
+        if rest in group:
             raise DmatError(
-                f"{path}: {prefix}{theirs(name)} {found}; expected a tensor of {dimensions} dimensions; "
-                f"download the file again, or save the whole state_dict"
+                f"{path} holds {group[rest]} and {name}; expected one tensor of this name beside its wrappers; save "
+                f"the state_dict of one network alone"
             )
-        return shape[axis]
+        group[rest] = name
+    return Named(groups)
 
-    counts = _blocks(given, layout)
-    if network == "preact_resnet":
-        depth, width = _preact_depth(counts, path), 0
-    else:
-        depth, width = _wide_depth(counts, path), _width(size("layer.0.block.0.conv_1.weight", 0, 4), path)
-    facts = Facts(size("logits.weight", 0, 2), size(layout.first, 1, 4), (0.0,), (1.0,))
+
+def says_averaged(text: str) -> bool:
+    """Whether a name, as "state_dict_ema" or "ema_model.", says that what it holds are averages."""
+    return not set(_AVERAGES).isdisjoint(re.split(r"[._]", text.lower()))
+
+
+def recognise(tensors: Mapping[str, Tensor], path: Path, prefix: str) -> Found:
+    """The network after the wrappers `prefix`, one that `Named.networks` has. Raises DmatError unless it is whole, and
+    nothing else is there but other networks, which are left out."""
+    names = named(tensors, path)
+    others = names.networks()
+    network = others.pop(prefix)
+    inner = {name: tensors[whole] for name, whole in names.groups[prefix].items() if name != AVERAGED_MODEL}
+    unused = {name for name in inner if name.startswith(_UNUSED)} if network == "wide_resnet_symmetric" else set[str]()
+    own = _pair(inner.keys() - unused)
+    front = _front(names, {prefix, *others}, prefix, path)
+    given = {name: tensor for name, tensor in inner.items() if name not in {*unused, *own}}
+    depth, width, facts = _measures(given, network, prefix, path)
     with torch.device("meta"):  # shapes only
-        model = NETWORKS[network](facts, depth, width, "relu")
-    wanted = model.state_dict()
+        wanted = NETWORKS[network](facts, depth, width, "relu").state_dict()
+    theirs = LAYOUTS[network].theirs
+    counters = {theirs(name) for name in wanted if name.endswith(_COUNTER)}
+    uncounted = {name for name in counters if name not in given or given[name].dtype != torch.int64}
+    given |= {name: torch.tensor(0) for name in uncounted}
     if problem := weights.misfit({theirs(name): tuple(tensor.shape) for name, tensor in wanted.items()}, given):
         raise DmatError(
             f"{path} is not a whole {title(network, depth, width)} (names after {prefix!r}): {problem}; expected the "
@@ -143,38 +176,74 @@ def recognise(tensors: Mapping[str, Any], path: Path) -> Found:
     notes = [f"{len(unused)} tensors of {_UNUSED[:-1]} were left out: the network never uses them"] if unused else []
     kinds = sorted({str(tensor.dtype) for tensor in given.values() if tensor.is_floating_point()} - {"torch.float32"})
     notes += [f"{kind.removeprefix('torch.')} tensors are stored as float32" for kind in kinds]
-    return Found(network, depth, width, facts.classes, facts.channels, state, mean, std, tuple(notes))
+    if uncounted:
+        notes.append(f"{len(uncounted)} counters {_COUNTER} were filled in with 0: logits do not depend on them")
+    notes += [f"the network under {other!r} was left out" for other in others]
+    return Found(
+        network,
+        depth,
+        width,
+        facts.classes,
+        facts.channels,
+        state,
+        _numbers(own, inner, facts.channels, path),
+        _numbers(front, tensors, facts.channels, path),
+        bool(front) or "1" in prefix.split("."),
+        tuple(notes),
+    )
 
 
-def _expect_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Plain tensors whose numbers are in the file: a view may claim more than that, and would fill the memory."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise DmatError(
-                f"{path}: {name} is a {type(tensor).__name__}; expected tensors alone; save the network's state_dict()"
-            )
-    claimed, there = sum(t.numel() * t.element_size() for t in tensors.values()), path.stat().st_size
-    if claimed > there:
+def _front(names: Named, networks: set[str], prefix: str, path: Path) -> tuple[str, ...]:
+    """Names of mean and std of a layer outside the networks, or (). Raises DmatError if anything else is there."""
+    outside = {
+        whole
+        for group, members in names.groups.items()
+        for rest, whole in members.items()
+        if group not in networks and rest != AVERAGED_MODEL
+    }
+    front = _pair(outside)
+    if strangers := sorted(outside - {*front}):
         raise DmatError(
-            f"{path} claims tensors of {claimed} bytes and has {there}; expected a file that holds its numbers; "
-            f"download it again and compare its checksum"
+            f"{path} holds {strangers[0]} beside a network whose names begin with {prefix!r}; expected the tensors of "
+            f"one network; save its state_dict alone"
         )
+    return front
 
 
-def _layout(tensors: Mapping[str, Any], path: Path) -> tuple[str, str]:
-    """Network and prefix of the names."""
-    for network, layout in LAYOUTS.items():
-        signs = [layout.theirs(name) for name in (layout.first, layout.groups[0].format(0))]
-        for prefix in PREFIXES:
-            if all(f"{prefix}{sign}" in tensors for sign in signs):
-                return network, prefix
-    if other := next((f"{prefix}{_OTHER_RESNET}" for prefix in PREFIXES if f"{prefix}{_OTHER_RESNET}" in tensors), ""):
-        raise DmatError(
+def _measures(given: Mapping[str, Tensor], network: str, prefix: str, path: Path) -> tuple[int, int, Facts]:
+    """Depth, width, classes and channels, from shapes."""
+    layout = LAYOUTS[network]
+
+    def size(name: str, axis: int, dimensions: int) -> int:
+        """A length along one axis of a tensor, under dmat's name for it."""
+        theirs = layout.theirs(name)
+        shape = tuple(given[theirs].shape) if theirs in given else ()
+        if len(shape) != dimensions or 0 in shape:
+            found = f"is {shape}" if shape else "is missing"
+            raise DmatError(
+                f"{path}: {prefix}{theirs} {found}; expected a tensor of {dimensions} dimensions; download the file "
+                f"again, or save the whole state_dict"
+            )
+        return shape[axis]
+
+    counts = _blocks(given, layout)
+    if network == "preact_resnet":
+        depth, width = _preact_depth(counts, path), 0
+    else:
+        depth, width = _wide_depth(counts, path), _width(size("layer.0.block.0.conv_1.weight", 0, 4), path)
+    return depth, width, Facts(size("logits.weight", 0, 2), size(layout.first, 1, 4), (0.0,), (1.0,))
+
+
+def unknown(tensors: Mapping[str, Tensor], path: Path) -> DmatError:
+    """That none of LAYOUTS is among these tensors."""
+    groups = named(tensors, path).groups
+    if other := next((group[_OTHER_RESNET] for group in groups.values() if _OTHER_RESNET in group), ""):
+        return DmatError(
             f"{path} holds {other}: a ResNet or PreActResNet that pads stride 2 on all sides and has shortcuts of "
             f"1 x 1, which no network of dmat computes; expected the PreActResNet of Rebuffi et al. 2021, with conv_2d "
             f"and layer_0.0.conv_2d_1; import a file of that one"
         )
-    raise DmatError(
+    return DmatError(
         f"{path} holds {len(tensors)} tensors named {', '.join(sorted(tensors)[:3]) or 'nothing'}; expected a wide "
         f"residual network with init_conv and layer.0.block.0 (Wang et al. 2023), or with conv1 and block1.layer.0 "
         f"(Carmon et al. 2019), or a PreActResNet with conv_2d and layer_0.0 (Rebuffi et al. 2021), after module., "
@@ -227,36 +296,40 @@ def _wide_depth(counts: tuple[int, ...], path: Path) -> int:
     return 6 * counts[0] + 4
 
 
-def _normalisation(
-    tensors: Mapping[str, Tensor], network: str, prefix: str, path: Path
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None, set[str]]:
-    """Mean and std of the layer in front of the network, if there is one, and the names of its tensors."""
-    if not prefix.endswith("1."):
-        return None, None, set()
-    front = [f"{prefix[:-2]}0.{name}" for name in ("mean", "std")]
-    if LAYOUTS[network].normalises:
+def _pair(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the mean and of the std of one layer, or (): not one of each."""
+    leaves = {name: name.rpartition(".")[::2] for name in names}
+    means, stds = ([name for name, (_, leaf) in leaves.items() if leaf in words] for words in (_MEANS, _STDS))
+    if len(means) != 1 or len(stds) != 1 or leaves[means[0]][0] != leaves[stds[0]][0]:
+        return ()
+    return means[0], stds[0]
+
+
+def _numbers(names: tuple[str, ...], tensors: Mapping[str, Tensor], channels: int, path: Path) -> Normalisation | None:
+    """Mean and std under these names. One number is that of every channel."""
+    if not names:
+        return None
+    mean, std = (tuple(tensors[name].double().flatten().tolist()) for name in names)
+    mean, std = (values * channels if len(values) == 1 else values for values in (mean, std))
+    if not len(mean) == len(std) == channels or not all(0 <= m <= 1 for m in mean) or not all(0 < s < 1e6 for s in std):
         raise DmatError(
-            f"{path} has a layer in front of a network that normalises by itself; expected one trained with normalize "
-            f"false; dmat cannot know what that layer does"
+            f"{path} normalises by mean {mean[:4]} and std {std[:4]}; expected {channels} numbers each, mean from 0 to "
+            f"1 as pixels are, std above 0; download the file again, or divide both by 255 if they are for bytes"
         )
-    if not set(front) <= tensors.keys():
-        raise DmatError(
-            f"{path} has a layer in front of its network and does not hold {front[0]} and {front[1]}; expected both, "
-            f"or a network trained with normalize false; dmat cannot know their values"
-        )
-    mean, std = (tuple(tensors[name].double().flatten().tolist()) for name in front)
-    channels = tensors[f"{prefix}conv1.weight"].shape[1:2].numel()
-    if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean)) or not all(0 < s < 1e6 for s in std):
-        raise DmatError(
-            f"{path} normalises by mean {mean[:4]} and std {std[:4]}; expected {channels} finite numbers each, std "
-            f"above 0; download the file again"
-        )
-    return mean, std, set(front)
+    return mean, std
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
-    """In the network's number type, and finite."""
-    if tensor.is_floating_point() != dtype.is_floating_point or not torch.isfinite(tensor).all():
-        what = "numbers that are not finite" if tensor.dtype.is_floating_point else f"numbers of type {tensor.dtype}"
-        raise DmatError(f"{path}: {name} holds {what}; expected finite numbers of {dtype}; download the file again")
-    return tensor.to(dtype).contiguous()
+    """In the network's number type, finite, and with memory of its own."""
+    if tensor.is_floating_point() != dtype.is_floating_point:
+        raise DmatError(
+            f"{path}: {name} holds numbers of type {tensor.dtype}; expected finite numbers of {dtype}; download the "
+            f"file again"
+        )
+    found = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if not torch.isfinite(found).all():
+        raise DmatError(
+            f"{path}: {name} holds numbers that are not finite; expected finite numbers of {dtype}; download the file "
+            f"again"
+        )
+    return found

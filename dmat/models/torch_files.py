@@ -1,0 +1,323 @@
+"""Files that torch.save wrote, read without running anything in them.
+
+Such a file holds a pickle, which is a program, and the bytes of its tensors. The program runs here on a stack that can
+make numbers, text, tuples, lists and dictionaries. It can import nothing and call nothing: the name of a class or
+function stays a name (`Unread`), whatever the program does with it. Only the names of a tensor, of a parameter and of
+an OrderedDict have a meaning; a tensor becomes a `Stored`, whose place in the file is checked before a byte is read.
+
+Two formats: a zip archive (torch 1.6 and later), and a row of pickles followed by bytes (before). Both are read by
+memory map. Raises ValueError and others for what is no such file.
+"""
+
+import dataclasses
+import io
+import math
+import mmap
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+_ZIP = b"PK\x03\x04"
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older format
+_TYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+_STORAGES = {f"{module}.{name}": dtype for module in ("torch", "torch.cuda") for name, dtype in _TYPES.items()}
+_DICTIONARY = "collections.OrderedDict"
+_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
+_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+_LITERAL = re.compile(  # instructions that put their own argument on the stack
+    r"(BIN)?(INT[12]?|FLOAT)|LONG[14]?|(SHORT_)?(BIN)?(STRING|UNICODE8?)|(SHORT_)?BINBYTES8?|BYTEARRAY8"
+)
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_KNOWN = {*_STORAGES, _DICTIONARY, *_TENSORS, *_PARAMETERS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """A class or function that the file names, and whatever the file makes with it. name: with its module."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """A piece of the file. length: numbers, not bytes."""
+
+    key: str
+    dtype: torch.dtype
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.length * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor that is still in the file: a view of one of its pieces. offset and strides count numbers."""
+
+    file: "_File"
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a copy. A view that repeats numbers claims more than the file has."""
+        return math.prod(self.shape) * self.storage.dtype.itemsize
+
+    def tensor(self) -> Tensor:
+        """Shares the memory map and other views of the same piece. Raises ValueError if the piece is too small."""
+        if 0 in self.shape:
+            return torch.empty(self.shape, dtype=self.storage.dtype)
+        last = self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        if last >= self.storage.length:
+            raise ValueError(f"a tensor ends at number {last} of a storage of {self.storage.length}")
+        whole = self.file.piece(self.storage).view(self.storage.dtype)
+        return whole.as_strided(self.shape, self.strides, self.offset)
+
+
+class _File:
+    """The bytes of a file, and where its pieces are. unread: names that the file uses and that mean nothing here."""
+
+    def __init__(self, content: mmap.mmap):
+        self.content = content
+        self.places: dict[str, tuple[int, int]] = {}  # key of a piece -> first byte, number of bytes
+        self.storages: dict[str, _Storage] = {}
+        self.pieces: dict[str, Tensor] = {}
+        self.left = len(content)
+        self.unread: set[str] = set()
+
+    def place(self, key: str, start: int, nbytes: int) -> None:
+        if not 0 <= start <= start + nbytes <= len(self.content):
+            raise ValueError(f"piece {key} ends beyond the file")
+        self.places[key] = start, nbytes
+
+    def piece(self, storage: _Storage) -> Tensor:
+        """uint8 [nbytes]. Pieces cannot overlap: together they are no larger than the file."""
+        if storage.key not in self.pieces:
+            start, nbytes = self.places[storage.key]
+            self.left -= nbytes
+            if nbytes < storage.nbytes or self.left < 0:
+                raise ValueError(f"piece {storage.key} has {nbytes} bytes and claims {storage.nbytes}")
+            found = torch.frombuffer(self.content, dtype=torch.uint8, count=nbytes, offset=start)
+            self.pieces[storage.key] = found if start % 8 == 0 else found.clone()  # numbers must be aligned
+        return self.pieces[storage.key][: storage.nbytes]
+
+    def stored(self, identity: Any) -> Any:
+        """The piece that the program asks for by a persistent identity."""
+        if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
+            return Unread("an object outside the pickle")
+        _, kind, key, _, length = identity[:5]
+        if not isinstance(kind, Unread) or kind.name not in _STORAGES:
+            return kind
+        if any(view is not None for view in identity[5:]) or not isinstance(key, str) or not _sizes((length,)):
+            raise ValueError("a storage without key and length")
+        return self.storages.setdefault(key, _Storage(key, _STORAGES[kind.name], length))
+
+    def named(self, name: str) -> Unread:
+        if name not in _KNOWN:
+            self.unread.add(name)
+        return Unread(name)
+
+    def made(self, maker: Any, arguments: Any) -> Any:
+        """What the program gets for a call. Nothing is called."""
+        if not isinstance(maker, Unread) or not isinstance(arguments, tuple):
+            raise ValueError("a call of what is no name")
+        if maker.name == _DICTIONARY:
+            return _dictionary(pair for pairs in arguments[:1] for pair in pairs)
+        if maker.name in _PARAMETERS and arguments:
+            return arguments[0]
+        if maker.name in _TENSORS and len(arguments) >= 4 and isinstance(arguments[0], _Storage):
+            storage, offset, shape, strides = arguments[:4]
+            if not (_sizes((offset,)) and _sizes(shape) and _sizes(strides) and len(shape) == len(strides)):
+                raise ValueError("a tensor without offset, shape and strides")
+            return Stored(self, storage, offset, shape, strides)
+        return maker
+
+
+def read(path: Path) -> tuple[Any, list[str]]:
+    """What a file holds, and the names in it that were not read. Tensors are `Stored`."""
+    with open(path, "rb") as opened:
+        if not path.stat().st_size:
+            raise ValueError("it is empty")
+        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    file = _File(content)
+    found = _zipped(file, path) if content[:4] == _ZIP else _in_a_row(file)
+    return found, sorted(file.unread)
+
+
+def _zipped(file: _File, path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+    programs = [name for name in members if name.endswith("/data.pkl")]
+    if len(programs) != 1:
+        raise ValueError("a zip archive without one data.pkl")
+    base = programs[0].removesuffix("data.pkl")
+    for name, member in members.items():
+        if name.startswith(base):
+            file.place(name.removeprefix(f"{base}data/"), _start(file.content, member), member.file_size)
+    _expect_little_endian(_bytes(file, f"{base}byteorder") in (b"", b"little"))
+    return _run(io.BytesIO(_bytes(file, programs[0])), file)
+
+
+def _bytes(file: _File, key: str) -> bytes:
+    start, nbytes = file.places.get(key, (0, 0))
+    return file.content[start : start + nbytes]
+
+
+def _start(content: mmap.mmap, member: zipfile.ZipInfo) -> int:
+    """First byte of a member. It stands as it is, because torch does not compress."""
+    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+        raise ValueError(f"{member.filename} is compressed")
+    name, extra = struct.unpack_from("<HH", content, member.header_offset + 26)
+    return member.header_offset + 30 + name + extra
+
+
+def _in_a_row(file: _File) -> Any:
+    """The older format: the program is the fourth of five pickles, and the pieces follow in the order of the last."""
+    content = cast(IO[bytes], file.content)  # a map reads as a file does; each pickle leaves it at its end
+    if _run(content, file) != _MAGIC:
+        raise ValueError("a pickle that torch.save did not write")
+    _run(content, file)  # version of the format
+    system = _run(content, file)
+    _expect_little_endian(isinstance(system, dict) and system.get("little_endian") is not False)
+    found, keys = _run(content, file), _run(content, file)
+    for key in keys:
+        if key not in file.storages:
+            raise ValueError("a storage of a type that is not read")
+        (length,) = struct.unpack("<q", content.read(8))
+        nbytes = length * file.storages[key].dtype.itemsize
+        file.place(key, content.tell(), nbytes)
+        content.seek(nbytes, io.SEEK_CUR)
+    return found
+
+
+def _expect_little_endian(is_little: bool) -> None:
+    if not is_little:
+        raise ValueError("its numbers are in big-endian order")
+
+
+def _sizes(numbers: Any) -> bool:
+    return isinstance(numbers, tuple) and all(type(n) is int and 0 <= n < 2**48 for n in numbers)
+
+
+def _dictionary(pairs: Iterable[Any]) -> dict[Any, Any]:
+    """Without the entries whose key is neither text nor a number: hashing anything else could be slow or deep."""
+    return {key: value for key, value in pairs if isinstance(key, str | bytes | int | float | None)}
+
+
+def _run(program: IO[bytes], file: _File) -> Any:
+    """Runs one pickle up to its end. An instruction that no file of weights needs is refused."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    def last(count: int) -> list[Any]:
+        if count > len(stack):
+            raise ValueError("it takes more from its stack than is there")
+        items = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
+        return items
+
+    def put(items: list[Any]) -> None:
+        """Into the container on top; what goes into anything else is dropped."""
+        if isinstance(stack[-1], list):
+            stack[-1].extend(items)
+        elif isinstance(stack[-1], dict):
+            stack[-1].update(_dictionary(zip(items[::2], items[1::2], strict=True)))
+
+    for opcode, argument, _ in pickletools.genops(program):
+        match opcode.name:
+            case name if _LITERAL.fullmatch(name):
+                stack.append(argument)
+            case name if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "LIST":
+                stack.append(since_mark())
+            case "EMPTY_DICT":
+                stack.append({})
+            case "DICT":
+                items = since_mark()
+                stack.append(_dictionary(zip(items[::2], items[1::2], strict=True)))
+            case "EMPTY_SET":
+                stack.append(Unread("set"))
+            case "FROZENSET":
+                since_mark()
+                stack.append(Unread("frozenset"))
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+                stack.append(tuple(last(int(name[-1]))))
+            case "APPEND":
+                put(last(1))
+            case "SETITEM":
+                put(last(2))
+            case "APPENDS" | "SETITEMS" | "ADDITEMS":
+                put(since_mark())
+            case "DUP":
+                stack.append(stack[-1])
+            case "POP":
+                last(1)
+            case "POP_MARK":
+                since_mark()
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(file.named(str(argument).replace(" ", ".")))
+            case "STACK_GLOBAL":
+                stack.append(file.named(".".join(map(str, last(2)))))
+            case "BINPERSID":
+                stack.append(file.stored(*last(1)))
+            case "REDUCE" | "NEWOBJ":
+                stack.append(file.made(*last(2)))
+            case "NEWOBJ_EX":
+                stack.append(file.made(*last(3)[:2]))
+            case "INST":
+                stack.append(file.made(file.named(str(argument).replace(" ", ".")), tuple(since_mark())))
+            case "OBJ":
+                maker, *arguments = since_mark()
+                stack.append(file.made(maker, tuple(arguments)))
+            case "BUILD":
+                last(1)  # the state of an object that is not made
+            case "STOP":
+                return stack[-1]
+            case name:
+                raise ValueError(f"it holds the instruction {name}")
+    raise ValueError("it has no end")
