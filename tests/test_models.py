@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ import dmat
 from cli.main import main
 from dmat import files
 from dmat.errors import DmatError
-from dmat.models import importing
+from dmat.models import foreign, importing
 from dmat.models.importing import DATA, import_model
-from dmat.robust.networks import PREACT_BLOCKS, Facts, preact_resnet, wide_resnet
+from dmat.robust.networks import PREACT_BLOCKS, Facts, Normalise, preact_resnet, wide_resnet
 from dmat.tracking import registry, stores
 from dmat.training import weights
 from tests.projects import Project
@@ -231,6 +232,201 @@ def test_resume_files_and_the_same_import_again(tmp_path):
     published(tmp_path / "state-last.pt", optimizer_state_dict=optimiser.state_dict(), epoch=3)
     first = import_model(tmp_path / "state-last.pt", tmp_path / "args.txt").path.read_bytes()
     assert import_model(tmp_path / "state-last.pt", tmp_path / "args.txt").path.read_bytes() == first
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_state_last_of_torch_1_holds_a_scheduler_and_comes_in(tmp_path, call, zipped):
+    """Its scheduler's state has a bound method, and with it the scheduler, the optimiser and its parameters."""
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=0.1, total_steps=9)
+    state = {**scheduler.state_dict(), "anneal_func": scheduler.step, "lr": np.float64(0.1)}
+    path, model = tmp_path / "state-last.pt", {}
+    model["averaged"], model["raw"] = published(path, optimizer_state_dict=optimiser.state_dict())
+    content = torch.load(path, weights_only=True) | {"scheduler_state_dict": state, "epoch": 10}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    for which in ("averaged", "raw"):
+        to = tmp_path / f"{which}.safetensors"
+        words = ["--args", tmp_path / "args.txt", "--weights", which, "--to", to]
+        code, out, err = call("models", "import", path, *words)
+        assert (code, out) == (0, f"{to}: WRN-10-1 silu, 10 classes, {which} weights\n")
+        assert "note: the file names code, which was neither run nor read: " in err
+        assert "torch.optim.lr_scheduler.OneCycleLR" in err
+        assert torch.equal(dmat.load_model(to)(pixels()), model[which](pixels()))
+
+
+def test_without_averaging_the_weights_are_live(tmp_path):
+    """--tau 0, or a training script that has no --tau, writes the live weights as model_state_dict, and them alone."""
+    path, args = tmp_path / "weights-best.pt", tmp_path / "args.txt"
+    live = network(1)
+    for said in (ARGS | {"tau": 0.0}, without(ARGS, "tau")):
+        torch.save({"model_state_dict": prefixed(live.state_dict(), "module.0.")}, path)
+        args.write_text(json.dumps(said))
+        assert import_model(path, args).sidecar["weights"] == "raw"
+        assert import_model(path, args, which="raw").sidecar["weights"] == "raw"
+        refused(
+            f"{path} holds one network, model_state_dict, module.0. (raw); its args name no tau; expected averaged "
+            f"weights; leave --weights away, or give a file that has them",
+            path,
+            args,
+            which="averaged",
+        )
+    args.write_text(json.dumps(ARGS))
+    assert import_model(path, args).sidecar["weights"] == "averaged"
+    done = import_model(path, data="cifar10")
+    assert (done.sidecar["weights"], done.notes[0]) == (
+        "unknown",
+        "nothing in the file says whether its weights are averages: those of Wang et al. 2023 are, unless their "
+        "args.txt says tau 0",
+    )
+    published(path, args=ARGS | {"tau": 0.0})
+    refused(
+        f"{path} holds unaveraged_model_state_dict, which no training with tau 0 writes, and its args say tau 0; "
+        f"expected the same; give the args.txt of this file",
+        path,
+        args,
+        target=tmp_path / "new.safetensors",
+    )
+
+
+FRONT = {"cifar10": (0.2023, 0.1994, 0.2010), "svhn": (0.2023, 0.1994, 0.2010), "cifar100": (0.2673, 0.2564, 0.2762)}
+
+
+@pytest.mark.parametrize("data", FRONT)
+def test_normalize_true_is_a_second_normalisation(tmp_path, data):
+    """The layer in front and the network normalise, each by constants that are in no file."""
+    inner, args = network(data=data), tmp_path / "args.txt"
+    mean = (0.5071, 0.4865, 0.4409) if data == "cifar100" else (0.4914, 0.4822, 0.4465)
+    whole = torch.nn.Sequential(Normalise(mean, FRONT[data]), inner)
+    path = tmp_path / "w.pt"
+    torch.save({"model_state_dict": prefixed(whole.state_dict(), "module.")}, path)
+    args.write_text(json.dumps(ARGS | {"data": f"{data}s", "normalize": True}))
+    done = import_model(path, args)
+    torch.testing.assert_close(dmat.load_model(done.path)(pixels()), whole(pixels()), rtol=1e-4, atol=1e-4)
+    assert done.notes[-1].startswith(
+        "its images are normalised twice and the sidecar has both as one: in front by mean"
+    )
+    assert not torch.allclose(inner(pixels()), whole(pixels()), atol=0.01)
+
+
+def normaliser(mean, std, names=("mean", "std")):
+    return {name: torch.tensor(value).reshape(1, -1, 1, 1) for name, value in zip(names, (mean, std), strict=True)}
+
+
+def test_normalisation_among_the_tensors_is_used(tmp_path):
+    mean, std, path = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), tmp_path / "w.pt"
+    state = network().state_dict()
+    inside = wide_resnet(Facts(10, 3, mean, std), 10, 1, "silu").eval()
+    inside.load_state_dict(state)
+    in_front = torch.nn.Sequential(Normalise(mean, std), network())
+    buffers = normaliser(mean, std)
+    for expected, content in (
+        (inside, state | buffers),
+        (inside, state | prefixed(normaliser(mean, std, ("mu", "sigma")), "normalize.")),
+        (in_front, prefixed(buffers, "normalizer.") | prefixed(state, "model.")),
+        (in_front, prefixed(buffers, "module.0.") | prefixed(state, "module.1._orig_mod.")),
+        (in_front, buffers | prefixed(state, "net.")),
+    ):
+        torch.save({"state_dict": content}, path)
+        found = dmat.load_model(import_model(path, data="cifar10").path)
+        torch.testing.assert_close(found(pixels()), expected(pixels()), rtol=1e-4, atol=1e-4)
+        path.with_suffix(".safetensors").unlink()
+        path.with_suffix(".json").unlink()
+    torch.save(prefixed(carmon(), "net.") | normaliser(0.5, 0.25), path)  # one number for all channels
+    done = import_model(path, data="cifar10")
+    assert (done.sidecar["mean"], done.sidecar["std"]) == ([0.5] * 3, [0.25] * 3)
+
+
+# ways in which others store one network, and what its weights are then
+WRAPPED = {
+    "torch.compile": (lambda s: prefixed(s, "_orig_mod."), "unknown"),
+    "DDP, compile, DDP": (lambda s: {"state_dict": prefixed(s, "module._orig_mod.module.")}, "unknown"),
+    "compile inside": (lambda s: {k.replace("layer.0.", "layer.0._orig_mod."): v for k, v in s.items()}, "unknown"),
+    "FSDP": (
+        lambda s: {
+            f"_fsdp_wrapped_module.{k.replace('block.0', 'block.0._checkpoint_wrapped_module')}": v
+            for k, v in s.items()
+        },
+        "unknown",
+    ),
+    "AveragedModel": (lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.module.")}, "averaged"),
+    "AveragedModel, not updated": (lambda s: {"n_averaged": torch.tensor(0), **prefixed(s, "module.")}, "unknown"),
+    "Lightning": (
+        lambda s: {"epoch": 3, "state_dict": prefixed(s, "net."), "hyper_parameters": {"lr": 0.1}, "loops": {}},
+        "unknown",
+    ),
+    "under model": (lambda s: {"epoch": 3, "best_acc": np.float64(0.5), "model": s}, "unknown"),
+    "under checkpoint, net": (lambda s: {"checkpoint": {"net": prefixed(s, "module.")}}, "unknown"),
+    "only averages": (lambda s: {"model_ema": {"module": s}}, "averaged"),
+    "bare, beside other things": (lambda s: s | {"epoch": 3, "optimizer": {"lr": 1.0}}, "unknown"),
+    "no counters": (lambda s: {k: v for k, v in s.items() if "num_batches" not in k}, "unknown"),
+    "counters as floats": (lambda s: {k: v.double() for k, v in s.items()}, "unknown"),
+    "one storage": (lambda s: in_one_storage(s), "unknown"),
+    "not contiguous": (lambda s: {k: v.mT.contiguous().mT if v.ndim > 1 else v for k, v in s.items()}, "unknown"),
+    "parameters": (lambda s: {k: as_parameter(v) for k, v in s.items()}, "unknown"),
+}
+
+
+def in_one_storage(state):
+    """Every float tensor as a view of one."""
+    flat, start, found = torch.cat([t.flatten() for t in state.values() if t.is_floating_point()]), 0, {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            found[name] = flat[start : start + tensor.numel()].view(tensor.shape)
+            start += tensor.numel()
+    return state | found
+
+
+def as_parameter(tensor):
+    return torch.nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize("way", WRAPPED)
+def test_one_network_comes_in_whatever_is_around_it(tmp_path, way):
+    store, weights_are = WRAPPED[way]
+    state, path = network().state_dict(), tmp_path / "w.pt"
+    torch.save(store(state), path)
+    done = import_model(path, data="cifar10")
+    found = weights.read(done.path, "classifier")[0]
+    assert [name for name in state if "num_batches" not in name and not torch.equal(found[name], state[name])] == []
+    assert done.sidecar["weights"] == weights_are
+    if "counters" in way:
+        assert "7 counters num_batches_tracked were filled in with 0: logits do not depend on them" in done.notes
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        lambda averaged, live: {"state_dict": live, "state_dict_ema": averaged},
+        lambda averaged, live: {"model": live, "ema": {"module": averaged}},
+        lambda averaged, live: {"state_dict": averaged, "current_model_state": live},
+        lambda averaged, live: {"state_dict": prefixed(live, "model.") | prefixed(averaged, "ema_model.module.")},
+        lambda averaged, live: (
+            prefixed(live, "net.") | prefixed(averaged, "avg.") | {"avg.n_averaged": torch.tensor(1)}
+        ),
+    ],
+    ids=["timm", "ema", "Lightning", "prefixes", "AveragedModel"],
+)
+def test_of_two_networks_one_must_be_named(tmp_path, store):
+    states, path = {"averaged": network(0).state_dict(), "raw": network(1).state_dict()}, tmp_path / "w.pt"
+    torch.save(store(states["averaged"], states["raw"]), path)
+    with pytest.raises(DmatError, match=r"holds 2 networks: .*; expected one; say --weights averaged or --weights raw"):
+        import_model(path, data="cifar10")
+    for which, state in states.items():
+        done = import_model(path, data="cifar10", which=which, target=tmp_path / f"{which}.safetensors")
+        assert done.sidecar["weights"] == which
+        assert torch.equal(weights.read(done.path, "classifier")[0]["logits.weight"], state["logits.weight"])
+
+
+def test_two_networks_that_nothing_tells_apart_are_refused(tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save({"teacher": network(0).state_dict(), "student": network(1).state_dict()}, path)
+    refused(
+        f"{path} holds 2 networks: teacher (unknown); student (unknown); expected one; save the state_dict of "
+        f"one alone",
+        path,
+        data="cifar10",
+        which="averaged",
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "module.0."])
@@ -593,8 +789,8 @@ TENSORS = {
     ),
     "sparse": (
         lambda s: s | {SHORTCUT: s[SHORTCUT].to_sparse()},
-        f": {SHORTCUT} is a torch._utils._rebuild_sparse_tensor; expected tensors of plain numbers; save them dense, on "
-        f"the CPU and not quantised",
+        f": {SHORTCUT} is a torch._utils._rebuild_sparse_tensor; expected tensors of plain numbers; save them dense, "
+        f"on the CPU and not quantised",
     ),
     "too large for float32": (
         lambda s: s | {SHORTCUT: torch.full((32, 16, 1, 1), 1e300, dtype=torch.float64)},
@@ -633,6 +829,85 @@ def test_a_tensor_that_claims_more_than_its_file_holds(tmp_path):
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(DmatError, match=r"claims tensors of 40000\d+ bytes and has \d+; expected a file that holds"):
         import_model(tmp_path / "w.pt", data="cifar10")
+
+
+def archive(path, program, piece=b"\0" * 64):
+    """A file in the format of torch.save: a pickle and one piece of bytes."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("w/data.pkl", program)
+        file.writestr("w/data/0", piece)
+
+
+def pickled_tensor(length=16, offset=0, shape=(4,), strides=(1,)):
+    """A pickle of {"w": a float tensor in the piece "0"}, with these claims."""
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpu" + number(length) + b"tQ"
+    sizes = b"".join(b"(" + b"".join(map(number, values)) + b"t" for values in (shape, strides))
+    arguments = b"(" + storage + number(offset) + sizes + b"t"
+    return b"\x80\2}X\1\0\0\0wctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"Rs."
+
+
+def number(value):
+    """The instruction for it."""
+    content = value.to_bytes(9, "little", signed=True)
+    return b"\x8a" + bytes([len(content)]) + content
+
+
+@pytest.mark.parametrize(
+    ("program", "problem"),
+    [
+        (pickled_tensor(shape=(17,)), "a tensor ends at number 16 of a storage of 16"),
+        (pickled_tensor(offset=16, shape=()), "a tensor without offset, shape and strides"),
+        (pickled_tensor(shape=(2,), strides=(16,)), "a tensor ends at number 16 of a storage of 16"),
+        (pickled_tensor(length=17), "piece 0 has 64 bytes and claims 68"),
+        (pickled_tensor(length=2**60), "a storage without key and length"),
+        (pickled_tensor(strides=(-1,)), "a tensor without offset, shape and strides"),
+        (b"\x80\2" + b"h\5.", "KeyError: 5"),  # of a memory that nothing was put into
+        (b"\x80\2\x8a\xff\xff.", "not enough data in stream to read long1"),
+        (b"\x80\2]K\1\x82\1.", "it holds the instruction EXT1"),
+        (b"\x80\2K\1K\2R.", "a call of what is no name"),
+        (b"\x80\2K\1", "pickle exhausted before seeing STOP"),
+        (b"\x80\2a.", "it takes more from its stack than is there"),
+    ],
+)
+def test_a_program_that_claims_what_is_not_there_is_refused(tmp_path, program, problem):
+    path = tmp_path / "w.pt"
+    archive(path, program)
+    with pytest.raises(DmatError) as error:
+        foreign.tensors(foreign.content(path)[0], path)
+    assert str(error.value) == (
+        f"{path} is no whole file of weights ({problem}); expected what torch.save wrote; download it again and "
+        f"compare its checksum"
+    )
+
+
+def test_a_program_can_be_deep_or_large_without_harm(tmp_path):
+    """Nothing recurs, hashes what it is given, or keeps room for what is not there."""
+    path, deep = tmp_path / "w.pt", b"\x85" * 50_000  # tuples in tuples
+    for program in (
+        b"\x80\2}K\1" + deep + b"K\1s.",  # as the key of a dictionary
+        b"\x80\2}r\xff\xff\xff\xff.",  # at the last place of the memory
+        b"\x80\2}cbuiltins\nexec\n(X\4\0\0\0" + b"1/0#tR" + b"X\1\0\0\0xs.",
+        b"\x80\2}X\1\0\0\0dcos\nsystem\nq\1(h\1tR}bs.",
+        b"(lp0\ng0\na0}.",  # a list in itself
+    ):
+        archive(path, program)
+        found, _ = foreign.content(path)
+        assert isinstance(found, dict)
+        assert foreign.tensors(found, path) == {}
+    archive(path, pickled_tensor())
+    assert torch.equal(foreign.tensors(foreign.content(path)[0], path)["w"], torch.zeros(4))
+
+
+def test_pieces_of_a_file_must_not_overlap_nor_be_compressed(tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save({"w": torch.zeros(4096)}, path)
+    with zipfile.ZipFile(path) as file:
+        members = [(name, file.read(name)) for name in file.namelist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members:
+            file.writestr(name, content)
+    with pytest.raises(DmatError, match=r"no whole file of weights \(.* is compressed\)"):
+        foreign.content(path)
 
 
 # --- what the file, args.txt and the options say must agree

@@ -42,8 +42,8 @@ def content(path: Path) -> tuple[dict[str, Any], list[str]]:
     return found, [f"the file names code, which was neither run nor read: {listed(unread)}"] if unread else []
 
 
-def tensor_names(entries: Mapping[Any, Any]) -> set[str]:
-    return {name for name, value in entries.items() if isinstance(value, Tensor | Stored) and isinstance(name, str)}
+def tensor_names(entries: Mapping[Any, Any]) -> list[str]:
+    return [name for name, value in entries.items() if isinstance(value, Tensor | Stored) and isinstance(name, str)]
 
 
 def listed(names: Sequence[str]) -> str:

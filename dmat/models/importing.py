@@ -262,7 +262,7 @@ def _doubts(one: Candidate, which: str | None) -> list[str]:
 
 def _left_out(entries: Mapping[Any, Any]) -> list[str]:
     """Of a dictionary of tensors, what is none."""
-    names = foreign.tensor_names(entries)
+    names = set(foreign.tensor_names(entries))
     others = [str(name) for name in entries if name not in names]
     return [f"left out beside the tensors: {foreign.listed(others)}"] if others else []
 
