@@ -602,12 +602,17 @@ def load(path: Path) -> Params:
         raise ConfigError(str(path), [str(error)]) from None
     if not isinstance(document.value, dict):
         raise ConfigError(str(path), ["expected a mapping of sections; see docs/parameters.md"])
-    reader = _Reader(document.value)
-    params = reader.read()
-    if reader.problems or params is None:
-        places = [(document.line_of(problem), problem) for problem in reader.problems]
+    params, problems = check(document.value)
+    if problems or params is None:
+        places = [(document.line_of(problem), problem) for problem in problems]
         raise ConfigError(str(path), [f"line {line}: {problem}" if line else problem for line, problem in places])
     return params
+
+
+def check(values: dict[str, Any]) -> tuple[Params | None, list[str]]:
+    """What a parameter file holds as records, or None and every problem found."""
+    reader = _Reader(values)
+    return reader.read(), reader.problems
 
 
 def expect_name(option: str, value: str) -> None:

@@ -382,6 +382,40 @@ def test_a_dvc_lock_that_a_kill_emptied_stops_nobody_for_ever(project):
     path.write_bytes(before)
 
 
+def test_a_result_that_dvc_recorded_under_other_parameters_is_known(project):
+    """As after an edit between the end of a stage and DVC's reading of params.yaml, which no stage can see."""
+
+    def results():
+        return [one for one in json.loads(text(project)) if one["check"] == "dvc results"]
+
+    def text(project):
+        process = project.start("dmat", "doctor", "--json")
+        return process.communicate(timeout=300)[0]
+
+    assert [one["mark"] for one in results()] == ["ok"]
+    lock = project.folder / "dvc.lock"
+    before = lock.read_text()
+    content = yaml.safe_load(before)
+    content["stages"]["evaluate_robust@generated-1"]["params"]["params.yaml"]["evaluate_robust"]["pgd_steps"] = 7
+    lock.write_text(yaml.safe_dump(content, sort_keys=False))
+    (wrong,) = results()
+    assert (wrong["mark"], wrong["found"]) == (
+        "PROBLEM", "evaluate_robust@generated-1 in dvc.lock: pgd_steps is 7 there and was 3",
+    )  # fmt: skip
+    lock.write_text(before)
+    entries = [
+        path for path in (project.folder / ".dvc/cache/runs").glob("*/*/*") if "evaluate-robust" in path.read_text()
+    ]
+    entry = next(path for path in entries if "pgd_steps: 3" in path.read_text())
+    wrong_entry = entry.read_text().replace("pgd_steps: 3", "pgd_steps: 7")
+    entry.write_text(wrong_entry)
+    assert "wrong entries of DVC's run cache: 1" in results()[0]["found"]
+    assert "run cache had a result of evaluate_robust@" in project.run("dmat", "doctor", "--fix")
+    assert not entry.exists()
+    assert [path.read_text() for path in (project.folder / "runs").glob("run-cache-*")] == [wrong_entry]
+    assert [one["mark"] for one in results()] == ["ok"]
+
+
 def test_the_study_is_a_stage_that_a_plain_repro_does_not_run(project):
     project.params["tune"] |= {"trials": 2, "images": 128, "rerank": 0}
     project.write()

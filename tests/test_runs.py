@@ -178,9 +178,8 @@ def test_a_run_is_found_where_its_tag_says_also_when_it_was_set_aside(tmp_path, 
         "b": "trial-0004/before-2",
         "c": "trial-0004",
     }
-    assert queries.work_folder(tmp_path, dataclasses.replace(now, id="d" * 32)) is None, (
-        "another run worked there since"
-    )
+    gone = dataclasses.replace(now, id="d" * 32)
+    assert queries.work_folder(tmp_path, gone) is None, "another run worked there since"
     old = {"dmat.stage": "train_robust", "dmat.instance": "real-1", "dmat.fingerprint": "0123456789ab"}
     folder = "runs/train_robust/real-1-0123456789ab"
     assert queries.work_folder(tmp_path, _known(tmp_path, folder, "e" * 32, old)) == tmp_path / folder

@@ -1,6 +1,7 @@
 """The shape of the project: layers, one word per stage, one home per opinionated package, and files that agree."""
 
 import ast
+import functools
 import hashlib
 import re
 import subprocess
@@ -82,6 +83,7 @@ def _owner(module: str) -> tuple[int, str]:
     return row, entry
 
 
+@functools.cache
 def _imports(root: Path, module: str) -> set[str]:
     """Absolute names of everything a module imports, whatever the package."""
     base = root / module.replace(".", "/")

@@ -26,7 +26,7 @@ from dmat.jobs import STAGES
 from dmat.jobs.workspace import Workspace
 from dmat.redaction import redacted
 from dmat.tracking import notes, stores
-from dmat.upkeep import dvc_files, machine, work_folders
+from dmat.upkeep import dvc_files, machine, recorded, work_folders
 from dmat.upkeep.machine import NOTE, OK, PROBLEM, Marked
 from dmat.upkeep.work_folders import WorkFolder
 
@@ -74,7 +74,7 @@ def examine(place: Workspace) -> Iterator[Finding]:
 
 def fix(place: Workspace) -> list[str]:
     """Repairs what a kill left damaged, and keeps what lay there. Returns a sentence for each repair."""
-    return dvc_lock.restore(place.root, place.home)
+    return [*dvc_lock.restore(place.root, place.home), *recorded.set_aside(place)]
 
 
 def _device(site: Site) -> Iterator[Marked]:
@@ -165,6 +165,27 @@ def _dvc_locks(site: Site) -> Iterator[Marked]:
         yield OK, f"{holder} holds the repository", ""
     elif not claims:
         yield OK, "nobody holds one", ""
+
+
+def _dvc_results(site: Site) -> Iterator[Marked]:
+    """Whether dvc.lock and the run cache name each result by the parameters that it was computed with."""
+    wrong = list(recorded.mismatches(site.place))
+    for one in [one for one in wrong if one.result.locked]:
+        yield (
+            PROBLEM,
+            f"{one.name} in dvc.lock: {'; '.join(one.differences)}",
+            f"params.yaml changed while it ran: `dmat doctor --fix`, then `dvc repro --force --single-item {one.name}`",
+        )
+    cached = [one for one in wrong if not one.result.locked]
+    if cached:
+        names = ", ".join(sorted({one.name for one in cached}))
+        yield (
+            PROBLEM,
+            f"wrong entries of DVC's run cache: {len(cached)} ({names})",
+            "`dmat doctor --fix` sets them aside",
+        )
+    if not wrong:
+        yield OK, "named by the parameters that they were computed with", ""
 
 
 def _mlflow(site: Site) -> Iterator[Marked]:
@@ -302,6 +323,7 @@ CHECKS: dict[str, Callable[[Site], Iterator[Marked]]] = {
     "params.yaml": _params,
     "dvc": _dvc,
     "dvc locks": _dvc_locks,
+    "dvc results": _dvc_results,
     "mlflow": _mlflow,
     "tracked runs": _tracked_runs,
     "work": _work,

@@ -74,8 +74,15 @@ class Result:
     """What one run of a stage left, as DVC recorded it."""
 
     outs: dict[str, str]  # path below the project -> md5
-    locked: bool  # named by dvc.lock, not by the run cache alone
+    deps: dict[str, str]
+    params: dict[str, Any]  # of params.yaml: dotted key -> value, numbers as text
+    file: Path  # that says so: dvc.lock, or an entry of the run cache
     objects: Path
+
+    @property
+    def locked(self) -> bool:
+        """Named by dvc.lock, not by the run cache alone."""
+        return self.file.name == dvc_lock.NAME
 
     @functools.cached_property
     def copies(self) -> dict[str, Path] | None:
@@ -92,6 +99,11 @@ class Result:
                 found[path] = copy
         return found if all(copy.is_file() for copy in found.values()) else None
 
+    def copy_of(self, path: str) -> Path | None:
+        """The copy of an output that is a file, if DVC's cache has it."""
+        copy = self._object(self.outs[path])
+        return copy if copy.is_file() else None
+
     def _object(self, md5: str) -> Path:
         return self.objects / md5[:2] / md5[2:]
 
@@ -100,11 +112,17 @@ def results(root: Path) -> list[Result]:
     """Everything that dvc.lock and the run cache name: what DVC brings back instead of computing it."""
     cache = _cache_folder(root)
     lock = read_lock(root)
-    found = [(entry, True) for entry in lock.get("stages", {}).values()]
-    found += [(_recorded(path), False) for path in sorted((cache / "runs").glob("*/*/*")) if path.is_file()]
+    found = [(entry, root / dvc_lock.NAME) for entry in lock.get("stages", {}).values()]
+    found += [(_recorded(path), path) for path in sorted((cache / "runs").glob("*/*/*")) if path.is_file()]
     return [
-        Result({out["path"]: out["md5"] for out in outs}, locked, cache / "files" / "md5")
-        for entry, locked in found
+        Result(
+            {out["path"]: out["md5"] for out in outs},
+            {dep["path"]: dep.get("md5", "") for dep in entry.get("deps", [])},
+            entry.get("params", {}).get("params.yaml", {}),
+            file,
+            cache / "files" / "md5",
+        )
+        for entry, file in found
         if (outs := entry.get("outs", [])) and all({"path", "md5"} <= set(out) for out in outs)
     ]
 
