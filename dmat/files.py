@@ -134,7 +134,8 @@ def checksum(path: Path) -> str:
 
 def checksums(folder: Path) -> dict[str, str]:
     """Relative name -> SHA-256 of every visible file below `folder`; empty where there is no folder."""
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in visible_files(folder)}
+    found = visible_files(folder) if folder.is_dir() else []
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in found}
 
 
 def visible_files(folder: Path) -> list[Path]:
