@@ -514,5 +514,7 @@ def test_passwords_are_not_in_what_is_shown(root, tmp_path):
         dataclasses.replace(plan, storage=url).describe()
         for url in ("postgresql+psycopg://me:secret@host/db", "postgresql://host/db?password=secret", "me:secret@host")
     ]
-    assert shown["storage"] == "postgresql+psycopg://me:***@host/db"
+    assert [one["storage"] for one in shown] == [
+        "postgresql+psycopg://me:***@host/db", "postgresql://host/db?password=***", "me:***@host"
+    ]  # fmt: skip
     assert "secret" not in str(shown)
