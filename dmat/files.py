@@ -154,12 +154,17 @@ def hidden(name: str) -> bool:
 
 def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
     """above: device and inode of every folder around `folder`."""
-    own = folder.stat()
+    try:
+        own = folder.stat()
+        with os.scandir(folder) as entries:
+            visible = sorted((entry for entry in entries if not hidden(entry.name)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DmatError(
+            f"{folder} cannot be listed ({error.strerror}); expected a folder that may be read; allow it or remove it"
+        ) from None
     inside = above | {(own.st_dev, own.st_ino)}
     if inside == above:
         raise DmatError(f"{folder} is a link to a folder that holds it; expected folders that end; remove the link")
-    with os.scandir(folder) as entries:
-        visible = sorted((entry for entry in entries if not hidden(entry.name)), key=lambda entry: entry.name)
     for entry in visible:
         if entry.is_dir():
             yield from _walk(folder / entry.name, inside)
