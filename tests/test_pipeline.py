@@ -357,7 +357,7 @@ def test_dvc_shows_metrics_and_plots(project):
 
 
 def test_the_plots_of_dvc_draw_one_line_for_each_arm_and_seed(project):
-    shown = json.loads(project.run("dvc", "plots", "show", "--json", "--hide-warnings"))["data"]
+    shown = json.loads(project.run("dvc", "plots", "show", "--json"))["data"]
     assert len(shown) == 2
     for (plot,) in shown.values():
         chart = plot["content"]

@@ -124,6 +124,7 @@ def _during(monkeypatch, happens):
 def test_parameters_edited_while_a_stage_runs_do_not_name_its_result(finished, tmp_path, monkeypatch):
     project = finished.copy_without("mix_images", tmp_path / "copy")
     as_planned = (project.folder / "params.yaml").read_text()
+    shutil.rmtree(project.folder / "artifacts/provenance/mix_images")
     _during(monkeypatch, lambda: project.write({"arms": {"generated": {"generated_share": 0.5}}}))
     with pytest.raises(DmatError) as told:
         _mix(project)
