@@ -1,5 +1,6 @@
 """One command per stage, made from the table `STAGES`."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmat.errors import DmatError
 from dmat.jobs import STAGES, Stage
 
 if TYPE_CHECKING:
     from dmat.jobs.workspace import Workspace
 
+_PLANNED = "DMAT_PLANNED"  # fingerprint of what several processes compute together
 _INSTANCE_OPTIONS = {
     "generator": (str, "Name in `generators` of params.yaml."),
     "chunk": (str, "Name in `chunks` of params.yaml."),
@@ -74,7 +77,8 @@ def run(
     try:
         _run(stage, chosen, path, place, fresh, dry_run, as_json, worker)
     except Exception as error:
-        tracking.tell(place.home, error)
+        with contextlib.suppress(Exception):  # what went wrong is to be said, whatever becomes of the record
+            tracking.tell(place.home, error)
         raise
 
 
@@ -87,6 +91,11 @@ def _run(
 
     params = config.load(path)
     plan = execution.plan(stage, chosen, params, place)
+    if "RANK" in os.environ and os.environ.get(_PLANNED, plan.fingerprint) != plan.fingerprint:
+        raise DmatError(
+            f"parameters or inputs of {stage.word} {stage.instance(chosen)} changed since it was started in several "
+            f"processes; expected no change until it ended; run the same command again for what is there now"
+        )
     if dry_run:
         typer.echo(json.dumps(plan.describe() | execution.outlook(plan, params, place), indent=2))
         return
@@ -95,6 +104,7 @@ def _run(
         return
     wanted = params.sections["compute"].processes
     if wanted > 1 and stage.word in execution.TOGETHER and "RANK" not in os.environ:
+        os.environ[_PLANNED] = plan.fingerprint  # torchrun starts all again where one fails: never another training
         _start_together(wanted)
     started = time.monotonic()
     metrics = execution.execute(plan, params, place, fresh=fresh, quiet=as_json, read_again=lambda: config.load(path))

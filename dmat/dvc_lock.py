@@ -14,6 +14,7 @@ from dmat import files
 from dmat.errors import first_line
 
 NAME = "dvc.lock"
+_CONFLICT = b"<<<<<<< "  # how git marks the beginning of two versions
 # In C, as ruamel, which reads what people write, needs half a minute for 500 chunks.
 _Loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
@@ -66,7 +67,15 @@ def restore(root: Path, home: Path) -> list[str]:
     The copy of `remember` takes its place, else that of the last commit, else none, as if its stages had not run yet.
     """
     paths = [path for path in (root / NAME, *sorted(root.glob(f"[!.]*/{NAME}"))) if path.is_file()]
-    return [_restore(path, root, home) for path in paths if not is_sound(path.read_bytes())]
+    damaged = [path for path in paths if not is_sound(path.read_bytes())]
+    merged = [path for path in damaged if _CONFLICT in path.read_bytes()]
+    return [
+        *(
+            f"{path} holds two versions after a merge; expected one; choose one in git, or call `dvc repro`"
+            for path in merged
+        ),
+        *(_restore(path, root, home) for path in damaged if path not in merged),
+    ]
 
 
 def _restore(path: Path, root: Path, home: Path) -> str:
@@ -75,7 +84,7 @@ def _restore(path: Path, root: Path, home: Path) -> str:
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, kept)
     copy = home / "runs" / NAME
-    copied = copy.read_bytes() if path == root / NAME and copy.is_file() else None
+    copied = copy.read_bytes() if path == home / NAME and copy.is_file() else None  # of the main checkout alone
     for content, source in ((copied, "the copy that the last stage kept"), (_committed(path), "the last commit")):
         if content is not None and is_sound(content):
             with files.writing(path) as file:

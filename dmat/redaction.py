@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
@@ -27,10 +27,10 @@ _LOGIN = rf"(?<!/)//(?:{_PASSWORD}|(?P<token>[^:/?#@{{end}}]+)@)"
 _QUERY = r"(?P<before>[?&;])(?P<name>[^=?&;\s]{{1,100}})=(?P<value>[^&{end}]*)"
 _LOGIN_OF_URL, _QUERY_OF_URL = (re.compile(one.format(end=r"\n")) for one in (_LOGIN, _QUERY))
 _LOGIN_IN_TEXT, _QUERY_IN_TEXT = (re.compile(one.format(end=r"\s'\"")) for one in (_LOGIN, _QUERY))
-_ASSIGNED = re.compile(  # password=..., 'password': '...'
-    rf"""((?:{_WORDS})(?:\s*=\s*|['"]\s*:\s*))("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s&'"]+)""", re.IGNORECASE
+_ASSIGNED = re.compile(  # password=..., password: ..., 'password': '...'
+    rf"""((?:{_WORDS})(?:\s*=\s*|['"]?\s*:\s*))("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s&'"]+)""", re.IGNORECASE
 )
-_HEADER = re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?\w+\s+)[^\s'\"]+", re.IGNORECASE)
+_HEADER = re.compile(r"((?:authorization['\"]?\s*[:=]\s*['\"]?\w+|bearer)\s+)[^\s'\"]+", re.IGNORECASE)
 
 
 def address(url: str) -> str:
@@ -61,6 +61,10 @@ class RedactingStream:
     def write(self, text: str) -> int:
         self._stream.write(redacted(text))
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

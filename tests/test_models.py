@@ -867,6 +867,7 @@ def number(value):
         (b"\x80\2K\1K\2R.", "a call of what is no name"),
         (b"\x80\2K\1", "pickle exhausted before seeing STOP"),
         (b"\x80\2a.", "it takes more from its stack than is there"),
+        (b"\x80\4]]\x93.", "a name that is a list"),  # writing out what may be nested would never end
     ],
 )
 def test_a_program_that_claims_what_is_not_there_is_refused(tmp_path, program, problem):

@@ -10,6 +10,8 @@ from cli import stages
 from dmat import dvc_lock, files
 from dmat.errors import DmatError
 from dmat.jobs import STAGES, mix_images
+from dmat.jobs.workspace import Workspace
+from dmat.upkeep import doctor
 
 
 def _cut(path):
@@ -23,10 +25,6 @@ def _altered(path):
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content[:-9] + bytes(b ^ 1 for b in content[-9:]))
-
-
-def _added(path):
-    path.with_name("notes.txt").write_text("mine")
 
 
 def _other_number(path):
@@ -48,7 +46,6 @@ def _work(project, word):
         ("generate_images", "result/images/labels-00001.npy", _altered),  # again that shard alone
         ("select_images", "result/selection/indices.npy", lambda path: path.unlink()),
         ("evaluate_robust", "result/evaluation/summary.json", _cut),  # again from its shards
-        ("mix_images", "result/mix/mix.json", _added),
         ("mix_images", "metrics.json", _altered),
         ("mix_images", "finished.json", _cut),
         ("mix_images", "finished.json", lambda path: path.write_text("{}")),
@@ -67,8 +64,31 @@ def test_a_damaged_result_is_computed_again_and_not_published(finished, tmp_path
     assert project.outputs(word) == before
     assert (work / name).is_file()
     assert name == "finished.json" or (work / name).read_bytes() == content
-    assert not (work / name).with_name("notes.txt").exists()
     assert "changed after" not in project.run(word)
+
+
+def test_a_file_that_no_job_wrote_is_not_published(finished, tmp_path):
+    project = finished.copy_without("no-stage", tmp_path / "copy")
+    before, work = project.outputs("mix_images"), _work(project, "mix_images")
+    (work / "result/mix/notes.txt").write_text("mine")
+    stamp = (work / "finished.json").stat().st_mtime_ns
+    project.run("mix_images")
+    assert project.outputs("mix_images") == before
+    assert (work / "finished.json").stat().st_mtime_ns == stamp  # nothing was computed again
+    assert [path.read_text() for path in work.glob("before-*/result/mix/notes.txt")] == ["mine"]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["begun by other code", "nobody knows by which code"])
+def test_a_result_of_other_code_whose_record_cannot_be_read_is_not_gone_on_with(finished, tmp_path, known):
+    """Such as one that an earlier version wrote: nothing of it, its checkpoint included, becomes this code's."""
+    project = finished.copy_without("no-stage", tmp_path / "copy")
+    before, work = project.outputs("train_scorer"), _work(project, "train_scorer")
+    (work / "finished.json").write_text('{"metrics": {}, "code": {}}')
+    (work / "code.json").write_text('{"dmat/training/classifier.py": "0"}') if known else (work / "code.json").unlink()
+    (work / "checkpoint.dmat").write_bytes(b"of other code")  # would be refused if anybody read it
+    project.run("train_scorer")
+    assert project.outputs("train_scorer") == before
+    assert [path.read_bytes() for path in work.glob("before-*/checkpoint.dmat")] == [b"of other code"]
 
 
 @pytest.fixture
@@ -174,6 +194,16 @@ def test_a_checksum_is_that_of_the_bytes_that_are_there_now(tmp_path):
         first = files.sha256(path)
         path.write_bytes(content[::-1])
         assert files.sha256(path) != first
+
+
+def test_a_dvc_lock_that_is_being_written_or_merged_is_left_alone(tmp_path, monkeypatch):
+    path = tmp_path / "dvc.lock"
+    path.write_text("<<<<<<< HEAD\nschema: '2.0'\n=======\n>>>>>>> other\n")
+    assert ["choose one in git" in said for said in dvc_lock.restore(tmp_path, tmp_path)] == [True]
+    path.write_text("")
+    monkeypatch.setattr(doctor.dvc_files, "repository_holder", lambda root: "process 1")
+    assert ["nothing was touched" in said for said in doctor.fix(Workspace(tmp_path, tmp_path))] == [True]
+    assert path.read_text() == ""
 
 
 LOCK = "schema: '2.0'\nstages:\n  prepare_data:\n    cmd: dmat prepare-data\n"

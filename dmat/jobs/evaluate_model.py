@@ -94,7 +94,7 @@ class DirectEvaluation:
             "network": files.fingerprint({name: self.sidecar[name] for name in _NETWORK}),
             "images": images_sha256(images, labels),
             "threat": self.threat.plain(),
-            "settings": settings.plain(),
+            "settings": settings.plain() | {"pgd_step": settings.pgd_step(ball.norm, ball.epsilon)},
         }
         self.evaluation = Evaluation(request.folder / "work", subject, settings, self.compute, self.identity)
 

@@ -39,10 +39,10 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
     sidecars = {which: sidecar for which, (_, sidecar) in models.items()}
     sidecar_sha256 = weights.sidecar_sha256(_weights(job, "best"), sidecars["best"])
     evaluations = _evaluations(settings, job, models)
+    best = evaluations["best"]
+    copies = _copies(test, len(best.subject.labels), job)  # before the hours: it may miss images
     work.compute_all(_units(evaluations), wait=True, quiet=job.quiet)
     columns = {name: one.columns() for name, one in evaluations.items()}
-    best = evaluations["best"]
-    copies = _copies(test, len(best.subject.labels), job)
     verdict = best.verdict(columns["best"], len(test), copies, test.manifest["split"])
     threat, names = sidecars["best"]["threat"], test.manifest["class_names"]
     best.draw(job.pictures, columns["best"], threat["epsilon"], names, verdict)
@@ -156,7 +156,11 @@ def _evaluations(
                 Subject(name, model, images, labels, ball, suite, thorough),
                 settings,
                 compute,
-                {"weights": sidecar["sha256"], "images": files.checksum(job.inputs[split])},
+                {
+                    "weights": sidecar["sha256"],
+                    "images": files.checksum(job.inputs[split]),
+                    "pgd_step": settings.pgd_step(ball.norm, ball.epsilon),
+                },
             )
     return found
 

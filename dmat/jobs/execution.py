@@ -33,7 +33,7 @@ from dmat.training.interruption import Interruption
 from dmat.training.long_run import LongRun, Watcher
 
 FINISHED = "finished.json"  # of a work folder: metrics, notes, code, provenance, and the checksum of every file
-METRICS = "metrics.json"
+METRICS, CODE = "metrics.json", "code.json"  # the latter: checksums of the code that began the work
 FOLDERS = ("result", "pictures")  # of a work folder; with METRICS all that goes to artifacts/
 TOGETHER = ("train_scorer", "train_robust")  # stages that several processes compute in step with each other
 EXACT = ("evaluate_robust",)  # stages that compute in float32 whatever the precision of the others
@@ -248,8 +248,7 @@ def execute(
     dvc_lock.remember(workspace.root, workspace.home)
     plan.work.mkdir(parents=True, exist_ok=True)
     with lock(plan.work), Interruption(at_once=True):
-        other_code = _finished(plan.work) is not None and plan.finished is None
-        if fresh or other_code:  # two versions of the code never mix in one result
+        if fresh or _by_other_code(plan):  # two versions of the code never mix in one result
             set_aside(plan.work, workspace.home)
         finished = _intact(plan)
         world.share(None if finished else b"compute")
@@ -260,6 +259,18 @@ def execute(
         _publish(plan, finished, workspace)
     metrics: dict[str, Any] = finished["metrics"]
     return metrics
+
+
+def _by_other_code(plan: Plan) -> bool:
+    """Whether the work folder holds a complete result of other code than this. Where its record cannot be read, that of
+    an earlier version for one, the code is what the beginning of the work noted."""
+    if (record := _finished(plan.work)) is not None:
+        return bool(record["code"] != plan.code)
+    if not (plan.work / FINISHED).exists():
+        return False
+    with contextlib.suppress(DmatError):
+        return bool(files.read_json(plan.work / CODE) != plan.code)
+    return True
 
 
 def _finished(work: Path) -> dict[str, Any] | None:
@@ -280,26 +291,29 @@ def _intact(plan: Plan) -> dict[str, Any] | None:
     """The record of the finished result, if each of its files still is what was computed.
 
     Otherwise what is not goes aside, and so does the record: the job then computes again what is missing, from its
-    checkpoint, shards or inputs.
+    checkpoint, shards or inputs. Files that no job wrote go aside too.
     """
     path, finished = plan.work / FINISHED, plan.finished
     if not path.exists():
         return None
     found, recorded = _files_of(plan.work), finished["files"] if finished else {}
-    damaged = sorted(name for name in {*found, *recorded} if found.get(name) != recorded.get(name))
-    if finished is not None and not damaged:
-        return finished
-    what = damaged[0] + (f" and {len(damaged) - 1} more" if damaged[1:] else "") if finished else FINISHED
-    tqdm.write(
-        f"note: {plan.work}: {what} changed after the result was computed; what it was is computed again, the damaged "
-        f"file is kept in before-*/",
-        file=sys.stderr,
-    )
+    damaged = [] if finished else [FINISHED]
+    damaged += sorted(name for name, digest in recorded.items() if found.get(name) != digest)
+    strange = sorted(found.keys() - recorded.keys()) if finished else []
+    aside = [*strange, *(name for name in damaged if (plan.work / name).exists())]
+    if damaged:
+        aside = list(dict.fromkeys([FINISHED, *aside]))
+        more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
+        tqdm.write(
+            f"note: {plan.work}: {damaged[0]}{more} changed after the result was computed; it is computed again, and "
+            f"what lies there is kept in before-*/",
+            file=sys.stderr,
+        )
     old = _before(plan.work)
-    for name in [FINISHED, *(name for name in damaged if name in found)]:
+    for name in aside:
         (old / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(plan.work / name, old / name)
-    return None
+    return None if damaged else finished
 
 
 def _files_of(work: Path) -> dict[str, str]:
@@ -492,14 +506,14 @@ def lock(work: Path) -> Iterator[None]:
 
 def kept(work: Path) -> list[Path]:
     """State of an earlier attempt that this one goes on from."""
-    about = ("lock", "holder.json", "code.json", *tracking.FILES)
+    about = ("lock", "holder.json", CODE, *tracking.FILES)
     found = sorted(work.iterdir()) if work.exists() else []
     return [path for path in found if path.name not in about and not path.name.startswith(("before-", "."))]
 
 
 def _code_changed(plan: Plan) -> bool:
     """Whether part of the work was done by other code than this. Allowed, but said: in the run and its provenance."""
-    path = plan.work / "code.json"
+    path = plan.work / CODE
     if not path.exists() or not kept(plan.work):
         files.write_json(path, plan.code)
         return False

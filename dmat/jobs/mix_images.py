@@ -81,7 +81,7 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None
     facts = files.read_record(
         folder / "mix.json",
         generated_images=int, batch=int, generated_share=(int, float), with_replacement=bool, copies=int,
-        selection=(dict, type(None)),
+        reshuffle_steps=int, selection=(dict, type(None)),
     )  # fmt: skip
     mix = Mix(
         len(real),

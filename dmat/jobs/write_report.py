@@ -55,7 +55,7 @@ def run(settings: WriteReport, job: Job) -> dict[str, Any]:
             for which in ("best", "last")
         }
     for key in ("no_headline", "notes"):
-        compared[key] = {run: summaries[run]["best"][key] for run in runs if summaries[run]["best"][key]}
+        compared[key] = {run: summaries[run]["best"][key] for run in runs if summaries[run]["best"].get(key)}
     folder = job.result / "report"
     files.write_json(folder / "comparison.json", compared)
     files.write_text(folder / "history.csv", _history_csv(histories))

@@ -51,6 +51,13 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 _KNOWN = {*_STORAGES, _DICTIONARY, *_TENSORS, *_PARAMETERS}
 
 
+def _text(value: Any) -> str:
+    """Part of a name. Anything else may be nested so that writing it out never ends."""
+    if not isinstance(value, str):
+        raise ValueError(f"a name that is a {type(value).__name__}")
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Unread:
     """A class or function that the file names, and whatever the file makes with it. name: with its module."""
@@ -302,7 +309,7 @@ def _run(program: IO[bytes], file: _File) -> Any:
             case "GLOBAL":
                 stack.append(file.named(str(argument).replace(" ", ".")))
             case "STACK_GLOBAL":
-                stack.append(file.named(".".join(map(str, last(2)))))
+                stack.append(file.named(".".join(map(_text, last(2)))))
             case "BINPERSID":
                 stack.append(file.stored(*last(1)))
             case "REDUCE" | "NEWOBJ":

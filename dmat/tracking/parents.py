@@ -67,7 +67,9 @@ def main() -> None:
     if not folder.is_dir():  # the project was deleted meanwhile: nothing of it is made again
         return
     memory = Memory(folder, stores.identity(home))
-    if status is None:
+    if status == 0:
+        memory.update(stopped=None)  # what a stage told was made good by another attempt
+    elif status is None:
         memory.note_a_kill(home)  # now, as the next `dvc` clears the signs of it away
     elif os.WIFSIGNALED(status):
         memory.update(stopped={"status": "KILLED", "error": f"dvc was killed by signal {os.WTERMSIG(status)}"})

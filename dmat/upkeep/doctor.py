@@ -74,6 +74,10 @@ def examine(place: Workspace) -> Iterator[Finding]:
 
 def fix(place: Workspace) -> list[str]:
     """Repairs what a kill left damaged, and keeps what lay there. Returns a sentence for each repair."""
+    if any(claim.state == "alive" for claim in dvc_files.claims(place.root)) or dvc_files.repository_holder(place.root):
+        return [
+            "dvc is at work, which may be writing its lock file now: nothing was touched; call this again afterwards"
+        ]
     return [*dvc_lock.restore(place.root, place.home), *recorded.set_aside(place)]
 
 

@@ -4,6 +4,7 @@ Formats as of DVC 3.67 (`dvc/rwlock.py`, `dvc/lock.py`, `dvc/stage/cache.py`). C
 """
 
 import configparser
+import contextlib
 import dataclasses
 import functools
 import json
@@ -113,7 +114,9 @@ def results(root: Path) -> list[Result]:
     cache = _cache_folder(root)
     lock = read_lock(root)
     found = [(entry, root / dvc_lock.NAME) for entry in lock.get("stages", {}).values()]
-    found += [(_recorded(path), path) for path in sorted((cache / "runs").glob("*/*/*")) if path.is_file()]
+    for path in sorted((cache / "runs").glob("*/*/[!.]*")):  # hidden ones are being written
+        with contextlib.suppress(DmatError):  # cut by a kill: DVC does not bring that result back either
+            found.append((_recorded(path), path))
     return [
         Result(
             {out["path"]: out["md5"] for out in outs},

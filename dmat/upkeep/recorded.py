@@ -62,9 +62,9 @@ def mismatches(place: Workspace) -> Iterator[Mismatch]:
             continue
         there, was = tracking.parameters(recorded), tracking.parameters(about["settings"])
         differences = tuple(
-            f"{name} is {there.get(name, 'not there')} there and was {was.get(name, 'not there')}"
-            for name in sorted({*there, *was})
-            if there.get(name) != was.get(name)
+            f"{name} is {there[name]} there and was {was[name]}"
+            for name in sorted(there.keys() & was.keys())  # a later version of dmat may have more of them
+            if there[name] != was[name]
         )
         if differences:
             yield Mismatch(result, about["stage"], about["instance"], differences)
