@@ -195,6 +195,13 @@ def test_a_stage_that_fails_before_it_has_a_run_fails_its_parent(tmp_path, above
     assert reason.startswith("mix_images@one: params.yaml: ")
 
 
+def test_a_failure_that_another_attempt_made_good_is_none(tmp_path, above, monkeypatch):
+    """As where torchrun starts all again after one of several processes was lost."""
+    (tmp_path / "dvc.lock").write_text(_stage(tmp_path))
+    parents.tell(tmp_path, DmatError("process 0 of 2 lost another one"))
+    assert _end(tmp_path, above, monkeypatch, 0) == ("FINISHED", "")
+
+
 def test_a_step_of_the_clock_begins_no_second_parent(tmp_path, above, monkeypatch):
     linux = pytest.importorskip("psutil._pslinux")
     _stage(tmp_path)

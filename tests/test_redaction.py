@@ -42,6 +42,7 @@ def test_an_address_keeps_all_but_its_secrets(url, shown):
         ("host=h password=s3 user=u", "host=h password=*** user=u"),
         ("""{'password': 'it\\'s', "api_key": "k", 'u': 'u'}""", """{'password': ***, "api_key": ***, 'u': 'u'}"""),
         ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
+        ("sent Bearer abc.def and secret_key: s3cr", "sent Bearer *** and secret_key: ***"),
         ("at https://h/p?token=abc&n=1 now", "at https://h/p?token=***&n=1 now"),
         *((same, same) for same in ("no password supplied", "key='loss' with value=0.5 at a@b")),
     ],
@@ -117,4 +118,6 @@ def test_a_stream_hides_what_libraries_write():
     kept = Kept()
     assert RedactingStream(kept).write("http://u:pw@h\n") == len("http://u:pw@h\n")
     assert kept == ["http://u:***@h\n"]
+    RedactingStream(kept).writelines(["a\n", "password=pw\n"])
+    assert kept[1:] == ["a\n", "password=***\n"]
     assert RedactingStream(kept).encoding == "utf-8"
