@@ -1358,7 +1358,8 @@ def test_the_page_can_be_followed(tmp_path, call, root, monkeypatch):
     np.save(tmp_path / "labels.npy", np.zeros(4, np.int64))
     client, experiment = stores.connect(tmp_path)
     weights.save(tmp_path / "best.safetensors", network(1).state_dict(), {"kind": "classifier"})
-    champion = registry.Candidate("digits-3f2a91c0-linf-1_5", tmp_path / "best.safetensors", {}, 0.7)
+    digests = [files.sha256(tmp_path / f"best.{kind}") for kind in ("safetensors", "json")]
+    champion = registry.Candidate("digits-3f2a91c0-linf-1_5", tmp_path / "best.safetensors", {}, 0.7, *digests)
     registry.register(client, client.create_run(experiment).info.run_id, champion)
     text = (root / "docs" / "models.md").read_text()
     commands = re.findall(r"^dmat (.+?)(?:\s+#.*)?$", text, re.MULTILINE)

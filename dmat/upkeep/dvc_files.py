@@ -135,10 +135,16 @@ def read_lock(root: Path) -> dict[str, Any]:
     path = root / dvc_lock.NAME
     if not path.exists():
         return {}
-    if not dvc_lock.is_sound(path.read_bytes()):
+    content = path.read_bytes()
+    if not dvc_lock.is_sound(content):
+        try:
+            dvc_lock.parse(content)
+            what = "holds no stages of schema 2.0"
+        except ValueError as error:
+            what = f"is not valid YAML ({error})"
         raise DmatError(
-            f"{path} cannot be read, so every dvc command stops; DVC was killed while it wrote it; `dmat doctor --fix` "
-            f"brings back the copy that the last stage kept"
+            f"{path} {what}, so every dvc command stops: a kill or a merge left it so; `dmat doctor --fix` brings back "
+            f"the copy that the last stage kept, or take it from git"
         )
     return _recorded(path)
 
