@@ -5,6 +5,7 @@ tests/test_evaluate_command.py; the checks themselves in tests/test_checks.py.
 """
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmat import config, devices, seeds
+from dmat import config, devices, files, seeds
 from dmat.errors import DmatError
 from dmat.evaluation import checks, measures, work
 from dmat.evaluation.evaluate import Evaluation, Verdict
@@ -230,8 +231,10 @@ def test_time_left_is_counted_from_what_was_done(tmp_path):
     assert work.outlook(units) == {"shards": 8, "shards_done": 0, "seconds_left": None}
     for unit, seconds in ((units[0], 20.0), (units[1], 40.0), (units[2], 30.0)):
         unit.path.parent.mkdir(exist_ok=True)
+        unit.path.with_suffix(".npz").write_bytes(b"")
+        digest = hashlib.sha256(b"").hexdigest()
         unit.path.with_suffix(".json").write_text(
-            json.dumps({"identity": dict(unit.identity), "seconds": seconds, "images": 10, "sha256": ""})
+            json.dumps({"identity": dict(unit.identity), "seconds": seconds, "images": 10, "sha256": digest})
         )
     assert work.outlook(units) == {"shards": 8, "shards_done": 3, "seconds_left": None}
     assert work.outlook(units[:4]) == {"shards": 4, "shards_done": 3, "seconds_left": 30.0}
@@ -241,8 +244,9 @@ def test_time_left_is_counted_from_what_was_done(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "removed"])
-def test_a_damaged_shard_is_refused(tmp_path, subject, compute, damage):
+def test_a_damaged_shard_is_refused_and_made_again(tmp_path, subject, compute, damage):
     evaluation = _done(tmp_path, subject, compute)
+    before = {name: values.tolist() for name, values in evaluation.columns().items()}
     path = tmp_path / "shard-00001.npz"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -250,12 +254,10 @@ def test_a_damaged_shard_is_refused(tmp_path, subject, compute, damage):
         path.unlink()
     else:
         path.write_bytes(bytes(data) if damage == "altered" else bytes(data[:100]))
-    with pytest.raises(DmatError, match=r"shard-00001.npz is missing or was altered.*delete both and run again"):
+    with pytest.raises(DmatError, match=r"shard-00001.npz is missing or was altered.*run the same command again"):
         evaluation.columns()
-    for suffix in (".npz", ".json"):
-        path.with_suffix(suffix).unlink(missing_ok=True)
     work.compute_all(evaluation.units, wait=True, quiet=True)
-    assert len(evaluation.columns()["clean"]) == 24
+    assert {name: values.tolist() for name, values in evaluation.columns().items()} == before
 
 
 def test_shards_of_another_model_are_refused(tmp_path, subject, compute):
@@ -273,11 +275,14 @@ def test_nobody_computes_beside_shards_of_another_model(tmp_path, subject, compu
 
 
 @pytest.mark.parametrize("note", [[], {}, {"identity": {}, "images": 12, "seconds": "3", "sha256": ""}, {"sha256": 1}])
-def test_what_is_no_note_is_refused(tmp_path, subject, compute, note):
+def test_a_shard_without_a_whole_record_is_not_done(tmp_path, subject, compute, note):
     evaluation = _done(tmp_path, subject, compute)
+    before = files.read_json(tmp_path / "shard-00000.json")
     (tmp_path / "shard-00000.json").write_text(json.dumps(note))
-    with pytest.raises(DmatError, match=r"shard-00000.json is no whole note of a shard; .*one shard is lost"):
-        work.outlook(evaluation.units)
+    done = work.outlook(evaluation.units)
+    assert done["shards_done"] == done["shards"] - 1
+    work.compute_all(evaluation.units, wait=True, quiet=True)
+    assert files.read_json(tmp_path / "shard-00000.json")["sha256"] == before["sha256"]
 
 
 BAD_IMAGES = {
