@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from dmat import files
-from dmat.errors import first_line
+from dmat.errors import DmatError, first_line
 
 NAME = "dvc.lock"
 _CONFLICT = b"<<<<<<< "  # how git marks the beginning of two versions
@@ -65,17 +65,16 @@ def restore(root: Path, home: Path) -> list[str]:
     """Brings back each dvc.lock that cannot be read, of the project and of its folders. Returns a sentence for each.
 
     The copy of `remember` takes its place, else that of the last commit, else none, as if its stages had not run yet.
+    Raises DmatError for one that a merge left with two versions.
     """
     paths = [path for path in (root / NAME, *sorted(root.glob(f"[!.]*/{NAME}"))) if path.is_file()]
     damaged = [path for path in paths if not is_sound(path.read_bytes())]
-    merged = [path for path in damaged if _CONFLICT in path.read_bytes()]
-    return [
-        *(
-            f"{path} holds two versions after a merge; expected one; choose one in git, or call `dvc repro`"
-            for path in merged
-        ),
-        *(_restore(path, root, home) for path in damaged if path not in merged),
-    ]
+    for path in damaged:
+        if _CONFLICT in path.read_bytes():  # somebody's to decide
+            raise DmatError(
+                f"{path} holds two versions after a merge; expected one; choose one by `git checkout --ours`"
+            )
+    return [_restore(path, root, home) for path in damaged]
 
 
 def _restore(path: Path, root: Path, home: Path) -> str:
