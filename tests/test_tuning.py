@@ -51,11 +51,16 @@ def _table(project):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
+def _unstudied(finished, folder):
+    """A project at a radius at which trials this short differ: at that of the recipe most of them read 0."""
+    project = finished.copy_without("nothing", folder)
+    project.write({"train_robust": {"threat": {"epsilon": "1/50"}}})
+    return project
+
+
 @pytest.fixture(scope="module")
 def studied(finished, tmp_path_factory):
-    project = finished.copy_without("nothing", tmp_path_factory.mktemp("studied") / "project")
-    # a radius at which trials this short differ: at that of the recipe all of them read 0 to their last report
-    project.write({"train_robust": {"threat": {"epsilon": "1/50"}}})
+    project = _unstudied(finished, tmp_path_factory.mktemp("studied") / "project")
     _study(project)
     return project
 
@@ -109,7 +114,7 @@ def test_trials_is_the_total(studied):
 
 
 def test_a_study_killed_at_random_moments_ends_as_if_undisturbed(finished, studied, tmp_path):
-    project = finished.copy_without("nothing", tmp_path / "killed")
+    project = _unstudied(finished, tmp_path / "killed")
     rng = random.Random(1)
     killed = 0
     for _ in range(5):
@@ -125,7 +130,7 @@ def test_a_study_killed_at_random_moments_ends_as_if_undisturbed(finished, studi
 
 
 def test_a_signal_saves_the_trial_and_the_command_goes_on(finished, studied, tmp_path):
-    project = finished.copy_without("nothing", tmp_path / "stopped")
+    project = _unstudied(finished, tmp_path / "stopped")
     command = _start(project)
     forked.until(lambda: list((project.folder / "runs/tune").glob("generated-*/trial-0001/checkpoint.dmat")))
     command.signal(signal.SIGTERM)
