@@ -46,7 +46,7 @@ def once(images: int) -> dict[str, float]:
     spent.clear()
     with tempfile.TemporaryDirectory() as folder:
         content = yaml.safe_load((ROOT / "params.yaml").read_text())
-        content["train_robust"]["images"] = images
+        content["train_robust"]["images_seen"] = images
         path = Path(folder) / "params.yaml"
         path.write_text(yaml.safe_dump(content))
         params, place = config.load(path), Workspace(Path(folder), Path(folder))

@@ -54,7 +54,7 @@ def export(to: Path, params: Path) -> None:
 
 
 def _validation(loaded: config.Params) -> int:
-    images: int = loaded.sections["prepare_data"].validation
+    images: int = loaded.prepare_data.validation
     return images
 
 

@@ -138,7 +138,7 @@ def _evaluate_model(
     from dmat import config
     from dmat.jobs import evaluate_model, workspace
 
-    base = config.load(params).sections["evaluate_robust"].plain() if params else {}
+    base = config.load(params).evaluate_robust.plain() if params else {}
     in_project = Path("params.yaml").is_file()
     request = evaluate_model.Request(
         evaluate_model.safetensors(*given_as, folder),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PLANNED = "DMAT_PLANNED"  # fingerprint of what several processes compute together
 _INSTANCE_OPTIONS = {
     "generator": (str, "Name in `generators` of params.yaml."),
-    "chunk": (str, "Name in `chunks` of params.yaml."),
+    "image_set": (str, "Name in `image_sets` of params.yaml."),
     "selection": (str, "Name in `selections` of params.yaml."),
     "arm": (str, "Name in `arms` of params.yaml."),
     "seed": (int, "One of `seeds` of params.yaml."),
@@ -102,7 +102,7 @@ def _run(
     if worker:
         execution.assist(plan, params, place, quiet=as_json)
         return
-    wanted = params.sections["compute"].processes
+    wanted = params.compute.processes
     if wanted > 1 and stage.word in execution.TOGETHER and "RANK" not in os.environ:
         os.environ[_PLANNED] = plan.fingerprint  # torchrun starts all again where one fails: never another training
         _start_together(wanted)

@@ -15,7 +15,7 @@ from dmat.errors import DmatError, first_line
 
 NAME = "dvc.lock"
 _CONFLICT = b"<<<<<<< "  # how git marks the beginning of two versions
-# In C, as ruamel, which reads what people write, needs half a minute for 500 chunks.
+# In C, as ruamel, which reads what people write, needs half a minute for 500 instances.
 _Loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 

@@ -49,12 +49,13 @@ def _tiny() -> dict:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["compute"] |= {"threads": 1, "precision": "fp32", "save_every_seconds": 0.5}
     params["prepare_data"] |= {"train": 100, "validation": 50, "test": 40}
-    params["train_scorer"] |= {"images": 2560, "evaluate_every": 1280}
-    params["train_diffusion"] |= {"channels": 8, "images": 1024, "batch": 64, "log_every": 256}
-    params["generate_images"] |= {"chunk": 100, "shard": 50, "block": 25, "sampler": {"name": "heun", "steps": 3}}
+    params["train_scorer"] |= {"images_seen": 2560, "evaluate_every": 1280}
+    params["train_diffusion"] |= {"channels": 8, "images_seen": 1024, "batch": 64, "log_every": 256}
+    params["generate_images"] |= {"shard": 50, "block": 25, "sampler": {"name": "heun", "steps": 3}}
+    params["image_sets"]["edm18"]["images"] = 100
     params["measure_images"] |= {"images": 60}
     params["train_robust"] |= {
-        "images": 640,
+        "images_seen": 640,
         "batch": 64,
         "evaluate_every": 320,
         "schedule_every": 64,
@@ -64,8 +65,8 @@ def _tiny() -> dict:
     params["evaluate_robust"] |= {"pgd_steps": 3, "shard": 20, "batch": 20, "auto_attack": "none",
                                   "sweep": [2.0], "check_images": 10, "check_queries": 20}  # fmt: skip
     params["write_report"] |= {"bootstrap": 100}
-    params["tune"] |= {"images": 640, "evaluate_every": 128, "warm_up_images": 0, "startup_trials": 2, "overrides": {},
-                       "sampler": "tpe", "pruner": "median", "rerank": 0}  # fmt: skip
+    params["tune"] |= {"images_seen": 640, "evaluate_every": 128, "warm_up_images": 0, "startup_trials": 2,
+                       "overrides": {}, "sampler": "tpe", "pruner": "median", "rerank": 0}  # fmt: skip
     return params
 
 

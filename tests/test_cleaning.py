@@ -421,15 +421,13 @@ def test_unlisted_artifacts_with_unexpected_content_stay_whole(project):
     assert project.tree("artifacts") == before
 
 
-def test_a_chunk_that_moved_goes_from_its_old_place_only(project):
+def test_an_image_set_that_is_named_no_more_goes_alone(project):
     for image_set in ("other", "edm18"):
-        out = f"artifacts/generate_images/{image_set}/edm18-0000"
-        project.finish("generate_images", "edm18-0000", OLD if image_set == "other" else NOW, out)
-        project.commit("generate_images", "edm18-0000", out)
+        out = f"artifacts/generate_images/{image_set}"
+        project.finish("generate_images", image_set, OLD if image_set == "other" else NOW, out)
+        project.commit("generate_images", image_set, out)
     candidates = [one for one in project.survey().candidates if one.kind == "unlisted"]
-    assert [[project.name(path) for path in one.paths] for one in candidates] == [
-        ["artifacts/generate_images/other/edm18-0000"]
-    ]
+    assert [project.name(one.paths[0]) for one in candidates] == ["artifacts/generate_images/other"]
 
 
 def test_artifacts_stay_while_somebody_works(project):

@@ -13,7 +13,7 @@ from dmat import config, yaml_file
 from dmat.config import Fraction
 from dmat.errors import ConfigError, DmatError
 
-SEVEN_COPIES = {"images_from": "edm18_best", "generated_share": 0.7, "cutmix": 1.0, "cutmix_copies": 7}
+SEVEN_COPIES = {"images": "edm18_best", "generated_share": 0.7, "cutmix": 1.0, "cutmix_copies": 7}
 PREACT = {"name": "preact_resnet", "depth": 18, "activation": "relu"}
 
 # dotted key, value put there, words that the answer must hold (the key is always one of them)
@@ -23,7 +23,7 @@ BAD = [
     ("train_robust.betta", 5.0, ["is not known", "beta"]),
     ("train_robust.batch", 0, ["is 0", "greater than or equal to 1"]),
     ("train_robust.batch", 1.5, ["is 1.5", "valid integer"]),
-    ("train_robust.images", "many", ["is 'many'", "valid integer"]),
+    ("train_robust.images_seen", "many", ["is 'many'", "valid integer"]),
     ("train_robust.learning_rate", 0.0, ["is 0.0", "greater than 0"]),
     ("train_robust.learning_rate", float("nan"), ["is nan", "finite"]),
     ("train_robust.threat.epsilon", 8, ["epsilon 8 is larger than the pixel range", "8/255"]),
@@ -54,7 +54,9 @@ BAD = [
     ("train_robust.augmentation", "blur", ["is 'blur'", "'crop1'"]),
     ("arms.generated.generated_share", 1.5, ["is 1.5", "less than or equal to 1"]),
     ("arms.generated.generated_share", 0.0, ["has generated_share 0.0", "above 0"]),
-    ("arms.generated.images_from", "artifacts/select_images/none", ["is 'artifacts/select_images/none'", "edm18_best"]),
+    ("arms.generated.images", "edm5_best", ["is 'edm5_best'", "expected one of edm18_best, or none"]),
+    ("arms.generated.images", "none", ["generated_share 0.7 and images: none", "above 0 exactly where"]),
+    ("arms.none", {"images": "none"}, ["the name 'none' cannot be used", "says that there is none"]),
     ("arms.real_only.generated_share", 0.5, ["has generated_share 0.5", "selection"]),
     ("arms.generated", 3, ["is 3", "mapping of overrides"]),
     ("arms", {}, ["is {}", "named entries"]),
@@ -70,12 +72,12 @@ BAD = [
     ("generate_images.sampler.name", "dpm", ["is 'dpm'", "'heun' or 'euler'"]),
     ("image_sets.edm18.sampler", {"name": "dpm"}, ["image_sets.edm18.sampler.name is 'dpm'", "'heun' or 'euler'"]),
     ("image_sets.edm18.keep", 0.2, ["image_sets.edm18.keep is not known", "sampler"]),
-    ("image_sets.empty", {}, ["has no chunk", "empty-0000"]),
+    ("image_sets.empty", {}, ["image_sets.empty.generator is missing; expected one of edm", "images is missing"]),
+    ("image_sets.edm18.generator", "ddpm", ["is 'ddpm'", "expected one of edm"]),
+    ("image_sets.edm18.generator", "none", ["is 'none'", "expected one of edm"]),
+    ("image_sets.edm18.images", 0, ["is 0", "greater than or equal to 1"]),
+    ("generate_images.block", 300, ["shard is 2500 and block 300", "a multiple of block"]),
     ("select_images.keep", 0.0, ["is 0.0", "greater than 0"]),
-    ("chunks.edm18-0000.image_set", "edm5", ["is 'edm5'", "edm18"]),
-    ("chunks.edm18-0000.generator", "ddpm", ["is 'ddpm'", "edm"]),
-    ("chunks.edm18-0000.index", -1, ["is -1", "greater than or equal to 0"]),
-    ("chunks.edm18-0001", {"image_set": "edm18", "generator": "edm", "index": 0}, ["same index"]),
     ("prepare_data.train", 0, ["is 0", "greater than or equal to 1"]),
     ("prepare_data.source", "mnist", ["is 'mnist'", "'digits', 'npz', 'cifar10', 'cifar100', 'folder' or 'shards'"]),
     ("prepare_data.validation_split", "last", ["is 'last'", "'stratified' or 'first'"]),
@@ -102,7 +104,7 @@ BAD = [
     ("train_robust.threat.epsilon", "1_0/5_0", ["is '1_0/5_0'", "such as 8/255"]),
     ("train_robust.threat.epsilon", True, ["is True", "such as 8/255"]),
     ("train_robust.learning_rate", 1e300, ["is 1e+300", "less than or equal to 1000"]),
-    ("train_robust.images", 10**30, ["less than or equal to 1000000000000"]),
+    ("train_robust.images_seen", 10**30, ["less than or equal to 1000000000000"]),
     ("train_scorer.seed", -1, ["is -1", "greater than or equal to 0"]),
     ("seeds", [2**63], ["is [9223372036854775808]", "whole numbers from 0"]),
     ("compute.threads", 99999999999, ["is 99999999999", "less than or equal to 4096"]),
@@ -120,25 +122,35 @@ BAD = [
     ("evaluate_robust.pgd_step_size", "1/4", ["pgd_step_size is 1/4, larger than threat.epsilon 1/5", "arm generated"]),
     ("tune.space.attack_step_size", {"low": 0.01, "high": 0.3}, ["attack_step_size.high is 0.3", "at most epsilon"]),
     ("tune.overrides.attack_step_size", 0.3, ["tune.overrides.attack_step_size is 0.3, larger than", "1/5"]),
-    ("prepare_data.source", "npz", ["source is 'npz' and path is None", "expected where its images are"]),
-    ("prepare_data.source", "cifar10", ["source is 'cifar10' and path is None", "expected where its images are"]),
-    ("prepare_data.path", "digits.npz", ["source is 'digits' and path is 'digits.npz'", "leave it out"]),
+    ("prepare_data.source", "npz", ["path is 'none' and source 'npz'", "a file or folder in sources/"]),
+    ("prepare_data.source", "cifar10", ["path is 'none' and source 'cifar10'", "a file or folder in sources/"]),
+    ("prepare_data.path", "digits.npz", ["path is 'digits.npz' and source 'digits'", "expected path: none"]),
+    (
+        "prepare_data",
+        {"source": "npz", "path": "/data/a.npz", "train": 1, "validation": 1, "test": 1, "seed": 1},
+        ["path is '/data/a.npz'", "ln -s /data/a.npz sources/a.npz", "write path: a.npz"],
+    ),
+    (
+        "prepare_data",
+        {"source": "npz", "path": "../a.npz", "train": 1, "validation": 1, "test": 1, "seed": 1},
+        ["path is '../a.npz'", "below sources/"],
+    ),
     ("generate_images.sampler.sigma_min", 100.0, ["sigma_min is 100.0", "80.0"]),
     ("image_sets.edm18", 5, ["image_sets.edm18 is 5", "mapping of overrides"]),
     ("selections.edm18_best.kep", 0.1, ["selections.edm18_best.kep is not known", "keep"]),
     ("selections.edm18_best.image_set", "edm5", ["selections.edm18_best.image_set is 'edm5'", "edm18"]),
-    ("selections.edm18_best", {}, ["selections.edm18_best.image_set is None", "edm18"]),
+    ("selections.edm18_best", {}, ["selections.edm18_best.image_set is missing", "edm18"]),
     ("selections.edm18-best", {"image_set": "edm18"}, ["'edm18-best'", "letters, digits and underscores"]),
-    ("arms.generated.images_from", ["x"], ["is ['x']", "edm18"]),
-    ("arms.real_only", {}, ["images_from is None", "artifacts/prepare_data/train"]),
+    ("arms.generated.images", ["x"], ["is ['x']", "edm18"]),
+    ("arms.real_only", {}, ["images is missing", "edm18_best, or none"]),
     ("generators", {}, ["is {}", "named entries"]),
     ("trian_robust", {}, ["trian_robust is not a section", "train_robust"]),
     ("tune.arm", "nobody", ["tune.arm is 'nobody'", "generated, real_only"]),
     ("tune.arm", "real_only", ["has generated_share", "real_only has no generated images"]),
     ("tune.trials", 0, ["tune.trials is 0", "greater than or equal to 1"]),
     ("tune.enqueue", [{"beta": 100.0}], ["tune.enqueue.0.beta is 100.0", "from 1.0 to 10.0"]),
-    ("tune.space.images", {"low": 1, "high": 2}, ["tune.space.images", "could not be compared"]),
-    ("tune.images", 0, ["tune.images is 0", "greater than or equal to 1"]),
+    ("tune.space.images_seen", {"low": 1, "high": 2}, ["tune.space.images_seen", "could not be compared"]),
+    ("tune.images_seen", 0, ["tune.images_seen is 0", "greater than or equal to 1"]),
     ("tune.evaluate_every", 10**6, ["tune.evaluate_every is 1000000", "at least one report"]),
     ("tune.pruner", "wilcoxon", ["is 'wilcoxon'", "'hyperband', 'median' or 'none'"]),
     ("tune.sampler", "cma", ["is 'cma'", "'tpe', 'gp' or 'random'"]),
@@ -152,7 +164,7 @@ BAD = [
     ("tune.space.learning_rate", {"low": 0.0, "high": 0.5}, ["learning_rate.low is 0.0", "greater than 0"]),
     ("tune.space.generated_share.high", 1.0, ["from 0.1 to 1.0", "one generated and one real"]),
     ("tune.overrides.bacth", 64, ["tune.overrides.bacth is not known", "batch"]),
-    ("tune.overrides.images", 64, ["tune.overrides gives images", "leave it out"]),
+    ("tune.overrides.images_seen", 64, ["tune.overrides gives images_seen", "leave it out"]),
     ("tune.overrides.beta", 3.0, ["tune.overrides gives beta", "leave it out"]),
     ("measure_images", None, ["is missing", "near"]),
 ]
@@ -248,7 +260,7 @@ def test_keys_that_dvc_drops_are_refused_with_their_line(root, tmp_path, key):
     """A stage for each entry of a list would silently have none for this one."""
     path = tmp_path / "params.yaml"
     text = (root / "params.yaml").read_text()
-    path.write_text(text.replace("arms:\n", f"arms:\n  {key}: {{images_from: {config.REAL_ONLY}}}\n", 1))
+    path.write_text(text.replace("arms:\n", f"arms:\n  {key}: {{images: none}}\n", 1))
     line = path.read_text().splitlines().index("arms:") + 2
     with pytest.raises(
         ConfigError, match=rf"line {line}: the key {re.escape(key)} is read as .*begin it with a letter"
@@ -303,7 +315,7 @@ def test_a_file_means_what_it_means_to_dvc(root):
          "  network: {name: wide_resnet, depth: 11", ["train_robust.network.depth is 11"]),
         ("_share: 0.7", "_share: 7", "    generated_share: 7", ["arms.generated.generated_share is 7"]),
         ("learning_rate: {low: 0.02", "learning_rate: {low: 0.9", "    learning_rate: {low", ["low is 0.9 and high"]),
-        ("index: 0", "index: -1", "  edm18-0000:", ["chunks.edm18-0000.index is -1"]),
+        ("images: 10000}", "images: -1}", "  edm18:", ["image_sets.edm18.images is -1"]),
         ("baseline: real_only", "baseline: nobody", "  baseline", ["write_report.baseline is 'nobody'"]),
         ("  edm18_best: {", "  edm18-best: {", "  edm18-best", ["selections.edm18-best: the name 'edm18-best'"]),
     ],
@@ -387,7 +399,7 @@ def test_step_sizes_follow_epsilon(tmp_path, params, norm, epsilon, attack, sele
     found = (arm.attack_step_size, arm.selection_step_size)
     assert found == pytest.approx((attack, selection), rel=1e-15)
     assert arm.plain()["attack_step_size"] == str(float(arm.attack_step_size)), "shown to people, and exactly"
-    evaluation = loaded.sections["evaluate_robust"]
+    evaluation = loaded.evaluate_robust
     assert evaluation.pgd_step(norm, arm.threat.epsilon) == pytest.approx(pgd, rel=1e-15)
     assert loaded.trial.with_values({"beta": 2.0}).arm.attack_step_size == pytest.approx(attack, rel=1e-15)
     assert float(Fraction(loaded.trial.value_of("attack_step_size"))) == pytest.approx(attack, rel=1e-15)
@@ -429,3 +441,46 @@ def test_records_are_frozen(root):
 def test_l2_radius_may_exceed_one(tmp_path, params):
     params["train_robust"]["threat"] = {"norm": "l2", "epsilon": 2}
     assert _load(tmp_path, params).arms["real_only"].threat.epsilon == 2.0
+
+
+OLD = """
+generate_images: {chunk: 5000, shard: 2500, block: 500, seed: 1, sampler: {name: heun, steps: 18}}
+image_sets: {edm18: {}}
+chunks:
+  edm18-0000: {image_set: edm18, generator: edm, index: 0}
+  edm18-0001: {image_set: edm18, generator: edm, index: 1}
+arms:
+  real_only: {images_from: artifacts/prepare_data/train}
+  generated: {images_from: artifacts/select_images/edm18_best, images: 640}
+prepare_data: {source: digits, train: 250, validation: 297, test: 1000, seed: 1}
+train_scorer: {images: 64000}
+"""
+
+
+def test_a_file_of_an_earlier_version_is_told_what_to_write_now(tmp_path):
+    (tmp_path / "params.yaml").write_text(OLD)
+    with pytest.raises(ConfigError) as refused:
+        config.load(tmp_path / "params.yaml")
+    problems = refused.value.problems
+    assert len(problems) == 7, problems
+    for words in (
+        "line 4: chunks is no longer a list",
+        "write image_sets: {edm18: {generator: edm, images: 10000}}",
+        "generate_images.chunk is 5000",
+        "write images: none in its place",
+        "write images: edm18_best in its place",
+        "arms.generated.images is 640; the length of a training is called images_seen",
+        "train_scorer.images is 64000",
+        "write path: none",
+    ):
+        assert any(words in problem for problem in problems), (words, problems)
+
+
+def test_the_lists_of_the_paper(tmp_path, params):
+    """As design and issue write them: an arm names a selection, that an image set, that a generator."""
+    params["image_sets"] = {"edm1m": {"generator": "edm", "images": 1_000_000}}
+    params["selections"] = {"edm1m_best": {"image_set": "edm1m"}}
+    params["arms"]["generated"]["images"] = "edm1m_best"
+    loaded = _load(tmp_path, params)
+    assert loaded.image_sets[loaded.selections[loaded.arms["generated"].images].image_set].images == 1_000_000
+    assert loaded.arms["real_only"].images == config.NONE

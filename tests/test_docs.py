@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PARAMETERS = (ROOT / "docs" / "parameters.md").read_text()
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 LEFT_OUT = "–"  # a key that params.yaml does not give
-RECORDS = {**config.SECTIONS, "chunks": config.Chunk}
+RECORDS = {**config.SECTIONS, **{name: kind.record for name, kind in config.LISTS.items() if kind.parent}}
 
 Key = tuple[str, str]  # section, dotted path inside it
 
@@ -33,7 +33,10 @@ def fields(record: type[Record], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def in_code() -> dict[Key, Any]:
-    return {(word, path): field for word, record in RECORDS.items() for path, field in fields(record)}
+    """Of an entry of a list only what its section lacks."""
+    found = {(word, path): field for word, record in RECORDS.items() for path, field in fields(record)}
+    sections = {name: kind.section for name, kind in config.LISTS.items()}
+    return {(word, path): field for (word, path), field in found.items() if (sections.get(word), path) not in found}
 
 
 def tables(text: str) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -85,16 +88,20 @@ def test_every_parameter_is_documented() -> None:
     unknown = [".".join(key) for key in found if key not in wanted]
     assert not missing, f"docs/parameters.md has no row for {', '.join(missing)}; add one to the table of the section"
     assert not unknown, f"docs/parameters.md describes {', '.join(unknown)}; no such key exists"
-    for name in (*RECORDS, *config.LISTS, "seeds", "images_from"):
+    for name in (*RECORDS, *config.LISTS, "seeds"):
         assert f"`{name}`" in PARAMETERS, name
+
+
+def _default(field: Any) -> Any:
+    return field.get_default(call_default_factory=True)
 
 
 def test_documented_defaults_are_those_of_the_records() -> None:
     wanted, found = in_code(), documented()
     wrong = [
-        f"{'.'.join(key)}: {found[key][0]}, in the code {'required' if field.is_required() else repr(field.default)}"
+        f"{'.'.join(key)}: {found[key][0]}, in the code {'required' if field.is_required() else repr(_default(field))}"
         for key, field in wanted.items()
-        if not (found[key][0] == "required" if field.is_required() else same(found[key][0], field.default))
+        if not (found[key][0] == "required" if field.is_required() else same(found[key][0], _default(field)))
     ]
     assert len(wanted) >= 103
     assert not wrong, "defaults in docs/parameters.md: " + "; ".join(wrong)
@@ -105,7 +112,7 @@ def test_documented_values_are_those_of_params_yaml() -> None:
     for (word, path), (_, cell) in documented().items():
         if cell is None:
             continue
-        value: Any = PARAMS[word]
+        value: Any = [*PARAMS[word].values()][-1] if word in config.LISTS else PARAMS[word]
         for part in path.split("."):
             value = value.get(part, LEFT_OUT)
         seen += 1
@@ -136,7 +143,7 @@ def test_examples_are_valid_additions_to_params_yaml(tmp_path: Path) -> None:
             params = config.load(path)
             for name, entries in example.items():
                 if name == "tune":
-                    assert set(entries["space"]) <= set(params.sections[name].space)
+                    assert set(entries["space"]) <= set(params.tune.space)
                 else:
                     assert set(entries) <= set(getattr(params, name))
 

@@ -21,8 +21,8 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
-from dmat import config, files
-from dmat.jobs import STAGES, code, workspace
+from dmat import files
+from dmat.jobs import workspace
 from dmat.upkeep import doctor, dvc_files, machine
 from dmat.upkeep.doctor import Finding
 from dmat.upkeep.machine import NOTE, OK, PROBLEM
@@ -285,27 +285,6 @@ def test_the_command_must_be_where_dvc_finds_it(project, monkeypatch):
     assert one(project, "dvc")[:2] == (OK, "stages in dvc.yaml: 11, instances in dvc.lock: 0")
     monkeypatch.setenv("PATH", "/usr/bin")
     assert "not on PATH" in one(project, "dvc")[1]
-
-
-def test_a_source_that_dvc_does_not_watch_is_noted(project, tiny_params):
-    """Until the line that docs/parameters.md shows stands in dvc.yaml."""
-    tiny_params["prepare_data"] |= {"source": "npz", "path": "set.npz"}
-    (project / "params.yaml").write_text(yaml.safe_dump(tiny_params))
-    sound, note = look(project, "dvc")
-    assert (sound.mark, note.mark) == (OK, NOTE)
-    assert note.found == "DVC does not look at the files of prepare_data.path"
-    text = (project / "dvc.yaml").read_text()
-    place = "    deps:\n      - dmat/jobs/prepare_data.py\n"
-    assert text.count(place) == 1
-    page = (Path(__file__).parent.parent / "docs/parameters.md").read_text()
-    line = next(line for line in page.splitlines(keepends=True) if "${prepare_data.path}" in line)
-    assert line.strip().removeprefix("- ") in note.do
-    (project / "dvc.yaml").write_text(text.replace(place, place + line))
-    assert [finding.mark for finding in look(project, "dvc")] == [OK]
-    listed = yaml.safe_load((project / "dvc.yaml").read_text())["stages"]["prepare_data"]["deps"]
-    filled = [path.replace("${prepare_data.path}", "set.npz") for path in listed]
-    params = config.load(project / "params.yaml")
-    assert set(filled) == {*STAGES["prepare_data"].inputs(params).values(), *code.of_stage("prepare_data")}
 
 
 def test_locks_that_dvc_writes_are_read(project, dead):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dmat import config, files
-from dmat.config import REAL_ONLY, MixImages
+from dmat.config import NONE, MixImages
 from dmat.data import shards, sources
 from dmat.errors import DmatError
 from dmat.evaluation.table import read_table
@@ -114,27 +114,27 @@ def test_copies_of_real_and_of_kept_generated_images_are_found(tmp_path):
     """The test images: a real one, a kept generated one, one that was not kept, the first again, two new ones."""
     images, labels = cifar_files.some(30, 3, 0)
     about = {"class_names": list("abc"), "facts": {}}
-    chunk, selection = tmp_path / "artifacts/generate_images/set/c0", tmp_path / "artifacts/select_images/best"
+    chosen_from, selection = tmp_path / "artifacts/generate_images/set", tmp_path / "artifacts/select_images/best"
     shards.write_set(tmp_path / "train", images[:10], labels[:10], **about)
-    shards.write_set(chunk, images[10:20], labels[10:20], **about)
+    shards.write_set(chosen_from, images[10:20], labels[10:20], **about)
     shards.write_set(tmp_path / "test", images[[4, 13, 17, 4, 28, 29]], labels[[4, 13, 17, 4, 28, 29]], **about)
     selection.mkdir(parents=True)
     np.save(selection / "indices.npy", np.array([1, 3, 9]))
     files.write_json(
         selection / "selection.json",
-        {"kept": 3, "shape": [32, 32, 3], "classes": 3, "image_set": "set", "chunks": ["c0"],
-         "manifest_sha256": {"c0": files.sha256(chunk / shards.MANIFEST)}},
+        {"kept": 3, "shape": [32, 32, 3], "classes": 3, "image_set": "set",
+         "manifest_sha256": files.sha256(chosen_from / shards.MANIFEST)},
     )  # fmt: skip
-    inputs = {"train": tmp_path / "train", "images_from": selection, "mix": tmp_path / "mix"}
+    inputs = {"train": tmp_path / "train", "selection": selection, "mix": tmp_path / "mix"}
     job = types.SimpleNamespace(inputs=inputs, root=tmp_path, result=tmp_path, chosen={"arm": "a"})
     test = shards.open_shards(tmp_path / "test")
-    for images_from, found in (("artifacts/select_images/best", [False, True] + 4 * [False]), (REAL_ONLY, None)):
+    for selected, found in (("best", [False, True] + 4 * [False]), (NONE, None)):
         share = 0.5 if found else 0.0
         settings = MixImages(
-            images_from=images_from,
+            images=selected,
             batch=4,
             generated_share=share,
-            images=8,
+            images_seen=8,
             with_replacement=False,
             copies=1,
             reshuffle_steps=0,

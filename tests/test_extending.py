@@ -54,7 +54,7 @@ def test_the_page_can_be_followed(tmp_path, tiny_params):
         params,
         {
             "prepare_data": {"source": "stripes", "train": 200, "validation": 100, "test": 100},
-            "train_robust": {"loss": "half_and_half", "beta": 1.0, "images": 2560, "threat": {"epsilon": "1/20"}},
+            "train_robust": {"loss": "half_and_half", "beta": 1.0, "images_seen": 2560, "threat": {"epsilon": "1/20"}},
         },
     )
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -33,7 +33,7 @@ def test_the_chain_holds_every_stage_behind_an_evaluation(project):
     assert stages == [word for word in IN_ORDER if word != "measure_images"]
     assert found["broken"] == []
     steps = {step["stage"]: step for step in found["steps"]}
-    assert steps["select_images"]["inputs"]["images"]["from"] == ["generate_images edm18-0000"]
+    assert steps["select_images"]["inputs"]["images"]["from"] == ["generate_images edm18"]
     assert steps["evaluate_robust"]["inputs"]["classifier"]["from"] == ["train_robust generated-1"]
     for step in found["steps"]:
         for link in step["inputs"].values():
@@ -65,7 +65,7 @@ def test_a_changed_file_breaks_the_chain(project):
     target.unlink()
     target.write_bytes(data)
     text = _lineage(project, "generated-1", code=2)
-    assert "images_from: artifacts/select_images/edm18_best" in text
+    assert "selection: artifacts/select_images/edm18_best" in text
     assert "CHANGED SINCE" in text
     assert "broken: mix_images generated read artifacts/select_images/edm18_best as " in text
     assert "broken: train_robust" not in text

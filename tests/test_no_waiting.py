@@ -83,7 +83,7 @@ def test_a_gpu_is_not_waited_for(tmp_path, tiny_params, augmentation):
     compute = devices.resolve("cuda", "bf16", threads=1)
 
     def waits(steps):
-        section = tiny_params["train_robust"] | {"images": 16 * steps, "batch": 16, "evaluate_every": 10**6,
+        section = tiny_params["train_robust"] | {"images_seen": 16 * steps, "batch": 16, "evaluate_every": 10**6,
                                                  "augmentation": augmentation, "clip_gradient": 1.0}  # fmt: skip
         settings = config.TrainRobust.model_validate(section)
         recipe = Recipe(Ball("linf", 8 / 255), 2, 2 / 255, 5.0, 0.1, 3.0)

@@ -246,7 +246,7 @@ def test_again_runs_nothing_and_an_experiment_with_another_beta_reruns_its_arm_o
 def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
     """The second repro names the process in the way; a stage that lost its dvc has no second writer; and the result
     that dvc could not note any more, as after a kill before it wrote its lock, is published and not computed again."""
-    project.params["arms"]["generated"] |= {"images": 6400, "evaluate_every": 6400}
+    project.params["arms"]["generated"] |= {"images_seen": 6400, "evaluate_every": 6400}
     project.write()
     folder, target = project.folder / "runs/train_robust", "train_robust@generated-1"
     before = set(folder.glob("generated-1-*/holder.json"))
@@ -304,11 +304,11 @@ def test_a_result_that_dvc_lost_is_published_again(project):
     assert next((project.folder / "runs/train_robust").glob("real_only-1-*/finished.json")).stat().st_mtime_ns == stamp
 
 
-def test_a_lost_chunk_comes_back_alone_and_identical(project):
-    shard = project.folder / "artifacts/generate_images/edm18/edm18-0000/images-00000.npy"
+def test_a_lost_image_set_comes_back_alone_and_identical(project):
+    shard = project.folder / "artifacts/generate_images/edm18/images-00000.npy"
     before = np.load(shard)
     shutil.rmtree(shard.parent)
-    project.run("dmat", "generate-images", "--chunk", "edm18-0000", "--fresh")
+    project.run("dmat", "generate-images", "--image-set", "edm18", "--fresh")
     assert np.array_equal(np.load(shard), before)
 
 
@@ -419,7 +419,7 @@ def test_a_result_that_dvc_recorded_under_other_parameters_is_known(project):
 
 
 def test_the_study_is_a_stage_that_a_plain_repro_does_not_run(project):
-    project.params["tune"] |= {"trials": 2, "images": 128, "rerank": 0}
+    project.params["tune"] |= {"trials": 2, "images_seen": 128, "rerank": 0}
     project.write()
     assert not any("tune" in name for name in project.repro())
     assert not (project.folder / "artifacts/tune/generated").exists()

@@ -22,7 +22,7 @@ from tests.projects import IN_ORDER
 @pytest.fixture
 def project(finished, tmp_path):
     made = finished.copy_without("train_robust", tmp_path / "project")
-    made.write({"train_robust": {"images": 1280, "evaluate_every": 320, "synchronise_batch_norm": True}})
+    made.write({"train_robust": {"images_seen": 1280, "evaluate_every": 320, "synchronise_batch_norm": True}})
     made.run("mix_images")
     return made
 
@@ -110,7 +110,7 @@ def test_processes_without_synchronisation_differ_from_one(project, alone):
 @pytest.mark.parametrize("synchronised", [True, False])
 def test_a_signal_to_one_process_stops_all_and_they_resume_bit_for_bit(project, tmp_path, synchronised):
     images = 2560 if synchronised else 5120
-    changes = {"synchronise_batch_norm": synchronised, "loss": "ikl", "alpha": 3.0, "images": images}
+    changes = {"synchronise_batch_norm": synchronised, "loss": "ikl", "alpha": 3.0, "images_seen": images}
     project.write({"train_robust": changes})
     project.run("mix_images")
     whole = project.copy_without("train_robust", tmp_path / "whole")
@@ -127,7 +127,7 @@ def test_a_signal_to_one_process_stops_all_and_they_resume_bit_for_bit(project, 
 
 def test_a_run_resumes_onto_another_number_of_processes(project, tmp_path):
     """Longer than the others, so that the signal finds it at work; small steps, so that it stays comparable."""
-    project.write({"train_robust": {"images": 5120, "learning_rate": 0.01}})
+    project.write({"train_robust": {"images_seen": 5120, "learning_rate": 0.01}})
     project.run("mix_images")
     undisturbed = project.copy_without("train_robust", tmp_path / "undisturbed")
     undisturbed.run("train_robust")

@@ -161,7 +161,7 @@ def test_parameters_edited_while_a_stage_runs_do_not_name_its_result(finished, t
     assert project.outputs("mix_images") == finished.outputs("mix_images")
 
 
-@pytest.mark.parametrize("edit", ["train: [", "arms: {other: {images_from: artifacts/prepare_data/train}}"])
+@pytest.mark.parametrize("edit", ["train: [", "arms: {other: {images: none}}"])
 def test_parameters_that_no_longer_name_the_instance_are_told(finished, tmp_path, monkeypatch, edit):
     project = finished.copy_without("mix_images", tmp_path / "copy")
     _during(monkeypatch, lambda: (project.folder / "params.yaml").write_text(edit))

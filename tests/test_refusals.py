@@ -15,9 +15,9 @@ from dmat import files
 from tests import forked
 
 REMOVED, CUT, ALTERED, EMPTY = "removed", "cut", "altered", "an empty object"
-SPLITS, CHUNK = "artifacts/prepare_data", "artifacts/generate_images/edm18/edm18-0000"
+SPLITS, IMAGES = "artifacts/prepare_data", "artifacts/generate_images/edm18"
 DENOISER, SCORER = "artifacts/train_diffusion/edm", "artifacts/train_scorer/scorer"
-SCORES = "artifacts/score_images/edm18/edm18-0000/scores.npy"
+SCORES = "artifacts/score_images/edm18/scores.npy"
 ROBUST, KEPT = "artifacts/train_robust/generated-1", "artifacts/select_images/edm18_best"
 
 DEEPER = {"name": "wide_resnet", "depth": 16, "width": 1, "activation": "silu"}
@@ -38,8 +38,8 @@ DAMAGE = [
     ("generate_images", f"{DENOISER}/denoiser.json", REMOVED, ["denoiser.json does not exist", "dvc repro"]),
     ("generate_images", f"{DENOISER}/denoiser.json", {"schema": 2}, ["has schema 2", "this dmat reads 1"]),
     ("generate_images", f"{DENOISER}/denoiser.json", {"kind": "classifier"}, ["holds a classifier", "a denoiser"]),
-    ("score_images", f"{CHUNK}/images-00001.npy", ALTERED, ["images-00001.npy has checksum", "altered or cut"]),
-    ("score_images", f"{CHUNK}/labels-00000.npy", CUT, ["labels-00000.npy has checksum", "altered or cut"]),
+    ("score_images", f"{IMAGES}/images-00001.npy", ALTERED, ["images-00001.npy has checksum", "altered or cut"]),
+    ("score_images", f"{IMAGES}/labels-00000.npy", CUT, ["labels-00000.npy has checksum", "altered or cut"]),
     ("score_images", f"{SCORER}/best.safetensors", ALTERED, ["best.safetensors has checksum", "its sidecar says"]),
     ("score_images", f"{SCORER}/best.json", {"classes": 7}, ["of 7 classes", "of 10", "train a classifier on this"]),
     ("score_images", f"{SCORER}/best.json", {"image_shape": [32, 32, 3]}, ["[32, 32, 3]", "[8, 8, 1]"]),
@@ -52,10 +52,10 @@ DAMAGE = [
     ("mix_images", f"{KEPT}/selection.json", {"kept": 0}, ["arm generated", "0 generated"]),
     ("mix_images", f"{KEPT}/selection.json", EMPTY, ["selection.json lacks image_set", "dvc checkout"]),
     ("train_robust", "artifacts/mix_images/generated/mix.json", EMPTY, ["mix.json lacks generated_images"]),
-    ("select_images", f"{CHUNK}/labels-00000.npy", ALTERED, ["labels-00000.npy has checksum", "altered or cut"]),
+    ("select_images", f"{IMAGES}/labels-00000.npy", ALTERED, ["labels-00000.npy has checksum", "altered or cut"]),
     ("train_robust", "artifacts/mix_images/generated/mix.json", REMOVED, ["mix.json does not exist", "dvc repro"]),
-    ("train_robust", f"{CHUNK}/manifest.json", {"seed": 2}, ["is not the chunk that was selected from", "dvc repro"]),
-    ("train_robust", f"{CHUNK}/images-00000.npy", ALTERED, ["images-00000.npy has checksum", "altered or cut"]),
+    ("train_robust", f"{IMAGES}/manifest.json", {"seed": 2}, ["is not the set that was selected from", "dvc repro"]),
+    ("train_robust", f"{IMAGES}/images-00000.npy", ALTERED, ["images-00000.npy has checksum", "altered or cut"]),
     ("train_robust", f"{KEPT}/indices.npy", ALTERED, ["indices.npy changed after the mix was made", "dvc repro"]),
     ("evaluate_robust", f"{ROBUST}/best.safetensors", ALTERED, ["best.safetensors has checksum", "its sidecar says"]),
     ("evaluate_robust", f"{ROBUST}/last.safetensors", REMOVED, ["last.safetensors does not exist", "dvc repro"]),
@@ -105,7 +105,7 @@ def test_damaged_input_is_refused(finished, tmp_path, word, path, how, words):
     ("word", "path", "maker"),
     [
         ("mix_images", f"{KEPT}/indices.npy", "select_images"),  # read by nobody there, and yet part of its result
-        ("select_images", f"{CHUNK}/images-00000.npy", "generate_images"),
+        ("select_images", f"{IMAGES}/images-00000.npy", "generate_images"),
         ("evaluate_robust", f"{ROBUST}/history.json", "train_robust"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_read_only_disk_is_named(finished, tmp_path):
     [
         (["train-robust", "--arm", "nobody", "--seed", "1"], ["no instance 'nobody-1'", "real_only-1, generated-1"]),
         (["train-robust", "--arm", "generated", "--seed", "7"], ["no instance 'generated-7'", "expected one of"]),
-        (["generate-images", "--chunk", "edm18-0009"], ["no instance 'edm18-0009'", "edm18-0000"]),
+        (["generate-images", "--image-set", "edm19"], ["no instance 'edm19'", "edm18"]),
         (["select-images", "--selection", "none"], ["no instance 'none'", "edm18_best"]),
         (["prepare-data", "--params", "nowhere.yaml"], ["nowhere.yaml does not exist", "dmat recipes use"]),
         (["recipes", "use", "nobody"], ["recipe is 'nobody'", "digits-3-seeds"]),
@@ -249,7 +249,7 @@ def test_a_selection_that_keeps_nothing_is_refused(finished, tmp_path):
     project.write({"select_images": {"keep": 0.01}})
     text = _refused(project, "select_images")
     assert "keep 0.01 of 100 images leaves none" in text
-    assert "generate more chunks" in text
+    assert "generate more images" in text
 
 
 def test_a_share_that_a_batch_cannot_hold_is_refused(finished, tmp_path):

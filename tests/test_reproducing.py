@@ -40,7 +40,7 @@ def _run(project, **tags):
     given = {"dmat.stage": "prepare_data", "dmat.instance": "all", "git.commit": _git(project, "rev-parse", "HEAD")}
     kept = {name: value for name, value in (given | tags).items() if value is not None}
     run = client.create_run(experiment, tags=kept).info.run_id
-    settings = config.load(project / "params.yaml").sections["prepare_data"].plain()
+    settings = config.load(project / "params.yaml").prepare_data.plain()
     for name, value in memory.parameters(settings).items():
         client.log_param(run, name, value)
     return client, run

@@ -58,15 +58,15 @@ def _train_classifier(folder, shards, compute, settings, stop_at=-1, mix=None, s
     mix = mix or Mix(48, 0, 16, 0.0)
     generated = (shards, np.arange(0, 48, 2)) if mix.generated else (None, None)
     batches = (spoil or MixedBatches)(mix, 1, shards, *generated)
-    with _StopAt(folder, compute, settings.images, quiet=True) as run:
+    with _StopAt(folder, compute, settings.images_seen, quiet=True) as run:
         run.stop_at = stop_at
         return classifier.train(model, 4, batches, everything(shards), recipe, settings, 1, run, compute)
 
 
 @pytest.fixture
 def robust_settings(tiny_params):
-    section = tiny_params["train_robust"] | {"images": 160, "batch": 16, "evaluate_every": 48, "schedule_every": 16,
-                                             "augmentation": "crop1", "selection_steps": 2}  # fmt: skip
+    section = tiny_params["train_robust"] | {"images_seen": 160, "batch": 16, "evaluate_every": 48,
+                                             "schedule_every": 16, "augmentation": "crop1", "selection_steps": 2}  # fmt: skip # noqa: E501
     return config.TrainRobust.model_validate(section)
 
 
@@ -128,7 +128,7 @@ def test_the_ways_differ(tmp_path, shards, compute, robust_settings):
         "mixed and reshuffled",
     ):
         changes, mix = WAYS[way]
-        settings = robust_settings.model_copy(update={"schedule_every": 48, "images": 96, **changes})
+        settings = robust_settings.model_copy(update={"schedule_every": 48, "images_seen": 96, **changes})
         outcome = _train_classifier(tmp_path / way.replace(" ", "-"), shards, compute, settings, mix=mix)
         ends[way] = outcome.last["logits.weight"].flatten()[:8].tolist()
     assert len({tuple(values) for values in ends.values()}) == len(ends)
@@ -203,7 +203,7 @@ def test_it_rolls_back_the_same_way_after_an_interruption(tmp_path, shards, comp
 
 
 def test_patience_ends_a_run_after_evaluations_without_a_new_best(tmp_path, shards, compute, robust_settings):
-    often = robust_settings.model_copy(update={"images": 320, "evaluate_every": 16, "learning_rate": 0.5})
+    often = robust_settings.model_copy(update={"images_seen": 320, "evaluate_every": 16, "learning_rate": 0.5})
     scores = [r["validation_robust"] for r in _train_classifier(tmp_path / "long", shards, compute, often).history]
     since, best, expected = 0, -1.0, len(scores)
     for k, score in enumerate(scores):
@@ -220,14 +220,14 @@ def test_patience_ends_a_run_after_evaluations_without_a_new_best(tmp_path, shar
 def _train_denoiser(folder, shards, compute, settings, stop_at=-1):
     torch.manual_seed(3)
     model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.dropout), settings.sigma_data)
-    with _StopAt(folder, compute, settings.images, quiet=True) as run:
+    with _StopAt(folder, compute, settings.images_seen, quiet=True) as run:
         run.stop_at = stop_at
         return denoiser.train(model, *shards.all(), settings, 1, run, compute)
 
 
 @pytest.mark.parametrize("stop_at", [0, 32, 48, 160])
 def test_denoiser_resumes_bit_for_bit(tmp_path, shards, compute, tiny_params, stop_at):
-    section = tiny_params["train_diffusion"] | {"images": 160, "batch": 16, "log_every": 48, "dropout": 0.3}
+    section = tiny_params["train_diffusion"] | {"images_seen": 160, "batch": 16, "log_every": 48, "dropout": 0.3}
     settings = config.Generator.model_validate(section)
     weights, history = _train_denoiser(tmp_path / "whole", shards, compute, settings)
     with pytest.raises(Interrupted):
@@ -246,7 +246,7 @@ def test_denoiser_average_is_that_of_karras_et_al(tmp_path, shards, compute, tin
         update(averaged, live, decay)
 
     monkeypatch.setattr(averaging, "update", record)
-    section = tiny_params["train_diffusion"] | {"images": 160, "batch": 16, "average_half_life": 5.0}
+    section = tiny_params["train_diffusion"] | {"images_seen": 160, "batch": 16, "average_half_life": 5.0}
     settings = config.Generator.model_validate(section)
     weights, _ = _train_denoiser(tmp_path, shards, compute, settings)
     average = lives[0]
@@ -263,7 +263,7 @@ def test_denoiser_average_is_that_of_karras_et_al(tmp_path, shards, compute, tin
 
 def test_learning_rate_of_a_run_changes_after_whole_batches(tmp_path, shards, compute, robust_settings):
     """40 images in batches of 16 are an epoch of 3 steps; torch's scheduler is stepped once for each."""
-    changes = {"batch": 16, "schedule_every": 40, "images": 41 * 48, "evaluate_every": 48, "selection_steps": 0}
+    changes = {"batch": 16, "schedule_every": 40, "images_seen": 41 * 48, "evaluate_every": 48, "selection_steps": 0}
     settings = robust_settings.model_copy(update={**changes, "loss": "standard", "augmentation": "none"})
     history = _train_classifier(tmp_path, shards, compute, settings).history
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)

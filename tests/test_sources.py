@@ -11,7 +11,6 @@ import pickle
 import shutil
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -606,8 +605,10 @@ def project(tmp_path, tiny_params):
     made = cifar_files.write(tmp_path / "data/cifar-10-batches-py", train=200, test=60)
     folder = tmp_path / "project"
     folder.mkdir()
-    settings = {"source": "cifar10", "path": "../data", "train": 100, "validation": 50, "test": 60}
-    tiny_params["train_scorer"] |= {"images": 128, "evaluate_every": 128, "augmentation": "crop4_flip"}
+    (folder / "sources").mkdir()
+    (folder / "sources/data").symlink_to("../../data")
+    settings = {"source": "cifar10", "path": "data", "train": 100, "validation": 50, "test": 60}
+    tiny_params["train_scorer"] |= {"images_seen": 128, "evaluate_every": 128, "augmentation": "crop4_flip"}
     project = Project(folder, tiny_params)
     project.write({"prepare_data": settings})
     return project, made
@@ -615,9 +616,9 @@ def project(tmp_path, tiny_params):
 
 def _prepare(folder, source, **counts):
     """`prepare_data.run` itself: its metrics and notes."""
-    settings = config.PrepareData(source="shards", path=str(source), seed=1, **counts)
+    settings = config.PrepareData(source="shards", path=source.name, seed=1, **counts)
     job = types.SimpleNamespace(
-        project_path=Path, result=folder / "result", pictures=folder / "pictures", notes=[], root=folder
+        inputs={"source": source}, result=folder / "result", pictures=folder / "pictures", notes=[]
     )
     return prepare_data.run(settings, job), job.notes
 
@@ -685,7 +686,7 @@ def test_own_test_images_are_the_test_split(project):
             {"normalisation": {"mean": [0.5], "std": [0.5, 0.5, 0.5]}},
             "prepare_data.normalisation has 1 numbers of mean and 3 of std; the images have 3 channels; give one",
         ),
-        ({"path": "../nowhere"}, "nowhere, which does not exist; expected the images of source cifar10"),
+        ({"path": "nowhere"}, "sources/nowhere, which does not exist; expected the images of source cifar10"),
         ({"source": "cifar100"}, "data is no CIFAR-100 folder; expected cifar-100-python (train, test, meta) or"),
     ],
 )
@@ -719,7 +720,7 @@ def test_a_source_whose_bytes_changed_is_noticed(project):
     project.run("prepare_data")
     note = json.loads((project.folder / "artifacts/provenance/prepare_data/all.json").read_text())
     cifar_folder = project.folder.parent / "data/cifar-10-batches-py"
-    assert note["inputs"] == {"source": {"path": "../data", "sha256": files.checksum(cifar_folder)}}
+    assert note["inputs"] == {"source": {"path": "sources/data", "sha256": files.checksum(cifar_folder)}}
     first = files.checksum(project.folder / "artifacts/prepare_data")
     (cifar_folder.parent / "something else").write_text("beside it")
     project.run("prepare_data")
@@ -730,8 +731,10 @@ def test_a_source_whose_bytes_changed_is_noticed(project):
     rows = images.transpose(0, 3, 1, 2).reshape(60, -1)
     (cifar_folder / "test_batch").write_bytes(python2({b"data": rows, b"labels": labels.tolist()}))
     text = project.run("train_scorer", code=2)
-    assert "../data has checksum" in text
-    assert "bring the old files back, or run `dvc repro --force prepare_data`" in text
+    assert "sources/data has checksum" in text
+    assert (
+        "bring the old files back, or run `dvc repro` (without DVC: `dmat prepare-data` and the rest after it)" in text
+    )
     project.run("prepare_data")
     assert equal(_split(project, "test")[1], (images, labels))
     project.run("train_scorer")

@@ -114,7 +114,9 @@ def test_imports_go_down_the_layers(root):
 @pytest.mark.parametrize("package", HOMES)
 def test_opinionated_packages_have_one_home(root, package):
     users = {m for m in _modules(root) if any(re.match(rf"{package}(\.|$)", name) for name in _imports(root, m))}
-    assert users == HOMES[package]
+    packages = {home for home in HOMES[package] if (root / home.replace(".", "/")).is_dir()}
+    inside = {next((home for home in packages if user.startswith(f"{home}.")), user) for user in users}
+    assert inside == HOMES[package]
 
 
 def test_every_stage_has_one_word_everywhere(root):
@@ -144,7 +146,7 @@ def test_dvc_stages_agree_with_the_table(root):
             options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
             assert entry["cmd"] == f"dmat {stage.command} {options}".strip()
             inputs = set(stage.inputs(params, **chosen).values())
-            assert set(entry["deps"]) == inputs | set(code.of_stage(word)), word
+            assert set(entry["deps"]) - {"sources/none"} == inputs | set(code.of_stage(word)), word
             outputs = set(stage.outputs(params, **chosen).values())
             outputs |= {stage.metrics_path(chosen), stage.provenance_path(chosen)}
             assert set(entry["outs"]) - {stage.pictures_path(chosen)} == outputs, word
@@ -182,12 +184,10 @@ def _resolved(template: dict, word: str, chosen: dict, params: config.Params) ->
     """What DVC would fill in for one instance; ${key} and ${item...} are the only templates that dvc.yaml uses."""
     stage = STAGES[word]
     values = {"key": stage.instance(chosen), **{f"item.{name}": str(value) for name, value in chosen.items()}}
-    if "chunk" in chosen:
-        values |= {f"item.{name}": str(value) for name, value in params.chunks[chosen["chunk"]].plain().items()}
-    if "selection" in chosen:
-        values["item.image_set"] = params.selected_from[chosen["selection"]]
-    if stage.each == ("arm",):
-        values["item.images_from"] = params.arm_images[chosen["arm"]]
+    values["prepare_data.path"] = params.prepare_data.path
+    for option, entries in (("image_set", params.image_sets), ("selection", params.selections), ("arm", params.arms)):
+        if stage.each == (option,):
+            values |= {f"item.{name}": value for name, value in entries[chosen[option]].plain().items()}
     fill = lambda text: re.sub(r"\$\{([^}]+)\}", lambda m: values[m[1]], text)  # noqa: E731
     outs = [*template["outs"], *template.get("metrics", [])]
     return {"cmd": fill(template["cmd"]), "params": template["params"], "outs": [fill(o) for o in outs],

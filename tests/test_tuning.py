@@ -73,7 +73,7 @@ def test_a_study_has_its_trials_its_table_and_its_pictures(studied):
     best = max(complete, key=lambda row: float(row["validation_robust"]))
     assert summary["best"]["trial"] == int(best["trial"])
     assert summary["best"]["beta"] == float(best["beta"])
-    space = config.load(studied.folder / "params.yaml").sections["tune"].space
+    space = config.load(studied.folder / "params.yaml").tune.space
     for row in rows:
         assert all(wanted.low <= float(row[name]) <= wanted.high for name, wanted in space.items())
     pictures = {path.stem for path in (studied.folder / "artifacts/tune/generated").glob("*.png")}
@@ -84,7 +84,7 @@ def test_the_first_trial_is_the_arm_as_it_is_and_equals_a_training_of_that_lengt
     first = _table(studied)[0]
     assert (first["beta"], first["learning_rate"], first["generated_share"]) == ("5.0", "0.2", "0.7")
     project = studied.copy_without("train_robust", tmp_path / "project")
-    project.write({"arms": {"generated": {"images": 640, "evaluate_every": 128}}})
+    project.write({"arms": {"generated": {"images_seen": 640, "evaluate_every": 128}}})
     for word in ("mix_images", "train_robust"):
         project.run(word)
     metrics = files.read_json(project.folder / "artifacts/metrics/train_robust/generated-1.json")
@@ -550,7 +550,7 @@ def test_images_that_a_trial_changes_are_made_once_for_each_value(finished, tmp_
         {"image_set.sampler.steps": 2, "selection.keep": 0.5},
         {"selection.keep": 0.5},
     ]
-    project.write({"tune": {"enqueue": points, "images": 128}})
+    project.write({"tune": {"enqueue": points, "images_seen": 128}})
     _study(project, 6)
     rows = _table(project)
     assert [row["state"] for row in rows] == ["COMPLETE"] * 6
@@ -598,7 +598,7 @@ def test_status_says_who_is_at_work_and_what_was_not_begun(finished, tmp_path):
     code, text = forked.run(project.folder, "tune", "status")
     assert code == 2
     assert "was not begun" in text
-    project.write({"tune": {"images": 64000}})  # so long that the signal below finds a trial at work
+    project.write({"tune": {"images_seen": 64000}})  # so long that the signal below finds a trial at work
     first = _start(project, 40)
     forked.until(lambda: list((project.folder / "runs/tune").glob("generated-*/trial-0000/metrics.jsonl")))
     _, text = forked.run(project.folder, "tune", "status", "--json")

@@ -155,9 +155,9 @@ def _study(root, tmp_path, changes):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     params = config.load(path)
-    settings, trial = params.sections["tune"], params.trial
+    settings, trial = params.tune, params.trial
     folder = tmp_path / "runs/tune/generated-000000000000"
-    return Study(settings, trial, params.arm_images[settings.arm], {}, folder, "sqlite:///none", "kin"), params, path
+    return Study(settings, trial, {}, folder, "sqlite:///none", "kin"), params, path
 
 
 SPACE = {
@@ -195,7 +195,10 @@ def test_any_parameter_of_an_arm_or_its_images_may_be_in_a_space(root, tmp_path)
     chosen = plan.trial.with_values(values)
     assert (chosen.arm.network.width, chosen.image_set.sampler.steps, chosen.selection.keep) == (2, 9, 0.5)
     assert chosen.arm.network.depth == plan.trial.arm.network.depth, "mappings are merged"
-    assert (chosen.arm.images, chosen.arm.evaluate_every) == (plan.settings.images, plan.settings.evaluate_every)
+    assert (chosen.arm.images_seen, chosen.arm.evaluate_every) == (
+        plan.settings.images_seen,
+        plan.settings.evaluate_every,
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +207,7 @@ def test_any_parameter_of_an_arm_or_its_images_may_be_in_a_space(root, tmp_path)
         ({"space": {"bta": {"low": 1, "high": 2}}}, ["tune.space.bta is not known", "beta"]),
         ({"space": {"network": {"choices": ["a", "b"]}}}, ["network is not a single value", "dots"]),
         ({"space": {"network.dpth": {"low": 1, "high": 2}}}, ["network.dpth is not known", "depth"]),
-        ({"space": {"images": {"low": 1, "high": 2}}}, ["tune.space.images", "could not be compared"]),
+        ({"space": {"images_seen": {"low": 1, "high": 2}}}, ["tune.space.images_seen", "could not be compared"]),
         ({"space": {"threat.epsilon": {"low": 0.1, "high": 0.2}}}, ["threat.epsilon", "could not be compared"]),
         ({"space": {"augmentation": {"low": 1, "high": 2}}}, ["augmentation is 'none'", "choices, not a range"]),
         ({"space": {"augmentation": {"choices": ["none", "nose"]}}}, ["augmentation.choices.1 is nose", "crop1"]),
@@ -324,7 +327,13 @@ def test_a_proposal_depends_on_seed_number_and_trials_alone(root, tmp_path, samp
 
 @pytest.mark.parametrize("pruner", ["hyperband", "median", "none"])
 def test_the_warm_up_is_never_pruned_and_what_falls_behind_is(root, tmp_path, pruner):
-    changes = {"pruner": pruner, "images": 8000, "evaluate_every": 1000, "warm_up_images": 2000, "startup_trials": 2}
+    changes = {
+        "pruner": pruner,
+        "images_seen": 8000,
+        "evaluate_every": 1000,
+        "warm_up_images": 2000,
+        "startup_trials": 2,
+    }
     plan, *_ = _study(root, tmp_path, changes)
     study = optuna.create_study(direction="maximize", pruner=sampling.pruner(plan.settings))
     stopped = {}
@@ -397,7 +406,7 @@ def test_what_is_applied_is_what_is_read(root, tmp_path, head):
     applying.apply(path, plan, before, _winner({"weight_decay": 1e-05, "beta": 1e22}), "no", [])
     after = config.load(path)
     assert (after.arms["no"].weight_decay, after.arms["no"].beta) == (1e-05, 1e22)
-    assert (after.sections, after.arms["generated"]) == (before.sections, before.arms["generated"])
+    assert (after.tune, after.arms["generated"]) == (before.tune, before.arms["generated"])
 
 
 def test_a_trial_that_ended_between_look_and_claim_is_left_alone(root, tmp_path):
@@ -440,16 +449,16 @@ def test_a_winner_with_images_of_its_own_brings_their_entries(root, tmp_path):
     plan, params, path = _study(root, tmp_path, {"space": SPACE})
     winner = _winner({"beta": 2.0, "image_set.sampler.steps": 9, "selection.keep": 0.5, "network.width": 2})
     written = applying.apply(path, plan, params, winner, "tuned", [])
-    assert written == ["arms.tuned", "image_sets.tuned", "chunks.tuned-0000", "selections.tuned"]
+    assert written == ["arms.tuned", "image_sets.tuned", "selections.tuned"]
     loaded = config.load(path)
-    assert loaded.arm_images["tuned"] == "artifacts/select_images/tuned"
-    assert loaded.selected_from["tuned"] == "tuned"
+    assert loaded.arms["tuned"].images == "tuned"
+    assert loaded.selections["tuned"].image_set == "tuned"
     assert (loaded.image_sets["tuned"].sampler.steps, loaded.selections["tuned"].keep) == (9, 0.5)
     assert loaded.arms["tuned"].network.width == 2
-    assert loaded.chunks["tuned-0000"].generator == "edm"
+    assert loaded.image_sets["tuned"].generator == "edm"
     only_kept = applying.apply(path, plan, params, _winner({"selection.keep": 0.3}), "kept", [])
     assert only_kept == ["arms.kept", "selections.kept"]
-    assert config.load(path).selected_from["kept"] == "edm18"
+    assert config.load(path).selections["kept"].image_set == "edm18"
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ import filelock
 from tqdm import tqdm
 
 from dmat import ARTIFACTS, devices, dvc_lock, files, processes, tracking
-from dmat.config import Params, Record
+from dmat.config import NONE, Params, Record
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.jobs import code, lineage
-from dmat.jobs.stages import STAGES, Stage
+from dmat.jobs.stages import SOURCES, STAGES, Stage
 from dmat.jobs.workspace import Workspace
 from dmat.processes import World
 from dmat.training.interruption import Interruption
@@ -64,10 +64,6 @@ class Job:
     attachments: list[Path] = dataclasses.field(default_factory=list)
     described: list[str] = dataclasses.field(default_factory=list)  # filled by the job: Markdown, what came out
     models: list[tracking.Candidate] = dataclasses.field(default_factory=list)  # filled by the job: for the registry
-
-    def project_path(self, path: str | None) -> Path | None:
-        """A path of params.yaml, relative to the project."""
-        return None if path is None else self.root / path
 
     def long_run(self, total: int) -> LongRun:
         """Checkpoints, metrics and progress bar of this instance."""
@@ -157,25 +153,26 @@ def _checksum(word: str, settings: Record, path: Path) -> str:
 
 
 def _expect_known_source(params: Params, workspace: Workspace) -> None:
-    """Raises DmatError if the splits were made of other bytes than their source holds now: DVC does not look there.
+    """Raises DmatError if the splits were made of other bytes than their source holds now: a stage that is started
+    directly has nobody else who would look.
 
     A source that is not on this machine, or of which it is not known what was read, is nobody's concern here.
     """
-    settings: Any = params.sections["prepare_data"]
+    settings = params.prepare_data
     stage = STAGES["prepare_data"]
     note = workspace.at(stage.provenance_path({}))
-    if settings.path is None or not note.exists():
+    if settings.path == NONE or not note.exists():
         return
     known = files.read_json(note).get("inputs", {}).get("source")
     try:
-        found = _checksum(stage.word, settings, workspace.at(settings.path))
+        found = _checksum(stage.word, settings, workspace.at(f"{SOURCES}/{settings.path}"))
     except DmatError:
         return
-    if known and known["path"] == settings.path and known["sha256"] != found:
+    if known and known["path"] == f"{SOURCES}/{settings.path}" and known["sha256"] != found:
         raise DmatError(
-            f"{settings.path} has checksum {found[:12]}; the splits in {ARTIFACTS}/prepare_data were made when it had "
-            f"{known['sha256'][:12]}; bring the old files back, or run `dvc repro --force prepare_data` (without DVC: "
-            f"`dmat {stage.command}`) and the rest after it"
+            f"{SOURCES}/{settings.path} has checksum {found[:12]}; the splits in {ARTIFACTS}/prepare_data were made "
+            f"when it had {known['sha256'][:12]}; bring the old files back, or run `dvc repro` (without DVC: `dmat "
+            f"{stage.command}` and the rest after it)"
         )
 
 
@@ -211,12 +208,7 @@ def published_paths(stage: Stage, params: Params, chosen: Mapping[str, Any]) -> 
 
 
 def stage_identity(stage: Stage, chosen: Mapping[str, Any], params: Params) -> dict[str, Any]:
-    """What else decides a result: the position of a chunk, the chunks of a set, what there is to report."""
-    if "chunk" in chosen:
-        return {"chunk": params.chunks[chosen["chunk"]].plain()}
-    if "selection" in chosen:
-        image_set = params.selected_from[chosen["selection"]]
-        return {"image_set": image_set, "chunks": list(params.chunks_of(image_set))}
+    """What else decides a result: what there is to report."""
     if stage.word == "write_report":
         return {"reported": {word: [one.instance(c) for c in one.choices(params)] for word, one in STAGES.items()}}
     return {}
@@ -390,12 +382,12 @@ def outlook(plan: Plan, params: Params, workspace: Workspace) -> dict[str, Any]:
 
 def resolve(params: Params) -> Compute:
     """Device, precision and threads that a parameter file asks for."""
-    wanted: Any = params.sections["compute"]
+    wanted = params.compute
     return devices.resolve(wanted.device, wanted.precision, wanted.threads)
 
 
 def _job(plan: Plan, params: Params, workspace: Workspace, compute: Compute, work: Path, quiet: bool) -> Job:
-    wanted: Any = params.sections["compute"]
+    wanted = params.compute
     return Job(
         {name: workspace.at(entry["path"]) for name, entry in plan.inputs.items()},
         plan.chosen,

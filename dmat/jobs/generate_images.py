@@ -1,7 +1,8 @@
-"""generate_images: denoiser -> one chunk of labelled images as shards.
+"""generate_images: denoiser -> a set of labelled images as shards.
 
-Image k of a set has the label k modulo the number of classes and its own latents, named by (seed, k): the set does
-not depend on chunk, shard or restart. Finished shards are kept, so a restart makes only what is missing.
+Image k of a set has the label k modulo the number of classes and its own latents, named by (seed, k): an image
+does not depend on the size of the set, on shards or restarts. Finished shards are kept, so a restart makes
+only what is missing.
 """
 
 import sys
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmat import files, seeds
-from dmat.config import GenerateImages
+from dmat.config import ImageSet
 from dmat.data import shards
 from dmat.data.pixels import to_bytes
 from dmat.diffusion.edm import Preconditioned
@@ -26,17 +27,15 @@ from dmat.metrics import pictures
 from dmat.training.interruption import Interruption
 
 
-def run(settings: GenerateImages, job: Job) -> dict[str, Any]:
+def run(settings: ImageSet, job: Job) -> dict[str, Any]:
     model, sidecar = load_denoiser(job.inputs["denoiser"] / "denoiser.safetensors", job.compute)
-    chunk = job.params.chunks[job.chosen["chunk"]]
-    first = chunk.index * settings.chunk
     folder = job.result / "images"
-    starts = range(first, first + settings.chunk, settings.shard)
+    starts = range(0, settings.images, settings.shard)
     entries = []
-    bar = tqdm(total=settings.chunk, unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
+    bar = tqdm(total=settings.images, unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
     with Interruption() as interruption, bar:
         for number, start in enumerate(starts):
-            indices = np.arange(start, min(start + settings.shard, first + settings.chunk))
+            indices = np.arange(start, min(start + settings.shard, settings.images))
             entries.append(_shard(folder, number, indices, model, sidecar, settings, job, bar, interruption))
     labels = np.concatenate([np.load(folder / entry["labels"]) for entry in entries])
     counts = np.bincount(labels, minlength=len(sidecar["class_names"]))
@@ -50,7 +49,6 @@ def run(settings: GenerateImages, job: Job) -> dict[str, Any]:
             "generator_sha256": sidecar["sha256"],
             "sampler": settings.sampler.plain(),
             "seed": settings.seed,
-            "first_index": first,
             "block": settings.block,
             "licence": sidecar["licence_of_data"],
             "precision": job.compute.precision,
@@ -67,7 +65,7 @@ def _shard(
     indices: np.ndarray,
     model: Preconditioned,
     sidecar: dict[str, Any],
-    settings: GenerateImages,
+    settings: ImageSet,
     job: Job,
     bar: Any,
     interruption: Interruption,
@@ -81,9 +79,11 @@ def _shard(
     labels = indices % len(sidecar["class_names"])
     for start in range(0, len(indices), settings.block):
         interruption.raise_if_asked()
-        block = slice(start, start + settings.block)
-        images[block] = _block(indices[block], labels[block], model, sidecar, settings, job)
-        bar.update(len(indices[block]))
+        # Always a whole block, whose surplus is dropped: sums in another order round differently.
+        block = indices[start] + np.arange(settings.block)
+        wanted = min(settings.block, len(indices) - start)
+        images[start : start + wanted] = _block(block, model, sidecar, settings, job)[:wanted]
+        bar.update(wanted)
     entry = shards.write_shard(folder, number, images, labels)
     files.write_json(note, entry)
     return entry
@@ -107,10 +107,9 @@ def _finished(folder: Path, note: Path, number: int, count: int) -> dict[str, An
 
 def _block(
     indices: np.ndarray,
-    labels: np.ndarray,
     model: Preconditioned,
     sidecar: dict[str, Any],
-    settings: GenerateImages,
+    settings: ImageSet,
     job: Job,
 ) -> np.ndarray:
     height, width, channels = sidecar["image_shape"]
@@ -122,7 +121,7 @@ def _block(
         return job.compute.place(torch.stack(numbers))
 
     sample = SAMPLERS[settings.sampler.name]
-    classes = torch.from_numpy(labels).to(job.compute.device)
+    classes = torch.from_numpy(indices % len(sidecar["class_names"])).to(job.compute.device)
     with job.compute.autocast():
         made = sample(model, noise("latents"), classes, settings.sampler, lambda step: noise(f"churn/{step}"))
     return to_bytes(made)

@@ -15,15 +15,13 @@ from dmat.data import shards
 from dmat.data.pixels import to_unit
 from dmat.jobs.classifiers import load_classifier
 from dmat.jobs.execution import Job
-from dmat.jobs.select_images import read_selection
 from dmat.metrics import pictures, quality
 from dmat.robust import prediction
 from dmat.robust.networks import Classifier
 
 
 def run(settings: MeasureImages, job: Job) -> dict[str, Any]:
-    selection = read_selection(job.inputs["selection"])
-    pool = shards.open_shards([job.inputs["images"] / name for name in selection["chunks"]])
+    pool = shards.open_shards(job.inputs["images"])
     kept = files.load_array(job.inputs["selection"] / "indices.npy")
     evenly = np.unique(np.linspace(0, len(kept) - 1, min(settings.images, len(kept))).astype(np.int64))
     images, labels = pool.take(kept[evenly])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dmat import ARTIFACTS, files
-from dmat.config import REAL_ONLY, MixImages
+from dmat.config import NONE, MixImages
 from dmat.data import shards
 from dmat.data.mixing import Mix
 from dmat.data.shards import Shards
@@ -21,10 +21,10 @@ from dmat.jobs.select_images import read_selection
 
 def run(settings: MixImages, job: Job) -> dict[str, Any]:
     real = shards.open_shards(job.inputs["train"])
-    selection = None if settings.images_from == REAL_ONLY else read_selection(job.inputs["images_from"])
+    selection = None if settings.images == NONE else read_selection(job.inputs["selection"])
     if selection is not None and (selection["shape"], selection["classes"]) != (list(real.shape), real.classes):
         raise DmatError(
-            f"arm {job.chosen['arm']}: {settings.images_from} holds images {selection['shape']} of "
+            f"arm {job.chosen['arm']}: selection {settings.images} holds images {selection['shape']} of "
             f"{selection['classes']} classes, the training images are {list(real.shape)} of {real.classes}; expected "
             f"the same; name images of a generator that was trained on this data set"
         )
@@ -39,7 +39,7 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
     )
     if selection is not None and not mix.generated:
         raise DmatError(
-            f"arm {job.chosen['arm']}: {settings.images_from} keeps 0 generated images; expected some; run its "
+            f"arm {job.chosen['arm']}: selection {settings.images} keeps 0 generated images; expected some; run its "
             f"selection again"
         )
     if selection is not None and not 0 < mix.generated_per_batch < mix.drawn:
@@ -62,18 +62,18 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
             "reshuffle_steps": mix.reshuffle_steps,
             "per_batch": facts,
             "generated_to_real": f"{mix.generated_per_batch}:{mix.real_per_batch}",
-            "images_seen": settings.images,
-            "coverage": mix.coverage(settings.images),
+            "images_seen": settings.images_seen,
+            "coverage": mix.coverage(settings.images_seen),
             "selection": None
             if selection is None
             else {
-                "path": settings.images_from,
+                "path": f"{ARTIFACTS}/select_images/{settings.images}",
                 **selection,
-                "indices_sha256": files.sha256(job.inputs["images_from"] / "indices.npy"),
+                "indices_sha256": files.sha256(job.inputs["selection"] / "indices.npy"),
             },
         },
     )
-    return {**facts, **mix.coverage(settings.images)}
+    return {**facts, **mix.coverage(settings.images_seen)}
 
 
 def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None, np.ndarray | None]:
@@ -95,11 +95,10 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None
     selection = facts["selection"]
     if selection is None:
         return mix, None, None
-    folders = [root / ARTIFACTS / "generate_images" / selection["image_set"] / name for name in selection["chunks"]]
-    for chunk in folders:
-        if files.sha256(chunk / shards.MANIFEST) != selection["manifest_sha256"][chunk.name]:
-            raise DmatError(f"{chunk} is not the chunk that was selected from; run `dvc repro` to bring them together")
+    images = root / ARTIFACTS / "generate_images" / selection["image_set"]
+    if files.sha256(images / shards.MANIFEST) != selection["manifest_sha256"]:
+        raise DmatError(f"{images} is not the set that was selected from; run `dvc repro` to bring them together")
     indices = root / selection["path"] / "indices.npy"
     if files.sha256(indices) != selection["indices_sha256"]:
         raise DmatError(f"{indices} changed after the mix was made; run `dvc repro` to bring them together")
-    return mix, shards.open_shards(folders), files.load_array(indices)
+    return mix, shards.open_shards(images), files.load_array(indices)

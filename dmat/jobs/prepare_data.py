@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dmat import seeds
+from dmat import files, seeds
 from dmat.config import Normalisation, PrepareData
 from dmat.data import overlap, shards, sources
 from dmat.data.sources import Source, stratified
@@ -21,7 +21,7 @@ SPLITS = ("test", "validation", "train")  # drawn in this order, so that more tr
 
 
 def run(settings: PrepareData, job: Job) -> dict[str, Any]:
-    source = sources.load(settings.source, job.project_path(settings.path))
+    source = sources.load(settings.source, job.inputs.get("source"))
     wanted = {name: getattr(settings, name) for name in SPLITS}
     _expect_enough(settings.source, source, wanted)
     constants = _constants(settings.normalisation, source.images.shape[3])
@@ -55,6 +55,7 @@ def run(settings: PrepareData, job: Job) -> dict[str, Any]:
         shards.write_set(job.result / name, images, labels, class_names=source.class_names, facts=facts)
         if name == "train":
             pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images, one row a class")
+    files.write_text(job.result / "none", "")
     copies = _copies(hashes)
     job.notes.extend([*source.notes, *_told(copies, wanted)])
     return {**wanted, "classes": len(source.class_names), **copies}

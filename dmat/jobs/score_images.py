@@ -1,4 +1,4 @@
-"""score_images: a chunk and the scorer -> for each image the probability that the scorer gives to its label.
+"""score_images: an image set and the scorer -> for each image the probability that the scorer gives to its label.
 
 The rule of Wang et al. 2023 for their 1M set: softmax probability of the target class by a standard classifier.
 """
@@ -19,16 +19,16 @@ from dmat.robust import prediction
 
 
 def run(settings: ScoreImages, job: Job) -> dict[str, Any]:
-    chunk = shards.open_shards(job.inputs["images"])
-    model, _ = load_classifier(job.inputs["scorer"] / "best.safetensors", chunk, job.compute)
-    scores = np.empty(len(chunk), dtype=np.float32)
-    for start in range(0, len(chunk), settings.batch):
-        where = np.arange(start, min(start + settings.batch, len(chunk)))
-        images, labels = chunk.take(where)
+    pool = shards.open_shards(job.inputs["images"])
+    model, _ = load_classifier(job.inputs["scorer"] / "best.safetensors", pool, job.compute)
+    scores = np.empty(len(pool), dtype=np.float32)
+    for start in range(0, len(pool), settings.batch):
+        where = np.arange(start, min(start + settings.batch, len(pool)))
+        images, labels = pool.take(where)
         probabilities = prediction.logits(model, to_unit(images), job.compute).softmax(1)
         scores[where] = probabilities.gather(1, torch.from_numpy(labels)[:, None])[:, 0].numpy()
     with files.writing(job.result / "scores" / "scores.npy") as file:
         np.save(file, scores)
-    title = f"{job.chosen['chunk']}: how sure the scorer is of the labels"
+    title = f"{job.chosen['image_set']}: how sure the scorer is of the labels"
     pictures.histogram(job.pictures / "scores.png", scores, title, "probability of the label")
     return {"images": len(scores), "mean_score": float(scores.mean()), "share_above_half": float((scores > 0.5).mean())}

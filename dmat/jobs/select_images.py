@@ -1,4 +1,4 @@
-"""select_images: scores of all chunks -> sorted indices of the images that are kept. Images are never copied.
+"""select_images: scores of an image set -> sorted indices of the images that are kept. Images are never copied.
 
 The best `keep` share of each class stays, as Wang et al. 2023 kept the best 20 % of each class of 5M images.
 """
@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 
 from dmat import files
-from dmat.config import SelectImages
+from dmat.config import Selection
 from dmat.data import shards
 from dmat.errors import DmatError
 from dmat.jobs.execution import Job
 
 
-def run(settings: SelectImages, job: Job) -> dict[str, Any]:
-    image_set = job.params.selected_from[job.chosen["selection"]]
-    names = list(job.params.chunks_of(image_set))
-    pool = shards.open_shards([job.inputs["images"] / name for name in names])
-    scores = np.concatenate([files.load_array(job.inputs["scores"] / name / "scores.npy") for name in names])
+def run(settings: Selection, job: Job) -> dict[str, Any]:
+    pool = shards.open_shards(job.inputs["images"])
+    scores = files.load_array(job.inputs["scores"] / "scores.npy")
     if len(scores) != len(pool):
         raise DmatError(
             f"{job.inputs['scores']} holds {len(scores)} scores for {len(pool)} images; run score_images again"
@@ -29,21 +27,19 @@ def run(settings: SelectImages, job: Job) -> dict[str, Any]:
     if not len(kept):
         raise DmatError(
             f"selection {job.chosen['selection']}: keep {settings.keep} of {len(pool)} images leaves none; "
-            f"expected at least one of a class; keep more, or generate more chunks"
+            f"expected at least one of a class; keep more, or generate more images"
         )
     folder = job.result / "selection"
     with files.writing(folder / "indices.npy") as file:
         np.save(file, kept)
-    checksums = {name: files.sha256(job.inputs["images"] / name / shards.MANIFEST) for name in names}
     files.write_json(
         folder / "selection.json",
         {
             "schema": 1,
-            "image_set": image_set,
+            "image_set": settings.image_set,
             "shape": list(pool.shape),
             "classes": pool.classes,
-            "chunks": names,
-            "manifest_sha256": checksums,
+            "manifest_sha256": files.sha256(job.inputs["images"] / shards.MANIFEST),
             "pool": len(pool),
             "kept": len(kept),
             "keep": settings.keep,
@@ -56,7 +52,7 @@ def run(settings: SelectImages, job: Job) -> dict[str, Any]:
 def read_selection(folder: Path) -> dict[str, Any]:
     """What `run` wrote as selection.json. Raises DmatError for anything else."""
     return files.read_record(
-        folder / "selection.json", image_set=str, shape=list, classes=int, chunks=list, manifest_sha256=dict, kept=int
+        folder / "selection.json", image_set=str, shape=list, classes=int, manifest_sha256=str, kept=int
     )
 
 

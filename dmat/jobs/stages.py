@@ -49,7 +49,7 @@ class Stage:
         """Every instance that a parameter file asks for."""
         lists: dict[str, Any] = {
             "generator": params.generators,
-            "chunk": params.chunks,
+            "image_set": params.image_sets,
             "selection": params.selections,
             "arm": params.arms,
             "seed": params.seeds,
@@ -65,19 +65,15 @@ def _split(name: str) -> str:
 
 
 def _source(params: "Params") -> Paths:
-    """Where real images come from, if from files of one's own."""
-    path = params.sections["prepare_data"].path
-    return {} if path is None else {"source": path}
-
-
-def _chunk_folder(word: str, params: "Params", chunk: str) -> str:
-    return f"{ARTIFACTS}/{word}/{params.chunks[chunk].image_set}/{chunk}"
+    """Where real images come from, if from files."""
+    path = params.prepare_data.path
+    return {} if path == "none" else {"source": f"{SOURCES}/{path}"}
 
 
 def _mix_settings(params: "Params", arm: str) -> "Record":
     from dmat.config import MixImages  # pydantic takes a third of the command line's start
 
-    return MixImages.of(params.arms[arm], params.arm_images[arm])
+    return MixImages.of(params.arms[arm])
 
 
 # What the report reads, below artifacts/. Its own metrics and provenance stand beside those of the others, so they are
@@ -95,6 +91,7 @@ REPORTED = (
     ),
 )
 
+SOURCES = "sources"  # files of other people lie here or are linked into it
 SCORER = f"{ARTIFACTS}/train_scorer/scorer"
 
 STAGES: dict[str, Stage] = {
@@ -104,16 +101,19 @@ STAGES: dict[str, Stage] = {
             "prepare_data",
             "Split real images into train, validation and test.",
             (),
-            settings=lambda p: p.sections["prepare_data"],
+            settings=lambda p: p.prepare_data,
             inputs=_source,
-            outputs=lambda p: {name: _split(name) for name in ("train", "validation", "test")},
+            outputs=lambda p: {
+                **{name: _split(name) for name in ("train", "validation", "test")},
+                "none": f"{ARTIFACTS}/select_images/none",  # DVC's templates know no conditions: what no images are
+            },
             example="dmat prepare-data",
         ),
         Stage(
             "train_scorer",
             "Train an ordinary classifier that judges generated images.",
             (),
-            settings=lambda p: p.sections["train_scorer"],
+            settings=lambda p: p.train_scorer,
             inputs=lambda p: {"train": _split("train"), "validation": _split("validation")},
             outputs=lambda p: {"scorer": SCORER},
             example="dmat train-scorer",
@@ -129,21 +129,23 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "generate_images",
-            "Generate one chunk of a labelled image set.",
-            ("chunk",),
-            settings=lambda p, chunk: p.image_sets[p.chunks[chunk].image_set],
-            inputs=lambda p, chunk: {"denoiser": f"{ARTIFACTS}/train_diffusion/{p.chunks[chunk].generator}"},
-            outputs=lambda p, chunk: {"images": _chunk_folder("generate_images", p, chunk)},
-            example="dmat generate-images --chunk edm18-0000",
+            "Generate a labelled image set.",
+            ("image_set",),
+            settings=lambda p, image_set: p.image_sets[image_set],
+            inputs=lambda p, image_set: {
+                "denoiser": f"{ARTIFACTS}/train_diffusion/{p.image_sets[image_set].generator}",
+            },
+            outputs=lambda p, image_set: {"images": f"{ARTIFACTS}/generate_images/{image_set}"},
+            example="dmat generate-images --image-set edm18",
         ),
         Stage(
             "score_images",
-            "Score every image of a chunk by the scorer's confidence in its label.",
-            ("chunk",),
-            settings=lambda p, chunk: p.sections["score_images"],
-            inputs=lambda p, chunk: {"images": _chunk_folder("generate_images", p, chunk), "scorer": SCORER},
-            outputs=lambda p, chunk: {"scores": _chunk_folder("score_images", p, chunk)},
-            example="dmat score-images --chunk edm18-0000",
+            "Score every image of a set by the scorer's confidence in its label.",
+            ("image_set",),
+            settings=lambda p, image_set: p.score_images,
+            inputs=lambda p, image_set: {"images": f"{ARTIFACTS}/generate_images/{image_set}", "scorer": SCORER},
+            outputs=lambda p, image_set: {"scores": f"{ARTIFACTS}/score_images/{image_set}"},
+            example="dmat score-images --image-set edm18",
         ),
         Stage(
             "select_images",
@@ -151,8 +153,8 @@ STAGES: dict[str, Stage] = {
             ("selection",),
             settings=lambda p, selection: p.selections[selection],
             inputs=lambda p, selection: {
-                "images": f"{ARTIFACTS}/generate_images/{p.selected_from[selection]}",
-                "scores": f"{ARTIFACTS}/score_images/{p.selected_from[selection]}",
+                "images": f"{ARTIFACTS}/generate_images/{p.selections[selection].image_set}",
+                "scores": f"{ARTIFACTS}/score_images/{p.selections[selection].image_set}",
             },
             outputs=lambda p, selection: {"selection": f"{ARTIFACTS}/select_images/{selection}"},
             example="dmat select-images --selection edm18_best",
@@ -161,9 +163,9 @@ STAGES: dict[str, Stage] = {
             "measure_images",
             "Measure quality, memorisation and duplicates of a selection.",
             ("selection",),
-            settings=lambda p, selection: p.sections["measure_images"],
+            settings=lambda p, selection: p.measure_images,
             inputs=lambda p, selection: {
-                "images": f"{ARTIFACTS}/generate_images/{p.selected_from[selection]}",
+                "images": f"{ARTIFACTS}/generate_images/{p.selections[selection].image_set}",
                 "selection": f"{ARTIFACTS}/select_images/{selection}",
                 "scorer": SCORER,
                 "train": _split("train"),
@@ -177,7 +179,10 @@ STAGES: dict[str, Stage] = {
             "State which real and generated images an arm trains on.",
             ("arm",),
             settings=_mix_settings,
-            inputs=lambda p, arm: {"train": _split("train"), "images_from": p.arm_images[arm]},
+            inputs=lambda p, arm: {
+                "train": _split("train"),
+                "selection": f"{ARTIFACTS}/select_images/{p.arms[arm].images}",
+            },
             outputs=lambda p, arm: {"mix": f"{ARTIFACTS}/mix_images/{arm}"},
             example="dmat mix-images --arm generated",
         ),
@@ -198,7 +203,7 @@ STAGES: dict[str, Stage] = {
             "evaluate_robust",
             "Evaluate a robust classifier on the test images with PGD and AutoAttack.",
             ("arm", "seed"),
-            settings=lambda p, arm, seed: p.sections["evaluate_robust"],
+            settings=lambda p, arm, seed: p.evaluate_robust,
             inputs=lambda p, arm, seed: {
                 "train": _split("train"),
                 "test": _split("test"),
@@ -212,7 +217,7 @@ STAGES: dict[str, Stage] = {
             "write_report",
             "Compare all arms in one page.",
             (),
-            settings=lambda p: p.sections["write_report"],
+            settings=lambda p: p.write_report,
             inputs=lambda p: {path: f"{ARTIFACTS}/{path}" for path in REPORTED},
             outputs=lambda p: {"report": f"{ARTIFACTS}/write_report/report"},
             example="dmat write-report",

@@ -27,7 +27,7 @@ def run(settings: Generator, job: Job) -> dict[str, Any]:
         )
     images, labels = real.all()
     model = new_denoiser(settings, real.shape[2], real.classes)
-    with job.long_run(settings.images) as run:
+    with job.long_run(settings.images_seen) as run:
         averaged, history = denoiser.train(model, images, labels, settings, settings.seed, run, job.compute)
     folder = job.result / "denoiser"
     weights.save(folder / "denoiser.safetensors", averaged, denoiser_sidecar(settings, real, job))

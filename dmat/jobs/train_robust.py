@@ -40,7 +40,7 @@ def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
         settings.label_smoothing,
         settings.alpha,
     )
-    with job.long_run(settings.images) as run:
+    with job.long_run(settings.images_seen) as run:
         outcome = classifier.train(
             model,
             facts.classes,

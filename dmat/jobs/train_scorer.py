@@ -22,7 +22,7 @@ def run(settings: TrainScorer, job: Job) -> dict[str, Any]:
     mix = Mix(len(real), 0, settings.batch, 0.0, copies=settings.cutmix_copies)
     batches = MixedBatches(mix, settings.seed, real, None, None)
     recipe = Recipe(Ball("linf", 0.0), 0, 0.0, 0.0, settings.label_smoothing)
-    with job.long_run(settings.images) as run:
+    with job.long_run(settings.images_seen) as run:
         outcome = classifier.train(
             model,
             facts.classes,

@@ -44,7 +44,7 @@ class Settings(Protocol):
     @property
     def on_divergence(self) -> str: ...
 
-    images: int
+    images_seen: int
     batch: int
     learning_rate: float
     warm_up: float
@@ -93,7 +93,7 @@ def train(
     run: LongRun,
     compute: Compute,
 ) -> Outcome:
-    """Trains `model` in place for settings.images images. validation: images in [0, 1] and labels.
+    """Trains `model` in place for settings.images_seen images. validation: images in [0, 1] and labels.
 
     `model` must be initialised by the caller; every random number is named by `seed`, so a resumed run continues
     bit for bit. Raises Interrupted on a signal, after saving, and Diverged on a loss that is not finite, with the
@@ -114,7 +114,7 @@ def train(
     averaged = copy.deepcopy(model)
     optimiser = torch.optim.SGD(_groups(model, settings.weight_decay), lr=0.0, momentum=0.9, nesterov=True)
     class_means = losses.ClassMeans(classes, settings.temperature, compute.device)
-    steps = -(-settings.images // settings.batch)
+    steps = -(-settings.images_seen // settings.batch)
     every = max(1, settings.evaluate_every // settings.batch)
     epoch_steps, epochs = schedules.epochs(settings.schedule_every, settings.batch, steps)
     check_every = _CHECK_EVERY if world.size == 1 else 1  # all processes must find the same at the same step

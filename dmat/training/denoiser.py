@@ -19,7 +19,7 @@ from dmat.training.long_run import LongRun, stop_if_not_finite
 class Settings(Protocol):
     """Numbers of a run; units and ranges are those of `config.Generator`, which satisfies this."""
 
-    images: int
+    images_seen: int
     batch: int
     learning_rate: float
     ramp_up: float
@@ -38,7 +38,7 @@ def train(
     run: LongRun,
     compute: Compute,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """Trains for settings.images images; images uint8 [N, H, W, C]. Returns averaged weights and the loss curve.
+    """Trains for settings.images_seen images; images uint8 [N, H, W, C]. Returns averaged weights and the loss curve.
 
     Every random number is named by `seed`. Raises Diverged or Interrupted, both after saving.
     """
@@ -46,7 +46,7 @@ def train(
     averaged = copy.deepcopy(denoiser)
     optimiser = torch.optim.Adam(denoiser.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8)
     order = Sequence(seed, "order/real", len(labels))
-    steps = -(-settings.images // settings.batch)
+    steps = -(-settings.images_seen // settings.batch)
     log_steps = max(1, settings.log_every // settings.batch)
     progress: dict[str, Any] = {"step": 0, "history": [], "pending": []}
 

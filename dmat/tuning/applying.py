@@ -8,14 +8,14 @@ from optuna.trial import FrozenTrial
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
-from dmat import ARTIFACTS, config, files
+from dmat import config, files
 from dmat.config import Params
 from dmat.errors import ConfigError, DmatError
-from dmat.tuning.plan import Study, selection_of
+from dmat.tuning.plan import Study
 
 
 def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: str, seeds: list[int]) -> list[str]:
-    """Writes arm `name` (and, where the winner changed them, an image set, its chunks and a selection of that name),
+    """Writes arm `name` (and, where the winner changed them, an image set and a selection of that name),
     and `seeds` unless empty. Returns the keys written. Nothing is written that would not be a valid file.
 
     The arm gets the values that the study chose and not the study's `overrides`, which are for short runs.
@@ -25,7 +25,7 @@ def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: st
     raw = document.load(path.read_text(encoding="utf-8"))
     config.expect_name("--name", name)
     study = f"study {plan.name}, trial {winner.number}"
-    images = _image_entries(plan, params, winner, name)
+    images = _image_entries(raw, params.arms[plan.settings.arm].images, winner, name)
     for section, keys in {"arms": [name], **{part: list(entries) for part, entries in images.items()}}.items():
         for key in keys:
             if key in raw[section] and not _was_applied(raw[section], key):
@@ -36,7 +36,7 @@ def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: st
     arm = config.merge(arm, _nested(winner.params, ""))
     written = [f"arms.{name}"]
     if images:
-        arm["images_from"] = f"{ARTIFACTS}/select_images/{name}"
+        arm["images"] = name
         for section, entries in images.items():
             for key, entry in entries.items():
                 raw[section][key] = CommentedMap(entry)
@@ -85,24 +85,13 @@ def _nested(values: dict[str, Any], first: str) -> dict[str, Any]:
     return found
 
 
-def _image_entries(plan: Study, params: Params, winner: FrozenTrial, name: str) -> dict[str, dict[str, Any]]:
-    """Entries of other lists that the winner's images need; none if it changes no images."""
+def _image_entries(raw: Any, selection: str, winner: FrozenTrial, name: str) -> dict[str, dict[str, Any]]:
+    """Entries of other lists that the winner's images need; none if it changes no images. selection: the arm's own."""
     of_set, of_selection = _nested(winner.params, config.IMAGE_SET), _nested(winner.params, config.SELECTION)
     if not of_set and not of_selection:
         return {}
-    selection = selection_of(plan.images_from)
-    base = params.selected_from[selection]
-    entries: dict[str, dict[str, Any]] = {}
-    image_set = base
-    if of_set:
-        image_set = name
-        own = params.image_sets[base].plain()
-        differs = {key: value for key, value in own.items() if params.sections["generate_images"].plain()[key] != value}
-        entries["image_sets"] = {name: config.merge(differs, of_set)}
-        entries["chunks"] = {
-            f"{name}-{chunk.index:04d}": {"image_set": name, "generator": chunk.generator, "index": chunk.index}
-            for chunk in params.chunks_of(base).values()
-        }
-    keep = params.selections[selection].plain()
-    entries["selections"] = {name: {"image_set": image_set, **config.merge(keep, of_selection)}}
-    return entries
+    entry = config.merge(raw["selections"][selection], of_selection)
+    if not of_set:
+        return {"selections": {name: entry}}
+    image_set = config.merge(raw["image_sets"][entry["image_set"]], of_set)
+    return {"image_sets": {name: image_set}, "selections": {name: entry | {"image_set": name}}}

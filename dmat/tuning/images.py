@@ -12,7 +12,7 @@ from dmat import files
 from dmat.config import Params, Trial
 from dmat.jobs import STAGES, execution
 from dmat.jobs.workspace import Workspace
-from dmat.tuning.plan import Study, selection_of
+from dmat.tuning.plan import Study
 
 
 def workspace_of(plan: Study, trial: Trial, params: Params, workspace: Workspace) -> Workspace:
@@ -36,9 +36,8 @@ def workspace_of(plan: Study, trial: Trial, params: Params, workspace: Workspace
 
 
 def _make(plan: Study, trial: Trial, params: Params, workspace: Workspace, own: Workspace) -> None:
-    selection = selection_of(plan.images_from)
-    name = params.selected_from[selection]
     assert trial.image_set is not None and trial.selection is not None
+    selection, name = trial.arm.images, trial.selection.image_set
     changed = dataclasses.replace(
         params,
         image_sets={**params.image_sets, name: trial.image_set},
@@ -47,10 +46,9 @@ def _make(plan: Study, trial: Trial, params: Params, workspace: Workspace, own: 
     for wanted in ("denoiser", "scorer"):
         path = plan.inputs[wanted]["path"]
         files.publish(workspace.at(path), own.at(path))
-    chunks = [{"chunk": chunk} for chunk in changed.chunks_of(name)]
-    instances = [
-        *(("generate_images", chosen) for chosen in chunks),
-        *(("score_images", chosen) for chosen in chunks),
+    instances: list[tuple[str, dict[str, str]]] = [
+        ("generate_images", {"image_set": name}),
+        ("score_images", {"image_set": name}),
         ("select_images", {"selection": selection}),
     ]
     for word, chosen in instances:

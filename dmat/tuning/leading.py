@@ -58,7 +58,7 @@ def run(plan: Study, params: Params, workspace: Workspace, wanted: Wanted) -> di
     Raises Interrupted on a signal, with the trials at work saved, and DmatError on bad input.
     """
     compute = execution.resolve(params)
-    bench = Bench(plan, params, workspace, compute, params.sections["compute"].save_every_seconds)
+    bench = Bench(plan, params, workspace, compute, params.compute.save_every_seconds)
     if compute.world.size > 1 and changes_images(plan.settings.space):
         raise DmatError(
             f"the space of study {plan.name} changes images, which one process makes, and {compute.world.size} were "
@@ -138,7 +138,7 @@ def _lead(bench: Bench, wanted: Wanted, asked: Callable[[], None]) -> None:
 
 
 def _work(bench: Bench, wanted: Wanted, asked: Callable[[], None], after: Callable[[], None]) -> None:
-    in_one = wanted.workers == 1 and bench.params.sections["compute"].processes == 1
+    in_one = wanted.workers == 1 and bench.params.compute.processes == 1
     if in_one or bench.compute.world.size > 1:  # already under `torchrun`
         worker.work(bench, wanted.total, asked, after)
     else:
@@ -172,7 +172,7 @@ class _Process:
 
     def __init__(self, bench: Bench, wanted: Wanted, number: int):
         self._bench, self._number = bench, number
-        together = bench.params.sections["compute"].processes
+        together = bench.params.compute.processes
         launcher = [] if together == 1 else processes.launcher(together)
         words = ["-m", "cli.main", WORD, "start", "--worker", "--trials", str(wanted.total)]
         words += ["--params", str(bench.workspace.root / "params.yaml")]
@@ -245,7 +245,7 @@ def end_with_starter() -> None:
 
 def _visible_device(compute: Compute, number: int, params: Params) -> dict[str, str]:
     """One GPU for each worker in turn; a worker of several processes sees all."""
-    if compute.device.type != "cuda" or params.sections["compute"].processes > 1:
+    if compute.device.type != "cuda" or params.compute.processes > 1:
         return {}
     import torch
 

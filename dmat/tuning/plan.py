@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmat import ARTIFACTS, config, files, redaction
+from dmat import config, files, redaction
 from dmat.config import Params, Trial, Tune
 from dmat.errors import DmatError
 from dmat.jobs import STAGES
@@ -29,7 +29,6 @@ class Study:
 
     settings: Tune
     trial: Trial  # what all trials have in common
-    images_from: str
     inputs: dict[str, dict[str, str]]
     folder: Path
     storage: str
@@ -86,7 +85,7 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
 
     storage: a URL as SQLAlchemy has it; else DMAT_STUDIES; else a SQLite file of the project.
     """
-    settings: Tune | None = params.sections.get(WORD)
+    settings = params.tune
     if settings is None:
         raise DmatError(
             "params.yaml has no section `tune`; add one (docs/parameters.md), or bring a recipe that has it"
@@ -100,14 +99,14 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
     identity = {
         "settings": {name: value for name, value in settings.plain().items() if name not in (*_FREE, "space")},
         "trial": trial.plain(),
-        "inputs": {name: inputs[name]["sha256"] for name in ("train", "validation", "images_from")},
+        "inputs": {name: inputs[name]["sha256"] for name in ("train", "validation", "selection")},
     }
     space = {"space": settings.plain()["space"], "inputs": {name: one["sha256"] for name, one in inputs.items()}}
     folder = workspace.run_folder(WORD, settings.arm, files.fingerprint(identity | {"space": space}))
     url = storage or os.environ.get(VARIABLE) or f"sqlite:///{folder.parent / DATABASE}"
     if url.startswith("sqlite:///") and not url.startswith("sqlite:////") and url != "sqlite:///":
         url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).resolve()}"  # workers start in another folder
-    return Study(settings, trial, params.arm_images[settings.arm], inputs, folder, url, files.fingerprint(identity))
+    return Study(settings, trial, inputs, folder, url, files.fingerprint(identity))
 
 
 def changes_images(names: Mapping[str, Any]) -> bool:
@@ -115,16 +114,11 @@ def changes_images(names: Mapping[str, Any]) -> bool:
     return any(name.partition(".")[0] in (config.IMAGE_SET, config.SELECTION) for name in names)
 
 
-def selection_of(images_from: str) -> str:
-    """Name of the selection that an arm names by its path."""
-    return Path(images_from).name
-
-
 def _inputs(settings: Tune, params: Params) -> dict[str, str]:
     found = STAGES["mix_images"].inputs(params, settings.arm) | STAGES["train_robust"].inputs(params, settings.arm, 0)
     found.pop("mix")  # trials make their own
     if changes_images(settings.space):
-        image_set = params.selected_from[selection_of(params.arm_images[settings.arm])]
-        generator = next(iter(params.chunks_of(image_set).values())).generator
-        found |= {"denoiser": f"{ARTIFACTS}/train_diffusion/{generator}", "scorer": f"{ARTIFACTS}/train_scorer/scorer"}
+        image_set = params.selections[params.arms[settings.arm].images].image_set
+        found |= STAGES["generate_images"].inputs(params, image_set) | STAGES["score_images"].inputs(params, image_set)
+        found.pop("images")  # trials make their own
     return found

@@ -78,7 +78,7 @@ def rank(bench: Bench, trial: FrozenTrial) -> None:
     assert bench.study is not None
     plan, compute = bench.plan, bench.compute.exact()
     validation = shards.open_shards(bench.workspace.at(plan.inputs["validation"]["path"]))
-    settings: Any = bench.params.sections["evaluate_robust"]
+    settings = bench.params.evaluate_robust
     path = weights_of(plan, trial)
     model, sidecar = load_classifier(path, validation, compute)
     images, labels = everything(validation)

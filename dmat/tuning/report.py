@@ -24,7 +24,7 @@ def summary(plan: Study, study: optuna.Study) -> dict[str, Any]:
     """Counts, cost and the best trial. `trials` counts imported ones too, `imported` how many they are."""
     ended = storage.ended(study)
     seen = sum(images_seen(trial) for trial in storage.own(ended))
-    full = sum(trial.state != TrialState.FAIL for trial in storage.own(ended)) * plan.settings.images
+    full = sum(trial.state != TrialState.FAIL for trial in storage.own(ended)) * plan.settings.images_seen
     seen_of_sound = sum(images_seen(trial) for trial in storage.own(ended) if trial.state != TrialState.FAIL)
     best = ranking.best(plan, study)
     ranks = ranking.found(study)
@@ -142,7 +142,7 @@ def markdown(plan: Study, study: optuna.Study) -> str:
     found, ranks = summary(plan, study), ranking.found(study)
     saved = 100 * found["images_saved_by_pruning"]
     lines = [
-        f"{found['trials']} trials of {plan.settings.images:,} images from arm `{plan.settings.arm}`: "
+        f"{found['trials']} trials of {plan.settings.images_seen:,} images from arm `{plan.settings.arm}`: "
         f"{found['complete']} complete, {found['pruned']} pruned, {found['fail']} failed; pruning saved {saved:.0f} % "
         f"of the images.",
         "",

@@ -97,7 +97,7 @@ def pruner(settings: Tune, name: str | None = None) -> BasePruner:
     """Asked through `should_stop`, which keeps the warm-up."""
     chosen = name or settings.pruner
     if chosen == "hyperband":
-        return HyperbandPruner(settings.evaluate_every, settings.images, reduction_factor=3)
+        return HyperbandPruner(settings.evaluate_every, settings.images_seen, reduction_factor=3)
     if chosen == "median":
         return MedianPruner(settings.startup_trials, settings.warm_up_images + 1)
     return NopPruner()

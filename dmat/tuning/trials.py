@@ -178,7 +178,7 @@ def compute(bench: Bench, values: Mapping[str, Any], folder: Path, watcher: Watc
     plan, chosen = bench.plan, _chosen(bench.plan, values)
     own = images.workspace_of(plan, chosen, bench.params, bench.workspace)
     inputs = {name: bench.workspace.at(entry["path"]) for name, entry in plan.inputs.items()}
-    inputs["images_from"] = own.at(plan.images_from)
+    inputs["selection"] = own.at(plan.inputs["selection"]["path"])
     job = Job(
         inputs,
         {"arm": plan.settings.arm, "seed": plan.settings.seed},
@@ -192,7 +192,7 @@ def compute(bench: Bench, values: Mapping[str, Any], folder: Path, watcher: Watc
         quiet=True,
         watcher=watcher,
     )
-    mix_images.run(MixImages.of(chosen.arm, plan.images_from), job)
+    mix_images.run(MixImages.of(chosen.arm), job)
     found = train_robust.run(chosen.arm, dataclasses.replace(job, inputs=inputs | {"mix": folder / "result" / "mix"}))
     best: float = found["best_validation_robust"]
     return best

@@ -257,9 +257,7 @@ def _published(place: Workspace) -> list[tuple[str, str]]:
 def _places_of(place: Workspace, word: str, instance: str) -> list[Path]:
     """Where an instance has files, its provenance last: it is what finds the others."""
     base = place.at(ARTIFACTS)
-    by_set = STAGES[word].each == ("chunk",)
-    found = sorted((base / word).glob(f"*/{instance}")) if by_set else [base / word / instance]
-    found += [base / "pictures" / word / instance, base / "metrics" / word / f"{instance}.json"]
+    found = [base / word / instance, base / "pictures" / word / instance, base / "metrics" / word / f"{instance}.json"]
     return [path for path in (*found, place.at(_provenance_path(word, instance))) if os.path.lexists(path)]
 
 

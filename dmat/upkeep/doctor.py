@@ -31,7 +31,6 @@ from dmat.upkeep.machine import NOTE, OK, PROBLEM, Marked
 from dmat.upkeep.work_folders import WorkFolder
 
 _PATIENCE = 3.0  # seconds for a tracking server to answer
-_SOURCE_LINE = "${prepare_data.path}"  # cannot always be there: DVC refuses a template without a value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Site:
 
     @property
     def compute(self) -> Any:
-        return self.params.sections["compute"] if self.params else config.Compute()
+        return self.params.compute if self.params else config.Compute()
 
 
 def examine(place: Workspace) -> Iterator[Finding]:
@@ -139,17 +138,6 @@ def _dvc(site: Site) -> Iterator[Marked]:
             yield OK, found, ""
         else:
             yield PROBLEM, f"{found}; `dmat`, which they start, is not on PATH", "activate the virtual environment"
-        if site.params and site.params.sections["prepare_data"].path and not _source_is_watched(root):
-            yield (
-                NOTE,
-                "DVC does not look at the files of prepare_data.path",
-                f"add `- {_SOURCE_LINE}` to `deps` of prepare_data in dvc.yaml (docs/parameters.md)",
-            )
-
-
-def _source_is_watched(root: Path) -> bool:
-    stage = dvc_files.read_pipeline(root)["stages"].get("prepare_data") or {}
-    return _SOURCE_LINE in (stage.get("deps") or [])
 
 
 def _dvc_locks(site: Site) -> Iterator[Marked]:

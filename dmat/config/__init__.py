@@ -1,0 +1,66 @@
+"""`params.yaml` as frozen, validated records: a file for each stage, `params` for the whole.
+
+Limits stand in the records alone; messages are made from them.
+"""
+
+from dmat.config.classifier_training import ClassifierTraining, Network
+from dmat.config.compute import Compute
+from dmat.config.evaluate_robust import EvaluateRobust
+from dmat.config.fields import NONE, Fraction, Record
+from dmat.config.generate_images import GenerateImages, ImageSet, Sampler
+from dmat.config.measure_images import MeasureImages
+from dmat.config.merging import merge
+from dmat.config.mix_images import MixImages
+from dmat.config.params import LISTS, SECTIONS, Params, check, evaluation, expect_name, load, threat
+from dmat.config.prepare_data import Normalisation, PrepareData
+from dmat.config.score_images import ScoreImages
+from dmat.config.select_images import SelectImages, Selection
+from dmat.config.train_diffusion import Generator
+from dmat.config.train_robust import Arm, Threat, TrainRobust, default_step, step_problem
+from dmat.config.train_scorer import TrainScorer
+from dmat.config.tune import IMAGE_SET, SELECTION, Choices, Dimension, Range, Trial, Tune
+from dmat.config.write_report import WriteReport
+
+__all__ = [
+    "IMAGE_SET",
+    "LISTS",
+    "NONE",
+    "SECTIONS",
+    "SELECTION",
+    "Arm",
+    "Choices",
+    "ClassifierTraining",
+    "Compute",
+    "Dimension",
+    "EvaluateRobust",
+    "Fraction",
+    "GenerateImages",
+    "Generator",
+    "ImageSet",
+    "MeasureImages",
+    "MixImages",
+    "Network",
+    "Normalisation",
+    "Params",
+    "PrepareData",
+    "Range",
+    "Record",
+    "Sampler",
+    "ScoreImages",
+    "SelectImages",
+    "Selection",
+    "Threat",
+    "TrainRobust",
+    "TrainScorer",
+    "Trial",
+    "Tune",
+    "WriteReport",
+    "check",
+    "default_step",
+    "evaluation",
+    "expect_name",
+    "load",
+    "merge",
+    "step_problem",
+    "threat",
+]

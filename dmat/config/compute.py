@@ -1,0 +1,17 @@
+"""How to compute: no part of the identity of any result."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dmat.config.fields import Positive, Record
+
+
+class Compute(Record):
+    """How to compute. Not part of any result's identity, so changing it reruns nothing."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0  # of each process; 0: as many as cores
+    processes: Annotated[int, Field(ge=1, le=4096)] = 1  # on this machine, of the trainings of classifiers
+    save_every_seconds: Positive = 60.0  # between two checkpoints

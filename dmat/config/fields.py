@@ -1,0 +1,87 @@
+"""Types of settings that the stages share: frozen records, numbers with limits, names."""
+
+import re
+from typing import Annotated, Any, Self, TypeVar
+
+import pydantic
+from pydantic import AfterValidator, Field
+from pydantic_core import CoreSchema, core_schema
+
+_NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
+_FRACTION = re.compile(rf"(?P<top>{_NUMBER})(/(?P<bottom>{_NUMBER}))?", re.ASCII)
+NONE = "none"  # what an entry names that has no parent of a kind
+
+
+class Fraction(float):
+    """A number that remembers how it was written, so that 8/255 stays 8/255 in every record and log."""
+
+    text: str
+
+    def __new__(cls, value: Any) -> Self:
+        """value: a number or text such as "8/255". Raises ValueError."""
+        text = str(value).strip()
+        parts = None if isinstance(value, bool) else _FRACTION.fullmatch(text)
+        if parts is None or (bottom := float(parts["bottom"] or 1)) <= 0:
+            raise ValueError("expected a number or a fraction such as 8/255")
+        number = float(parts["top"]) / bottom
+        made = super().__new__(cls, number)
+        made.text = text
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.text,)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls, serialization=core_schema.plain_serializer_function_ser_schema(lambda value: value.text)
+        )
+
+
+def _radius(value: Fraction) -> Fraction:
+    if not 0 < value < float("inf"):
+        raise ValueError("expected a finite number above 0, for example 8/255")
+    return value
+
+
+def _step_size(value: Fraction) -> Fraction:
+    return _radius(value) if value else NOT_GIVEN
+
+
+def name_problem(value: str) -> str | None:
+    """What is wrong with the name of an entry, if anything."""
+    if not value or not all(c.isalnum() or c in "_" for c in value):
+        return "expected letters, digits and underscores only (it becomes a folder and a stage name)"
+    return f"{NONE} says that there is none; expected another word" if value == NONE else None
+
+
+def _reference(value: str) -> str:
+    if value != NONE and (problem := name_problem(value)):
+        raise ValueError(problem)
+    return value
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Natural = Annotated[int, Field(ge=0, le=10**12)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0, le=1e30)]  # single precision ends at 3e38
+NotNegative = Annotated[float, Field(ge=0, le=1e30)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Radius = Annotated[Fraction, AfterValidator(_radius)]
+NOT_GIVEN = Fraction(0)  # of a StepSize: `default_step` takes its place
+StepSize = Annotated[Fraction, AfterValidator(_step_size)]  # pixels in [0, 1]
+Name = Annotated[str, AfterValidator(_reference)]  # of an entry of a list, or NONE
+
+
+class Record(pydantic.BaseModel):
+    """Frozen; unknown keys are refused; text is not taken for a number."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def plain(self) -> dict[str, Any]:
+        """JSON values, fractions as written."""
+        return self.model_dump(mode="json")
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)

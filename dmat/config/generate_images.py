@@ -1,0 +1,50 @@
+"""Settings of generate_images and of the sampler."""
+
+from typing import Literal, Self
+
+import pydantic
+
+from dmat.config.fields import Count, Name, NotNegative, Positive, Record, Seed
+
+
+class Sampler(Record):
+    """Satisfies `diffusion.samplers.SamplerSettings`. Defaults: Karras et al. 2022, deterministic."""
+
+    name: Literal["heun", "euler"] = "heun"
+    steps: Count = 18
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    rho: Positive = 7.0
+    s_churn: NotNegative = 0.0
+    s_min: NotNegative = 0.0
+    s_max: Positive = 1e9
+    s_noise: Positive = 1.0
+
+    @pydantic.model_validator(mode="after")
+    def _levels_fall(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min is {self.sigma_min}; expected less than sigma_max, {self.sigma_max}")
+        return self
+
+
+class GenerateImages(Record):
+    shard: Count  # images in a file
+    block: Count  # images sampled together; fixed, because sums in another order round differently
+    seed: Seed
+    sampler: Sampler
+
+    @pydantic.model_validator(mode="after")
+    def _shards_are_whole_blocks(self) -> Self:
+        if self.shard % self.block:
+            raise ValueError(
+                f"shard is {self.shard} and block {self.block}; expected a multiple of block, so that an image has "
+                f"the same bytes in sets of any size"
+            )
+        return self
+
+
+class ImageSet(GenerateImages):
+    """A set of generated images: the first `images` of those that its generator makes with this seed and sampler."""
+
+    generator: Name
+    images: Count

@@ -1,0 +1,30 @@
+"""Settings of mix_images: taken from the arm, so that nothing is written twice."""
+
+from typing import Self
+
+from dmat.config.fields import Count, Name, Natural, Record, Share
+from dmat.config.train_robust import Arm
+
+
+class MixImages(Record):
+    """What an arm trains on; taken from the arm, so that nothing is written twice."""
+
+    images: Name  # the selection
+    generated_share: Share
+    batch: Count
+    images_seen: Count  # by the whole training
+    with_replacement: bool  # of generated images
+    copies: Count  # of each drawn image in a batch
+    reshuffle_steps: Natural  # after which real images are shuffled anew; 0: once all were seen
+
+    @classmethod
+    def of(cls, arm: Arm) -> Self:
+        return cls(
+            images=arm.images,
+            generated_share=arm.generated_share,
+            batch=arm.batch,
+            images_seen=arm.images_seen,
+            with_replacement=arm.generated_sampling == "with_replacement",
+            copies=arm.cutmix_copies,
+            reshuffle_steps=-(-arm.schedule_every // arm.batch) if arm.real_sampling == "reshuffled" else 0,
+        )

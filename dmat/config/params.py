@@ -1,0 +1,280 @@
+"""The whole of params.yaml: sections and lists as records, with every problem of the file told at once.
+
+The four lists name each other: an arm names a selection, a selection an image set, an image set a generator. An entry
+overrides the section of its stage; its record is the section with the overrides merged in.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pydantic
+
+from dmat import yaml_file
+from dmat.config.compute import Compute
+from dmat.config.evaluate_robust import EvaluateRobust
+from dmat.config.fields import NONE, AnyRecord, Record, name_problem
+from dmat.config.generate_images import GenerateImages, ImageSet
+from dmat.config.measure_images import MeasureImages
+from dmat.config.merging import merge, reaches
+from dmat.config.messages import names, sentence
+from dmat.config.prepare_data import PrepareData
+from dmat.config.renamed import renamed
+from dmat.config.score_images import ScoreImages
+from dmat.config.select_images import SelectImages, Selection
+from dmat.config.train_diffusion import Generator
+from dmat.config.train_robust import Arm, Threat, TrainRobust, step_problem
+from dmat.config.train_scorer import TrainScorer
+from dmat.config.tune import NOT_IN_A_SPACE, Trial, Tune, study_problems
+from dmat.config.write_report import WriteReport
+from dmat.errors import ConfigError, DmatError
+
+
+class EntryKind(NamedTuple):
+    """What the entries of a list are. parent: the key by which an entry names an entry of the list `parents`."""
+
+    record: type[Record]
+    section: str  # what an entry overrides
+    parent: str | None = None
+    parents: str | None = None
+    may_have_none: bool = False
+
+
+LISTS = {  # a parent's list comes before its children's
+    "generators": EntryKind(Generator, "train_diffusion"),
+    "image_sets": EntryKind(ImageSet, "generate_images", "generator", "generators"),
+    "selections": EntryKind(Selection, "select_images", "image_set", "image_sets"),
+    "arms": EntryKind(Arm, "train_robust", "images", "selections", may_have_none=True),
+}
+SECTIONS: dict[str, type[Record]] = {
+    "compute": Compute,
+    "prepare_data": PrepareData,
+    "train_scorer": TrainScorer,
+    "train_diffusion": Generator,
+    "generate_images": GenerateImages,
+    "score_images": ScoreImages,
+    "select_images": SelectImages,
+    "measure_images": MeasureImages,
+    "train_robust": TrainRobust,
+    "evaluate_robust": EvaluateRobust,
+    "write_report": WriteReport,
+    "tune": Tune,
+}
+_OVERRIDDEN = {kind.section for kind in LISTS.values()}  # sections that only entries of a list use
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """The whole file. Lists hold each entry with its section merged in; trial: of the study, None without one."""
+
+    compute: Compute
+    seeds: tuple[int, ...]
+    prepare_data: PrepareData
+    train_scorer: TrainScorer
+    score_images: ScoreImages
+    measure_images: MeasureImages
+    evaluate_robust: EvaluateRobust
+    write_report: WriteReport
+    tune: Tune | None
+    generators: Mapping[str, Generator]
+    image_sets: Mapping[str, ImageSet]
+    selections: Mapping[str, Selection]
+    arms: Mapping[str, Arm]
+    trial: Trial | None  # the arm of the study with the study's overrides and length
+
+
+def load(path: Path) -> Params:
+    """Reads and checks a parameter file. Raises ConfigError with every problem found."""
+    try:
+        document = yaml_file.read(path)
+    except FileNotFoundError:
+        raise DmatError(
+            f"{path} does not exist; run in the folder of a project, or bring a recipe with `dmat recipes use NAME`"
+        ) from None
+    except DmatError as error:
+        raise ConfigError(str(path), [str(error)]) from None
+    if not isinstance(document.value, dict):
+        raise ConfigError(str(path), ["expected a mapping of sections; see docs/parameters.md"])
+    params, problems = check(document.value)
+    if problems or params is None:
+        places = [(document.line_of(problem), problem) for problem in problems]
+        raise ConfigError(str(path), [f"line {line}: {problem}" if line else problem for line, problem in places])
+    return params
+
+
+def check(values: dict[str, Any]) -> tuple[Params | None, list[str]]:
+    """What a parameter file holds as records, or None and every problem found."""
+    if problems := renamed(values):  # a file of an earlier version: what to write now comes before anything else
+        return None, problems
+    reader = _Reader(values)
+    return reader.read(), reader.problems
+
+
+def expect_name(option: str, value: str) -> None:
+    """Raises DmatError for what cannot be the name of an entry, such as one that YAML reads as something else."""
+    if problem := name_problem(value):
+        raise DmatError(f"{option} is {value!r}; {problem}")
+    if not isinstance(yaml_file.parse(value).value, str):
+        raise DmatError(f"{option} is {value!r}, which YAML does not read as text; expected a word; name another")
+
+
+def threat(norm: Any, epsilon: Any) -> Threat:
+    """A threat model that is in no params.yaml. Raises DmatError."""
+    return _validated("threat", {"norm": norm, "epsilon": epsilon}, Threat)
+
+
+def evaluation(values: Mapping[str, Any]) -> EvaluateRobust:
+    """Settings of an evaluation that belongs to no project. Raises DmatError."""
+    return _validated("evaluate_robust", values, EvaluateRobust)
+
+
+def _validated(where: str, values: Mapping[str, Any], record: type[AnyRecord]) -> AnyRecord:
+    try:
+        return record.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise DmatError("; ".join(sentence(where, item, record) for item in error.errors())) from None
+
+
+class _Reader:
+    """Collects problems while it builds records; owns the list of them."""
+
+    def __init__(self, raw: dict[str, Any]):
+        self.raw, self.problems = raw, list[str]()
+        self.sound = set[str]()  # sections that are valid by themselves
+
+    def read(self) -> Params | None:
+        known = {*SECTIONS, *LISTS, "seeds"}
+        self.problems += [
+            f"{key} is not a section; expected one of {', '.join(sorted(known))}"
+            for key in self.raw
+            if key not in known
+        ]
+        sections = {name: self._section(name, record) for name, record in SECTIONS.items()}
+        self.sound = {name for name, record in sections.items() if record is not None}
+        seeds = self._seeds()
+        lists: dict[str, dict[str, Any]] = {}
+        for key, kind in LISTS.items():
+            lists[key] = {
+                name: self._entry(key, kind, name, entry, lists.get(kind.parents or "", {}))
+                for name, entry in self._entries(key)
+            }
+        arms, report, evaluation = lists["arms"], sections["write_report"], sections["evaluate_robust"]
+        for name, arm in arms.items():
+            if arm is not None:
+                self.problems += _share_problems(name, arm)
+                self.problems += _step_problems(name, arm, evaluation)
+        if report is not None and arms and report.baseline not in arms:
+            self.problems.append(f"write_report.baseline is {report.baseline!r}; expected one of {names(arms)}")
+        trial = self._trial(sections["tune"], lists)
+        if self.problems:
+            return None
+        lists["arms"] = {name: arm.with_step_sizes() for name, arm in arms.items()}
+        own: dict[str, Any] = {name: record for name, record in sections.items() if name not in _OVERRIDDEN}
+        own |= lists
+        return Params(seeds=seeds, trial=trial, **own)
+
+    def _section(self, name: str, record: type[Record]) -> Any:
+        """A validated record; None for one with problems, and for a study where none is asked for."""
+        given = self.raw.get(name)
+        if given is None and name == "tune":
+            return None
+        return self._record(record, name, {} if given is None and name == "compute" else given)
+
+    def _seeds(self) -> tuple[int, ...]:
+        seeds = self.raw.get("seeds")
+        if (
+            isinstance(seeds, list)
+            and seeds
+            and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+            and len(set(seeds)) == len(seeds)
+        ):
+            return tuple(seeds)
+        self.problems.append(
+            f"seeds is {seeds!r}; expected a list of different whole numbers from 0, for example [1, 2, 3]"
+        )
+        return ()
+
+    def _entries(self, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        entries = self.raw.get(key, {})
+        if not isinstance(entries, dict) or not entries:
+            self.problems.append(f"{key} is {entries!r}; expected named entries, for example {key}: {{NAME: {{}}}}")
+            return
+        for name, entry in entries.items():
+            if problem := name_problem(str(name)):
+                self.problems.append(f"{key}.{name}: the name {name!r} cannot be used; {problem}")
+            elif entry is not None and not isinstance(entry, dict):
+                self.problems.append(f"{key}.{name} is {entry!r}; expected a mapping of overrides, {{}} for none")
+            else:
+                yield str(name), entry or {}
+
+    def _entry(
+        self, key: str, kind: EntryKind, name: str, overrides: dict[str, Any], parents: Mapping[str, Any]
+    ) -> Any:
+        """The record of an entry over its section. Of an unsound section only the problems of the entry itself are told
+        again."""
+        where = f"{key}.{name}"
+        if kind.parent is not None:
+            known = [*parents, *([NONE] if kind.may_have_none else [])]
+            parent = overrides.get(kind.parent)
+            if not isinstance(parent, str) or parent not in known:
+                found = "is missing" if parent is None else f"is {parent!r}"
+                none = f", or {NONE}" if kind.may_have_none else ""
+                self.problems.append(f"{where}.{kind.parent} {found}; expected one of {names(parents)}{none}")
+                overrides = {**overrides, kind.parent: NONE}  # so that its other problems are told too
+        base = self.raw.get(kind.section)
+        merged = merge(base if isinstance(base, dict) else {}, overrides)
+        return self._record(kind.record, where, merged, only=None if kind.section in self.sound else overrides)
+
+    def _record(self, record: type[Record], where: str, value: Any, only: dict[str, Any] | None = None) -> Any:
+        """A validated record or None. `only`: report no problem but those at the keys of this mapping."""
+        if value is None:
+            self.problems.append(f"{where} is missing; expected a section with {', '.join(record.model_fields)}")
+            return None
+        try:
+            return record.model_validate(value)
+        except pydantic.ValidationError as error:
+            for item in error.errors():
+                if only is None or reaches(only, item["loc"]):
+                    self.problems.append(sentence(where, item, record))
+            return None
+
+    def _trial(self, study: Tune | None, lists: Mapping[str, Mapping[str, Any]]) -> Trial | None:
+        """What all trials of a study have in common."""
+        if study is None:
+            return None
+        if study.arm not in lists["arms"]:
+            self.problems.append(f"tune.arm is {study.arm!r}; expected one of {names(lists['arms'])}")
+            return None
+        arm = lists["arms"][study.arm]
+        if arm is None:  # its own problems are told already
+            return None
+        both = sorted(
+            name for name in {*study.space, *NOT_IN_A_SPACE} if reaches(study.overrides, tuple(name.split(".")))
+        )
+        if both:
+            self.problems.append(
+                f"tune.overrides gives {', '.join(both)}, which the study itself or the arm decides; leave it out"
+            )
+        length = {"images_seen": study.images_seen, "evaluate_every": study.evaluate_every, "patience": 0}
+        made: Arm | None = self._record(Arm, "tune.overrides", merge(arm.plain(), {**study.overrides, **length}))
+        if made is None:
+            return None
+        selection = lists["selections"].get(arm.images)
+        trial = Trial(made, selection and lists["image_sets"].get(selection.image_set), selection)
+        self.problems += study_problems(study, trial)
+        return trial
+
+
+def _share_problems(name: str, arm: Arm) -> Iterator[str]:
+    if (arm.images == NONE) != (arm.generated_share == 0):
+        yield (
+            f"arms.{name} has generated_share {arm.generated_share} and images: {arm.images}; expected a share above "
+            f"0 exactly where a selection is named"
+        )
+
+
+def _step_problems(name: str, arm: Arm, evaluation: EvaluateRobust | None) -> Iterator[str]:
+    """The ball of an arm may be smaller than the one step that the evaluation of all arms takes."""
+    if evaluation is not None and (problem := step_problem(arm.threat, evaluation.pgd_step_size)) is not None:
+        yield f"evaluate_robust.pgd_step_size {problem} (arm {name})"

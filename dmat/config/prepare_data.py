@@ -1,0 +1,56 @@
+"""Settings of prepare_data."""
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, Self, get_args
+
+import pydantic
+from pydantic import BeforeValidator, Field
+
+from dmat.config.fields import NONE, Count, Positive, Record, Seed, Share
+
+
+class Normalisation(Record):
+    """What every network subtracts from each channel of the images, and what it divides by."""
+
+    mean: Annotated[tuple[Share, ...], Field(min_length=1, strict=False)]
+    std: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)]
+
+
+NORMALISATION = Literal["measured", "cifar10", "cifar100", "svhn", "tinyimagenet"]
+
+
+def _normalisation(value: Any) -> Any:
+    """Which of the two is meant, as the complaints of the other one would only confuse."""
+    if isinstance(value, Mapping):
+        return Normalisation.model_validate(value)
+    if value not in (names := get_args(NORMALISATION)):
+        raise ValueError(f"expected one of {', '.join(names)}, or a mapping of mean and std")
+    return value
+
+
+class PrepareData(Record):
+    source: Literal["digits", "npz", "cifar10", "cifar100", "folder", "shards"]
+    path: str  # below sources/; none for digits
+    train: Count  # images
+    validation: Count
+    test: Count
+    validation_split: Literal["stratified", "first"] = "stratified"
+    normalisation: Annotated[NORMALISATION | Normalisation, BeforeValidator(_normalisation)] = "measured"
+    seed: Seed
+
+    @pydantic.model_validator(mode="after")
+    def _files_lie_in_sources(self) -> Self:
+        where = PurePosixPath(self.path)
+        if self.source == "digits" and self.path != NONE:
+            raise ValueError(f"path is {self.path!r} and source 'digits'; expected path: {NONE}, as it needs no files")
+        if self.source != "digits" and self.path in ("", ".", NONE):
+            raise ValueError(
+                f"path is {self.path!r} and source {self.source!r}; expected the name of a file or folder in sources/"
+            )
+        if where.is_absolute() or ".." in where.parts:
+            raise ValueError(
+                f"path is {self.path!r}; expected a name below sources/, which DVC watches: "
+                f"`ln -s {self.path} sources/{where.name}`, then write path: {where.name}"
+            )
+        return self

@@ -1,0 +1,73 @@
+"""Keys of earlier versions of params.yaml, and what to write today."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dmat.config.fields import NONE
+
+
+def renamed(raw: Mapping[str, Any]) -> list[str]:
+    """A problem for each old key of a file, with its replacement; none for a file of today."""
+    return [*_chunks(raw), *_arms(raw), *_lengths(raw), *_path(raw)]
+
+
+def _mapping(raw: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """The mapping at a path of keys, empty where there is none."""
+    value: Any = raw
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
+
+
+def _chunks(raw: Mapping[str, Any]) -> Iterator[str]:
+    size = _mapping(raw, "generate_images").get("chunk")
+    if "chunks" in raw:
+        of_set: dict[str, list[str]] = {}
+        for entry in _mapping(raw, "chunks").values():
+            if isinstance(entry, Mapping):
+                of_set.setdefault(str(entry.get("image_set")), []).append(str(entry.get("generator")))
+        sets = []
+        for name, generators in of_set.items():
+            own = _mapping(raw, "image_sets", name).get("chunk", size)
+            images = len(generators) * own if type(own) is int else "COUNT"
+            sets.append(f"{name}: {{generator: {generators[0]}, images: {images}}}")
+        yield (
+            f"chunks is no longer a list: an image set names its generator and its number of images; leave it out and "
+            f"write image_sets: {{{', '.join(sets) or 'NAME: {generator: GENERATOR, images: COUNT}'}}}"
+        )
+    if size is not None:
+        yield (
+            f"generate_images.chunk is {size!r}; expected no such key; leave it out and give the number of images as "
+            f"`images` to each entry of image_sets"
+        )
+    for name in _mapping(raw, "image_sets"):
+        if "chunk" in _mapping(raw, "image_sets", str(name)):
+            yield f"image_sets.{name}.chunk is no longer a key; write the number of images of the set as `images`"
+
+
+def _arms(raw: Mapping[str, Any]) -> Iterator[str]:
+    for name in _mapping(raw, "arms"):
+        arm = _mapping(raw, "arms", str(name))
+        if "images_from" in arm:
+            path = str(arm["images_from"])
+            selection = NONE if path.endswith("prepare_data/train") else path.rpartition("/")[2]
+            yield (
+                f"arms.{name}.images_from is {path!r}; an arm names its selection, not a path: write "
+                f"images: {selection} in its place"
+            )
+
+
+def _lengths(raw: Mapping[str, Any]) -> Iterator[str]:
+    """`images` was the length of a training; it is what an arm trains on today."""
+    sections = [(name,) for name in ("train_scorer", "train_diffusion", "train_robust", "tune")]
+    entries = [(key, str(name)) for key in ("generators", "arms") for name in _mapping(raw, key)]
+    for keys in [*sections, *entries]:
+        value = _mapping(raw, *keys).get("images")
+        if isinstance(value, int | float):
+            yield f"{'.'.join(keys)}.images is {value}; the length of a training is called images_seen: write that"
+
+
+def _path(raw: Mapping[str, Any]) -> Iterator[str]:
+    section = _mapping(raw, "prepare_data")
+    if section and section.get("path") is None and section.get("source") in ("digits", None):
+        yield f"prepare_data.path is missing; write path: {NONE}, as digits need no files"

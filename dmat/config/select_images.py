@@ -1,0 +1,17 @@
+"""Settings of select_images."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dmat.config.fields import Name, Record
+
+
+class SelectImages(Record):
+    keep: Annotated[float, Field(gt=0, le=1)]  # best-scored share of each class; 1 keeps everything
+
+
+class Selection(SelectImages):
+    """The best images of a set."""
+
+    image_set: Name

@@ -1,0 +1,68 @@
+"""Settings of train_robust, the threat model and the images of an arm."""
+
+from typing import Literal, Self
+
+import pydantic
+
+from dmat.config.classifier_training import ClassifierTraining
+from dmat.config.fields import Fraction, Name, Radius, Record, Share
+
+
+def default_step(norm: str, epsilon: float, steps: int) -> float:
+    """Step of PGD in pixels of [0, 1] where none is given: a quarter of epsilon, as Wang et al. 2023 say; l2: 2 epsilon
+    over steps, as their code has it, at most epsilon."""
+    return min(epsilon, 2 * epsilon / max(1, steps)) if norm == "l2" else epsilon / 4
+
+
+class Threat(Record):
+    norm: Literal["linf", "l2"]
+    epsilon: Radius  # pixels in [0, 1], kept as written
+
+    @pydantic.model_validator(mode="after")
+    def _pixel_range(self) -> Self:
+        if self.norm == "linf" and self.epsilon > 1:
+            raise ValueError(
+                f"epsilon {self.epsilon.text} is larger than the pixel range [0, 1]; "
+                f"for {self.epsilon.text} of 255 levels write {self.epsilon.text}/255"
+            )
+        return self
+
+
+def step_problem(threat: Threat, step: Fraction) -> str | None:
+    """What is wrong with a step that leaves the ball at once; to follow the name of its key."""
+    if step <= threat.epsilon:
+        return None
+    default = "a quarter of epsilon" if threat.norm == "linf" else "2 epsilon / steps"
+    return (
+        f"is {step.text}, larger than threat.epsilon {threat.epsilon.text}; expected at most epsilon; "
+        f"leave it out for {default}"
+    )
+
+
+class TrainRobust(ClassifierTraining):
+    threat: Threat
+    generated_share: Share = 0.0  # of each batch
+    real_sampling: Literal["without_replacement", "reshuffled"] = "without_replacement"
+    generated_sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
+
+    @pydantic.model_validator(mode="after")
+    def _steps_stay_inside(self) -> Self:
+        for name in ("attack_step_size", "selection_step_size"):
+            if (sentence := step_problem(self.threat, getattr(self, name))) is not None:
+                raise ValueError(f"{name} {sentence}")
+        return self
+
+    def with_step_sizes(self) -> Self:
+        """The same, with the step sizes that are not given."""
+        found = {
+            f"{name}_size": Fraction(default_step(self.threat.norm, self.threat.epsilon, getattr(self, f"{name}s")))
+            for name in ("attack_step", "selection_step")
+            if not getattr(self, f"{name}_size")
+        }
+        return self.model_copy(update=found)
+
+
+class Arm(TrainRobust):
+    """One of the trainings that are compared. images: the selection that it trains on beside the real images."""
+
+    images: Name
