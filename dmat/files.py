@@ -196,9 +196,9 @@ def publish(source: Path, target: Path) -> None:
         for file in visible_files(source):
             copy = staged / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            _link(file, copy)
+            link(file, copy)
     else:
-        _link(source, staged)
+        link(source, staged)
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.exists():
         os.replace(target, old)
@@ -207,7 +207,8 @@ def publish(source: Path, target: Path) -> None:
     _remove(old)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """A hard link; a copy across file systems."""
     try:
         os.link(source, target)
     except OSError:

@@ -93,36 +93,46 @@ def test_a_result_of_other_code_whose_record_cannot_be_read_is_not_gone_on_with(
 
 @pytest.fixture
 def half_generated(finished, tmp_path):
-    """A project whose generation was killed after its two shards."""
+    """A project whose generation was killed after its two shards, and its pool of shards."""
     project = finished.copy_without("no-stage", tmp_path / "half")
     expected, work = project.outputs("generate_images"), _work(project, "generate_images")
     (work / "finished.json").unlink()
     (work / "result/images/manifest.json").unlink()
     shutil.rmtree(project.folder / "artifacts/generate_images")
-    return project, work, expected
+    (pool,) = (project.folder / "runs/pools").glob("generate_images-*")
+    return project, pool, expected
 
 
 @pytest.mark.parametrize(
     "harm",
     [
-        lambda work: _cut(work / "result/images/images-00000.npy"),
-        lambda work: _altered(work / "result/images/labels-00001.npy"),
-        lambda work: (work / "result/images/images-00001.npy").unlink(),
-        lambda work: _cut(work / "shard-00000.json"),
-        lambda work: (work / "shard-00000.json").write_text("[]"),
-        lambda work: shutil.copy(work / "shard-00001.json", work / "shard-00000.json"),
+        lambda pool: _cut(pool / "images-00000.npy"),
+        lambda pool: _altered(pool / "labels-00001.npy"),
+        lambda pool: (pool / "images-00001.npy").unlink(),
+        lambda pool: _cut(pool / "00000.json"),
+        lambda pool: (pool / "00000.json").write_text("[]"),
+        lambda pool: shutil.copy(pool / "00001.json", pool / "00000.json"),
     ],
     ids=["images cut", "labels altered", "images gone", "record cut", "record of another kind", "record of another"],
 )
 def test_a_resumed_generation_makes_damaged_shards_again(half_generated, harm):
-    project, work, expected = half_generated
-    stamps = [(work / f"result/images/images-0000{k}.npy").stat().st_mtime_ns for k in range(2)]
-    harm(work)
+    project, pool, expected = half_generated
+    stamps = [(pool / f"images-0000{k}.npy").stat().st_mtime_ns for k in range(2)]
+    harm(pool)
     text = project.run("generate_images")
     assert text.count("it is made again") == 1
     assert project.outputs("generate_images") == expected
-    now = [(work / f"result/images/images-0000{k}.npy").stat().st_mtime_ns for k in range(2)]
+    now = [(pool / f"images-0000{k}.npy").stat().st_mtime_ns for k in range(2)]
     assert sum(a != b for a, b in zip(stamps, now, strict=True)) == 1  # the other was not made again
+
+
+def test_what_lies_in_an_unfinished_set_is_what_the_pool_has(half_generated):
+    project, pool, expected = half_generated
+    work = _work(project, "generate_images")
+    _altered(work / "result/images/images-00000.npy")
+    project.run("generate_images")
+    assert project.outputs("generate_images") == expected
+    assert (work / "result/images/images-00000.npy").samefile(pool / "images-00000.npy")
 
 
 def _mix(project):

@@ -5,7 +5,7 @@ The manifest's hash stands for the whole set. Refuses shards that are missing, a
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +57,26 @@ class Shards:
         return self.take(np.arange(len(self)))
 
 
+def entry(index: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's entry of a shard of which `record` has count and checksums."""
+    names = {"images": f"images-{index:05d}.npy", "labels": f"labels-{index:05d}.npy"}
+    return {
+        "index": index,
+        "count": record["count"],
+        **names,
+        **{f"{key}_sha256": record[f"{key}_sha256"] for key in names},
+    }
+
+
 def write_shard(folder: Path, index: int, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Writes one shard and returns its manifest entry. Equal arrays are equal files."""
-    names = {"images": f"images-{index:05d}.npy", "labels": f"labels-{index:05d}.npy"}
-    for array, name in ((images, names["images"]), (labels, names["labels"])):
-        with files.writing(folder / name) as file:
+    made: dict[str, Any] = {"count": len(labels), "images_sha256": "", "labels_sha256": ""}
+    names = entry(index, made)
+    for key, array in (("images", images), ("labels", labels)):
+        with files.writing(folder / names[key]) as file:
             np.save(file, np.ascontiguousarray(array), allow_pickle=False)
-    checksums = {f"{key}_sha256": files.sha256(folder / name) for key, name in names.items()}
-    return {"index": index, "count": len(labels), **names, **checksums}
-
-
-def is_whole(folder: Path, entry: dict[str, Any]) -> bool:
-    """Whether both files of a manifest entry are there with the bytes that were written."""
-    return all(
-        (folder / entry[key]).is_file() and files.sha256(folder / entry[key]) == entry[f"{key}_sha256"]
-        for key in ("images", "labels")
-    )
+        made[f"{key}_sha256"] = files.sha256(folder / names[key])
+    return entry(index, made)
 
 
 def write_manifest(

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dmat import ARTIFACTS, devices, dvc_lock, files, processes, tracking
 from dmat.config import NONE, Params, Record
+from dmat.data.shard_pool import ShardPool
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.jobs import code, lineage
@@ -34,6 +35,7 @@ from dmat.training.long_run import LongRun, Watcher
 
 FINISHED = "finished.json"  # of a work folder: metrics, notes, code, provenance, and the checksum of every file
 METRICS, CODE = "metrics.json", "code.json"  # the latter: checksums of the code that began the work
+POOLS = "pools"  # folder in runs/ of shards that several sets share
 FOLDERS = ("result", "pictures")  # of a work folder; with METRICS all that goes to artifacts/
 TOGETHER = ("train_scorer", "train_robust")  # stages that several processes compute in step with each other
 EXACT = ("evaluate_robust",)  # stages that compute in float32 whatever the precision of the others
@@ -54,6 +56,8 @@ class Job:
     compute: Compute
     save_seconds: float
     quiet: bool
+    code: str = ""  # identity of the code
+    fresh: bool = False  # compute what earlier work left anew
     watcher: Watcher | None = None  # of the metrics of a long run
     # filled by the job: numbers that differ from run to run, such as speed; for provenance and MLflow alone
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -64,6 +68,12 @@ class Job:
     attachments: list[Path] = dataclasses.field(default_factory=list)
     described: list[str] = dataclasses.field(default_factory=list)  # filled by the job: Markdown, what came out
     models: list[tracking.Candidate] = dataclasses.field(default_factory=list)  # filled by the job: for the registry
+
+    def pool(self, identity: Mapping[str, Any], arrays: Sequence[str]) -> ShardPool:
+        """The pool of shards that everything in `identity` and the code decide (docs/architecture.md)."""
+        whole = {"stage": self.work.parent.name, "code": self.code, **identity}
+        folder = self.work.parent.parent / POOLS / f"{self.work.parent.name}-{files.fingerprint(whole)}"
+        return ShardPool(folder, whole, arrays, self.fresh)
 
     def long_run(self, total: int) -> LongRun:
         """Checkpoints, metrics and progress bar of this instance."""
@@ -245,7 +255,7 @@ def execute(
         finished = _intact(plan)
         world.share(None if finished else b"compute")
         if finished is None:
-            finished = _compute(plan, params, workspace, quiet)
+            finished = _compute(plan, params, workspace, quiet, fresh)
         if read_again is not None:
             _expect_unchanged(plan, read_again, workspace)
         _publish(plan, finished, workspace)
@@ -386,7 +396,9 @@ def resolve(params: Params) -> Compute:
     return devices.resolve(wanted.device, wanted.precision, wanted.threads)
 
 
-def _job(plan: Plan, params: Params, workspace: Workspace, compute: Compute, work: Path, quiet: bool) -> Job:
+def _job(
+    plan: Plan, params: Params, workspace: Workspace, compute: Compute, work: Path, quiet: bool, fresh: bool = False
+) -> Job:
     wanted = params.compute
     return Job(
         {name: workspace.at(entry["path"]) for name, entry in plan.inputs.items()},
@@ -399,10 +411,12 @@ def _job(plan: Plan, params: Params, workspace: Workspace, compute: Compute, wor
         compute,
         wanted.save_every_seconds,
         quiet,
+        files.fingerprint(plan.code),
+        fresh,
     )
 
 
-def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> dict[str, Any]:
+def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fresh: bool) -> dict[str, Any]:
     compute = resolve(params)
     if plan.stage.word in EXACT:
         compute = compute.exact()
@@ -424,7 +438,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool) -> d
         },
         tags={"code.changed": "true"} if changed else {},
     )
-    job = _job(plan, params, workspace, compute, plan.work, quiet)
+    job = _job(plan, params, workspace, compute, plan.work, quiet, fresh)
     with run:  # ends the tracked run with the status that fits what happened inside
         module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
         with Interruption(at_once=True):  # inside, so that the run hears of the signal

@@ -1,11 +1,11 @@
 """generate_images: denoiser -> a set of labelled images as shards.
 
 Image k of a set has the label k modulo the number of classes and its own latents, named by (seed, k): an image
-does not depend on the size of the set, on shards or restarts. Finished shards are kept, so a restart makes
-only what is missing.
+does not depend on the size of the set or on restarts. Shards lie in a pool that sets of any size share, so a restart
+or a larger set makes only what is missing.
 """
 
-import sys
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmat import files, seeds
+from dmat import ARTIFACTS, dvc_cache, files, seeds
 from dmat.config import ImageSet
 from dmat.data import shards
 from dmat.data.pixels import to_bytes
+from dmat.data.shard_pool import ShardPool
 from dmat.diffusion.edm import Preconditioned
 from dmat.diffusion.samplers import SAMPLERS
-from dmat.errors import DmatError
 from dmat.jobs.denoisers import load_denoiser
 from dmat.jobs.execution import Job
 from dmat.metrics import pictures
@@ -29,16 +29,35 @@ from dmat.training.interruption import Interruption
 
 def run(settings: ImageSet, job: Job) -> dict[str, Any]:
     model, sidecar = load_denoiser(job.inputs["denoiser"] / "denoiser.safetensors", job.compute)
-    folder = job.result / "images"
-    starts = range(0, settings.images, settings.shard)
+    folder, classes = job.result / "images", len(sidecar["class_names"])
+    pool = job.pool(
+        {
+            "generator_sha256": sidecar["sha256"],
+            "classes": classes,
+            "sampler": settings.sampler.plain(),
+            "seed": settings.seed,
+            "shard": settings.shard,
+            "block": settings.block,
+            "precision": job.compute.precision,
+            "device": job.compute.device.type,
+        },
+        ("images", "labels"),
+    )
+    _offer_copies(pool, settings.shard, job.root)
     entries = []
     bar = tqdm(total=settings.images, unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
     with Interruption() as interruption, bar:
-        for number, start in enumerate(starts):
+        for number, start in enumerate(range(0, settings.images, settings.shard)):
             indices = np.arange(start, min(start + settings.shard, settings.images))
-            entries.append(_shard(folder, number, indices, model, sidecar, settings, job, bar, interruption))
-    labels = np.concatenate([np.load(folder / entry["labels"]) for entry in entries])
-    counts = np.bincount(labels, minlength=len(sidecar["class_names"]))
+            make = functools.partial(_make, indices, model, sidecar, settings, job, interruption)
+            record = pool.obtain(
+                _name(number, len(indices), settings.shard), len(indices), make, interruption.raise_if_asked
+            )
+            entry = shards.entry(number, record)
+            pool.link(record, {key: folder / entry[key] for key in ("images", "labels")})
+            entries.append(entry)
+            bar.update(len(indices))
+    counts = np.bincount(np.arange(settings.images) % classes, minlength=classes)
     shards.write_manifest(
         folder,
         entries,
@@ -46,6 +65,7 @@ def run(settings: ImageSet, job: Job) -> dict[str, Any]:
         class_names=sidecar["class_names"],
         class_counts=counts,
         facts={
+            "pool": pool.name,
             "generator_sha256": sidecar["sha256"],
             "sampler": settings.sampler.plain(),
             "seed": settings.seed,
@@ -54,55 +74,46 @@ def run(settings: ImageSet, job: Job) -> dict[str, Any]:
             "precision": job.compute.precision,
         },
     )
-    sample = np.load(folder / entries[0]["images"], mmap_mode="r")[:100]
-    pictures.sheet(job.pictures / "sheet.png", sample, labels[: len(sample)], "Generated images, one row a class")
-    return {"images": len(labels)}
+    job.measured.update({f"shards_{how}": float(count) for how, count in pool.counts.items()})
+    sample, labels = shards.open_shards(folder, verify=False).take(np.arange(min(100, settings.images)))
+    pictures.sheet(job.pictures / "sheet.png", sample, labels, "Generated images, one row per class")
+    return {"images": settings.images}
 
 
-def _shard(
-    folder: Path,
-    number: int,
+def _name(number: int, count: int, whole: int) -> str:
+    """Of a shard in its pool. One that is not full has its count in the name: sets of two sizes may need both."""
+    return f"{number:05d}" if count == whole else f"{number:05d}-{count}"
+
+
+def _offer_copies(pool: ShardPool, whole: int, root: Path) -> None:
+    """Shards of this pool that DVC's cache has: in a clone, after `dvc pull`, the pool is empty."""
+    for copies in dvc_cache.outputs_below(root, f"{ARTIFACTS}/generate_images"):
+        manifest = files.read_json(copies[shards.MANIFEST]) if shards.MANIFEST in copies else {}
+        if manifest.get("pool") == pool.name:
+            for entry in manifest["shards"]:
+                pool.offer(
+                    _name(entry["index"], entry["count"], whole),
+                    {key: (copies[entry[key]], entry[f"{key}_sha256"]) for key in ("images", "labels")},
+                )
+
+
+def _make(
     indices: np.ndarray,
     model: Preconditioned,
     sidecar: dict[str, Any],
     settings: ImageSet,
     job: Job,
-    bar: Any,
     interruption: Interruption,
-) -> dict[str, Any]:
-    """One shard, made or found finished by an earlier attempt (its entry beside it is written last)."""
-    note = job.work / f"shard-{number:05d}.json"
-    if (earlier := _finished(folder, note, number, len(indices))) is not None:
-        bar.update(earlier["count"])
-        return earlier
+) -> dict[str, np.ndarray]:
+    """Images uint8 [n, H, W, C] and labels int64 [n] of a shard."""
     images = np.empty((len(indices), *sidecar["image_shape"]), dtype=np.uint8)
-    labels = indices % len(sidecar["class_names"])
     for start in range(0, len(indices), settings.block):
         interruption.raise_if_asked()
         # Always a whole block, whose surplus is dropped: sums in another order round differently.
         block = indices[start] + np.arange(settings.block)
         wanted = min(settings.block, len(indices) - start)
         images[start : start + wanted] = _block(block, model, sidecar, settings, job)[:wanted]
-        bar.update(wanted)
-    entry = shards.write_shard(folder, number, images, labels)
-    files.write_json(note, entry)
-    return entry
-
-
-def _finished(folder: Path, note: Path, number: int, count: int) -> dict[str, Any] | None:
-    """The manifest entry of a shard that is whole. A damaged one is made again."""
-    if not note.exists():
-        return None
-    try:
-        entry = files.read_record(
-            note, index=int, count=int, images=str, labels=str, images_sha256=str, labels_sha256=str
-        )
-        if (entry["index"], entry["count"]) == (number, count) and shards.is_whole(folder, entry):
-            return entry
-    except DmatError:
-        pass
-    tqdm.write(f"note: {note} or its shard was damaged after it was made; it is made again", file=sys.stderr)
-    return None
+    return {"images": images, "labels": indices % len(sidecar["class_names"])}
 
 
 def _block(

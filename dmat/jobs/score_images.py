@@ -3,10 +3,14 @@
 The rule of Wang et al. 2023 for their 1M set: softmax probability of the target class by a standard classifier.
 """
 
+import functools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from dmat import files
 from dmat.config import ScoreImages
@@ -16,19 +20,57 @@ from dmat.jobs.classifiers import load_classifier
 from dmat.jobs.execution import Job
 from dmat.metrics import pictures
 from dmat.robust import prediction
+from dmat.robust.networks import Classifier
+from dmat.training.interruption import Interruption
 
 
 def run(settings: ScoreImages, job: Job) -> dict[str, Any]:
-    pool = shards.open_shards(job.inputs["images"])
-    model, _ = load_classifier(job.inputs["scorer"] / "best.safetensors", pool, job.compute)
-    scores = np.empty(len(pool), dtype=np.float32)
-    for start in range(0, len(pool), settings.batch):
-        where = np.arange(start, min(start + settings.batch, len(pool)))
-        images, labels = pool.take(where)
-        probabilities = prediction.logits(model, to_unit(images), job.compute).softmax(1)
-        scores[where] = probabilities.gather(1, torch.from_numpy(labels)[:, None])[:, 0].numpy()
-    with files.writing(job.result / "scores" / "scores.npy") as file:
-        np.save(file, scores)
+    images = shards.open_shards(job.inputs["images"])
+    model, sidecar = load_classifier(job.inputs["scorer"] / "best.safetensors", images, job.compute)
+    pool = job.pool(
+        {
+            "scorer_sha256": sidecar["sha256"],
+            "batch": settings.batch,
+            "precision": job.compute.precision,
+            "device": job.compute.device.type,
+        },
+        ("scores",),
+    )
+    found = []
+    bar = tqdm(total=len(images), unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
+    with Interruption() as interruption, bar:
+        for entry, pixels, labels in zip(images.manifest["shards"], images.images, images.labels, strict=True):
+            make = functools.partial(_score, pixels, labels, model, settings, job, interruption)
+            name = score_file(entry)
+            record = pool.obtain(Path(name).stem, entry["count"], make, interruption.raise_if_asked)
+            pool.link(record, {"scores": job.result / "scores" / name})
+            found.append(files.load_array(job.result / "scores" / name))
+            bar.update(entry["count"])
+    job.measured.update({f"shards_{how}": float(count) for how, count in pool.counts.items()})
+    scores = np.concatenate(found)
     title = f"{job.chosen['image_set']}: how sure the scorer is of the labels"
     pictures.histogram(job.pictures / "scores.png", scores, title, "probability of the label")
     return {"images": len(scores), "mean_score": float(scores.mean()), "share_above_half": float((scores > 0.5).mean())}
+
+
+def score_file(entry: Mapping[str, Any]) -> str:
+    """Where the scores of a shard lie, given its manifest entry: named by the checksums of its images and labels."""
+    return f"{entry['images_sha256'][:16]}-{entry['labels_sha256'][:8]}.npy"
+
+
+def _score(
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    model: Classifier,
+    settings: ScoreImages,
+    job: Job,
+    interruption: Interruption,
+) -> dict[str, np.ndarray]:
+    """float32 [n], of uint8 images [n, H, W, C] and labels int64 [n]."""
+    scores = np.empty(len(labels), dtype=np.float32)
+    for start in range(0, len(labels), settings.batch):
+        interruption.raise_if_asked()
+        part = slice(start, start + settings.batch)
+        probabilities = prediction.logits(model, to_unit(np.array(pixels[part])), job.compute).softmax(1)
+        scores[part] = probabilities.gather(1, torch.from_numpy(np.array(labels[part]))[:, None])[:, 0].numpy()
+    return {"scores": scores}

@@ -13,11 +13,14 @@ from dmat.config import Selection
 from dmat.data import shards
 from dmat.errors import DmatError
 from dmat.jobs.execution import Job
+from dmat.jobs.score_images import score_file
 
 
 def run(settings: Selection, job: Job) -> dict[str, Any]:
     pool = shards.open_shards(job.inputs["images"])
-    scores = files.load_array(job.inputs["scores"] / "scores.npy")
+    scores = np.concatenate(
+        [files.load_array(job.inputs["scores"] / score_file(entry)) for entry in pool.manifest["shards"]]
+    )
     if len(scores) != len(pool):
         raise DmatError(
             f"{job.inputs['scores']} holds {len(scores)} scores for {len(pool)} images; run score_images again"

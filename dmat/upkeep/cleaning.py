@@ -33,6 +33,7 @@ from dmat.upkeep.work_folders import WorkFolder
 KINDS = {
     "finished": "work folders of results that DVC has",
     "aside": "earlier work, set aside by --fresh, by a change of code or as damaged",
+    "pool": "shards of image sets and scores of which no work folder stays",
     "unlisted": "artifacts of instances that params.yaml no longer names",
     "leftover": "temporary files of processes that are gone",
     "unfinished": "work that was stopped",
@@ -86,6 +87,7 @@ def survey(place: Workspace, params: Params, *, unfinished: bool = False, older_
             Kept(one.paths[0], f"changed in the last {older_than:g} days") for one in candidates if one.newest > limit
         ]
         candidates = [one for one in candidates if one.newest <= limit]
+    candidates += _pools(place, {one.paths[0] for one in candidates})
     going = {path for one in candidates for path in one.paths}
     candidates = [one for one in candidates if not going & set(one.paths[0].parents)]
     reported = {place.at(f"{ARTIFACTS}/{path}") for path in REPORTED}
@@ -194,6 +196,15 @@ def _in_work_folders(
                 yield _locked(work, work.path, "unfinished", reason)
             else:
                 yield Kept(work.path, f"{reason}; the same command goes on; --unfinished offers it")
+
+
+def _pools(place: Workspace, going: set[Path]) -> Iterator[Candidate]:
+    """Pools of the stages of which every work folder goes: DVC's cache then has their shards, and gives them back."""
+    staying = {work.word for work in work_folders.all_of(place.home) if work.path not in going}
+    for pool in work_folders.pools(place.home):
+        word = pool.name.rpartition("-")[0]
+        if word not in staying:
+            yield Candidate((pool,), "pool", f"no work folder of {word} stays", _newest((pool,)))
 
 
 def _locked(work: WorkFolder, path: Path, kind: str, reason: str) -> Candidate:

@@ -3,7 +3,6 @@
 Formats as of DVC 3.67 (`dvc/rwlock.py`, `dvc/lock.py`, `dvc/stage/cache.py`). Changes nothing.
 """
 
-import configparser
 import contextlib
 import dataclasses
 import functools
@@ -14,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from dmat import dvc_lock, yaml_file
+from dmat import dvc_cache, dvc_lock, yaml_file
 from dmat.errors import DmatError
 from dmat.upkeep import work_folders
 
@@ -88,30 +87,17 @@ class Result:
     @functools.cached_property
     def copies(self) -> dict[str, Path] | None:
         """Path of each file below the project -> the copy in DVC's cache; None if one of them is not there."""
-        found: dict[str, Path] = {}
-        for path, md5 in self.outs.items():
-            copy = self._object(md5)
-            if not copy.is_file():
-                return None
-            if md5.endswith(".dir"):
-                inside = json.loads(copy.read_text())
-                found |= {f"{path}/{entry['relpath']}": self._object(entry["md5"]) for entry in inside}
-            else:
-                found[path] = copy
-        return found if all(copy.is_file() for copy in found.values()) else None
+        return dvc_cache.copies_of(self.objects, self.outs)
 
     def copy_of(self, path: str) -> Path | None:
         """The copy of an output that is a file, if DVC's cache has it."""
-        copy = self._object(self.outs[path])
+        copy = dvc_cache.copy_of(self.objects, self.outs[path])
         return copy if copy.is_file() else None
-
-    def _object(self, md5: str) -> Path:
-        return self.objects / md5[:2] / md5[2:]
 
 
 def results(root: Path) -> list[Result]:
     """Everything that dvc.lock and the run cache name: what DVC brings back instead of computing it."""
-    cache = _cache_folder(root)
+    cache = dvc_cache.folder(root)
     lock = read_lock(root)
     found = [(entry, root / dvc_lock.NAME) for entry in lock.get("stages", {}).values()]
     for path in sorted((cache / "runs").glob("*/*/[!.]*")):  # hidden ones are being written
@@ -159,16 +145,6 @@ def read_pipeline(root: Path) -> dict[str, Any]:
     if not isinstance(pipeline, dict) or not isinstance(pipeline.get("stages"), dict):
         raise DmatError(f"{path} has no stages; bring the file back from git")
     return pipeline
-
-
-def _cache_folder(root: Path) -> Path:
-    """`cache.dir` of the project's configuration. DVC reads wider ones too; a cache that is elsewhere because of them
-    looks empty here."""
-    folder = root / ".dvc"
-    config = configparser.ConfigParser(interpolation=None, strict=False)
-    config.read([folder / "config", folder / "config.local"])
-    given = config.get("cache", "dir", fallback="cache").strip("'\"")
-    return folder / Path(given).expanduser()
 
 
 def _recorded(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _NAME = re.compile(r"(?P<instance>.+)-(?P<fingerprint>[0-9a-f]{12})")
 _ASIDE = re.compile(r"before-\d{8}-\d{6}")
 STUDY = "tune"  # where a stage has its word
 # What jobs write at the top of their folder. Anything else was put there by a person.
-_STATE = re.compile(r"finished\.json|checkpoint\.dmat|metrics\.jsonl?|result|pictures|shard-\d+\.json|shards")
+_STATE = re.compile(r"finished\.json|checkpoint\.dmat|metrics\.jsonl?|result|pictures|shards")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,12 @@ def all_of(home: Path) -> list[WorkFolder]:
 def strays(home: Path) -> list[Path]:
     """Folders beside work in `runs/` that no job named so."""
     return [path for path in _folders(home) if not _known(path)]
+
+
+def pools(home: Path) -> list[Path]:
+    """Folders of shards that several sets share."""
+    folder = home / "runs" / execution.POOLS
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
 def is_held(lock: Path) -> bool:
