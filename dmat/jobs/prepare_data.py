@@ -55,7 +55,7 @@ def run(settings: PrepareData, job: Job) -> dict[str, Any]:
         shards.write_set(job.result / name, images, labels, class_names=source.class_names, facts=facts)
         if name == "train":
             pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images, one row a class")
-    files.write_text(job.result / "none", "")
+    files.write_text(job.result / "none", "stands for no selection: what an arm with `images: none` reads\n")
     copies = _copies(hashes)
     job.notes.extend([*source.notes, *_told(copies, wanted)])
     return {**wanted, "classes": len(source.class_names), **copies}

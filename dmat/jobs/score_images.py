@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dmat import files
+from dmat import ARTIFACTS, dvc_cache, files
 from dmat.config import ScoreImages
 from dmat.data import shards
 from dmat.data.pixels import to_unit
+from dmat.data.shard_pool import ShardPool
+from dmat.data.shards import Shards
+from dmat.errors import DmatError
 from dmat.jobs.classifiers import load_classifier
 from dmat.jobs.execution import Job
 from dmat.metrics import pictures
@@ -36,7 +39,8 @@ def run(settings: ScoreImages, job: Job) -> dict[str, Any]:
         },
         ("scores",),
     )
-    found = []
+    _offer_copies(pool, job.root)
+    found, entries = [], []
     bar = tqdm(total=len(images), unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
     with Interruption() as interruption, bar:
         for entry, pixels, labels in zip(images.manifest["shards"], images.images, images.labels, strict=True):
@@ -44,8 +48,13 @@ def run(settings: ScoreImages, job: Job) -> dict[str, Any]:
             name = score_file(entry)
             record = pool.obtain(Path(name).stem, entry["count"], make, interruption.raise_if_asked)
             pool.link(record, {"scores": job.result / "scores" / name})
+            entries.append({"file": name, "count": record["count"], "sha256": record["scores_sha256"]})
             found.append(files.load_array(job.result / "scores" / name))
             bar.update(entry["count"])
+    files.write_json(
+        job.result / "scores" / shards.MANIFEST,
+        {"schema": 1, "pool": pool.name, "shards": entries, "count": len(images)},
+    )
     job.measured.update({f"shards_{how}": float(count) for how, count in pool.counts.items()})
     scores = np.concatenate(found)
     title = f"{job.chosen['image_set']}: how sure the scorer is of the labels"
@@ -56,6 +65,34 @@ def run(settings: ScoreImages, job: Job) -> dict[str, Any]:
 def score_file(entry: Mapping[str, Any]) -> str:
     """Where the scores of a shard lie, given its manifest entry: named by the checksums of its images and labels."""
     return f"{entry['images_sha256'][:16]}-{entry['labels_sha256'][:8]}.npy"
+
+
+def read_scores(folder: Path, images: Shards) -> np.ndarray:
+    """float32 [N]: the score of each image of a set. Raises DmatError for scores that are not what was written, or of
+    other images."""
+    recorded = files.read_record(folder / shards.MANIFEST, shards=list)["shards"]
+    expected = [score_file(entry) for entry in images.manifest["shards"]]
+    if [entry["file"] for entry in recorded] != expected:
+        raise DmatError(
+            f"{folder} has scores of {len(recorded)} shards, which are not those of the {len(expected)} shards of the "
+            f"image set; run score_images again, or `dvc repro`"
+        )
+    for entry in recorded:
+        if (found := files.sha256(folder / entry["file"])) != entry["sha256"]:
+            raise DmatError(
+                f"{folder / entry['file']} has checksum {found[:12]}; its manifest says {entry['sha256'][:12]}; the "
+                f"file was altered or cut: restore it (`dvc checkout`) or run score_images again"
+            )
+    return np.concatenate([files.load_array(folder / name) for name in expected])
+
+
+def _offer_copies(pool: ShardPool, root: Path) -> None:
+    """Scores of this pool that DVC's cache has."""
+    for copies in dvc_cache.outputs_below(root, f"{ARTIFACTS}/score_images"):
+        manifest = files.read_json(copies[shards.MANIFEST]) if shards.MANIFEST in copies else {}
+        if manifest.get("pool") == pool.name:
+            for entry in manifest["shards"]:
+                pool.offer(Path(entry["file"]).stem, {"scores": (copies[entry["file"]], entry["sha256"])})
 
 
 def _score(

@@ -13,18 +13,12 @@ from dmat.config import Selection
 from dmat.data import shards
 from dmat.errors import DmatError
 from dmat.jobs.execution import Job
-from dmat.jobs.score_images import score_file
+from dmat.jobs.score_images import read_scores
 
 
 def run(settings: Selection, job: Job) -> dict[str, Any]:
     pool = shards.open_shards(job.inputs["images"])
-    scores = np.concatenate(
-        [files.load_array(job.inputs["scores"] / score_file(entry)) for entry in pool.manifest["shards"]]
-    )
-    if len(scores) != len(pool):
-        raise DmatError(
-            f"{job.inputs['scores']} holds {len(scores)} scores for {len(pool)} images; run score_images again"
-        )
+    scores = read_scores(job.inputs["scores"], pool)
     labels = np.concatenate([np.asarray(labels) for labels in pool.labels])
     kept = best_of_each_class(scores, labels, settings.keep)
     if not len(kept):
