@@ -8,7 +8,7 @@ from typing import Any, TextIO, cast
 
 import typer
 
-from cli import evaluate, models, recipes, runs, stages, tune, upkeep
+from cli import evaluate, models, project, recipes, runs, stages, tune, upkeep
 from dmat import __version__
 from dmat.errors import DmatError, Interrupted
 from dmat.redaction import RedactingStream
@@ -48,6 +48,7 @@ def _options(
 
 stages.add_to(app, own={"evaluate_robust": evaluate.add_to})
 tune.add_to(app)
+project.add_to(app)
 recipes.add_to(app)
 runs.add_to(app)
 models.add_to(app)
