@@ -10,8 +10,8 @@ import typer
 def add_to(app: typer.Typer) -> None:
     app.command(
         "init",
-        help="Make a folder a project: a recipe as params.yaml, the stages, DVC's settings and, where there is none, a git "
-        "repository. Commits nothing.\n\nExample: dmat init digits --recipe digits-3-seeds",
+        help="Make a folder a project: a recipe as params.yaml, the stages, DVC's settings and, where there is none, a "
+        "git repository. Commits nothing.\n\nExample: dmat init digits --recipe digits-3-seeds",
     )(_init)
 
 

@@ -1,8 +1,8 @@
 """A project of one's own: the files that make a folder one.
 
-The links beside this file lead to the files of dmat's repository, which is a project itself: each exists once in git, and
-a checkout, an editable installation and a wheel (which holds what the links lead to) all read the same. Their names have no
-dot and no `dvc.yaml`, because git and DVC would obey them here.
+The links beside this file lead to the files of dmat's repository, which is a project itself. So each exists once, and a
+checkout, an editable installation and a wheel, which holds what the links lead to, all read the same. None is called
+`.gitignore` or `dvc.yaml`, because git and DVC would obey it here.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ _CODE = "code.yaml"
 def make(folder: Path, recipe: str) -> Path:
     """Makes a project in a new folder, or in one that has none of its files; returns its full path. Commits nothing.
 
-    A folder outside git becomes a repository. Raises DmatError for an unknown recipe, files that are there already and a
-    missing git, and then leaves nothing behind.
+    A folder outside git becomes a repository. Raises DmatError, and then leaves nothing behind, for an unknown recipe,
+    files that are there already and a missing git.
     """
     folder = folder.resolve()
     params = recipes.read(recipe)
@@ -54,8 +54,9 @@ def make(folder: Path, recipe: str) -> Path:
         for path, text in texts.items():
             files.write_text(folder / path, text)
         write_code_yaml(folder)
-        if top is None:
-            _git(folder, "init", "--quiet")
+        if top is None and (failed := _git(folder, "init", "--quiet")).returncode:
+            said = (failed.stderr.strip().splitlines() or [f"exit code {failed.returncode}"])[0]
+            raise DmatError(f"`git init` failed in {folder} ({said}); expected a repository; nothing was written")
     except BaseException:
         _remove(folder, [*texts, _CODE])
         raise
@@ -81,42 +82,33 @@ def _readme(name: str, recipe: str) -> str:
 
 
 def _expect_free(folder: Path, paths: list[str]) -> None:
-    """Raises DmatError with everything that is in the way: a file of the project, or something where it needs a folder."""
+    """Raises DmatError with all that is in the way: a file of the project, or no folder where it needs one."""
     for above in (folder, *folder.parents):
         if os.path.lexists(above) and not above.is_dir():
-            raise DmatError(f"{above} is not a folder; expected one, or nothing there; name another; nothing was written")
-    needed = {above.as_posix() for path in paths for above in Path(path).parents} - {"."}
+            raise DmatError(f"{above} is not a folder; expected one, or nothing; name another; nothing was written")
+    inner = {str(above) for path in paths for above in Path(path).parents} - {"."}
     taken = [path for path in paths if os.path.lexists(folder / path)]
-    taken += [
-        path
-        for path in sorted(needed)
-        if os.path.lexists(folder / path) and ((folder / path).is_symlink() or not (folder / path).is_dir())
-    ]
+    taken += sorted(path for path in inner if (folder / path).is_symlink() or (folder / path).is_file())
     if {"params.yaml", "dvc.yaml", ".dvc/config"} <= {*taken}:
-        raise DmatError(
-            f"{folder} is a project already (it has {', '.join(taken)}); expected a folder without these files; use it as "
-            f"it is, or name another; nothing was written"
-        )
+        found, advice = f"{folder} is a project already: it has", "use it as it is"
+    else:
+        found, advice = f"{folder} has", "move them away"
     if taken:
         raise DmatError(
-            f"{folder} has {', '.join(taken)}; expected a folder without these; move them away or name another folder; "
-            f"nothing was written"
+            f"{found} {', '.join(taken)}; expected a folder without these; {advice}, or name another folder; nothing "
+            f"was written"
         )
 
 
 def _repository(folder: Path) -> Path | None:
     """The top folder of the git repository that a folder, which may be still to be made, lies in."""
     there = next(above for above in (folder, *folder.parents) if above.is_dir())
-    command = ["git", "rev-parse", "--show-toplevel"]
-    answer = subprocess.run(command, cwd=there, capture_output=True, text=True, check=False)
+    answer = _git(there, "rev-parse", "--show-toplevel")
     return Path(answer.stdout.removesuffix("\n")) if answer.returncode == 0 else None
 
 
-def _git(folder: Path, *words: str) -> None:
-    answer = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        said = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[0]
-        raise DmatError(f"`git {' '.join(words)}` failed in {folder} ({said}); expected it to work; nothing was written")
+def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
 
 
 def _remove(folder: Path, paths: list[str]) -> None:
