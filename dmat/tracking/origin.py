@@ -14,7 +14,9 @@ import dmat
 from dmat import files
 
 PATCH = "git.patch"
-_LOCK = "dvc.lock"  # DVC rewrites it after every stage: a patch needs it, but it makes no tree dirty
+# DVC rewrites it after every stage: a patch needs it, but it makes no tree dirty. It lies in git's top folder or in the
+# project below it.
+_LOCK = "dvc.lock"
 _LARGEST = 10_000_000  # bytes of a patch
 # A patch must apply whatever a person's configuration of git and environment say of how differences are shown.
 _PLAIN = (
@@ -34,7 +36,8 @@ def git(folder: Path) -> dict[str, Any]:
     """git_commit and git_dirty: whether tracked files differ from it. Empty outside a repository."""
     try:
         head = _ask(folder, "rev-parse", "HEAD").decode().strip()
-        changed = _ask(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){_LOCK}")
+        locks = [f":(top,exclude){_LOCK}", f":(exclude){_LOCK}"]
+        changed = _ask(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", *locks)
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"git_commit": head, "git_dirty": bool(changed.strip())}
@@ -45,9 +48,10 @@ def write_patch(folder: Path, to: Path) -> None:
     what data there was, also if it is new. No file if nothing differs, or so much that it is no patch any more."""
     try:
         patch = _ask(folder, *_PLAIN, "HEAD", "--", ":/")
-        if _ask(folder, "ls-files", "--others", "--", _LOCK):
+        new = _ask(folder, "ls-files", "--others", "--full-name", "-z", "--", f":(top){_LOCK}", _LOCK)
+        for name in filter(None, os.fsdecode(new).split("\0")):
             top = Path(os.fsdecode(_ask(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
-            patch += _ask(top, *_PLAIN, "--no-index", "--", os.devnull, f"{below_top(folder)}{_LOCK}", differs=True)
+            patch += _ask(top, *_PLAIN, "--no-index", "--", os.devnull, name, differs=True)
     except (OSError, subprocess.CalledProcessError):
         patch = b""
     if patch and len(patch) <= _LARGEST:
