@@ -104,6 +104,9 @@ def test_the_wheel_is_what_runs(installed, root):
     module = Path(installed.ask("import dmat; print(dmat.__file__)"))
     assert module.is_relative_to(installed.bin.parent)
     assert installed.ask("from dmat.tracking import origin; print(origin.code())") == dmat.__version__
+    # the processes that dmat starts find it without a path that would put all packages before Python's own modules
+    script = "from dmat.tracking import courier; print([courier.python('')['env']['PYTHONPATH']])"
+    assert installed.ask(script) == "['']"
 
 
 def test_a_project_runs_without_the_repository(installed, tmp_path, tiny_params):
