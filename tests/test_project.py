@@ -141,8 +141,9 @@ def test_a_project_is_not_made_again(tmp_path):
 
 
 def test_an_unknown_recipe_and_a_missing_git_leave_nothing(tmp_path, monkeypatch):
-    with pytest.raises(DmatError, match=r"recipe is 'wang'; expected one of .*digits-3-seeds"):
-        project.make(tmp_path / "new", "wang")
+    for name in ("wang", "../project/pipeline"):
+        with pytest.raises(DmatError, match=r"recipe is .*; expected one of .*digits-3-seeds"):
+            project.make(tmp_path / "new", name)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(DmatError, match=r"git is not on PATH; expected it, as a project is a git repository; install"):
         project.make(tmp_path / "new", "digits")
