@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import re
 import sys
 import traceback
 from typing import Any, TextIO, cast
 
 import typer
 
-from cli import evaluate, models, recipes, runs, stages, tune, upkeep
+from cli import evaluate, models, project, recipes, runs, stages, tune, upkeep
 from dmat import __version__
 from dmat.errors import DmatError, Interrupted
 from dmat.redaction import RedactingStream
@@ -48,6 +49,7 @@ def _options(
 
 stages.add_to(app, own={"evaluate_robust": evaluate.add_to})
 tune.add_to(app)
+project.add_to(app)
 recipes.add_to(app)
 runs.add_to(app)
 models.add_to(app)
@@ -76,6 +78,11 @@ def _run() -> None:
     except DmatError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except ImportError as error:
+        if (sentence := needed_extra(error)) is None:
+            raise
+        typer.echo(f"error: {sentence}", err=True)
+        sys.exit(2)
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise
@@ -88,6 +95,19 @@ def _run() -> None:
     except Interrupted as stop:
         typer.echo(str(stop), err=True)
         sys.exit(stop.exit_code)
+
+
+def needed_extra(error: ImportError) -> str | None:
+    """The sentence for a package that an extra of dmat brings; None if no extra brings it."""
+    import importlib.metadata
+
+    missing = (error.name or "").partition(".")[0]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a tree that was never installed
+        for line in importlib.metadata.requires("dmat") or []:
+            named = re.match(r"""([\w.-]+).*extra == ["'](\w+)""", line)
+            if named and named[1].replace("-", "_") == missing:
+                return f"dmat {' '.join(sys.argv[1:2])} needs {named[1]}; pip install 'dmat[{named[2]}]'"
+    return None
 
 
 def _explain(error: Any) -> None:

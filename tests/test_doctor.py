@@ -152,6 +152,16 @@ def test_a_missing_package_is_a_problem(project, monkeypatch):
     assert "no-such-package (missing)" in found
 
 
+def test_a_plain_install_lacks_nothing(project, monkeypatch):
+    (project / "constraints.txt").unlink()
+    monkeypatch.setattr(machine, "_installed", lambda name: None if name == "optuna" else "1")
+    mark, found, _ = one(project, "versions")
+    assert mark == OK
+    assert "optuna (not there: dmat[tune])" in found
+    monkeypatch.setattr(machine, "_installed", lambda name: None)
+    assert one(project, "versions")[2] == "install with `pip install dmat`"  # there is no checkout to install
+
+
 def test_code_of_another_checkout_is_a_problem(project):
     """DVC would note the checksums of this folder's modules as those that computed."""
     (project / "dmat").mkdir()

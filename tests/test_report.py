@@ -189,3 +189,21 @@ def test_a_commit_is_named_as_the_way_back_only_where_it_is_one():
         assert words in said
         assert commands == ["dmat runs reproduce evaluate_robust/a-1"]
     assert "outside a git repository" in page.again({"evaluate_robust a-1": {}})[0]
+
+
+def test_the_way_back_names_the_dmat_of_a_project_without_code():
+    """There the commit holds parameters alone."""
+    one = {"train_robust a-1": _made(dmat="0.1.0"), "evaluate_robust a-1": _made(dmat="0.1.0")}
+    said, commands = page.again(one)
+    assert said == "Every part was made at one commit without local changes, by dmat 0.1.0."
+    assert commands == [f"git checkout {'c' * 40}", "dvc repro"]
+    for other, words in (
+        (_made(dmat="0.2.0"), "at one commit by dmat 0.1.0 and 0.2.0, so no commit"),
+        (_made(), "at one commit by dmat 0.1.0 and of the project itself, so no commit"),
+    ):
+        said, commands = page.again(one | {"train_robust b-1": other})
+        assert words in said
+        assert commands == ["dmat runs reproduce evaluate_robust/a-1"]
+    assert (
+        "by dmat 0.1.0+gabc.changed, so no commit" in page.again({"mix_images a": _made(dmat="0.1.0+gabc.changed")})[0]
+    )

@@ -3,11 +3,13 @@
 The whole way, with DVC and a training that ends in the same bytes, is in tests/test_pipeline.py.
 """
 
+import shutil
 import subprocess
 
 import pytest
 import yaml
 
+import dmat.project
 from dmat import config, tracking
 from dmat.errors import DmatError
 from dmat.jobs.workspace import Workspace
@@ -79,6 +81,69 @@ def test_parameters_and_software_that_differ_are_said(project):
     assert found.command.endswith("-m cli.main prepare-data")
     with pytest.raises(DmatError, match="tree exists; expected a new folder"):
         _reproduced(project, run)
+
+
+def test_another_version_of_dmat_is_told_where_the_tree_has_no_code(project, monkeypatch):
+    """There the installed dmat computes, whatever the commit."""
+    _, run = _run(project, **{"software.dmat": origin.code()})
+    assert _reproduced(project, run).whole
+    monkeypatch.setattr(origin, "code", lambda: "0.2.0")
+    found = _reproduced(project, run, "second")
+    assert found.differences[0].startswith("dmat is 0.2.0 here and was ")
+    assert not found.whole
+    (project / "dmat").mkdir()
+    (project / "dmat/__init__.py").touch()
+    _git(project, "add", "-A")
+    _git(project, "commit", "-qm", "two")
+    _, run = _run(project, **{"software.dmat": "0.1.0"})
+    assert _reproduced(project, run, "third").whole
+
+
+def test_a_project_below_the_top_of_its_repository(tmp_path, tiny_params, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    top = tmp_path / "top"
+    folder = dmat.project.make(top / "a b", "digits")
+    (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params, sort_keys=False))
+    shutil.rmtree(folder / ".git")
+    (folder / "sources/mine.npz").write_text("mine")
+    (top / "other").touch()
+    _git(top, "init", "-q")
+    _git(top, "add", "-A")
+    _git(top, "commit", "-qm", "one")
+    assert origin.below_top(folder) == "a b/"
+    (folder / "dvc.lock").write_text("new: 1\n")
+    origin.write_patch(folder, tmp_path)
+    assert origin.git(folder)["git_dirty"] is False
+    client, run = _run(folder)
+    client.log_artifact(run, str(tmp_path / origin.PATCH))
+    found = _reproduced(folder, run, "../tree")
+    assert found.whole
+    assert found.tree == tmp_path / "tree/a b"
+    assert (found.tree / "dvc.lock").read_text() == "new: 1\n"
+    assert (found.tree / "sources/mine.npz").read_text() == "mine"
+    assert (tmp_path / "tree/other").exists()
+    assert f"cd '{found.tree}'" in found.command
+    _git(top, "add", "-A")
+    _git(top, "commit", "-qm", "two")
+    (folder / "dvc.lock").write_text("new: 2\n")
+    assert origin.git(folder)["git_dirty"] is False
+    (top / "other").write_text("changed")
+    assert origin.git(folder)["git_dirty"] is True
+
+
+def test_the_code_is_known_by_its_version_and_in_a_checkout_by_its_commit(tmp_path):
+    package = tmp_path / "dmat"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    assert origin.code(package) == dmat.__version__
+    _git(tmp_path, "init", "-q")
+    assert origin.code(package) == dmat.__version__  # an environment below somebody's repository
+    _git(tmp_path, "add", "-A")
+    _git(tmp_path, "commit", "-qm", "one")
+    commit = _git(tmp_path, "rev-parse", "HEAD")[:12]
+    assert origin.code(package) == f"{dmat.__version__}+g{commit}"
+    (package / "__init__.py").write_text("x = 1\n")
+    assert origin.code(package) == f"{dmat.__version__}+g{commit}.changed"
 
 
 def test_another_machine_alone_is_no_failure(project):

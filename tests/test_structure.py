@@ -3,6 +3,7 @@
 import ast
 import functools
 import hashlib
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import ruamel.yaml
 import typer
 import yaml
 
+from cli import main
 from cli.main import app
 from dmat import config
 from dmat.jobs import STAGES, code
@@ -27,7 +29,7 @@ ROWS = (
     ),
     ("dmat.data", "dmat.diffusion", "dmat.robust", "dmat.metrics"),
     ("dmat.training", "dmat.tracking", "dmat.models", "dmat.evaluation", "dmat.report"),
-    ("dmat.config", "dmat.recipes"),
+    ("dmat.config", "dmat.recipes", "dmat.project"),
     ("dmat.jobs",),
     ("dmat.tuning", "dmat.upkeep"),
     ("cli",),
@@ -41,6 +43,7 @@ HOMES = {  # package -> the only modules that import it
         "cli.evaluate",
         "cli.models",
         "cli.stages",
+        "cli.project",
         "cli.recipes",
         "cli.runs",
         "cli.tune",
@@ -234,10 +237,52 @@ def test_constraints_hold_every_direct_dependency(root):
 
     pinned = {line.partition("==")[0].lower() for line in (root / "constraints.txt").read_text().splitlines()}
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    names = {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower() for line in wanted}
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    names = {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower() for line in wanted} - {"dmat"}  # `all` names the others
     assert len(names) >= 20
     assert {name.replace(".", "-") for name in names} <= pinned  # as packaging writes names
+
+
+def test_what_a_module_imports_is_a_dependency(root):
+    """A plain install has all that is imported outside `dmat.tuning`; `dmat.tuning` needs the extra `tune` besides."""
+    import tomllib
+
+    def names(lines: list[str]) -> set[str]:
+        return {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower().replace("_", "-") for line in lines}
+
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    plain, tune = names(project["dependencies"]), names(project["optional-dependencies"]["tune"])
+    brings = importlib.metadata.packages_distributions()
+    outside = {*sys.stdlib_module_names, "dmat", "cli", "pydantic_core"}  # which pydantic pins
+    seen = set()
+    for module in _modules(root):
+        given = plain | tune if module.startswith("dmat.tuning") else plain
+        for package in {name.partition(".")[0] for name in _imports(root, module)} - outside:
+            distributions = {name.lower().replace("_", "-") for name in brings[package]}
+            assert distributions & given, f"{module} imports {package}, which {sorted(distributions)} brings"
+            seen |= distributions & given
+    assert len(seen) >= 20
+    assert {"optuna", "optuna-dashboard", "sqlalchemy"} <= seen
+
+
+def test_a_command_without_its_extra_names_it(root, monkeypatch):
+    """As after a plain install: the package is not there."""
+    script = (
+        "import sys; sys.modules['optuna'] = None; sys.argv = ['dmat', 'tune', 'best']; import cli.main as m; m.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: dmat tune needs optuna; pip install 'dmat[tune]'\n")
+    monkeypatch.setattr(sys, "argv", ["dmat", "tune", "dashboard"])
+    for package, sentence in (
+        ("optuna_dashboard", "dmat tune needs optuna-dashboard; pip install 'dmat[tune]'"),
+        ("sqlalchemy.exc", "dmat tune needs sqlalchemy; pip install 'dmat[tune]'"),
+        ("torch", None),  # no extra of dmat would bring it
+        (None, None),
+    ):
+        assert main.needed_extra(ImportError("no such module", name=package)) == sentence
 
 
 def test_no_unsafe_reading(root):

@@ -30,7 +30,7 @@ def here() -> Workspace:
     if not (place.home / "params.yaml").exists() and not (place.home / "mlruns").exists():
         raise DmatError(
             f"{place.home} is no project: it has neither params.yaml nor mlruns; expected one; go to its folder, or "
-            f"bring a recipe with `dmat recipes use NAME`"
+            f"make one with `dmat init DIR`"
         )
     return place
 

@@ -15,10 +15,9 @@ def summaries() -> dict[str, str]:
 
 
 def read(name: str) -> str:
-    path = _FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    if name not in summaries():
         raise DmatError(f"recipe is {name!r}; expected one of {', '.join(summaries())}")
-    return path.read_text()
+    return (_FOLDER / f"{name}.yaml").read_text()
 
 
 def use(name: str, target: Path) -> Path | None:

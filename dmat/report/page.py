@@ -60,16 +60,23 @@ class Content:
 def again(provenance: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
     """What to do to get the numbers again, as a sentence and commands. provenance: "stage instance" -> its own.
 
-    A commit alone gives them only if every part was made at that commit without local changes.
+    A commit alone gives them only if every part was made at that commit without local changes; and by one dmat, where
+    the project does not hold its code.
     """
-    commits = list(dict.fromkeys(one["git_commit"] for one in provenance.values() if one.get("git_commit")))
-    whole = all(one.get("git_commit") and not one.get("git_dirty") for one in provenance.values())
-    if len(commits) == 1 and whole:
-        return "Every part was made at one commit without local changes.", [f"git checkout {commits[0]}", "make repro"]
+    parts = provenance.values()
+    commits = list(dict.fromkeys(one["git_commit"] for one in parts if one.get("git_commit")))
+    versions = list(dict.fromkeys(one.get("dmat") for one in parts))
+    whole = all(one.get("git_commit") and not one.get("git_dirty") for one in parts)
+    known = len(versions) == 1 and not str(versions[0]).endswith(".changed")
+    if len(commits) == 1 and whole and known:
+        by, command = (f", by dmat {versions[0]}", "dvc repro") if versions[0] else ("", "make repro")
+        return f"Every part was made at one commit without local changes{by}.", [f"git checkout {commits[0]}", command]
     made = (
         "outside a git repository" if not commits else f"at {len(commits)} commits" if commits[1:] else "at one commit"
     )
     changed = " with local changes" if commits and not whole else ""
+    if not known:
+        changed += f" by dmat {' and '.join(version or 'of the project itself' for version in versions)}"
     return (
         f"The parts were made {made}{changed}, so no commit alone gives them again. Each run keeps its commit, its "
         f"changes, its parameters and the checksums of its data; this sets a tree up for one of them:",

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import queue
+import site
 import subprocess
 import sys
 import threading
@@ -97,6 +98,8 @@ def python(statement: str, *words: str) -> dict[str, Any]:
     It has a session of its own: Ctrl-C is for the process that starts it.
     """
     package = str(Path(__file__).parents[2])
+    if package in (*site.getsitepackages(), site.getusersitepackages()):
+        package = ""  # found anyway; in PYTHONPATH, all that is installed would come before Python's own modules
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     return {
         "args": [sys.executable, "-P", "-c", statement, *words],

@@ -113,6 +113,7 @@ class Run:
             "mlflow_parent": self._memory["parent"],
             "work": notes.relative(self.home, self.folder),
             **self._about["git"],
+            **self._about["code"],
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host_cores": os.cpu_count(),
         }
@@ -175,6 +176,7 @@ def open_run(
     the `dvc` process above, if there is one. fingerprint: of settings and inputs, where the work has one of its own.
     """
     git = origin.git(root or home)
+    software = origin.software()
     about = {
         "name": f"{stage} {instance}",
         "settings": dict(settings),
@@ -182,13 +184,14 @@ def open_run(
         "behind": {title: dict(one) for title, one in (behind or {}).items()},
         "started": time.time(),
         "git": git,
+        "code": {} if origin.holds_code(root or home) else {"dmat": software["dmat"]},
         "tags": {
             "dmat.stage": stage,
             "dmat.instance": instance,
             **({"dmat.fingerprint": fingerprint} if fingerprint else {}),
             WORK: notes.relative(home, work),
             **{f"compute.{name}": str(value) for name, value in compute.items()},
-            **{f"software.{name}": number for name, number in origin.software().items()},
+            **{f"software.{name}": number for name, number in software.items()},
             **{f"input.{name}": entry["sha256"] for name, entry in inputs.items()},
             **{f"git.{name.removeprefix('git_')}": str(value) for name, value in git.items()},
             **{

@@ -77,7 +77,7 @@ def connect(url: str) -> RDBStorage:
     except ImportError as error:
         raise DmatError(
             f"the storage of studies {redaction.address(url)} cannot be reached ({first_line(error, url)}); expected a "
-            f"database whose driver is installed; postgresql+psycopg is"
+            f"database whose driver is installed; pip install 'dmat[team]' brings postgresql+psycopg"
         ) from error
 
 

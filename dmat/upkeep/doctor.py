@@ -126,9 +126,9 @@ def _dvc(site: Site) -> Iterator[Marked]:
     root = site.place.root
     alone = "stages run one by one as dmat commands; for `dvc repro` "
     if not (root / ".dvc").is_dir():
-        yield NOTE, "no .dvc folder", f"{alone}call `dvc init`"
+        yield NOTE, "no .dvc folder", f"{alone}make a project with `dmat init`"
     elif not (root / "dvc.yaml").exists():
-        yield NOTE, "no dvc.yaml", f"{alone}bring the file from dmat's repository"
+        yield NOTE, "no dvc.yaml", f"{alone}make a project with `dmat init` and take its file"
     else:
         stages = len(dvc_files.read_pipeline(root)["stages"])
         found = (

@@ -19,7 +19,8 @@ from dmat import devices
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 Marked = tuple[str, str, str]  # one of the three; what was found; what to do about anything that is not ok
 
-PACKAGES = ("torch", "torchvision", "mlflow", "dvc", "optuna", "pyautoattack")
+PACKAGES = ("torch", "torchvision", "mlflow", "dvc", "pyautoattack")
+EXTRAS = {"optuna": "tune"}  # package -> the extra of dmat that brings it
 _GIB = 1 << 30
 # GiB: PROBLEM below the first, note below the second.
 DISK = (1.0, 5.0)  # a checkpoint is on disk twice while it is saved, and MLflow's database grows: assumed
@@ -30,7 +31,12 @@ _CONTROL_GROUP = Path("/sys/fs/cgroup")
 def versions(root: Path) -> Iterator[Marked]:
     """root: the project, for its constraints.txt and its code."""
     installed = {name: _installed(name) for name in PACKAGES}
-    listed = ", ".join(f"{name} {version or '(missing)'}" for name, version in installed.items())
+    listed = ", ".join(
+        [
+            *(f"{name} {version or '(missing)'}" for name, version in installed.items()),
+            *(f"{name} {_installed(name) or f'(not there: dmat[{extra}])'}" for name, extra in EXTRAS.items()),
+        ]
+    )
     found = f"dmat {dmat.__version__}, Python {platform.python_version()}, {listed}"
     pins = _pins(root / "constraints.txt")
     differ = [
@@ -38,7 +44,11 @@ def versions(root: Path) -> Iterator[Marked]:
         for name, wanted in pins.items()
         if (version := _installed(name)) and version.partition("+")[0] not in wanted
     ]
-    again = "install with `pip install --constraint constraints.txt --editable .`; `make repro` does it in .venv"
+    runs, here = Path(dmat.__file__).resolve(), root / "dmat" / "__init__.py"
+    pinned = " --constraint constraints.txt" if pins else ""
+    again = f"install with `pip install{pinned} dmat`"
+    if here.exists():
+        again = f"install with `pip install{pinned} --editable .`; `make repro` does it in .venv"
     if None in installed.values():
         yield PROBLEM, found, again
     elif differ:
@@ -46,7 +56,6 @@ def versions(root: Path) -> Iterator[Marked]:
         yield NOTE, f"{found}; other than in constraints.txt: {named}", again
     else:
         yield OK, found + ("; all as in constraints.txt" if pins else "; no constraints.txt to compare with"), ""
-    runs, here = Path(dmat.__file__).resolve(), root / "dmat" / "__init__.py"
     if here.exists() and here.resolve() != runs:
         do = f"use the virtual environment of {root}: DVC notes the code in that folder as what computed"
         yield PROBLEM, f"the code that runs is in {runs.parent}, not in {here.parent}", do

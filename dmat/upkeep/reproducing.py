@@ -1,7 +1,8 @@
 """A run again: its commit, its uncommitted changes, its parameters and its data in a work tree of its own.
 
 The tree shares the project's git objects and DVC's cache, so nothing is copied that is there already. Nothing in the
-project changes but git's list of work trees.
+project changes but git's list of work trees. A tree of dmat's own repository computes with its own code; any other with
+the dmat that is installed, so a version other than the run's is told.
 """
 
 import dataclasses
@@ -25,8 +26,9 @@ from dmat.tracking.queries import TrackedRun
 
 @dataclasses.dataclass(frozen=True)
 class Reproduction:
-    """lines: what was done, with the command last. differences: what is not as it was, a sentence each. whole: the
-    commit, the changes, the parameters and all data are those of the run; only the machine may differ."""
+    """tree: the project's folder in the work tree. lines: what was done, with the command last. differences: what is
+    not as it was, a sentence each. whole: the commit, the changes, the code, the parameters and all data are those of
+    the run; only the machine may differ."""
 
     tree: Path
     command: str
@@ -47,25 +49,28 @@ def reproduce(place: Workspace, wanted: str, to: Path | None = None) -> Reproduc
             f"run {queries.short(run.id)} is of {run.stage or 'nothing that dmat knows'!r}; expected one of a stage; "
             f"`dmat runs list --stage train_robust` shows some"
         )
-    tree = _tree(place, run, to)
+    top = _tree(place, run, to)
+    tree = top / origin.below_top(place.root)
     try:
-        patched = _apply_changes(place, run, tree)
+        patched = _apply_changes(place, run, top)
         chosen, unlike = _parameters(tree, stage, run)
     except BaseException:
-        _git(place.root, "worktree", "remove", "--force", str(tree))
+        _git(place.root, "worktree", "remove", "--force", str(top))
         raise
+    unlike += _other_code(tree, run)
+    _link_sources(place, tree)
     lacking = list(_data(place, tree, run, chosen))
     words = [sys.executable, "-m", "cli.main", stage.command]
     words += [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
     command = f"cd {shlex.quote(str(tree))} && {shlex.join(words)}"
     lines = [
-        f"{run.stage} {run.instance}, run {queries.short(run.id)}, at commit {run.tags['git.commit'][:10]} in {tree}",
+        f"{run.stage} {run.instance}, run {queries.short(run.id)}, at commit {run.tags['git.commit'][:10]} in {top}",
         _about_changes(run, patched),
         *([] if unlike else ["params.yaml there gives the parameters of the run"]),
         *([] if lacking else ["all data are those that the run read"]),
         f"run it again: {command}",
         f"compare what it prints with: cd {shlex.quote(str(place.root))} && dmat runs show {queries.short(run.id)}",
-        f"take the tree away: git -C {shlex.quote(str(place.root))} worktree remove --force {shlex.quote(str(tree))}",
+        f"take the tree away: git -C {shlex.quote(str(place.root))} worktree remove --force {shlex.quote(str(top))}",
     ]
     if run.tags.get("git.dirty") == "True" and not patched:
         unlike.append("the run had uncommitted changes that were not kept")
@@ -156,6 +161,15 @@ def _data(place: Workspace, tree: Path, run: TrackedRun, chosen: Mapping[str, An
             yield f"{path} has checksum {found[:12]}; the run read {recorded[:12]}"
 
 
+def _link_sources(place: Workspace, tree: Path) -> None:
+    """People's own files are in no commit: the tree reads those of the project."""
+    for path in (place.root / "sources").glob("*"):
+        link = tree / "sources" / path.name
+        if not os.path.lexists(link):
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(path)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -170,9 +184,17 @@ def _cache(place: Workspace) -> Path | None:
     return Path(answer.stdout.strip()) if answer.returncode == 0 else None
 
 
+def _other_code(tree: Path, run: TrackedRun) -> list[str]:
+    """What differs in the code that the tree is computed with, where it is not the tree's own."""
+    now, was = origin.code(), run.tags.get("software.dmat")
+    if origin.holds_code(tree) or was in (None, now):
+        return []
+    return [f"dmat is {now} here and was {was}"]
+
+
 def _machine(run: TrackedRun) -> Iterator[str]:
     for name, now in origin.software().items():
-        was = run.tags.get(f"software.{name}")
+        was = run.tags.get(f"software.{name}") if name != "dmat" else None
         if was is not None and was != now:
             yield f"{name} is {now} here and was {was}"
     was = run.tags.get("compute.device")

@@ -1,0 +1,30 @@
+"""`dmat init`: a project of one's own."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "init",
+        help="Make a folder a project: a recipe as params.yaml, the stages, DVC's settings and, where there is none, a "
+        "git repository. Commits nothing.\n\nExample: dmat init digits --recipe digits-3-seeds",
+    )(_init)
+
+
+def _init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new folder, or one that has none of the files of a project.")
+    ],
+    recipe: Annotated[str, typer.Option(help="One of `dmat recipes list`.")] = "digits",
+) -> None:
+    from dmat import project
+
+    made = project.make(folder, recipe)
+    commit = f"cd {shlex.quote(str(folder))} && git add --all . && git commit --message 'The recipe {recipe}'"
+    typer.echo(f"commit it:  {commit}")
+    typer.echo("run it:     dvc repro")
+    typer.echo(f"read:       {made / 'README.md'}, and the comparison in artifacts/write_report/report/report.html")
