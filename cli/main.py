@@ -8,7 +8,7 @@ from typing import Any, TextIO, cast
 
 import typer
 
-from cli import evaluate, models, recipes, runs, stages, tune, upkeep
+from cli import evaluate, lock, models, recipes, runs, stages, tune, upkeep
 from dmat import __version__
 from dmat.errors import DmatError, Interrupted
 from dmat.redaction import RedactingStream
@@ -51,6 +51,7 @@ tune.add_to(app)
 recipes.add_to(app)
 runs.add_to(app)
 models.add_to(app)
+lock.add_to(app)
 upkeep.add_to(app)
 
 

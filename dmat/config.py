@@ -17,6 +17,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from dmat import ARTIFACTS, yaml_file
 from dmat.errors import ConfigError, DmatError, UnfitError
+from dmat.robust.step_size import default_step
 
 _NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
 _FRACTION = re.compile(rf"(?P<top>{_NUMBER})(/(?P<bottom>{_NUMBER}))?", re.ASCII)
@@ -77,12 +78,6 @@ Radius = Annotated[Fraction, AfterValidator(_radius)]
 NOT_GIVEN = Fraction(0)  # of a StepSize: `default_step` takes its place
 StepSize = Annotated[Fraction, AfterValidator(_step_size)]  # pixels in [0, 1]
 Name = Annotated[str, AfterValidator(_name)]
-
-
-def default_step(norm: str, epsilon: float, steps: int) -> float:
-    """Step of PGD in pixels of [0, 1] where none is given: a quarter of epsilon, as Wang et al. 2023 say; l2: 2 epsilon
-    over steps, as their code has it, at most epsilon."""
-    return min(epsilon, 2 * epsilon / max(1, steps)) if norm == "l2" else epsilon / 4
 
 
 class Record(pydantic.BaseModel):

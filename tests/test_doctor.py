@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from dmat import config, files
-from dmat.jobs import STAGES, code, workspace
+from dmat.jobs import STAGES, code_identity, workspace
 from dmat.upkeep import doctor, dvc_files, machine
 from dmat.upkeep.doctor import Finding
 from dmat.upkeep.machine import NOTE, OK, PROBLEM
@@ -35,6 +35,7 @@ def project(tmp_path, root, tiny_params, monkeypatch) -> Path:
     """Parameters, pipeline, .dvc and a commit; nothing was run yet."""
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params))
     shutil.copy(root / "dvc.yaml", tmp_path)
+    shutil.copy(root / "code.yaml", tmp_path)
     shutil.copy(root / "constraints.txt", tmp_path)
     (tmp_path / ".dvc").mkdir()
     git(tmp_path, "init", "-q")
@@ -295,17 +296,29 @@ def test_a_source_that_dvc_does_not_watch_is_noted(project, tiny_params):
     assert (sound.mark, note.mark) == (OK, NOTE)
     assert note.found == "DVC does not look at the files of prepare_data.path"
     text = (project / "dvc.yaml").read_text()
-    place = "    deps:\n      - dmat/jobs/prepare_data.py\n"
+    place = "    cmd: dmat prepare-data\n"
     assert text.count(place) == 1
     page = (Path(__file__).parent.parent / "docs/parameters.md").read_text()
     line = next(line for line in page.splitlines(keepends=True) if "${prepare_data.path}" in line)
-    assert line.strip().removeprefix("- ") in note.do
+    assert line.strip() in note.do
     (project / "dvc.yaml").write_text(text.replace(place, place + line))
     assert [finding.mark for finding in look(project, "dvc")] == [OK]
     listed = yaml.safe_load((project / "dvc.yaml").read_text())["stages"]["prepare_data"]["deps"]
     filled = [path.replace("${prepare_data.path}", "set.npz") for path in listed]
     params = config.load(project / "params.yaml")
-    assert set(filled) == {*STAGES["prepare_data"].inputs(params).values(), *code.of_stage("prepare_data")}
+    assert set(filled) == {*STAGES["prepare_data"].inputs(params).values()}
+
+
+def test_code_that_code_yaml_does_not_name_is_a_problem(project):
+    assert one(project, "code")[:2] == (OK, "as code.yaml names it")
+    path = project / "code.yaml"
+    locked = code_identity.read(project)
+    code_identity.write(project, code_identity.Locked({**locked.identities, "mix_images": 32 * "0"}, {}))
+    mark, found, do = one(project, "code")
+    assert (mark, found) == (PROBLEM, "not the code that code.yaml names: mix_images")
+    assert "`dmat lock --same STAGE --why ...`" in do
+    path.unlink()
+    assert one(project, "code")[::2] == (PROBLEM, "run `dmat lock`")
 
 
 def test_locks_that_dvc_writes_are_read(project, dead):

@@ -61,6 +61,15 @@ def run(settings: GenerateImages, job: Job) -> dict[str, Any]:
     return {"images": len(labels)}
 
 
+def first_block(settings: GenerateImages, job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """The first images of a chunk and their labels, as `run` makes them."""
+    model, sidecar = load_denoiser(job.inputs["denoiser"] / "denoiser.safetensors", job.compute)
+    first = job.params.chunks[job.chosen["chunk"]].index * settings.chunk
+    indices = first + np.arange(min(settings.block, settings.shard, settings.chunk))
+    labels = indices % len(sidecar["class_names"])
+    return _block(indices, labels, model, sidecar, settings, job), labels
+
+
 def _shard(
     folder: Path,
     number: int,
