@@ -42,9 +42,8 @@ CARRIERS = {
     "dmat.jobs.workspace": "where the files of a project are",
     "dmat.metrics.pictures": "pictures, which no other stage reads",
     "dmat.tracking": "MLflow",
-    "dmat.training.checkpoints": "the state of a run: a resumed run ends bit for bit as an undisturbed one",
     "dmat.training.interruption": "signals",
-    "dmat.training.long_run": "checkpoints, metrics and the progress bar of a run",
+    "dmat.training.long_run": "checkpoints, metrics and the progress bar: a resumed run ends as an undisturbed one",
 }
 _CARRIERS_OF = {"train_diffusion": {"dmat.diffusion.samplers"}}  # for a picture of samples alone
 _DECIDING = {"write_report": {"dmat.jobs.lineage", "dmat.metrics.pictures"}}  # the report shows them
@@ -75,7 +74,7 @@ def _written(node: Any, texts: bool = True) -> str:
     if isinstance(node, ast.JoinedStr):
         return f"JoinedStr[{' '.join(_parts(node, texts))}]"
     if not isinstance(node, ast.AST):
-        return _constant(node)
+        return "nothing" if node is None else _constant(node)
     fields = {name: value for name, value in ast.iter_fields(node) if name not in _NOT_WRITTEN}
     if isinstance(node, ast.Raise):
         fields = {"exc": node.exc.func if isinstance(node.exc, ast.Call) else node.exc}
@@ -192,13 +191,15 @@ class Sources:
 
     def closure(self, roots: Iterable[str], carriers: Iterable[str] = ()) -> set[str]:
         """These and all modules that they need, with their packages. Left out: carriers, and what only they need."""
-        found, waiting = set[str](), {*roots}
+        found, seen, waiting = set[str](), {"dmat"}, {*roots}
         while waiting:
             module = waiting.pop()
-            if module in found or module in ("", "dmat") or is_below(module, carriers):
-                continue
-            found.add(module)
-            waiting |= {*self.imported(module), *self.named(module), module.rpartition(".")[0]}
+            if module not in seen:
+                seen.add(module)
+                waiting |= {self.module_in(module.rpartition(".")[0]) or "dmat"}  # its package is loaded before it
+                if not is_below(module, carriers):
+                    found.add(module)
+                    waiting |= self.imported(module) | self.named(module)
         return found
 
     def imported(self, module: str) -> set[str]:
