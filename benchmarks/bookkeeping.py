@@ -9,6 +9,7 @@ thread. Prints one JSON line a repeat and the medians.
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -50,6 +51,7 @@ def once(images: int) -> dict[str, float]:
         path = Path(folder) / "params.yaml"
         path.write_text(yaml.safe_dump(content))
         params, place = config.load(path), Workspace(Path(folder), Path(folder))
+        shutil.copy(ROOT / "code.yaml", folder)
         (Path(folder) / "artifacts").mkdir()
         for word in ("prepare_data", "generate_images", "select_images", "mix_images"):
             (Path(folder) / "artifacts" / word).symlink_to(ROOT / "artifacts" / word)

@@ -33,6 +33,7 @@ def prepare(folder: Path, precision: str, seeds: list[int]) -> None:
     params["evaluate_robust"]["auto_attack"] = "none"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    shutil.copy(ROOT / "code.yaml", folder)
     for word in ("prepare_data", "generate_images", "select_images", "mix_images"):
         if not (folder / "artifacts" / word).exists():
             shutil.copytree(ROOT / "artifacts" / word, folder / "artifacts" / word)

@@ -35,6 +35,7 @@ def prepare(folder: Path, images: int) -> None:
     params["tune"] |= {"images_seen": images, "evaluate_every": images // 4, "warm_up_images": images // 4, "rerank": 0}
     folder.mkdir(parents=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    shutil.copy(ROOT / "code.yaml", folder)
     for word in ("prepare_data", "generate_images", "select_images"):
         shutil.copytree(ROOT / "artifacts" / word, folder / "artifacts" / word)
 

@@ -9,7 +9,7 @@ from typing import Any, TextIO, cast
 
 import typer
 
-from cli import evaluate, models, project, recipes, runs, stages, tune, upkeep
+from cli import evaluate, lock, models, project, recipes, runs, stages, tune, upkeep
 from dmat import __version__
 from dmat.errors import DmatError, Interrupted
 from dmat.redaction import RedactingStream
@@ -53,6 +53,7 @@ project.add_to(app)
 recipes.add_to(app)
 runs.add_to(app)
 models.add_to(app)
+lock.add_to(app)
 upkeep.add_to(app)
 
 

@@ -2,12 +2,15 @@
 
 import copy
 import shutil
+from pathlib import Path
 
 import yaml
 
 from dmat import config, files
-from dmat.jobs import STAGES
+from dmat.jobs import STAGES, code_identity
 from tests import forked
+
+ROOT = Path(__file__).parent.parent
 
 # Each stage with the options of one instance, in an order in which they can run.
 IN_ORDER = {
@@ -29,6 +32,7 @@ class Project:
 
     def __init__(self, folder, params):
         self.folder, self.params = folder, copy.deepcopy(params)  # tests change theirs
+        shutil.copy(ROOT / code_identity.NAME, folder)
         self.write({})
 
     def write(self, changes):

@@ -59,7 +59,7 @@ class Project:
         (work / "result/out").mkdir(parents=True)
         (work / "result/out/weights").write_bytes(f"{stage} {instance} {fingerprint}".encode() * 100)
         provenance = {"stage": stage, "instance": instance, "fingerprint": fingerprint, "settings": {"beta": 5.0}}
-        files.write_json(work / "finished.json", {"metrics": {"n": 1}, "code": {}, "provenance": provenance})
+        files.write_json(work / "finished.json", {"metrics": {"n": 1}, "code": NOW, "provenance": provenance})
         files.publish(work / "result/out", self.at(out or f"artifacts/{stage}/{instance}"))
         files.write_json(self.at(f"artifacts/metrics/{stage}/{instance}.json"), {"n": 1})
         files.write_json(self.at(f"artifacts/provenance/{stage}/{instance}.json"), provenance)

@@ -12,6 +12,7 @@ from cli.main import main
 from dmat import config, yaml_file
 from dmat.config import Fraction
 from dmat.errors import ConfigError, DmatError
+from dmat.robust.step_size import default_step
 
 SEVEN_COPIES = {"images": "edm18_best", "generated_share": 0.7, "cutmix": 1.0, "cutmix_copies": 7}
 PREACT = {"name": "preact_resnet", "depth": 18, "activation": "relu"}
@@ -412,7 +413,7 @@ def test_a_given_step_size_stays_and_the_radius_of_one_arm_moves_its_own(tmp_pat
     arms = _load(tmp_path, params).arms
     assert {name: (arm.attack_step_size.text, float(arm.selection_step_size)) for name, arm in arms.items()} == {
         "generated": ("1/40", 0.025), "real_only": ("1/40", 0.05)}  # fmt: skip
-    assert config.default_step("l2", 0.5, 1) == 0.5, "never out of the ball at once"
+    assert default_step("l2", 0.5, 1) == 0.5, "never out of the ball at once"
 
 
 def test_an_arm_overrides_its_section_and_nothing_else(tmp_path, params):

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from dmat import files
-from dmat.jobs import workspace
+from dmat.jobs import code_identity, workspace
 from dmat.upkeep import doctor, dvc_files, machine
 from dmat.upkeep.doctor import Finding
 from dmat.upkeep.machine import NOTE, OK, PROBLEM
@@ -35,6 +35,7 @@ def project(tmp_path, root, tiny_params, monkeypatch) -> Path:
     """Parameters, pipeline, .dvc and a commit; nothing was run yet."""
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params))
     shutil.copy(root / "dvc.yaml", tmp_path)
+    shutil.copy(root / "code.yaml", tmp_path)
     shutil.copy(root / "constraints.txt", tmp_path)
     (tmp_path / ".dvc").mkdir()
     git(tmp_path, "init", "-q")
@@ -295,6 +296,18 @@ def test_the_command_must_be_where_dvc_finds_it(project, monkeypatch):
     assert one(project, "dvc")[:2] == (OK, "stages in dvc.yaml: 11, instances in dvc.lock: 0")
     monkeypatch.setenv("PATH", "/usr/bin")
     assert "not on PATH" in one(project, "dvc")[1]
+
+
+def test_code_that_code_yaml_does_not_name_is_a_problem(project):
+    assert one(project, "code")[:2] == (OK, "as code.yaml names it")
+    path = project / "code.yaml"
+    locked = code_identity.read(project)
+    code_identity.write(project, code_identity.Locked({**locked.identities, "mix_images": 32 * "0"}, {}))
+    mark, found, do = one(project, "code")
+    assert (mark, found) == (PROBLEM, "not the code that code.yaml names: mix_images")
+    assert "`dmat lock --same STAGE --why ...`" in do
+    path.unlink()
+    assert one(project, "code")[::2] == (PROBLEM, "run `dmat lock`")
 
 
 def test_locks_that_dvc_writes_are_read(project, dead):

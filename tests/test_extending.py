@@ -59,12 +59,13 @@ def test_the_page_can_be_followed(tmp_path, tiny_params):
     )
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     for words in (
+        ["lock"],
         ["prepare-data"],
         ["mix-images", "--arm", "real_only"],
         ["train-robust", "--arm", "real_only", "--seed", "1"],
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "cli.main", *words, "--json"],
+            [sys.executable, "-m", "cli.main", *words, *(["--json"] if words != ["lock"] else [])],
             cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": "", "DMAT_TRACKING": "off"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip

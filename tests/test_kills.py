@@ -72,7 +72,7 @@ def test_a_short_job_killed_at_random_moments_starts_over(finished, tmp_path, wo
 def test_signals_save_and_exit(finished, tmp_path, word, number, code):
     project = finished.copy_without(word, tmp_path / "stopped")
     command = project.command(word)
-    forked.until(lambda: list((project.folder / "runs" / word).glob("*/code.json")))
+    forked.until(lambda: list((project.folder / "runs" / word).glob("*/holder.json")))
     command.signal(number)
     found, text = command.wait()
     assert found == code, text
@@ -100,17 +100,3 @@ def test_one_writer_at_a_time_and_the_second_is_told_who(finished, tmp_path):
     assert f"is being computed by process {first.process.pid}" in second
     assert first.wait()[0] == 0
     assert project.outputs("train_diffusion") == finished.outputs("train_diffusion")
-
-
-def test_work_that_goes_on_under_changed_code_says_so(finished, tmp_path):
-    project = finished.copy_without("train_scorer", tmp_path / "changed")
-    command = project.command("train_scorer")
-    forked.until(lambda: list((project.folder / "runs/train_scorer").glob("*/checkpoint.dmat")))
-    command.kill_after(0)
-    note = next((project.folder / "runs/train_scorer").glob("*/code.json"))
-    files.write_json(note, files.read_json(note) | {"dmat/training/classifier.py": "an earlier version"})
-    project.run("train_scorer")
-    provenance = files.read_json(project.folder / "artifacts/provenance/train_scorer/all.json")
-    assert provenance["code_changed"] is True
-    before = files.read_json(finished.folder / "artifacts/provenance/train_scorer/all.json")
-    assert before["code_changed"] is False

@@ -9,7 +9,7 @@ import pytest
 from cli import stages
 from dmat import dvc_lock, files
 from dmat.errors import DmatError
-from dmat.jobs import STAGES, mix_images
+from dmat.jobs import STAGES, code_identity, mix_images
 from dmat.jobs.workspace import Workspace
 from dmat.upkeep import doctor
 
@@ -76,19 +76,6 @@ def test_a_file_that_no_job_wrote_is_not_published(finished, tmp_path):
     assert project.outputs("mix_images") == before
     assert (work / "finished.json").stat().st_mtime_ns == stamp  # nothing was computed again
     assert [path.read_text() for path in work.glob("before-*/result/mix/notes.txt")] == ["mine"]
-
-
-@pytest.mark.parametrize("known", [True, False], ids=["begun by other code", "nobody knows by which code"])
-def test_a_result_of_other_code_whose_record_cannot_be_read_is_not_gone_on_with(finished, tmp_path, known):
-    """Such as one that an earlier version wrote: nothing of it, its checkpoint included, becomes this code's."""
-    project = finished.copy_without("no-stage", tmp_path / "copy")
-    before, work = project.outputs("train_scorer"), _work(project, "train_scorer")
-    (work / "finished.json").write_text('{"metrics": {}, "code": {}}')
-    (work / "code.json").write_text('{"dmat/training/classifier.py": "0"}') if known else (work / "code.json").unlink()
-    (work / "checkpoint.dmat").write_bytes(b"of other code")  # would be refused if anybody read it
-    project.run("train_scorer")
-    assert project.outputs("train_scorer") == before
-    assert [path.read_bytes() for path in work.glob("before-*/checkpoint.dmat")] == [b"of other code"]
 
 
 @pytest.fixture
@@ -187,6 +174,79 @@ def test_inputs_changed_while_a_stage_runs_do_not_become_its_inputs(finished, tm
     with pytest.raises(DmatError, match=r"edm18_best was \w{12} and is \w{12} while mix_images generated was computed"):
         _mix(project)
     assert not (project.folder / "artifacts/mix_images").exists()
+
+
+OTHER = 32 * "0"
+
+
+def _name_code(project, identity, same=()):
+    """code.yaml with another identity of mix_images. same: codes that it accepts beside that."""
+    locked = code_identity.read(project.folder)
+    entries = [{"code": one, "why": "a test", "compared": "nothing"} for one in same]
+    identities = {**locked.identities, "mix_images": identity}
+    code_identity.write(project.folder, code_identity.Locked(identities, {"mix_images": entries}))
+
+
+def test_code_that_code_yaml_does_not_name_computes_nothing(finished, tmp_path):
+    project = finished.copy_without("mix_images", tmp_path / "copy")
+    own = code_identity.of_stage("mix_images")
+    _name_code(project, OTHER)
+    assert project.run("mix_images", code=2).splitlines()[-1] == (
+        f"error: the code of mix_images is {own[:12]}; code.yaml says 000000000000; run `dmat lock` (the stage reruns) "
+        f"or `dmat lock --same mix_images --why ...` if it computes the same"
+    )
+    (project.folder / "code.yaml").unlink()
+    assert "code.yaml does not exist" in (text := project.run("mix_images", code=2))
+    assert text.endswith("run `dmat lock`\n")
+    assert not (project.folder / "runs/mix_images").exists()
+
+
+def _code_changes(project, monkeypatch):
+    monkeypatch.setattr(code_identity, "of_stage", lambda *_: OTHER)
+    return "the code of mix_images is 000000000000; code.yaml says"
+
+
+def _lock_changes(project, monkeypatch):
+    _name_code(project, OTHER, [code_identity.of_stage("mix_images")])
+    return "and says 000000000000"
+
+
+@pytest.mark.parametrize("change", [_code_changes, _lock_changes])
+def test_code_changed_while_a_stage_runs_does_not_name_its_result(finished, tmp_path, monkeypatch, change):
+    project = finished.copy_without("mix_images", tmp_path / "copy")
+    shutil.rmtree(project.folder / "artifacts/provenance/mix_images")
+    before, words = (project.folder / "code.yaml").read_text(), []
+    _during(monkeypatch, lambda: words.append(change(project, monkeypatch)))
+    with pytest.raises(DmatError, match="while mix_images generated was computed its code changed") as told:
+        _mix(project)
+    assert words[0] in str(told.value)
+    assert "nothing was published, the result is kept in" in str(told.value)
+    assert not (project.folder / "artifacts/mix_images").exists()
+    assert not (project.folder / "artifacts/provenance/mix_images").exists()
+
+    monkeypatch.undo()
+    (project.folder / "code.yaml").write_text(before)  # the result is not lost: it is published as it is
+    stamp = (_work(project, "mix_images") / "finished.json").stat().st_mtime_ns
+    _mix(project)
+    assert (_work(project, "mix_images") / "finished.json").stat().st_mtime_ns == stamp
+    assert project.outputs("mix_images") == finished.outputs("mix_images")
+    provenance = files.read_json(project.folder / "artifacts/provenance/mix_images/generated.json")
+    assert provenance["code"] == code_identity.of_stage("mix_images")
+
+
+def test_other_code_has_a_work_folder_of_its_own_and_the_old_one_is_found_again(finished, tmp_path):
+    project = finished.copy_without("nothing", tmp_path / "copy")
+    (old,), own = (project.folder / "runs/mix_images").iterdir(), code_identity.of_stage("mix_images")
+    stamp = (old / "finished.json").stat().st_mtime_ns
+    _name_code(project, OTHER, [own])
+    _mix(project)
+    (new,) = {*(project.folder / "runs/mix_images").iterdir()} - {old}
+    assert files.read_json(new / "finished.json")["code"] == OTHER
+    _name_code(project, own)
+    shutil.rmtree(project.folder / "artifacts/mix_images")
+    _mix(project)
+    assert (old / "finished.json").stat().st_mtime_ns == stamp
+    assert project.outputs("mix_images") == finished.outputs("mix_images")
 
 
 def test_an_edit_that_changes_nothing_for_the_stage_is_allowed(finished, tmp_path, monkeypatch):

@@ -183,7 +183,7 @@ def test_a_full_disk_loses_nothing(finished, tmp_path, word):
     with _small_disk(project.folder / "runs" / word, "40M"):
         ballast = project.folder / "runs" / word / "ballast"
         command = project.command(word)
-        forked.until(lambda: list((project.folder / "runs" / word).glob("*/code.json")))
+        forked.until(lambda: list((project.folder / "runs" / word).glob("*/holder.json")))
         with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 12))

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import hashlib
 import importlib.metadata
 import re
 import subprocess
@@ -18,7 +17,7 @@ import yaml
 from cli import main
 from cli.main import app
 from dmat import config
-from dmat.jobs import STAGES, code
+from dmat.jobs import STAGES, code_identity
 
 # A module imports from its own row and from lower rows only; rows as in docs/architecture.md.
 ROWS = (
@@ -41,6 +40,7 @@ HOMES = {  # package -> the only modules that import it
     "typer": {
         "cli.main",
         "cli.evaluate",
+        "cli.lock",
         "cli.models",
         "cli.stages",
         "cli.project",
@@ -102,10 +102,10 @@ def _imports(root: Path, module: str) -> set[str]:
 
 
 def test_imports_go_down_the_layers(root):
-    seen = 0
+    seen, sources = 0, code_identity.Sources(root)
     for module in _modules(root):
         row, entry = _owner(module)
-        for name in code.imported(module) if module.startswith("dmat") else ():
+        for name in sources.imported(module) if module.startswith("dmat") else ():
             seen += 1
             their_row, their_entry = _owner(name)
             assert their_row <= row, f"{module} (row {row}) imports {name} (row {their_row})"
@@ -149,7 +149,8 @@ def test_dvc_stages_agree_with_the_table(root):
             options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
             assert entry["cmd"] == f"dmat {stage.command} {options}".strip()
             inputs = set(stage.inputs(params, **chosen).values())
-            assert set(entry["deps"]) - {"sources/none"} == inputs | set(code.of_stage(word)), word
+            assert set(entry["deps"]) - {"sources/none"} == inputs, word
+            assert entry["params"].pop(0) == {"code.yaml": [word]}
             outputs = set(stage.outputs(params, **chosen).values())
             outputs |= {stage.metrics_path(chosen), stage.provenance_path(chosen)}
             assert set(entry["outs"]) - {stage.pictures_path(chosen)} == outputs, word
@@ -161,24 +162,32 @@ def test_dvc_stages_agree_with_the_table(root):
             }
 
 
+def test_code_yaml_is_of_this_code(root):
+    identities = code_identity.read(root)
+    changed = [word for word in STAGES if not identities.accepts(word, code_identity.of_stage(word))]
+    assert changed == [], "run `dmat lock`"
+    assert set(identities.identities) == set(STAGES)
+    assert (root / "code.yaml").read_text().startswith("# Written by `dmat lock` alone: ")
+
+
 def test_dvc_lock_is_of_this_code_and_these_parameters(root):
     """What the repository ships as its last run was computed by what it ships: a fresh clone shows no changed file."""
-    parameters = ruamel.yaml.YAML(typ="safe").load((root / "params.yaml").read_text())
+    here = {
+        "params.yaml": ruamel.yaml.YAML(typ="safe").load((root / "params.yaml").read_text()),
+        "code.yaml": code_identity.read(root).identities,
+    }
     stages = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
     changed, looked_at = set(), 0
     for name, entry in stages.items():
-        for dependency in entry["deps"]:
-            if not dependency["path"].startswith("artifacts/"):
+        assert set(entry["params"]["code.yaml"]) == {name.partition("@")[0]}, "run `make repro` and commit dvc.lock"
+        for file, recorded in entry["params"].items():
+            for key, value in recorded.items():
                 looked_at += 1
-                found = hashlib.md5((root / dependency["path"]).read_bytes()).hexdigest()
-                changed |= {dependency["path"]} if found != dependency["md5"] else set()
-        for key, value in entry.get("params", {}).get("params.yaml", {}).items():
-            looked_at += 1
-            now = parameters
-            for part in key.split("."):
-                now = now[part]
-            changed |= {f"{key} of {name}"} if now != value else set()
-    assert looked_at > 50
+                now = here[file]
+                for part in key.split("."):
+                    now = now[part]
+                changed |= {f"{key} of {name}"} if now != value else set()
+    assert looked_at > 30
     assert changed == set(), "run `make repro` and commit dvc.lock and its results"
     assert len(stages) == 14
 
@@ -193,8 +202,8 @@ def _resolved(template: dict, word: str, chosen: dict, params: config.Params) ->
             values |= {f"item.{name}": value for name, value in entries[chosen[option]].plain().items()}
     fill = lambda text: re.sub(r"\$\{([^}]+)\}", lambda m: values[m[1]], text)  # noqa: E731
     outs = [*template["outs"], *template.get("metrics", [])]
-    return {"cmd": fill(template["cmd"]), "params": template["params"], "outs": [fill(o) for o in outs],
-            "deps": [fill(d) for d in template["deps"]]}  # fmt: skip
+    return {"cmd": fill(template["cmd"]), "params": [*template["params"]], "outs": [fill(o) for o in outs],
+            "deps": [fill(d) for d in template.get("deps", [])]}  # fmt: skip
 
 
 def test_params_are_a_recipe_and_every_recipe_is_valid(root):

@@ -16,7 +16,7 @@ from dmat.config.prepare_data import Normalisation, PrepareData
 from dmat.config.score_images import ScoreImages
 from dmat.config.select_images import SelectImages, Selection
 from dmat.config.train_diffusion import Generator
-from dmat.config.train_robust import Arm, Threat, TrainRobust, default_step, step_problem
+from dmat.config.train_robust import Arm, Threat, TrainRobust, step_problem
 from dmat.config.train_scorer import TrainScorer
 from dmat.config.tune import IMAGE_SET, SELECTION, Choices, Dimension, Range, Trial, Tune
 from dmat.config.write_report import WriteReport
@@ -56,7 +56,6 @@ __all__ = [
     "Tune",
     "WriteReport",
     "check",
-    "default_step",
     "evaluation",
     "expect_name",
     "load",

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from dmat.config.fields import NOT_GIVEN, Count, Natural, Positive, Record, Seed, StepSize
-from dmat.config.train_robust import default_step
+from dmat.robust.step_size import default_step
 
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 

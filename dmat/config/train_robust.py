@@ -6,12 +6,7 @@ import pydantic
 
 from dmat.config.classifier_training import ClassifierTraining
 from dmat.config.fields import Fraction, Name, Radius, Record, Share
-
-
-def default_step(norm: str, epsilon: float, steps: int) -> float:
-    """Step of PGD in pixels of [0, 1] where none is given: a quarter of epsilon, as Wang et al. 2023 say; l2: 2 epsilon
-    over steps, as their code has it, at most epsilon."""
-    return min(epsilon, 2 * epsilon / max(1, steps)) if norm == "l2" else epsilon / 4
+from dmat.robust.step_size import default_step
 
 
 class Threat(Record):

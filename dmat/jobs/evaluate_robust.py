@@ -121,6 +121,11 @@ def outlook(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
     return {"protocol": protocol} | work.outlook(_units(evaluations))
 
 
+def first_shard(settings: EvaluateRobust, job: Job) -> work.Unit:
+    """Of the best weights on the test split."""
+    return _evaluations(settings, job, _models(job))["best"].shards[0]
+
+
 def _units(evaluations: dict[str, Evaluation]) -> list[work.Unit]:
     return [unit for one in evaluations.values() for unit in one.units]
 

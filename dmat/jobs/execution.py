@@ -1,9 +1,9 @@
 """Runs one instance of a stage by the contract of every job (docs/architecture.md).
 
-Inputs are hashed, the fingerprint of settings and inputs names the work folder, a lock keeps a second writer out,
+Inputs are hashed, the fingerprint of code, settings and inputs names the work folder, a lock keeps a second writer out,
 the job fills `result/`, and only a complete result is hard-linked to `artifacts/`. The work folder stays, so a
 result that DVC loses before it wrote its lock file is published again instead of computed again, as long as its files
-are those that were computed. Nothing is published under settings or inputs that are not those on disk by then.
+are those that were computed. Nothing is published under code, settings or inputs that are not those on disk by then.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from dmat.config import NONE, Params, Record
 from dmat.data.shard_pool import ShardPool
 from dmat.devices import Compute
 from dmat.errors import DmatError
-from dmat.jobs import code, lineage
+from dmat.jobs import code_identity, lineage
 from dmat.jobs.stages import SOURCES, STAGES, Stage
 from dmat.jobs.workspace import Workspace
 from dmat.processes import World
@@ -34,7 +34,7 @@ from dmat.training.interruption import Interruption
 from dmat.training.long_run import LongRun, Watcher
 
 FINISHED = "finished.json"  # of a work folder: metrics, notes, code, provenance, and the checksum of every file
-METRICS, CODE = "metrics.json", "code.json"  # the latter: checksums of the code that began the work
+METRICS = "metrics.json"
 POOLS = "pools"  # folder in runs/ of shards that several sets share
 FOLDERS = ("result", "pictures")  # of a work folder; with METRICS all that goes to artifacts/
 TOGETHER = ("train_scorer", "train_robust")  # stages that several processes compute in step with each other
@@ -97,15 +97,14 @@ class Plan:
     settings: Record
     inputs: dict[str, dict[str, str]]  # name -> path, sha256
     outputs: dict[str, str]
-    code: dict[str, str]  # source file -> sha256
+    code: str  # identity, as code.yaml names it
     fingerprint: str
     work: Path
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The record of a complete result that this code computed."""
-        record = _finished(self.work)
-        return record if record is not None and record["code"] == self.code else None
+        """The record of a complete result."""
+        return _finished(self.work)
 
     @property
     def state(self) -> str:
@@ -118,6 +117,7 @@ class Plan:
             "stage": self.stage.word,
             "instance": self.stage.instance(self.chosen),
             "state": self.state,
+            "code": self.code,
             "settings": self.settings.plain(),
             "inputs": self.inputs,
             "outputs": self.outputs,
@@ -125,14 +125,21 @@ class Plan:
         }
 
 
-def plan(stage: Stage, chosen: Mapping[str, Any], params: Params, workspace: Workspace) -> Plan:
-    """Resolves settings and inputs. Raises DmatError for an unknown instance or a missing input."""
+def plan(
+    stage: Stage, chosen: Mapping[str, Any], params: Params, workspace: Workspace, code: str | None = None
+) -> Plan:
+    """Resolves settings and inputs. Raises DmatError for an unknown instance, a missing input, or code that is not that
+    of the project's code.yaml.
+
+    code: an identity to plan with, whatever the loaded code is.
+    """
     valid = stage.choices(params)
     if dict(chosen) not in valid:
         known = ", ".join(stage.instance(one) for one in valid) or "(none)"
         raise DmatError(
             f"{stage.word} has no instance {stage.instance(chosen)!r} in params.yaml; expected one of {known}"
         )
+    code = code_identity.expect(stage.word, workspace.root) if code is None else code
     settings = stage.settings(params, **chosen)
     inputs = {
         name: {"path": path, "sha256": _checksum(stage.word, settings, workspace.at(path))}
@@ -143,6 +150,7 @@ def plan(stage: Stage, chosen: Mapping[str, Any], params: Params, workspace: Wor
     _expect_unaltered({entry["path"] for entry in inputs.values()}, params, workspace)
     identity = {
         "stage": stage.word,
+        "code": code,
         "chosen": dict(chosen),
         "settings": settings.plain(),
         "inputs": {name: entry["sha256"] for name, entry in inputs.items()},
@@ -150,9 +158,7 @@ def plan(stage: Stage, chosen: Mapping[str, Any], params: Params, workspace: Wor
     }
     fingerprint = files.fingerprint(identity)
     work = workspace.run_folder(stage.word, stage.instance(chosen), fingerprint)
-    return Plan(
-        stage, chosen, settings, inputs, stage.outputs(params, **chosen), code.checksums(stage.word), fingerprint, work
-    )
+    return Plan(stage, chosen, settings, inputs, stage.outputs(params, **chosen), code, fingerprint, work)
 
 
 def _checksum(word: str, settings: Record, path: Path) -> str:
@@ -250,12 +256,13 @@ def execute(
     dvc_lock.remember(workspace.root, workspace.home)
     plan.work.mkdir(parents=True, exist_ok=True)
     with lock(plan.work), Interruption(at_once=True):
-        if fresh or _by_other_code(plan):  # two versions of the code never mix in one result
+        if fresh:
             set_aside(plan.work, workspace.home)
         finished = _intact(plan)
         world.share(None if finished else b"compute")
         if finished is None:
             finished = _compute(plan, params, workspace, quiet, fresh)
+        _expect_same_code(plan, workspace)
         if read_again is not None:
             _expect_unchanged(plan, read_again, workspace)
         _publish(plan, finished, workspace)
@@ -263,22 +270,10 @@ def execute(
     return metrics
 
 
-def _by_other_code(plan: Plan) -> bool:
-    """Whether the work folder holds a complete result of other code than this. Where its record cannot be read, that of
-    an earlier version for one, the code is what the beginning of the work noted."""
-    if (record := _finished(plan.work)) is not None:
-        return bool(record["code"] != plan.code)
-    if not (plan.work / FINISHED).exists():
-        return False
-    with contextlib.suppress(DmatError):
-        return bool(files.read_json(plan.work / CODE) != plan.code)
-    return True
-
-
 def _finished(work: Path) -> dict[str, Any] | None:
     """The record of a complete result in a work folder. A damaged one counts as none."""
     with contextlib.suppress(DmatError):
-        record = files.read_record(work / FINISHED, metrics=dict, code=dict, files=dict, provenance=dict)
+        record = files.read_record(work / FINISHED, metrics=dict, code=str, files=dict, provenance=dict)
         if record.pop("checksum", None) == files.fingerprint(record):
             return record
     return None
@@ -324,16 +319,33 @@ def _files_of(work: Path) -> dict[str, str]:
     return folders | ({METRICS: files.sha256(work / METRICS)} if (work / METRICS).is_file() else {})
 
 
+def _expect_same_code(plan: Plan, workspace: Workspace) -> None:
+    """Raises DmatError if the code or code.yaml on disk is not what the result was computed with: DVC reads code.yaml
+    again when it records the stage."""
+    try:
+        now = code_identity.expect(plan.stage.word, workspace.root, again=True)
+        changed = f"{code_identity.NAME} said {plan.code[:12]} and says {now[:12]}" if now != plan.code else ""
+    except DmatError as error:
+        changed = str(error)
+    if changed:
+        title = f"{plan.stage.word} {plan.stage.instance(plan.chosen)}"
+        raise DmatError(f"while {title} was computed its code changed ({changed}); {_kept_advice(plan)}")
+
+
+def _kept_advice(plan: Plan) -> str:
+    return (
+        f"expected no change until it ended; nothing was published, the result is kept in {plan.work}: bring back what "
+        f"was there and run the same command again to publish it, or run it again for what is there now"
+    )
+
+
 def _expect_unchanged(old: Plan, read_again: Callable[[], Params], workspace: Workspace) -> None:
     """Raises DmatError if parameters or inputs on disk are not those that were computed with.
 
     DVC reads both again when it records the stage, so it would write this result down under what lies there now.
     """
     title = f"{old.stage.word} {old.stage.instance(old.chosen)}"
-    advice = (
-        f"expected no change until it ended; nothing was published, the result is kept in {old.work}: bring back what "
-        f"was there and run the same command again to publish it, or run it again for what is there now"
-    )
+    advice = _kept_advice(old)
     try:
         now = plan(old.stage, old.chosen, read_again(), workspace)
     except DmatError as error:
@@ -363,7 +375,7 @@ def _follow(plan: Plan, params: Params, workspace: Workspace, world: World) -> d
         return {}
     with tempfile.TemporaryDirectory() as folder, Interruption(at_once=True):
         module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
-        module.run(plan.settings, _job(plan, params, workspace, resolve(params), Path(folder), quiet=True))
+        module.run(plan.settings, new_job(plan, params, workspace, resolve(params), Path(folder), quiet=True))
     return {}
 
 
@@ -372,11 +384,11 @@ def assist(plan: Plan, params: Params, workspace: Workspace, *, quiet: bool = Fa
     if plan.stage.word not in SHARED:
         raise DmatError(f"{plan.stage.word} cannot be shared; expected one of {', '.join(SHARED)}; start it once")
     if (plan.work / FINISHED).exists():
-        return  # nothing to do, or by other code, which only the publishing process sets aside
+        return
     plan.work.mkdir(parents=True, exist_ok=True)
     with Interruption(at_once=True):
         module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
-        module.assist(plan.settings, _job(plan, params, workspace, resolve(params), plan.work, quiet))
+        module.assist(plan.settings, new_job(plan, params, workspace, resolve(params), plan.work, quiet))
 
 
 def outlook(plan: Plan, params: Params, workspace: Workspace) -> dict[str, Any]:
@@ -385,7 +397,7 @@ def outlook(plan: Plan, params: Params, workspace: Workspace) -> dict[str, Any]:
         return {}
     module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
     found: dict[str, Any] = module.outlook(
-        plan.settings, _job(plan, params, workspace, resolve(params), plan.work, quiet=True)
+        plan.settings, new_job(plan, params, workspace, resolve(params), plan.work, quiet=True)
     )
     return found
 
@@ -396,9 +408,11 @@ def resolve(params: Params) -> Compute:
     return devices.resolve(wanted.device, wanted.precision, wanted.threads)
 
 
-def _job(
-    plan: Plan, params: Params, workspace: Workspace, compute: Compute, work: Path, quiet: bool, fresh: bool = False
-) -> Job:
+def new_job(
+    plan: Plan, params: Params, workspace: Workspace, compute: Compute, work: Path, quiet: bool,
+    watcher: Watcher | None = None, fresh: bool = False,
+) -> Job:  # fmt: skip
+    """What the job of an instance gets that works in the folder `work`."""
     wanted = params.compute
     return Job(
         {name: workspace.at(entry["path"]) for name, entry in plan.inputs.items()},
@@ -411,17 +425,21 @@ def _job(
         compute,
         wanted.save_every_seconds,
         quiet,
-        files.fingerprint(plan.code),
+        plan.code,
         fresh,
+        watcher,
     )
 
 
-def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fresh: bool) -> dict[str, Any]:
+def compute_of(stage: Stage, params: Params) -> Compute:
+    """What a stage computes on."""
     compute = resolve(params)
-    if plan.stage.word in EXACT:
-        compute = compute.exact()
+    return compute.exact() if stage.word in EXACT else compute
+
+
+def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fresh: bool) -> dict[str, Any]:
+    compute = compute_of(plan.stage, params)
     started = time.time()
-    changed = _code_changed(plan)
     run = tracking.open_run(
         workspace.home,
         plan.work,
@@ -436,9 +454,8 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
             step.title: {"run": step.run, "parent": step.parent}
             for step in lineage.behind_inputs(plan.inputs, params, workspace)
         },
-        tags={"code.changed": "true"} if changed else {},
     )
-    job = _job(plan, params, workspace, compute, plan.work, quiet, fresh)
+    job = new_job(plan, params, workspace, compute, plan.work, quiet, fresh=fresh)
     with run:  # ends the tracked run with the status that fits what happened inside
         module = importlib.import_module(f"dmat.jobs.{plan.stage.word}")
         with Interruption(at_once=True):  # inside, so that the run hears of the signal
@@ -460,10 +477,10 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
                 "stage": plan.stage.word,
                 "instance": plan.stage.instance(plan.chosen),
                 "fingerprint": plan.fingerprint,
+                "code": plan.code,
                 "settings": plan.settings.plain(),
                 "inputs": plan.inputs,
                 "compute": compute.describe(),
-                "code_changed": changed,
                 "seconds": round(_spent(plan.work) + time.time() - started, 1),
                 "measured": job.measured,
                 "outputs": {path: files.checksum(source) for path, source in _published(plan).items()},
@@ -512,18 +529,9 @@ def lock(work: Path) -> Iterator[None]:
 
 def kept(work: Path) -> list[Path]:
     """State of an earlier attempt that this one goes on from."""
-    about = ("lock", "holder.json", CODE, *tracking.FILES)
+    about = ("lock", "holder.json", *tracking.FILES)
     found = sorted(work.iterdir()) if work.exists() else []
     return [path for path in found if path.name not in about and not path.name.startswith(("before-", "."))]
-
-
-def _code_changed(plan: Plan) -> bool:
-    """Whether part of the work was done by other code than this. Allowed, but said: in the run and its provenance."""
-    path = plan.work / CODE
-    if not path.exists() or not kept(plan.work):
-        files.write_json(path, plan.code)
-        return False
-    return bool(files.read_json(path) != plan.code)
 
 
 def _before(work: Path) -> Path:

@@ -80,6 +80,14 @@ def run(settings: ImageSet, job: Job) -> dict[str, Any]:
     return {"images": settings.images}
 
 
+def first_block(settings: ImageSet, job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """The first images of a set and their labels, as `run` makes them."""
+    model, sidecar = load_denoiser(job.inputs["denoiser"] / "denoiser.safetensors", job.compute)
+    indices = np.arange(min(settings.block, settings.images))
+    images = _block(np.arange(settings.block), model, sidecar, settings, job)[: len(indices)]
+    return images, indices % len(sidecar["class_names"])
+
+
 def _name(number: int, count: int, whole: int) -> str:
     """Of a shard in its pool. One that is not full has its count in the name: sets of two sizes may need both."""
     return f"{number:05d}" if count == whole else f"{number:05d}-{count}"

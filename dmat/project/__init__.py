@@ -24,10 +24,10 @@ _COPIED = {  # path in the project -> file beside this one
     ".dvc/plots/runs.json": "runs.json",
     ".dvcignore": "dvcignore",
     ".gitignore": "gitignore",
+    "code.yaml": "code.yaml",
     "sources/none": "no-source",
 }
 _HOOKS = ".pre-commit-config.yaml"  # pre-commit looks for it in git's top folder alone
-_CODE = "code.yaml"
 
 
 def make(folder: Path, recipe: str) -> Path:
@@ -46,33 +46,19 @@ def make(folder: Path, recipe: str) -> Path:
         **{path: (_HERE / name).read_text() for path, name in _COPIED.items()},
         "README.md": _readme(folder.name, recipe),
     }
-    texts["dvc.yaml"] = _without_modules(texts["dvc.yaml"])
     if top in (None, folder):
         texts[_HOOKS] = (_HERE / "pre-commit.yaml").read_text()
-    _expect_free(folder, [*texts, _CODE])
+    _expect_free(folder, [*texts])
     try:
         for path, text in texts.items():
             files.write_text(folder / path, text)
-        write_code_yaml(folder)
         if top is None and (failed := _git(folder, "init", "--quiet")).returncode:
             said = (failed.stderr.strip().splitlines() or [f"exit code {failed.returncode}"])[0]
             raise DmatError(f"`git init` failed in {folder} ({said}); expected a repository; nothing was written")
     except BaseException:
-        _remove(folder, [*texts, _CODE])
+        _remove(folder, [*texts])
         raise
     return folder
-
-
-def write_code_yaml(root: Path) -> None:
-    """The identity of the code of each stage, where this version of dmat has the file."""
-    packaged = _HERE / _CODE
-    if packaged.is_file():
-        files.write_text(root / _CODE, packaged.read_text())
-
-
-def _without_modules(pipeline: str) -> str:
-    """dvc.yaml without its dependencies on modules of dmat, which lie in no folder of a project."""
-    return re.sub(r"^ +deps:\n(?! +- )", "", re.sub(r"^ +- dmat/.*\n", "", pipeline, flags=re.M), flags=re.M)
 
 
 def _readme(name: str, recipe: str) -> str:

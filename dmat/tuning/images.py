@@ -10,9 +10,11 @@ import filelock
 
 from dmat import files
 from dmat.config import Params, Trial
-from dmat.jobs import STAGES, execution
+from dmat.jobs import STAGES, code_identity, execution
 from dmat.jobs.workspace import Workspace
 from dmat.tuning.plan import Study
+
+_STAGES = ("generate_images", "score_images", "select_images")
 
 
 def workspace_of(plan: Study, trial: Trial, params: Params, workspace: Workspace) -> Workspace:
@@ -25,6 +27,7 @@ def workspace_of(plan: Study, trial: Trial, params: Params, workspace: Workspace
         "image_set": trial.image_set.plain(),
         "selection": trial.selection.plain(),
         "inputs": {name: plan.inputs[name]["sha256"] for name in ("denoiser", "scorer")},
+        "code": {word: code_identity.read(workspace.root).of(word) for word in _STAGES},
     }
     own = Workspace(plan.folder / "images" / files.fingerprint(identity), workspace.home)
     own.root.mkdir(parents=True, exist_ok=True)
@@ -43,8 +46,7 @@ def _make(plan: Study, trial: Trial, params: Params, workspace: Workspace, own: 
         image_sets={**params.image_sets, name: trial.image_set},
         selections={**params.selections, selection: trial.selection},
     )
-    for wanted in ("denoiser", "scorer"):
-        path = plan.inputs[wanted]["path"]
+    for path in (code_identity.NAME, *(plan.inputs[wanted]["path"] for wanted in ("denoiser", "scorer"))):
         files.publish(workspace.at(path), own.at(path))
     instances: list[tuple[str, dict[str, str]]] = [
         ("generate_images", {"image_set": name}),

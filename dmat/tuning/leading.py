@@ -21,13 +21,13 @@ from dmat import ARTIFACTS, files, processes, redaction, tracking
 from dmat.config import Params
 from dmat.devices import Compute
 from dmat.errors import DmatError
-from dmat.jobs import execution
+from dmat.jobs import code_identity, execution
 from dmat.jobs.workspace import Workspace
 from dmat.training.interruption import Interruption
 from dmat.training.long_run import MetricsLog
 from dmat.tuning import applying, ranking, report, storage, worker
 from dmat.tuning.claims import Claims
-from dmat.tuning.plan import VARIABLE, WORD, Study, changes_images
+from dmat.tuning.plan import CODE, VARIABLE, WORD, Study, changes_images
 from dmat.tuning.storage import speaking
 from dmat.tuning.trials import Bench, item
 
@@ -55,8 +55,11 @@ class Wanted:
 def run(plan: Study, params: Params, workspace: Workspace, wanted: Wanted) -> dict[str, Any]:
     """Runs or resumes a study until enough trials have ended and the best are ranked; returns its summary.
 
-    Raises Interrupted on a signal, with the trials at work saved, and DmatError on bad input.
+    Raises Interrupted on a signal, with the trials at work saved, and DmatError on bad input and on other code than
+    code.yaml names.
     """
+    for word in CODE:
+        code_identity.expect(word, workspace.root)
     compute = execution.resolve(params)
     bench = Bench(plan, params, workspace, compute, params.compute.save_every_seconds)
     if compute.world.size > 1 and changes_images(plan.settings.space):

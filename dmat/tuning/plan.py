@@ -9,10 +9,11 @@ from typing import Any
 from dmat import config, files, redaction
 from dmat.config import Params, Trial, Tune
 from dmat.errors import DmatError
-from dmat.jobs import STAGES
+from dmat.jobs import STAGES, code_identity
 from dmat.jobs.workspace import Workspace
 
 WORD = "tune"
+CODE = ("mix_images", "train_robust")  # stages whose code a trial computes with
 DATABASE = "studies.db"  # all studies of a project, where no other storage is named
 VARIABLE = "DMAT_STUDIES"  # environment: URL of the storage, which may hold a password and so stays out of files
 # Not part of what a study is: they decide which trials it makes, never what a trial finds.
@@ -81,7 +82,7 @@ def inside(wanted: config.Dimension, value: Any) -> bool:
 
 
 def plan(params: Params, workspace: Workspace, storage: str | None = None) -> Study:
-    """Resolves a study. Raises DmatError if the file asks for none, or an input is missing.
+    """Resolves a study. Raises DmatError if the file asks for none, an input is missing, or code.yaml is.
 
     storage: a URL as SQLAlchemy has it; else DMAT_STUDIES; else a SQLite file of the project.
     """
@@ -100,6 +101,7 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
         "settings": {name: value for name, value in settings.plain().items() if name not in (*_FREE, "space")},
         "trial": trial.plain(),
         "inputs": {name: inputs[name]["sha256"] for name in ("train", "validation", "selection")},
+        "code": {word: code_identity.read(workspace.root).of(word) for word in CODE},
     }
     space = {"space": settings.plain()["space"], "inputs": {name: one["sha256"] for name, one in inputs.items()}}
     folder = workspace.run_folder(WORD, settings.arm, files.fingerprint(identity | {"space": space}))

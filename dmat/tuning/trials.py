@@ -22,13 +22,13 @@ from dmat import files, tracking
 from dmat.config import MixImages, Params, Trial
 from dmat.devices import Compute
 from dmat.errors import Diverged, DmatError, Interrupted, Pruned, UnfitError, first_line
-from dmat.jobs import execution, mix_images, train_robust
+from dmat.jobs import code_identity, execution, mix_images, train_robust
 from dmat.jobs.execution import Job
 from dmat.jobs.workspace import Workspace
 from dmat.training.long_run import Watcher
 from dmat.tuning import images, sampling
 from dmat.tuning.claims import RENEW, Claims
-from dmat.tuning.plan import Study
+from dmat.tuning.plan import CODE, Study
 from dmat.tuning.storage import speaking
 
 NOTE = "trial.json"  # in a trial's folder: its values
@@ -108,6 +108,8 @@ def _run(bench: Bench, study: optuna.Study, claims: Claims, trial: FrozenTrial, 
     with tracked:
         started = time.time()
         outcome = _outcome(bench, trial, folder, _watcher(bench, study, claims, trial, spent))
+        for word in CODE:  # what other code found is never told
+            code_identity.expect(word, bench.workspace.root, again=True)
         if outcome.state == TrialState.COMPLETE:
             tracked.finish_with({f"best_{OBJECTIVE}": outcome.value}, sorted((folder / "pictures").glob("*.png")))
         elif outcome.state == TrialState.PRUNED:

@@ -32,7 +32,7 @@ from dmat.upkeep.work_folders import WorkFolder
 
 KINDS = {
     "finished": "work folders of results that DVC has",
-    "aside": "earlier work, set aside by --fresh, by a change of code or as damaged",
+    "aside": "earlier work, set aside by --fresh or as damaged",
     "pool": "shards of image sets and scores of which no work folder stays",
     "unlisted": "artifacts of instances that params.yaml no longer names",
     "leftover": "temporary files of processes that are gone",
@@ -173,7 +173,7 @@ def _in_work_folders(
             if path in unsent:
                 yield Kept(path, "MLflow lacks part of its run; `dmat runs sync` sends it")
             else:
-                yield _locked(work, path, "aside", "set aside by --fresh, by a change of code or as damaged")
+                yield _locked(work, path, "aside", "set aside by --fresh or as damaged")
         if work.word == work_folders.STUDY:
             yield Kept(work.path, "DVC has no copy of a study; delete it by hand if it is not needed")
             continue

@@ -22,7 +22,7 @@ from typing import Any
 from dmat import ARTIFACTS, config, dvc_lock, tracking
 from dmat.config import Params
 from dmat.errors import ConfigError, DmatError
-from dmat.jobs import STAGES
+from dmat.jobs import STAGES, code_identity
 from dmat.jobs.workspace import Workspace
 from dmat.redaction import redacted
 from dmat.tracking import notes, stores
@@ -120,6 +120,16 @@ def _params(site: Site) -> Iterator[Marked]:
         return
     lists = [f"{name}: {len(getattr(params, name))}" for name in config.LISTS]
     yield OK, ", ".join([*lists, f"seeds: {len(params.seeds)}"]), ""
+
+
+def _code(site: Site) -> Iterator[Marked]:
+    locked = code_identity.read(site.place.root)
+    changed = [word for word in STAGES if not locked.accepts(word, code_identity.of_stage(word))]
+    if changed:
+        do = "`dmat lock`, and they rerun; `dmat lock --same STAGE --why ...` for one that computes the same"
+        yield PROBLEM, f"not the code that {code_identity.NAME} names: {', '.join(changed)}", do
+    else:
+        yield OK, f"as {code_identity.NAME} names it", ""
 
 
 def _dvc(site: Site) -> Iterator[Marked]:
@@ -313,6 +323,7 @@ CHECKS: dict[str, Callable[[Site], Iterator[Marked]]] = {
     ),
     "git": _git,
     "params.yaml": _params,
+    "code": _code,
     "dvc": _dvc,
     "dvc locks": _dvc_locks,
     "dvc results": _dvc_results,

@@ -74,8 +74,8 @@ class Result:
     """What one run of a stage left, as DVC recorded it."""
 
     outs: dict[str, str]  # path below the project -> md5
-    deps: dict[str, str]
     params: dict[str, Any]  # of params.yaml: dotted key -> value, numbers as text
+    code: dict[str, str]  # of code.yaml: stage -> identity
     file: Path  # that says so: dvc.lock, or an entry of the run cache
     objects: Path
 
@@ -106,8 +106,8 @@ def results(root: Path) -> list[Result]:
     return [
         Result(
             {out["path"]: out["md5"] for out in outs},
-            {dep["path"]: dep.get("md5", "") for dep in entry.get("deps", [])},
             entry.get("params", {}).get("params.yaml", {}),
+            entry.get("params", {}).get("code.yaml", {}),
             file,
             cache / "files" / "md5",
         )

@@ -5,16 +5,14 @@ beside a result of the old ones, `dvc status` finds nothing, and the run cache b
 """
 
 import dataclasses
-import functools
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from dmat import ARTIFACTS, config, files, tracking, yaml_file
 from dmat.errors import DmatError
+from dmat.jobs import code_identity
 from dmat.jobs.stages import STAGES
 from dmat.jobs.workspace import Workspace
 from dmat.upkeep import dvc_files
@@ -44,14 +42,13 @@ def mismatches(place: Workspace) -> Iterator[Mismatch]:
     """Of dvc.lock and of the run cache. Entries of other code are left out: DVC does not bring those back."""
     try:
         now = yaml_file.read(place.at("params.yaml")).value
+        code = code_identity.read(place.root).identities
     except (DmatError, FileNotFoundError):
         return
     for result in dvc_files.results(place.root):
         provenance = next((path for path in result.outs if path.startswith(_PROVENANCE)), None)
         copy = result.copy_of(provenance) if provenance else None
-        if copy is None or any(
-            digest != _md5(place.at(path)) for path, digest in result.deps.items() if _is_code(path)
-        ):
+        if copy is None or not result.code or not result.code.items() <= code.items():
             continue
         try:
             about = files.read_record(copy, stage=str, instance=str, settings=dict)
@@ -79,15 +76,6 @@ def set_aside(place: Workspace) -> list[str]:
         os.replace(one.result.file, kept)
         done.append(f"DVC's run cache had a result of {one.name} under other parameters; its entry is now {kept}")
     return done
-
-
-def _is_code(path: str) -> bool:
-    return path.startswith("dmat/")
-
-
-@functools.cache
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _settings(now: Mapping[str, Any], recorded: Mapping[str, Any], stage: str, instance: str) -> dict[str, Any] | None:

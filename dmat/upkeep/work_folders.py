@@ -20,8 +20,10 @@ from dmat.jobs import STAGES, execution
 _NAME = re.compile(r"(?P<instance>.+)-(?P<fingerprint>[0-9a-f]{12})")
 _ASIDE = re.compile(r"before-\d{8}-\d{6}")
 STUDY = "tune"  # where a stage has its word
-# What jobs write at the top of their folder. Anything else was put there by a person.
-_STATE = re.compile(r"finished\.json|checkpoint\.dmat|metrics\.jsonl?|result|pictures|shards")
+# What jobs write, or wrote before code.yaml (code.json), at the top of their folder. Anything else is a person's.
+_STATE = re.compile(
+    r"finished\.json|code\.json|checkpoint\.dmat|metrics\.jsonl?|result|pictures|shard-\d+\.json|shards"
+)
 
 
 @dataclasses.dataclass(frozen=True)

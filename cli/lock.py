@@ -1,0 +1,61 @@
+"""`dmat lock`: says which code the results of each stage are of."""
+
+from typing import Annotated
+
+import typer
+
+from dmat.errors import DmatError
+from dmat.jobs import STAGES
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "lock",
+        help="Write code.yaml: which code the results of each stage are of. DVC reads it as parameters, so a stage "
+        "whose code changed reruns. With --same it does not: part of a finished result is made again and must be equal "
+        "byte for byte.\n\nExample: dmat lock",
+    )(_lock)
+
+
+def _lock(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit code 2 if the code changed.")] = False,
+    same: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE", help="Keep the results of a stage whose new code computes the same."),
+    ] = None,
+    why: Annotated[str, typer.Option(metavar="TEXT", help="Why it computes the same; needed by --same.")] = "",
+) -> None:
+    from dmat.jobs import code_identity, workspace
+
+    place = workspace.here()
+    if bool(same) != bool(why.strip()) or (same and check):
+        raise DmatError("expected --same and --why together, and --check alone; add what is missing, or leave out both")
+    if unknown := [word for word in same or [] if word not in STAGES]:
+        raise DmatError(f"--same is {unknown[0]!r}; expected one of {', '.join(STAGES)}; name a stage")
+    if same:
+        _accept(same, why)
+        return
+    there = check or (place.root / code_identity.NAME).exists()
+    before = code_identity.read(place.root) if there else code_identity.Locked({}, {})
+    now = code_identity.up_to_date(before)
+    for word, identity in now.identities.items():
+        old = before.identities.get(word, "none")
+        typer.echo(f"{word:18s}" + ("unchanged" if old == identity else f"{old[:12]} -> {identity[:12]} (it reruns)"))
+    if check and now != before:
+        raise DmatError(
+            f"{code_identity.NAME} is of other code; expected the code that is here; run `dmat lock` (the stages with "
+            f"an arrow rerun) or `dmat lock --same STAGE --why ...` for one that computes the same"
+        )
+    if now != before or not there:
+        code_identity.write(place.root, now)
+
+
+def _accept(same: list[str], why: str) -> None:
+    from dmat import config
+    from dmat.jobs import workspace
+    from dmat.upkeep import locking
+
+    place = workspace.here()
+    params = config.load(place.at("params.yaml"))
+    for word in same:
+        typer.echo(f"{word:18s}the same: {locking.accept(place, params, STAGES[word], why)}")

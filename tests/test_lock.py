@@ -1,0 +1,276 @@
+"""`dmat lock`: code.yaml as the code is, and code that is shown to compute the same.
+
+Run alone: pytest tests/test_lock.py
+"""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from cli.main import main
+from dmat import config, files, seeds
+from dmat.errors import DmatError
+from dmat.jobs import STAGES, code_identity, workspace
+from dmat.upkeep import locking
+from tests.conftest import ROOT
+from tests.projects import Project
+
+OTHER = 32 * "0"
+
+
+@pytest.fixture
+def dmat(monkeypatch, capsys):
+    """`dmat <words>` in a folder, in this process -> exit code, what it printed."""
+
+    def run(folder, *words):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("sys.argv", ["dmat", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, "".join(capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def project(tmp_path, tiny_params):
+    return Project(tmp_path, tiny_params)
+
+
+def _name(folder, **identities):
+    """code.yaml with other identities of some stages."""
+    locked = code_identity.read(folder)
+    code_identity.write(folder, code_identity.Locked({**locked.identities, **identities}, locked.same))
+
+
+def test_the_repository_is_locked(project, dmat):
+    before = (project.folder / "code.yaml").read_bytes()
+    code, text = dmat(project.folder, "lock", "--check")
+    assert code == 0
+    assert [line.split() for line in text.splitlines()] == [[stage, "unchanged"] for stage in STAGES]
+    assert dmat(project.folder, "lock")[0] == 0
+    assert (project.folder / "code.yaml").read_bytes() == before
+
+
+def test_a_stage_of_other_code_is_told_and_written(project, dmat):
+    own = code_identity.of_stage("mix_images")
+    _name(project.folder, mix_images=OTHER)
+    stale = (project.folder / "code.yaml").read_bytes()
+    code, text = dmat(project.folder, "lock", "--check")
+    assert code == 2
+    assert f"mix_images        000000000000 -> {own[:12]} (it reruns)\n" in text
+    assert text.count("unchanged") == len(STAGES) - 1
+    assert "error: code.yaml is of other code; expected the code that is here; run `dmat lock` (the stages" in text
+    assert (project.folder / "code.yaml").read_bytes() == stale
+    code, text = dmat(project.folder, "lock")
+    assert (code, text.count("it reruns")) == (0, 1)
+    assert (project.folder / "code.yaml").read_bytes() == (ROOT / "code.yaml").read_bytes()
+
+
+def test_without_the_file_it_is_made_and_without_a_project_refused(project, dmat, tmp_path_factory):
+    (project.folder / "code.yaml").unlink()
+    code, text = dmat(project.folder, "lock", "--check")
+    assert (code, "code.yaml does not exist; expected" in text) == (2, True)
+    code, text = dmat(project.folder, "lock")
+    assert (code, text.count("none -> ")) == (0, len(STAGES))
+    assert (project.folder / "code.yaml").read_bytes() == (ROOT / "code.yaml").read_bytes()
+    code, text = dmat(tmp_path_factory.mktemp("empty"), "lock")
+    assert (code, "is no project: it has neither params.yaml nor mlruns" in text) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--same", "nobody", "--why", "x"], "--same is 'nobody'; expected one of prepare_data, train_scorer"),
+        (["--same", "mix_images"], "expected --same and --why together"),
+        (["--why", "x"], "expected --same and --why together"),
+        (["--check", "--same", "mix_images", "--why", "x"], "and --check alone"),
+        (["--same", "mix_images", "--why", "x"], "the code of mix_images is that of code.yaml; expected other code"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused(project, dmat, words, sentence):
+    code, text = dmat(project.folder, "lock", *words)
+    assert (code, sentence in text) == (2, True), text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<<<<<<< HEAD\n",
+        "[]",
+        "mix_images: 1234\n",
+        "same: {mix_images: [{code: '1'}]}\n",
+        "same: 3\n",
+        "same: [a]\n",
+        "",
+    ],
+)
+def test_a_file_that_lock_did_not_write_is_refused_by_all(project, dmat, text):
+    (project.folder / "code.yaml").write_text(text)
+    for words in (["lock"], ["mix-images", "--arm", "generated"]):
+        code, said = dmat(project.folder, *words)
+        assert code == 2
+        assert "expected what `dmat lock` wrote; take it from git, or delete it and run `dmat lock`" in said
+    assert (project.folder / "code.yaml").read_text() == text
+
+
+def test_a_stage_that_the_file_does_not_know_is_told(project, dmat):
+    text = (project.folder / "code.yaml").read_text()
+    (project.folder / "code.yaml").write_text("".join(x for x in text.splitlines(True) if "mix_images" not in x))
+    code, said = dmat(project.folder, "mix-images", "--arm", "generated")
+    assert (code, "code.yaml has no mix_images; expected a line for each stage; run `dmat lock`" in said) == (2, True)
+
+
+@pytest.mark.parametrize("identity", ["1" * 32, "0" * 31 + "9", "1e" + "3" * 30, "0x" + "1" * 30, "null", "0o17"])
+def test_an_identity_that_yaml_could_take_for_a_number_stays_text(project, identity):
+    """Here and where DVC reads it."""
+    _name(project.folder, mix_images=identity)
+    assert code_identity.read(project.folder).identities["mix_images"] == identity
+    assert yaml.safe_load((project.folder / "code.yaml").read_text())["mix_images"] == identity
+
+
+def test_what_computes_the_same_is_written_kept_and_dropped(project, dmat):
+    own = code_identity.of_stage("mix_images")
+    entry = {"code": own, "why": 'naïve: "quotes", \\ and\nlines 🙂', "compared": "all"}
+    old = code_identity.read(project.folder)
+    same = code_identity.Locked({**old.identities, "mix_images": OTHER}, {"mix_images": [entry]})
+    code_identity.write(project.folder, same)
+    assert code_identity.read(project.folder) == same
+    assert code_identity.expect("mix_images", project.folder) == OTHER
+    code, text = dmat(project.folder, "lock")
+    assert (code, text.count("unchanged")) == (0, len(STAGES))
+    assert code_identity.read(project.folder) == same
+    locked = code_identity.Locked(same.identities, {"mix_images": [{**entry, "code": 32 * "1"}]})
+    assert code_identity.up_to_date(locked) == old, "the code is neither"
+
+
+# Code that computes the same
+
+
+@pytest.fixture
+def edited(finished, tmp_path, monkeypatch):
+    """A finished project, and code that is another by its identity alone. With the names of some stages."""
+    project = finished.copy_without("nothing", tmp_path / "project")
+    monkeypatch.setattr(code_identity, "of_stage", lambda stage, *_: OTHER)
+    return project
+
+
+def _accept(project, stage, why="only faster"):
+    place = workspace.find(project.folder)
+    return locking.accept(place, config.load(project.folder / "params.yaml"), STAGES[stage], why)
+
+
+def _content(project):
+    return {str(path): path.read_bytes() for path in project.folder.rglob("*") if path.is_file()}
+
+
+COMPARED = {
+    "prepare_data": "prepare_data all: all ",
+    "train_scorer": 'train_scorer all: the first record of metrics.jsonl, {"images_seen": 1280,',
+    "train_diffusion": 'train_diffusion edm: the first record of metrics.jsonl, {"images_seen": 256,',
+    "generate_images": "generate_images edm18-0000: the first 25 images",
+    "score_images": "score_images edm18-0000: all 1 files and the metrics",
+    "select_images": "select_images edm18_best: all 2 files and the metrics",
+    "measure_images": "measure_images edm18_best: all 1 files and the metrics",
+    "mix_images": "mix_images generated: all 1 files and the metrics",
+    "train_robust": 'train_robust generated-1: the first record of metrics.jsonl, {"images_seen": 320,',
+    "evaluate_robust": "evaluate_robust generated-1: the first shard, 5 images",
+}
+
+
+@pytest.mark.parametrize("stage", COMPARED)
+def test_part_of_each_stage_is_made_again_and_nothing_published(edited, stage):
+    before, locked = _content(edited), code_identity.read(edited.folder)
+    compared = _accept(edited, stage)
+    assert compared.startswith(COMPARED[stage])
+    now = code_identity.read(edited.folder)
+    assert now.identities == locked.identities
+    assert now.same == {stage: [{"code": OTHER, "why": "only faster", "compared": compared}]}
+    assert now.accepts(stage, OTHER)
+    after = _content(edited)
+    changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
+    assert changed == {str(edited.folder / "code.yaml")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "sentence"),
+    [
+        ("generate_images", "of the first 25 images differ from the finished result; expected the same bytes"),
+        ("train_diffusion", "the first record of metrics.jsonl, "),
+        ("train_robust", "the first record of metrics.jsonl, "),
+        ("prepare_data", "artifacts/prepare_data/test/images-00000.npy, "),
+        ("evaluate_robust", "of the first shard differ from the finished result"),
+    ],
+)
+def test_code_that_computes_something_else_is_refused(edited, monkeypatch, stage, sentence):
+    """It draws other random numbers."""
+    before, stream = _content(edited), seeds.stream
+    monkeypatch.setattr(seeds, "stream", lambda root, purpose, index=0: stream(root + 1, purpose, index))
+    with pytest.raises(DmatError, match="the code computes something else: `dmat lock`, and the stage reruns") as told:
+        _accept(edited, stage)
+    assert str(told.value).startswith(f"{stage} ")
+    assert sentence in str(told.value)
+    assert _content(edited) == before
+
+
+def _forget(project, stage):
+    shutil.rmtree(project.folder / "artifacts/provenance" / stage)
+
+
+def _of_other_code(project, stage):
+    _name(project.folder, **{stage: 32 * "1"})
+
+
+def _without_work(project, stage):
+    shutil.rmtree(project.folder / "runs" / stage)
+
+
+def _elsewhere(project, stage):
+    (path,) = (project.folder / "artifacts/provenance" / stage).iterdir()
+    about = json.loads(path.read_text())
+    about["compute"] |= {"device": "NVIDIA H100", "torch": "1.0"}
+    files.write_json(path, about)
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (_forget, "no result of that code, with these parameters and inputs, is here"),
+        (_of_other_code, "no result of that code, with these parameters and inputs, is here"),
+        (_without_work, "generated-1 lacks "),
+        (_elsewhere, "generated-1 was made on device NVIDIA H100 and not cpu"),
+    ],
+)
+def test_where_nothing_can_be_compared_it_is_refused(edited, harm, sentence):
+    harm(edited, "train_robust")
+    with pytest.raises(DmatError, match="train_robust has nothing to compare with") as told:
+        _accept(edited, "train_robust")
+    assert sentence in str(told.value)
+    assert "run train_robust first, with the code that code.yaml names, or `dmat lock`" in str(told.value)
+
+
+def test_code_that_changes_while_it_is_compared_is_refused(edited, monkeypatch):
+    found = iter([OTHER, 32 * "1"])
+    monkeypatch.setattr(code_identity, "of_stage", lambda *_: next(found))
+    before = _content(edited)
+    with pytest.raises(DmatError, match="the code of mix_images changed while it was compared; expected no change"):
+        _accept(edited, "mix_images")
+    assert _content(edited) == before
+
+
+def test_the_command_says_what_was_compared_and_the_stage_publishes_what_was_there(edited, dmat, monkeypatch):
+    code, text = dmat(edited.folder, "lock", "--same", "mix_images", "--same", "select_images", "--why", "tidier")
+    assert code == 0, text
+    assert text.splitlines() == [
+        "mix_images        the same: mix_images generated: all 1 files and the metrics",
+        "select_images     the same: select_images edm18_best: all 2 files and the metrics",
+    ]
+    monkeypatch.setattr(code_identity, "_when_loaded", lambda stage: OTHER)
+    (work,) = (edited.folder / "runs/mix_images").iterdir()
+    stamp = (work / "finished.json").stat().st_mtime_ns
+    code, text = dmat(edited.folder, "mix-images", "--arm", "generated", "--json")
+    assert code == 0, text
+    assert (work / "finished.json").stat().st_mtime_ns == stamp
+    assert [*(edited.folder / "runs/mix_images").iterdir()] == [work]
