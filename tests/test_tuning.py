@@ -24,7 +24,7 @@ import yaml
 
 from dmat import config, files, tuning
 from dmat.errors import DmatError, Interrupted, Pruned
-from dmat.jobs import workspace
+from dmat.jobs import code_identity, workspace
 from dmat.tuning import leading, trials, worker
 from tests import forked
 from tests.databases import STORES, url_of
@@ -303,6 +303,32 @@ def test_a_study_with_nothing_left_to_do_is_not_tracked_again(small, monkeypatch
     summary = small(2)
     assert summary["trials"] == 3
     assert {run.info.run_id: run.to_dictionary() for run in _runs(small.project)} == before
+
+
+@pytest.mark.parametrize("stage", ["mix_images", "train_robust"])
+def test_a_study_is_of_its_code_and_what_other_code_found_is_not_told(small, monkeypatch, stage):
+    small(2)
+    before = _table(small.project)
+    real, other = code_identity.of_stage, 32 * "0"
+    with monkeypatch.context() as patch:  # the code changes while the third trial computes
+        patch.setattr(code_identity, "of_stage", lambda name, *_: other if name == stage else real(name))
+        with pytest.raises(DmatError, match=f"the code of {stage} is 000000000000; code.yaml says"):
+            small(4)
+        patch.setattr(code_identity, "_when_loaded", lambda name: other if name == stage else real(name))
+        with pytest.raises(DmatError, match=f"the code of {stage} is 000000000000; code.yaml says"):
+            small(4)
+        place = workspace.find(small.project.folder)
+        found = tuning.status(tuning.plan(config.load(small.project.folder / "params.yaml"), place))
+        assert (found["complete"], len(found["at_work"])) == (2, 1), "it can be looked at, whatever the code is"
+    locked = code_identity.read(small.project.folder)
+    same = {stage: [{"code": real(stage), "why": "a test", "compared": "nothing"}]}
+    code_identity.write(small.project.folder, code_identity.Locked({**locked.identities, stage: other}, same))
+    small(1)
+    assert len([*(small.project.folder / "runs/tune").glob("generated-*/")]) == 2, "a study of its own"
+    code_identity.write(small.project.folder, locked)
+    small(4)
+    assert _table(small.project)[:2] == before
+    assert [row["state"] for row in _table(small.project)] == 4 * ["COMPLETE"]
 
 
 @pytest.mark.parametrize(
