@@ -23,7 +23,15 @@ from dmat.jobs import STAGES, code_identity
 ROWS = (
     ("dmat", "dmat.errors", "dmat.redaction"),
     (
-        *("dmat.files", "dmat.dvc_lock", "dmat.yaml_file", "dmat.seeds", "dmat.modes", "dmat.liveness"),
+        *(
+            "dmat.files",
+            "dmat.dvc_lock",
+            "dmat.dvc_cache",
+            "dmat.yaml_file",
+            "dmat.seeds",
+            "dmat.modes",
+            "dmat.liveness",
+        ),
         *("dmat.processes", "dmat.devices"),
     ),
     ("dmat.data", "dmat.diffusion", "dmat.robust", "dmat.metrics"),
