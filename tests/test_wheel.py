@@ -1,5 +1,6 @@
 """dmat as people install it: a wheel in an environment without the repository, and a project that `dmat init` made."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -109,24 +110,45 @@ def test_the_wheel_is_what_runs(installed, root):
     assert installed.ask(script) == "['']"
 
 
-def test_a_project_runs_without_the_repository(installed, tmp_path, tiny_params):
-    """To its report; and a second time nothing runs."""
+@pytest.fixture
+def project(installed, tmp_path, tiny_params) -> Path:
+    """Made by `dmat init`, with parameters for seconds, and committed."""
     said = installed.run("dmat", "init", "mine", at=tmp_path)
     assert said.splitlines()[1].endswith("dvc repro")
     folder = tmp_path / "mine"
     (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params, sort_keys=False))
     for words in (["add", "--all"], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "one"]):
         subprocess.run(["git", *words], cwd=folder, check=True)
+    return folder
 
-    def repro() -> list[str]:
-        said = installed.run("python", "-m", "dvc", "repro", at=folder)
-        return [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
 
-    ran = repro()
-    assert len(ran) == 14
-    assert f"by dmat {dmat.__version__}" in (folder / "artifacts/write_report/report/report.html").read_text()
-    assert repro() == []
-    changed = subprocess.run(["git", "status", "--short"], cwd=folder, capture_output=True, text=True, check=True)
+def _repro(installed: Installed, project: Path, *stages: str) -> list[str]:
+    """Names of the stages that ran."""
+    said = installed.run("python", "-m", "dvc", "repro", *stages, at=project)
+    return [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
+
+
+def test_stages_run_in_a_project_without_the_repository(installed, project):
+    """Once; and the project says which dmat computed."""
+    stages = ["prepare_data", "train_scorer"]
+    assert _repro(installed, project, *stages) == stages
+    assert _repro(installed, project, *stages) == []
+    for stage in stages:
+        provenance = json.loads((project / f"artifacts/provenance/{stage}/all.json").read_text())
+        assert provenance["dmat"] == dmat.__version__
+        assert provenance["git_dirty"] is False
+    changed = subprocess.run(["git", "status", "--short"], cwd=project, capture_output=True, text=True, check=True)
     assert changed.stdout == "?? dvc.lock\n"
-    doctor = installed.start("dmat", "doctor", at=folder).stdout
+    doctor = installed.start("dmat", "doctor", at=project).stdout
     assert "no constraints.txt to compare with" in doctor
+    assert "the check itself failed" not in doctor
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_project_runs_to_its_report_without_the_repository(installed, project):
+    """The whole of `dvc repro` takes minutes; a second one runs nothing."""
+    assert len(_repro(installed, project)) == 14
+    page = (project / "artifacts/write_report/report/report.html").read_text()
+    assert f"by dmat {dmat.__version__}" in page
+    assert _repro(installed, project) == []
