@@ -7,8 +7,9 @@ import configparser
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from dmat import dvc_lock
+from dmat import ARTIFACTS, dvc_lock
 
 
 def folder(root: Path) -> Path:
@@ -44,19 +45,38 @@ def copies_of(root_of_objects: Path, outs: Mapping[str, str]) -> dict[str, Path]
     return found if all(copy.is_file() for copy in found.values()) else None
 
 
-def outputs_below(root: Path, start: str) -> Iterator[dict[str, Path]]:
-    """For each output that dvc.lock names below a folder of the project: name inside it -> copy in the cache.
+def of_stage(root: Path, stage: str) -> Iterator[dict[str, Path]]:
+    """For each instance of a stage in dvc.lock: path of each file that it wrote -> copy in the cache, if there is one.
 
-    DVC removes an output before it starts its stage, and dvc.lock still names what was there. Nothing for a project
-    without DVC, or what the cache does not have.
+    DVC removes outputs before it starts a stage, and dvc.lock still names what was there. Nothing for a project
+    without DVC.
     """
     try:
         stages = (dvc_lock.parse((root / dvc_lock.NAME).read_bytes()) or {}).get("stages", {})
     except (OSError, ValueError, AttributeError):
         return
     objects = folder(root) / "files" / "md5"
-    for entry in stages.values():
-        for out in entry.get("outs", []) if isinstance(entry, dict) else []:
-            path, md5 = out.get("path", ""), out.get("md5", "")
-            if path.startswith(f"{start}/") and md5 and (copies := copies_of(objects, {path: md5})):
-                yield {name.removeprefix(f"{path}/"): copy for name, copy in copies.items()}
+    for name, entry in stages.items():
+        if name.partition("@")[0] == stage:
+            outs = {out["path"]: out["md5"] for out in entry.get("outs", []) if {"path", "md5"} <= set(out)}
+            yield {
+                path: copy for out, md5 in outs.items() for path, copy in (copies_of(objects, {out: md5}) or {}).items()
+            }
+
+
+def sets_of_pool(root: Path, stage: str, pool: str) -> Iterator[tuple[dict[str, Any], dict[str, Path]]]:
+    """Sets of a stage whose shards are of a pool: the manifest, and the copy of each file by its name in the set.
+
+    Their provenance names the pool: nothing that other stages read may name the code, or every change of it would
+    make them run again.
+    """
+    for copies in of_stage(root, stage):
+        own: dict[str, Path] = {}
+        pools: Any = None
+        for name, copy in copies.items():
+            if name.startswith(f"{ARTIFACTS}/provenance/"):
+                pools = json.loads(copy.read_bytes()).get("pools")
+            elif name.startswith(f"{ARTIFACTS}/{stage}/"):
+                own[Path(name).name] = copy
+        if pools == [pool] and "manifest.json" in own:
+            yield json.loads(own["manifest.json"].read_bytes()), own

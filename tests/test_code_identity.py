@@ -399,3 +399,10 @@ def test_all_that_a_stage_loads_counts_or_is_listed(tmp_path, tiny_params):
         assert ["dmat.jobs.execution", f"dmat.jobs.{stage}"] in pairs, "by name"
     assert unseen == set()
     assert looked_at > 300
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_stage_is_computed_by_the_job_of_another(stage):
+    """Else an edit of a sampler would train every classifier again."""
+    jobs = {f"dmat.jobs.{other}" for other in STAGES if other != stage}
+    assert code_identity.closure_of(stage) & jobs == set()

@@ -14,6 +14,7 @@ import numpy as np
 from dmat import files
 from dmat.config import EvaluateRobust, Fraction
 from dmat.data import overlap, shards
+from dmat.data.mix_file import open_mix
 from dmat.data.pixels import everything
 from dmat.data.shards import Shards
 from dmat.evaluation import work
@@ -22,7 +23,6 @@ from dmat.evaluation.measures import Subject, images_sha256
 from dmat.evaluation.table import write_table
 from dmat.jobs.classifiers import load_classifier
 from dmat.jobs.execution import Job
-from dmat.jobs.mix_images import open_mix
 from dmat.metrics.intervals import wilson
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball

@@ -61,6 +61,7 @@ class Job:
     watcher: Watcher | None = None  # of the metrics of a long run
     # filled by the job: numbers that differ from run to run, such as speed; for provenance and MLflow alone
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
+    pools: list[str] = dataclasses.field(default_factory=list)  # those that `pool` gave; for provenance alone
     # filled by the job: what a reader must know of this result; tags of the MLflow run, sentences for who started it
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -73,6 +74,7 @@ class Job:
         """The pool of shards that everything in `identity` and the code decide (docs/architecture.md)."""
         whole = {"stage": self.work.parent.name, "code": self.code, **identity}
         folder = self.work.parent.parent / POOLS / f"{self.work.parent.name}-{files.fingerprint(whole)}"
+        self.pools.append(folder.name)
         return ShardPool(folder, whole, arrays, self.fresh)
 
     def long_run(self, total: int) -> LongRun:
@@ -483,6 +485,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
                 "compute": compute.describe(),
                 "seconds": round(_spent(plan.work) + time.time() - started, 1),
                 "measured": job.measured,
+                **({"pools": job.pools} if job.pools else {}),
                 "outputs": {path: files.checksum(source) for path, source in _published(plan).items()},
             },
         }

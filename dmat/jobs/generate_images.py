@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmat import ARTIFACTS, dvc_cache, files, seeds
+from dmat import dvc_cache, seeds
 from dmat.config import ImageSet
 from dmat.data import shards
 from dmat.data.pixels import to_bytes
@@ -33,6 +33,7 @@ def run(settings: ImageSet, job: Job) -> dict[str, Any]:
     pool = job.pool(
         {
             "generator_sha256": sidecar["sha256"],
+            "generator": sidecar["generator"],
             "classes": classes,
             "sampler": settings.sampler.plain(),
             "seed": settings.seed,
@@ -49,14 +50,14 @@ def run(settings: ImageSet, job: Job) -> dict[str, Any]:
     with Interruption() as interruption, bar:
         for number, start in enumerate(range(0, settings.images, settings.shard)):
             indices = np.arange(start, min(start + settings.shard, settings.images))
-            make = functools.partial(_make, indices, model, sidecar, settings, job, interruption)
+            make = functools.partial(_make, indices, model, sidecar, settings, job, interruption, bar)
             record = pool.obtain(
                 _name(number, len(indices), settings.shard), len(indices), make, interruption.raise_if_asked
             )
             entry = shards.entry(number, record)
             pool.link(record, {key: folder / entry[key] for key in ("images", "labels")})
             entries.append(entry)
-            bar.update(len(indices))
+            bar.update(start + len(indices) - bar.n)
     counts = np.bincount(np.arange(settings.images) % classes, minlength=classes)
     shards.write_manifest(
         folder,
@@ -65,7 +66,6 @@ def run(settings: ImageSet, job: Job) -> dict[str, Any]:
         class_names=sidecar["class_names"],
         class_counts=counts,
         facts={
-            "pool": pool.name,
             "generator_sha256": sidecar["sha256"],
             "sampler": settings.sampler.plain(),
             "seed": settings.seed,
@@ -95,14 +95,12 @@ def _name(number: int, count: int, whole: int) -> str:
 
 def _offer_copies(pool: ShardPool, whole: int, root: Path) -> None:
     """Shards of this pool that DVC's cache has: in a clone, after `dvc pull`, the pool is empty."""
-    for copies in dvc_cache.outputs_below(root, f"{ARTIFACTS}/generate_images"):
-        manifest = files.read_json(copies[shards.MANIFEST]) if shards.MANIFEST in copies else {}
-        if manifest.get("pool") == pool.name:
-            for entry in manifest["shards"]:
-                pool.offer(
-                    _name(entry["index"], entry["count"], whole),
-                    {key: (copies[entry[key]], entry[f"{key}_sha256"]) for key in ("images", "labels")},
-                )
+    for manifest, copies in dvc_cache.sets_of_pool(root, "generate_images", pool.name):
+        for entry in manifest["shards"]:
+            pool.offer(
+                _name(entry["index"], entry["count"], whole),
+                {key: (copies[entry[key]], entry[f"{key}_sha256"]) for key in ("images", "labels")},
+            )
 
 
 def _make(
@@ -112,6 +110,7 @@ def _make(
     settings: ImageSet,
     job: Job,
     interruption: Interruption,
+    bar: Any,
 ) -> dict[str, np.ndarray]:
     """Images uint8 [n, H, W, C] and labels int64 [n] of a shard."""
     images = np.empty((len(indices), *sidecar["image_shape"]), dtype=np.uint8)
@@ -121,6 +120,7 @@ def _make(
         block = indices[start] + np.arange(settings.block)
         wanted = min(settings.block, len(indices) - start)
         images[start : start + wanted] = _block(block, model, sidecar, settings, job)[:wanted]
+        bar.update(wanted)
     return {"images": images, "labels": indices % len(sidecar["class_names"])}
 
 

@@ -4,7 +4,6 @@ The rule of Wang et al. 2023 for their 1M set: softmax probability of the target
 """
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dmat import ARTIFACTS, dvc_cache, files
+from dmat import dvc_cache, files
 from dmat.config import ScoreImages
 from dmat.data import shards
 from dmat.data.pixels import to_unit
+from dmat.data.scores import score_file
 from dmat.data.shard_pool import ShardPool
-from dmat.data.shards import Shards
-from dmat.errors import DmatError
 from dmat.jobs.classifiers import load_classifier
 from dmat.jobs.execution import Job
 from dmat.metrics import pictures
@@ -53,7 +51,7 @@ def run(settings: ScoreImages, job: Job) -> dict[str, Any]:
             bar.update(entry["count"])
     files.write_json(
         job.result / "scores" / shards.MANIFEST,
-        {"schema": 1, "pool": pool.name, "shards": entries, "count": len(images)},
+        {"schema": 1, "shards": entries, "count": len(images)},
     )
     job.measured.update({f"shards_{how}": float(count) for how, count in pool.counts.items()})
     scores = np.concatenate(found)
@@ -62,37 +60,11 @@ def run(settings: ScoreImages, job: Job) -> dict[str, Any]:
     return {"images": len(scores), "mean_score": float(scores.mean()), "share_above_half": float((scores > 0.5).mean())}
 
 
-def score_file(entry: Mapping[str, Any]) -> str:
-    """Where the scores of a shard lie, given its manifest entry: named by the checksums of its images and labels."""
-    return f"{entry['images_sha256'][:16]}-{entry['labels_sha256'][:8]}.npy"
-
-
-def read_scores(folder: Path, images: Shards) -> np.ndarray:
-    """float32 [N]: the score of each image of a set. Raises DmatError for scores that are not what was written, or of
-    other images."""
-    recorded = files.read_record(folder / shards.MANIFEST, shards=list)["shards"]
-    expected = [score_file(entry) for entry in images.manifest["shards"]]
-    if [entry["file"] for entry in recorded] != expected:
-        raise DmatError(
-            f"{folder} has scores of {len(recorded)} shards, which are not those of the {len(expected)} shards of the "
-            f"image set; run score_images again, or `dvc repro`"
-        )
-    for entry in recorded:
-        if (found := files.sha256(folder / entry["file"])) != entry["sha256"]:
-            raise DmatError(
-                f"{folder / entry['file']} has checksum {found[:12]}; its manifest says {entry['sha256'][:12]}; the "
-                f"file was altered or cut: restore it (`dvc checkout`) or run score_images again"
-            )
-    return np.concatenate([files.load_array(folder / name) for name in expected])
-
-
 def _offer_copies(pool: ShardPool, root: Path) -> None:
     """Scores of this pool that DVC's cache has."""
-    for copies in dvc_cache.outputs_below(root, f"{ARTIFACTS}/score_images"):
-        manifest = files.read_json(copies[shards.MANIFEST]) if shards.MANIFEST in copies else {}
-        if manifest.get("pool") == pool.name:
-            for entry in manifest["shards"]:
-                pool.offer(Path(entry["file"]).stem, {"scores": (copies[entry["file"]], entry["sha256"])})
+    for manifest, copies in dvc_cache.sets_of_pool(root, "score_images", pool.name):
+        for entry in manifest["shards"]:
+            pool.offer(Path(entry["file"]).stem, {"scores": (copies[entry["file"]], entry["sha256"])})
 
 
 def _score(

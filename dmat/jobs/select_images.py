@@ -3,7 +3,6 @@
 The best `keep` share of each class stays, as Wang et al. 2023 kept the best 20 % of each class of 5M images.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,9 @@ import numpy as np
 from dmat import files
 from dmat.config import Selection
 from dmat.data import shards
+from dmat.data.scores import read_scores
 from dmat.errors import DmatError
 from dmat.jobs.execution import Job
-from dmat.jobs.score_images import read_scores
 
 
 def run(settings: Selection, job: Job) -> dict[str, Any]:
@@ -44,13 +43,6 @@ def run(settings: Selection, job: Job) -> dict[str, Any]:
         },
     )
     return {"pool": len(pool), "kept": len(kept), "lowest_kept_score": float(scores[kept].min())}
-
-
-def read_selection(folder: Path) -> dict[str, Any]:
-    """What `run` wrote as selection.json. Raises DmatError for anything else."""
-    return files.read_record(
-        folder / "selection.json", image_set=str, shape=list, classes=int, manifest_sha256=str, kept=int
-    )
 
 
 def best_of_each_class(scores: np.ndarray, labels: np.ndarray, keep: float) -> np.ndarray:

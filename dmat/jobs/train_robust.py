@@ -7,11 +7,11 @@ from dmat import files
 from dmat.config import TrainRobust
 from dmat.data import augmentation, shards
 from dmat.data.batches import MixedBatches
+from dmat.data.mix_file import open_mix
 from dmat.data.pixels import everything
 from dmat.errors import DmatError
 from dmat.jobs.classifiers import classifier_sidecar, draw_training, facts_of, new_classifier, speed
 from dmat.jobs.execution import Job
-from dmat.jobs.mix_images import open_mix
 from dmat.robust import flops
 from dmat.robust.attacks import Ball
 from dmat.robust.losses import Recipe
