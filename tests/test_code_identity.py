@@ -405,4 +405,4 @@ def test_all_that_a_stage_loads_counts_or_is_listed(tmp_path, tiny_params):
 def test_no_stage_is_computed_by_the_job_of_another(stage):
     """Else an edit of a sampler would train every classifier again."""
     jobs = {f"dmat.jobs.{other}" for other in STAGES if other != stage}
-    assert code_identity.closure_of(stage) & jobs == set()
+    assert closure_of(stage) & jobs == set()
