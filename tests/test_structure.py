@@ -178,6 +178,15 @@ def test_code_yaml_is_of_this_code(root):
     assert (root / "code.yaml").read_text().startswith("# Written by `dmat lock` alone: ")
 
 
+def test_a_commit_and_make_repro_look_at_code_yaml_first(root):
+    (repository,) = yaml.safe_load((root / ".pre-commit-config.yaml").read_text())["repos"]
+    (hook,) = repository["hooks"]
+    assert (repository["repo"], hook["entry"]) == ("local", "dmat lock --check")
+    assert all(re.search(hook["files"], name) for name in ("code.yaml", "dmat/seeds.py"))
+    recipe = re.search(r"^repro: .*\n((?:\t.*\n)+)", (root / "Makefile").read_text(), re.MULTILINE)[1]
+    assert recipe.index("dmat lock --check") < recipe.index("dvc repro")
+
+
 def test_dvc_lock_is_of_this_code_and_these_parameters(root):
     """What the repository ships as its last run was computed by what it ships: a fresh clone shows no changed file."""
     here = {
@@ -187,7 +196,8 @@ def test_dvc_lock_is_of_this_code_and_these_parameters(root):
     stages = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
     changed, looked_at = set(), 0
     for name, entry in stages.items():
-        assert set(entry["params"]["code.yaml"]) == {name.partition("@")[0]}, "run `make repro` and commit dvc.lock"
+        stage = name.partition("@")[0]
+        assert set(entry["params"].get("code.yaml", {})) == {stage}, "run `make repro` and commit dvc.lock"
         for file, recorded in entry["params"].items():
             for key, value in recorded.items():
                 looked_at += 1
