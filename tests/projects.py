@@ -3,6 +3,7 @@
 import copy
 import shutil
 from pathlib import Path
+from pathlib import Path
 
 import yaml
 
@@ -51,7 +52,9 @@ class Project:
     def outputs(self, word):
         """Hash of everything that an instance leaves for other stages and for people, provenance apart."""
         folder = self.folder / "artifacts"
-        found = sorted(p for p in (folder / word, folder / "metrics" / word) if p.exists())
+        made = (folder / word).glob("*") if (folder / word).exists() else []
+        metrics = folder / "metrics" / word
+        found = [*sorted(p for p in made if p.name != "none"), *([metrics] if metrics.exists() else [])]
         work = list((self.folder / "runs" / word).glob("*/metrics.jsonl"))
         return {str(p.relative_to(self.folder)): files.checksum(p) for p in [*found, *work]}
 
@@ -61,4 +64,8 @@ class Project:
         shutil.copytree(
             self.folder, to, ignore=lambda at, names: {n for n in names if f"{at}/{n}".endswith(tuple(leave))}
         )
+        none = Path("artifacts/select_images/none")  # of prepare_data
+        if (self.folder / none).exists():
+            (to / none).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.folder / none, to / none)
         return Project(to, self.params)

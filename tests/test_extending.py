@@ -11,13 +11,16 @@ from pathlib import Path
 import yaml
 
 from dmat import config
+from dmat.config.prepare_data import NORMALISATION
 from dmat.data import augmentation, sources
 from dmat.robust import losses, networks
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 STEP = re.compile(r"At the end of `(?P<file>[^`]+)`:\n\n```python\n(?P<code>.+?)```", re.DOTALL)
-NAME = re.compile(r'In `dmat/config.py` add `"(?P<name>\w+)"` to the names of `(?P<record>\w+)\.(?P<field>\w+)`')
+NAME = re.compile(
+    r'In `(?P<file>dmat/config/\w+\.py)` add `"(?P<name>\w+)"` to the names of `(?P<record>\w+)\.(?P<field>\w+)`'
+)
 
 
 def test_names_in_the_configuration_are_those_of_the_tables():
@@ -28,7 +31,7 @@ def test_names_in_the_configuration_are_those_of_the_tables():
         (config.PrepareData, "source", sources.SOURCES),
     ):
         assert set(typing.get_args(record.model_fields[field].annotation)) == set(table)
-    assert set(typing.get_args(config.NORMALISATION)) == {"measured", *sources.NORMALISATIONS}
+    assert set(typing.get_args(NORMALISATION)) == {"measured", *sources.NORMALISATIONS}
 
 
 def test_the_page_can_be_followed(tmp_path, tiny_params):
@@ -41,13 +44,12 @@ def test_the_page_can_be_followed(tmp_path, tiny_params):
             file.write("\n\n" + step["code"])
     names = list(NAME.finditer(PAGE))
     assert len(names) == 3
-    text = (tmp_path / "dmat/config.py").read_text()
     for found in names:
+        text = (tmp_path / found["file"]).read_text()
         start = text.index(f"    {found['field']}: Literal[", text.index(f"class {found['record']}(")) + len(
             f"    {found['field']}: Literal["
         )
-        text = f'{text[:start]}"{found["name"]}", {text[start:]}'
-    (tmp_path / "dmat/config.py").write_text(text)
+        (tmp_path / found["file"]).write_text(f'{text[:start]}"{found["name"]}", {text[start:]}')
     (network,) = re.findall(r"```yaml\n(.+?)```", PAGE, re.DOTALL)
     params = config.merge(tiny_params, yaml.safe_load(network))
     params = config.merge(

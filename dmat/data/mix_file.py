@@ -22,6 +22,12 @@ def read_selection(folder: Path) -> dict[str, Any]:
     )
 
 
+def expect_selected_from(selection: dict[str, Any], images: Path) -> None:
+    """Raises DmatError if an image set is not the one of a selection: known by the checksum of its manifest."""
+    if files.sha256(images / shards.MANIFEST) != selection["manifest_sha256"]:
+        raise DmatError(f"{images} is not the set that was selected from; run `dvc repro` to bring them together")
+
+
 def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None, np.ndarray | None]:
     """The mix of an arm, its opened generated images and the indices kept. Refuses anything that changed since."""
     facts = files.read_record(
@@ -42,8 +48,7 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None
     if selection is None:
         return mix, None, None
     images = root / ARTIFACTS / "generate_images" / selection["image_set"]
-    if files.sha256(images / shards.MANIFEST) != selection["manifest_sha256"]:
-        raise DmatError(f"{images} is not the set that was selected from; run `dvc repro` to bring them together")
+    expect_selected_from(selection, images)
     indices = root / selection["path"] / "indices.npy"
     if files.sha256(indices) != selection["indices_sha256"]:
         raise DmatError(f"{indices} changed after the mix was made; run `dvc repro` to bring them together")

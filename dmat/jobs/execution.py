@@ -257,7 +257,7 @@ def execute(
         return _follow(plan, params, workspace, world)
     dvc_lock.remember(workspace.root, workspace.home)
     plan.work.mkdir(parents=True, exist_ok=True)
-    with lock(plan.work), Interruption(at_once=True):
+    with Interruption(at_once=True), lock(plan.work):
         if fresh:
             set_aside(plan.work, workspace.home)
         finished = _intact(plan)

@@ -12,6 +12,7 @@ import torch
 from dmat import files
 from dmat.config import MeasureImages
 from dmat.data import shards
+from dmat.data.mix_file import expect_selected_from, read_selection
 from dmat.data.pixels import to_unit
 from dmat.jobs.classifiers import load_classifier
 from dmat.jobs.execution import Job
@@ -21,6 +22,7 @@ from dmat.robust.networks import Classifier
 
 
 def run(settings: MeasureImages, job: Job) -> dict[str, Any]:
+    expect_selected_from(read_selection(job.inputs["selection"]), job.inputs["images"])
     pool = shards.open_shards(job.inputs["images"])
     kept = files.load_array(job.inputs["selection"] / "indices.npy")
     evenly = np.unique(np.linspace(0, len(kept) - 1, min(settings.images, len(kept))).astype(np.int64))
