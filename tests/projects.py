@@ -3,7 +3,6 @@
 import copy
 import shutil
 from pathlib import Path
-from pathlib import Path
 
 import yaml
 

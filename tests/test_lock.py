@@ -171,7 +171,7 @@ COMPARED = {
     "train_scorer": 'train_scorer all: the first record of metrics.jsonl, {"images_seen": 1280,',
     "train_diffusion": 'train_diffusion edm: the first record of metrics.jsonl, {"images_seen": 256,',
     "generate_images": "generate_images edm18: the first 25 images",
-    "score_images": "score_images edm18: all 1 files and the metrics",
+    "score_images": "score_images edm18: all 3 files and the metrics",
     "select_images": "select_images edm18_best: all 2 files and the metrics",
     "measure_images": "measure_images edm18_best: all 1 files and the metrics",
     "mix_images": "mix_images generated: all 1 files and the metrics",
