@@ -10,6 +10,9 @@ from pydantic import BeforeValidator, Field
 from dmat.config.fields import NONE, Count, Positive, Record, Seed, Share
 
 
+WITH_FILES = ("npz", "cifar10", "cifar100", "folder", "shards")  # sources that read files
+
+
 class Normalisation(Record):
     """What every network subtracts from each channel of the images, and what it divides by."""
 
@@ -44,7 +47,7 @@ class PrepareData(Record):
         where = PurePosixPath(self.path)
         if self.source == "digits" and self.path != NONE:
             raise ValueError(f"path is {self.path!r} and source 'digits'; expected path: {NONE}, as it needs no files")
-        if self.source != "digits" and self.path in ("", ".", NONE):
+        if self.source in WITH_FILES and self.path in ("", ".", NONE):
             raise ValueError(
                 f"path is {self.path!r} and source {self.source!r}; expected the name of a file or folder in sources/"
             )
