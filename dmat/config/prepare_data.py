@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, Field
 
 from dmat.config.fields import NONE, Count, Positive, Record, Seed, Share
 
-
 WITH_FILES = ("npz", "cifar10", "cifar100", "folder", "shards")  # sources that read files
 
 
