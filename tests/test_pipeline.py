@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from dmat import config
-from dmat.data import shards
 from tests import browser, forked, servers
 
 pytestmark = pytest.mark.timeout(2000)  # a whole `dvc repro` on a machine that is busy with other work
@@ -80,14 +79,6 @@ class Project:
 
     def json(self, path: str):
         return json.loads((self.folder / path).read_text())
-
-
-class Clone(Project):
-    """A `git clone` of a project."""
-
-    def __init__(self, folder: Path, of: Project):
-        subprocess.run(["git", "clone", "-q", of.folder, folder], check=True)
-        self.folder, self.params = folder, yaml.safe_load((folder / "params.yaml").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -463,58 +454,11 @@ def test_clean_removes_what_dvc_can_bring_back_and_everything_stays_up_to_date(p
     gone = {Path(one["paths"][0]).parent.name for one in shown["candidates"] if one["kind"] == "finished"}
     assert len(gone | {"generate_images"}) == 11
     project.run("dmat", "clean", "--unfinished", "--yes")
-    assert [str(path) for path in (project.folder / "runs").glob("*/*")] == list(kept)
+    left = [path for path in (project.folder / "runs").glob("*/*") if path.parent.name != "pools"]
+    assert [str(path) for path in left] == list(kept)
+    pools = {path.name.rpartition("-")[0] for path in (project.folder / "runs/pools").iterdir()}
+    assert pools == {"generate_images"}, "shards stay as long as a work folder of their stage does"
     assert project.repro() == []
     project.params["generators"]["edm"] = {}  # back to values whose work folders are gone: DVC has the results
     project.write()
     assert project.repro() == []
-
-
-def _made(project, word):
-    """How many shards of an instance were made, taken from the pool and from DVC's cache."""
-    measured = project.json(f"artifacts/provenance/{word}/more.json")["measured"]
-    return [int(measured[f"shards_{how}"]) for how in ("made", "pooled", "copied")]
-
-
-def _inodes(folder):
-    return {path.name: path.stat().st_ino for path in sorted(folder.glob("images-*.npy"))}
-
-
-def test_an_image_set_grows_by_what_is_new_in_place_and_in_a_clone(project, tmp_path):
-    """Shards of 50: a set of 100 is there; one of 150 makes one more, and in a clone after `dvc pull` 200 makes one."""
-    project.params["image_sets"]["more"] = {"generator": "edm", "images": 150}
-    project.write()
-    try:
-        project.run("dvc", "repro", "score_images@more")
-        assert _made(project, "generate_images") == _made(project, "score_images") == [1, 2, 0]
-        small = _inodes(project.folder / "artifacts/generate_images/edm18")
-        more = project.folder / "artifacts/generate_images/more"
-        assert _inodes(more).items() >= small.items()
-        objects = project.folder / ".dvc/cache/files/md5"
-        kept = {path.stat().st_ino for path in objects.rglob("*") if path.is_file()}
-        assert set(_inodes(more).values()) <= kept, "no byte twice: pool, set and DVC's cache have one file"
-
-        project.params["image_sets"]["more"]["images"] = 170
-        project.write()
-        project.run("dvc", "repro", "score_images@more")
-        assert _made(project, "generate_images") == _made(project, "score_images") == [1, 3, 0]
-        project.run("dvc", "remote", "add", "-f", "-d", "here", str(tmp_path / "remote"))
-        project.run("dvc", "push", "-q")
-        project.commit("more images")
-    finally:
-        project.params["image_sets"].pop("more")
-        project.write()
-    clone = Clone(tmp_path / "clone", project)
-    clone.run("dvc", "pull", "-q", "--allow-missing")  # the study of tune/dvc.yaml never ran
-    clone.params["image_sets"]["more"] = {"generator": "edm", "images": 200}
-    clone.write()
-    clone.run("dvc", "repro", "score_images@more")
-    assert _made(clone, "generate_images") == [1, 0, 3]
-    assert _made(clone, "score_images") == [1, 0, 3]
-    grown = shards.open_shards(clone.folder / "artifacts/generate_images/more").all()
-    before = shards.open_shards(more).all()
-    assert all(np.array_equal(new[:170], old) for new, old in zip(grown, before, strict=True))
-    objects = len([path for path in (tmp_path / "remote").rglob("*") if path.is_file()])
-    clone.run("dvc", "push", "-q", "artifacts/generate_images/more")
-    pushed = len([path for path in (tmp_path / "remote").rglob("*") if path.is_file()]) - objects
-    assert pushed <= 4, "two new files, their listing and the manifest"
