@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 ARTIFACTS = "artifacts"  # folder of everything that stages write, below the project
+SOURCES = "sources"  # folder of other people's files, or links to them, below the project
+NONE = "none"  # what an entry of params.yaml names that has no parent of a kind
 
 
 def load_model(path: str | Path, device: str = "cpu") -> "torch.nn.Module":

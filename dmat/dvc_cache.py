@@ -28,7 +28,8 @@ def copy_of(root_of_objects: Path, md5: str) -> Path:
 
 
 def copies_of(root_of_objects: Path, outs: Mapping[str, str]) -> dict[str, Path] | None:
-    """Path of each file of some outputs -> its copy in the cache; None if one of them is not there.
+    """Path of each file of some outputs -> its copy in the cache; None if one of them is not there, or a list of files
+    is damaged.
 
     outs: path of an output below the project -> md5, as dvc.lock has them.
     """
@@ -38,7 +39,9 @@ def copies_of(root_of_objects: Path, outs: Mapping[str, str]) -> dict[str, Path]
         if not copy.is_file():
             return None
         if md5.endswith(".dir"):
-            inside = json.loads(copy.read_text())
+            inside = _read(copy, list)
+            if inside is None:
+                return None
             found |= {f"{path}/{entry['relpath']}": copy_of(root_of_objects, entry["md5"]) for entry in inside}
         else:
             found[path] = copy
@@ -75,8 +78,18 @@ def sets_of_pool(root: Path, stage: str, pool: str) -> Iterator[tuple[dict[str, 
         pools: Any = None
         for name, copy in copies.items():
             if name.startswith(f"{ARTIFACTS}/provenance/"):
-                pools = json.loads(copy.read_bytes()).get("pools")
+                pools = (_read(copy, dict) or {}).get("pools")
             elif name.startswith(f"{ARTIFACTS}/{stage}/"):
                 own[Path(name).name] = copy
-        if pools == [pool] and "manifest.json" in own:
-            yield json.loads(own["manifest.json"].read_bytes()), own
+        manifest = _read(own["manifest.json"], dict) if "manifest.json" in own else None
+        if pools == [pool] and manifest is not None:
+            yield manifest, own
+
+
+def _read(path: Path, kind: type) -> Any:
+    """What a JSON file of the cache holds, if it is of that kind; a damaged one is as good as none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    return value if isinstance(value, kind) else None

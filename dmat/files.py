@@ -208,11 +208,15 @@ def publish(source: Path, target: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A hard link; a copy across file systems."""
+    """Makes `target` a hard link to a file, by rename; a copy across file systems."""
+    staged = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    staged.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source, staged)
     except OSError:
-        shutil.copy2(source, target)
+        shutil.copy2(source, staged)
+    os.replace(staged, target)
+    staged.unlink(missing_ok=True)  # a rename between two names of one file leaves both
 
 
 def _remove(path: Path) -> None:

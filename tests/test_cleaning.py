@@ -430,6 +430,21 @@ def test_an_image_set_that_is_named_no_more_goes_alone(project):
     assert [project.name(one.paths[0]) for one in candidates] == ["artifacts/generate_images/other"]
 
 
+def test_a_pool_goes_after_every_work_folder_of_its_stage(project):
+    """Shards come back from DVC's cache then; an unfinished set still takes its own from the pool."""
+    project.done("generate_images", "edm18")
+    for stage in ("generate_images", "score_images"):
+        project.put(f"runs/pools/{stage}-{NOW}/images-00000.npy")
+    stopped = project.work("generate_images", "larger")
+    assert f"runs/pools/generate_images-{NOW}" not in project.goes()
+    assert project.goes()[f"runs/pools/score_images-{NOW}"] == "pool"
+    assert project.goes(unfinished=True)[f"runs/pools/generate_images-{NOW}"] == "pool"
+    with filelock.FileLock(stopped / "lock"):
+        assert f"runs/pools/generate_images-{NOW}" not in project.goes(unfinished=True)
+    project.clean(unfinished=True)
+    assert list(project.at("runs/pools").iterdir()) == []
+
+
 def test_artifacts_stay_while_somebody_works(project):
     project.done()
     project.drop_arm()

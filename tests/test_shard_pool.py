@@ -48,6 +48,9 @@ def test_a_shard_is_made_once_and_a_set_is_hard_links(tmp_path):
             assert np.array_equal(found["images"], _arrays(shard)["images"])
     assert made == ["00000", "00001", "00002"]
     assert pool.counts == {"made": 1, "pooled": 2, "copied": 0}
+    names = {f"{array}-{shard}.npy" for array in ("images", "labels") for shard in ("00000", "00001")}
+    _link(_pool(tmp_path), _obtain(_pool(tmp_path), "00000"), tmp_path / "small")  # again: nothing is left beside it
+    assert {path.name for path in (tmp_path / "small").iterdir()} == names
     for path in (tmp_path / "small").iterdir():
         assert path.samefile(tmp_path / "large" / path.name)
         assert path.stat().st_mode & 0o222 == 0, "DVC's cache holds the same file: nobody writes into it"
@@ -126,4 +129,22 @@ def test_shards_come_from_copies_that_are_whole(tmp_path, harm):
     assert made == ([] if harm == "none" else ["00001"])
     assert clone.counts["copied"] == (harm == "none")
     assert files.sha256(clone.folder / again["images"]) == record["images_sha256"]
-    assert (clone.folder / again["images"]).samefile(path) is (harm == "none") if path.exists() else True
+    if harm == "none":
+        assert (clone.folder / again["images"]).samefile(path), "a hard link, no second copy"
+
+
+@pytest.mark.parametrize("array", ["images", "labels"])
+@pytest.mark.parametrize("harm", ["altered", "missing"])
+def test_a_damaged_shard_is_made_again_alone(tmp_path, capsys, array, harm):
+    pool = _pool(tmp_path)
+    before = {shard: _obtain(pool, shard) for shard in ("00000", "00001")}
+    path = pool.folder / before["00001"][array]
+    content = path.read_bytes()
+    path.unlink()
+    if harm == "altered":
+        path.write_bytes(content[:-1] + b"x")
+    made = []
+    assert {shard: _obtain(_pool(tmp_path), shard, made) for shard in before} == before
+    assert made == ["00001"]
+    assert path.read_bytes() == content
+    assert "it is made again" in capsys.readouterr().err

@@ -154,8 +154,7 @@ def test_dvc_stages_agree_with_the_table(root):
     for word, stage in STAGES.items():
         for chosen in stage.choices(params):
             entry = listed[f"{word} {stage.instance(chosen)}"]
-            options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
-            assert entry["cmd"] == f"dmat {stage.command} {options}".strip()
+            assert entry["cmd"] == " ".join(["dmat", stage.command, *stage.options(chosen)])
             inputs = set(stage.inputs(params, **chosen).values())
             assert set(entry["deps"]) - {"sources/none"} == inputs, word
             assert entry["params"].pop(0) == {"code.yaml": [word]}
@@ -168,6 +167,17 @@ def test_dvc_stages_agree_with_the_table(root):
                 *config.LISTS,
                 "train_robust",
             }
+
+
+def test_the_options_of_an_instance_are_those_of_its_command(root):
+    params, group = config.load(root / "params.yaml"), typer.main.get_command(app)
+    seen = 0
+    for stage in STAGES.values():
+        known = {option for parameter in group.commands[stage.command].params for option in parameter.opts}
+        for chosen in stage.choices(params):
+            seen += 1
+            assert {word for word in stage.options(chosen) if word.startswith("--")} <= known, stage.command
+    assert seen == 14
 
 
 def test_code_yaml_is_of_this_code(root):

@@ -3,10 +3,11 @@
 Limits stand in the records alone; messages are made from them.
 """
 
+from dmat import NONE
 from dmat.config.classifier_training import ClassifierTraining, Network
 from dmat.config.compute import Compute
 from dmat.config.evaluate_robust import EvaluateRobust
-from dmat.config.fields import NONE, Fraction, Record
+from dmat.config.fields import Fraction, Record
 from dmat.config.generate_images import GenerateImages, ImageSet, Sampler
 from dmat.config.measure_images import MeasureImages
 from dmat.config.merging import merge

@@ -7,9 +7,10 @@ import pydantic
 from pydantic import AfterValidator, Field
 from pydantic_core import CoreSchema, core_schema
 
+from dmat import NONE
+
 _NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
 _FRACTION = re.compile(rf"(?P<top>{_NUMBER})(/(?P<bottom>{_NUMBER}))?", re.ASCII)
-NONE = "none"  # what an entry names that has no parent of a kind
 
 
 class Fraction(float):

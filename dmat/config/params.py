@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from dmat import yaml_file
+from dmat import NONE, yaml_file
 from dmat.config.compute import Compute
 from dmat.config.evaluate_robust import EvaluateRobust
-from dmat.config.fields import NONE, AnyRecord, Record, name_problem
+from dmat.config.fields import AnyRecord, Record, name_problem
 from dmat.config.generate_images import GenerateImages, ImageSet
 from dmat.config.measure_images import MeasureImages
 from dmat.config.merging import merge, reaches

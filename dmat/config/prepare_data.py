@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 import pydantic
 from pydantic import BeforeValidator, Field
 
-from dmat.config.fields import NONE, Count, Positive, Record, Seed, Share
+from dmat import NONE
+from dmat.config.fields import Count, Positive, Record, Seed, Share
 
 WITH_FILES = ("npz", "cifar10", "cifar100", "folder", "shards")  # sources that read files
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dmat.config.fields import NONE
+from dmat import NONE
 
 
 def renamed(raw: Mapping[str, Any]) -> list[str]:

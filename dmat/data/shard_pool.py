@@ -6,7 +6,6 @@ others wait for it. Its files are read-only and replaced by rename, since DVC's 
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,13 +65,8 @@ class ShardPool:
         """Makes files of a set hard links to those of a shard; copies across file systems."""
         for array, target in targets.items():
             source = self.folder / record[array]
-            if target.exists() and target.samefile(source):
-                continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            staged = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-            staged.unlink(missing_ok=True)
-            files.link(source, staged)
-            os.replace(staged, target)
+            files.link(source, target)
 
     @contextlib.contextmanager
     def _lock(self, shard: str, pause: Callable[[], None]) -> Any:
@@ -116,10 +110,7 @@ class ShardPool:
             if not path.is_file() or files.sha256(path) != digest:
                 return None
             name = _file(array, shard)
-            staged = self.folder / f".{name}.{os.getpid()}.tmp"
-            staged.unlink(missing_ok=True)
-            files.link(path, staged)
-            os.replace(staged, self.folder / name)
+            files.link(path, self.folder / name)
             record |= {array: name, _digest(array): digest}
         files.write_json(self.folder / f"{shard}.json", record)
         return record

@@ -59,7 +59,7 @@ _NOT_WRITTEN = {"ctx", "kind", "type_comment", "type_params"}  # said by the res
 
 
 def written(source: str) -> str:
-    """The syntax tree of a source file as text, the same in Python 3.11 to 3.14 (unlike `ast.dump`).
+    """The syntax tree of a source file as text, the same in Python 3.11, 3.12 and 3.13 (unlike `ast.dump`).
 
     Left out: docstrings and other statements that do nothing, blocks for type checkers, and the texts of errors,
     assertions and warnings. Raises SyntaxError.

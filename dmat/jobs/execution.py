@@ -21,13 +21,13 @@ from typing import Any
 import filelock
 from tqdm import tqdm
 
-from dmat import ARTIFACTS, devices, dvc_lock, files, processes, tracking
-from dmat.config import NONE, Params, Record
+from dmat import ARTIFACTS, NONE, SOURCES, devices, dvc_lock, files, processes, tracking
+from dmat.config import Params, Record
 from dmat.data.shard_pool import ShardPool
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.jobs import code_identity, lineage
-from dmat.jobs.stages import SOURCES, STAGES, Stage
+from dmat.jobs.stages import STAGES, Stage
 from dmat.jobs.workspace import Workspace
 from dmat.processes import World
 from dmat.training.interruption import Interruption

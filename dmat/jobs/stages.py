@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dmat import ARTIFACTS
+from dmat import ARTIFACTS, NONE, SOURCES
 
 if TYPE_CHECKING:
     from dmat.config import Params, Record
@@ -35,6 +35,10 @@ class Stage:
     def instance(self, chosen: Mapping[str, Any]) -> str:
         """Name of an instance as in dvc.yaml (`train_robust@real_only-1`) and of folders; "all" without options."""
         return "-".join(str(chosen[option]) for option in self.each) or "all"
+
+    def options(self, chosen: Mapping[str, Any]) -> list[str]:
+        """The words after the command that name an instance."""
+        return [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
     def metrics_path(self, chosen: Mapping[str, Any]) -> str:
         return f"{ARTIFACTS}/metrics/{self.word}/{self.instance(chosen)}.json"
@@ -67,7 +71,7 @@ def _split(name: str) -> str:
 def _source(params: "Params") -> Paths:
     """Where real images come from, if from files."""
     path = params.prepare_data.path
-    return {} if path == "none" else {"source": f"{SOURCES}/{path}"}
+    return {} if path == NONE else {"source": f"{SOURCES}/{path}"}
 
 
 def _mix_settings(params: "Params", arm: str) -> "Record":
@@ -91,7 +95,6 @@ REPORTED = (
     ),
 )
 
-SOURCES = "sources"  # files of other people lie here or are linked into it
 SCORER = f"{ARTIFACTS}/train_scorer/scorer"
 
 STAGES: dict[str, Stage] = {
@@ -105,7 +108,7 @@ STAGES: dict[str, Stage] = {
             inputs=_source,
             outputs=lambda p: {
                 **{name: _split(name) for name in ("train", "validation", "test")},
-                "none": f"{ARTIFACTS}/select_images/none",  # DVC's templates know no conditions: what no images are
+                "none": f"{ARTIFACTS}/select_images/{NONE}",  # DVC's templates know no conditions: what no images are
             },
             example="dmat prepare-data",
         ),

@@ -301,7 +301,7 @@ def _continuation(site: Site, work: WorkFolder) -> str:
     stage = STAGES[work.word]
     for chosen in stage.choices(site.params) if site.params else ():
         if stage.instance(chosen) == work.instance:
-            command = " ".join([f"dmat {stage.command}", *(f"--{key} {value}" for key, value in chosen.items())])
+            command = " ".join(["dmat", stage.command, *stage.options(chosen)])
             return f"`{command}` goes on if nothing it needs was changed; `dmat clean --unfinished` removes it"
     return "params.yaml does not name it; `dmat clean --unfinished` removes it"
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmat import config, files
+from dmat import SOURCES, config, files
 from dmat.errors import DmatError
 from dmat.jobs.stages import STAGES, Stage
 from dmat.jobs.workspace import Workspace
@@ -60,8 +60,7 @@ def reproduce(place: Workspace, wanted: str, to: Path | None = None) -> Reproduc
     unlike += _other_code(tree, run)
     _link_sources(place, tree)
     lacking = list(_data(place, tree, run, chosen))
-    words = [sys.executable, "-m", "cli.main", stage.command]
-    words += [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+    words = [sys.executable, "-m", "cli.main", stage.command, *stage.options(chosen)]
     command = f"cd {shlex.quote(str(tree))} && {shlex.join(words)}"
     lines = [
         f"{run.stage} {run.instance}, run {queries.short(run.id)}, at commit {run.tags['git.commit'][:10]} in {top}",
@@ -163,8 +162,8 @@ def _data(place: Workspace, tree: Path, run: TrackedRun, chosen: Mapping[str, An
 
 def _link_sources(place: Workspace, tree: Path) -> None:
     """People's own files are in no commit: the tree reads those of the project."""
-    for path in (place.root / "sources").glob("*"):
-        link = tree / "sources" / path.name
+    for path in (place.root / SOURCES).glob("*"):
+        link = tree / SOURCES / path.name
         if not os.path.lexists(link):
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(path)
