@@ -381,7 +381,7 @@ def test_all_that_a_stage_loads_counts_or_is_listed(tmp_path, tiny_params):
     del params["arms"]["real_only"]
     params["write_report"]["baseline"] = "generated"
     params["evaluate_robust"] |= {"auto_attack": ["apgd-ce"], "images": 20}
-    params["train_robust"] |= {"images": 320}
+    params["train_robust"] |= {"images_seen": 320}
     project = Project(tmp_path, params)
     options = {**IN_ORDER, "write_report": []}
     commands = {word: [stage.command, *options[word], "--json"] for word, stage in STAGES.items()}
