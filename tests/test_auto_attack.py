@@ -4,7 +4,7 @@ import pytest
 import torch
 from pyautoattack import AutoAttack
 
-from dmat import config
+from dmat.config import evaluate_robust
 from dmat.errors import DmatError
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball, logit_margin
@@ -183,7 +183,7 @@ def test_images_too_small_for_square_are_refused():
 
 
 def test_the_parameters_know_the_same_attacks():
-    assert config.ATTACKS == ATTACKS
+    assert evaluate_robust.ATTACKS == ATTACKS
 
 
 def test_square_uses_no_gradient_and_stays_inside():

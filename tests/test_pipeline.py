@@ -417,7 +417,8 @@ def test_a_result_that_dvc_recorded_under_other_parameters_is_known(project):
         path for path in (project.folder / ".dvc/cache/runs").glob("*/*/*") if "evaluate-robust" in path.read_text()
     ]
     entry = next(path for path in entries if "pgd_steps: 3" in path.read_text())
-    wrong_entry = entry.read_text().replace("pgd_steps: 3", "pgd_steps: 7")
+    right_entry = entry.read_text()
+    wrong_entry = right_entry.replace("pgd_steps: 3", "pgd_steps: 7")
     entry.write_text(wrong_entry)
     for name in (".written.tmp", "cut"):  # what a kill leaves
         entry.with_name(name).write_text("cmd: [")
@@ -426,6 +427,7 @@ def test_a_result_that_dvc_recorded_under_other_parameters_is_known(project):
     assert not entry.exists()
     assert [path.read_text() for path in (project.folder / "runs").glob("run-cache-*")] == [wrong_entry]
     assert [one["mark"] for one in results()] == ["ok"]
+    entry.write_text(right_entry)
 
 
 def test_the_study_is_a_stage_that_a_plain_repro_does_not_run(project):
