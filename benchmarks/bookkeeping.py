@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 from dmat import config
-from dmat.jobs import STAGES, execution
-from dmat.jobs.workspace import Workspace
+from dmat.pipeline import STAGES, execution, planning
 from dmat.tracking.runs import Run
 from dmat.training.long_run import LongRun, MetricsLog
+from dmat.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
 spent: dict[str, float] = {}
@@ -55,7 +55,7 @@ def once(images: int) -> dict[str, float]:
         (Path(folder) / "artifacts").mkdir()
         for word in ("prepare_data", "generate_images", "select_images", "mix_images"):
             (Path(folder) / "artifacts" / word).symlink_to(ROOT / "artifacts" / word)
-        plan = execution.plan(STAGES["train_robust"], {"arm": "generated", "seed": 1}, params, place)
+        plan = planning.plan(STAGES["train_robust"], {"arm": "generated", "seed": 1}, params, place)
         started = time.perf_counter()
         execution.execute(plan, params, place, quiet=True)
         total = time.perf_counter() - started

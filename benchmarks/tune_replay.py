@@ -23,9 +23,8 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from dmat import config, tuning
+from dmat import config, tuning, workspace
 from dmat.config import Tune
-from dmat.jobs import workspace
 from dmat.tuning import sampling, space, storage
 
 VARIANTS = [

@@ -8,7 +8,7 @@ import typer
 
 from cli import stages
 from dmat.errors import DmatError
-from dmat.jobs import STAGES
+from dmat.pipeline import STAGES
 
 _STAGE = STAGES["evaluate_robust"]
 
@@ -135,13 +135,13 @@ def _evaluate_model(
     as_json: bool,
     params: Path | None,
 ) -> None:
-    from dmat import config
-    from dmat.jobs import evaluate_model, workspace
+    from dmat import config, workspace
+    from dmat.pipeline import direct_evaluation
 
     base = config.load(params).evaluate_robust.plain() if params else {}
     in_project = Path("params.yaml").is_file()
-    request = evaluate_model.Request(
-        evaluate_model.safetensors(*given_as, folder),
+    request = direct_evaluation.Request(
+        direct_evaluation.safetensors(*given_as, folder),
         images,
         split,
         *threat,
@@ -150,20 +150,20 @@ def _evaluate_model(
         workspace.find(Path()).home if in_project else None,
         classes_in_order,
     )
-    direct = evaluate_model.DirectEvaluation(request, evaluate_model.compute_on(device))
-    row = evaluate_model.published(direct, against[1] or given_as[0].stem) if against[0] else None
+    direct = direct_evaluation.DirectEvaluation(request, direct_evaluation.compute_on(device))
+    row = direct_evaluation.published(direct, against[1] or given_as[0].stem) if against[0] else None
     if dry_run:
         typer.echo(json.dumps(direct.outlook(), indent=2))
         return
-    if worker or not evaluate_model.leads():
+    if worker or not direct_evaluation.leads():
         direct.assist(quiet=as_json)
         return
     result = direct.run(fresh, quiet=as_json)
-    said = evaluate_model.against_robustbench(direct, result, row) if row else []
+    said = direct_evaluation.against_robustbench(direct, result, row) if row else []
     if as_json:
         typer.echo(json.dumps(result.summary | ({"against": said} if said else {}), sort_keys=True))
         return
-    for line in [*evaluate_model.lines(result), *said]:
+    for line in [*direct_evaluation.lines(result), *said]:
         typer.echo(line)
     typer.echo(f"{request.folder}: per_image.parquet, summary.json, protocol.json and pictures")
     if request.home is None:

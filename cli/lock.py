@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from dmat.errors import DmatError
-from dmat.jobs import STAGES
+from dmat.pipeline import STAGES
 
 
 def add_to(app: typer.Typer) -> None:
@@ -25,7 +25,8 @@ def _lock(
     ] = None,
     why: Annotated[str, typer.Option(metavar="TEXT", help="Why it computes the same; needed by --same.")] = "",
 ) -> None:
-    from dmat.jobs import code_identity, workspace
+    from dmat import workspace
+    from dmat.pipeline import code_identity
 
     place = workspace.here()
     if bool(same) != bool(why.strip()) or (same and check):
@@ -51,8 +52,7 @@ def _lock(
 
 
 def _accept(same: list[str], why: str) -> None:
-    from dmat import config
-    from dmat.jobs import workspace
+    from dmat import config, workspace
     from dmat.upkeep import locking
 
     place = workspace.here()

@@ -125,7 +125,7 @@ def _predict(
 
 
 def _list(as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False) -> None:
-    from dmat.jobs import workspace
+    from dmat import workspace
     from dmat.tracking import registry
 
     found = registry.listed(workspace.here().home)
@@ -147,7 +147,7 @@ def _get(
     wanted: Annotated[str, typer.Argument(metavar="MODEL", help="NAME@champion or NAME@VERSION.")],
     to: Annotated[Path | None, typer.Option(help="File to write. [default: NAME.safetensors]")] = None,
 ) -> None:
-    from dmat.jobs import workspace
+    from dmat import workspace
     from dmat.tracking import registry
 
     target = to or Path(f"{wanted.partition('@')[0]}.safetensors")

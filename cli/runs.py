@@ -148,7 +148,7 @@ def _compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Two or more, named as for `runs show`.")],
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
-    from dmat.jobs import workspace
+    from dmat import workspace
     from dmat.tracking import queries
 
     if len(runs) < 2:
@@ -184,10 +184,11 @@ def _lineage(
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
-    from dmat import config
-    from dmat.jobs import lineage, workspace
+    from dmat import config, workspace
+    from dmat.pipeline import results
+    from dmat.report import lineage
 
-    found = lineage.of(result, config.load(params), workspace.find(params.resolve().parent))
+    found = results.chain(result, config.load(params), workspace.find(params.resolve().parent))
     if draw is not None and draw.suffix != ".png":
         raise DmatError(f"--draw is {draw}; expected a file whose name ends with .png")
     if draw is not None:
@@ -206,7 +207,7 @@ def _reproduce(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The start of an id, or stage/instance: the newest.")],
     to: Annotated[Path | None, typer.Option(help="The new work tree. [default: beside the project]")] = None,
 ) -> None:
-    from dmat.jobs import workspace
+    from dmat import workspace
     from dmat.upkeep import reproducing
 
     found = reproducing.reproduce(workspace.here(), run, to)
@@ -218,7 +219,7 @@ def _reproduce(
 
 
 def _home() -> Path:
-    from dmat.jobs import workspace
+    from dmat import workspace
 
     return workspace.here().home
 

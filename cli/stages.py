@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dmat.errors import DmatError
-from dmat.jobs import STAGES, Stage
+from dmat.pipeline import STAGES, Stage
 
 if TYPE_CHECKING:
-    from dmat.jobs.workspace import Workspace
+    from dmat.workspace import Workspace
 
 _PLANNED = "DMAT_PLANNED"  # fingerprint of what several processes compute together
 _INSTANCE_OPTIONS = {
@@ -70,8 +70,7 @@ def run(
     stage: Stage, chosen: dict[str, Any], path: Path, fresh: bool, dry_run: bool, as_json: bool, worker: bool = False
 ) -> None:
     """One instance of a stage, as its command does it. worker: helps the process that will publish it."""
-    from dmat import tracking
-    from dmat.jobs import workspace
+    from dmat import tracking, workspace
 
     place = workspace.find(path.resolve().parent)
     try:
@@ -87,10 +86,10 @@ def _run(
     worker: bool,
 ) -> None:  # fmt: skip
     from dmat import config, processes
-    from dmat.jobs import execution
+    from dmat.pipeline import execution, planning
 
     params = config.load(path)
-    plan = execution.plan(stage, chosen, params, place)
+    plan = planning.plan(stage, chosen, params, place)
     if "RANK" in os.environ and os.environ.get(_PLANNED, plan.fingerprint) != plan.fingerprint:
         raise DmatError(
             f"parameters or inputs of {stage.word} {stage.instance(chosen)} changed since it was started in several "
@@ -103,7 +102,7 @@ def _run(
         execution.assist(plan, params, place, quiet=as_json)
         return
     wanted = params.compute.processes
-    if wanted > 1 and stage.word in execution.TOGETHER and "RANK" not in os.environ:
+    if wanted > 1 and stage.processes == "together" and "RANK" not in os.environ:
         os.environ[_PLANNED] = plan.fingerprint  # torchrun starts all again where one fails: never another training
         _start_together(wanted)
     started = time.monotonic()

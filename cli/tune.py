@@ -11,8 +11,8 @@ from dmat.errors import DmatError
 
 if TYPE_CHECKING:
     from dmat.config import Params
-    from dmat.jobs.workspace import Workspace
     from dmat.tuning import Study
+    from dmat.workspace import Workspace
 
 _PARAMS = Annotated[Path, typer.Option(help="Parameter file.")]
 _STORAGE = Annotated[
@@ -148,8 +148,7 @@ def _dashboard(
 
 
 def _study(path: Path, storage: str) -> "tuple[Params, Workspace, Study]":
-    from dmat import config, tuning
-    from dmat.jobs import workspace
+    from dmat import config, tuning, workspace
 
     loaded = config.load(path)
     place = workspace.find(path.resolve().parent)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dmat.jobs.workspace import Workspace
     from dmat.upkeep.cleaning import Survey
+    from dmat.workspace import Workspace
 
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON.")]
 
@@ -34,7 +34,7 @@ def _doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    from dmat.jobs import workspace
+    from dmat import workspace
     from dmat.upkeep import doctor, machine
 
     if fix:
@@ -59,8 +59,7 @@ def _clean(
     ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    from dmat import config
-    from dmat.jobs import workspace
+    from dmat import config, workspace
     from dmat.upkeep import cleaning
 
     place = workspace.find(Path.cwd())

@@ -12,7 +12,7 @@ from pyautoattack import AutoAttack
 
 from cli import main
 from dmat import tuning
-from dmat.jobs import STAGES, execution
+from dmat.pipeline import STAGES, execution
 
 for _word in STAGES:
     importlib.import_module(f"dmat.jobs.{_word}")

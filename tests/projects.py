@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from dmat import config, files
-from dmat.jobs import STAGES, code_identity
+from dmat.pipeline import STAGES, code_identity
 from tests import forked
 
 ROOT = Path(__file__).parent.parent

@@ -15,9 +15,9 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
-from dmat import config, files
+from dmat import config, files, workspace
 from dmat.errors import DmatError
-from dmat.jobs import STAGES, workspace
+from dmat.pipeline import STAGES
 from dmat.upkeep import cleaning
 
 NOW, OLD = "a" * 12, "b" * 12  # fingerprints

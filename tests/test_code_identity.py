@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmat.errors import DmatError
-from dmat.jobs import STAGES
-from dmat.jobs.code_identity import CARRIERS, Sources, carriers_of, closure_of, is_below, of_stage, written
+from dmat.pipeline import STAGES
+from dmat.pipeline.code_identity import CARRIERS, Sources, carriers_of, closure_of, is_below, of_stage, written
 from tests.conftest import ROOT
 from tests.projects import IN_ORDER, Project
 
@@ -238,11 +238,11 @@ EDITS = [  # file, what is there, what comes instead, the stages that are of oth
     ("modes.py", "layer.momentum = momentum", "layer.momentum = 1 - momentum",
      {"train_scorer", "train_diffusion", "train_robust"}),
     ("robust/step_size.py", "epsilon / 4", "epsilon / 5", {"train_robust", "evaluate_robust"}),
-    ("jobs/classifiers.py", '"initial weights", 0', '"initial weights", 1', CLASSIFIERS),
+    ("models/classifiers.py", '"initial weights", 0', '"initial weights", 1', CLASSIFIERS),
     ("diffusion/samplers.py", "rho", "rho_", {"generate_images"}),
     ("metrics/pictures.py", "def sheet(", "def sheet_(", {"write_report"}),
     ("tracking/runs.py", "def adopt(", "def adopt_(", set()),
-    ("jobs/execution.py", "def outlook(", "def outlook_(", set()),
+    ("pipeline/execution.py", "def outlook(", "def outlook_(", set()),
     ("report/page.js", "", "// More.\n", {"write_report"}),
     ("report/page.html.j2", "", "<!-- more -->", {"write_report"}),
     ("recipes/digits.yaml", "beta: 5.0", "beta: 6.0", set()),
@@ -288,7 +288,7 @@ def test_defaults_and_what_records_compute_count_and_limits_do_not(tmp_path, edi
         path.write_text(path.read_text().replace(old, new))
     script = """
 import json
-from dmat.jobs import STAGES, code_identity
+from dmat.pipeline import STAGES, code_identity
 print(json.dumps({stage: code_identity.of_stage(stage) for stage in STAGES}))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)},
@@ -396,7 +396,7 @@ def test_all_that_a_stage_loads_counts_or_is_listed(tmp_path, tiny_params):
                 looked_at += 1
                 known = imported in closure or is_below(imported, carriers)
                 unseen |= set() if known else {f"{stage}: {importer} loaded {imported}"}
-        assert ["dmat.jobs.execution", f"dmat.jobs.{stage}"] in pairs, "by name"
+        assert ["dmat.pipeline.stages", f"dmat.jobs.{stage}"] in pairs, "by name"
     assert unseen == set()
     assert looked_at > 300
 

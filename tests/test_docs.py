@@ -11,7 +11,7 @@ import yaml
 from cli import reference
 from dmat import config
 from dmat.config import Fraction, Record
-from dmat.jobs import STAGES
+from dmat.pipeline import STAGES
 
 ROOT = Path(__file__).parent.parent
 PARAMETERS = (ROOT / "docs" / "parameters.md").read_text()

@@ -21,8 +21,8 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
-from dmat import files
-from dmat.jobs import code_identity, workspace
+from dmat import files, workspace
+from dmat.pipeline import code_identity
 from dmat.upkeep import doctor, dvc_files, machine
 from dmat.upkeep.doctor import Finding
 from dmat.upkeep.machine import NOTE, OK, PROBLEM

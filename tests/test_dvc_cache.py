@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from dmat import dvc_cache
+from dmat.data import dvc_cache
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from dmat.config import NONE, MixImages
 from dmat.data import shards, sources
 from dmat.errors import DmatError
 from dmat.evaluation.table import read_table
-from dmat.jobs import evaluate_model, evaluate_robust, mix_images
+from dmat.jobs import evaluate_robust, mix_images
+from dmat.pipeline import direct_evaluation
 from tests import cifar_files, forked
 from tests.projects import IN_ORDER
 
@@ -281,11 +282,11 @@ CLASSES = {  # names of the images, of the model -> what labels are, or words of
 def test_classes_are_compared_by_name(tmp_path, kind, in_order):
     ours, theirs, said, said_in_order = CLASSES[kind]
     source = sources.Source(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, int), tuple(ours), "", "")
-    request = evaluate_model.Request(
+    request = direct_evaluation.Request(
         tmp_path / "m.safetensors", "images", None, None, None, config.evaluation({}), tmp_path, None, in_order
     )
     try:
-        found = evaluate_model._expect_same_classes(source, {"class_names": theirs}, request)
+        found = direct_evaluation._expect_same_classes(source, {"class_names": theirs}, request)
     except DmatError as error:
         found = str(error)
         assert "expected" in found

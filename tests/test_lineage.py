@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from dmat import files
-from dmat.jobs import lineage
+from dmat.report import lineage
 from tests import forked
 from tests.projects import IN_ORDER, Project
 

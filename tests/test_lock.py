@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from cli.main import main
-from dmat import config, files, seeds
+from dmat import config, files, seeds, workspace
 from dmat.errors import DmatError
-from dmat.jobs import STAGES, code_identity, workspace
+from dmat.pipeline import STAGES, code_identity
 from dmat.upkeep import locking
 from tests.conftest import ROOT
 from tests.projects import Project

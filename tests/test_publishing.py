@@ -9,9 +9,10 @@ import pytest
 from cli import stages
 from dmat import dvc_lock, files
 from dmat.errors import DmatError
-from dmat.jobs import STAGES, code_identity, mix_images
-from dmat.jobs.workspace import Workspace
+from dmat.jobs import mix_images
+from dmat.pipeline import STAGES, code_identity
 from dmat.upkeep import doctor
+from dmat.workspace import Workspace
 
 
 def _cut(path):

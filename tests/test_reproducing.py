@@ -12,9 +12,9 @@ import yaml
 import dmat.project
 from dmat import config, tracking
 from dmat.errors import DmatError
-from dmat.jobs.workspace import Workspace
 from dmat.tracking import memory, origin
 from dmat.upkeep import reproducing
+from dmat.workspace import Workspace
 
 
 def _git(folder, *words):

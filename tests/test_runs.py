@@ -16,11 +16,11 @@ import pytest
 from dmat import files, tracking
 from dmat.errors import DmatError
 from dmat.evaluation.table import write_table
-from dmat.jobs.workspace import Workspace
 from dmat.metrics.intervals import paired_difference
 from dmat.tracking import queries
 from dmat.training.long_run import MetricsLog
 from dmat.upkeep import comparing
+from dmat.workspace import Workspace
 from tests import forked
 
 

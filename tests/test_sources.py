@@ -20,7 +20,7 @@ from dmat import config, files
 from dmat.data import cifar, shards, sources
 from dmat.errors import DmatError
 from dmat.jobs import prepare_data
-from dmat.jobs.classifiers import facts_of
+from dmat.models.classifiers import facts_of
 from tests import cifar_files
 from tests.cifar_files import FOLDERS, NAMES, python2
 from tests.projects import Project

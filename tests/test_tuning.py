@@ -22,9 +22,9 @@ import sqlalchemy
 import torch
 import yaml
 
-from dmat import config, files, tuning
+from dmat import config, files, tuning, workspace
 from dmat.errors import DmatError, Interrupted, Pruned
-from dmat.jobs import code_identity, workspace
+from dmat.pipeline import code_identity
 from dmat.tuning import leading, trials, worker
 from tests import forked
 from tests.databases import STORES, url_of

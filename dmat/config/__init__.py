@@ -20,7 +20,7 @@ from dmat.config.train_diffusion import Generator
 from dmat.config.train_robust import Arm, Threat, TrainRobust, step_problem
 from dmat.config.train_scorer import TrainScorer
 from dmat.config.tune import IMAGE_SET, SELECTION, Choices, Dimension, Range, Trial, Tune
-from dmat.config.write_report import WriteReport
+from dmat.config.write_report import Report, WriteReport
 
 __all__ = [
     "IMAGE_SET",
@@ -46,6 +46,7 @@ __all__ = [
     "PrepareData",
     "Range",
     "Record",
+    "Report",
     "Sampler",
     "ScoreImages",
     "SelectImages",

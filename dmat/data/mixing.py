@@ -13,6 +13,8 @@ import numpy as np
 
 from dmat import seeds
 
+MIX = "mix.json"  # what `mix_images` writes of one
+
 
 @dataclasses.dataclass(frozen=True)
 class Mix:

@@ -59,7 +59,7 @@ class Shards:
 
 def entry(index: int, record: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's entry of a shard of which `record` has count and checksums."""
-    names = {"images": f"images-{index:05d}.npy", "labels": f"labels-{index:05d}.npy"}
+    names = {key: _file(index, key) for key in ("images", "labels")}
     return {
         "index": index,
         "count": record["count"],
@@ -70,13 +70,17 @@ def entry(index: int, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_shard(folder: Path, index: int, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Writes one shard and returns its manifest entry. Equal arrays are equal files."""
-    made: dict[str, Any] = {"count": len(labels), "images_sha256": "", "labels_sha256": ""}
-    names = entry(index, made)
+    record: dict[str, Any] = {"count": len(labels)}
     for key, array in (("images", images), ("labels", labels)):
-        with files.writing(folder / names[key]) as file:
+        path = folder / _file(index, key)
+        with files.writing(path) as file:
             np.save(file, np.ascontiguousarray(array), allow_pickle=False)
-        made[f"{key}_sha256"] = files.sha256(folder / names[key])
-    return entry(index, made)
+        record[f"{key}_sha256"] = files.sha256(path)
+    return entry(index, record)
+
+
+def _file(index: int, key: str) -> str:
+    return f"{key}-{index:05d}.npy"
 
 
 def write_manifest(

@@ -1,4 +1,4 @@
-"""The per-image table, as Parquet."""
+"""The files of an evaluation, and the per-image table as Parquet."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,6 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from dmat import files
+
+PER_IMAGE = "per_image.parquet"
+SUMMARY = "summary.json"
+PROTOCOL = "protocol.json"
 
 
 def write_table(path: Path, rows: Mapping[str, np.ndarray]) -> None:

@@ -1,5 +1,4 @@
-"""One file per stage, and `STAGES`: the table that names them once for parameters, DVC, commands and folders."""
+"""One file for each stage and nothing else: `run(settings, job) -> Result` (`dmat/job.py`).
 
-from dmat.jobs.stages import STAGES, Stage
-
-__all__ = ["STAGES", "Stage"]
+What runs them is in `dmat/pipeline`; they know nothing of it, nor of each other.
+"""

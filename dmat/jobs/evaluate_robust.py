@@ -14,26 +14,26 @@ import numpy as np
 from dmat import files
 from dmat.config import EvaluateRobust, Fraction
 from dmat.data import overlap, shards
-from dmat.data.mix_file import open_mix
+from dmat.data.mixes import open_mix
 from dmat.data.pixels import everything
 from dmat.data.shards import Shards
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation
 from dmat.evaluation.measures import Subject, images_sha256
-from dmat.evaluation.table import write_table
-from dmat.jobs.classifiers import load_classifier
-from dmat.jobs.execution import Job
+from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, write_table
+from dmat.job import Job, Result
 from dmat.metrics.intervals import wilson
+from dmat.models.classifiers import load_classifier
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
 from dmat.robust.networks import Classifier
 from dmat.tracking import registry
 from dmat.training import weights
 
-WHICH = ("best", "last")
+WHICH = {"best": weights.BEST, "last": weights.LAST}
 
 
-def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
+def run(settings: EvaluateRobust, job: Job) -> Result:
     test = shards.open_shards(job.inputs["test"])
     models = _models(job)
     sidecars = {which: sidecar for which, (_, sidecar) in models.items()}
@@ -65,32 +65,29 @@ def run(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
             "train_test_gap": float(train["pgd"].mean() - own["pgd"].mean()),
         }
     folder = job.result / "evaluation"
-    write_table(folder / "per_image.parquet", table)
-    files.write_json(folder / "protocol.json", best.protocol(threat, len(test)))
-    files.write_json(folder / "summary.json", summary)
-    job.tags.update(verdict.tags)
+    write_table(folder / PER_IMAGE, table)
+    files.write_json(folder / PROTOCOL, best.protocol(threat, len(test)))
+    files.write_json(folder / SUMMARY, summary)
     all_images = images_sha256(*everything(test))
-    job.models.append(
-        registry.Candidate(
-            registry.name_of(test.manifest["source"], all_images, threat["norm"], threat["epsilon"]),
-            _weights(job, "best"),
-            {
-                **{f"dmat.{name}": value for name, value in job.chosen.items()},
-                "data.test.sha256": all_images,
-                **verdict.about_model(summary["best"], threat),
-            },
-            summary["best"]["headline"]["value"] if summary["best"]["headline"] else None,
-            weights_sha256=sidecars["best"]["sha256"],
-            sidecar_sha256=sidecar_sha256,
-        )
+    candidate = registry.Candidate(
+        registry.name_of(test.manifest["source"], all_images, threat["norm"], threat["epsilon"]),
+        _weights(job, "best"),
+        {
+            **{f"dmat.{name}": value for name, value in job.chosen.items()},
+            "data.test.sha256": all_images,
+            **verdict.about_model(summary["best"], threat),
+        },
+        summary["best"]["headline"]["value"] if summary["best"]["headline"] else None,
+        weights_sha256=sidecars["best"]["sha256"],
+        sidecar_sha256=sidecar_sha256,
     )
-    job.notes.extend(verdict.sentences)
-    return {
+    metrics = {
         f"{which}_{name}": value["value"] if isinstance(value, dict) else value
         for which, values in summary.items()
         for name, value in values.items()
         if name != "headline" and (isinstance(value, int | float) or (isinstance(value, dict) and "value" in value))
     }
+    return Result(metrics, notes=verdict.sentences, tags=verdict.tags, models=[candidate])
 
 
 def _copies(test: Shards, count: int, job: Job) -> dict[str, np.ndarray]:
@@ -171,4 +168,4 @@ def _evaluations(
 
 
 def _weights(job: Job, which: str) -> Path:
-    return job.inputs["classifier"] / f"{which}.safetensors"
+    return job.inputs["classifier"] / WHICH[which]

@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmat import dvc_cache, seeds
+from dmat import seeds
 from dmat.config import ImageSet
-from dmat.data import shards
+from dmat.data import dvc_cache, shards
 from dmat.data.pixels import to_bytes
 from dmat.data.shard_pool import ShardPool
 from dmat.diffusion.edm import Preconditioned
 from dmat.diffusion.samplers import SAMPLERS
-from dmat.jobs.denoisers import load_denoiser
-from dmat.jobs.execution import Job
+from dmat.job import Job, Result
 from dmat.metrics import pictures
+from dmat.models.denoisers import load_denoiser
+from dmat.training import weights
 from dmat.training.interruption import Interruption
 
 
-def run(settings: ImageSet, job: Job) -> dict[str, Any]:
-    model, sidecar = load_denoiser(job.inputs["denoiser"] / "denoiser.safetensors", job.compute)
+def run(settings: ImageSet, job: Job) -> Result:
+    model, sidecar = load_denoiser(job.inputs["denoiser"] / weights.DENOISER, job.compute)
     folder, classes = job.result / "images", len(sidecar["class_names"])
     pool = job.pool(
         {
@@ -74,15 +75,18 @@ def run(settings: ImageSet, job: Job) -> dict[str, Any]:
             "precision": job.compute.precision,
         },
     )
-    job.measured.update({f"shards_{how}": float(count) for how, count in pool.counts.items()})
     sample, labels = shards.open_shards(folder, verify=False).take(np.arange(min(100, settings.images)))
     pictures.sheet(job.pictures / "sheet.png", sample, labels, "Generated images, one row per class")
-    return {"images": settings.images}
+    return Result(
+        {"images": settings.images},
+        measured={f"shards_{how}": float(count) for how, count in pool.counts.items()},
+        pools=[pool.name],
+    )
 
 
 def first_block(settings: ImageSet, job: Job) -> tuple[np.ndarray, np.ndarray]:
     """The first images of a set and their labels, as `run` makes them."""
-    model, sidecar = load_denoiser(job.inputs["denoiser"] / "denoiser.safetensors", job.compute)
+    model, sidecar = load_denoiser(job.inputs["denoiser"] / weights.DENOISER, job.compute)
     indices = np.arange(min(settings.block, settings.images))
     images = _block(np.arange(settings.block), model, sidecar, settings, job)[: len(indices)]
     return images, indices % len(sidecar["class_names"])

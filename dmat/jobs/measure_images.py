@@ -4,32 +4,31 @@ Features and probabilities are the scorer's, not Inception's: distances compare 
 and their names say so. A test of memorisation needs images that no generator saw: the validation split.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from dmat import files
 from dmat.config import MeasureImages
 from dmat.data import shards
-from dmat.data.mix_file import expect_selected_from, read_selection
 from dmat.data.pixels import to_unit
-from dmat.jobs.classifiers import load_classifier
-from dmat.jobs.execution import Job
+from dmat.data.selections import INDICES, expect_selected_from, read_selection
+from dmat.job import Job, Result
 from dmat.metrics import pictures, quality
+from dmat.models.classifiers import load_classifier
 from dmat.robust import prediction
 from dmat.robust.networks import Classifier
+from dmat.training import weights
 
 
-def run(settings: MeasureImages, job: Job) -> dict[str, Any]:
+def run(settings: MeasureImages, job: Job) -> Result:
     expect_selected_from(read_selection(job.inputs["selection"]), job.inputs["images"])
     pool = shards.open_shards(job.inputs["images"])
-    kept = files.load_array(job.inputs["selection"] / "indices.npy")
+    kept = files.load_array(job.inputs["selection"] / INDICES)
     evenly = np.unique(np.linspace(0, len(kept) - 1, min(settings.images, len(kept))).astype(np.int64))
     images, labels = pool.take(kept[evenly])
     real, _ = shards.open_shards(job.inputs["train"]).all()
     held_out, held_out_labels = shards.open_shards(job.inputs["validation"]).all()
-    scorer, _ = load_classifier(job.inputs["scorer"] / "best.safetensors", pool, job.compute)
+    scorer, _ = load_classifier(job.inputs["scorer"] / weights.BEST, pool, job.compute)
 
     made_features, made = _judge(scorer, images, job)
     real_features, judged = _judge(scorer, held_out, job)
@@ -56,7 +55,7 @@ def run(settings: MeasureImages, job: Job) -> dict[str, Any]:
         labels[closest],
         "The 200 kept images nearest to a training image, by class",
     )
-    return measures
+    return Result(measures)
 
 
 def _judge(scorer: Classifier, images: np.ndarray, job: Job) -> tuple[np.ndarray, np.ndarray]:

@@ -4,18 +4,16 @@ The one file that `train_robust` needs to find its images. It depends on the con
 it was made, so `real_only` never depends on a generator, and an unchanged selection retrains nothing.
 """
 
-from typing import Any
-
 from dmat import ARTIFACTS, files
 from dmat.config import NONE, MixImages
 from dmat.data import shards
-from dmat.data.mix_file import read_selection
-from dmat.data.mixing import Mix
+from dmat.data.mixing import MIX, Mix
+from dmat.data.selections import INDICES, read_selection
 from dmat.errors import DmatError
-from dmat.jobs.execution import Job
+from dmat.job import Job, Result
 
 
-def run(settings: MixImages, job: Job) -> dict[str, Any]:
+def run(settings: MixImages, job: Job) -> Result:
     real = shards.open_shards(job.inputs["train"])
     selection = None if settings.images == NONE else read_selection(job.inputs["selection"])
     if selection is not None and (selection["shape"], selection["classes"]) != (list(real.shape), real.classes):
@@ -46,7 +44,7 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
         )
     facts = {"real": mix.real_per_batch, "generated": mix.generated_per_batch}
     files.write_json(
-        job.result / "mix" / "mix.json",
+        job.result / "mix" / MIX,
         {
             "schema": 1,
             "real_images": mix.real,
@@ -65,8 +63,8 @@ def run(settings: MixImages, job: Job) -> dict[str, Any]:
             else {
                 "path": f"{ARTIFACTS}/select_images/{settings.images}",
                 **selection,
-                "indices_sha256": files.sha256(job.inputs["selection"] / "indices.npy"),
+                "indices_sha256": files.sha256(job.inputs["selection"] / INDICES),
             },
         },
     )
-    return {**facts, **mix.coverage(settings.images_seen)}
+    return Result({**facts, **mix.coverage(settings.images_seen)})

@@ -5,7 +5,6 @@ copies between the splits are counted and told; `evaluate_robust` decides what t
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,13 +13,13 @@ from dmat.config import Normalisation, PrepareData
 from dmat.data import overlap, shards, sources
 from dmat.data.sources import Source, stratified
 from dmat.errors import DmatError
-from dmat.jobs.execution import Job
+from dmat.job import Job, Result
 from dmat.metrics import pictures
 
 SPLITS = ("test", "validation", "train")  # drawn in this order, so that more training images keep the other splits
 
 
-def run(settings: PrepareData, job: Job) -> dict[str, Any]:
+def run(settings: PrepareData, job: Job) -> Result:
     source = sources.load(settings.source, job.inputs.get("source"))
     wanted = {name: getattr(settings, name) for name in SPLITS}
     _expect_enough(settings.source, source, wanted)
@@ -57,8 +56,8 @@ def run(settings: PrepareData, job: Job) -> dict[str, Any]:
             pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images, one row a class")
     files.write_text(job.result / "none", "stands for no selection: what an arm with `images: none` reads\n")
     copies = _copies(hashes)
-    job.notes.extend([*source.notes, *_told(copies, wanted)])
-    return {**wanted, "classes": len(source.class_names), **copies}
+    metrics = {**wanted, "classes": len(source.class_names), **copies}
+    return Result(metrics, notes=[*source.notes, *_told(copies, wanted)])
 
 
 def location(settings: PrepareData, path: Path) -> Path:

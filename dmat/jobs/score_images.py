@@ -5,29 +5,29 @@ The rule of Wang et al. 2023 for their 1M set: softmax probability of the target
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dmat import dvc_cache, files
+from dmat import files
 from dmat.config import ScoreImages
-from dmat.data import shards
+from dmat.data import dvc_cache, shards
 from dmat.data.pixels import to_unit
 from dmat.data.scores import score_file
 from dmat.data.shard_pool import ShardPool
-from dmat.jobs.classifiers import load_classifier
-from dmat.jobs.execution import Job
+from dmat.job import Job, Result
 from dmat.metrics import pictures
+from dmat.models.classifiers import load_classifier
 from dmat.robust import prediction
 from dmat.robust.networks import Classifier
+from dmat.training import weights
 from dmat.training.interruption import Interruption
 
 
-def run(settings: ScoreImages, job: Job) -> dict[str, Any]:
+def run(settings: ScoreImages, job: Job) -> Result:
     images = shards.open_shards(job.inputs["images"])
-    model, sidecar = load_classifier(job.inputs["scorer"] / "best.safetensors", images, job.compute)
+    model, sidecar = load_classifier(job.inputs["scorer"] / weights.BEST, images, job.compute)
     pool = job.pool(
         {
             "scorer_sha256": sidecar["sha256"],
@@ -53,11 +53,14 @@ def run(settings: ScoreImages, job: Job) -> dict[str, Any]:
         job.result / "scores" / shards.MANIFEST,
         {"schema": 1, "shards": entries, "count": len(images)},
     )
-    job.measured.update({f"shards_{how}": float(count) for how, count in pool.counts.items()})
     scores = np.concatenate(found)
     title = f"{job.chosen['image_set']}: how sure the scorer is of the labels"
     pictures.histogram(job.pictures / "scores.png", scores, title, "probability of the label")
-    return {"images": len(scores), "mean_score": float(scores.mean()), "share_above_half": float((scores > 0.5).mean())}
+    return Result(
+        {"images": len(scores), "mean_score": float(scores.mean()), "share_above_half": float((scores > 0.5).mean())},
+        measured={f"shards_{how}": float(count) for how, count in pool.counts.items()},
+        pools=[pool.name],
+    )
 
 
 def _offer_copies(pool: ShardPool, root: Path) -> None:

@@ -3,19 +3,18 @@
 The best `keep` share of each class stays, as Wang et al. 2023 kept the best 20 % of each class of 5M images.
 """
 
-from typing import Any
-
 import numpy as np
 
 from dmat import files
 from dmat.config import Selection
 from dmat.data import shards
 from dmat.data.scores import read_scores
+from dmat.data.selections import write_selection
 from dmat.errors import DmatError
-from dmat.jobs.execution import Job
+from dmat.job import Job, Result
 
 
-def run(settings: Selection, job: Job) -> dict[str, Any]:
+def run(settings: Selection, job: Job) -> Result:
     pool = shards.open_shards(job.inputs["images"])
     scores = read_scores(job.inputs["scores"], pool)
     labels = np.concatenate([np.asarray(labels) for labels in pool.labels])
@@ -25,13 +24,10 @@ def run(settings: Selection, job: Job) -> dict[str, Any]:
             f"selection {job.chosen['selection']}: keep {settings.keep} of {len(pool)} images leaves none; "
             f"expected at least one of a class; keep more, or generate more images"
         )
-    folder = job.result / "selection"
-    with files.writing(folder / "indices.npy") as file:
-        np.save(file, kept)
-    files.write_json(
-        folder / "selection.json",
+    write_selection(
+        job.result / "selection",
+        kept,
         {
-            "schema": 1,
             "image_set": settings.image_set,
             "shape": list(pool.shape),
             "classes": pool.classes,
@@ -42,7 +38,7 @@ def run(settings: Selection, job: Job) -> dict[str, Any]:
             "class_counts": np.bincount(labels[kept]).tolist(),
         },
     )
-    return {"pool": len(pool), "kept": len(kept), "lowest_kept_score": float(scores[kept].min())}
+    return Result({"pool": len(pool), "kept": len(kept), "lowest_kept_score": float(scores[kept].min())})
 
 
 def best_of_each_class(scores: np.ndarray, labels: np.ndarray, keep: float) -> np.ndarray:

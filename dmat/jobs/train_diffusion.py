@@ -11,13 +11,13 @@ from dmat.data import shards
 from dmat.data.pixels import to_bytes
 from dmat.diffusion.samplers import SAMPLERS
 from dmat.errors import DmatError
-from dmat.jobs.denoisers import denoiser_sidecar, load_denoiser, new_denoiser
-from dmat.jobs.execution import Job
+from dmat.job import Job, Result
 from dmat.metrics import pictures
-from dmat.training import denoiser, weights
+from dmat.models.denoisers import denoiser_sidecar, load_denoiser, new_denoiser
+from dmat.training import HISTORY, denoiser, weights
 
 
-def run(settings: Generator, job: Job) -> dict[str, Any]:
+def run(settings: Generator, job: Job) -> Result:
     real = shards.open_shards(job.inputs["train"])
     halvings = len(settings.multipliers) - 1
     if any(side % 2**halvings for side in real.shape[:2]):
@@ -30,16 +30,16 @@ def run(settings: Generator, job: Job) -> dict[str, Any]:
     with job.long_run(settings.images_seen) as run:
         averaged, history = denoiser.train(model, images, labels, settings, settings.seed, run, job.compute)
     folder = job.result / "denoiser"
-    weights.save(folder / "denoiser.safetensors", averaged, denoiser_sidecar(settings, real, job))
-    files.write_json(folder / "history.json", history)
+    weights.save(folder / weights.DENOISER, averaged, denoiser_sidecar(settings, real, job.compute))
+    files.write_json(folder / HISTORY, history)
     pictures.curves(job.pictures / "loss.png", history, ["loss"], "Denoising loss of the live weights", "loss")
     _sample_sheet(folder, settings.seed, job)
-    return {"loss": history[-1]["loss"], "parameters": sum(p.numel() for p in model.parameters())}
+    return Result({"loss": history[-1]["loss"], "parameters": sum(p.numel() for p in model.parameters())})
 
 
 def _sample_sheet(folder: Any, seed: int, job: Job) -> None:
     """A first look: ten images of each class by the default sampler."""
-    model, sidecar = load_denoiser(folder / "denoiser.safetensors", job.compute)
+    model, sidecar = load_denoiser(folder / weights.DENOISER, job.compute)
     height, width, channels = sidecar["image_shape"]
     labels = np.repeat(np.arange(len(sidecar["class_names"])), 10)
     latents = seeds.normal(seeds.stream(seed, "sample sheet"), (len(labels), channels, height, width))

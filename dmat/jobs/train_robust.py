@@ -1,24 +1,25 @@
 """train_robust: an arm's images and a seed -> best and last averaged weights of a robust classifier, history."""
 
 import math
-from typing import Any
 
-from dmat import files
+from dmat import devices, files
 from dmat.config import TrainRobust
 from dmat.data import augmentation, shards
 from dmat.data.batches import MixedBatches
-from dmat.data.mix_file import open_mix
+from dmat.data.mixes import open_mix
+from dmat.data.mixing import MIX
 from dmat.data.pixels import everything
+from dmat.devices import Compute
 from dmat.errors import DmatError
-from dmat.jobs.classifiers import classifier_sidecar, draw_training, facts_of, new_classifier, speed
-from dmat.jobs.execution import Job
+from dmat.job import Job, Result
+from dmat.models.classifiers import classifier_sidecar, facts_of, new_classifier
 from dmat.robust import flops
 from dmat.robust.attacks import Ball
 from dmat.robust.losses import Recipe
-from dmat.training import classifier, weights
+from dmat.training import HISTORY, classifier, curves, weights
 
 
-def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
+def run(settings: TrainRobust, job: Job) -> Result:
     seed = job.chosen["seed"]
     real = shards.open_shards(job.inputs["train"])
     mix, generated, kept = open_mix(job.inputs["mix"], real, job.root)
@@ -54,28 +55,25 @@ def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
         )
     forward = flops.forward(model, (real.shape[2], *real.shape[:2]))
     step_flops = forward * flops.forwards_of_a_step(settings.loss, settings.attack_steps)
-    job.measured.update(speed(outcome.images_per_second, step_flops, job.compute))
     folder = job.result / "classifier"
     sidecar = classifier_sidecar(
         settings.network,
         facts,
         real,
-        job,
+        job.compute,
         threat=settings.threat.plain(),
         seed=seed,
         arm=job.chosen["arm"],
         loss=settings.loss,
         beta=settings.beta,
-        mix_sha256=files.sha256(job.inputs["mix"] / "mix.json"),
+        mix_sha256=files.sha256(job.inputs["mix"] / MIX),
     )
-    weights.save(folder / "best.safetensors", outcome.best, sidecar | {"images_seen": outcome.best_images_seen})
-    weights.save(
-        folder / "last.safetensors", outcome.last, sidecar | {"images_seen": outcome.history[-1]["images_seen"]}
-    )
-    files.write_json(folder / "history.json", outcome.history)
-    draw_training(outcome, job, f"{job.chosen['arm']}, seed {seed}")
+    weights.save(folder / weights.BEST, outcome.best, sidecar | {"images_seen": outcome.best_images_seen})
+    weights.save(folder / weights.LAST, outcome.last, sidecar | {"images_seen": outcome.history[-1]["images_seen"]})
+    files.write_json(folder / HISTORY, outcome.history)
+    curves.draw(job.pictures, outcome, f"{job.chosen['arm']}, seed {seed}")
     last = outcome.history[-1]
-    return {
+    metrics = {
         "best_validation_robust": outcome.best_accuracy,
         "best_images_seen": outcome.best_images_seen,
         "last_validation_robust": last.get("validation_robust", 0.0),
@@ -83,4 +81,17 @@ def run(settings: TrainRobust, job: Job) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "forward_flops": forward,
         "training_flops": step_flops * last["images_seen"],
+    }
+    return Result(metrics, measured=_speed(outcome.images_per_second, step_flops, job.compute))
+
+
+def _speed(images_per_second: float, flops_per_image: int, compute: Compute) -> dict[str, float]:
+    """What a training reached: of this process."""
+    if not images_per_second:
+        return {}
+    done = images_per_second * flops_per_image
+    return {
+        "images_per_second": images_per_second,
+        "flops_per_second": done,
+        "model_flops_utilisation": done / devices.matrix_peak(compute),
     }

@@ -1,20 +1,18 @@
 """train_scorer: train split -> an ordinary classifier whose confidence judges generated images."""
 
-from typing import Any
-
 from dmat.config import TrainScorer
 from dmat.data import augmentation, shards
 from dmat.data.batches import MixedBatches
 from dmat.data.mixing import Mix
 from dmat.data.pixels import everything
-from dmat.jobs.classifiers import classifier_sidecar, draw_training, facts_of, new_classifier
-from dmat.jobs.execution import Job
+from dmat.job import Job, Result
+from dmat.models.classifiers import classifier_sidecar, facts_of, new_classifier
 from dmat.robust.attacks import Ball
 from dmat.robust.losses import Recipe
-from dmat.training import classifier, weights
+from dmat.training import classifier, curves, weights
 
 
-def run(settings: TrainScorer, job: Job) -> dict[str, Any]:
+def run(settings: TrainScorer, job: Job) -> Result:
     real = shards.open_shards(job.inputs["train"])
     facts = facts_of(real)
     augmentation.check(settings.augmentation, *real.shape[:2])
@@ -34,7 +32,7 @@ def run(settings: TrainScorer, job: Job) -> dict[str, Any]:
             run,
             job.compute,
         )
-    sidecar = classifier_sidecar(settings.network, facts, real, job)
-    weights.save(job.result / "scorer" / "best.safetensors", outcome.best, sidecar)
-    draw_training(outcome, job, "scorer")
-    return {"validation_clean": outcome.best_accuracy, "best_images_seen": outcome.best_images_seen}
+    sidecar = classifier_sidecar(settings.network, facts, real, job.compute)
+    weights.save(job.result / "scorer" / weights.BEST, outcome.best, sidecar)
+    curves.draw(job.pictures, outcome, "scorer")
+    return Result({"validation_clean": outcome.best_accuracy, "best_images_seen": outcome.best_images_seen})

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from dmat import files
-from dmat.config import Fraction, WriteReport
-from dmat.evaluation.table import read_table
-from dmat.jobs import lineage, workspace
-from dmat.jobs.execution import Job
-from dmat.jobs.stages import STAGES
+from dmat import files, workspace
+from dmat.config import Fraction, Report
+from dmat.data.mixing import MIX
+from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, read_table
+from dmat.job import Job, Result
 from dmat.metrics import pictures
-from dmat.report import charts, comparison, costs, page
+from dmat.report import charts, comparison, costs, lineage, page
+from dmat.training import HISTORY
 
 
 class Files:
@@ -41,13 +41,13 @@ class Files:
         return path
 
 
-def run(settings: WriteReport, job: Job) -> dict[str, Any]:
+def run(settings: Report, job: Job) -> Result:
     read = Files(job)
-    names = {arm: [f"{arm}-{seed}" for seed in job.params.seeds] for arm in job.params.arms}
+    names = settings.arms
     runs = [run for own in names.values() for run in own]
-    tables = {run: read.table("evaluate_robust", f"{run}/per_image.parquet") for run in runs}
-    summaries = {run: read.json("evaluate_robust", f"{run}/summary.json") for run in runs}
-    histories = {run: read.json("train_robust", f"{run}/history.json") for run in runs}
+    tables = {run: read.table("evaluate_robust", f"{run}/{PER_IMAGE}") for run in runs}
+    summaries = {run: read.json("evaluate_robust", f"{run}/{SUMMARY}") for run in runs}
+    histories = {run: read.json("train_robust", f"{run}/{HISTORY}") for run in runs}
     compared = comparison.compare(names, tables, settings)
     for arm, own in names.items():
         compared["arms"][arm] |= {
@@ -63,13 +63,15 @@ def run(settings: WriteReport, job: Job) -> dict[str, Any]:
     _draw(job, settings, compared, histories)
     content = _content(settings, job, read, names, compared, summaries, histories)
     files.write_text(folder / "report.html", page.render(content))
-    job.attachments.extend([folder / "report.html", folder / "table.md"])
-    job.described.append(comparison.markdown(compared))
     groups = compared["arms"] | {f"{arm}_minus_baseline": v for arm, v in compared["differences"].items()}
-    return {
-        group: {measure: value["value"] for measure, value in values.items() if isinstance(value, dict)}
-        for group, values in groups.items()
-    }
+    return Result(
+        {
+            group: {measure: value["value"] for measure, value in values.items() if isinstance(value, dict)}
+            for group, values in groups.items()
+        },
+        description=comparison.markdown(compared),
+        attachments=[folder / "report.html", folder / "table.md"],
+    )
 
 
 def _history_csv(histories: Mapping[str, Sequence[dict[str, float]]]) -> str:
@@ -82,7 +84,7 @@ def _history_csv(histories: Mapping[str, Sequence[dict[str, float]]]) -> str:
 
 
 def _draw(
-    job: Job, settings: WriteReport, compared: dict[str, Any], histories: dict[str, Sequence[dict[str, float]]]
+    job: Job, settings: Report, compared: dict[str, Any], histories: dict[str, Sequence[dict[str, float]]]
 ) -> None:
     """Pictures for MLflow and for who looks into the folder; the page draws its own."""
     bars = {
@@ -102,7 +104,7 @@ def _draw(
 
 
 def _content(
-    settings: WriteReport,
+    settings: Report,
     job: Job,
     read: Files,
     names: dict[str, list[str]],
@@ -110,28 +112,21 @@ def _content(
     summaries: dict[str, Any],
     histories: dict[str, Any],
 ) -> page.Content:
-    provenance = {
-        f"{stage.word} {stage.instance(chosen)}": read.json(
-            f"provenance/{stage.word}", f"{stage.instance(chosen)}.json"
-        )
-        for stage in STAGES.values()
-        if stage.word != "write_report"
-        for chosen in stage.choices(job.params)  # and not what an earlier params.yaml left behind
+    made = [(stage, name) for stage, instances in settings.instances.items() for name in instances]
+    provenance = {f"{stage} {name}": read.json(f"provenance/{stage}", f"{name}.json") for stage, name in made}
+    quality = {
+        name: read.json("metrics/measure_images", f"{name}.json") for name in settings.instances["measure_images"]
     }
-    quality = {name: read.json("metrics/measure_images", f"{name}.json") for name in job.params.selections}
-    mixes = {arm: read.json("mix_images", f"{arm}/mix.json") for arm in names}
-    protocols = {run: read.json("evaluate_robust", f"{run}/protocol.json") for runs in names.values() for run in runs}
+    mixes = {arm: read.json("mix_images", f"{arm}/{MIX}") for arm in names}
+    protocols = {run: read.json("evaluate_robust", f"{run}/{PROTOCOL}") for runs in names.values() for run in runs}
     protocol = next(iter(protocols.values()))
     said = [{key: value for key, value in one.items() if key != "computed"} for one in protocols.values()]
     unlike = [] if all(one == said[0] for one in said) else ["The evaluations do not have one protocol: compare none."]
     notes = [f"{run}: {'; '.join(own)}." for run, own in compared["notes"].items()]
-    place = workspace.find(job.root)
-    results = {
-        # not verified: DVC has just compared what it hands on, and images may be millions
-        run: lineage.of(f"evaluate_robust/{run}", job.params, place, verify=False)
-        for runs in names.values()
-        for run in runs
-    }
+    makers = {path: (stage, name) for stage, name in made for path in provenance[f"{stage} {name}"]["outputs"]}
+    # not verified: DVC has just compared what it hands on, and images may be millions
+    steps = lineage.Chain(makers, workspace.find(job.root), verify=False)
+    results = {run: steps.step("evaluate_robust", run) for runs in names.values() for run in runs}
     spent = []
     for arm, runs in names.items():
         trained = [read.json("metrics/train_robust", f"{run}.json") for run in runs]
@@ -156,7 +151,7 @@ def _content(
         comparison=compared,
         measures=comparison.measures_of(compared),
         protocol=protocol,
-        seeds=job.params.seeds,
+        seeds=settings.seeds,
         mixes=mixes,
         quality=quality,
         quality_measure=drawn[1] if drawn else "",
@@ -174,12 +169,12 @@ def _content(
                 names, sweeps, compared, protocol["threat"], Fraction(protocol["threat"]["epsilon"])
             ),
             "quality": drawn[0] if drawn else None,
-            "hours": charts.hours(spent, list(STAGES)),
+            "hours": charts.hours(spent, list(settings.instances)),
         },
-        sheets=_found(job, "measure_images") + _found(job, "train_diffusion"),
+        sheets=_found(settings, job, "measure_images") + _found(settings, job, "train_diffusion"),
         attacked=[
             one
-            for one in _found(job, "evaluate_robust")
+            for one in _found(settings, job, "evaluate_robust")
             if one.path.parent.name in first_runs and one.path.stem != "accuracy_against_epsilon"
         ],
         chain=chain,
@@ -189,8 +184,8 @@ def _content(
     )
 
 
-def _found(job: Job, word: str) -> list[page.Picture]:
+def _found(settings: Report, job: Job, word: str) -> list[page.Picture]:
     """Pictures of a stage with their captions."""
-    folders = [job.inputs[f"pictures/{word}"] / STAGES[word].instance(c) for c in STAGES[word].choices(job.params)]
+    folders = [job.inputs[f"pictures/{word}"] / name for name in settings.instances[word]]
     paths = [path for folder in folders for path in sorted(folder.glob("*.png"))]
     return [page.Picture(path, f"{path.parent.name}: {path.stem.replace('_', ' ')}") for path in paths]

@@ -104,7 +104,7 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """Where this result can be looked up: not part of any hash. The runs are None where the store is away; what the
-        folder `work` remembers tells them later (`dmat.jobs.lineage.runs_of`)."""
+        folder `work` remembers tells them later (`dmat.report.lineage.runs_of`)."""
         if self._enabled:
             self._reached.wait(_PATIENCE)
             self._memory.refresh()

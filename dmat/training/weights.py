@@ -15,6 +15,8 @@ from dmat import files
 from dmat.errors import DmatError
 
 SCHEMA = 1
+BEST, LAST = "best.safetensors", "last.safetensors"  # of a classifier
+DENOISER = "denoiser.safetensors"
 
 
 def save(path: Path, state: dict[str, Tensor], sidecar: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ import filelock
 
 from dmat import files
 from dmat.config import Params, Trial
-from dmat.jobs import STAGES, code_identity, execution
-from dmat.jobs.workspace import Workspace
+from dmat.pipeline import STAGES, code_identity, execution, planning
 from dmat.tuning.plan import Study
+from dmat.workspace import Workspace
 
 _STAGES = ("generate_images", "score_images", "select_images")
 
@@ -54,4 +54,4 @@ def _make(plan: Study, trial: Trial, params: Params, workspace: Workspace, own: 
         ("select_images", {"selection": selection}),
     ]
     for word, chosen in instances:
-        execution.execute(execution.plan(STAGES[word], chosen, changed, own), changed, own, quiet=True)
+        execution.execute(planning.plan(STAGES[word], chosen, changed, own), changed, own, quiet=True)

@@ -21,8 +21,7 @@ from dmat import ARTIFACTS, files, processes, redaction, tracking
 from dmat.config import Params
 from dmat.devices import Compute
 from dmat.errors import DmatError
-from dmat.jobs import code_identity, execution
-from dmat.jobs.workspace import Workspace
+from dmat.pipeline import code_identity, execution, work_folder
 from dmat.training.interruption import Interruption
 from dmat.training.long_run import MetricsLog
 from dmat.tuning import applying, ranking, report, storage, worker
@@ -30,6 +29,7 @@ from dmat.tuning.claims import Claims
 from dmat.tuning.plan import CODE, VARIABLE, WORD, Study, changes_images
 from dmat.tuning.storage import speaking
 from dmat.tuning.trials import Bench, item
+from dmat.workspace import Workspace
 
 LEADER = "leader"
 _STARTED = "DMAT_WORKER_OF_LEADER"  # environment of workers whose standard input ends with who started them
@@ -95,7 +95,7 @@ def run(plan: Study, params: Params, workspace: Workspace, wanted: Wanted) -> di
                 _work(bench, wanted, asked, lambda: None)
                 leads = claims.take(LEADER)
             if leads:
-                with execution.lock(plan.folder):
+                with work_folder.lock(plan.folder):
                     if not _finished(bench, wanted.total):
                         _lead(bench, wanted, asked)
                     files.publish(plan.folder / "result", workspace.at(f"{ARTIFACTS}/{WORD}/{plan.settings.arm}"))
@@ -270,9 +270,9 @@ def _start_over(plan: Study, workspace: Workspace, rdb: Any, claims: Claims, lea
                     f"trial {trial.number} of study {plan.name} is being computed by {who}; expected nobody at work "
                     f"where --fresh sets it aside; stop that worker first"
                 )
-        with execution.lock(plan.folder):
+        with work_folder.lock(plan.folder):
             storage.set_aside(rdb, study)
-            execution.set_aside(plan.folder, workspace.home)
+            work_folder.set_aside(plan.folder, workspace.home)
             claims.forget()
         claims.take(LEADER)
 

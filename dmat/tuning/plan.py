@@ -9,8 +9,8 @@ from typing import Any
 from dmat import config, files, redaction
 from dmat.config import Params, Trial, Tune
 from dmat.errors import DmatError
-from dmat.jobs import STAGES, code_identity
-from dmat.jobs.workspace import Workspace
+from dmat.pipeline import STAGES, code_identity
+from dmat.workspace import Workspace
 
 WORD = "tune"
 CODE = ("mix_images", "train_robust")  # stages whose code a trial computes with

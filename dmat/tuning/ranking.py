@@ -18,10 +18,11 @@ from dmat.data.pixels import everything
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation
 from dmat.evaluation.measures import Subject
-from dmat.jobs.classifiers import load_classifier
 from dmat.metrics.intervals import wilson
+from dmat.models.classifiers import load_classifier
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
+from dmat.training import weights
 from dmat.tuning import space
 from dmat.tuning.plan import Study
 from dmat.tuning.storage import ended
@@ -60,7 +61,7 @@ def weights_of(plan: Study, trial: FrozenTrial) -> Path:
     """Best averaged weights of a trial, also of one that another study of this project made."""
     made = space.origin(plan.name, trial)
     folder = plan.folder.parent / made["study"] / f"trial-{made['trial']:04d}"
-    return folder / "result" / "classifier" / "best.safetensors"
+    return folder / "result" / "classifier" / weights.BEST
 
 
 def _has_weights(plan: Study, trial: FrozenTrial) -> bool:

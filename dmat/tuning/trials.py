@@ -22,14 +22,15 @@ from dmat import files, tracking
 from dmat.config import MixImages, Params, Trial
 from dmat.devices import Compute
 from dmat.errors import Diverged, DmatError, Interrupted, Pruned, UnfitError, first_line
-from dmat.jobs import code_identity, execution, mix_images, train_robust
-from dmat.jobs.execution import Job
-from dmat.jobs.workspace import Workspace
+from dmat.job import Job
+from dmat.jobs import mix_images, train_robust
+from dmat.pipeline import code_identity, work_folder
 from dmat.training.long_run import Watcher
 from dmat.tuning import images, sampling
 from dmat.tuning.claims import RENEW, Claims
 from dmat.tuning.plan import CODE, Study
 from dmat.tuning.storage import speaking
+from dmat.workspace import Workspace
 
 NOTE = "trial.json"  # in a trial's folder: its values
 OBJECTIVE = "validation_robust"  # share of 1, of the averaged weights
@@ -137,7 +138,7 @@ def _expect_own_files(bench: Bench, trial: FrozenTrial, folder: Path) -> None:
     values that it was trained with. Then it is set aside."""
     note = folder / NOTE
     if note.exists() and files.read_json(note) != {"params": trial.params}:
-        execution.set_aside(folder, bench.workspace.home)
+        work_folder.set_aside(folder, bench.workspace.home)
     files.write_json(note, {"params": trial.params})
 
 
@@ -184,11 +185,8 @@ def compute(bench: Bench, values: Mapping[str, Any], folder: Path, watcher: Watc
     job = Job(
         inputs,
         {"arm": plan.settings.arm, "seed": plan.settings.seed},
-        bench.params,
         own.root,
         folder,
-        folder / "result",
-        folder / "pictures",
         bench.compute,
         bench.save_seconds,
         quiet=True,
@@ -196,7 +194,7 @@ def compute(bench: Bench, values: Mapping[str, Any], folder: Path, watcher: Watc
     )
     mix_images.run(MixImages.of(chosen.arm), job)
     found = train_robust.run(chosen.arm, dataclasses.replace(job, inputs=inputs | {"mix": folder / "result" / "mix"}))
-    best: float = found["best_validation_robust"]
+    best: float = found.metrics["best_validation_robust"]
     return best
 
 

@@ -19,16 +19,16 @@ from typing import Any
 import filelock
 import psutil
 
-from dmat import ARTIFACTS, files
+from dmat import ARTIFACTS, files, workspace
 from dmat.config import Params
 from dmat.errors import DmatError
-from dmat.jobs import STAGES, workspace
-from dmat.jobs.stages import REPORTED
-from dmat.jobs.workspace import Workspace
+from dmat.pipeline import STAGES
+from dmat.pipeline.stages import REPORTED
 from dmat.tracking import notes
 from dmat.upkeep import dvc_files, work_folders
 from dmat.upkeep.dvc_files import Result
 from dmat.upkeep.work_folders import WorkFolder
+from dmat.workspace import Workspace
 
 KINDS = {
     "finished": "work folders of results that DVC has",

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from dmat import files, seeds
-from dmat.evaluation.table import read_table
-from dmat.jobs.workspace import Workspace
+from dmat.evaluation.table import PER_IMAGE, read_table
 from dmat.metrics.intervals import paired_difference
 from dmat.tracking import queries
 from dmat.tracking.queries import TrackedRun
+from dmat.workspace import Workspace
 
 _RESAMPLES = 2000
 
@@ -53,7 +53,7 @@ def _table(place: Workspace, run: TrackedRun) -> _Table | None:
         return None
     if run.stage != "evaluate_robust":
         return _of_shards(result.parent / "auto_attack")
-    for path in (result / "evaluation" / "per_image.parquet", result.parent / "per_image.parquet"):
+    for path in (result / "evaluation" / PER_IMAGE, result.parent / PER_IMAGE):
         if path.is_file():
             return _Table(run.tags.get("input.test", run.tags.get("input.images")), read_table(path))
     return None

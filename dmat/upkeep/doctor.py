@@ -22,13 +22,13 @@ from typing import Any
 from dmat import ARTIFACTS, config, dvc_lock, tracking
 from dmat.config import Params
 from dmat.errors import ConfigError, DmatError
-from dmat.jobs import STAGES, code_identity
-from dmat.jobs.workspace import Workspace
+from dmat.pipeline import STAGES, code_identity
 from dmat.redaction import redacted
 from dmat.tracking import notes, stores
 from dmat.upkeep import dvc_files, machine, recorded, work_folders
 from dmat.upkeep.machine import NOTE, OK, PROBLEM, Marked
 from dmat.upkeep.work_folders import WorkFolder
+from dmat.workspace import Workspace
 
 _PATIENCE = 3.0  # seconds for a tracking server to answer
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 
-from dmat import dvc_cache, dvc_lock, yaml_file
+from dmat import dvc_lock, yaml_file
+from dmat.data import dvc_cache
 from dmat.errors import DmatError
 from dmat.upkeep import work_folders
 

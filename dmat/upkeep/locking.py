@@ -6,7 +6,6 @@ find the same bytes. Nothing is published.
 
 import contextlib
 import dataclasses
-import importlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +17,11 @@ from dmat import files
 from dmat.config import Params
 from dmat.data import shards
 from dmat.errors import DmatError, Pruned
-from dmat.jobs import Stage, code_identity, execution, generate_images
-from dmat.jobs.execution import Job, Plan
-from dmat.jobs.workspace import Workspace
+from dmat.job import Job
+from dmat.jobs import evaluate_robust, generate_images
+from dmat.pipeline import Stage, code_identity, execution, planning
+from dmat.pipeline.planning import Plan
+from dmat.workspace import Workspace
 
 _COMPUTE = ("device", "precision", "threads", "processes", "torch")  # what the last digits of a result depend on
 
@@ -79,7 +80,7 @@ def _results(stage: Stage, place: Workspace, params: Params, identity: str) -> I
     """Finished instances of that code, by present parameters and inputs, and what they were computed on."""
     for chosen in stage.choices(params):
         try:
-            plan = execution.plan(stage, chosen, params, place, identity)
+            plan = planning.plan(stage, chosen, params, place, identity)
             about = files.read_record(place.at(stage.provenance_path(chosen)), fingerprint=str, compute=dict)
         except DmatError:
             continue  # an input or the result is not here
@@ -104,15 +105,14 @@ def _first_record(plan: Plan, job: Job, place: Workspace) -> str:
     with open(plan.work / "metrics.jsonl") as file:
         was = file.readline().strip()
     with contextlib.suppress(Pruned):
-        _run(plan, job)
+        execution.run(plan, job)
     now = (job.work / "metrics.jsonl").read_text().splitlines()[0]
     _expect_same(plan, f"the first record of metrics.jsonl, {now} and not {was}," if now != was else "")
     return f"the first record of metrics.jsonl, {now}"
 
 
 def _one_shard(plan: Plan, job: Job, place: Workspace) -> str:
-    module = importlib.import_module("dmat.jobs.evaluate_robust")
-    unit = module.first_shard(plan.settings, job)
+    unit = evaluate_robust.first_shard(plan.settings, job)  # type: ignore[arg-type]
     with np.load(plan.work / unit.path.with_suffix(".npz").relative_to(job.work), allow_pickle=False) as saved:
         was = {name: saved[name] for name in saved.files}
     unit.path.parent.mkdir(parents=True)
@@ -129,7 +129,7 @@ def _bytes(array: np.ndarray | None) -> tuple[Any, ...]:
 
 def _whole(plan: Plan, job: Job, place: Workspace) -> str:
     """All outputs of an instance, and its metrics."""
-    metrics = _run(plan, job)
+    metrics = execution.run(plan, job).metrics
     differing, count = [], 0
     for name, path in plan.outputs.items():
         place.at(path).stat()  # an output that is gone is nothing to compare with
@@ -137,14 +137,10 @@ def _whole(plan: Plan, job: Job, place: Workspace) -> str:
         differing += [f"{path}/{file}" for file in sorted({*now, *was}) if now.get(file) != was.get(file)]
         count += len(was)
     path = plan.stage.metrics_path(plan.chosen)
-    files.write_json(job.work / "metrics.json", metrics)
+    files.write_json(job.work / "metrics.json", dict(metrics))
     differing += [path] if files.sha256(job.work / "metrics.json") != files.sha256(place.at(path)) else []
     _expect_same(plan, ", ".join(differing))
     return f"all {count} files and the metrics"
-
-
-def _run(plan: Plan, job: Job) -> Any:
-    return importlib.import_module(f"dmat.jobs.{plan.stage.word}").run(plan.settings, job)
 
 
 def _expect_same(plan: Plan, differing: str) -> None:

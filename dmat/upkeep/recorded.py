@@ -12,11 +12,11 @@ from typing import Any
 
 from dmat import ARTIFACTS, config, files, tracking, yaml_file
 from dmat.errors import DmatError
-from dmat.jobs import code_identity
-from dmat.jobs.stages import STAGES
-from dmat.jobs.workspace import Workspace
+from dmat.pipeline import code_identity
+from dmat.pipeline.stages import STAGES
 from dmat.upkeep import dvc_files
 from dmat.upkeep.dvc_files import Result
+from dmat.workspace import Workspace
 
 _PROVENANCE = f"{ARTIFACTS}/provenance/"
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")

@@ -18,10 +18,10 @@ from typing import Any
 
 from dmat import SOURCES, config, files
 from dmat.errors import DmatError
-from dmat.jobs.stages import STAGES, Stage
-from dmat.jobs.workspace import Workspace
+from dmat.pipeline.stages import STAGES, Stage
 from dmat.tracking import memory, origin, queries, stores
 from dmat.tracking.queries import TrackedRun
+from dmat.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)

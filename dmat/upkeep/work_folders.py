@@ -1,6 +1,6 @@
 """The folders of `runs/`: whose work is in them, how far it is, who holds them. Only looks, and changes nothing.
 
-A folder is work if it lies where `jobs/execution.py` or `tuning/` puts it and is named as there; others are nobody's.
+A folder is work if it lies where `dmat/pipeline` or `tuning/` puts it and is named as there; others are nobody's.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ import psutil
 
 from dmat import files
 from dmat.errors import DmatError
-from dmat.jobs import STAGES, execution
+from dmat.job import POOLS
+from dmat.pipeline import STAGES, work_folder
 
 _NAME = re.compile(r"(?P<instance>.+)-(?P<fingerprint>[0-9a-f]{12})")
 _ASIDE = re.compile(r"before-\d{8}-\d{6}")
@@ -51,7 +52,7 @@ class WorkFolder:
     @property
     def progress(self) -> list[Path]:
         """State that an unfinished run goes on from."""
-        return execution.kept(self.path)
+        return work_folder.kept(self.path)
 
     @property
     def aside(self) -> list[Path]:
@@ -89,7 +90,7 @@ def strays(home: Path) -> list[Path]:
 
 def pools(home: Path) -> list[Path]:
     """Folders of shards that several sets share."""
-    folder = home / "runs" / execution.POOLS
+    folder = home / "runs" / POOLS
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 

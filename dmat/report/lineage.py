@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dmat import ARTIFACTS, files, tracking
-from dmat.config import Params
-from dmat.errors import DmatError
-from dmat.jobs.stages import STAGES
-from dmat.jobs.workspace import Workspace
+from dmat.metrics import pictures
+from dmat.workspace import FINISHED, Workspace
 
 _SHORT = 8  # characters of hashes and ids that people see
 
@@ -40,13 +38,14 @@ class Step:
     parent: str | None  # of the run
     commit: str | None
     links: tuple[Link, ...]
+    rank: int  # of its stage among the stages
 
     @property
     def title(self) -> str:
         return f"{self.stage} {self.instance}"
 
     def steps(self) -> list["Step"]:
-        """This one and all behind it, each once, in the order of the table of stages."""
+        """This one and all behind it, each once, in the order of the stages."""
         return behind([self])
 
     @property
@@ -77,22 +76,6 @@ class Step:
         ]
 
 
-def of(wanted: str, params: Params, place: Workspace, verify: bool = True) -> Step:
-    """The chain behind "stage/instance", "arm-seed" (its evaluation, else its training), or a path below artifacts/.
-
-    verify: read everything that was handed on, millions of images too, and compare its hash.
-    """
-    makers = _makers(params)
-    stage, instance = _named(wanted, makers, place)
-    return _Chain(makers, place, verify).step(stage, instance)
-
-
-def behind_inputs(inputs: Mapping[str, Mapping[str, str]], params: Params, place: Workspace) -> list[Step]:
-    """All steps that inputs come from; nothing is verified. inputs: name -> path, sha256."""
-    chain = _Chain(_makers(params), place, verify=False)
-    return behind([maker for name, entry in inputs.items() for maker in chain.link(name, **entry).makers])
-
-
 def runs_of(provenance: Mapping[str, Any], home: Path) -> tuple[str | None, str | None]:
     """The MLflow run that made a result, and the parent of it. A store that was away when the result was finished got
     its run later: then what the work folder remembers by now counts, or where that work was set aside."""
@@ -100,14 +83,14 @@ def runs_of(provenance: Mapping[str, Any], home: Path) -> tuple[str | None, str 
         return provenance.get("mlflow_run"), provenance.get("mlflow_parent")
     work = home / provenance["work"]
     for folder in (work, *sorted(work.glob("before-*"))):
-        note = folder / "finished.json"
+        note = folder / FINISHED
         if note.exists() and files.read_json(note).get("provenance") == provenance:
             return tracking.remembered_runs(folder)
     return None, None
 
 
 def behind(results: Sequence[Step]) -> list[Step]:
-    """The results and all that they come from, each once, in the order of the table of stages."""
+    """The results and all that they come from, each once, in the order of the stages."""
     found: dict[str, Step] = {}
 
     def visit(step: Step) -> None:
@@ -119,69 +102,44 @@ def behind(results: Sequence[Step]) -> list[Step]:
 
     for result in results:
         visit(result)
-    order = list(STAGES)
-    return sorted(found.values(), key=lambda step: (order.index(step.stage), step.instance))
+    return sorted(found.values(), key=lambda step: (step.rank, step.instance))
 
 
-Makers = Mapping[str, tuple[str, str]]  # output path -> stage, instance
+Makers = Mapping[str, tuple[str, str]]  # path of an output -> stage, instance; in the order of the stages
 
 
-def _makers(params: Params) -> Makers:
-    return {
-        path: (word, stage.instance(chosen))
-        for word, stage in STAGES.items()
-        for chosen in stage.choices(params)
-        for path in stage.outputs(params, **chosen).values()
-    }
+def provenance_path(stage: str, instance: str) -> str:
+    """Where a stage says what its result comes from, below the project."""
+    return f"{ARTIFACTS}/provenance/{stage}/{instance}.json"
 
 
-def _named(wanted: str, makers: Makers, place: Workspace) -> tuple[str, str]:
-    known = set(makers.values())
-    stage, _, instance = wanted.partition("/")
-    path = Path(wanted)
-    below = path.resolve().relative_to(place.root).as_posix() if path.resolve().is_relative_to(place.root) else wanted
-    owner = next((makers[output] for output in makers if below == output or below.startswith(f"{output}/")), None)
-    candidates = [(stage, instance), ("evaluate_robust", wanted), ("train_robust", wanted), owner]
-    named = [one for one in candidates if one in known]
-    there = [one for one in named if one and _provenance(*one, place).exists()]
-    if there and there[0]:
-        return there[0]
-    if named and named[0]:
-        raise DmatError(
-            f"{_provenance(*named[0], place)} does not exist; expected what {' '.join(named[0])} writes when it ends; "
-            f"run it, or `dvc checkout`"
-        )
-    raise DmatError(
-        f"{wanted!r} is nothing that params.yaml makes; expected stage/instance, an arm and seed such as generated-1, "
-        f"or a path below {ARTIFACTS}/"
-    )
+class Chain:
+    """Steps by title, each read once.
 
-
-def _provenance(stage: str, instance: str, place: Workspace) -> Path:
-    return place.at(f"{ARTIFACTS}/provenance/{stage}/{instance}.json")
-
-
-class _Chain:
-    """Steps by title, each read once."""
+    verify: read everything that was handed on, millions of images too, and compare its hash.
+    """
 
     def __init__(self, makers: Makers, place: Workspace, verify: bool):
         self._makers, self._place, self._verify = makers, place, verify
+        self._ranks = {word: rank for rank, word in enumerate(dict.fromkeys(word for word, _ in makers.values()))}
         self._known: dict[str, Step] = {}
 
     def step(self, stage: str, instance: str) -> Step:
         title = f"{stage} {instance}"
         if title not in self._known:
-            said = files.read_json(_provenance(stage, instance, self._place))
+            said = files.read_json(self._place.at(provenance_path(stage, instance)))
             links = tuple(self.link(name, **entry) for name, entry in said["inputs"].items())
             run, parent = runs_of(said, self._place.home)
-            self._known[title] = Step(stage, instance, said["fingerprint"], run, parent, said.get("git_commit"), links)
+            self._known[title] = Step(
+                stage, instance, said["fingerprint"], run, parent, said.get("git_commit"), links, self._ranks[stage]
+            )
         return self._known[title]
 
     def link(self, name: str, path: str, sha256: str) -> Link:
         owners = dict.fromkeys(
             maker for output, maker in self._makers.items() if output == path or output.startswith(f"{path}/")
         )
-        steps = tuple(self.step(*owner) for owner in owners if _provenance(*owner, self._place).exists())
+        steps = tuple(self.step(*owner) for owner in owners if self._place.at(provenance_path(*owner)).exists())
         at = self._place.at(path)
         holds = not self._verify or (at.exists() and files.checksum(at) == sha256)
         return Link(name, path, sha256, holds, steps)
@@ -209,10 +167,8 @@ def _lines(step: Step, indent: str, shown: set[str]) -> Iterator[str]:
 
 def draw(results: Sequence[Step], path: Path, title: str) -> None:
     """The chain as a picture: a column for each stage, arrows from what was made to who read it; red if changed."""
-    from dmat.metrics import pictures
-
     steps = behind(results)
-    columns = [word for word in STAGES if any(one.stage == word for one in steps)]
+    columns = list(dict.fromkeys(one.stage for one in steps))
     rows = {word: [one for one in steps if one.stage == word] for word in columns}
     tallest = max(len(some) for some in rows.values())
     figure, axes = pictures.new_figure(1.75 * len(columns), 0.95 * tallest + 0.9)

@@ -1,4 +1,4 @@
-"""Denoisers between jobs: what their sidecars say, and how they are built again from them."""
+"""Denoisers of the stages: new ones, what their sidecars say, and how they are built again from them."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from dmat.data.shards import Shards
 from dmat.devices import Compute
 from dmat.diffusion.edm import Preconditioned
 from dmat.diffusion.unet import UNet
-from dmat.jobs.execution import Job
 from dmat.training import weights
 
 
@@ -20,7 +19,7 @@ def new_denoiser(settings: Generator, channels: int, classes: int) -> Preconditi
     return Preconditioned(network, settings.sigma_data)
 
 
-def denoiser_sidecar(settings: Generator, real: Shards, job: Job) -> dict[str, Any]:
+def denoiser_sidecar(settings: Generator, real: Shards, compute: Compute) -> dict[str, Any]:
     """What a denoiser's weights must be shipped with."""
     return {
         "kind": "denoiser",
@@ -29,7 +28,7 @@ def denoiser_sidecar(settings: Generator, real: Shards, job: Job) -> dict[str, A
         "image_shape": list(real.shape),
         "class_names": real.manifest["class_names"],
         "licence_of_data": real.manifest["licence"],
-        "precision": job.compute.precision,
+        "precision": compute.precision,
     }
 
 

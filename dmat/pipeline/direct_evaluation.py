@@ -23,10 +23,10 @@ from dmat.errors import DmatError
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation, Verdict
 from dmat.evaluation.measures import Subject, images_sha256
-from dmat.evaluation.table import write_table
-from dmat.jobs.execution import lock, set_aside
+from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, write_table
 from dmat.models import importing, leaderboard
 from dmat.models.loading import SUFFIX, expect_pair, open_classifier
+from dmat.pipeline.work_folder import lock, set_aside
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
 from dmat.tracking import registry
@@ -171,10 +171,10 @@ class DirectEvaluation:
         verdict = evaluation.verdict(columns, self.all_images, copies, self.source.split)
         summary, protocol = evaluation.summary(columns, verdict), self.protocol()
         rows = {"index": np.arange(count), "label": evaluation.subject.labels.numpy()}
-        write_table(folder / "per_image.parquet", rows | evaluation.rows(columns, verdict))
+        write_table(folder / PER_IMAGE, rows | evaluation.rows(columns, verdict))
         evaluation.draw(folder, columns, self.threat.epsilon.text, self.names, verdict)
-        files.write_json(folder / "protocol.json", protocol)
-        files.write_json(folder / "summary.json", summary)
+        files.write_json(folder / PROTOCOL, protocol)
+        files.write_json(folder / SUMMARY, summary)
         return Result(summary, verdict, protocol)
 
     def _candidate(self, result: Result) -> tracking.Candidate:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dmat import ARTIFACTS, dvc_lock
+from dmat.data import shards
 
 
 def folder(root: Path) -> Path:
@@ -81,7 +82,7 @@ def sets_of_pool(root: Path, stage: str, pool: str) -> Iterator[tuple[dict[str, 
                 pools = (_read(copy, dict) or {}).get("pools")
             elif name.startswith(f"{ARTIFACTS}/{stage}/"):
                 own[Path(name).name] = copy
-        manifest = _read(own["manifest.json"], dict) if "manifest.json" in own else None
+        manifest = _read(own[shards.MANIFEST], dict) if shards.MANIFEST in own else None
         if pools == [pool] and manifest is not None:
             yield manifest, own
 

@@ -1,12 +1,13 @@
-"""The table of stages. A word here is a section of params.yaml, a stage of dvc.yaml, a file `jobs/<word>.py`, a
+"""The table of stages. A word here is a section of params.yaml, a stage of dvc.yaml, a file `dmat/jobs/<word>.py`, a
 command `dmat <word-with-dashes>`, a folder `artifacts/<word>/` and the MLflow tag `dmat.stage`.
 
 Loads neither torch nor pydantic, so that the command line starts at once.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dmat import ARTIFACTS, NONE, SOURCES
 
@@ -18,7 +19,11 @@ Paths = dict[str, str]  # input or output name -> path below the project
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """each: the options that name one instance, in the order of its name. settings and inputs: of an instance."""
+    """each: the options that name one instance, in the order of its name. settings and inputs: of an instance.
+
+    processes: whether it takes one, several that compute in step with each other, or several that divide its work.
+    float32: whatever the precision of the other stages.
+    """
 
     word: str
     summary: str
@@ -27,6 +32,13 @@ class Stage:
     inputs: Callable[..., Paths]
     outputs: Callable[..., Paths]
     example: str
+    processes: Literal["one", "together", "shared"] = "one"
+    float32: bool = False
+
+    @property
+    def job(self) -> Any:
+        """The module `dmat.jobs.<word>`, which loads torch."""
+        return importlib.import_module(f"dmat.jobs.{self.word}")
 
     @property
     def command(self) -> str:
@@ -80,6 +92,18 @@ def _mix_settings(params: "Params", arm: str) -> "Record":
     return MixImages.of(params.arms[arm])
 
 
+def _report_settings(params: "Params") -> "Record":
+    from dmat.config import Report
+
+    made = [stage for stage in STAGES.values() if stage.word != "write_report"]
+    return Report(
+        **params.write_report.plain(),
+        seeds=params.seeds,
+        arms={arm: [f"{arm}-{seed}" for seed in params.seeds] for arm in params.arms},
+        instances={stage.word: [stage.instance(chosen) for chosen in stage.choices(params)] for stage in made},
+    )
+
+
 # What the report reads, below artifacts/. Its own metrics and provenance stand beside those of the others, so they are
 # named one by one.
 REPORTED = (
@@ -120,6 +144,7 @@ STAGES: dict[str, Stage] = {
             inputs=lambda p: {"train": _split("train"), "validation": _split("validation")},
             outputs=lambda p: {"scorer": SCORER},
             example="dmat train-scorer",
+            processes="together",
         ),
         Stage(
             "train_diffusion",
@@ -201,6 +226,7 @@ STAGES: dict[str, Stage] = {
             },
             outputs=lambda p, arm, seed: {"classifier": f"{ARTIFACTS}/train_robust/{arm}-{seed}"},
             example="dmat train-robust --arm generated --seed 1",
+            processes="together",
         ),
         Stage(
             "evaluate_robust",
@@ -215,12 +241,14 @@ STAGES: dict[str, Stage] = {
             },
             outputs=lambda p, arm, seed: {"evaluation": f"{ARTIFACTS}/evaluate_robust/{arm}-{seed}"},
             example="dmat evaluate-robust --arm generated --seed 1",
+            processes="shared",
+            float32=True,
         ),
         Stage(
             "write_report",
             "Compare all arms in one page.",
             (),
-            settings=lambda p: p.write_report,
+            settings=_report_settings,
             inputs=lambda p: {path: f"{ARTIFACTS}/{path}" for path in REPORTED},
             outputs=lambda p: {"report": f"{ARTIFACTS}/write_report/report"},
             example="dmat write-report",

@@ -10,7 +10,6 @@ import ast
 import dataclasses
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import re
@@ -22,7 +21,7 @@ from typing import Any
 import dmat
 from dmat import files, yaml_file
 from dmat.errors import DmatError
-from dmat.jobs.stages import STAGES
+from dmat.pipeline.stages import STAGES
 
 NAME = "code.yaml"
 _SAME = "same"  # its key for code of another identity that was shown to compute the same
@@ -32,23 +31,22 @@ _SHORT = 12  # digits of an identity that people see
 
 # Modules, with all below them, that carry results and never decide them. What only they import decides nothing either.
 CARRIERS = {
+    "dmat.data.dvc_cache": "copies of shards, compared by their checksums",
     "dmat.data.shard_pool": "which shards are made and which are there, with the bytes that were made",
-    "dmat.dvc_cache": "copies of shards, compared by their checksums",
     "dmat.config": "reads params.yaml; of a stage's own record its defaults and functions count",
     "dmat.errors": "sentences and exit codes",
     "dmat.evaluation.work": "which process computes which shard",
     "dmat.files": "bytes on disk, as they were given",
-    "dmat.jobs.execution": "runs a job and publishes what it made",
-    "dmat.jobs.lineage": "where a result comes from",
-    "dmat.jobs.stages": "the settings and inputs of an instance: its fingerprint and dvc.yaml hold them",
-    "dmat.jobs.workspace": "where the files of a project are",
+    "dmat.job": "where a job reads and writes, and what it gives back",
     "dmat.metrics.pictures": "pictures, which no other stage reads",
     "dmat.tracking": "MLflow",
+    "dmat.training.curves": "pictures, which no other stage reads",
     "dmat.training.interruption": "signals",
     "dmat.training.long_run": "checkpoints, metrics and the progress bar: a resumed run ends as an undisturbed one",
+    "dmat.workspace": "where the files of a project are",
 }
 _CARRIERS_OF = {"train_diffusion": {"dmat.diffusion.samplers"}}  # for a picture of samples alone
-_DECIDING = {"write_report": {"dmat.jobs.lineage", "dmat.metrics.pictures"}}  # the report shows them
+_DECIDING = {"write_report": {"dmat.report.lineage", "dmat.metrics.pictures"}}  # the report shows them
 
 _PACKAGES = ("pyautoattack",)  # whose version decides results
 _WARNINGS = {"warnings.warn", "tqdm.write"}  # functions whose texts decide nothing
@@ -312,9 +310,12 @@ def _digest(value: Any) -> str:
 
 def _records(stage: str) -> list[Any]:
     """The class of a stage's settings and those inside it."""
-    config = importlib.import_module("dmat.config")  # late: pydantic takes a third of the command line's start
+    from dmat import config  # late: pydantic takes a third of the command line's start
+
     entries = {kind.section: kind.record for kind in config.LISTS.values()}
-    waiting: list[Any] = [{**config.SECTIONS, **entries, "mix_images": config.MixImages}[stage]]
+    waiting: list[Any] = [
+        {**config.SECTIONS, **entries, "mix_images": config.MixImages, "write_report": config.Report}[stage]
+    ]
     found: list[Any] = []
     while waiting:
         kind = waiting.pop(0)

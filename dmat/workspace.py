@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dmat.errors import DmatError
 
+FINISHED = "finished.json"  # of a work folder: metrics, notes, code, provenance, and the checksum of every file
 EXPERIMENT_COPIES = "/.dvc/tmp/exps/"  # DVC runs queued experiments in copies of the project below this folder
 
 
