@@ -122,6 +122,7 @@ def _start_together(count: int) -> None:
     """Becomes `torchrun` with this very command in `count` processes: who started this one notices nothing."""
     from dmat import processes
 
+    os.environ |= processes.OWN_MODULES
     os.execv(sys.executable, [sys.executable, *processes.launcher(count), "-m", "cli.main", *sys.argv[1:]])
 
 

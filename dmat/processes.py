@@ -98,6 +98,10 @@ def wanted() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+# Of a process that is to run dmat's own `cli`, whatever the folder that it starts in holds under this name.
+OWN_MODULES = {"PYTHONSAFEPATH": "1"}
+
+
 def launcher(count: int) -> list[str]:
     """Words after `python` that run a module (`-m NAME ...`, to be added) in `count` processes of this machine."""
     together = ["--standalone", f"--nproc-per-node={count}", f"--max-restarts={_RESTARTS}"]

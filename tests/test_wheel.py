@@ -112,10 +112,14 @@ def test_the_wheel_is_what_runs(installed, root):
 
 @pytest.fixture
 def project(installed, tmp_path, tiny_params) -> Path:
-    """Made by `dmat init`, with parameters for seconds, and committed."""
+    """Made by `dmat init`, with parameters for seconds and a folder of its owner that is called as one of dmat's, and
+    committed."""
     said = installed.run("dmat", "init", "mine", at=tmp_path)
     assert said.splitlines()[1].endswith("dvc repro")
     folder = tmp_path / "mine"
+    (folder / "cli").mkdir()
+    (folder / "cli" / "__init__.py").write_text("raise SystemExit('the wrong cli')\n")
+    tiny_params["compute"] = {**tiny_params.get("compute", {}), "processes": 2}
     (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params, sort_keys=False))
     for words in (["add", "--all"], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "one"]):
         subprocess.run(["git", *words], cwd=folder, check=True)
@@ -142,6 +146,24 @@ def test_stages_run_in_a_project_without_the_repository(installed, project):
     doctor = installed.start("dmat", "doctor", at=project).stdout
     assert "no constraints.txt to compare with" in doctor
     assert "the check itself failed" not in doctor
+    _upgrade(installed, project, stages)
+
+
+def _upgrade(installed: Installed, project: Path, stages: list[str]) -> None:
+    """Another version of dmat reruns what it computes otherwise, once its owner says so, and nothing else."""
+    module = Path(installed.ask("import dmat.modes; print(dmat.modes.__file__)"))
+    before = module.read_text()
+    module.write_text(before + "\n# Of the next version.\n")
+    assert _repro(installed, project, *stages) == []
+    module.write_text(before.replace("layer.momentum = momentum", "layer.momentum = 1 - momentum"))
+    assert module.read_text() != before
+    refused = installed.start("dmat", "train-scorer", at=project)
+    assert (refused.returncode, "run `dmat lock`" in refused.stderr) == (2, True), refused.stderr
+    assert _repro(installed, project, *stages) == [], "the results are still those of the code that code.yaml names"
+    said = installed.run("dmat", "lock", at=project)
+    assert "train_scorer" in said
+    assert "prepare_data" not in said
+    assert _repro(installed, project, *stages) == ["train_scorer"]
 
 
 @pytest.mark.slow

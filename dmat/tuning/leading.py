@@ -189,7 +189,13 @@ class _Process:
         self._process = subprocess.Popen(
             self._command,
             cwd=self._bench.workspace.root,
-            env={**os.environ, VARIABLE: self._bench.plan.storage, _STARTED: "yes", **devices_of},
+            env={
+                **os.environ,
+                **processes.OWN_MODULES,
+                VARIABLE: self._bench.plan.storage,
+                _STARTED: "yes",
+                **devices_of,
+            },
             stdin=subprocess.PIPE,  # its end tells the worker that nobody waits for it any more
             stderr=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C reaches it once, from here

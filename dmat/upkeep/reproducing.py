@@ -60,7 +60,8 @@ def reproduce(place: Workspace, wanted: str, to: Path | None = None) -> Reproduc
     unlike += _other_code(tree, run)
     _link_sources(place, tree)
     lacking = list(_data(place, tree, run, chosen))
-    words = [sys.executable, "-m", "cli.main", stage.command, *stage.options(chosen)]
+    own = [] if (tree / "dmat").is_dir() else ["-P"]  # the code of the commit; in other projects that of this dmat
+    words = [sys.executable, *own, "-m", "cli.main", stage.command, *stage.options(chosen)]
     command = f"cd {shlex.quote(str(tree))} && {shlex.join(words)}"
     lines = [
         f"{run.stage} {run.instance}, run {queries.short(run.id)}, at commit {run.tags['git.commit'][:10]} in {top}",
