@@ -4,7 +4,6 @@ import pytest
 import torch
 from pyautoattack import AutoAttack
 
-from dmat.config import evaluate_robust
 from dmat.errors import DmatError
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball, logit_margin
@@ -180,10 +179,6 @@ def test_images_too_small_for_square_are_refused():
         auto_attack.attack(
             model, images, model(images).argmax(1), Ball("l2", 0.1), auto_attack.suite("standard", 10), seed=1, batch=4
         )
-
-
-def test_the_parameters_know_the_same_attacks():
-    assert evaluate_robust.ATTACKS == ATTACKS
 
 
 def test_square_uses_no_gradient_and_stays_inside():

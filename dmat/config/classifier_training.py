@@ -5,14 +5,25 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import Field
 
-from dmat.config.fields import NOT_GIVEN, Count, Momentum, Natural, NotNegative, Positive, Record, Share, StepSize
+from dmat.config.fields import (
+    NOT_GIVEN,
+    Count,
+    Momentum,
+    Natural,
+    NotNegative,
+    Positive,
+    Record,
+    Share,
+    StepSize,
+    named_in,
+)
 
 
 class Network(Record):
-    name: Literal["wide_resnet", "wide_resnet_symmetric", "preact_resnet"]
+    name: Annotated[str, named_in("dmat.robust.networks", "NETWORKS")]
     depth: Annotated[int, Field(ge=10, le=10_000)]
     width: Annotated[int, Field(ge=0, le=10_000)] = 0  # not of preact_resnet
-    activation: Literal["relu", "silu"]
+    activation: Annotated[str, named_in("dmat.robust.networks", "ACTIVATIONS")]
 
     @pydantic.model_validator(mode="after")
     def _is_one_of_the_family(self) -> Self:
@@ -31,7 +42,7 @@ class ClassifierTraining(Record):
     """Satisfies `training.classifier.Settings`. Lengths are in images seen, not steps."""
 
     network: Network
-    loss: Literal["trades", "standard", "pgd_at", "ikl"]
+    loss: Annotated[str, named_in("dmat.robust.losses", "LOSSES")]
     beta: NotNegative = 0.0
     alpha: NotNegative = 0.0  # of ikl
     temperature: Positive = 4.0  # of ikl: of the predictions that its class means are made of
@@ -56,18 +67,7 @@ class ClassifierTraining(Record):
     batch_norm_momentum: Share = 0.01
     first_batch_norm_momentum: Share = 1.0  # of the first step
     synchronise_batch_norm: bool = False  # over all processes; else each has its own statistics, as published
-    augmentation: Literal[
-        "none",
-        "crop1",
-        "crop4",
-        "crop4_flip",
-        "crop4_flip_rotate15",
-        "cutout18",
-        "autoaugment",
-        "autoaugment_pil",
-        "randaugment",
-        "idbh",
-    ]
+    augmentation: Annotated[str, named_in("dmat.data.augmentation", "AUGMENTATIONS")]
     cutmix: NotNegative = 0.0  # both parameters of its beta distribution; 0: off
     cutmix_copies: Count = 1  # of each drawn image in a batch, each with a box of its own
     evaluate_every: Count  # images

@@ -7,10 +7,10 @@ from pydantic import BeforeValidator, Field
 from dmat.config.fields import NOT_GIVEN, Count, Natural, Positive, Record, Seed, StepSize
 from dmat.robust.step_size import default_step
 
-ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-
 
 def _attacks(value: Any) -> Any:
+    from dmat.robust.auto_attack import ATTACKS  # late: it loads torch
+
     if value in ("standard", "none"):
         return value
     if not isinstance(value, list | tuple) or not value or any(name not in ATTACKS for name in value):

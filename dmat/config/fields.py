@@ -1,5 +1,6 @@
 """Types of settings that the stages share: frozen records, numbers with limits, names."""
 
+import importlib
 import re
 from typing import Annotated, Any, Self, TypeVar
 
@@ -60,6 +61,19 @@ def _reference(value: str) -> str:
     if value != NONE and (problem := name_problem(value)):
         raise ValueError(problem)
     return value
+
+
+def named_in(module: str, table: str, *others: str) -> AfterValidator:
+    """Checks that a word is a key of a table, or one of `others`. What there is to choose stands in the table alone; it
+    is read when a value is checked, because tables load torch."""
+
+    def check(value: str) -> str:
+        *first, last = [repr(one) for one in (*others, *getattr(importlib.import_module(module), table))]
+        if repr(value) not in (*first, last):
+            raise ValueError(f"expected {', '.join(first)} or {last}")
+        return value
+
+    return AfterValidator(check)
 
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -1,16 +1,16 @@
 """Settings of generate_images and of the sampler."""
 
-from typing import Literal, Self
+from typing import Annotated, Self
 
 import pydantic
 
-from dmat.config.fields import Count, Name, NotNegative, Positive, Record, Seed
+from dmat.config.fields import Count, Name, NotNegative, Positive, Record, Seed, named_in
 
 
 class Sampler(Record):
     """Satisfies `diffusion.samplers.SamplerSettings`. Defaults: Karras et al. 2022, deterministic."""
 
-    name: Literal["heun", "euler"] = "heun"
+    name: Annotated[str, named_in("dmat.diffusion.samplers", "SAMPLERS")] = "heun"
     steps: Count = 18
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import BeforeValidator, Field
 
 from dmat import NONE
-from dmat.config.fields import Count, Positive, Record, Seed, Share
+from dmat.config.fields import Count, Positive, Record, Seed, Share, named_in
 
 WITH_FILES = ("npz", "cifar10", "cifar100", "folder", "shards")  # sources that read files
 
@@ -20,26 +20,25 @@ class Normalisation(Record):
     std: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)]
 
 
-NORMALISATION = Literal["measured", "cifar10", "cifar100", "svhn", "tinyimagenet"]
-
-
 def _normalisation(value: Any) -> Any:
     """Which of the two is meant, as the complaints of the other one would only confuse."""
     if isinstance(value, Mapping):
         return Normalisation.model_validate(value)
-    if value not in (names := get_args(NORMALISATION)):
+    from dmat.data.sources import NORMALISATIONS  # late, as the other tables
+
+    if value not in (names := ("measured", *NORMALISATIONS)):
         raise ValueError(f"expected one of {', '.join(names)}, or a mapping of mean and std")
     return value
 
 
 class PrepareData(Record):
-    source: Literal["digits", "npz", "cifar10", "cifar100", "folder", "shards"]
+    source: Annotated[str, named_in("dmat.data.sources", "SOURCES")]
     path: str  # below sources/; none for digits
     train: Count  # images
     validation: Count
     test: Count
     validation_split: Literal["stratified", "first"] = "stratified"
-    normalisation: Annotated[NORMALISATION | Normalisation, BeforeValidator(_normalisation)] = "measured"
+    normalisation: Annotated[str | Normalisation, BeforeValidator(_normalisation)] = "measured"
     seed: Seed
 
     @pydantic.model_validator(mode="after")
