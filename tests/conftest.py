@@ -13,6 +13,18 @@ os.environ["DMAT_TRACKING"] = "off"  # tests of tracking switch it on
 torch.set_num_threads(1)
 
 
+# Files whose tests take minutes, the longest first: one that is begun last keeps one core waiting for the other.
+LONG = (
+    *("pipeline", "tuning", "processes", "tracking", "evaluate_command", "evaluation", "kills", "auto_attack"),
+    "growth",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))  # keeps the order within a file
+
+
 @pytest.fixture
 def root() -> Path:
     """The repository."""

@@ -1,6 +1,7 @@
 """Small projects without git and DVC, in which single commands run, are disturbed and are refused."""
 
 import copy
+import functools
 import shutil
 from pathlib import Path
 
@@ -27,12 +28,18 @@ IN_ORDER = {
 }
 
 
+@functools.cache
+def own_code() -> code_identity.Locked:
+    """As `dmat lock` writes it where there was nothing to keep."""
+    return code_identity.up_to_date(code_identity.Locked({}, {}))
+
+
 class Project:
     """A folder with params.yaml and artifacts, without git and DVC."""
 
     def __init__(self, folder, params):
         self.folder, self.params = folder, copy.deepcopy(params)  # tests change theirs
-        shutil.copy(ROOT / code_identity.NAME, folder)
+        code_identity.write(folder, own_code())
         self.write({})
 
     def write(self, changes):

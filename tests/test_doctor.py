@@ -26,6 +26,7 @@ from dmat.pipeline import code_identity
 from dmat.upkeep import doctor, dvc_files, machine
 from dmat.upkeep.doctor import Finding
 from dmat.upkeep.machine import NOTE, OK, PROBLEM
+from tests.projects import own_code
 
 GIB = 1 << 30
 
@@ -35,7 +36,7 @@ def project(tmp_path, root, tiny_params, monkeypatch) -> Path:
     """Parameters, pipeline, .dvc and a commit; nothing was run yet."""
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params))
     shutil.copy(root / "dvc.yaml", tmp_path)
-    shutil.copy(root / "code.yaml", tmp_path)
+    code_identity.write(tmp_path, own_code())
     shutil.copy(root / "constraints.txt", tmp_path)
     (tmp_path / ".dvc").mkdir()
     git(tmp_path, "init", "-q")

@@ -5,53 +5,42 @@ import re
 import shutil
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import yaml
 
 from dmat import config
-from dmat.config.prepare_data import NORMALISATION
-from dmat.data import augmentation, sources
-from dmat.robust import losses, networks
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
-STEP = re.compile(r"At the end of `(?P<file>[^`]+)`:\n\n```python\n(?P<code>.+?)```", re.DOTALL)
-NAME = re.compile(
-    r'In `(?P<file>dmat/config/\w+\.py)` add `"(?P<name>\w+)"` to the names of `(?P<record>\w+)\.(?P<field>\w+)`'
+STEP = re.compile(
+    r"(?P<how>At the end of|In) `(?P<file>dmat/[^`]+\.py)`:\n\n```python\n(?P<code>.+?)```", re.DOTALL
 )
+FIELD = re.compile(r"In `(?P<file>[^`]+)` the field `(?P<name>\w+): (?P<record>\w+)` of `Params`, with its import\.")
+YAML = re.compile(r"```yaml\n(.+?)```", re.DOTALL)
 
 
-def test_names_in_the_configuration_are_those_of_the_tables():
-    for record, field, table in (
-        (config.Network, "name", networks.NETWORKS),
-        (config.ClassifierTraining, "loss", losses.LOSSES),
-        (config.ClassifierTraining, "augmentation", augmentation.AUGMENTATIONS),
-        (config.PrepareData, "source", sources.SOURCES),
-    ):
-        assert set(typing.get_args(record.model_fields[field].annotation)) == set(table)
-    assert set(typing.get_args(NORMALISATION)) == {"measured", *sources.NORMALISATIONS}
+def _follow(folder: Path) -> None:
+    """Everything that the page adds, on a copy of dmat."""
+    for name in ("dmat", "cli"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    steps = list(STEP.finditer(PAGE))
+    assert len(steps) == PAGE.count("```python") == 8
+    for step in steps:
+        assert (folder / step["file"]).exists() == (step["how"] == "At the end of")
+        with open(folder / step["file"], "a") as file:
+            file.write("\n\n" + step["code"])
+    (field,) = FIELD.finditer(PAGE)
+    path = folder / field["file"]
+    text = path.read_text().replace("\nclass Params:\n", f"\nclass Params:\n    {field['name']}: {field['record']}\n")
+    line = f"from dmat.config.{field['name']} import {field['record']}\n"
+    path.write_text(text.replace("from dmat.config.compute", f"{line}from dmat.config.compute", 1))
 
 
 def test_the_page_can_be_followed(tmp_path, tiny_params):
-    for folder in ("dmat", "cli"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    steps = list(STEP.finditer(PAGE))
-    assert len(steps) == 4
-    for step in steps:
-        with open(tmp_path / step["file"], "a") as file:
-            file.write("\n\n" + step["code"])
-    names = list(NAME.finditer(PAGE))
-    assert len(names) == 3
-    for found in names:
-        text = (tmp_path / found["file"]).read_text()
-        start = text.index(f"    {found['field']}: Literal[", text.index(f"class {found['record']}(")) + len(
-            f"    {found['field']}: Literal["
-        )
-        (tmp_path / found["file"]).write_text(f'{text[:start]}"{found["name"]}", {text[start:]}')
-    (network,) = re.findall(r"```yaml\n(.+?)```", PAGE, re.DOTALL)
-    params = config.merge(tiny_params, yaml.safe_load(network))
+    _follow(tmp_path)
+    network, entry = map(yaml.safe_load, YAML.findall(PAGE))
+    params = config.merge(tiny_params, network) | {"count_classes": {"few": 101}}
     params = config.merge(
         params,
         {
@@ -63,6 +52,7 @@ def test_the_page_can_be_followed(tmp_path, tiny_params):
     for words in (
         ["lock"],
         ["prepare-data"],
+        ["count-classes"],
         ["mix-images", "--arm", "real_only"],
         ["train-robust", "--arm", "real_only", "--seed", "1"],
     ):
@@ -72,8 +62,12 @@ def test_the_page_can_be_followed(tmp_path, tiny_params):
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        if words == ["count-classes"]:
+            assert json.loads(done.stdout) == {"few": 2}
+            assert json.loads((tmp_path / "artifacts/count_classes/counts/counts.json").read_text()) == [100, 100]
     assert json.loads(done.stdout)["best_validation_robust"] > 0.8
-    attack = """
+    script = """
+import json, sys, types
 import torch
 from dmat.robust import attacks, networks
 assert "small_net" in networks.NETWORKS
@@ -87,5 +81,24 @@ before, after = (attacks.logit_margin(model(x), labels) for x in (images, found)
 right = before > 0
 assert right.sum() > 8
 assert (after < before)[right].float().mean() > 0.9, (before, after)
+
+from dmat.diffusion import samplers
+spread, errors = 0.5, []
+denoiser = lambda noisy, sigma, labels: noisy * spread**2 / (spread**2 + sigma.view(-1, 1, 1, 1)**2)
+for steps in (18, 36):  # images of a normal distribution, whose paths are known
+    levels = types.SimpleNamespace(steps=steps, sigma_min=0.002, sigma_max=80.0, rho=7.0, s_churn=0.0)
+    end = latents = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    made = samplers.SAMPLERS["midpoint"](denoiser, latents, None, levels)
+    end = latents * 80.0 * spread / (spread**2 + 80.0**2) ** 0.5
+    errors.append(((made - end).norm() / end.norm()).item())
+assert errors[1] < errors[0] / 3 and errors[1] < 0.01, errors
+
+from dmat.pipeline import STAGES
+stage, entry = STAGES["count_classes"], json.loads(sys.argv[1])["count_classes"]
+assert entry["cmd"] == f"dmat {stage.command}"
+assert entry["deps"] == [*stage.inputs(None).values()]
+assert entry["outs"] == [*stage.outputs(None).values(), stage.provenance_path({}), stage.metrics_path({})]
+assert entry["params"] == [{"code.yaml": [stage.word]}, stage.word]
 """
-    subprocess.run([sys.executable, "-c", attack], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)
+    words = [sys.executable, "-c", script, json.dumps(entry)]
+    subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)

@@ -160,9 +160,8 @@ def _upgrade(installed: Installed, project: Path, stages: list[str]) -> None:
     refused = installed.start("dmat", "train-scorer", at=project)
     assert (refused.returncode, "run `dmat lock`" in refused.stderr) == (2, True), refused.stderr
     assert _repro(installed, project, *stages) == [], "the results are still those of the code that code.yaml names"
-    said = installed.run("dmat", "lock", at=project)
-    assert "train_scorer" in said
-    assert "prepare_data" not in said
+    changed = [line.split()[0] for line in installed.run("dmat", "lock", at=project).splitlines() if "->" in line]
+    assert set(changed) == {"train_scorer", "train_diffusion", "train_robust"}
     assert _repro(installed, project, *stages) == ["train_scorer"]
 
 

@@ -5,6 +5,7 @@ overrides the section of its stage; its record is the section with the overrides
 """
 
 import dataclasses
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,32 +37,18 @@ class EntryKind(NamedTuple):
 
     record: type[Record]
     section: str  # what an entry overrides
+    base: type[Record]  # of the section
     parent: str | None = None
     parents: str | None = None
     may_have_none: bool = False
 
 
 LISTS = {  # a parent's list comes before its children's
-    "generators": EntryKind(Generator, "train_diffusion"),
-    "image_sets": EntryKind(ImageSet, "generate_images", "generator", "generators"),
-    "selections": EntryKind(Selection, "select_images", "image_set", "image_sets"),
-    "arms": EntryKind(Arm, "train_robust", "images", "selections", may_have_none=True),
+    "generators": EntryKind(Generator, "train_diffusion", Generator),
+    "image_sets": EntryKind(ImageSet, "generate_images", GenerateImages, "generator", "generators"),
+    "selections": EntryKind(Selection, "select_images", SelectImages, "image_set", "image_sets"),
+    "arms": EntryKind(Arm, "train_robust", TrainRobust, "images", "selections", may_have_none=True),
 }
-SECTIONS: dict[str, type[Record]] = {
-    "compute": Compute,
-    "prepare_data": PrepareData,
-    "train_scorer": TrainScorer,
-    "train_diffusion": Generator,
-    "generate_images": GenerateImages,
-    "score_images": ScoreImages,
-    "select_images": SelectImages,
-    "measure_images": MeasureImages,
-    "train_robust": TrainRobust,
-    "evaluate_robust": EvaluateRobust,
-    "write_report": WriteReport,
-    "tune": Tune,
-}
-_OVERRIDDEN = {kind.section for kind in LISTS.values()}  # sections that only entries of a list use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +69,14 @@ class Params:
     selections: Mapping[str, Selection]
     arms: Mapping[str, Arm]
     trial: Trial | None  # the arm of the study with the study's overrides and length
+
+
+SECTIONS: dict[str, type[Record]] = {  # of a file: those that Params holds, and those that only entries of lists use
+    **{name: kind for name, kind in typing.get_type_hints(Params).items() if isinstance(kind, type(Record))},
+    "tune": Tune,
+    **{kind.section: kind.base for kind in LISTS.values()},
+}
+_OVERRIDDEN = {kind.section for kind in LISTS.values()}
 
 
 def load(path: Path) -> Params:
