@@ -8,19 +8,17 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from dmat import checksum_memory
 from dmat.errors import DmatError
 
 if TYPE_CHECKING:
     import numpy as np
 
 _READ_SIZE = 1 << 20
-_SETTLED = 2_000_000_000  # ns; file systems mark times coarsely, so a file that just changed may change again unseen
-_known: dict[tuple[int, ...], str] = {}  # of this process: device, inode, size, times -> SHA-256
 
 
 @contextlib.contextmanager
@@ -104,21 +102,20 @@ def load_array(path: Path) -> "np.ndarray":
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces of 1 MiB.
 
-    A file is read once in a process as long as inode, size and times stay: inputs are hashed before and after the work.
+    A file is read once in a process, a large one once on a machine, as long as inode, size and times stay: inputs are
+    hashed before and after the work, and at each start.
     """
     try:
         with open(path, "rb") as file:
             state = os.fstat(file.fileno())
-            identity = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-            if (known := _known.get(identity)) is not None:
+            if (known := checksum_memory.recall(state)) is not None:
                 return known
             digest = hashlib.sha256()
             while piece := file.read(_READ_SIZE):
                 digest.update(piece)
     except FileNotFoundError:
         raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`") from None
-    if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > _SETTLED:
-        _known[identity] = digest.hexdigest()
+    checksum_memory.remember(state, digest.hexdigest())
     return digest.hexdigest()
 
 

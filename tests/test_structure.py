@@ -25,6 +25,7 @@ ROWS = (
     (
         *(
             "dmat.files",
+            "dmat.checksum_memory",
             "dmat.dvc_lock",
             "dmat.yaml_file",
             "dmat.seeds",

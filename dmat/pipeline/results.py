@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from dmat import ARTIFACTS
+from dmat import ARTIFACTS, checksum_memory
 from dmat.config import Params
 from dmat.errors import DmatError
 from dmat.pipeline.stages import STAGES
@@ -16,7 +16,8 @@ def chain(wanted: str, params: Params, place: Workspace) -> Step:
     """The verified chain behind "stage/instance", "arm-seed" (its evaluation, else its training), or a path below
     artifacts/. Raises DmatError for anything else, and for what is not there."""
     makers = _makers(params)
-    return Chain(makers, place, verify=True).step(*_named(wanted, makers, place))
+    with checksum_memory.reading_anew():
+        return Chain(makers, place, verify=True).step(*_named(wanted, makers, place))
 
 
 def behind_inputs(inputs: Mapping[str, Mapping[str, str]], params: Params, place: Workspace) -> list[Step]:
