@@ -13,7 +13,7 @@ from dmat.errors import DmatError
 
 MADE = {
     *("params.yaml", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots/runs.json", ".dvcignore", ".gitignore"),
-    *("README.md", "code.yaml", "sources/none", ".pre-commit-config.yaml"),
+    *("README.md", "code.yaml", "sources/none", "plugins/README.md", ".pre-commit-config.yaml"),
 }
 
 

@@ -32,7 +32,7 @@ ROWS = (
             "dmat.modes",
             "dmat.liveness",
         ),
-        *("dmat.processes", "dmat.devices", "dmat.workspace"),
+        *("dmat.processes", "dmat.devices", "dmat.workspace", "dmat.plugins"),
     ),
     ("dmat.data", "dmat.diffusion", "dmat.robust", "dmat.metrics"),
     ("dmat.config", "dmat.recipes", "dmat.project"),
@@ -42,6 +42,9 @@ ROWS = (
     ("dmat.tuning", "dmat.upkeep"),
     ("cli",),
 )
+WITH_PLUGINS = {"prepare_data", "generate_images", *("train_scorer", "score_images", "measure_images")} | {
+    *("train_robust", "evaluate_robust")
+}
 SUBJECTS = ROWS[2]  # these know nothing of each other
 HOMES = {  # package -> the only modules that import it
     "mlflow": {"dmat.tracking.stores", "dmat.tracking.memory", "dmat.tracking.registry"},
@@ -175,7 +178,8 @@ def test_dvc_stages_agree_with_the_table(root):
             entry = listed[f"{word} {stage.instance(chosen)}"]
             assert entry["cmd"] == " ".join(["dmat", stage.command, *stage.options(chosen)])
             inputs = set(stage.inputs(params, **chosen).values())
-            assert set(entry["deps"]) - {"sources/none"} == inputs, word
+            assert set(entry["deps"]) - {"sources/none", "plugins"} == inputs, word
+            assert ("plugins" in entry["deps"]) == (word in WITH_PLUGINS)
             assert entry["params"].pop(0) == {"code.yaml": [word]}
             outputs = set(stage.outputs(params, **chosen).values())
             outputs |= {stage.metrics_path(chosen), stage.provenance_path(chosen)}

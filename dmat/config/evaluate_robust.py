@@ -1,10 +1,10 @@
 """Settings of evaluate_robust."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from dmat.config.fields import NOT_GIVEN, Count, Natural, Positive, Record, Seed, StepSize
+from dmat.config.fields import NOT_GIVEN, Count, Natural, Positive, Record, Seed, StepSize, named_in
 from dmat.robust.step_size import default_step
 
 
@@ -26,7 +26,7 @@ class EvaluateRobust(Record):
     images: Natural = 0  # the first ones of the test split; 0: all
     pgd_steps: Count = 40
     pgd_step_size: StepSize = NOT_GIVEN
-    pgd_loss: Literal["ce", "cw", "dlr"] = "cw"
+    pgd_loss: Annotated[str, named_in("dmat.robust.attacks", "OBJECTIVES")] = "cw"
     pgd_restarts: Count = 1
     pgd_seed: Seed = 1
     sweep: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.25, 0.5, 0.75, 1.5, 2.0)  # x epsilon

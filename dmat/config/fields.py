@@ -8,7 +8,7 @@ import pydantic
 from pydantic import AfterValidator, Field
 from pydantic_core import CoreSchema, core_schema
 
-from dmat import NONE
+from dmat import NONE, plugins
 
 _NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
 _FRACTION = re.compile(rf"(?P<top>{_NUMBER})(/(?P<bottom>{_NUMBER}))?", re.ASCII)
@@ -64,12 +64,14 @@ def _reference(value: str) -> str:
 
 
 def named_in(module: str, table: str, *others: str) -> AfterValidator:
-    """Checks that a word is a key of a table, or one of `others`. What there is to choose stands in the table alone; it
-    is read when a value is checked, because tables load torch."""
+    """Checks that a word is a key of a table, one of `others`, or the import path of code of the project. What there is
+    to choose stands in the table alone; it is read when a value is checked, because tables load torch."""
 
     def check(value: str) -> str:
         *first, last = [repr(one) for one in (*others, *getattr(importlib.import_module(module), table))]
-        if repr(value) not in (*first, last):
+        if plugins.is_path(value):
+            plugins.offer(value)
+        elif repr(value) not in (*first, last):
             raise ValueError(f"expected {', '.join(first)} or {last}")
         return value
 

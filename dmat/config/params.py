@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from dmat import NONE, yaml_file
+from dmat import NONE, plugins, yaml_file
 from dmat.config.compute import Compute
 from dmat.config.evaluate_robust import EvaluateRobust
 from dmat.config.fields import AnyRecord, Record, name_problem
@@ -91,7 +91,8 @@ def load(path: Path) -> Params:
         raise ConfigError(str(path), [str(error)]) from None
     if not isinstance(document.value, dict):
         raise ConfigError(str(path), ["expected a mapping of sections; see docs/parameters.md"])
-    params, problems = check(document.value)
+    with plugins.of_project(path.resolve().parent):
+        params, problems = check(document.value)
     if problems or params is None:
         places = [(document.line_of(problem), problem) for problem in problems]
         raise ConfigError(str(path), [f"line {line}: {problem}" if line else problem for line, problem in places])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dmat import files
+from dmat import files, plugins
 from dmat.data import cifar, shards
 from dmat.errors import DmatError, first_line
 
@@ -367,7 +367,7 @@ SOURCES: dict[str, Callable[[Path | None], Source]] = {
 
 def load(name: str, path: Path | None) -> Source:
     """A source by its name. Raises DmatError also for a set that is empty or that no job could take."""
-    return _checked(SOURCES[name](path), path or name)
+    return _checked(plugins.find(SOURCES, name)(path), path or name)
 
 
 def location(name: str, path: Path) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmat import seeds
+from dmat import plugins, seeds
 from dmat.data.pixels import in_order
 from dmat.devices import Compute
 from dmat.evaluation.checks import grey_radius
@@ -137,7 +137,7 @@ class _Shard:
                 self.subject.model,
                 self.compute.place(x),
                 y.to(self.compute.device),
-                OBJECTIVES[self.settings.pgd_loss],
+                plugins.find(OBJECTIVES, self.settings.pgd_loss),
                 ball,
                 [self.compute.place(start[where]) for start in starts],
                 steps,

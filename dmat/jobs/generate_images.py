@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmat import seeds
+from dmat import plugins, seeds
 from dmat.config import ImageSet
 from dmat.data import dvc_cache, shards
 from dmat.data.pixels import to_bytes
@@ -143,7 +143,7 @@ def _block(
         ]
         return job.compute.place(torch.stack(numbers))
 
-    sample = SAMPLERS[settings.sampler.name]
+    sample = plugins.find(SAMPLERS, settings.sampler.name)
     classes = torch.from_numpy(indices % len(sidecar["class_names"])).to(job.compute.device)
     with job.compute.autocast():
         made = sample(model, noise("latents"), classes, settings.sampler, lambda step: noise(f"churn/{step}"))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dmat import seeds
+from dmat import plugins, seeds
 from dmat.config import Network
 from dmat.data.shards import Shards
 from dmat.devices import Compute
@@ -21,7 +21,7 @@ def facts_of(real: Shards) -> Facts:
 def new_classifier(network: Network, facts: Facts, seed: int) -> Classifier:
     """A network with initial weights named by the seed."""
     seeds.reseed_torch(seed, "initial weights", 0)
-    return NETWORKS[network.name](facts, network.depth, network.width, network.activation)
+    return plugins.find(NETWORKS, network.name)(facts, network.depth, network.width, network.activation)
 
 
 def classifier_sidecar(network: Network, facts: Facts, real: Shards, compute: Compute, **more: Any) -> dict[str, Any]:

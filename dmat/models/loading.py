@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dmat import files
+from dmat import files, plugins
 from dmat.errors import DmatError
 from dmat.robust.networks import ACTIVATIONS, NETWORKS, Classifier, Facts
 from dmat.training import weights
@@ -49,12 +49,12 @@ def build(sidecar: Mapping[str, Any], path: Path) -> Classifier:
             f"network, classes, channels, mean, std and image_shape; bring back the sidecar that was written with "
             f"{path.name}"
         ) from None
-    if name not in NETWORKS:
+    if not (isinstance(name, str) and plugins.is_path(name)) and name not in NETWORKS:
         raise DmatError(
             f"{path.with_suffix('.json')} names the network {name!r}; this dmat has {', '.join(NETWORKS)}; "
             f"use the dmat that wrote it"
         )
-    return NETWORKS[name](facts, *shape)
+    return plugins.find(NETWORKS, name)(facts, *shape)
 
 
 def _expect_possible(facts: Facts, spec: Mapping[str, Any], sidecar: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import dmat
-from dmat import files, yaml_file
+from dmat import files, plugins, yaml_file
 from dmat.errors import DmatError
 from dmat.pipeline.stages import STAGES
 
@@ -40,6 +40,7 @@ CARRIERS = {
     "dmat.files": "bytes on disk, as they were given",
     "dmat.job": "where a job reads and writes, and what it gives back",
     "dmat.metrics.pictures": "pictures, which no other stage reads",
+    "dmat.plugins": "finds code of a project, which counts by itself",
     "dmat.tracking": "MLflow",
     "dmat.training.curves": "pictures, which no other stage reads",
     "dmat.training.interruption": "signals",
@@ -160,6 +161,15 @@ def _parsed(content: bytes) -> _Module:
     return _Module(_digest(_written(tree)), frozenset(imports), frozenset(texts))
 
 
+def _names(parsed: _Module, module: str, package: bool) -> set[tuple[str, str]]:
+    """The full name of everything that a module imports, and what it calls it."""
+    inside = module.split(".") if package else module.split(".")[:-1]
+    return {
+        (".".join([*inside[: len(inside) + 1 - level], name]) if level else name, own)
+        for level, name, own in parsed.imports
+    }
+
+
 def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
     """All nodes but those of statements that do nothing."""
     waiting = [tree]
@@ -213,11 +223,7 @@ class Sources:
 
     def names(self, module: str) -> set[tuple[str, str]]:
         """The full name of everything that is imported, and what the module calls it."""
-        inside = module.split(".") if self._path(module).name == "__init__.py" else module.split(".")[:-1]
-        return {
-            (".".join([*inside[: len(inside) + 1 - level], name]) if level else name, own)
-            for level, name, own in self._module(module).imports
-        }
+        return _names(self._module(module), module, package=self._path(module).name == "__init__.py")
 
     def named(self, module: str) -> set[str]:
         """Modules of dmat that a text names, as tables of import strings and calls of importlib do. A text of which
@@ -302,6 +308,32 @@ def of_stage(stage: str, sources: Sources | None = None) -> str:
 def _when_loaded(stage: str) -> str:
     """`of_stage` at the first call: a command plans right after it loaded its code."""
     return of_stage(stage)
+
+
+def of_plugins(named: Iterable[str], carriers: Iterable[str] = ()) -> dict[str, str]:
+    """Import path -> identity of that code of a project: its module, what that imports of the same folder, and the
+    modules of dmat that these use, carriers left out."""
+    return {word: _of_plugin(word, {*carriers}) for word in sorted(named)}
+
+
+def _of_plugin(word: str, carriers: set[str]) -> str:
+    folder, sources = plugins.folder_of(word), Sources()
+    found, used, waiting = dict[str, str](), set[str](), {word.partition(":")[0]}
+    while waiting:
+        module = waiting.pop()
+        path = plugins.file_of(module, folder)
+        if path is None or module in found:
+            continue
+        try:
+            parsed = _parsed(path.read_bytes())
+        except (SyntaxError, ValueError) as error:
+            raise DmatError(f"{path} is not valid Python ({error}); expected a whole file; fix it") from None
+        found[module] = parsed.digest
+        names = {name for name, _ in _names(parsed, module, package=path.name == "__init__.py")} | {module}
+        used |= {one for name in names if (one := sources.module_in(name))}
+        waiting |= {name.rsplit(".", k)[0] for name in names for k in range(name.count(".") + 1)}
+    modules = sources.closure(used, carriers) if used else set()
+    return _digest({"word": word, "own": found, "dmat": {module: sources.digest(module) for module in modules}})
 
 
 def _digest(value: Any) -> str:

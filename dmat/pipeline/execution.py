@@ -105,6 +105,7 @@ def _expect_unchanged(old: Plan, read_again: Callable[[], Params], workspace: Wo
         for name in sorted({*before, *after})
         if before.get(name) != after.get(name)
     ]
+    changed += [f"the code of {word} changed" for word in old.plugins if now.plugins.get(word) != old.plugins[word]]
     changed += [
         f"{now.inputs[name]['path']} was {entry['sha256'][:12]} and is {now.inputs[name]['sha256'][:12]}"
         for name, entry in old.inputs.items()
@@ -175,7 +176,7 @@ def new_job(
         compute,
         params.compute.save_every_seconds,
         quiet,
-        plan.code,
+        files.fingerprint([plan.code, plan.plugins]) if plan.plugins else plan.code,
         fresh,
         watcher,
     )
@@ -228,6 +229,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
                 "instance": plan.stage.instance(plan.chosen),
                 "fingerprint": plan.fingerprint,
                 "code": plan.code,
+                **({"plugins": plan.plugins} if plan.plugins else {}),
                 "settings": plan.settings.plain(),
                 "inputs": plan.inputs,
                 "compute": compute.describe(),

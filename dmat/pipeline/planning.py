@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmat import ARTIFACTS, NONE, SOURCES, files
+from dmat import ARTIFACTS, NONE, SOURCES, files, plugins
 from dmat.config import Params, Record
 from dmat.errors import DmatError
 from dmat.pipeline import code_identity, work_folder
@@ -23,6 +23,7 @@ class Plan:
     inputs: dict[str, dict[str, str]]  # name -> path, sha256
     outputs: dict[str, str]
     code: str  # identity, as code.yaml names it
+    plugins: dict[str, str]  # import path -> identity of that code of the project
     fingerprint: str
     work: Path
 
@@ -43,6 +44,7 @@ class Plan:
             "instance": self.stage.instance(self.chosen),
             "state": self.state,
             "code": self.code,
+            "plugins": self.plugins,
             "settings": self.settings.plain(),
             "inputs": self.inputs,
             "outputs": self.outputs,
@@ -80,9 +82,11 @@ def plan(
         "settings": settings.plain(),
         "inputs": {name: entry["sha256"] for name, entry in inputs.items()},
     }
-    fingerprint = files.fingerprint(identity)
+    named = plugins.words([one.plain() for one in (settings, *stage.opens(params, **chosen))])
+    own = code_identity.of_plugins(named, carriers=code_identity.carriers_of(stage.word))
+    fingerprint = files.fingerprint(identity | ({"plugins": own} if own else {}))
     work = workspace.run_folder(stage.word, stage.instance(chosen), fingerprint)
-    return Plan(stage, chosen, settings, inputs, stage.outputs(params, **chosen), code, fingerprint, work)
+    return Plan(stage, chosen, settings, inputs, stage.outputs(params, **chosen), code, own, fingerprint, work)
 
 
 def _checksum(word: str, settings: Record, path: Path) -> str:

@@ -22,7 +22,8 @@ class Stage:
     """each: the options that name one instance, in the order of its name. settings and inputs: of an instance.
 
     processes: whether it takes one, several that compute in step with each other, or several that divide its work.
-    float32: whatever the precision of the other stages.
+    float32: whatever the precision of the other stages. opens: settings beside its own that may name code of the
+    project, as those of a model that it opens do.
     """
 
     word: str
@@ -34,6 +35,7 @@ class Stage:
     example: str
     processes: Literal["one", "together", "shared"] = "one"
     float32: bool = False
+    opens: Callable[..., "tuple[Record, ...]"] = lambda params, **chosen: ()
 
     @property
     def job(self) -> Any:
@@ -174,6 +176,7 @@ STAGES: dict[str, Stage] = {
             inputs=lambda p, image_set: {"images": f"{ARTIFACTS}/generate_images/{image_set}", "scorer": SCORER},
             outputs=lambda p, image_set: {"scores": f"{ARTIFACTS}/score_images/{image_set}"},
             example="dmat score-images --image-set edm18",
+            opens=lambda p, image_set: (p.train_scorer,),
         ),
         Stage(
             "select_images",
@@ -201,6 +204,7 @@ STAGES: dict[str, Stage] = {
             },
             outputs=lambda p, selection: {"measures": f"{ARTIFACTS}/measure_images/{selection}"},
             example="dmat measure-images --selection edm18_best",
+            opens=lambda p, selection: (p.train_scorer,),
         ),
         Stage(
             "mix_images",
@@ -243,6 +247,7 @@ STAGES: dict[str, Stage] = {
             example="dmat evaluate-robust --arm generated --seed 1",
             processes="shared",
             float32=True,
+            opens=lambda p, arm, seed: (p.arms[arm].network,),
         ),
         Stage(
             "write_report",

@@ -26,6 +26,7 @@ _COPIED = {  # path in the project -> file beside this one
     ".gitignore": "gitignore",
     "code.yaml": "code.yaml",
     "sources/none": "no-source",
+    "plugins/README.md": "plugins.md",
 }
 _HOOKS = ".pre-commit-config.yaml"  # pre-commit looks for it in git's top folder alone
 
@@ -101,6 +102,6 @@ def _remove(folder: Path, paths: list[str]) -> None:
     """Takes away what a failed attempt has written."""
     for path in paths:
         (folder / path).unlink(missing_ok=True)
-    for path in (".dvc/plots", ".dvc", "sources", "."):
+    for path in (".dvc/plots", ".dvc", "sources", "plugins", "."):
         with contextlib.suppress(OSError):  # it is not there, or it is not empty: then it was there before
             (folder / path).rmdir()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmat import modes, processes, seeds
+from dmat import modes, plugins, processes, seeds
 from dmat.data.augmentation import AUGMENTATIONS, Augmentation, cutmix
 from dmat.data.batches import MixedBatches
 from dmat.data.pixels import in_order
@@ -106,8 +106,8 @@ def train(
             f"a batch of {settings.batch} images does not divide among {world.size} processes; expected a multiple; "
             f"change batch or the number of processes"
         )
-    loss_of = losses.LOSSES[settings.loss]
-    augment = AUGMENTATIONS[settings.augmentation]
+    loss_of = plugins.find(losses.LOSSES, settings.loss)
+    augment = plugins.find(AUGMENTATIONS, settings.augmentation)
     model = compute.place_model(model)
     if settings.synchronise_batch_norm:
         processes.synchronise_batch_norm(model, world)

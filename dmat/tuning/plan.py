@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmat import config, files, redaction
+from dmat import config, files, plugins, redaction
 from dmat.config import Params, Trial, Tune
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES, code_identity
@@ -103,6 +103,9 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
         "inputs": {name: inputs[name]["sha256"] for name in ("train", "validation", "selection")},
         "code": {word: code_identity.read(workspace.root).of(word) for word in CODE},
     }
+    named = plugins.words([trial.plain(), settings.plain()["space"]])
+    if own := code_identity.of_plugins(named, code_identity.carriers_of("train_robust")):
+        identity["plugins"] = own
     space = {"space": settings.plain()["space"], "inputs": {name: one["sha256"] for name, one in inputs.items()}}
     folder = workspace.run_folder(WORD, settings.arm, files.fingerprint(identity | {"space": space}))
     url = storage or os.environ.get(VARIABLE) or f"sqlite:///{folder.parent / DATABASE}"

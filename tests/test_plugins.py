@@ -1,0 +1,272 @@
+"""Code of a project by import path: what is found, what is refused, what reruns when it changes, and what never runs.
+
+Run alone: pytest tests/test_plugins.py
+"""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+
+import dmat
+from dmat import config, pipeline, plugins, workspace
+from dmat.errors import ConfigError, DmatError
+from dmat.pipeline import code_identity, planning
+from tests import forked
+from tests.conftest import ROOT
+from tests.projects import own_code
+
+NETS = '''
+"""A network of one layer."""
+import torch
+from torch import nn
+
+from dmat.robust.networks import Classifier, Normalise
+from my_parts import WIDTH
+
+
+class Flat(Classifier):
+    def __init__(self, facts, depth, width, activation):
+        super().__init__()
+        self.normalise = Normalise(facts.mean, facts.std)
+        self.body = nn.Sequential(nn.Flatten(), nn.LazyLinear(WIDTH * width), nn.BatchNorm1d(WIDTH * width), nn.ReLU())
+        self.body(torch.zeros(2, facts.channels, 8, 8))
+        self.logits = nn.Linear(WIDTH * width, facts.classes)
+
+    def features(self, images):
+        return self.body(self.normalise(images))
+'''
+DATA = """
+import numpy as np
+
+from dmat.data.sources import Source
+
+
+def stripes(path=None):
+    labels = np.arange(400, dtype=np.int64) % 2
+    lying = np.indices((8, 8))[0] // 2 % 2 * 150
+    noise = np.random.default_rng(0).integers(0, 100, (400, 8, 8))
+    images = np.where(labels[:, None, None], lying, lying.T) + noise
+    return Source(images.astype(np.uint8)[..., None], labels, ("standing", "lying"), "CC0", "made by a formula")
+"""
+LOSSES = """
+from dmat.robust.losses import trades
+
+
+def mine(model, images, targets, start, recipe, class_means=None):
+    return trades(model, images, targets, start, recipe, class_means)
+"""
+ATTACKS = """
+from dmat.robust import attacks
+
+
+def objective(labels):
+    return attacks.margin(labels)
+"""
+STAGES = {
+    "prepare-data": [],
+    "train-scorer": [],
+    "mix-images": ["--arm", "real_only"],
+    "train-robust": ["--arm", "real_only", "--seed", "1"],
+    "evaluate-robust": ["--arm", "real_only", "--seed", "1"],
+}
+
+
+class Own:
+    """A project whose network, loss, source and PGD objective are its own."""
+
+    def __init__(self, folder, params):
+        self.folder = folder
+        code_identity.write(folder, own_code())
+        (folder / "plugins").mkdir()
+        for name, text in (
+            *(("my_nets", NETS), ("my_parts", "WIDTH = 8\n"), ("my_data", DATA), ("my_losses", LOSSES)),
+            ("my_attacks", ATTACKS),
+        ):
+            (folder / f"plugins/{name}.py").write_text(text)
+        self.params = config.merge(
+            params,
+            {
+                "prepare_data": {"source": "my_data:stripes", "train": 200, "validation": 100, "test": 40},
+                "train_robust": {
+                    "network": {"name": "my_nets:Flat", "depth": 10, "width": 1},
+                    "loss": "my_losses:mine",
+                    "threat": {"epsilon": "1/20"},
+                    "images_seen": 2560,
+                },
+                "evaluate_robust": {"pgd_loss": "my_attacks:objective"},
+            },
+        )
+        self.write()
+
+    def write(self):
+        (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False))
+
+    def run(self, command, code=0):
+        found, text = forked.Command(self.folder, command, *STAGES[command], "--json").wait()
+        assert found == code, text
+        return text
+
+    def load(self):
+        return config.load(self.folder / "params.yaml")
+
+    def works(self, command):
+        return {path.name for path in (self.folder / "runs" / command.replace("-", "_")).iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process():
+    """Nothing is offered, and no plugin of another test is loaded."""
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    plugins._offered.clear()
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_params_once):
+    """After all its stages."""
+    project = Own(tmp_path_factory.mktemp("own"), tiny_params_once)
+    project.said = {command: project.run(command) for command in STAGES}
+    return project
+
+
+@pytest.fixture
+def project(made, tmp_path):
+    shutil.copytree(made.folder, tmp_path / "copy")
+    copy = object.__new__(Own)
+    copy.folder, copy.params = tmp_path / "copy", made.params
+    return copy
+
+
+def test_a_project_trains_and_evaluates_with_its_own_code(made):
+    assert json.loads(made.said["train-robust"].splitlines()[0])["best_validation_robust"] > 0.8
+    assert json.loads(made.said["evaluate-robust"].splitlines()[0])["best_pgd"] > 0.8
+    provenance = json.loads((made.folder / "artifacts/provenance/train_robust/real_only-1.json").read_text())
+    assert set(provenance["plugins"]) == {"my_nets:Flat", "my_losses:mine"}
+    evaluated = json.loads((made.folder / "artifacts/provenance/evaluate_robust/real_only-1.json").read_text())
+    assert set(evaluated["plugins"]) == {"my_nets:Flat", "my_attacks:objective"}
+    assert "plugins" not in json.loads((made.folder / "artifacts/provenance/mix_images/real_only.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "rerun"),
+    [
+        ("my_losses", "\n\n\ndef", "\n\n\n# a comment\ndef", set()),
+        ("my_losses", "return trades(", "return (trades)(", set()),
+        ("my_losses", "def mine(", "MORE = 1\n\n\ndef mine(", {"train-robust"}),
+        ("my_parts", "8", "9", {"train-robust", "evaluate-robust"}),
+        ("my_attacks", "margin", "cross_entropy", {"evaluate-robust"}),
+        ("my_data", "150", "140", {"prepare-data"}),
+    ],
+)
+def test_an_edit_makes_another_result_of_what_uses_it(project, file, old, new, rerun):
+    path = project.folder / f"plugins/{file}.py"
+    path.write_text(path.read_text().replace(old, new, 1))
+    params, place = project.load(), workspace.find(project.folder)
+    found = set()
+    for command in STAGES:
+        stage = pipeline.STAGES[command.replace("-", "_")]
+        chosen = {name: {"arm": "real_only", "seed": 1}[name] for name in stage.each}
+        if planning.plan(stage, chosen, params, place).work.name not in project.works(command):
+            found.add(command)
+    assert found == rerun
+
+
+def test_a_change_while_a_stage_runs_publishes_nothing(project, monkeypatch):
+    """The training sees the plugin change after it was planned."""
+    path = project.folder / "plugins/my_losses.py"
+    text = "import pathlib\npathlib.Path(__file__).write_text(pathlib.Path(__file__).read_text() + '\\nNEW = 1\\n')\n"
+    path.write_text(text + path.read_text())
+    before = project.works("train-robust")
+    said = project.run("train-robust", code=2)
+    assert "the code of my_losses:mine changed" in said
+    assert len(project.works("train-robust") - before) == 1, "the work is kept"
+
+
+def test_a_model_from_elsewhere_runs_nothing(made, monkeypatch, tmp_path):
+    """Its sidecar names code of a project, which this process was not asked for."""
+    folder = made.folder / "artifacts/train_robust/real_only-1"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DmatError, match=r"'my_nets:Flat' is code of a project; expected one that params\.yaml names"):
+        dmat.load_model(folder / "best.safetensors")
+    for words in (["models", "info"], ["models", "export", "--to", "robustbench"]):
+        given = [*words, str(folder / "best.safetensors"), *([str(tmp_path / "best.pt")] if "export" in words else [])]
+        code, text = forked.Command(tmp_path, *given).wait()
+        assert (code, "Traceback" in text) == (2, False), text
+        assert "is code of a project" in text
+    assert not [name for name in sys.modules if name.startswith("my_")]
+    made.load()
+    assert dmat.load_model(folder / "best.safetensors")(torch.rand(3, 1, 8, 8)).shape == (3, 2)
+
+
+def test_reading_params_runs_nothing(made):
+    made.load()
+    assert not [name for name in sys.modules if name.startswith("my_")]
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("nobody:Flat", "expected a module in plugins/, which has no nobody.py"),
+        ("a.b:Flat", "which has no a/b.py"),
+        ("my_nets:flat", "expected one of"),
+        ("my_broken:Flat", "is not valid Python"),
+        ("my_nets.py:Flat", "which has no my_nets/py.py"),
+        ("my-nets:Flat", "expected 'wide_resnet'"),
+        ("../x:Flat", "expected 'wide_resnet'"),
+    ],
+)
+def test_what_is_not_there_is_told(project, word, sentence):
+    (project.folder / "plugins/my_broken.py").write_text("def (")
+    project.params = config.merge(project.params, {"train_robust": {"network": {"name": word}}})
+    project.write()
+    with pytest.raises(ConfigError, match=r"train_robust\.network\.name is") as found:
+        project.load()
+    assert sentence in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("my_losses", "1 / 0\n", "ZeroDivisionError: division by zero; .*my_losses.py, line 1"),
+        ("my_losses", "import nothing_of_this_name\n", "ModuleNotFoundError"),
+        ("json", "", "json.py has the name of another package; expected one that is free"),
+        ("torch", "", "torch.py has the name of another package"),
+    ],
+)
+def test_code_that_cannot_be_loaded_is_a_sentence(project, name, text, sentence):
+    path = project.folder / f"plugins/{name}.py"
+    path.write_text(text + (path.read_text() if path.exists() else ""))
+    project.load()
+    with pytest.raises(DmatError, match=sentence):
+        plugins.find({}, "my_losses:mine")
+
+
+def test_two_projects_with_modules_of_one_name(project, tmp_path):
+    other = tmp_path / "other" / "plugins"
+    other.mkdir(parents=True)
+    (other / "my_parts.py").write_text("WIDTH = 3\n")
+    with plugins.of_project(project.folder):
+        plugins.offer("my_parts:WIDTH")
+    assert plugins.find({}, "my_parts:WIDTH") == 8
+    with plugins.of_project(other.parent):
+        plugins.offer("my_parts:WIDTH")
+    assert plugins.find({}, "my_parts:WIDTH") == 3
+
+
+def test_outside_a_project_no_path_is_taken():
+    assert any("from the params.yaml of a project alone" in problem for problem in _problems("somewhere:Net"))
+    assert plugins.words({"a": ["somewhere:Net", {"b": "c:d"}]}) == set()
+
+
+def _problems(word: str) -> list[str]:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["train_robust"]["network"]["name"] = word
+    return config.check(values)[1]
