@@ -618,9 +618,10 @@ def _prepare(folder, source, **counts):
     """`prepare_data.run` itself: its metrics and notes."""
     settings = config.PrepareData(source="shards", path=source.name, seed=1, **counts)
     job = types.SimpleNamespace(
-        inputs={"source": source}, result=folder / "result", pictures=folder / "pictures", notes=[]
+        inputs={"source": source}, result=folder / "result", pictures=folder / "pictures"
     )
-    return prepare_data.run(settings, job), job.notes
+    found = prepare_data.run(settings, job)
+    return found.metrics, found.notes
 
 
 def test_copies_across_the_splits_are_counted_and_told(tmp_path):
