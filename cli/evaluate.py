@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import stages
+from cli.models import offer_own_code
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES
 
@@ -139,6 +140,8 @@ def _evaluate_model(
     from dmat.pipeline import direct_evaluation
 
     base = config.load(params).evaluate_robust.plain() if params else {}
+    if not params:
+        offer_own_code()
     in_project = Path("params.yaml").is_file()
     request = direct_evaluation.Request(
         direct_evaluation.safetensors(*given_as, folder),

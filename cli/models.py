@@ -1,5 +1,6 @@
 """`dmat models`: classifiers as files, also those of other projects."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,6 +76,15 @@ def _import(
     )
 
 
+def offer_own_code() -> None:
+    """Networks that params.yaml here names by import path may be loaded. A broken one is told by who needs it."""
+    from dmat import config
+
+    if Path("params.yaml").is_file():
+        with contextlib.suppress(DmatError):
+            config.load(Path("params.yaml"))
+
+
 def _export(
     model: Model,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The .pt file to write.")],
@@ -82,6 +92,7 @@ def _export(
 ) -> None:
     from dmat.models import exporting
 
+    offer_own_code()
     for note in exporting.export(model, to, file):
         typer.echo(f"note: {note}", err=True)
     typer.echo(str(file))
@@ -90,6 +101,7 @@ def _export(
 def _info(model: Model, as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False) -> None:
     from dmat.models import loading
 
+    offer_own_code()
     found = loading.describe(model)
     if as_json:
         typer.echo(json.dumps(found, indent=2, sort_keys=True))
@@ -116,6 +128,7 @@ def _predict(
     from dmat import devices
     from dmat.models import predicting
 
+    offer_own_code()
     compute = devices.resolve(device, "fp32", torch.get_num_threads())
     target = to or images.with_name(f"{images.stem}-logits.npy")
     done = predicting.predict(model, images, target, compute, labels, batch, quiet)

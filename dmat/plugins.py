@@ -6,13 +6,16 @@ such as that of a downloaded model, runs nothing.
 
 import ast
 import contextlib
+import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from dmat.errors import DmatError, first_line
@@ -20,7 +23,7 @@ from dmat.errors import DmatError, first_line
 FOLDER = "plugins"
 _WORD = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)", re.ASCII)
 _offered: dict[str, Path] = {}  # import path -> the folder of plugins of the project that names it
-_searched: set[Path] = set()  # folders of plugins that were in sys.path
+_loaded: dict[str, tuple[Path, str]] = {}  # module of plugins in sys.modules -> its file and what it was
 _reading: list[Path] = []  # the folder of the project whose params.yaml is read now
 
 Found = TypeVar("Found")
@@ -44,14 +47,16 @@ def offer(word: str) -> None:
     """Lets `find` load what an import path of params.yaml names; runs nothing. Raises ValueError where it is not."""
     if _reading:
         folder = _reading[-1]
-        path = file_of(word, folder)
-        if path is None:
-            raise ValueError(f"expected a module in {FOLDER}/, which has no {_module(word).replace('.', '/')}.py")
         try:
-            names = _top_names(ast.parse(path.read_bytes()))
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{path} is not valid Python ({error})") from None
-        if (name := word.partition(":")[2]) not in names:
+            path = file_of(word, folder)
+            if path is None:
+                raise ValueError(f"expected a module in {FOLDER}/, which has no {_module(word).replace('.', '/')}.py")
+            names = _top_names(parse(path).body)
+        except OSError as error:
+            raise ValueError(f"{FOLDER}/ has no such module ({error.strerror})") from None
+        except DmatError as error:
+            raise ValueError(str(error)) from None
+        if (name := word.partition(":")[2]) not in names and not names & {"*", "__getattr__"}:
             raise ValueError(f"expected one of {', '.join(sorted(names)) or '(nothing)'} of {path}; it has no {name}")
         _offered[word] = folder
     elif word not in _offered:
@@ -76,9 +81,19 @@ def folder_of(word: str) -> Path:
 
 
 def file_of(word: str, folder: Path) -> Path | None:
-    """The file of the module of an import path, or of a dotted name."""
+    """The file of the module of an import path, or of a dotted name. Raises OSError."""
     base = folder.joinpath(*_module(word).split("."))
-    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+    return next((path for path in (base / "__init__.py", base.with_name(f"{base.name}.py")) if path.is_file()), None)
+
+
+def parse(path: Path) -> ast.Module:
+    """A module of plugins as it lies there. Raises DmatError for what Python would not take, and OSError."""
+    try:
+        content = path.read_bytes()
+        compile(content, str(path), "exec", dont_inherit=True)
+        return ast.parse(content)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise DmatError(f"{path} is not valid Python ({first_line(error)}); expected a whole file; mend it") from None
 
 
 def _module(word: str) -> str:
@@ -88,58 +103,101 @@ def _module(word: str) -> str:
 def _load(word: str) -> Any:
     if word not in _offered:
         raise DmatError(
-            f"{word!r} is code of a project; expected one that params.yaml names, as nothing else may run code; run in "
-            f"that project"
+            f"{word!r} is code of a project; expected one that the params.yaml here names, as nothing else may run "
+            f"code; go to the folder of that project"
         )
     folder, module, name = _offered[word], _module(word), word.partition(":")[2]
-    _forget_others(folder)
     _expect_free_names(folder)
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-        _searched.add(folder)
+    _drop_others(folder)
+    sys.meta_path[:] = [_Finder(folder), *(one for one in sys.meta_path if not isinstance(one, _Finder))]
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except DmatError:
         raise
-    except Exception as error:
-        inner = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parts[0] != "<"]
-        place = f"{inner[-1].filename}, line {inner[-1].lineno}" if inner else module
+    except (Exception, SystemExit) as error:
+        own = [one for one in traceback.extract_tb(error.__traceback__) if Path(one.filename).is_relative_to(folder)]
+        place = f"; {own[-1].filename}, line {own[-1].lineno}" if own else ""
         raise DmatError(
-            f"{word} cannot be loaded ({type(error).__name__}: {first_line(error)}; {place}); expected code that can "
-            f"be imported; mend it"
+            f"{word} cannot be loaded ({type(error).__name__}: {first_line(error)}{place}); expected code that can be "
+            f"imported; mend it"
         ) from error
+    if not callable(found):
+        raise DmatError(f"{word} is {type(found).__name__}; expected a function or a class; name another")
+    return found
 
 
-def _forget_others(folder: Path) -> None:
-    """Modules of another project's plugins make room: one process may read several projects."""
-    others = _searched - {folder}
-    sys.path[:] = [one for one in sys.path if Path(one) not in others]
-    for name, module in list(sys.modules.items()):
-        path = getattr(module, "__file__", None)
-        if path and any(Path(path).is_relative_to(one) for one in others):
-            del sys.modules[name]
-    importlib.invalidate_caches()
+class _Finder:
+    """Modules of one folder of plugins, before all others. No file of them has the name of another package."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        file = file_of(name, self.folder)
+        if file is not None:
+            inside = [str(file.parent)] if file.name == "__init__.py" else None
+            return importlib.util.spec_from_file_location(
+                name, file, loader=_Loader(name, str(file)), submodule_search_locations=inside
+            )
+        if (folder := self.folder.joinpath(*name.split("."))).is_dir():  # without __init__.py
+            spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [str(folder)]
+            return spec
+        return None
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Runs what is in the file: bytecode that lies beside it may be of another content of the same size and time."""
+
+    def get_code(self, fullname: str) -> Any:
+        content = self.get_data(self.path)
+        _loaded[fullname] = (Path(self.path), _sha256(content))
+        return self.source_to_code(content, self.path)
+
+
+def _drop_others(folder: Path) -> None:
+    """Loaded modules of another project, or that are not what lies in the folder now, are imported anew: all, as they
+    import each other."""
+
+    def stays(name: str, path: Path, digest: str) -> bool:
+        return file_of(name, folder) == path and _sha256(path.read_bytes()) == digest
+
+    if not all(stays(name, *one) for name, one in _loaded.items()):
+        for name in _loaded:
+            sys.modules.pop(name, None)
+        _loaded.clear()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _expect_free_names(folder: Path) -> None:
-    """Raises DmatError for a file that would stand in the way of a package of the same name."""
-    for path in sorted(folder.iterdir()):
-        name = path.stem if path.suffix == ".py" else path.name if (path / "__init__.py").is_file() else ""
-        spec = importlib.util.find_spec(name) if name else None
-        if spec is not None and (spec.origin is None or not Path(spec.origin).is_relative_to(folder)):
+    """Raises DmatError for a module that would stand in the way of a package of the same name."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = path.stem if path.suffix == ".py" and path.is_file() else path.name if path.is_dir() else ""
+        if not name.isidentifier() or name.startswith("__"):
+            continue
+        builtin = name in sys.builtin_module_names or name in sys.stdlib_module_names
+        if builtin or importlib.machinery.PathFinder.find_spec(name) is not None:
             raise DmatError(f"{path} has the name of another package; expected one that is free; name it otherwise")
 
 
-def _top_names(tree: ast.Module) -> set[str]:
-    """What a module defines or imports at its top."""
+def _top_names(nodes: Sequence[ast.stmt]) -> set[str]:
+    """What statements define or import, blocks at the top of a module included. "*": what cannot be told."""
     found = set[str]()
-    for node in tree.body:
+    for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
-        elif isinstance(node, ast.Assign):
-            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found.add(node.target.id)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            found |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        elif not (isinstance(node, ast.AnnAssign) and node.value is None):
+            names = (one for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
+            found |= {one.id for one in names}
+            for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+                inside = getattr(node, block, [])
+                for one in inside if isinstance(inside, list) else ():
+                    found |= _top_names(one.body if block in ("handlers", "cases") else [one])
     return found

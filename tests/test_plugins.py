@@ -3,10 +3,14 @@
 Run alone: pytest tests/test_plugins.py
 """
 
+import itertools
 import json
+import os
+import py_compile
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -194,7 +198,7 @@ def test_a_model_from_elsewhere_runs_nothing(made, monkeypatch, tmp_path):
     """Its sidecar names code of a project, which this process was not asked for."""
     folder = made.folder / "artifacts/train_robust/real_only-1"
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DmatError, match=r"'my_nets:Flat' is code of a project; expected one that params\.yaml names"):
+    with pytest.raises(DmatError, match=r"'my_nets:Flat' is code of a project; expected one that the params\.yaml"):
         dmat.load_model(folder / "best.safetensors")
     for words in (["models", "info"], ["models", "export", "--to", "robustbench"]):
         given = [*words, str(folder / "best.safetensors"), *([str(tmp_path / "best.pt")] if "export" in words else [])]
@@ -202,6 +206,8 @@ def test_a_model_from_elsewhere_runs_nothing(made, monkeypatch, tmp_path):
         assert (code, "Traceback" in text) == (2, False), text
         assert "is code of a project" in text
     assert not [name for name in sys.modules if name.startswith("my_")]
+    shown = forked.Command(made.folder, "models", "info", str(folder / "best.safetensors"), "--json").wait()
+    assert (shown[0], json.loads(shown[1])["network"]["name"]) == (0, "my_nets:Flat"), "in the project it may"
     made.load()
     assert dmat.load_model(folder / "best.safetensors")(torch.rand(3, 1, 8, 8)).shape == (3, 2)
 
@@ -237,14 +243,21 @@ def test_what_is_not_there_is_told(project, word, sentence):
     [
         ("my_losses", "1 / 0\n", "ZeroDivisionError: division by zero; .*my_losses.py, line 1"),
         ("my_losses", "import nothing_of_this_name\n", "ModuleNotFoundError"),
+        ("my_losses", "raise SystemExit(0)\n", "SystemExit: 0; .*my_losses.py, line 1"),
+        ("my_losses", "mine = 3\ndef mine_(): pass\n", ""),
         ("json", "", "json.py has the name of another package; expected one that is free"),
         ("torch", "", "torch.py has the name of another package"),
+        ("yaml/reader", "", "yaml has the name of another package"),
     ],
 )
 def test_code_that_cannot_be_loaded_is_a_sentence(project, name, text, sentence):
     path = project.folder / f"plugins/{name}.py"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text + (path.read_text() if path.exists() else ""))
     project.load()
+    if not sentence:
+        path.write_text("mine = 3\n")
+        sentence = "my_losses:mine is int; expected a function or a class"
     with pytest.raises(DmatError, match=sentence):
         plugins.find({}, "my_losses:mine")
 
@@ -252,13 +265,130 @@ def test_code_that_cannot_be_loaded_is_a_sentence(project, name, text, sentence)
 def test_two_projects_with_modules_of_one_name(project, tmp_path):
     other = tmp_path / "other" / "plugins"
     other.mkdir(parents=True)
-    (other / "my_parts.py").write_text("WIDTH = 3\n")
+    (other / "my_parts.py").write_text("def WIDTH(): return 3\n")
     with plugins.of_project(project.folder):
         plugins.offer("my_parts:WIDTH")
-    assert plugins.find({}, "my_parts:WIDTH") == 8
+    (project.folder / "plugins/my_parts.py").write_text("def WIDTH(): return 8\n")
+    assert plugins.find({}, "my_parts:WIDTH")() == 8
     with plugins.of_project(other.parent):
         plugins.offer("my_parts:WIDTH")
-    assert plugins.find({}, "my_parts:WIDTH") == 3
+    assert plugins.find({}, "my_parts:WIDTH")() == 3
+
+
+def _offered(folder, word):
+    with plugins.of_project(folder):
+        plugins.offer(word)
+    return plugins.find({}, word)
+
+
+def test_what_lies_in_the_folder_now_is_what_runs(tmp_path):
+    """Also after an edit in the same process, with bytecode of the same size and time beside it, and for a package that
+    has a module of its name beside it."""
+    (tmp_path / "plugins").mkdir()
+    path = tmp_path / "plugins/my_x.py"
+    for number in (1, 2):
+        path.write_text(f"def x(): return {number}\n")
+        os.utime(path, (10**9, 10**9))
+        py_compile.compile(str(path)) if number == 1 else None
+        assert _offered(tmp_path, "my_x:x")() == number
+    (tmp_path / "plugins/my_x").mkdir()
+    (tmp_path / "plugins/my_x/__init__.py").write_text("from .inner import x\n")
+    (tmp_path / "plugins/my_x/inner.py").write_text("def x(): return 3\n")
+    assert _offered(tmp_path, "my_x:x")() == 3
+    before = code_identity.of_plugins(["my_x:x"], "train_robust")
+    (tmp_path / "plugins/my_x/inner.py").write_text("def x(): return 4\n")
+    assert code_identity.of_plugins(["my_x:x"], "train_robust") != before
+    assert _offered(tmp_path, "my_x:x")() == 4
+
+
+def test_files_and_modules_that_are_named_in_text_count(tmp_path):
+    (tmp_path / "plugins").mkdir()
+    for name, text in (
+        ("my_x.py", "import importlib\nOF = 'w.json', importlib.import_module('my_y')\ndef x(): pass\n"),
+        *(("my_y.py", "Y = 1\n"), ("w.json", "1"), ("other.json", "1")),
+    ):
+        (tmp_path / "plugins" / name).write_text(text)
+    _offered(tmp_path, "my_x:x")
+    found = [code_identity.of_plugins(["my_x:x"], "train_robust")]
+    for name, text in (("other.json", "2"), ("w.json", "2"), ("my_y.py", "Y = 2\n")):
+        (tmp_path / "plugins" / name).write_text(text)
+        found.append(code_identity.of_plugins(["my_x:x"], "train_robust"))
+    assert [now != before for before, now in itertools.pairwise(found)] == [False, True, True]
+
+
+def test_what_the_stage_uses_itself_is_not_hashed_twice(tmp_path, monkeypatch):
+    """So that `dmat lock --same` of a stage keeps the results of arms with code of their own too."""
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins/my_x.py").write_text("from dmat.robust import attacks, losses\ndef x(): pass\n")
+    _offered(tmp_path, "my_x:x")
+    digest = code_identity.Sources.digest
+    looked_at = []
+    monkeypatch.setattr(
+        code_identity.Sources, "digest", lambda self, module: looked_at.append(module) or digest(self, module)
+    )
+    code_identity.of_plugins(["my_x:x"], "train_robust")
+    assert looked_at == []
+    code_identity.of_plugins(["my_x:x"], "prepare_data")
+    assert "dmat.robust.losses" in looked_at
+
+
+@pytest.mark.parametrize("name", [".#my_nets.py", "my_nets.v1.py", "__main__.py", "._my_nets.py", "README.md"])
+def test_files_that_are_no_modules_disturb_nothing(project, name):
+    path = project.folder / "plugins" / name
+    path.symlink_to("nobody@nowhere") if name.startswith(".#") else path.write_text("")
+    project.load()
+    assert callable(plugins.find({}, "my_nets:Flat"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if True:\n    def x(): pass\n",
+        "try:\n    from nothing import x\nexcept ImportError:\n    x = len\n",
+        "w, x = max, min\n",
+        "with open(__file__):\n    x = len\n",
+        "from math import *\ndef __getattr__(name): return len\n",
+        "x: type = int\n",
+    ],
+)
+def test_whatever_defines_a_name_is_found(tmp_path, text):
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins/my_x.py").write_text(text)
+    assert callable(_offered(tmp_path, "my_x:x"))
+
+
+@pytest.mark.parametrize("word", ["my_x:x", f"{'m' * 300}:x"])
+@pytest.mark.parametrize(
+    "text", ["x: int\n", "return 1\nx = 1\n", f"x = {'+'.join(['1'] * 100_000)}\n", "x = '\x00'\n"]
+)
+def test_what_defines_nothing_is_a_sentence(tmp_path, word, text):
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins/my_x.py").write_text(text)
+    with plugins.of_project(tmp_path), pytest.raises(ValueError, match=r"expected|has no"):
+        plugins.offer(word)
+
+
+def test_activations_are_those_of_dmat_alone(project):
+    project.params = config.merge(project.params, {"train_robust": {"network": {"activation": "my_parts:WIDTH"}}})
+    project.write()
+    with pytest.raises(ConfigError, match="activation is 'my_parts:WIDTH'; expected 'relu' or 'silu'"):
+        project.load()
+
+
+def test_an_evaluation_of_a_file_goes_on_with_the_same_code_alone(project, tmp_path):
+    model = "artifacts/train_robust/real_only-1/best.safetensors"
+    sidecar = json.loads((project.folder / model).with_suffix(".json").read_text())
+    images = np.random.default_rng(0).integers(0, 256, (20, *sidecar["image_shape"]), np.uint8)
+    labels = np.arange(20) % 2
+    np.savez(tmp_path / "some.npz", image=images, label=labels)
+    words = ["evaluate-robust", "--model", model, "--images", str(tmp_path / "some.npz"), "--params", "params.yaml"]
+    words += ["--to", str(tmp_path / "found"), "--json", "--classes-in-order"]
+    code, text = forked.Command(project.folder, *words).wait()
+    assert code == 0, text
+    path = project.folder / "plugins/my_attacks.py"
+    path.write_text(path.read_text().replace("margin", "cross_entropy"))
+    code, text = forked.Command(project.folder, *words).wait()
+    assert (code, "holds another evaluation (plugins differ)" in text) == (2, True), text
 
 
 def test_outside_a_project_no_path_is_taken():

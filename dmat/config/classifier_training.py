@@ -23,7 +23,7 @@ class Network(Record):
     name: Annotated[str, named_in("dmat.robust.networks", "NETWORKS")]
     depth: Annotated[int, Field(ge=10, le=10_000)]
     width: Annotated[int, Field(ge=0, le=10_000)] = 0  # not of preact_resnet
-    activation: Annotated[str, named_in("dmat.robust.networks", "ACTIVATIONS")]
+    activation: Annotated[str, named_in("dmat.robust.networks", "ACTIVATIONS", own=False)]
 
     @pydantic.model_validator(mode="after")
     def _is_one_of_the_family(self) -> Self:

@@ -63,13 +63,13 @@ def _reference(value: str) -> str:
     return value
 
 
-def named_in(module: str, table: str, *others: str) -> AfterValidator:
-    """Checks that a word is a key of a table, one of `others`, or the import path of code of the project. What there is
-    to choose stands in the table alone; it is read when a value is checked, because tables load torch."""
+def named_in(module: str, table: str, own: bool = True) -> AfterValidator:
+    """Checks that a word is a key of a table or, if `own`, the import path of code of the project. What there is to
+    choose stands in the table alone; it is read when a value is checked, because tables load torch."""
 
     def check(value: str) -> str:
-        *first, last = [repr(one) for one in (*others, *getattr(importlib.import_module(module), table))]
-        if plugins.is_path(value):
+        *first, last = [repr(one) for one in getattr(importlib.import_module(module), table)]
+        if own and plugins.is_path(value):
             plugins.offer(value)
         elif repr(value) not in (*first, last):
             raise ValueError(f"expected {', '.join(first)} or {last}")

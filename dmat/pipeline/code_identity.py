@@ -310,30 +310,39 @@ def _when_loaded(stage: str) -> str:
     return of_stage(stage)
 
 
-def of_plugins(named: Iterable[str], carriers: Iterable[str] = ()) -> dict[str, str]:
-    """Import path -> identity of that code of a project: its module, what that imports of the same folder, and the
-    modules of dmat that these use, carriers left out."""
-    return {word: _of_plugin(word, {*carriers}) for word in sorted(named)}
+def of_plugins(named: Iterable[str], *stages: str) -> dict[str, str]:
+    """Import path -> identity of that code of a project: its module and what that imports of the same folder, files
+    there that they name, and the modules of dmat that these use and the stages themselves do not."""
+    named = sorted(named)
+    if not named:
+        return {}
+    known = set.union(*map(closure_of, stages)), set.union(*map(carriers_of, stages))
+    return {word: _of_plugin(word, *known) for word in named}
 
 
-def _of_plugin(word: str, carriers: set[str]) -> str:
+def _of_plugin(word: str, closure: set[str], carriers: set[str]) -> str:
     folder, sources = plugins.folder_of(word), Sources()
     found, used, waiting = dict[str, str](), set[str](), {word.partition(":")[0]}
+    beside = dict[str, str]()
     while waiting:
         module = waiting.pop()
         path = plugins.file_of(module, folder)
         if path is None or module in found:
             continue
-        try:
-            parsed = _parsed(path.read_bytes())
-        except (SyntaxError, ValueError) as error:
-            raise DmatError(f"{path} is not valid Python ({error}); expected a whole file; fix it") from None
+        plugins.parse(path)
+        parsed = _parsed(path.read_bytes())
         found[module] = parsed.digest
         names = {name for name, _ in _names(parsed, module, package=path.name == "__init__.py")} | {module}
-        used |= {one for name in names if (one := sources.module_in(name))}
+        texts = {text for text in parsed.texts if re.fullmatch(r"[\w./-]{1,200}", text)}
+        used |= {one for name in (*names, *texts) if (one := sources.module_in(name))}
         waiting |= {name.rsplit(".", k)[0] for name in names for k in range(name.count(".") + 1)}
-    modules = sources.closure(used, carriers) if used else set()
-    return _digest({"word": word, "own": found, "dmat": {module: sources.digest(module) for module in modules}})
+        waiting |= {text for text in texts if re.fullmatch(r"\w+(\.\w+)*", text)}
+        files_named = {(base / text).resolve() for base in (path.parent, folder) for text in texts}
+        inside = [one for one in files_named if one.is_relative_to(folder) and one.suffix != ".py" and one.is_file()]
+        beside |= {one.relative_to(folder).as_posix(): files.sha256(one) for one in inside}
+    modules = (sources.closure(used, carriers) if used else set()) - closure
+    of_dmat = {module: sources.digest(module) for module in modules}
+    return _digest({"word": word, "own": found, "files": beside, "dmat": of_dmat})
 
 
 def _digest(value: Any) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dmat import config, devices, files, processes, tracking
+from dmat import config, devices, files, plugins, processes, tracking
 from dmat.config import EvaluateRobust, Threat
 from dmat.data import overlap
 from dmat.data.pixels import to_unit
@@ -26,6 +26,7 @@ from dmat.evaluation.measures import Subject, images_sha256
 from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, write_table
 from dmat.models import importing, leaderboard
 from dmat.models.loading import SUFFIX, expect_pair, open_classifier
+from dmat.pipeline import code_identity
 from dmat.pipeline.work_folder import lock, set_aside
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
@@ -96,7 +97,14 @@ class DirectEvaluation:
             "threat": self.threat.plain(),
             "settings": settings.plain() | {"pgd_step": settings.pgd_step(ball.norm, ball.epsilon)},
         }
+        if own := self._own_code():
+            self.identity["plugins"] = own
         self.evaluation = Evaluation(request.folder / "work", subject, settings, self.compute, self.identity)
+
+    def _own_code(self) -> dict[str, str]:
+        """Import path -> identity of the code of the project that computes."""
+        named = plugins.words([self.request.settings.plain(), self.sidecar["network"]])
+        return code_identity.of_plugins(named, "evaluate_robust")
 
     def outlook(self) -> dict[str, Any]:
         """What `--dry-run` says."""
@@ -138,6 +146,7 @@ class DirectEvaluation:
             with self._tracked() as run:
                 with Interruption(at_once=True):  # inside, so that the run hears of the signal
                     work.compute_all(self.evaluation.units, wait=True, quiet=quiet)
+                    self._expect_same_code()
                     result = self._write(folder)
                 for name, value in result.verdict.tags.items():
                     run.tag(name, value)
@@ -192,6 +201,14 @@ class DirectEvaluation:
             weights_sha256=self.sidecar["sha256"],
             sidecar_sha256=self.sidecar_sha256,
         )
+
+    def _expect_same_code(self) -> None:
+        known, now = self.identity.get("plugins", {}), self._own_code()
+        if changed := [word for word in known if now.get(word) != known[word]]:
+            raise DmatError(
+                f"the code of {', '.join(changed)} changed while it was evaluated with; expected no change until it "
+                f"ended; nothing was written; run it again with --fresh"
+            )
 
     def _expect_own_folder(self) -> None:
         path = self.request.folder / _ABOUT

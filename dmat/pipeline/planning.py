@@ -83,7 +83,7 @@ def plan(
         "inputs": {name: entry["sha256"] for name, entry in inputs.items()},
     }
     named = plugins.words([one.plain() for one in (settings, *stage.opens(params, **chosen))])
-    own = code_identity.of_plugins(named, carriers=code_identity.carriers_of(stage.word))
+    own = code_identity.of_plugins(named, stage.word)
     fingerprint = files.fingerprint(identity | ({"plugins": own} if own else {}))
     work = workspace.run_folder(stage.word, stage.instance(chosen), fingerprint)
     return Plan(stage, chosen, settings, inputs, stage.outputs(params, **chosen), code, own, fingerprint, work)

@@ -176,7 +176,7 @@ STAGES: dict[str, Stage] = {
             inputs=lambda p, image_set: {"images": f"{ARTIFACTS}/generate_images/{image_set}", "scorer": SCORER},
             outputs=lambda p, image_set: {"scores": f"{ARTIFACTS}/score_images/{image_set}"},
             example="dmat score-images --image-set edm18",
-            opens=lambda p, image_set: (p.train_scorer,),
+            opens=lambda p, image_set: (p.train_scorer.network,),
         ),
         Stage(
             "select_images",
@@ -204,7 +204,7 @@ STAGES: dict[str, Stage] = {
             },
             outputs=lambda p, selection: {"measures": f"{ARTIFACTS}/measure_images/{selection}"},
             example="dmat measure-images --selection edm18_best",
-            opens=lambda p, selection: (p.train_scorer,),
+            opens=lambda p, selection: (p.train_scorer.network,),
         ),
         Stage(
             "mix_images",

@@ -34,6 +34,7 @@ class Study:
     folder: Path
     storage: str
     kin: str
+    plugins: dict[str, str]  # import path -> identity of that code of the project
 
     @property
     def name(self) -> str:
@@ -103,15 +104,19 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
         "inputs": {name: inputs[name]["sha256"] for name in ("train", "validation", "selection")},
         "code": {word: code_identity.read(workspace.root).of(word) for word in CODE},
     }
-    named = plugins.words([trial.plain(), settings.plain()["space"]])
-    if own := code_identity.of_plugins(named, code_identity.carriers_of("train_robust")):
+    if own := own_code(settings, trial):
         identity["plugins"] = own
     space = {"space": settings.plain()["space"], "inputs": {name: one["sha256"] for name, one in inputs.items()}}
     folder = workspace.run_folder(WORD, settings.arm, files.fingerprint(identity | {"space": space}))
     url = storage or os.environ.get(VARIABLE) or f"sqlite:///{folder.parent / DATABASE}"
     if url.startswith("sqlite:///") and not url.startswith("sqlite:////") and url != "sqlite:///":
         url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).resolve()}"  # workers start in another folder
-    return Study(settings, trial, inputs, folder, url, files.fingerprint(identity))
+    return Study(settings, trial, inputs, folder, url, files.fingerprint(identity), own)
+
+
+def own_code(settings: Tune, trial: Trial) -> dict[str, str]:
+    """Import path -> identity of the code of the project that trials may use, as it lies there now."""
+    return code_identity.of_plugins(plugins.words([trial.plain(), settings.plain()["space"]]), *CODE)
 
 
 def changes_images(names: Mapping[str, Any]) -> bool:

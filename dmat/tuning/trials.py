@@ -28,7 +28,7 @@ from dmat.pipeline import code_identity, work_folder
 from dmat.training.long_run import Watcher
 from dmat.tuning import images, sampling
 from dmat.tuning.claims import RENEW, Claims
-from dmat.tuning.plan import CODE, Study
+from dmat.tuning.plan import CODE, Study, own_code
 from dmat.tuning.storage import speaking
 from dmat.workspace import Workspace
 
@@ -111,6 +111,7 @@ def _run(bench: Bench, study: optuna.Study, claims: Claims, trial: FrozenTrial, 
         outcome = _outcome(bench, trial, folder, _watcher(bench, study, claims, trial, spent))
         for word in CODE:  # what other code found is never told
             code_identity.expect(word, bench.workspace.root, again=True)
+        expect_same_plugins(bench.plan)
         if outcome.state == TrialState.COMPLETE:
             tracked.finish_with({f"best_{OBJECTIVE}": outcome.value}, sorted((folder / "pictures").glob("*.png")))
         elif outcome.state == TrialState.PRUNED:
@@ -131,6 +132,17 @@ def _run(bench: Bench, study: optuna.Study, claims: Claims, trial: FrozenTrial, 
     study.tell(trial.number, outcome.value, outcome.state)
     (folder / "checkpoint.dmat").unlink(missing_ok=True)  # as large as the network and needed no more
     return outcome
+
+
+def expect_same_plugins(plan: Study) -> None:
+    """Raises DmatError if code of the project is not what the study was planned with."""
+    now = own_code(plan.settings, plan.trial)
+    if changed := [word for word, digest in plan.plugins.items() if now.get(word) != digest]:
+        raise DmatError(
+            f"the code of {', '.join(changed)} changed while the study was at work; expected no change until it ended; "
+            f"bring back what was there and run the same command again, or run it for what is there now: that is "
+            f"another study"
+        )
 
 
 def _expect_own_files(bench: Bench, trial: FrozenTrial, folder: Path) -> None:
