@@ -31,7 +31,6 @@ _SHORT = 12  # digits of an identity that people see
 
 # Modules, with all below them, that carry results and never decide them. What only they import decides nothing either.
 CARRIERS = {
-    "dmat.checksum_memory": "checksums of files that did not change since",
     "dmat.data.dvc_cache": "copies of shards, compared by their checksums",
     "dmat.data.shard_pool": "which shards are made and which are there, with the bytes that were made",
     "dmat.config": "reads params.yaml; of a stage's own record its defaults and functions count",

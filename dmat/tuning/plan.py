@@ -34,7 +34,7 @@ class Study:
     folder: Path
     storage: str
     kin: str
-    plugins: dict[str, str]  # import path -> identity of that code of the project
+    plugins: dict[str, str] = dataclasses.field(default_factory=dict)  # import path -> identity of that code
 
     @property
     def name(self) -> str:
