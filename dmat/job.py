@@ -9,6 +9,7 @@ from dmat import files, tracking
 from dmat.data.shard_pool import ShardPool
 from dmat.devices import Compute
 from dmat.training.long_run import LongRun, Watcher
+from dmat.workspace import PICTURES, RESULT
 
 POOLS = "pools"  # folder in runs/ of shards that several sets share
 
@@ -31,12 +32,12 @@ class Job:
     @property
     def result(self) -> Path:
         """For what is published, one file or folder per output."""
-        return self.work / "result"
+        return self.work / RESULT
 
     @property
     def pictures(self) -> Path:
         """For PNG files that people look at and no stage computes with."""
-        return self.work / "pictures"
+        return self.work / PICTURES
 
     def pool(self, identity: Mapping[str, Any], arrays: Sequence[str]) -> ShardPool:
         """The pool of shards that everything in `identity` and the code decide (docs/architecture.md)."""

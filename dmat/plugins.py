@@ -23,7 +23,7 @@ from dmat.errors import DmatError, first_line
 FOLDER = "plugins"
 _WORD = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)", re.ASCII)
 _offered: dict[str, Path] = {}  # import path -> the folder of plugins of the project that names it
-_loaded: dict[str, tuple[Path, str]] = {}  # module of plugins in sys.modules -> its file and what it was
+_loaded: dict[str, tuple[Path, str]] = {}  # module of plugins in sys.modules -> its file, and SHA-256 of what ran
 _reading: list[Path] = []  # the folder of the project whose params.yaml is read now
 
 Found = TypeVar("Found")
@@ -51,7 +51,7 @@ def offer(word: str) -> None:
             path = file_of(word, folder)
             if path is None:
                 raise ValueError(f"expected a module in {FOLDER}/, which has no {_module(word).replace('.', '/')}.py")
-            names = _top_names(parse(path).body)
+            names = _top_names(parse(path.read_bytes(), path).body)
         except OSError as error:
             raise ValueError(f"{FOLDER}/ has no such module ({error.strerror})") from None
         except DmatError as error:
@@ -86,14 +86,14 @@ def file_of(word: str, folder: Path) -> Path | None:
     return next((path for path in (base / "__init__.py", base.with_name(f"{base.name}.py")) if path.is_file()), None)
 
 
-def parse(path: Path) -> ast.Module:
-    """A module of plugins as it lies there. Raises DmatError for what Python would not take, and OSError."""
+def parse(content: bytes, path: Path) -> ast.Module:
+    """The syntax tree of a module. Raises DmatError for what Python would not compile."""
     try:
-        content = path.read_bytes()
-        compile(content, str(path), "exec", dont_inherit=True)
-        return ast.parse(content)
+        tree = ast.parse(content)
+        compile(tree, str(path), "exec", dont_inherit=True)  # refuses more, such as a `return` outside a function
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise DmatError(f"{path} is not valid Python ({first_line(error)}); expected a whole file; mend it") from None
+        raise DmatError(f"{path} is not valid Python ({first_line(error)}); expected a complete file; fix it") from None
+    return tree
 
 
 def _module(word: str) -> str:
@@ -108,7 +108,7 @@ def _load(word: str) -> Any:
         )
     folder, module, name = _offered[word], _module(word), word.partition(":")[2]
     _expect_free_names(folder)
-    _drop_others(folder)
+    _drop_stale(folder)
     sys.meta_path[:] = [_Finder(folder), *(one for one in sys.meta_path if not isinstance(one, _Finder))]
     try:
         found = getattr(importlib.import_module(module), name)
@@ -119,7 +119,7 @@ def _load(word: str) -> Any:
         place = f"; {own[-1].filename}, line {own[-1].lineno}" if own else ""
         raise DmatError(
             f"{word} cannot be loaded ({type(error).__name__}: {first_line(error)}{place}); expected code that can be "
-            f"imported; mend it"
+            f"imported; fix it"
         ) from error
     if not callable(found):
         raise DmatError(f"{word} is {type(found).__name__}; expected a function or a class; name another")
@@ -157,7 +157,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         return self.source_to_code(content, self.path)
 
 
-def _drop_others(folder: Path) -> None:
+def _drop_stale(folder: Path) -> None:
     """Loaded modules of another project, or that are not what lies in the folder now, are imported anew: all, as they
     import each other."""
 

@@ -4,9 +4,13 @@ import dataclasses
 import os
 from pathlib import Path
 
+from dmat import ARTIFACTS
 from dmat.errors import DmatError
 
-FINISHED = "finished.json"  # of a work folder: metrics, notes, code, provenance, and the checksum of every file
+# Names in a work folder: what is published, and the record of a complete result (metrics, notes, code, provenance, and
+# the checksum of every file).
+RESULT, PICTURES, METRICS = "result", "pictures", "metrics.json"
+FINISHED = "finished.json"
 EXPERIMENT_COPIES = "/.dvc/tmp/exps/"  # DVC runs queued experiments in copies of the project below this folder
 
 
@@ -22,6 +26,11 @@ class Workspace:
 
     def run_folder(self, word: str, instance: str, fingerprint: str) -> Path:
         return self.home / "runs" / word / f"{instance}-{fingerprint}"
+
+
+def provenance_path(stage: str, instance: str) -> str:
+    """Where a stage says what its result comes from, below the project."""
+    return f"{ARTIFACTS}/provenance/{stage}/{instance}.json"
 
 
 def here() -> Workspace:

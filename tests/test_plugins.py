@@ -3,12 +3,14 @@
 Run alone: pytest tests/test_plugins.py
 """
 
+import functools
 import itertools
 import json
 import os
 import py_compile
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ import dmat
 from dmat import config, pipeline, plugins, workspace
 from dmat.errors import ConfigError, DmatError
 from dmat.pipeline import code_identity, planning
+from dmat.pipeline.direct_evaluation import DirectEvaluation
+from dmat.tuning import trials
 from tests import forked
 from tests.conftest import ROOT
 from tests.projects import own_code
@@ -210,6 +214,29 @@ def test_a_model_from_elsewhere_runs_nothing(made, monkeypatch, tmp_path):
     assert (shown[0], json.loads(shown[1])["network"]["name"]) == (0, "my_nets:Flat"), "in the project it may"
     made.load()
     assert dmat.load_model(folder / "best.safetensors")(torch.rand(3, 1, 8, 8)).shape == (3, 2)
+
+
+def test_code_that_changes_under_a_study_or_an_evaluation_is_told(project):
+    params = project.load()
+    named = plugins.words(params.arms["real_only"].plain())
+    study = types.SimpleNamespace(
+        settings=params.tune, trial=params.trial, plugins=trials.own_code(params.tune, params.trial)
+    )
+    request = types.SimpleNamespace(settings=params.evaluate_robust)
+    sidecar = {"network": params.arms["real_only"].network.plain()}
+    direct = types.SimpleNamespace(request=request, sidecar=sidecar)
+    direct._own_code = functools.partial(DirectEvaluation._own_code, direct)
+    direct.identity = {"plugins": direct._own_code()}
+    assert set(study.plugins) >= {"my_nets:Flat"} <= named
+    assert set(direct.identity["plugins"]) == {"my_nets:Flat", "my_attacks:objective"}
+    trials.expect_same_plugins(study)
+    DirectEvaluation._expect_same_code(direct)
+    path = project.folder / "plugins/my_parts.py"
+    path.write_text("WIDTH = 9\n")
+    with pytest.raises(DmatError, match=r"the code of my_nets:Flat.* changed while the study was at work"):
+        trials.expect_same_plugins(study)
+    with pytest.raises(DmatError, match="the code of my_nets:Flat changed while it was evaluated with"):
+        DirectEvaluation._expect_same_code(direct)
 
 
 def test_reading_params_runs_nothing(made):

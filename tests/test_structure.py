@@ -2,7 +2,9 @@
 
 import ast
 import functools
+import hashlib
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -238,9 +240,23 @@ def test_dvc_lock_is_of_this_code_and_these_parameters(root):
                 for part in key.split("."):
                     now = now[part]
                 changed |= {f"{key} of {name}"} if now != value else set()
-    assert looked_at > 30
+        for dep in (dep for dep in entry.get("deps", []) if dep["path"] == "plugins"):
+            looked_at += 1
+            changed |= {f"plugins of {name}"} if dep["md5"] != _md5_of_folder(root / "plugins") else set()
+    assert looked_at > 40
     assert changed == set(), "run `make repro` and commit dvc.lock and its results"
     assert len(stages) == 14
+
+
+def _md5_of_folder(folder: Path) -> str:
+    """As DVC names a folder: by the list of its files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    listed = [{"md5": _md5(path.read_bytes()), "relpath": path.relative_to(folder).as_posix()} for path in files]
+    return f"{_md5(json.dumps(listed, sort_keys=True).encode())}.dir"
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _resolved(template: dict, word: str, chosen: dict, params: config.Params) -> dict:

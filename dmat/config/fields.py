@@ -68,10 +68,10 @@ def named_in(module: str, table: str, own: bool = True) -> AfterValidator:
     choose stands in the table alone; it is read when a value is checked, because tables load torch."""
 
     def check(value: str) -> str:
-        *first, last = [repr(one) for one in getattr(importlib.import_module(module), table)]
         if own and plugins.is_path(value):
             plugins.offer(value)
-        elif repr(value) not in (*first, last):
+        elif value not in (names := getattr(importlib.import_module(module), table)):
+            *first, last = map(repr, names)
             raise ValueError(f"expected {', '.join(first)} or {last}")
         return value
 

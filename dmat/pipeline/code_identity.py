@@ -321,27 +321,26 @@ def of_plugins(named: Iterable[str], *stages: str) -> dict[str, str]:
 
 def _of_plugin(word: str, closure: set[str], carriers: set[str]) -> str:
     folder, sources = plugins.folder_of(word), Sources()
-    found, used, waiting = dict[str, str](), set[str](), {word.partition(":")[0]}
-    beside = dict[str, str]()
+    modules, data, used, waiting = dict[str, str](), dict[str, str](), set[str](), {word.partition(":")[0]}
     while waiting:
         module = waiting.pop()
         path = plugins.file_of(module, folder)
-        if path is None or module in found:
+        if path is None or module in modules:
             continue
-        plugins.parse(path)
-        parsed = _parsed(path.read_bytes())
-        found[module] = parsed.digest
+        content = path.read_bytes()
+        plugins.parse(content, path)
+        parsed = _parsed(content)
+        modules[module] = parsed.digest
         names = {name for name, _ in _names(parsed, module, package=path.name == "__init__.py")} | {module}
         texts = {text for text in parsed.texts if re.fullmatch(r"[\w./-]{1,200}", text)}
         used |= {one for name in (*names, *texts) if (one := sources.module_in(name))}
         waiting |= {name.rsplit(".", k)[0] for name in names for k in range(name.count(".") + 1)}
         waiting |= {text for text in texts if re.fullmatch(r"\w+(\.\w+)*", text)}
-        files_named = {(base / text).resolve() for base in (path.parent, folder) for text in texts}
-        inside = [one for one in files_named if one.is_relative_to(folder) and one.suffix != ".py" and one.is_file()]
-        beside |= {one.relative_to(folder).as_posix(): files.sha256(one) for one in inside}
-    modules = (sources.closure(used, carriers) if used else set()) - closure
-    of_dmat = {module: sources.digest(module) for module in modules}
-    return _digest({"word": word, "own": found, "files": beside, "dmat": of_dmat})
+        paths = {(base / text).resolve() for base in (path.parent, folder) for text in texts}
+        paths = {path for path in paths if path.is_relative_to(folder) and path.suffix != ".py" and path.is_file()}
+        data |= {path.relative_to(folder).as_posix(): files.sha256(path) for path in paths}
+    of_dmat = {module: sources.digest(module) for module in sources.closure(used, carriers) - closure}
+    return _digest({"word": word, "own": modules, "files": data, "dmat": of_dmat})
 
 
 def _digest(value: Any) -> str:

@@ -57,7 +57,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class DirectResult:
     """summary: as in summary.json. compared: sentences about a published number, if one was asked for."""
 
     summary: dict[str, Any]
@@ -132,7 +132,7 @@ class DirectEvaluation:
         with Interruption(at_once=True):
             work.compute_all(self.evaluation.units, wait=False, quiet=quiet)
 
-    def run(self, fresh: bool, quiet: bool) -> Result:
+    def run(self, fresh: bool, quiet: bool) -> DirectResult:
         """Computes what is missing and writes the results. The same request goes on, and finds a finished one."""
         folder = self.request.folder
         make_folder(folder)
@@ -171,7 +171,7 @@ class DirectEvaluation:
             enabled=request.home is not None,
         )
 
-    def _write(self, folder: Path) -> Result:
+    def _write(self, folder: Path) -> DirectResult:
         evaluation = self.evaluation
         columns = evaluation.columns()
         count = len(evaluation.subject.labels)
@@ -184,9 +184,9 @@ class DirectEvaluation:
         evaluation.draw(folder, columns, self.threat.epsilon.text, self.names, verdict)
         files.write_json(folder / PROTOCOL, protocol)
         files.write_json(folder / SUMMARY, summary)
-        return Result(summary, verdict, protocol)
+        return DirectResult(summary, verdict, protocol)
 
-    def _candidate(self, result: Result) -> tracking.Candidate:
+    def _candidate(self, result: DirectResult) -> tracking.Candidate:
         """For the registry of the project."""
         data = self.sidecar.get("data") or "images"
         headline = result.summary["headline"]
@@ -254,7 +254,7 @@ def published(direct: DirectEvaluation, name: str) -> leaderboard.Entry:
     return leaderboard.entry(data, direct.threat.norm, name)
 
 
-def against_robustbench(direct: DirectEvaluation, result: Result, entry: leaderboard.Entry) -> list[str]:
+def against_robustbench(direct: DirectEvaluation, result: DirectResult, entry: leaderboard.Entry) -> list[str]:
     """The published number of an entry, ours, and what makes them different measurements."""
     threat, summary = direct.threat, result.summary
     ours = {
@@ -279,7 +279,7 @@ def against_robustbench(direct: DirectEvaluation, result: Result, entry: leaderb
     return said + leaderboard.compared(entry, ours)
 
 
-def lines(result: Result) -> list[str]:
+def lines(result: DirectResult) -> list[str]:
     """What people read at the end: accuracies with intervals, the headline or why there is none."""
     n = result.protocol["images"]
     found = [f"images: {result.protocol['images_from']}", *result.protocol["images_notes"]]

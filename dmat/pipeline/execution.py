@@ -23,7 +23,7 @@ from dmat.pipeline.stages import STAGES, Stage
 from dmat.processes import World
 from dmat.training.interruption import Interruption
 from dmat.training.long_run import Watcher
-from dmat.workspace import FINISHED, Workspace
+from dmat.workspace import FINISHED, METRICS, PICTURES, RESULT, Workspace
 
 
 def execute(
@@ -217,7 +217,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
         for model in result.models:
             tracked.register(model)
         metrics, measured = dict(result.metrics), dict(result.measured)
-        files.write_json(plan.work / work_folder.METRICS, metrics)
+        files.write_json(plan.work / METRICS, metrics)
         finished = {
             "metrics": metrics,
             "notes": list(result.notes),
@@ -253,8 +253,8 @@ def _publish(plan: Plan, finished: dict[str, Any], workspace: Workspace) -> None
 
 def _published(plan: Plan) -> dict[str, Path]:
     """Path below the project -> the file or folder of the work folder that goes there."""
-    found = {path: plan.work / "result" / name for name, path in plan.outputs.items()}
-    found[plan.stage.metrics_path(plan.chosen)] = plan.work / work_folder.METRICS
-    if (plan.work / "pictures").exists():
-        found[plan.stage.pictures_path(plan.chosen)] = plan.work / "pictures"
+    found = {path: plan.work / RESULT / name for name, path in plan.outputs.items()}
+    found[plan.stage.metrics_path(plan.chosen)] = plan.work / METRICS
+    if (plan.work / PICTURES).exists():
+        found[plan.stage.pictures_path(plan.chosen)] = plan.work / PICTURES
     return found

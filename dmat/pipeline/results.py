@@ -9,7 +9,7 @@ from dmat.errors import DmatError
 from dmat.pipeline.stages import STAGES
 from dmat.report import lineage
 from dmat.report.lineage import Chain, Makers, Step
-from dmat.workspace import Workspace
+from dmat.workspace import Workspace, provenance_path
 
 
 def chain(wanted: str, params: Params, place: Workspace) -> Step:
@@ -43,12 +43,12 @@ def _named(wanted: str, makers: Makers, place: Workspace) -> tuple[str, str]:
     owner = next((makers[output] for output in makers if below == output or below.startswith(f"{output}/")), None)
     candidates = [(stage, instance), ("evaluate_robust", wanted), ("train_robust", wanted), owner]
     named = [one for one in candidates if one in known]
-    there = [one for one in named if one and place.at(lineage.provenance_path(*one)).exists()]
+    there = [one for one in named if one and place.at(provenance_path(*one)).exists()]
     if there and there[0]:
         return there[0]
     if named and named[0]:
         raise DmatError(
-            f"{place.at(lineage.provenance_path(*named[0]))} does not exist; expected what {' '.join(named[0])} writes "
+            f"{place.at(provenance_path(*named[0]))} does not exist; expected what {' '.join(named[0])} writes "
             f"when it ends; run it, or `dvc checkout`"
         )
     raise DmatError(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from dmat import ARTIFACTS, NONE, SOURCES
+from dmat.workspace import provenance_path
 
 if TYPE_CHECKING:
     from dmat.config import Params, Record
@@ -58,7 +59,7 @@ class Stage:
         return f"{ARTIFACTS}/metrics/{self.word}/{self.instance(chosen)}.json"
 
     def provenance_path(self, chosen: Mapping[str, Any]) -> str:
-        return f"{ARTIFACTS}/provenance/{self.word}/{self.instance(chosen)}.json"
+        return provenance_path(self.word, self.instance(chosen))
 
     def pictures_path(self, chosen: Mapping[str, Any]) -> str:
         return f"{ARTIFACTS}/pictures/{self.word}/{self.instance(chosen)}"
@@ -97,11 +98,11 @@ def _mix_settings(params: "Params", arm: str) -> "Record":
 def _report_settings(params: "Params") -> "Record":
     from dmat.config import Report
 
-    made = [stage for stage in STAGES.values() if stage.word != "write_report"]
+    made, training = [stage for stage in STAGES.values() if stage.word != "write_report"], STAGES["train_robust"]
     return Report(
         **params.write_report.plain(),
         seeds=params.seeds,
-        arms={arm: [f"{arm}-{seed}" for seed in params.seeds] for arm in params.arms},
+        arms={arm: [training.instance({"arm": arm, "seed": seed}) for seed in params.seeds] for arm in params.arms},
         instances={stage.word: [stage.instance(chosen) for chosen in stage.choices(params)] for stage in made},
     )
 

@@ -14,10 +14,7 @@ from tqdm import tqdm
 
 from dmat import files, tracking
 from dmat.errors import DmatError
-from dmat.workspace import FINISHED
-
-METRICS = "metrics.json"
-FOLDERS = ("result", "pictures")  # with METRICS all that goes to artifacts/
+from dmat.workspace import FINISHED, METRICS, PICTURES, RESULT
 
 
 @contextlib.contextmanager
@@ -109,5 +106,7 @@ def intact(work: Path) -> dict[str, Any] | None:
 
 def files_of(work: Path) -> dict[str, str]:
     """Name below the work folder -> SHA-256 of every file that is published."""
-    folders = {f"{part}/{name}": one for part in FOLDERS for name, one in files.checksums(work / part).items()}
+    folders = {
+        f"{part}/{name}": one for part in (RESULT, PICTURES) for name, one in files.checksums(work / part).items()
+    }
     return folders | ({METRICS: files.sha256(work / METRICS)} if (work / METRICS).is_file() else {})

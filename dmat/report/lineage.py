@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmat import ARTIFACTS, files, tracking
+from dmat import files, tracking
 from dmat.metrics import pictures
-from dmat.workspace import FINISHED, Workspace
+from dmat.workspace import FINISHED, Workspace, provenance_path
 
 _SHORT = 8  # characters of hashes and ids that people see
 
@@ -106,11 +106,6 @@ def behind(results: Sequence[Step]) -> list[Step]:
 
 
 Makers = Mapping[str, tuple[str, str]]  # path of an output -> stage, instance; in the order of the stages
-
-
-def provenance_path(stage: str, instance: str) -> str:
-    """Where a stage says what its result comes from, below the project."""
-    return f"{ARTIFACTS}/provenance/{stage}/{instance}.json"
 
 
 class Chain:

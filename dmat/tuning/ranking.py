@@ -27,6 +27,7 @@ from dmat.tuning import space
 from dmat.tuning.plan import Study
 from dmat.tuning.storage import ended
 from dmat.tuning.trials import NOTE, Bench
+from dmat.workspace import RESULT
 
 _PREFIX = "auto_attack."  # of a study's attribute; then the trial's number
 
@@ -61,7 +62,7 @@ def weights_of(plan: Study, trial: FrozenTrial) -> Path:
     """Best averaged weights of a trial, also of one that another study of this project made."""
     made = space.origin(plan.name, trial)
     folder = plan.folder.parent / made["study"] / f"trial-{made['trial']:04d}"
-    return folder / "result" / "classifier" / weights.BEST
+    return folder / RESULT / "classifier" / weights.BEST
 
 
 def _has_weights(plan: Study, trial: FrozenTrial) -> bool:

@@ -30,7 +30,7 @@ from dmat.tuning import images, sampling
 from dmat.tuning.claims import RENEW, Claims
 from dmat.tuning.plan import CODE, Study, own_code
 from dmat.tuning.storage import speaking
-from dmat.workspace import Workspace
+from dmat.workspace import PICTURES, RESULT, Workspace
 
 NOTE = "trial.json"  # in a trial's folder: its values
 OBJECTIVE = "validation_robust"  # share of 1, of the averaged weights
@@ -113,7 +113,7 @@ def _run(bench: Bench, study: optuna.Study, claims: Claims, trial: FrozenTrial, 
             code_identity.expect(word, bench.workspace.root, again=True)
         expect_same_plugins(bench.plan)
         if outcome.state == TrialState.COMPLETE:
-            tracked.finish_with({f"best_{OBJECTIVE}": outcome.value}, sorted((folder / "pictures").glob("*.png")))
+            tracked.finish_with({f"best_{OBJECTIVE}": outcome.value}, sorted((folder / PICTURES).glob("*.png")))
         elif outcome.state == TrialState.PRUNED:
             tracked.end_as("KILLED", f"pruned: {outcome.reason}")
         else:
@@ -205,7 +205,7 @@ def compute(bench: Bench, values: Mapping[str, Any], folder: Path, watcher: Watc
         watcher=watcher,
     )
     mix_images.run(MixImages.of(chosen.arm), job)
-    found = train_robust.run(chosen.arm, dataclasses.replace(job, inputs=inputs | {"mix": folder / "result" / "mix"}))
+    found = train_robust.run(chosen.arm, dataclasses.replace(job, inputs=inputs | {"mix": folder / RESULT / "mix"}))
     best: float = found.metrics["best_validation_robust"]
     return best
 

@@ -26,9 +26,9 @@ from dmat.pipeline import STAGES
 from dmat.pipeline.stages import REPORTED
 from dmat.tracking import notes
 from dmat.upkeep import dvc_files, work_folders
-from dmat.upkeep.dvc_files import Result
+from dmat.upkeep.dvc_files import DvcResult
 from dmat.upkeep.work_folders import WorkFolder
-from dmat.workspace import Workspace
+from dmat.workspace import PICTURES, RESULT, Workspace
 
 KINDS = {
     "finished": "work folders of results that DVC has",
@@ -160,7 +160,7 @@ def _gone(path: Path) -> Path:
 
 
 def _in_work_folders(
-    place: Workspace, results: list[Result], current: set[tuple[str, str]], unfinished: bool
+    place: Workspace, results: list[DvcResult], current: set[tuple[str, str]], unfinished: bool
 ) -> Iterator[Candidate | Kept]:
     known, unsent = _by_provenance(results), _unsent(place.home)
     for path in work_folders.strays(place.home):
@@ -212,14 +212,14 @@ def _locked(work: WorkFolder, path: Path, kind: str, reason: str) -> Candidate:
 
 
 def _finished(
-    place: Workspace, work: WorkFolder, note: dict[str, Any], known: dict[str, list[Result]], named: bool
+    place: Workspace, work: WorkFolder, note: dict[str, Any], known: dict[str, list[DvcResult]], named: bool
 ) -> tuple[str, str]:
     """Why a finished work folder has to stay (or ""), and why it may go. named: by params.yaml."""
     provenance = _provenance_path(work.word, work.instance)
     result = _recorded(known.get(provenance, []), provenance, note["provenance"])
     if result is None:
         return "DVC has no copy of its result; it may be the only one: delete it by hand if it is not needed", ""
-    if extra := _not_in([result], (work.path / "result", work.path / "pictures")):
+    if extra := _not_in([result], (work.path / RESULT, work.path / PICTURES)):
         return f"DVC has no copy of {extra.relative_to(work.path)}", ""
     if not named:
         return "", "params.yaml no longer names its instance; DVC's cache has the result"
@@ -230,7 +230,9 @@ def _finished(
     return "", "dvc.lock names its result, and artifacts/ has it"
 
 
-def _unlisted(place: Workspace, params: Params, results: list[Result], busy: str | None) -> Iterator[Candidate | Kept]:
+def _unlisted(
+    place: Workspace, params: Params, results: list[DvcResult], busy: str | None
+) -> Iterator[Candidate | Kept]:
     """Outputs of instances that params.yaml does not name, or names at another place. A stage made them: their
     provenance says so. All files of an instance go together or stay together."""
     current = set[Path]()
@@ -254,7 +256,7 @@ def _unlisted(place: Workspace, params: Params, results: list[Result], busy: str
             yield Candidate(paths, "unlisted", reason, _newest(paths))
 
 
-def _with(results: list[Result], place: Workspace, path: Path) -> list[Result]:
+def _with(results: list[DvcResult], place: Workspace, path: Path) -> list[DvcResult]:
     relative = path.relative_to(place.root).as_posix()
     return [one for one in results if relative in one.outs]
 
@@ -305,9 +307,9 @@ def _unsent(home: Path) -> set[Path]:
     return {notes.folder_of(home, note) for _, note in notes.read(home)}
 
 
-def _by_provenance(results: list[Result]) -> dict[str, list[Result]]:
+def _by_provenance(results: list[DvcResult]) -> dict[str, list[DvcResult]]:
     """Results by the path of their provenance; those of dvc.lock first."""
-    found: dict[str, list[Result]] = {}
+    found: dict[str, list[DvcResult]] = {}
     for result in sorted(results, key=lambda one: not one.locked):
         for path in result.outs:
             if path.startswith(f"{ARTIFACTS}/provenance/"):
@@ -315,7 +317,7 @@ def _by_provenance(results: list[Result]) -> dict[str, list[Result]]:
     return found
 
 
-def _recorded(results: list[Result], provenance: str, about: dict[str, Any]) -> Result | None:
+def _recorded(results: list[DvcResult], provenance: str, about: dict[str, Any]) -> DvcResult | None:
     """The result with exactly this provenance (it holds time, run and fingerprint), if DVC's cache has all of it."""
     for result in results:
         if result.copies is not None and json.loads(result.copies[provenance].read_text()) == about:
@@ -323,7 +325,7 @@ def _recorded(results: list[Result], provenance: str, about: dict[str, Any]) -> 
     return None
 
 
-def _not_in(results: list[Result], paths: Iterable[Path]) -> Path | None:
+def _not_in(results: list[DvcResult], paths: Iterable[Path]) -> Path | None:
     """The first file below these that no cached copy of these results equals byte for byte; None if all have one."""
     copies = [copy for result in results for copy in (result.copies or {}).values()]
     inodes = {(status.st_dev, status.st_ino) for status in map(Path.stat, copies)}

@@ -10,7 +10,7 @@ from dmat.evaluation.table import PER_IMAGE, read_table
 from dmat.metrics.intervals import paired_difference
 from dmat.tracking import queries
 from dmat.tracking.queries import TrackedRun
-from dmat.workspace import Workspace
+from dmat.workspace import RESULT, Workspace
 
 _RESAMPLES = 2000
 
@@ -43,7 +43,7 @@ def paired(place: Workspace, first: TrackedRun, second: TrackedRun) -> dict[str,
 def result_of(place: Workspace, run: TrackedRun) -> Path | None:
     """Where the result of a run is; None if its work folder is not there any more."""
     work = queries.work_folder(place.home, run)
-    return work / "result" if work else None
+    return work / RESULT if work else None
 
 
 def _table(place: Workspace, run: TrackedRun) -> _Table | None:

@@ -28,7 +28,7 @@ from dmat.tracking import notes, stores
 from dmat.upkeep import dvc_files, machine, recorded, work_folders
 from dmat.upkeep.machine import NOTE, OK, PROBLEM, Marked
 from dmat.upkeep.work_folders import WorkFolder
-from dmat.workspace import Workspace
+from dmat.workspace import FINISHED, Workspace
 
 _PATIENCE = 3.0  # seconds for a tracking server to answer
 
@@ -271,7 +271,7 @@ def _work(site: Site) -> Iterator[Marked]:
             # a trial that ended has no checkpoint
             do = "`dmat tune start` goes on if nothing it needs was changed"
             yield NOTE, f"{name}: stopped in {cut[-1].parent.name}", do
-        elif (work.path / "finished.json").exists():
+        elif (work.path / FINISHED).exists():
             finished += 1
         elif work.word == work_folders.STUDY:
             yield (

@@ -71,7 +71,7 @@ def repository_holder(root: Path) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class DvcResult:
     """What one run of a stage left, as DVC recorded it."""
 
     outs: dict[str, str]  # path below the project -> md5
@@ -96,7 +96,7 @@ class Result:
         return copy if copy.is_file() else None
 
 
-def results(root: Path) -> list[Result]:
+def results(root: Path) -> list[DvcResult]:
     """Everything that dvc.lock and the run cache name: what DVC brings back instead of computing it."""
     cache = dvc_cache.folder(root)
     lock = read_lock(root)
@@ -105,7 +105,7 @@ def results(root: Path) -> list[Result]:
         with contextlib.suppress(DmatError):  # cut by a kill: DVC does not bring that result back either
             found.append((_recorded(path), path))
     return [
-        Result(
+        DvcResult(
             {out["path"]: out["md5"] for out in outs},
             entry.get("params", {}).get("params.yaml", {}),
             entry.get("params", {}).get("code.yaml", {}),

@@ -21,7 +21,7 @@ from dmat.job import Job
 from dmat.jobs import evaluate_robust, generate_images
 from dmat.pipeline import Stage, code_identity, execution, planning
 from dmat.pipeline.planning import Plan
-from dmat.workspace import Workspace
+from dmat.workspace import METRICS, Workspace
 
 _COMPUTE = ("device", "precision", "threads", "processes", "torch")  # what the last digits of a result depend on
 
@@ -137,8 +137,8 @@ def _whole(plan: Plan, job: Job, place: Workspace) -> str:
         differing += [f"{path}/{file}" for file in sorted({*now, *was}) if now.get(file) != was.get(file)]
         count += len(was)
     path = plan.stage.metrics_path(plan.chosen)
-    files.write_json(job.work / "metrics.json", dict(metrics))
-    differing += [path] if files.sha256(job.work / "metrics.json") != files.sha256(place.at(path)) else []
+    files.write_json(job.work / METRICS, dict(metrics))
+    differing += [path] if files.sha256(job.work / METRICS) != files.sha256(place.at(path)) else []
     _expect_same(plan, ", ".join(differing))
     return f"all {count} files and the metrics"
 

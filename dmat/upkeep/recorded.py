@@ -15,7 +15,7 @@ from dmat.errors import DmatError
 from dmat.pipeline import code_identity
 from dmat.pipeline.stages import STAGES
 from dmat.upkeep import dvc_files
-from dmat.upkeep.dvc_files import Result
+from dmat.upkeep.dvc_files import DvcResult
 from dmat.workspace import Workspace
 
 _PROVENANCE = f"{ARTIFACTS}/provenance/"
@@ -27,7 +27,7 @@ _WORDS = {"true": True, "false": False, "null": None, "": None}
 class Mismatch:
     """differences: "beta is 9.0 there and was 4.5", one for each value."""
 
-    result: Result
+    result: DvcResult
     stage: str
     instance: str
     differences: tuple[str, ...]

@@ -17,6 +17,7 @@ from dmat import files
 from dmat.errors import DmatError
 from dmat.job import POOLS
 from dmat.pipeline import STAGES, work_folder
+from dmat.workspace import FINISHED
 
 _NAME = re.compile(r"(?P<instance>.+)-(?P<fingerprint>[0-9a-f]{12})")
 _ASIDE = re.compile(r"before-\d{8}-\d{6}")
@@ -39,7 +40,7 @@ class WorkFolder:
     @property
     def finished(self) -> dict[str, Any] | None:
         """The note of a complete result. Raises DmatError if it is not this folder's."""
-        path = self.path / "finished.json"
+        path = self.path / FINISHED
         if not path.exists():
             return None
         note = files.read_json(path)
