@@ -20,12 +20,12 @@ import torch
 from pyautoattack import AutoAttack
 
 from dmat import devices
-from dmat.data.pixels import to_unit
+from dmat.data.pixels import to_float
 from dmat.data.sources import recognise
 from dmat.models.loading import open_classifier
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
-from dmat.robust.networks import Facts, wide_resnet
+from dmat.robust.networks import DataSpec, wide_resnet
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 
@@ -61,9 +61,9 @@ def main() -> None:
                 _, prediction = package.run_standard_evaluation(x, y, batch_size=250)
                 flags[name] = (prediction == y).cpu()
             else:
-                ours = compute.place_model(plain_model).requires_grad_(False)
+                ours = compute.model_to_device(plain_model).requires_grad_(False)
                 _, broken_by = auto_attack.attack(
-                    ours, compute.place(x), y, Ball(given.norm, epsilon), auto_attack.suite("standard", 10), 1,
+                    ours, compute.to_device(x), y, Ball(given.norm, epsilon), auto_attack.suite("standard", 10), 1,
                     given.batch,
                 )  # fmt: skip
                 flags[name] = (broken_by == auto_attack.ROBUST).cpu()
@@ -79,7 +79,7 @@ def main() -> None:
 def _subject(given: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor, float]:
     if given.model is None:
         torch.manual_seed(0)
-        model = wide_resnet(Facts(10, 3, (0.5,) * 3, (0.25,) * 3), given.depth, given.width, "silu").eval()
+        model = wide_resnet(DataSpec(10, 3, (0.5,) * 3, (0.25,) * 3), given.depth, given.width, "silu").eval()
         images = torch.rand(given.count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             labels = model(images).argmax(1)
@@ -88,7 +88,7 @@ def _subject(given: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor, 
     source = recognise(given.images, "test")
     chosen = np.random.default_rng(0).permutation(len(source.labels))[: given.count]
     epsilon = given.epsilon or float(Fraction(sidecar["threat"]["epsilon"]))
-    return model, to_unit(source.images[chosen]).contiguous(), torch.from_numpy(source.labels[chosen]), epsilon
+    return model, to_float(source.images[chosen]).contiguous(), torch.from_numpy(source.labels[chosen]), epsilon
 
 
 if __name__ == "__main__":

@@ -50,14 +50,14 @@ def once(images: int) -> dict[str, float]:
         content["train_robust"]["images_seen"] = images
         path = Path(folder) / "params.yaml"
         path.write_text(yaml.safe_dump(content))
-        params, place = config.load(path), Workspace(Path(folder), Path(folder))
+        params, workspace = config.load(path), Workspace(Path(folder), Path(folder))
         shutil.copy(ROOT / "code.yaml", folder)
         (Path(folder) / "artifacts").mkdir()
         for word in ("prepare_data", "generate_images", "select_images", "mix_images"):
             (Path(folder) / "artifacts" / word).symlink_to(ROOT / "artifacts" / word)
-        plan = planning.plan(STAGES["train_robust"], {"arm": "generated", "seed": 1}, params, place)
+        plan = planning.plan(STAGES["train_robust"], {"arm": "generated", "seed": 1}, params, workspace)
         started = time.perf_counter()
-        execution.execute(plan, params, place, quiet=True)
+        execution.execute(plan, params, workspace, quiet=True)
         total = time.perf_counter() - started
     return {"seconds": total, **spent, **{f"{name}_share": value / total for name, value in spent.items()}}
 

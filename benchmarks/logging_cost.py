@@ -43,7 +43,7 @@ def work(home: Path, seconds: float, steps: int | None) -> dict:
     folder = home / "runs" / "one"
     folder.mkdir(parents=True)
     opened = time.perf_counter()
-    run = tracking.open_run(home, folder, stage="train_robust", instance="one", settings={}, inputs={}, compute={})
+    run = tracking.open_run(home, folder, stage="train_robust", instance_name="one", settings={}, inputs={}, compute={})
     with run:
         started = time.perf_counter()
         done, recorded, half = 0, 0, started

@@ -6,7 +6,7 @@
     ... --profile    # and the kernels of one step of ours that take longest
 
 Plain: fp32, NCHW, eager, every convolution padded by a copy, parameters that require gradients during the attack, one
-more natural forward for the targets of the attack. Ours: what `training.classifier` runs. The two alternate within
+more clean forward for the targets of the attack. Ours: what `training.classifier` runs. The two alternate within
 each repeat, so that what else the machine does hits both; medians are printed, with the share of the measured matrix
 peak of the machine (2048 x 2048 products; 8192 on a GPU). Prints one JSON line a batch size.
 """
@@ -27,13 +27,13 @@ from dmat import devices, modes
 from dmat.devices import Compute
 from dmat.robust import flops, losses
 from dmat.robust.attacks import Ball
-from dmat.robust.networks import Block, Facts, WideResNet, wide_resnet
+from dmat.robust.networks import DataSpec, WideBlock, WideResNet, wide_resnet
 
-FACTS = Facts(10, 3, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+FACTS = DataSpec(10, 3, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 STEPS, STEP_SIZE, EPSILON, BETA = 10, 2 / 255, 8 / 255, 5.0
 
 
-def padded_block(block: Block, x: Tensor) -> Tensor:
+def padded_block(block: WideBlock, x: Tensor) -> Tensor:
     """A block whose convolutions pad by a copy."""
     active = block.activation_0(block.batchnorm_0(x))
     sides = (1, 1, 1, 1) if block.conv_0.stride[0] == 1 else (0, 1, 0, 1)
@@ -45,7 +45,7 @@ def padded_block(block: Block, x: Tensor) -> Tensor:
 
 def plain_network(model: WideResNet) -> nn.Module:
     twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    for block in [layer for layer in twin.modules() if isinstance(layer, Block)]:
+    for block in [layer for layer in twin.modules() if isinstance(layer, WideBlock)]:
         block.forward = padded_block.__get__(block)  # type: ignore[method-assign]
     return twin.train()
 
@@ -65,18 +65,18 @@ def plain_step(model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y:
     for layer in layers:
         layer.track_running_stats = True
     optimiser.zero_grad()
-    natural, attacked = model(x), model(adversarial.detach())
-    robust = F.kl_div(F.log_softmax(attacked, 1), F.softmax(natural, 1), reduction="batchmean")
-    (F.cross_entropy(natural, y, label_smoothing=0.1) + BETA * robust).backward()
+    clean, attacked = model(x), model(adversarial.detach())
+    robust = F.kl_div(F.log_softmax(attacked, 1), F.softmax(clean, 1), reduction="batchmean")
+    (F.cross_entropy(clean, y, label_smoothing=0.1) + BETA * robust).backward()
     optimiser.step()
 
 
 def our_step(
     model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Tensor, start: Tensor, compute: Compute
 ) -> None:
-    recipe = losses.Recipe(Ball("linf", EPSILON), STEPS, STEP_SIZE, BETA, 0.1)
+    loss_settings = losses.LossSettings(Ball("linf", EPSILON), STEPS, STEP_SIZE, BETA, 0.1)
     with modes.mode(model, training=True), compute.autocast():
-        loss = losses.trades(model, compute.place(x), y, start, recipe)
+        loss = losses.trades(model, compute.to_device(x), y, start, loss_settings)
     optimiser.zero_grad(set_to_none=True)
     loss.total.mean().backward()
     optimiser.step()
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace, batch: int, compute: Compute) -> dict[str,
     torch.manual_seed(0)
     model = wide_resnet(FACTS, args.depth, args.width, "silu")
     plain = plain_network(model).to(compute.device)
-    compute.place_model(model)
+    compute.model_to_device(model)
     if args.compiled:
         model.compile()
     x = torch.rand(batch, 3, args.size, args.size).to(compute.device)
@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace, batch: int, compute: Compute) -> dict[str,
         lambda: plain_step(plain, optimisers[0], x, y, start),
         lambda: our_step(model, optimisers[1], x, y, start, compute),
     )
-    for step in steps * args.warm_up:
+    for step in steps * args.warmup:
         step()
     times = [[seconds(step, compute.device) for step in steps] for _ in range(args.repeats)]
     plain_seconds, our_seconds = (statistics.median(column) for column in zip(*times, strict=True))

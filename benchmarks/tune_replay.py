@@ -23,9 +23,10 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from dmat import config, tuning, workspace
+from dmat import config, tuning
 from dmat.config import Tune
 from dmat.tuning import sampling, space, storage
+from dmat.workspace import find_workspace
 
 VARIANTS = [
     *(("random", "nothing", pruner) for pruner in ("none", "median", "hyperband")),
@@ -39,7 +40,7 @@ VARIANTS = [
 def export(to: Path, params: Path) -> None:
     """The curves of the study that a parameter file asks for."""
     loaded = config.load(params)
-    plan = tuning.plan(loaded, workspace.find(params.resolve().parent))
+    plan = tuning.plan(loaded, find_workspace(params.resolve().parent))
     study = storage.find(storage.connect(plan.storage), plan.name)
     assert study is not None, f"study {plan.name} was not begun"
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
@@ -117,7 +118,7 @@ def replay(recorded: Recorded, settings: Tune, pruned_as: str, trials: int) -> t
 
 
 def compare(
-    recorded: Recorded, samplers: list[str], repeats: int, trials: int, warm_up: int | None
+    recorded: Recorded, samplers: list[str], repeats: int, trials: int, warmup: int | None
 ) -> Iterator[dict[str, Any]]:
     """A line for each variant. Repeats differ in the seed of sampler and brackets."""
     without: dict[str, list[tuple[float, int]]] = {}
@@ -128,8 +129,8 @@ def compare(
         found = []
         for seed in range(repeats):
             changes: dict[str, Any] = {"sampler": sampler, "pruner": pruner, "seed": seed}
-            if warm_up is not None:
-                changes["warm_up_images"] = warm_up
+            if warmup is not None:
+                changes["warmup_images"] = warmup
             found.append(replay(recorded, recorded.settings.model_copy(update=changes), pruned_as, trials))
         without.setdefault(sampler, found)
         full = trials * max(recorded.reports[0])
@@ -151,7 +152,7 @@ def compare(
             "trials": trials,
             "recorded": len(recorded.values),
             "repeats": repeats,
-            "warm_up_images": recorded.settings.warm_up_images if warm_up is None else warm_up,
+            "warmup_images": recorded.settings.warmup_images if warmup is None else warmup,
             "standard_error": round(100 * error, 2),
         }
 
@@ -174,7 +175,7 @@ def main() -> None:
         export(args.to, args.params)
         return
     rows = []
-    for row in compare(Recorded(args.curves), args.samplers, args.repeats, args.trials, args.warm_up):
+    for row in compare(Recorded(args.curves), args.samplers, args.repeats, args.trials, args.warmup):
         print(json.dumps(row), flush=True)
         rows.append(row)
     print("\n| sampler | pruner | pruned trials shown as | images saved | same best | regret, points |")

@@ -32,7 +32,7 @@ def prepare(folder: Path, images: int) -> None:
     """A project beside this one whose trials are short."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["compute"] |= {"threads": 1, "save_every_seconds": 1.0}
-    params["tune"] |= {"images_seen": images, "evaluate_every": images // 4, "warm_up_images": images // 4, "rerank": 0}
+    params["tune"] |= {"images_seen": images, "evaluate_every": images // 4, "warmup_images": images // 4, "rerank": 0}
     folder.mkdir(parents=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     shutil.copy(ROOT / "code.yaml", folder)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import stages
-from cli.models import offer_own_code
+from cli.models import offer_plugins
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES
 
@@ -86,8 +86,8 @@ def _evaluate(
             )
         if given:
             raise DmatError(f"{', '.join(given)} came with --arm; expected --model and --images; change params.yaml")
-        chosen = {"arm": arm, "seed": seed}
-        stages.run(_STAGE, chosen, params or Path("params.yaml"), fresh, dry_run, as_json, worker)
+        instance = {"arm": arm, "seed": seed}
+        stages.run(_STAGE, instance, params or Path("params.yaml"), fresh, dry_run, as_json, worker)
         return
     for name, value in of_model.items():
         if value is None:
@@ -136,12 +136,13 @@ def _evaluate_model(
     as_json: bool,
     params: Path | None,
 ) -> None:
-    from dmat import config, workspace
+    from dmat import config
     from dmat.pipeline import direct_evaluation
+    from dmat.workspace import find_workspace
 
     base = config.load(params).evaluate_robust.plain() if params else {}
     if not params:
-        offer_own_code()
+        offer_plugins()
     in_project = Path("params.yaml").is_file()
     request = direct_evaluation.Request(
         direct_evaluation.safetensors(*given_as, folder),
@@ -150,16 +151,16 @@ def _evaluate_model(
         *threat,
         config.evaluation(base | overrides),
         folder,
-        workspace.find(Path()).home if in_project else None,
+        find_workspace(Path()).home if in_project else None,
         classes_in_order,
     )
     direct = direct_evaluation.DirectEvaluation(request, direct_evaluation.compute_on(device))
     row = direct_evaluation.published(direct, against[1] or given_as[0].stem) if against[0] else None
     if dry_run:
-        typer.echo(json.dumps(direct.outlook(), indent=2))
+        typer.echo(json.dumps(direct.estimate(), indent=2))
         return
-    if worker or not direct_evaluation.leads():
-        direct.assist(quiet=as_json)
+    if worker or not direct_evaluation.is_main_process():
+        direct.run_worker(quiet=as_json)
         return
     result = direct.run(fresh, quiet=as_json)
     said = direct_evaluation.against_robustbench(direct, result, row) if row else []

@@ -25,37 +25,40 @@ def _lock(
     ] = None,
     why: Annotated[str, typer.Option(metavar="TEXT", help="Why it computes the same; needed by --same.")] = "",
 ) -> None:
-    from dmat import workspace
     from dmat.pipeline import code_identity
+    from dmat.workspace import current_workspace
 
-    place = workspace.here()
+    workspace = current_workspace()
     if bool(same) != bool(why.strip()) or (same and check):
         raise DmatError("expected --same and --why together, and --check alone; add what is missing, or leave out both")
-    if unknown := [word for word in same or [] if word not in STAGES]:
+    if unknown := [stage_name for stage_name in same or [] if stage_name not in STAGES]:
         raise DmatError(f"--same is {unknown[0]!r}; expected one of {', '.join(STAGES)}; name a stage")
     if same:
         _accept(same, why)
         return
-    there = check or (place.root / code_identity.NAME).exists()
-    before = code_identity.read(place.root) if there else code_identity.Locked({}, {})
+    there = check or (workspace.root / code_identity.NAME).exists()
+    before = code_identity.read(workspace.root) if there else code_identity.CodeLock({}, {})
     now = code_identity.up_to_date(before)
-    for word, identity in now.identities.items():
-        old = before.identities.get(word, "none")
-        typer.echo(f"{word:18s}" + ("unchanged" if old == identity else f"{old[:12]} -> {identity[:12]} (it reruns)"))
+    for stage_name, identity in now.identities.items():
+        old = before.identities.get(stage_name, "none")
+        typer.echo(
+            f"{stage_name:18s}" + ("unchanged" if old == identity else f"{old[:12]} -> {identity[:12]} (it reruns)")
+        )
     if check and now != before:
         raise DmatError(
             f"{code_identity.NAME} is of other code; expected the code that is here; run `dmat lock` (the stages with "
             f"an arrow rerun) or `dmat lock --same STAGE --why ...` for one that computes the same"
         )
     if now != before or not there:
-        code_identity.write(place.root, now)
+        code_identity.write(workspace.root, now)
 
 
 def _accept(same: list[str], why: str) -> None:
-    from dmat import config, workspace
+    from dmat import config
     from dmat.upkeep import locking
+    from dmat.workspace import current_workspace
 
-    place = workspace.here()
-    params = config.load(place.at("params.yaml"))
-    for word in same:
-        typer.echo(f"{word:18s}the same: {locking.accept(place, params, STAGES[word], why)}")
+    workspace = current_workspace()
+    params = config.load(workspace.at("params.yaml"))
+    for stage_name in same:
+        typer.echo(f"{stage_name:18s}the same: {locking.accept(workspace, params, STAGES[stage_name], why)}")

@@ -76,7 +76,7 @@ def _import(
     )
 
 
-def offer_own_code() -> None:
+def offer_plugins() -> None:
     """Networks that params.yaml here names by import path may be loaded. A broken one is told by who needs it."""
     from dmat import config
 
@@ -92,7 +92,7 @@ def _export(
 ) -> None:
     from dmat.models import exporting
 
-    offer_own_code()
+    offer_plugins()
     for note in exporting.export(model, to, file):
         typer.echo(f"note: {note}", err=True)
     typer.echo(str(file))
@@ -101,7 +101,7 @@ def _export(
 def _info(model: Model, as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False) -> None:
     from dmat.models import loading
 
-    offer_own_code()
+    offer_plugins()
     found = loading.describe(model)
     if as_json:
         typer.echo(json.dumps(found, indent=2, sort_keys=True))
@@ -128,7 +128,7 @@ def _predict(
     from dmat import devices
     from dmat.models import predicting
 
-    offer_own_code()
+    offer_plugins()
     compute = devices.resolve(device, "fp32", torch.get_num_threads())
     target = to or images.with_name(f"{images.stem}-logits.npy")
     done = predicting.predict(model, images, target, compute, labels, batch, quiet)
@@ -138,10 +138,10 @@ def _predict(
 
 
 def _list(as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False) -> None:
-    from dmat import workspace
     from dmat.tracking import registry
+    from dmat.workspace import current_workspace
 
-    found = registry.listed(workspace.here().home)
+    found = registry.listed(current_workspace().home)
     if as_json:
         typer.echo(json.dumps(found, indent=2, sort_keys=True))
         return
@@ -160,13 +160,13 @@ def _get(
     wanted: Annotated[str, typer.Argument(metavar="MODEL", help="NAME@champion or NAME@VERSION.")],
     to: Annotated[Path | None, typer.Option(help="File to write. [default: NAME.safetensors]")] = None,
 ) -> None:
-    from dmat import workspace
     from dmat.tracking import registry
+    from dmat.workspace import current_workspace
 
     target = to or Path(f"{wanted.partition('@')[0]}.safetensors")
     if target.suffix != ".safetensors":
         raise DmatError(f"--to is {target}; expected a name that ends with .safetensors")
-    found = registry.fetch(workspace.here().home, wanted, target)
+    found = registry.fetch(current_workspace().home, wanted, target)
     both = "weights and sidecar have the registered checksums"
     checked = both if registry.SIDECAR in found else "the weights have the registered checksum, the sidecar names it"
     typer.echo(f"{target}: version {found['version']}, run {found['run']}; {checked}")

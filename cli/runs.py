@@ -103,7 +103,7 @@ def _list(
         return
     for run in found:
         spent = f"{run.seconds:7.0f} s" if run.seconds is not None else "        …"
-        what = f"{run.stage} {run.instance}".strip() or run.name
+        what = f"{run.stage} {run.instance_name}".strip() or run.name
         typer.echo(
             f"{queries.short(run.id)}  {run.status:9s}{_moment(run.started)} {spent}  {what:34s} "
             f"{_summary(run.metrics, run.tags, sort)}".rstrip()
@@ -148,19 +148,19 @@ def _compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Two or more, named as for `runs show`.")],
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
-    from dmat import workspace
     from dmat.tracking import queries
+    from dmat.workspace import current_workspace
 
     if len(runs) < 2:
         raise DmatError(f"there is {len(runs)} run to compare; expected two or more; name another")
-    place = workspace.here()
-    found = [queries.one(place.home, run) for run in runs]
+    workspace = current_workspace()
+    found = [queries.one(workspace.home, run) for run in runs]
     differing, same = queries.differences(found)
     paired = {}
     if len(found) == 2 and all(run.stage == "evaluate_robust" or "optuna.trial" in run.tags for run in found):
         from dmat.upkeep import comparing  # numpy and pyarrow only where they are needed
 
-        paired = comparing.paired(place, *found)
+        paired = comparing.paired(workspace, *found)
     if as_json:
         ids = [run.id for run in found]
         typer.echo(json.dumps({"runs": ids, "differences": differing, "same": same, "paired": paired}, indent=2))
@@ -184,11 +184,12 @@ def _lineage(
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
-    from dmat import config, workspace
+    from dmat import config
     from dmat.pipeline import results
     from dmat.report import lineage
+    from dmat.workspace import find_workspace
 
-    found = results.chain(result, config.load(params), workspace.find(params.resolve().parent))
+    found = results.chain(result, config.load(params), find_workspace(params.resolve().parent))
     if draw is not None and draw.suffix != ".png":
         raise DmatError(f"--draw is {draw}; expected a file whose name ends with .png")
     if draw is not None:
@@ -207,10 +208,10 @@ def _reproduce(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The start of an id, or stage/instance: the newest.")],
     to: Annotated[Path | None, typer.Option(help="The new work tree. [default: beside the project]")] = None,
 ) -> None:
-    from dmat import workspace
     from dmat.upkeep import reproducing
+    from dmat.workspace import current_workspace
 
-    found = reproducing.reproduce(workspace.here(), run, to)
+    found = reproducing.reproduce(current_workspace(), run, to)
     for line in found.lines:
         typer.echo(line)
     for line in found.differences:
@@ -219,9 +220,9 @@ def _reproduce(
 
 
 def _home() -> Path:
-    from dmat import workspace
+    from dmat.workspace import current_workspace
 
-    return workspace.here().home
+    return current_workspace().home
 
 
 def _moment(seconds: float) -> str:

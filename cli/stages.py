@@ -31,8 +31,8 @@ _INSTANCE_OPTIONS = {
 def add_to(app: typer.Typer, own: Mapping[str, Callable[[typer.Typer], None]]) -> None:
     """own: stages whose commands offer more than those made here."""
     for stage in STAGES.values():
-        if stage.word in own:
-            own[stage.word](app)
+        if stage.name in own:
+            own[stage.name](app)
             continue
         app.command(stage.command, help=f"{stage.summary}\n\nExample: {stage.example}")(_command(stage))
 
@@ -40,13 +40,13 @@ def add_to(app: typer.Typer, own: Mapping[str, Callable[[typer.Typer], None]]) -
 def _command(stage: Stage) -> Callable[..., None]:
     """A function whose signature Typer reads: the stage's own options, then those of every stage."""
 
-    def command(fresh: bool, dry_run: bool, as_json: bool, params: Path, **chosen: Any) -> None:
-        run(stage, chosen, params, fresh, dry_run, as_json)
+    def command(fresh: bool, dry_run: bool, as_json: bool, params: Path, **instance: Any) -> None:
+        run(stage, instance, params, fresh, dry_run, as_json)
 
     own = [
         _parameter(name, Annotated[kind, typer.Option(help=text)])
         for name, (kind, text) in _INSTANCE_OPTIONS.items()
-        if name in stage.each
+        if name in stage.keys
     ]
     shared = [
         _parameter(
@@ -67,53 +67,56 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 
 
 def run(
-    stage: Stage, chosen: dict[str, Any], path: Path, fresh: bool, dry_run: bool, as_json: bool, worker: bool = False
+    stage: Stage, instance: dict[str, Any], path: Path, fresh: bool, dry_run: bool, as_json: bool, worker: bool = False
 ) -> None:
     """One instance of a stage, as its command does it. worker: helps the process that will publish it."""
-    from dmat import tracking, workspace
+    from dmat import tracking
+    from dmat.workspace import find_workspace
 
-    place = workspace.find(path.resolve().parent)
+    workspace = find_workspace(path.resolve().parent)
     try:
-        _run(stage, chosen, path, place, fresh, dry_run, as_json, worker)
+        _run(stage, instance, path, workspace, fresh, dry_run, as_json, worker)
     except Exception as error:
         with contextlib.suppress(Exception):  # what went wrong is to be said, whatever becomes of the record
-            tracking.tell(place.home, error)
+            tracking.tell(workspace.home, error)
         raise
 
 
 def _run(
-    stage: Stage, chosen: dict[str, Any], path: Path, place: "Workspace", fresh: bool, dry_run: bool, as_json: bool,
+    stage: Stage, instance: dict[str, Any], path: Path, workspace: "Workspace", fresh: bool, dry_run: bool, as_json: bool,
     worker: bool,
 ) -> None:  # fmt: skip
     from dmat import config, processes
     from dmat.pipeline import execution, planning
 
     params = config.load(path)
-    plan = planning.plan(stage, chosen, params, place)
+    plan = planning.plan(stage, instance, params, workspace)
     if "RANK" in os.environ and os.environ.get(_PLANNED, plan.fingerprint) != plan.fingerprint:
         raise DmatError(
-            f"parameters or inputs of {stage.word} {stage.instance(chosen)} changed since it was started in several "
+            f"parameters or inputs of {stage.name} {stage.instance_name(instance)} changed since it was started in several "
             f"processes; expected no change until it ended; run the same command again for what is there now"
         )
     if dry_run:
-        typer.echo(json.dumps(plan.describe() | execution.outlook(plan, params, place), indent=2))
+        typer.echo(json.dumps(plan.describe() | execution.estimate(plan, params, workspace), indent=2))
         return
     if worker:
-        execution.assist(plan, params, place, quiet=as_json)
+        execution.run_worker(plan, params, workspace, quiet=as_json)
         return
     wanted = params.compute.processes
     if wanted > 1 and stage.processes == "together" and "RANK" not in os.environ:
         os.environ[_PLANNED] = plan.fingerprint  # torchrun starts all again where one fails: never another training
         _start_together(wanted)
     started = time.monotonic()
-    metrics = execution.execute(plan, params, place, fresh=fresh, quiet=as_json, read_again=lambda: config.load(path))
-    if not processes.world().leads:
+    metrics = execution.execute(
+        plan, params, workspace, fresh=fresh, quiet=as_json, read_again=lambda: config.load(path)
+    )
+    if not processes.world().is_main_process:
         return
     if as_json:
         typer.echo(json.dumps(metrics, sort_keys=True))
     else:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in _headline(metrics))
-        typer.echo(f"{stage.word} {stage.instance(chosen)}: {numbers} ({time.monotonic() - started:.0f} s)")
+        typer.echo(f"{stage.name} {stage.instance_name(instance)}: {numbers} ({time.monotonic() - started:.0f} s)")
     for note in (plan.finished or {}).get("notes", []):
         typer.echo(note, err=True)
 

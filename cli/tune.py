@@ -68,7 +68,7 @@ def _start(
 
     if worker and (fresh or workers > 1):
         raise DmatError("--worker is one process that helps; expected it without --fresh and --workers; leave them out")
-    loaded, place, study = _study(params, storage)
+    loaded, workspace, study = _study(params, storage)
     total = trials or study.settings.trials
     if dry_run:
         typer.echo(json.dumps({**study.describe(), "trials": total, "workers": workers}, indent=2))
@@ -76,9 +76,9 @@ def _start(
     if worker:
         tuning.end_with_starter()
     started = time.monotonic()
-    wanted = tuning.Wanted(total, 0 if worker else workers, fresh, quiet=as_json or worker)
-    summary = tuning.run(study, loaded, place, wanted)
-    if worker or not processes.world().leads:
+    wanted = tuning.StudyOptions(total, 0 if worker else workers, fresh, quiet=as_json or worker)
+    summary = tuning.run(study, loaded, workspace, wanted)
+    if worker or not processes.world().is_main_process:
         return
     if as_json:
         typer.echo(json.dumps(summary, sort_keys=True))
@@ -148,11 +148,12 @@ def _dashboard(
 
 
 def _study(path: Path, storage: str) -> "tuple[Params, Workspace, Study]":
-    from dmat import config, tuning, workspace
+    from dmat import config, tuning
+    from dmat.workspace import find_workspace
 
     loaded = config.load(path)
-    place = workspace.find(path.resolve().parent)
-    return loaded, place, tuning.plan(loaded, place, storage or None)
+    workspace = find_workspace(path.resolve().parent)
+    return loaded, workspace, tuning.plan(loaded, workspace, storage or None)
 
 
 def _words(study: "Study", summary: dict[str, Any]) -> str:

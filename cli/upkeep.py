@@ -34,15 +34,15 @@ def _doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    from dmat import workspace
     from dmat.upkeep import doctor, machine
+    from dmat.workspace import find_workspace
 
     if fix:
-        repaired = doctor.fix(workspace.find(Path.cwd()))
+        repaired = doctor.fix(find_workspace(Path.cwd()))
         typer.echo(json.dumps(repaired) if as_json else "\n".join(repaired or ["nothing to repair"]))
         return
     found = []
-    for one in doctor.examine(workspace.find(Path.cwd())):
+    for one in doctor.examine(find_workspace(Path.cwd())):
         found.append(one)
         if not as_json:
             typer.echo(f"{one.mark:8s}{one.check:14s}{one.found}" + (f"\n{'':22s}-> {one.do}" if one.do else ""))
@@ -59,18 +59,19 @@ def _clean(
     ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    from dmat import config, workspace
+    from dmat import config
     from dmat.upkeep import cleaning
+    from dmat.workspace import find_workspace
 
-    place = workspace.find(Path.cwd())
-    params = config.load(place.at("params.yaml"))
-    survey = cleaning.survey(place, params, unfinished=unfinished, older_than=older_than)
+    workspace = find_workspace(Path.cwd())
+    params = config.load(workspace.at("params.yaml"))
+    survey = cleaning.survey(workspace, params, unfinished=unfinished, older_than=older_than)
     frees = cleaning.freed(path for one in survey.candidates for path in one.paths)
     if as_json:
         record = _record(survey)
     else:
-        _show(place, survey, frees)
-    stayed: list[cleaning.Kept] = []
+        _show(workspace, survey, frees)
+    stayed: list[cleaning.KeptPath] = []
     if yes:
         frees, stayed = cleaning.remove(survey.candidates)
     if as_json:
@@ -78,7 +79,7 @@ def _clean(
         typer.echo(json.dumps({**record, "deleted": yes, "bytes": frees, "not_deleted": left}, indent=2))
     elif yes:
         for one in stayed:
-            typer.echo(f"stays: {_short(place, one.path)}: {one.reason}", err=True)
+            typer.echo(f"stays: {_short(workspace, one.path)}: {one.reason}", err=True)
         typer.echo(f"Deleted {len(survey.candidates) - len(stayed)}; {_amount(frees)} came free.")
     elif survey.candidates:
         typer.echo("Nothing was deleted; `dmat clean --yes` with the same options deletes what is shown.")
@@ -104,7 +105,7 @@ def _record(survey: "Survey") -> dict[str, object]:
     }
 
 
-def _show(place: "Workspace", survey: "Survey", frees: int) -> None:
+def _show(workspace: "Workspace", survey: "Survey", frees: int) -> None:
     from dmat.upkeep import cleaning
 
     for kind, meaning in cleaning.KINDS.items():
@@ -114,11 +115,11 @@ def _show(place: "Workspace", survey: "Survey", frees: int) -> None:
         for one in group:
             amount = f"{_amount(cleaning.freed(one.paths))} of {_amount(cleaning.size(one.paths))}"
             more = f" and {len(one.paths) - 1} more" if len(one.paths) > 1 else ""
-            typer.echo(f"  {amount:24s}{_short(place, one.paths[0])}{more}: {one.reason}")
+            typer.echo(f"  {amount:24s}{_short(workspace, one.paths[0])}{more}: {one.reason}")
     if survey.kept:
         typer.echo("kept:")
     for kept in survey.kept:
-        typer.echo(f"  {_short(place, kept.path)}: {kept.reason}")
+        typer.echo(f"  {_short(workspace, kept.path)}: {kept.reason}")
     typer.echo(
         f"{len(survey.candidates)} can go, which frees {_amount(frees)}; what another name still has frees nothing."
         if survey.candidates
@@ -129,8 +130,8 @@ def _show(place: "Workspace", survey: "Survey", frees: int) -> None:
     typer.echo("DVC's cache is not touched: `dvc gc -w` removes what the files here no longer name, for good.")
 
 
-def _short(place: "Workspace", path: Path) -> str:
-    for base in (place.root, place.home):
+def _short(workspace: "Workspace", path: Path) -> str:
+    for base in (workspace.root, workspace.home):
         if path.is_relative_to(base):
             return str(path.relative_to(base))
     return str(path)

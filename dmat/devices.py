@@ -39,19 +39,19 @@ class Compute:
         """Matrix products and convolutions in bfloat16 inside the block, if that is the precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device; images [B, C, H, W] in channels-last memory."""
         layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
         return tensor.to(self.device, memory_format=layout, non_blocking=True)
 
     def ready(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A CPU tensor in memory that a GPU reads by itself: `place` then keeps nobody waiting. Images [B, C, H, W]
+        """A CPU tensor in memory that a GPU reads by itself: `to_device` then copies asynchronously. Images [B, C, H, W]
         become channels-last."""
         if tensor.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
-    def place_model(self, model: torch.nn.Module) -> torch.nn.Module:
+    def model_to_device(self, model: torch.nn.Module) -> torch.nn.Module:
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     def describe(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dmat import checksum_memory
+from dmat import checksum_cache
 from dmat.errors import DmatError
 
 if TYPE_CHECKING:
@@ -108,14 +108,14 @@ def sha256(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             state = os.fstat(file.fileno())
-            if (known := checksum_memory.recall(state)) is not None:
+            if (known := checksum_cache.recall(state)) is not None:
                 return known
             digest = hashlib.sha256()
             while piece := file.read(_READ_SIZE):
                 digest.update(piece)
     except FileNotFoundError:
         raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`") from None
-    checksum_memory.remember(state, digest.hexdigest())
+    checksum_cache.remember(state, digest.hexdigest())
     return digest.hexdigest()
 
 

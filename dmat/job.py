@@ -19,7 +19,7 @@ class Job:
     """What a job gets besides its settings: where to read, where to write, and how to compute."""
 
     inputs: Mapping[str, Path]
-    chosen: Mapping[str, Any]  # the options that name this instance
+    instance: Mapping[str, Any]  # the options that name this instance
     root: Path  # the project's folder
     work: Path  # for state that a restart needs
     compute: Compute
@@ -68,5 +68,5 @@ class Result:
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the MLflow run
     description: str = ""  # of the MLflow run, Markdown
     attachments: Sequence[Path] = ()  # files that people will want to open where they look at the run
-    models: Sequence[tracking.Candidate] = ()  # for the registry
+    models: Sequence[tracking.RegistryCandidate] = ()  # for the registry
     pools: Sequence[str] = ()  # names of those whose shards the result holds

@@ -32,11 +32,11 @@ class World:
     local: int = 0
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes."""
         return self.rank == 0
 
-    def part(self, count: int) -> slice:
+    def local_rows(self, count: int) -> slice:
         """This process's rows of `count`: contiguous, disjoint, nearly equal, together all."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
@@ -58,26 +58,26 @@ class World:
             gradient.copy_(part.view_as(gradient))
         return parts[-1]
 
-    def share_buffers(self, model: nn.Module) -> None:
+    def broadcast_buffers(self, model: nn.Module) -> None:
         """Everyone takes the leading process's buffers, as `nn.DataParallel` does."""
         buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         if self.size > 1 and buffers:
-            flat = self._broadcast(torch.cat([buffer.flatten() for buffer in buffers]))
+            flat = self._broadcast_tensor(torch.cat([buffer.flatten() for buffer in buffers]))
             for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
                 buffer.copy_(part.view_as(buffer))
 
-    def share(self, data: bytes | None) -> bytes | None:
+    def broadcast(self, data: bytes | None) -> bytes | None:
         """The leading process's bytes (or None) in every process."""
         if self.size == 1:
             return data
         device = _device(self)
-        length = int(self._broadcast(torch.tensor([-1 if data is None else len(data)], device=device)))
+        length = int(self._broadcast_tensor(torch.tensor([-1 if data is None else len(data)], device=device)))
         if length < 1:
             return None if length < 0 else b""
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(length, dtype=torch.uint8)
-        return self._broadcast(mine.to(device)).cpu().numpy().tobytes()
+        return self._broadcast_tensor(mine.to(device)).cpu().numpy().tobytes()
 
-    def _broadcast(self, tensor: Tensor) -> Tensor:
+    def _broadcast_tensor(self, tensor: Tensor) -> Tensor:
         with self._speaking():
             torch.distributed.broadcast(tensor, 0)
         return tensor

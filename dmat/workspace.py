@@ -24,28 +24,28 @@ class Workspace:
     def at(self, relative: str) -> Path:
         return self.root / relative
 
-    def run_folder(self, word: str, instance: str, fingerprint: str) -> Path:
-        return self.home / "runs" / word / f"{instance}-{fingerprint}"
+    def run_folder(self, stage_name: str, instance_name: str, fingerprint: str) -> Path:
+        return self.home / "runs" / stage_name / f"{instance_name}-{fingerprint}"
 
 
-def provenance_path(stage: str, instance: str) -> str:
+def provenance_path(stage: str, instance_name: str) -> str:
     """Where a stage says what its result comes from, below the project."""
-    return f"{ARTIFACTS}/provenance/{stage}/{instance}.json"
+    return f"{ARTIFACTS}/provenance/{stage}/{instance_name}.json"
 
 
-def here() -> Workspace:
+def current_workspace() -> Workspace:
     """That of the current folder. Raises DmatError where it is no project: reading there would only make an empty
     store."""
-    place = find(Path.cwd())
-    if not (place.home / "params.yaml").exists() and not (place.home / "mlruns").exists():
+    workspace = find_workspace(Path.cwd())
+    if not (workspace.home / "params.yaml").exists() and not (workspace.home / "mlruns").exists():
         raise DmatError(
-            f"{place.home} is no project: it has neither params.yaml nor mlruns; expected one; go to its folder, or "
+            f"{workspace.home} is no project: it has neither params.yaml nor mlruns; expected one; go to its folder, or "
             f"make one with `dmat init DIR`"
         )
-    return place
+    return workspace
 
 
-def find(start: Path) -> Workspace:
+def find_workspace(start: Path) -> Workspace:
     """The workspace of a folder. A copy that DVC made for an experiment shares the main checkout's home, because the
     copy vanishes when the experiment ends. DMAT_HOME names another home."""
     root = start.resolve()

@@ -77,7 +77,7 @@ def _tiny() -> dict:
     params["evaluate_robust"] |= {"pgd_steps": 3, "shard": 20, "batch": 20, "auto_attack": "none",
                                   "sweep": [2.0], "check_images": 10, "check_queries": 20}  # fmt: skip
     params["write_report"] |= {"bootstrap": 100}
-    params["tune"] |= {"images_seen": 640, "evaluate_every": 128, "warm_up_images": 0, "startup_trials": 2,
+    params["tune"] |= {"images_seen": 640, "evaluate_every": 128, "warmup_images": 0, "startup_trials": 2,
                        "overrides": {}, "sampler": "tpe", "pruner": "median", "rerank": 0}  # fmt: skip
     return params
 

@@ -29,9 +29,9 @@ IN_ORDER = {
 
 
 @functools.cache
-def own_code() -> code_identity.Locked:
+def own_code() -> code_identity.CodeLock:
     """As `dmat lock` writes it where there was nothing to keep."""
-    return code_identity.up_to_date(code_identity.Locked({}, {}))
+    return code_identity.up_to_date(code_identity.CodeLock({}, {}))
 
 
 class Project:
@@ -47,26 +47,26 @@ class Project:
         self.params = config.merge(self.params, changes)
         (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False))
 
-    def command(self, word, **environment):
-        return forked.Command(self.folder, STAGES[word].command, *IN_ORDER[word], "--json", **environment)
+    def command(self, stage_name, **environment):
+        return forked.Command(self.folder, STAGES[stage_name].command, *IN_ORDER[stage_name], "--json", **environment)
 
-    def run(self, word, code=0):
-        found, text = self.command(word).wait()
+    def run(self, stage_name, code=0):
+        found, text = self.command(stage_name).wait()
         assert found == code, text
         return text
 
-    def outputs(self, word):
+    def outputs(self, stage_name):
         """Hash of everything that an instance leaves for other stages and for people, provenance apart."""
         folder = self.folder / "artifacts"
-        made = (folder / word).glob("*") if (folder / word).exists() else []
-        metrics = folder / "metrics" / word
+        made = (folder / stage_name).glob("*") if (folder / stage_name).exists() else []
+        metrics = folder / "metrics" / stage_name
         found = [*sorted(p for p in made if p.name != "none"), *([metrics] if metrics.exists() else [])]
-        work = list((self.folder / "runs" / word).glob("*/metrics.jsonl"))
+        work = list((self.folder / "runs" / stage_name).glob("*/metrics.jsonl"))
         return {str(p.relative_to(self.folder)): files.checksum(p) for p in [*found, *work]}
 
-    def copy_without(self, word, to):
+    def copy_without(self, stage_name, to):
         """The same project as it was before a stage ran."""
-        leave = [f"runs/{word}", f"artifacts/{word}", f"artifacts/metrics/{word}"]
+        leave = [f"runs/{stage_name}", f"artifacts/{stage_name}", f"artifacts/metrics/{stage_name}"]
         shutil.copytree(
             self.folder, to, ignore=lambda at, names: {n for n in names if f"{at}/{n}".endswith(tuple(leave))}
         )

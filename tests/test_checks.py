@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from dmat import modes, seeds
 from dmat.data import overlap, sources
-from dmat.data.pixels import to_bytes, to_unit
+from dmat.data.pixels import to_bytes, to_float
 from dmat.evaluation import checks
 from dmat.evaluation.checks import Check
 from dmat.robust import attacks
 from dmat.robust.attacks import Ball
-from dmat.robust.networks import Facts, wide_resnet
+from dmat.robust.networks import DataSpec, wide_resnet
 
 BALL = Ball("linf", 0.1)
 TRAINED, SEEN = slice(0, 1300), slice(1300, 1500)  # images of training and of evaluation
@@ -33,14 +33,14 @@ def digits():
     """Shuffled digits: float32 [1797, 1, 8, 8] in [0, 1] and labels."""
     source = sources.digits()
     order = seeds.order(1, "digits", 0, len(source.labels))
-    return to_unit(source.images[order]).contiguous(), torch.from_numpy(source.labels[order])
+    return to_float(source.images[order]).contiguous(), torch.from_numpy(source.labels[order])
 
 
 def trained(digits, ball, steps, rate, batch, attack_steps, step_size, random):
     """WRN-10-1 after PGD adversarial training (Madry et al. 2018), frozen, in evaluation mode."""
     images, labels = (part[TRAINED] for part in digits)
     seeds.reseed_torch(1, "weights", 0)
-    model = wide_resnet(Facts(10, 1, (0.3,), (0.38,)), 10, 1, "relu")
+    model = wide_resnet(DataSpec(10, 1, (0.3,), (0.38,)), 10, 1, "relu")
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     for step in range(steps):
@@ -136,7 +136,7 @@ def test_a_sound_measurement_passes_every_check(sound, seen):
     adversarial = attacked(sound, seen, BALL, 20, 0.025)
     at_once = attacks.logit_margin(sound(adversarial), labels).numpy()
     in_sevens = attacks.logit_margin(torch.cat([sound(part) for part in adversarial.split(7)]), labels).numpy()
-    grey = checks.grey_radius("linf", tuple(images.shape[1:]))
+    grey = checks.trivial_radius("linf", tuple(images.shape[1:]))
     made = [
         checks.in_range(images),
         checks.logits(sound(images)),
@@ -450,7 +450,7 @@ def margins_in(model, images, labels, batch):
 def test_images_saved_as_bytes_lose_the_attack(sound, seen):
     labels, adversarial = seen[1], barely_across(sound, seen)
     found = margins_in(sound, adversarial, labels, 200) > 0
-    saved = to_unit(to_bytes(adversarial * 2 - 1))
+    saved = to_float(to_bytes(adversarial * 2 - 1))
     check = checks.rescored(found, margins_in(sound, saved, labels, 200), margins_in(sound, saved, labels, 7))
     fires(check, "rescored", "not those that were scored", "save float32")
     assert check.found > 3
@@ -558,7 +558,7 @@ def test_masked_gradients_are_found_without_gradients(sound, seen):
     model = quantised(sound)
     black, white = robust_to_square(model, seen, BALL), robust(model, seen, BALL, 20, 0.025)
     fires(checks.black_box(black, white), "black_box", "gradients are masked")
-    radius = checks.grey_radius("linf", (1, 8, 8))
+    radius = checks.trivial_radius("linf", (1, 8, 8))
     survived = robust(model, seen, Ball("linf", radius), 20, 0.125)
     fires(checks.large_radius(survived, radius), "large_radius", "at radius 0.5,", "the same grey")
 
@@ -608,7 +608,7 @@ def test_one_image_in_twenty_may_survive_the_large_radius():
 def test_at_the_grey_radius_and_not_before_every_image_can_be_grey(norm):
     """Black is farthest from grey."""
     shape = (3, 5, 4)
-    radius = checks.grey_radius(norm, shape)
+    radius = checks.trivial_radius(norm, shape)
     black, grey = torch.zeros(1, *shape), torch.full((1, *shape), 0.5)
     for factor, reached in ((1.0001, True), (0.999, False)):
         found = attacks.pgd(None, black, None, Ball(norm, factor * radius), grey, 0, 0)
@@ -617,7 +617,7 @@ def test_at_the_grey_radius_and_not_before_every_image_can_be_grey(norm):
 
 def test_grey_radius_of_another_norm_is_refused():
     with pytest.raises(ValueError, match="norm is 'l1'; expected one of linf, l2"):
-        checks.grey_radius("l1", (1, 2, 2))
+        checks.trivial_radius("l1", (1, 2, 2))
 
 
 # --- what becomes of them

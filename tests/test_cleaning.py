@@ -15,10 +15,11 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
-from dmat import config, files, workspace
+from dmat import config, files
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES
 from dmat.upkeep import cleaning
+from dmat.workspace import find_workspace
 
 NOW, OLD = "a" * 12, "b" * 12  # fingerprints
 ARM = {"stage": "train_robust", "instance": "generated-1"}
@@ -45,35 +46,35 @@ class Project:
         self.at(path).write_bytes(content)
         return self.at(path)
 
-    def work(self, stage: str, instance: str, fingerprint: str = NOW, checkpoint: int = MEGABYTE) -> Path:
+    def work(self, stage: str, instance_name: str, fingerprint: str = NOW, checkpoint: int = MEGABYTE) -> Path:
         """A stopped run."""
-        folder = f"runs/{stage}/{instance}-{fingerprint}"
+        folder = f"runs/{stage}/{instance_name}-{fingerprint}"
         self.put(f"{folder}/lock", b"")
         self.put(f"{folder}/holder.json", b'{"pid": 1}')
         self.put(f"{folder}/checkpoint.dmat", bytes(checkpoint))
         return self.at(folder)
 
-    def finish(self, stage: str, instance: str, fingerprint: str = NOW, out: str | None = None, **more) -> Path:
+    def finish(self, stage: str, instance_name: str, fingerprint: str = NOW, out: str | None = None, **more) -> Path:
         """A finished run, published to artifacts/ by hard links."""
-        work = self.work(stage, instance, fingerprint, **more)
+        work = self.work(stage, instance_name, fingerprint, **more)
         (work / "result/out").mkdir(parents=True)
-        (work / "result/out/weights").write_bytes(f"{stage} {instance} {fingerprint}".encode() * 100)
-        provenance = {"stage": stage, "instance": instance, "fingerprint": fingerprint, "settings": {"beta": 5.0}}
+        (work / "result/out/weights").write_bytes(f"{stage} {instance_name} {fingerprint}".encode() * 100)
+        provenance = {"stage": stage, "instance": instance_name, "fingerprint": fingerprint, "settings": {"beta": 5.0}}
         files.write_json(work / "finished.json", {"metrics": {"n": 1}, "code": NOW, "provenance": provenance})
-        files.publish(work / "result/out", self.at(out or f"artifacts/{stage}/{instance}"))
-        files.write_json(self.at(f"artifacts/metrics/{stage}/{instance}.json"), {"n": 1})
-        files.write_json(self.at(f"artifacts/provenance/{stage}/{instance}.json"), provenance)
+        files.publish(work / "result/out", self.at(out or f"artifacts/{stage}/{instance_name}"))
+        files.write_json(self.at(f"artifacts/metrics/{stage}/{instance_name}.json"), {"n": 1})
+        files.write_json(self.at(f"artifacts/provenance/{stage}/{instance_name}.json"), provenance)
         return work
 
-    def commit(self, stage: str, instance: str, out: str | None = None, lock: bool = True) -> None:
+    def commit(self, stage: str, instance_name: str, out: str | None = None, lock: bool = True) -> None:
         """As DVC ends a stage: outputs hard-linked into its cache, named by the run cache and (lock) by dvc.lock."""
-        paths = [out or f"artifacts/{stage}/{instance}"]
-        paths += [f"artifacts/{kind}/{stage}/{instance}.json" for kind in ("metrics", "provenance")]
+        paths = [out or f"artifacts/{stage}/{instance_name}"]
+        paths += [f"artifacts/{kind}/{stage}/{instance_name}.json" for kind in ("metrics", "provenance")]
         entry = {"cmd": "dmat", "outs": [{"path": p, "hash": "md5", "md5": self._add(self.at(p))} for p in paths]}
         name = hashlib.sha256(repr(entry).encode()).hexdigest()
         self.put(f".dvc/cache/runs/{name[:2]}/{name}/{name}", yaml.safe_dump(entry).encode())
         if lock:
-            self.locked[f"{stage}@{instance}"] = entry
+            self.locked[f"{stage}@{instance_name}"] = entry
             self.put("dvc.lock", yaml.safe_dump({"schema": "2.0", "stages": self.locked}).encode())
 
     def _add(self, path: Path) -> str:
@@ -90,13 +91,13 @@ class Project:
             os.link(path, cached)
         return md5
 
-    def done(self, stage: str = "train_robust", instance: str = "generated-1", **more) -> Path:
-        work = self.finish(stage, instance, **more)
-        self.commit(stage, instance)
+    def done(self, stage: str = "train_robust", instance_name: str = "generated-1", **more) -> Path:
+        work = self.finish(stage, instance_name, **more)
+        self.commit(stage, instance_name)
         return work
 
     def survey(self, **options) -> cleaning.Survey:
-        return cleaning.survey(workspace.find(self.folder), config.load(self.at("params.yaml")), **options)
+        return cleaning.survey(find_workspace(self.folder), config.load(self.at("params.yaml")), **options)
 
     def goes(self, **options) -> dict[str, str]:
         """First path -> kind."""
@@ -108,7 +109,7 @@ class Project:
     def name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
-    def clean(self, **options) -> tuple[int, list[cleaning.Kept]]:
+    def clean(self, **options) -> tuple[int, list[cleaning.KeptPath]]:
         return cleaning.remove(self.survey(**options).candidates)
 
     def drop_arm(self) -> None:
@@ -467,15 +468,15 @@ def test_artifacts_stay_while_somebody_works(project):
 def test_every_stage_puts_files_where_clean_looks(project):
     """The places of an instance that is gone are those that the table names while it is there."""
     params = config.load(project.at("params.yaml"))
-    place = workspace.find(project.folder)
+    workspace = find_workspace(project.folder)
     seen = 0
-    for word, stage in STAGES.items():
-        for chosen in stage.choices(params) if stage.each else ():
-            beside = (stage.pictures_path(chosen), stage.metrics_path(chosen), stage.provenance_path(chosen))
-            wanted = [*stage.outputs(params, **chosen).values(), *beside]
+    for stage_name, stage in STAGES.items():
+        for instance in stage.choices(params) if stage.keys else ():
+            beside = (stage.pictures_path(instance), stage.metrics_path(instance), stage.provenance_path(instance))
+            wanted = [*stage.outputs(params, **instance).values(), *beside]
             for path in wanted:
                 project.put(path)
-            found = cleaning._places_of(place, word, stage.instance(chosen))
+            found = cleaning._places_of(workspace, stage_name, stage.instance_name(instance))
             assert [project.name(path) for path in found] == wanted
             seen += 1
     assert seen == 11

@@ -10,7 +10,7 @@ import yaml
 
 from cli.main import main
 from dmat import config, yaml_file
-from dmat.config import Fraction
+from dmat.config import WrittenNumber
 from dmat.errors import ConfigError, DmatError
 from dmat.robust.step_size import default_step
 
@@ -403,7 +403,7 @@ def test_step_sizes_follow_epsilon(tmp_path, params, norm, epsilon, attack, sele
     evaluation = loaded.evaluate_robust
     assert evaluation.pgd_step(norm, arm.threat.epsilon) == pytest.approx(pgd, rel=1e-15)
     assert loaded.trial.with_values({"beta": 2.0}).arm.attack_step_size == pytest.approx(attack, rel=1e-15)
-    assert float(Fraction(loaded.trial.value_of("attack_step_size"))) == pytest.approx(attack, rel=1e-15)
+    assert float(WrittenNumber(loaded.trial.value_of("attack_step_size"))) == pytest.approx(attack, rel=1e-15)
 
 
 def test_a_given_step_size_stays_and_the_radius_of_one_arm_moves_its_own(tmp_path, params):
@@ -427,10 +427,10 @@ def test_an_arm_overrides_its_section_and_nothing_else(tmp_path, params):
 
 
 def test_fractions_stay_as_written():
-    assert Fraction("8/255") == 8 / 255
-    assert Fraction("8/255").text == "8/255"
-    assert copy.deepcopy(Fraction("8/255")).text == "8/255"
-    assert Fraction(0.5).text == "0.5"
+    assert WrittenNumber("8/255") == 8 / 255
+    assert WrittenNumber("8/255").text == "8/255"
+    assert copy.deepcopy(WrittenNumber("8/255")).text == "8/255"
+    assert WrittenNumber(0.5).text == "0.5"
 
 
 def test_records_are_frozen(root):
@@ -451,10 +451,13 @@ chunks:
   edm18-0000: {image_set: edm18, generator: edm, index: 0}
   edm18-0001: {image_set: edm18, generator: edm, index: 1}
 arms:
-  real_only: {images_from: artifacts/prepare_data/train}
+  real_only: {images_from: artifacts/prepare_data/train, average_tau: 0.99}
+  warm_up: {images: none}
   generated: {images_from: artifacts/select_images/edm18_best, images: 640}
 prepare_data: {source: digits, train: 250, validation: 297, test: 1000, seed: 1}
-train_scorer: {images: 64000}
+train_scorer: {images: 64000, warm_up: 0.1}
+train_diffusion: {average_half_life: 88000}
+tune: {warm_up_images: 640, space: {average_warm_up: {low: 0, high: 0.1}}, enqueue: [{warm_up: 0.2}]}
 """
 
 
@@ -463,7 +466,7 @@ def test_a_file_of_an_earlier_version_is_told_what_to_write_now(tmp_path):
     with pytest.raises(ConfigError) as refused:
         config.load(tmp_path / "params.yaml")
     problems = refused.value.problems
-    assert len(problems) == 7, problems
+    assert len(problems) == 13, problems
     for words in (
         "line 4: chunks is no longer a list",
         "write image_sets: {edm18: {generator: edm, images: 10000}}",
@@ -473,6 +476,12 @@ def test_a_file_of_an_earlier_version_is_told_what_to_write_now(tmp_path):
         "arms.generated.images is 640; the length of a training is called images_seen",
         "train_scorer.images is 64000",
         "write path: none",
+        "arms.real_only.average_tau is no longer a key; the setting is called ema_decay: write that",
+        "train_scorer.warm_up is no longer a key; the setting is called warmup",
+        "train_diffusion.average_half_life is no longer a key; the setting is called ema_half_life",
+        "tune.warm_up_images is no longer a key; the setting is called warmup_images",
+        "tune.space.average_warm_up is no longer a key; the setting is called ema_warmup",
+        "tune.enqueue[0].warm_up is no longer a key; the setting is called warmup",
     ):
         assert any(words in problem for problem in problems), (words, problems)
 

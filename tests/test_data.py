@@ -18,7 +18,7 @@ from dmat import files, seeds
 from dmat.data import overlap, shards
 from dmat.data.batches import MixedBatches
 from dmat.data.mixing import BatchOrder, Mix, Sequence
-from dmat.data.pixels import everything, in_order, to_bytes, to_unit
+from dmat.data.pixels import iter_batches, load_all, to_bytes, to_float
 from dmat.data.sources import SOURCES, digits, npz, stratified
 from dmat.errors import DmatError
 
@@ -41,7 +41,7 @@ def write_in_shards(folder, images, labels, sizes):
         shape=images.shape[1:],
         class_names=["a", "b", "c"],
         class_counts=np.bincount(labels, minlength=3),
-        facts={"licence": "none"},
+        metadata={"licence": "none"},
     )
     return folder
 
@@ -231,7 +231,7 @@ def test_a_set_is_written_byte_for_byte_alike_twice(tmp_path):
     images, labels = some_images(9)
     strided = np.asfortranarray(images)  # the same numbers, otherwise laid out in memory
     for name, array in (("1", images), ("2", strided)):
-        shards.write_set(tmp_path / name, array, labels, class_names=["a", "b", "c"], facts={"x": 1})
+        shards.write_set(tmp_path / name, array, labels, class_names=["a", "b", "c"], metadata={"x": 1})
     first, second = (sorted((tmp_path / name).iterdir()) for name in "12")
     assert [path.name for path in first] == ["images-00000.npy", "labels-00000.npy", "manifest.json"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
@@ -355,7 +355,7 @@ def test_copies_are_found_pixel_by_pixel(tmp_path, monkeypatch):
 
 def test_bytes_and_floats_are_each_others_inverse_at_every_level():
     levels = np.arange(256, dtype=np.uint8).reshape(2, 8, 16, 1)
-    unit = to_unit(levels)
+    unit = to_float(levels)
     assert unit.dtype == torch.float32
     assert unit.shape == (2, 1, 8, 16)
     assert unit.flatten().tolist() == pytest.approx([v / 255 for v in range(256)])
@@ -374,7 +374,7 @@ def test_to_bytes_rounds_to_the_nearest_and_clips():
 
 def test_channels_move_to_the_front_and_back():
     images, _ = some_images(2)
-    unit = to_unit(images)
+    unit = to_float(images)
     for n, row, column, channel in itertools.product(range(2), range(4), range(5), range(3)):
         assert unit[n, channel, row, column].item() == pytest.approx(images[n, row, column, channel] / 255)
     assert np.array_equal(to_bytes(unit * 2 - 1), images)
@@ -382,9 +382,9 @@ def test_channels_move_to_the_front_and_back():
 
 def test_consecutive_batches_cover_everything_once(tmp_path):
     images, labels = some_images(9)
-    x, y = everything(shards.open_shards(write_in_shards(tmp_path, images, labels, (4, 5))))
-    assert torch.equal(x, to_unit(images))
-    batches = list(in_order(x, y, 4))
+    x, y = load_all(shards.open_shards(write_in_shards(tmp_path, images, labels, (4, 5))))
+    assert torch.equal(x, to_float(images))
+    batches = list(iter_batches(x, y, 4))
     assert [where for where, _, _ in batches] == [slice(0, 4), slice(4, 8), slice(8, 9)]
     assert torch.equal(torch.cat([part for _, part, _ in batches]), x)
     assert torch.equal(torch.cat([part for _, _, part in batches]), y)
@@ -573,5 +573,5 @@ def test_batches_without_generated_images(tmp_path):
     opened = shards.open_shards(write_in_shards(tmp_path, images, labels, (6,)))
     found, found_labels = MixedBatches(Mix(6, 0, 6, 0.0), 1, opened, None, None).at(0)
     order = BatchOrder(Mix(6, 0, 6, 0.0), 1).at(0)[0]
-    assert torch.equal(found, to_unit(images[order]))
+    assert torch.equal(found, to_float(images[order]))
     assert np.array_equal(found_labels.numpy(), labels[order])

@@ -10,7 +10,7 @@ import yaml
 
 from cli import reference
 from dmat import config
-from dmat.config import Fraction, Record
+from dmat.config import Record, WrittenNumber
 from dmat.pipeline import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -76,8 +76,8 @@ def documented() -> dict[Key, tuple[str, str | None]]:
 
 def same(cell: str, value: Any) -> bool:
     """Whether a cell is how YAML writes the value."""
-    if isinstance(value, (Fraction, str)):
-        return cell == (value.text if isinstance(value, Fraction) else value)
+    if isinstance(value, (WrittenNumber, str)):
+        return cell == (value.text if isinstance(value, WrittenNumber) else value)
     return yaml.safe_load(cell) == (list(value) if isinstance(value, tuple) else value)
 
 

@@ -21,11 +21,12 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
-from dmat import files, workspace
+from dmat import files
 from dmat.pipeline import code_identity
 from dmat.upkeep import doctor, dvc_files, machine
 from dmat.upkeep.doctor import Finding
 from dmat.upkeep.machine import NOTE, OK, PROBLEM
+from dmat.workspace import find_workspace
 from tests.projects import own_code
 
 GIB = 1 << 30
@@ -66,7 +67,7 @@ def look(folder: Path, *checks: str) -> list[Finding]:
     """The findings of some checks, which must not need the others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in checks})
-        return list(doctor.examine(workspace.find(folder)))
+        return list(doctor.examine(find_workspace(folder)))
 
 
 def one(folder: Path, check: str) -> tuple[str, str, str]:
@@ -119,7 +120,7 @@ def test_a_check_that_fails_is_a_finding_and_the_others_go_on(project, monkeypat
         raise ZeroDivisionError("by hand")
 
     monkeypatch.setattr(doctor, "CHECKS", {"broken": broken, "dvc locks": doctor.CHECKS["dvc locks"]})
-    first, failed, last = doctor.examine(workspace.find(project))
+    first, failed, last = doctor.examine(find_workspace(project))
     assert (first.mark, failed.mark, last.mark) == (OK, PROBLEM, OK)
     assert failed.found == "the check itself failed: ZeroDivisionError: by hand"
     monkeypatch.chdir(project)
@@ -303,7 +304,7 @@ def test_code_that_code_yaml_does_not_name_is_a_problem(project):
     assert one(project, "code")[:2] == (OK, "as code.yaml names it")
     path = project / "code.yaml"
     locked = code_identity.read(project)
-    code_identity.write(project, code_identity.Locked({**locked.identities, "mix_images": 32 * "0"}, {}))
+    code_identity.write(project, code_identity.CodeLock({**locked.identities, "mix_images": 32 * "0"}, {}))
     mark, found, do = one(project, "code")
     assert (mark, found) == (PROBLEM, "not the code that code.yaml names: mix_images")
     assert "`dmat lock --same STAGE --why ...`" in do
@@ -477,8 +478,8 @@ def test_tracked_runs_of_dead_processes(project, dead):
 # Work in progress
 
 
-def work(project: Path, instance: str, *names: str) -> Path:
-    folder = project / f"runs/train_robust/{instance}-{'a' * 12}"
+def work(project: Path, instance_name: str, *names: str) -> Path:
+    folder = project / f"runs/train_robust/{instance_name}-{'a' * 12}"
     folder.mkdir(parents=True)
     for name in names:
         (folder / name).write_text('{"images_seen": 25600}\nrest')

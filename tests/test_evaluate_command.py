@@ -114,7 +114,7 @@ def test_the_stage_says_what_it_measured(finished):
 def test_copies_of_real_and_of_kept_generated_images_are_found(tmp_path):
     """The test images: a real one, a kept generated one, one that was not kept, the first again, two new ones."""
     images, labels = cifar_files.some(30, 3, 0)
-    about = {"class_names": list("abc"), "facts": {}}
+    about = {"class_names": list("abc"), "metadata": {}}
     chosen_from, selection = tmp_path / "artifacts/generate_images/set", tmp_path / "artifacts/select_images/best"
     shards.write_set(tmp_path / "train", images[:10], labels[:10], **about)
     shards.write_set(chosen_from, images[10:20], labels[10:20], **about)
@@ -204,17 +204,17 @@ def test_published_file_and_cifar_folder_in_one_command(elsewhere):
     import torch
 
     from dmat.models import exporting
-    from dmat.robust.networks import Facts, wide_resnet
+    from dmat.robust.networks import DataSpec, wide_resnet
     from dmat.training import weights
 
-    facts = Facts(10, 3, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+    metadata = DataSpec(10, 3, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
     torch.manual_seed(0)
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     cifar_files.write(elsewhere / "cifar-10-batches-py")
     weights.save(
-        elsewhere / "wang.safetensors", wide_resnet(facts, 10, 1, "silu").state_dict(),
+        elsewhere / "wang.safetensors", wide_resnet(metadata, 10, 1, "silu").state_dict(),
         {"kind": "classifier", "network": {"name": "wide_resnet", "depth": 10, "width": 1, "activation": "silu"},
-         "classes": 10, "channels": 3, "mean": list(facts.mean), "std": list(facts.std), "image_shape": [32, 32, 3],
+         "classes": 10, "channels": 3, "mean": list(metadata.mean), "std": list(metadata.std), "image_shape": [32, 32, 3],
          "class_names": names, "data": "cifar10", "threat": None, "weights": "averaged"},
     )  # fmt: skip
     exporting.export(elsewhere / "wang.safetensors", "robustbench", elsewhere / "Wang2023Better_WRN-28-10.pt")
@@ -279,18 +279,18 @@ CLASSES = {  # names of the images, of the model -> what labels are, or words of
 
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("kind", CLASSES)
-def test_classes_are_compared_by_name(tmp_path, kind, in_order):
+def test_classes_are_compared_by_name(tmp_path, kind, iter_batches):
     ours, theirs, said, said_in_order = CLASSES[kind]
     source = sources.Source(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, int), tuple(ours), "", "")
     request = direct_evaluation.Request(
-        tmp_path / "m.safetensors", "images", None, None, None, config.evaluation({}), tmp_path, None, in_order
+        tmp_path / "m.safetensors", "images", None, None, None, config.evaluation({}), tmp_path, None, iter_batches
     )
     try:
         found = direct_evaluation._expect_same_classes(source, {"class_names": theirs}, request)
     except DmatError as error:
         found = str(error)
         assert "expected" in found
-    assert (said if not in_order or said_in_order is ... else said_in_order) in found
+    assert (said if not iter_batches or said_in_order is ... else said_in_order) in found
 
 
 # --- what is refused

@@ -23,7 +23,7 @@ from dmat.evaluation import checks, measures, work
 from dmat.evaluation.evaluate import Evaluation, Verdict
 from dmat.evaluation.measures import Subject
 from dmat.evaluation.table import read_table, write_table
-from dmat.evaluation.work import Unit
+from dmat.evaluation.work import ShardTask
 from dmat.metrics.intervals import wilson
 from dmat.robust import attacks, auto_attack
 from dmat.robust.attacks import Ball, logit_margin
@@ -128,13 +128,13 @@ def test_columns_are_what_they_say(subject, compute, norm):
 
 
 def test_a_brief_subject_is_attacked_by_pgd_alone(subject, compute):
-    found = measures.of_shard(dataclasses.replace(subject, suite=None, thorough=False), QUICK, 0, compute)
+    found = measures.of_shard(dataclasses.replace(subject, suite=None, full_suite=False), QUICK, 0, compute)
     assert set(found) == {"prediction", "clean", "pgd", "adversarial", "attacked", "margin", "perturbation"}
 
 
 def test_restarts_only_lower_the_accuracy(subject, compute):
     """One step of the whole radius: the random start decides much."""
-    brief = dataclasses.replace(subject, suite=None, thorough=False, ball=Ball("linf", 0.1))
+    brief = dataclasses.replace(subject, suite=None, full_suite=False, ball=Ball("linf", 0.1))
     one, five = (
         measures.of_shard(
             brief,
@@ -170,7 +170,7 @@ class _Units:
 
     def __init__(self, folder, count, seconds):
         self.units = [
-            Unit(folder / f"shard-{k}", 1, {"shard": k}, lambda k=k: self._make(k, seconds)) for k in range(count)
+            ShardTask(folder / f"shard-{k}", 1, {"shard": k}, lambda k=k: self._make(k, seconds)) for k in range(count)
         ]
 
     @staticmethod
@@ -227,8 +227,8 @@ def test_a_helper_leaves_when_nothing_is_left_to_claim(tmp_path):
 
 
 def test_time_left_is_counted_from_what_was_done(tmp_path):
-    units = [Unit(tmp_path / part / f"shard-{k}", 10, {"shard": k}, dict) for part in ("a", "b") for k in range(4)]
-    assert work.outlook(units) == {"shards": 8, "shards_done": 0, "seconds_left": None}
+    units = [ShardTask(tmp_path / part / f"shard-{k}", 10, {"shard": k}, dict) for part in ("a", "b") for k in range(4)]
+    assert work.estimate(units) == {"shards": 8, "shards_done": 0, "seconds_left": None}
     for unit, seconds in ((units[0], 20.0), (units[1], 40.0), (units[2], 30.0)):
         unit.path.parent.mkdir(exist_ok=True)
         unit.path.with_suffix(".npz").write_bytes(b"")
@@ -236,8 +236,8 @@ def test_time_left_is_counted_from_what_was_done(tmp_path):
         unit.path.with_suffix(".json").write_text(
             json.dumps({"identity": dict(unit.identity), "seconds": seconds, "images": 10, "sha256": digest})
         )
-    assert work.outlook(units) == {"shards": 8, "shards_done": 3, "seconds_left": None}
-    assert work.outlook(units[:4]) == {"shards": 4, "shards_done": 3, "seconds_left": 30.0}
+    assert work.estimate(units) == {"shards": 8, "shards_done": 3, "seconds_left": None}
+    assert work.estimate(units[:4]) == {"shards": 4, "shards_done": 3, "seconds_left": 30.0}
 
 
 # --- what is refused
@@ -269,7 +269,7 @@ def test_shards_of_another_model_are_refused(tmp_path, subject, compute):
 def test_nobody_computes_beside_shards_of_another_model(tmp_path, subject, compute):
     _done(tmp_path, subject, compute)
     other = _evaluation(tmp_path, subject, compute, weights="other")
-    for ask in (work.outlook, lambda units: work.compute_all(units, wait=False, quiet=True)):
+    for ask in (work.estimate, lambda units: work.compute_all(units, wait=False, quiet=True)):
         with pytest.raises(DmatError, match=r"belongs to another evaluation \(weights differ\)"):
             ask(other.units)
 
@@ -279,7 +279,7 @@ def test_a_shard_without_a_whole_record_is_not_done(tmp_path, subject, compute, 
     evaluation = _done(tmp_path, subject, compute)
     before = files.read_json(tmp_path / "shard-00000.json")
     (tmp_path / "shard-00000.json").write_text(json.dumps(note))
-    done = work.outlook(evaluation.units)
+    done = work.estimate(evaluation.units)
     assert done["shards_done"] == done["shards"] - 1
     work.compute_all(evaluation.units, wait=True, quiet=True)
     assert files.read_json(tmp_path / "shard-00000.json")["sha256"] == before["sha256"]

@@ -98,7 +98,7 @@ stage, entry = STAGES["count_classes"], json.loads(sys.argv[1])["count_classes"]
 assert entry["cmd"] == f"dmat {stage.command}"
 assert entry["deps"] == [*stage.inputs(None).values()]
 assert entry["outs"] == [*stage.outputs(None).values(), stage.provenance_path({}), stage.metrics_path({})]
-assert entry["params"] == [{"code.yaml": [stage.word]}, stage.word]
+assert entry["params"] == [{"code.yaml": [stage.name]}, stage.name]
 """
     words = [sys.executable, "-c", script, json.dumps(entry)]
     subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)

@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import re
 import tomllib
-from fractions import Fraction
+from fractions import WrittenNumber
 
 import pytest
 
@@ -52,7 +52,7 @@ def test_every_entry_is_plausible(entry):
     if entry.authors:  # only where they differ
         reported = (entry.authors.clean, entry.authors.auto_attack, entry.authors.epsilon)
         assert reported != (entry.clean, entry.auto_attack, entry.epsilon)
-        assert abs(Fraction(entry.authors.epsilon) / Fraction(entry.epsilon) - 1) < 0.01
+        assert abs(WrittenNumber(entry.authors.epsilon) / WrittenNumber(entry.epsilon) - 1) < 0.01
         assert entry.authors.source
 
 

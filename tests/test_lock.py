@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from cli.main import main
-from dmat import config, files, seeds, workspace
+from dmat import config, files, seeds
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES, code_identity
 from dmat.upkeep import locking
+from dmat.workspace import find_workspace
 from tests.projects import Project
 
 OTHER = 32 * "0"
@@ -41,7 +42,7 @@ def project(tmp_path, tiny_params):
 def _name(folder, **identities):
     """code.yaml with other identities of some stages."""
     locked = code_identity.read(folder)
-    code_identity.write(folder, code_identity.Locked({**locked.identities, **identities}, locked.same))
+    code_identity.write(folder, code_identity.CodeLock({**locked.identities, **identities}, locked.same))
 
 
 def test_the_repository_is_locked(project, dmat):
@@ -135,14 +136,14 @@ def test_what_computes_the_same_is_written_kept_and_dropped(project, dmat):
     own = code_identity.of_stage("mix_images")
     entry = {"code": own, "why": 'naïve: "quotes", \\ and\nlines 🙂', "compared": "all"}
     old = code_identity.read(project.folder)
-    same = code_identity.Locked({**old.identities, "mix_images": OTHER}, {"mix_images": [entry]})
+    same = code_identity.CodeLock({**old.identities, "mix_images": OTHER}, {"mix_images": [entry]})
     code_identity.write(project.folder, same)
     assert code_identity.read(project.folder) == same
     assert code_identity.expect("mix_images", project.folder) == OTHER
     code, text = dmat(project.folder, "lock")
     assert (code, text.count("unchanged")) == (0, len(STAGES))
     assert code_identity.read(project.folder) == same
-    locked = code_identity.Locked(same.identities, {"mix_images": [{**entry, "code": 32 * "1"}]})
+    locked = code_identity.CodeLock(same.identities, {"mix_images": [{**entry, "code": 32 * "1"}]})
     assert code_identity.up_to_date(locked) == old, "the code is neither"
 
 
@@ -158,8 +159,8 @@ def edited(finished, tmp_path, monkeypatch):
 
 
 def _accept(project, stage, why="only faster"):
-    place = workspace.find(project.folder)
-    return locking.accept(place, config.load(project.folder / "params.yaml"), STAGES[stage], why)
+    workspace = find_workspace(project.folder)
+    return locking.accept(workspace, config.load(project.folder / "params.yaml"), STAGES[stage], why)
 
 
 def _content(project):

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from dmat import modes, seeds
 from dmat.robust import losses
 from dmat.robust.attacks import Ball
-from dmat.robust.losses import Recipe
+from dmat.robust.losses import LossSettings
 
 CLASSES = 4
 RECIPES = {
-    "linf": Recipe(Ball("linf", 0.1), steps=4, step_size=0.03, beta=5.0, label_smoothing=0.1),
-    "l2": Recipe(Ball("l2", 0.5), steps=4, step_size=0.2, beta=6.0, label_smoothing=0.0),
+    "linf": LossSettings(Ball("linf", 0.1), steps=4, step_size=0.03, beta=5.0, label_smoothing=0.1),
+    "l2": LossSettings(Ball("l2", 0.5), steps=4, step_size=0.2, beta=6.0, label_smoothing=0.0),
 }
 
 
@@ -61,7 +61,7 @@ class Slow:
     """The reference. parameters and statistics are plain tensors by name; every forward returns its statistics."""
 
     parameters: dict
-    detach_natural: bool = False
+    detach_clean: bool = False
     detach_adversarial: bool = False
 
     def forward(self, images):
@@ -82,9 +82,9 @@ class Slow:
     def log_softmax(logits):
         return logits - logits.exp().sum(1, keepdim=True).log()
 
-    def divergence(self, natural_logits, adversarial_logits):
-        """sum p_natural (log p_natural - log p_adversarial), [B]."""
-        natural, adversarial = self.log_softmax(natural_logits), self.log_softmax(adversarial_logits)
+    def divergence(self, clean_logits, adversarial_logits):
+        """sum p_clean (log p_clean - log p_adversarial), [B]."""
+        natural, adversarial = self.log_softmax(clean_logits), self.log_softmax(adversarial_logits)
         return (natural.exp() * (natural - adversarial)).sum(1)
 
     def attack(self, images, start, recipe):
@@ -118,11 +118,11 @@ class Slow:
     def trades(self, images, labels, start, recipe):
         """Loss averaged over the batch, its terms per image, and the statistics of the two tracked passes in order."""
         adversarial = self.attack(images, start, recipe)
-        natural_logits, natural_statistics = self.forward(images)
+        clean_logits, natural_statistics = self.forward(images)
         adversarial_logits, adversarial_statistics = self.forward(adversarial)
-        natural = smoothed_cross_entropy(self.log_softmax(natural_logits), labels, recipe.label_smoothing)
+        natural = smoothed_cross_entropy(self.log_softmax(clean_logits), labels, recipe.label_smoothing)
         robust = self.divergence(
-            natural_logits.detach() if self.detach_natural else natural_logits,
+            clean_logits.detach() if self.detach_clean else clean_logits,
             adversarial_logits.detach() if self.detach_adversarial else adversarial_logits,
         )
         return (natural + recipe.beta * robust).mean(), natural, robust, (natural_statistics, adversarial_statistics)
@@ -160,9 +160,9 @@ def test_trades_step_equals_the_slow_version(norm):
     loss = losses.trades(model, images, labels, start, recipe)
     loss.total.mean().backward()
     torch.testing.assert_close(loss.total.mean().double(), total, rtol=1e-5, atol=1e-6, check_dtype=False)
-    torch.testing.assert_close(loss.natural.double(), natural, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.clean.double(), natural, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss.robust.double(), robust, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(loss.total.detach(), loss.natural + recipe.beta * loss.robust)
+    torch.testing.assert_close(loss.total.detach(), loss.clean + recipe.beta * loss.robust)
     assert furthest({name: p.grad for name, p in model.named_parameters()}, gradients) < 1e-5
     # the attack did something, and both terms matter
     assert robust.mean() > 0.03
@@ -229,7 +229,7 @@ def test_order_of_the_tracked_passes_would_show(norm):
     assert (natural_mean - adversarial_mean).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("branch", ["natural", "adversarial"])
+@pytest.mark.parametrize("branch", ["clean", "adversarial"])
 @pytest.mark.parametrize("norm", RECIPES)
 def test_gradient_flows_through_both_branches_of_the_divergence(norm, branch):
     model, images, labels, start = a_batch(norm)
@@ -241,13 +241,13 @@ def test_gradient_flows_through_both_branches_of_the_divergence(norm, branch):
 def test_logits_are_those_of_the_terms_and_detached():
     model, images, labels, start = a_batch("linf")
     loss = losses.trades(model, images, labels, start, RECIPES["linf"])
-    for name in ("natural", "robust", "natural_logits", "adversarial_logits"):
+    for name in ("clean", "robust", "clean_logits", "adversarial_logits"):
         assert not getattr(loss, name).requires_grad
     assert loss.total.requires_grad
     slow = Slow({})
-    torch.testing.assert_close(slow.divergence(loss.natural_logits, loss.adversarial_logits), loss.robust)
-    expected = smoothed_cross_entropy(slow.log_softmax(loss.natural_logits), labels, 0.1)
-    torch.testing.assert_close(expected, loss.natural)
+    torch.testing.assert_close(slow.divergence(loss.clean_logits, loss.adversarial_logits), loss.robust)
+    expected = smoothed_cross_entropy(slow.log_softmax(loss.clean_logits), labels, 0.1)
+    torch.testing.assert_close(expected, loss.clean)
 
 
 def test_no_radius_means_no_robust_term():
@@ -255,7 +255,7 @@ def test_no_radius_means_no_robust_term():
     recipe = dataclasses.replace(RECIPES["linf"], ball=Ball("linf", 0.0))
     loss = losses.trades(model, images, labels, start, recipe)
     assert loss.robust.abs().max() < 1e-6
-    assert torch.equal(loss.natural_logits, loss.adversarial_logits)
+    assert torch.equal(loss.clean_logits, loss.adversarial_logits)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
@@ -264,7 +264,7 @@ def test_label_smoothing_spreads_over_every_class(name, smoothing):
     model, images, labels, start = a_batch("linf")
     recipe = dataclasses.replace(RECIPES["linf"], label_smoothing=smoothing, steps=1)
     loss = losses.LOSSES[name](model, images, labels, start, recipe, MEANS)
-    logits, found = (loss.adversarial_logits, loss.robust) if name == "pgd_at" else (loss.natural_logits, loss.natural)
+    logits, found = (loss.adversarial_logits, loss.robust) if name == "pgd_at" else (loss.clean_logits, loss.clean)
     expected = smoothed_cross_entropy(logits.double().log_softmax(1), labels, smoothing)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -282,10 +282,10 @@ def test_standard_loss_is_the_cross_entropy_and_one_tracked_pass():
     torch.testing.assert_close(loss.total.double(), expected, rtol=1e-5, atol=1e-6)
     assert furthest({n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in parameters.items()}) < 1e-5
     assert torch.equal(loss.robust, torch.zeros(6))
-    assert torch.equal(loss.natural, loss.total.detach())
+    assert torch.equal(loss.clean, loss.total.detach())
     assert loss.adversarial_logits is None
-    assert not loss.natural_logits.requires_grad
-    torch.testing.assert_close(loss.natural_logits, logits.detach().float(), rtol=1e-5, atol=1e-5)
+    assert not loss.clean_logits.requires_grad
+    torch.testing.assert_close(loss.clean_logits, logits.detach().float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.norm.running_mean, 0.7 * before.norm.running_mean + 0.3 * batch_mean)
     assert model.norm.num_batches_tracked == 1
 
@@ -348,28 +348,28 @@ def test_ikl_is_what_cui_et_al_wrote_down(norm):
     parameters = {name: p.detach().clone().requires_grad_(True) for name, p in model.named_parameters()}
     slow = Slow(parameters)
     adversarial = slow.attack(images, start, recipe)
-    (natural_logits, _), (adversarial_logits, _) = slow.forward(images), slow.forward(adversarial)
+    (clean_logits, _), (adversarial_logits, _) = slow.forward(images), slow.forward(adversarial)
     values = []
-    for n, a, label in zip(natural_logits, adversarial_logits, labels.tolist(), strict=True):
+    for n, a, label in zip(clean_logits, adversarial_logits, labels.tolist(), strict=True):
         weights, squared = MEANS[label], 0
         for j in range(CLASSES):
             for k in range(CLASSES):
                 squared = squared + weights[j] * weights[k] * ((n[j] - n[k]) - (a[j] - a[k])) ** 2 / 4
         soft = -(n.detach().softmax(0) * a.log_softmax(0)).sum()
         values.append(recipe.beta * squared + 3.0 * soft)
-    natural = smoothed_cross_entropy(slow.log_softmax(natural_logits), labels, recipe.label_smoothing)
+    natural = smoothed_cross_entropy(slow.log_softmax(clean_logits), labels, recipe.label_smoothing)
     expected = natural + torch.stack(values)
     expected.mean().backward()
     loss = losses.ikl(model, images, labels, start, recipe, MEANS)
     loss.total.mean().backward()
     torch.testing.assert_close(loss.total.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(loss.natural + recipe.beta * loss.robust, loss.total.detach())
+    torch.testing.assert_close(loss.clean + recipe.beta * loss.robust, loss.total.detach())
     gradients = {name: p.grad for name, p in parameters.items()}
     assert furthest({name: p.grad for name, p in model.named_parameters()}, gradients) < 1e-5
 
 
 def test_ikl_weighed_with_predictions_has_the_gradient_of_the_divergence():
-    """Theorem 1 of Cui et al.: with w = p_natural, wMSE gives KL's gradient to the natural logits, and the soft
+    """Theorem 1 of Cui et al.: with w = p_clean, wMSE gives KL's gradient to the natural logits, and the soft
     cross-entropy KL's to the adversarial ones."""
     torch.manual_seed(0)
     natural, adversarial = (torch.randn(1, CLASSES, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -384,7 +384,7 @@ def test_ikl_weighed_with_predictions_has_the_gradient_of_the_divergence():
             return (natural if self.calls == 1 else adversarial) * 1.0
 
     images, label = torch.rand(1, 1, 2, 2), torch.tensor([2])
-    recipe = Recipe(Ball("linf", 0.1), steps=0, step_size=0.0, beta=1.0, label_smoothing=0.0, alpha=1.0)
+    recipe = LossSettings(Ball("linf", 0.1), steps=0, step_size=0.0, beta=1.0, label_smoothing=0.0, alpha=1.0)
     means = natural.detach().softmax(1).repeat(CLASSES, 1)
     found = losses.ikl(Two(), images, label, torch.zeros_like(images), recipe, means.float())
     cross_entropy = F.cross_entropy(natural, label)
@@ -428,8 +428,8 @@ def test_pgd_at_trains_on_the_images_that_maximise_cross_entropy_in_evaluation_m
     torch.testing.assert_close(loss.total.double(), expected, rtol=1e-5, atol=1e-6)
     gradients = {name: p.grad for name, p in parameters.items()}
     assert furthest({name: p.grad for name, p in model.named_parameters()}, gradients) < 1e-5
-    assert loss.natural_logits is None
-    assert not loss.natural.any()
+    assert loss.clean_logits is None
+    assert not loss.clean.any()
     torch.testing.assert_close(model.norm.running_mean, 0.7 * mean + 0.3 * batch_mean)
     assert model.norm.num_batches_tracked == 1
 
@@ -449,7 +449,7 @@ def test_mixed_targets_are_what_trades_attacks_and_are_not_smoothed():
         x = Slow.pull_back(images, x.detach() + recipe.step_size * g.sign() - images, recipe.ball)
     torch.testing.assert_close(reached[-1].double(), x.detach(), rtol=1e-6, atol=1e-7)
     expected = -(mixed * slow.log_softmax(slow.forward(images)[0])).sum(1)
-    torch.testing.assert_close(loss.natural.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.clean.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     divergence = slow.divergence(slow.forward(images)[0], slow.forward(x)[0]).detach()
     torch.testing.assert_close(loss.robust.double(), divergence, rtol=1e-4, atol=1e-5)
 

@@ -59,14 +59,14 @@ def test_wilson_contains_its_value():
 
 def test_paired_difference_is_exact_where_there_is_nothing_to_guess():
     """The same change on every image has no spread, however uncertain either accuracy alone is."""
-    nothing, everything = np.zeros(50, dtype=bool), np.ones(50, dtype=bool)
-    found = paired_difference([everything] * 2, [nothing] * 2, 100, seeds.stream(1, "bootstrap"))
+    nothing, load_all = np.zeros(50, dtype=bool), np.ones(50, dtype=bool)
+    found = paired_difference([load_all] * 2, [nothing] * 2, 100, seeds.stream(1, "bootstrap"))
     assert found == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 50, "seeds": 2}
     alike = [flags(20, 50), flags(31, 50)]
     found = paired_difference(alike, alike, 100, seeds.stream(1, "bootstrap"))
     assert (found["value"], found["low"], found["high"]) == (0, 0, 0)
     # two seeds that cancel image by image have no spread over images either
-    found = paired_difference([everything, nothing], [nothing, everything], 100, seeds.stream(1, "bootstrap"))
+    found = paired_difference([load_all, nothing], [nothing, load_all], 100, seeds.stream(1, "bootstrap"))
     assert (found["value"], found["low"], found["high"]) == (0, 0, 0)
 
 
@@ -373,7 +373,7 @@ def _study_trials():
     made = []
     for k, (state, value) in enumerate(shape):
         reports = {} if value is None else {100: value / 2, 200: value}
-        made.append(study_pictures.Trial(k, state, {"beta": 1.0 + k, "learning_rate": 0.1 * (k + 1)}, value, reports))
+        made.append(study_pictures.TrialPoint(k, state, {"beta": 1.0 + k, "learning_rate": 0.1 * (k + 1)}, value, reports))
     return made
 
 
@@ -394,7 +394,7 @@ def test_pictures_of_a_study_show_its_trials_and_are_equal_for_equal_studies(tmp
 
 
 def test_a_study_in_which_every_trial_failed_can_be_drawn(tmp_path):
-    failed = [study_pictures.Trial(0, "FAIL", {"beta": 1.0}, None, {})]
+    failed = [study_pictures.TrialPoint(0, "FAIL", {"beta": 1.0}, None, {})]
     study_pictures.history(tmp_path / "history.png", failed)
     study_pictures.curves(tmp_path / "curves.png", failed)
     study_pictures.slices(tmp_path / "slices.png", failed, {"beta": "log"})

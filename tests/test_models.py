@@ -26,7 +26,7 @@ from dmat import files
 from dmat.errors import DmatError
 from dmat.models import foreign, importing
 from dmat.models.importing import DATA, import_model
-from dmat.robust.networks import PREACT_BLOCKS, Facts, Normalise, preact_resnet, wide_resnet
+from dmat.robust.networks import PREACT_BLOCKS, DataSpec, Normalise, preact_resnet, wide_resnet
 from dmat.tracking import registry, stores
 from dmat.training import weights
 from tests.projects import Project
@@ -50,7 +50,7 @@ def network(seed=0, depth=10, width=1, data="cifar10", activation="silu", make=w
     """Random weights, batch norms as after some training."""
     torch.manual_seed(seed)
     images = DATA[data]
-    model = make(Facts(images.classes, 3, images.mean, images.std), depth, width, activation)
+    model = make(DataSpec(images.classes, 3, images.mean, images.std), depth, width, activation)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "batchnorm" in name and tensor.is_floating_point():
             tensor.data.uniform_(0.5, 1.5)
@@ -315,7 +315,7 @@ def normaliser(mean, std, names=("mean", "std")):
 def test_normalisation_among_the_tensors_is_used(tmp_path):
     mean, std, path = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), tmp_path / "w.pt"
     state = network().state_dict()
-    inside = wide_resnet(Facts(10, 3, mean, std), 10, 1, "silu").eval()
+    inside = wide_resnet(DataSpec(10, 3, mean, std), 10, 1, "silu").eval()
     inside.load_state_dict(state)
     in_front = torch.nn.Sequential(Normalise(mean, std), network())
     buffers = normaliser(mean, std)
@@ -480,7 +480,7 @@ def test_scorers_give_the_logits_of_their_own_layout(tmp_path, depth, width):
     torch.testing.assert_close(model(pixels()), expected, rtol=1e-5, atol=1e-4)
     assert model.features(pixels()).shape == (3, 64 * width)
     # padding right and bottom only would be another network
-    other = wide_resnet(Facts(10, 3, (0.0,) * 3, (1.0,) * 3), depth, width, "relu").eval()
+    other = wide_resnet(DataSpec(10, 3, (0.0,) * 3, (1.0,) * 3), depth, width, "relu").eval()
     other.load_state_dict(model.state_dict())
     assert (other(pixels()) - expected).abs().max() > 0.01
 
@@ -1359,7 +1359,7 @@ def test_the_page_can_be_followed(tmp_path, call, root, monkeypatch):
     client, experiment = stores.connect(tmp_path)
     weights.save(tmp_path / "best.safetensors", network(1).state_dict(), {"kind": "classifier"})
     digests = [files.sha256(tmp_path / f"best.{kind}") for kind in ("safetensors", "json")]
-    champion = registry.Candidate("digits-3f2a91c0-linf-1_5", tmp_path / "best.safetensors", {}, 0.7, *digests)
+    champion = registry.RegistryCandidate("digits-3f2a91c0-linf-1_5", tmp_path / "best.safetensors", {}, 0.7, *digests)
     registry.register(client, client.create_run(experiment).info.run_id, champion)
     text = (root / "docs" / "models.md").read_text()
     commands = re.findall(r"^dmat (.+?)(?:\s+#.*)?$", text, re.MULTILINE)

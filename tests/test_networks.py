@@ -12,19 +12,19 @@ import torch
 from torch.nn import functional as F
 
 from dmat.robust import flops
-from dmat.robust.networks import ACTIVATIONS, NETWORKS, Block, Facts, preact_resnet, wide_resnet
+from dmat.robust.networks import ACTIVATIONS, NETWORKS, DataSpec, WideBlock, preact_resnet, wide_resnet
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
-def facts(classes=10, channels=3):
-    return Facts(classes, channels, CIFAR_MEAN[:channels], CIFAR_STD[:channels])
+def metadata(classes=10, channels=3):
+    return DataSpec(classes, channels, CIFAR_MEAN[:channels], CIFAR_STD[:channels])
 
 
 def network(depth=10, width=1, activation="silu", moved=True, **kind):
     """moved: batch norms as after some training, so that none of their four tensors can be mixed up unseen."""
     torch.manual_seed(0)
-    model = wide_resnet(facts(**kind), depth, width, activation)
+    model = wide_resnet(metadata(**kind), depth, width, activation)
     if moved:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "batchnorm" in name and tensor.is_floating_point():
@@ -46,7 +46,7 @@ def network(depth=10, width=1, activation="silu", moved=True, **kind):
 )
 def test_number_of_parameters_is_the_published_one(depth, width, classes, count):
     with torch.device("meta"):  # shapes only
-        model = wide_resnet(facts(classes), depth, width, "silu")
+        model = wide_resnet(metadata(classes), depth, width, "silu")
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
@@ -62,13 +62,13 @@ def test_names_of_the_state_dict_are_the_published_ones(depth):
             if block == 0:
                 expected.add(f"{base}.shortcut.weight")
     with torch.device("meta"):
-        found = set(wide_resnet(facts(), depth, 2, "silu").state_dict())
+        found = set(wide_resnet(metadata(), depth, 2, "silu").state_dict())
     assert found == expected  # no mean and no std either
 
 
 def test_shortcut_stands_only_where_the_width_changes():
     with torch.device("meta"):
-        names = set(wide_resnet(facts(), 16, 1, "silu").state_dict())
+        names = set(wide_resnet(metadata(), 16, 1, "silu").state_dict())
     assert "layer.0.block.0.shortcut.weight" not in names  # 16 channels in, 16 out
     assert "layer.1.block.0.shortcut.weight" in names
     assert "layer.1.block.1.shortcut.weight" not in names
@@ -136,7 +136,7 @@ def test_logits_equal_the_network_written_from_its_tensor_names(depth, width, ch
 
 def test_stride_two_looks_right_and_down_only():
     """The first output pixel of a downsampling block sees the pixels 0 to 2, not a border above or left of them."""
-    block = Block(8, 16, stride=2, activation=torch.nn.ReLU).eval()
+    block = WideBlock(8, 16, stride=2, activation=torch.nn.ReLU).eval()
     torch.nn.init.zeros_(block.shortcut.weight)
     with torch.no_grad():
         block.conv_1.weight.zero_()[:, :, 1, 1] = 0.1  # the second convolution looks at its own pixel
@@ -164,13 +164,13 @@ def test_any_size_gives_one_row_of_logits(size, last):
 
 def test_normalisation_is_a_layer_of_the_network():
     """The network takes pixels in [0, 1]: the same weights without it need normalised images."""
-    model, bare = network(), wide_resnet(Facts(10, 3, (0.0,) * 3, (1.0,) * 3), 10, 1, "silu").eval()
+    model, bare = network(), wide_resnet(DataSpec(10, 3, (0.0,) * 3, (1.0,) * 3), 10, 1, "silu").eval()
     bare.load_state_dict(model.state_dict())
     images = torch.rand(2, 3, 8, 8)
     normalised = torch.stack([(images[:, c] - CIFAR_MEAN[c]) / CIFAR_STD[c] for c in range(3)], 1)
     torch.testing.assert_close(model(images), bare(normalised))
     # another mean is another shift of the pixels
-    moved = wide_resnet(Facts(10, 3, tuple(m + 0.125 for m in CIFAR_MEAN), CIFAR_STD), 10, 1, "silu").eval()
+    moved = wide_resnet(DataSpec(10, 3, tuple(m + 0.125 for m in CIFAR_MEAN), CIFAR_STD), 10, 1, "silu").eval()
     moved.load_state_dict(model.state_dict())
     torch.testing.assert_close(moved(images + 0.125), model(images), rtol=1e-4, atol=1e-5)
 
@@ -201,7 +201,7 @@ def test_initialisation_is_the_published_one(name):
     """Convolutions by the rule of the network, the last layer by torch's; batch norm 1 and 0 with momentum 0.01."""
     size, std_of, bias_is_zero = STARTS[name]
     torch.manual_seed(0)
-    model, kinds = NETWORKS[name](facts(), *size, "silu"), collections.Counter()
+    model, kinds = NETWORKS[name](metadata(), *size, "silu"), collections.Counter()
     for layer in model.modules():
         kinds[type(layer)] += 1
         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
@@ -254,7 +254,7 @@ def slow_preact_features(state, images, blocks, act):
 @pytest.mark.parametrize(("depth", "blocks", "size"), [(18, (2, 2, 2, 2), 16), (34, (3, 4, 6, 3), 8)])
 def test_preact_logits_equal_the_network_written_from_its_tensor_names(depth, blocks, size):
     torch.manual_seed(0)
-    model = preact_resnet(facts(), depth, 0, "silu").eval()
+    model = preact_resnet(metadata(), depth, 0, "silu").eval()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "batchnorm" in name and tensor.is_floating_point():
             tensor.data.uniform_(0.5, 1.5)
@@ -269,7 +269,7 @@ def test_preact_logits_equal_the_network_written_from_its_tensor_names(depth, bl
 def test_preact_has_the_published_size():
     """ResNet-18 of CIFAR has 11.17 M parameters; the three 3x3 shortcuts instead of 1x1 add 8/9 of theirs."""
     with torch.device("meta"):
-        model = preact_resnet(facts(), 18, 0, "silu")
+        model = preact_resnet(metadata(), 18, 0, "silu")
     shortcuts = sum(p.numel() for name, p in model.named_parameters() if "shortcut" in name)
     assert shortcuts == 9 * (64 * 128 + 128 * 256 + 256 * 512)
     rest = sum(p.numel() for p in model.parameters()) - shortcuts
@@ -290,7 +290,7 @@ def test_flops_of_one_layer_are_counted_by_hand():
 def test_a_step_of_trades_costs_what_the_scaling_study_says(depth, width):
     """Bartoldson et al. 2024: 7822 operations for each parameter and image seen, with 10 attack steps."""
     with torch.device("meta"):
-        model = wide_resnet(facts(), depth, width, "silu")
+        model = wide_resnet(metadata(), depth, width, "silu")
     step = flops.forward(model, (3, 32, 32)) * flops.forwards_of_a_step("trades", 10)
     assert step / sum(p.numel() for p in model.parameters()) == pytest.approx(7822, rel=0.01)
     assert [flops.forwards_of_a_step(loss, 10) for loss in ("standard", "pgd_at", "ikl")] == [3, 23, 27]

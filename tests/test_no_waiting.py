@@ -16,16 +16,16 @@ from dmat import config, devices, modes
 from dmat.data.augmentation import AUGMENTATIONS, cutmix
 from dmat.data.batches import MixedBatches
 from dmat.data.mixing import Mix
-from dmat.data.pixels import everything
+from dmat.data.pixels import load_all
 from dmat.data.shards import open_shards, write_set
 from dmat.robust import losses
 from dmat.robust.attacks import Ball
-from dmat.robust.losses import LOSSES, Recipe
-from dmat.robust.networks import Facts, preact_resnet, wide_resnet
-from dmat.training import averaging, classifier
+from dmat.robust.losses import LOSSES, LossSettings
+from dmat.robust.networks import DataSpec, preact_resnet, wide_resnet
+from dmat.training import classifier, ema
 from dmat.training.long_run import LongRun
 
-FACTS = Facts(10, 3, (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
+FACTS = DataSpec(10, 3, (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
 VALUE_NEEDED = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -57,19 +57,19 @@ def test_a_step_needs_no_value(loss, norm):
     """Attack, loss, gradients, clipping, optimiser and average: everything of a step that touches the device."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         for new in (lambda: wide_resnet(FACTS, 10, 1, "silu"), lambda: preact_resnet(FACTS, 18, 0, "relu")):
-            model, averaged = new(), new()
+            model, ema_model = new(), new()
             optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
             means = losses.ClassMeans(10, 1.0, torch.device("cpu"))
             images, targets, start = torch.rand(4, 3, 32, 32), torch.randint(10, (4,)), torch.zeros(4, 3, 32, 32)
-            recipe = Recipe(Ball(norm, 8 / 255), 2, 2 / 255, 5.0, 0.1, 3.0)
+            recipe = LossSettings(Ball(norm, 8 / 255), 2, 2 / 255, 5.0, 0.1, 3.0)
             with modes.mode(model, training=True), torch.autocast("cpu", torch.bfloat16):
                 found = LOSSES[loss](model, images, targets, start, recipe, means.means)
-            if found.natural_logits is not None:
-                means.add(means.sums_of(found.natural_logits, targets))
+            if found.clean_logits is not None:
+                means.add(means.sums_of(found.clean_logits, targets))
             found.total.mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
-            averaging.update(averaged, model, 0.995)
+            ema.update(ema_model, model, 0.995)
 
 
 @pytest.mark.gpu
@@ -78,7 +78,7 @@ def test_a_gpu_is_not_waited_for(tmp_path, tiny_params, augmentation):
     """What a longer run waits for more often than a shorter one, it waits for in its steps."""
     labels = np.arange(64) % 10
     images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3)).astype(np.uint8)
-    write_set(tmp_path / "set", images, labels, class_names=list("abcdefghij"), facts={})
+    write_set(tmp_path / "set", images, labels, class_names=list("abcdefghij"), metadata={})
     shards = open_shards(tmp_path / "set")
     compute = devices.resolve("cuda", "bf16", threads=1)
 
@@ -86,7 +86,7 @@ def test_a_gpu_is_not_waited_for(tmp_path, tiny_params, augmentation):
         section = tiny_params["train_robust"] | {"images_seen": 16 * steps, "batch": 16, "evaluate_every": 10**6,
                                                  "augmentation": augmentation, "clip_gradient": 1.0}  # fmt: skip
         settings = config.TrainRobust.model_validate(section)
-        recipe = Recipe(Ball("linf", 8 / 255), 2, 2 / 255, 5.0, 0.1, 3.0)
+        recipe = LossSettings(Ball("linf", 8 / 255), 2, 2 / 255, 5.0, 0.1, 3.0)
         batches = MixedBatches(Mix(64, 0, 16, 0.0), 1, shards, None, None)
         model = wide_resnet(FACTS, 10, 1, "silu")
         torch.cuda.set_sync_debug_mode("warn")
@@ -96,7 +96,7 @@ def test_a_gpu_is_not_waited_for(tmp_path, tiny_params, augmentation):
                 LongRun(tmp_path / str(steps), compute, 16 * steps, quiet=True) as run,
             ):
                 warnings.simplefilter("always")
-                classifier.train(model, 10, batches, everything(shards), recipe, settings, 1, run, compute)
+                classifier.train(model, 10, batches, load_all(shards), recipe, settings, 1, run, compute)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return sum("synchron" in str(warning.message) for warning in said)

@@ -16,7 +16,7 @@ import pytest
 
 from dmat import files, liveness, tracking
 from dmat.errors import DmatError, Interrupted
-from dmat.tracking import courier, dvc_process, notes, parents, queries
+from dmat.tracking import dvc_process, open_runs, parents, queries, sender
 from tests import forked
 
 _STAGE = """
@@ -91,14 +91,14 @@ def test_the_run_of_a_repro_ends_by_itself_as_dvc_did(repro, tmp_path, ends):
         repro.wait()
     forked.until(lambda: _statuses(tmp_path)["dvc"] != "RUNNING", 200)
     assert _statuses(tmp_path)["dvc"] == {"well": "FINISHED", "killed": "KILLED"}[ends]
-    assert notes.read(tmp_path) == [] or ends == "killed", "the stage that lost its dvc goes on"
+    assert open_runs.read(tmp_path) == [] or ends == "killed", "the stage that lost its dvc goes on"
 
 
 @pytest.fixture
 def above(tmp_path, monkeypatch):
     """A process that is taken for `dvc repro`, above stages which are this process."""
     monkeypatch.setenv("DVC_STAGE", "mix_images@one")
-    monkeypatch.setattr(courier, "of_this_process", courier.in_this_process)
+    monkeypatch.setattr(sender, "of_this_process", sender.in_this_process)
     process = subprocess.Popen(["sleep", "600"])
     known = liveness.identity(process.pid)
     monkeypatch.setattr(dvc_process, "outermost", lambda: (psutil.Process(process.pid), known, ["repro"]))
@@ -113,7 +113,7 @@ def _stage(home, error=None, name="one"):
     work = home / "runs" / name
     work.mkdir(parents=True, exist_ok=True)
     with tracking.open_run(
-        home, work, stage="mix_images", instance=name, settings={}, inputs={}, compute={}
+        home, work, stage="mix_images", instance_name=name, settings={}, inputs={}, compute={}
     ) as run:  # fmt: skip
         if error:
             raise error

@@ -18,11 +18,12 @@ import torch
 import yaml
 
 import dmat
-from dmat import config, pipeline, plugins, workspace
+from dmat import config, pipeline, plugins
 from dmat.errors import ConfigError, DmatError
 from dmat.pipeline import code_identity, planning
 from dmat.pipeline.direct_evaluation import DirectEvaluation
 from dmat.tuning import trials
+from dmat.workspace import find_workspace
 from tests import forked
 from tests.conftest import ROOT
 from tests.projects import own_code
@@ -177,12 +178,12 @@ def test_a_project_trains_and_evaluates_with_its_own_code(made):
 def test_an_edit_makes_another_result_of_what_uses_it(project, file, old, new, rerun):
     path = project.folder / f"plugins/{file}.py"
     path.write_text(path.read_text().replace(old, new, 1))
-    params, place = project.load(), workspace.find(project.folder)
+    params, workspace = project.load(), find_workspace(project.folder)
     found = set()
     for command in STAGES:
         stage = pipeline.STAGES[command.replace("-", "_")]
-        chosen = {name: {"arm": "real_only", "seed": 1}[name] for name in stage.each}
-        if planning.plan(stage, chosen, params, place).work.name not in project.works(command):
+        instance = {name: {"arm": "real_only", "seed": 1}[name] for name in stage.keys}
+        if planning.plan(stage, instance, params, workspace).work.name not in project.works(command):
             found.add(command)
     assert found == rerun
 

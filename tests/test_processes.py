@@ -177,7 +177,7 @@ def test_a_batch_that_does_not_divide_is_refused(project):
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("count", [0, 1, 5, 64])
 def test_parts_are_disjoint_and_together_all(size, count):
-    rows = [list(range(count))[World(rank, size).part(count)] for rank in range(size)]
+    rows = [list(range(count))[World(rank, size).local_rows(count)] for rank in range(size)]
     assert [row for part in rows for row in part] == list(range(count))
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
@@ -191,7 +191,7 @@ def _normalise(rank, port, queue):
         model[1].weight.uniform_(0.5, 1.5)
     together = processes.world()
     processes.synchronise_batch_norm(model, together)
-    mine = together.part(6)
+    mine = together.local_rows(6)
     part = x[mine].requires_grad_(True)
     out = model(part)
     (out * weight[mine]).sum().backward()

@@ -185,7 +185,7 @@ def _name_code(project, identity, same=()):
     locked = code_identity.read(project.folder)
     entries = [{"code": one, "why": "a test", "compared": "nothing"} for one in same]
     identities = {**locked.identities, "mix_images": identity}
-    code_identity.write(project.folder, code_identity.Locked(identities, {"mix_images": entries}))
+    code_identity.write(project.folder, code_identity.CodeLock(identities, {"mix_images": entries}))
 
 
 def test_code_that_code_yaml_does_not_name_computes_nothing(finished, tmp_path):

@@ -11,8 +11,8 @@ from torch import nn
 
 from dmat import files
 from dmat.errors import DmatError
-from dmat.tracking import memory, registry, stores
-from dmat.tracking.registry import Candidate
+from dmat.tracking import registry, run_record, stores
+from dmat.tracking.registry import RegistryCandidate
 from dmat.training import weights
 from tests import forked
 
@@ -42,7 +42,7 @@ def _register(store, name, score, run=None, number=1.0):
 def _candidate(name, path, score):
     """As if the files that lie there were evaluated."""
     sums = {"weights_sha256": files.sha256(path), "sidecar_sha256": files.sha256(path.with_suffix(".json"))}
-    return Candidate(name, path, {"threat.norm": "linf"}, score, **sums)
+    return RegistryCandidate(name, path, {"threat.norm": "linf"}, score, **sums)
 
 
 def _champion(store, name):
@@ -164,14 +164,14 @@ def test_what_an_earlier_version_remembered_without_checksums_is_not_registered(
 def _sent(home, folder, model, sentence):
     """Sends the end of a run that waited; returns its id."""
     folder.mkdir()
-    known = memory.Memory(folder, stores.identity(home))
+    known = run_record.RunRecord(folder, stores.identity(home))
     about = {"name": "one", "tags": {}, "settings": {}, "started": 1.0, "parent": None}
     end = {"status": "FINISHED", "error": "", "metrics": {}, "pictures": [], "models": [model], "ended": 2.0}
     known.update(about=about, ending=end)
-    sender = memory.Sender(home, known)
-    with sender.turn(), pytest.warns(UserWarning, match=sentence):
-        sender.connect(live=False)
-        sender.send_end("FINISHED", known["ending"])
+    uploader = run_record.RunUploader(home, known)
+    with uploader.turn(), pytest.warns(UserWarning, match=sentence):
+        uploader.connect(live=False)
+        uploader.send_end("FINISHED", known["ending"])
     return known["run"]
 
 

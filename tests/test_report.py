@@ -98,12 +98,12 @@ def _noted(stage, seconds, device="cpu", processes=1, **measured):
 
 
 def test_costs_are_device_hours_of_everything_behind_an_arm():
-    behind = [
+    ancestors = [
         _noted("train_diffusion", 7200, "H100", processes=4),
         _noted("train_robust", 1800, images_per_second=100.0, model_flops_utilisation=0.2),
         _noted("train_robust", 3600, images_per_second=300.0, model_flops_utilisation=0.4),
     ]
-    cost = costs.of_arm("mixed", behind, 2000, [1e12, 3e12])
+    cost = costs.of_arm("mixed", ancestors, 2000, [1e12, 3e12])
     assert cost.hours == {"train_diffusion": 8.0, "train_robust": 1.5}
     assert cost.total == 9.5
     assert cost.devices == ("H100", "cpu")
@@ -172,8 +172,8 @@ def test_utilisations_of_a_report_are_shares_of_one_peak():
     assert [one.utilisation for one in found] == [pytest.approx(0.2), pytest.approx(0.2), pytest.approx(0.01), None]
 
 
-def _made(**facts):
-    return {"git_commit": "c" * 40, "git_dirty": False, **facts}
+def _made(**metadata):
+    return {"git_commit": "c" * 40, "git_dirty": False, **metadata}
 
 
 def test_a_commit_is_named_as_the_way_back_only_where_it_is_one():

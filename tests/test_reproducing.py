@@ -12,7 +12,7 @@ import yaml
 import dmat.project
 from dmat import config, tracking
 from dmat.errors import DmatError
-from dmat.tracking import memory, origin
+from dmat.tracking import origin, run_record
 from dmat.upkeep import reproducing
 from dmat.workspace import Workspace
 
@@ -43,7 +43,7 @@ def _run(project, **tags):
     kept = {name: value for name, value in (given | tags).items() if value is not None}
     run = client.create_run(experiment, tags=kept).info.run_id
     settings = config.load(project / "params.yaml").prepare_data.plain()
-    for name, value in memory.parameters(settings).items():
+    for name, value in run_record.parameters(settings).items():
         client.log_param(run, name, value)
     return client, run
 

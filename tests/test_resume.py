@@ -14,15 +14,15 @@ from dmat import config, devices
 from dmat.data.augmentation import AUGMENTATIONS
 from dmat.data.batches import MixedBatches
 from dmat.data.mixing import BatchOrder, Mix
-from dmat.data.pixels import everything
+from dmat.data.pixels import load_all
 from dmat.data.shards import open_shards, write_set
 from dmat.diffusion.edm import Preconditioned
 from dmat.diffusion.unet import UNet
 from dmat.errors import Diverged, DmatError, Interrupted
 from dmat.robust.attacks import Ball
-from dmat.robust.losses import LOSSES, Recipe
-from dmat.robust.networks import Facts, wide_resnet
-from dmat.training import averaging, classifier, denoiser
+from dmat.robust.losses import LOSSES, LossSettings
+from dmat.robust.networks import DataSpec, wide_resnet
+from dmat.training import classifier, denoiser, ema
 from dmat.training.long_run import LongRun, MetricsLog
 
 
@@ -36,7 +36,7 @@ def shards(tmp_path):
     rng = np.random.default_rng(0)
     labels = np.arange(48) % 4
     images = (rng.integers(0, 60, (48, 8, 8, 1)) + 45 * labels[:, None, None, None]).astype(np.uint8)
-    write_set(tmp_path / "set", images, labels, class_names=list("abcd"), facts={})
+    write_set(tmp_path / "set", images, labels, class_names=list("abcd"), metadata={})
     return open_shards(tmp_path / "set")
 
 
@@ -48,19 +48,19 @@ class _StopAt(LongRun):
     def turn(self, images_seen, state, asked=None):
         if images_seen == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        super().turn(images_seen, state, asked)
+        super().checkpoint_if_due(images_seen, state, asked)
 
 
 def _train_classifier(folder, shards, compute, settings, stop_at=-1, mix=None, spoil=None):
     torch.manual_seed(3)
-    model = wide_resnet(Facts(4, 1, (0.4,), (0.3,)), 10, 1, "silu")
-    recipe = Recipe(Ball("linf", 0.1), 2, 0.05, 5.0, 0.1, 3.0)
+    model = wide_resnet(DataSpec(4, 1, (0.4,), (0.3,)), 10, 1, "silu")
+    recipe = LossSettings(Ball("linf", 0.1), 2, 0.05, 5.0, 0.1, 3.0)
     mix = mix or Mix(48, 0, 16, 0.0)
     generated = (shards, np.arange(0, 48, 2)) if mix.generated else (None, None)
     batches = (spoil or MixedBatches)(mix, 1, shards, *generated)
     with _StopAt(folder, compute, settings.images_seen, quiet=True) as run:
         run.stop_at = stop_at
-        return classifier.train(model, 4, batches, everything(shards), recipe, settings, 1, run, compute)
+        return classifier.train(model, 4, batches, load_all(shards), recipe, settings, 1, run, compute)
 
 
 @pytest.fixture
@@ -239,14 +239,14 @@ def test_denoiser_resumes_bit_for_bit(tmp_path, shards, compute, tiny_params, st
 
 def test_denoiser_average_is_that_of_karras_et_al(tmp_path, shards, compute, tiny_params, monkeypatch):
     """The half-life is 5 % of the images seen before each step until it is whole: the first average is a copy."""
-    lives, update = [], averaging.update
+    lives, update = [], ema.update
 
-    def record(averaged, live, decay):
+    def record(ema_model, live, decay):
         lives.append([p.detach().double().clone() for p in live.parameters()])
-        update(averaged, live, decay)
+        update(ema_model, live, decay)
 
-    monkeypatch.setattr(averaging, "update", record)
-    section = tiny_params["train_diffusion"] | {"images_seen": 160, "batch": 16, "average_half_life": 5.0}
+    monkeypatch.setattr(ema, "update", record)
+    section = tiny_params["train_diffusion"] | {"images_seen": 160, "batch": 16, "ema_half_life": 5.0}
     settings = config.Generator.model_validate(section)
     weights, _ = _train_denoiser(tmp_path, shards, compute, settings)
     average = lives[0]
@@ -268,7 +268,7 @@ def test_learning_rate_of_a_run_changes_after_whole_batches(tmp_path, shards, co
     history = _train_classifier(tmp_path, shards, compute, settings).history
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, settings.learning_rate, total_steps=41, pct_start=settings.warm_up
+        optimiser, settings.learning_rate, total_steps=41, pct_start=settings.warmup
     )
     expected = []
     for _ in range(41):

@@ -21,7 +21,7 @@ from dmat.models import exporting, importing, layouts, leaderboard
 from dmat.models.importing import DATA
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
-from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, Facts, preact_resnet, wide_resnet
+from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, DataSpec, preact_resnet, wide_resnet
 from dmat.training import weights
 
 if importlib.util.find_spec("robustbench") is None:
@@ -59,16 +59,16 @@ def trained(folder, depth, width, activation="silu", data="cifar10", name="wide_
     """A model file of dmat with random weights, and the network itself."""
     torch.manual_seed(0)
     images = DATA[data]
-    facts = Facts(images.classes, 3, images.mean, images.std)
-    model = moved(NETWORKS[name](facts, depth, width, activation))
+    metadata = DataSpec(images.classes, 3, images.mean, images.std)
+    model = moved(NETWORKS[name](metadata, depth, width, activation))
     sidecar = {
         "kind": "classifier",
         "weights": "averaged",
         "network": {"name": name, "depth": depth, "width": width, "activation": activation},
-        "classes": facts.classes,
+        "classes": metadata.classes,
         "channels": 3,
-        "mean": list(facts.mean),
-        "std": list(facts.std),
+        "mean": list(metadata.mean),
+        "std": list(metadata.std),
         "image_shape": [images.size, images.size, 3],
     }
     weights.save(folder / "best.safetensors", model.state_dict(), sidecar)
@@ -175,10 +175,10 @@ def test_its_other_preacts_compute_something_else_and_are_refused(tmp_path, bloc
 
 
 def test_names_are_theirs():
-    facts = Facts(10, 3, (0.0,) * 3, (1.0,) * 3)
+    metadata = DataSpec(10, 3, (0.0,) * 3, (1.0,) * 3)
     for depth in PREACT_BLOCKS:
-        assert list(preact_resnet(facts, depth, 0, "silu").state_dict()) == list(DMPreActResNet(10, depth).state_dict())
-    ours = wide_resnet(facts, 16, 2, "relu").state_dict()
+        assert list(preact_resnet(metadata, depth, 0, "silu").state_dict()) == list(DMPreActResNet(10, depth).state_dict())
+    ours = wide_resnet(metadata, 16, 2, "relu").state_dict()
     assert list(ours) == list(DMWideResNet(10, 16, 2).state_dict())
     theirs = trades_like.WideResNet(depth=16, widen_factor=2).state_dict()
     assert {layouts.LAYOUTS["wide_resnet_symmetric"].theirs(name) for name in ours} == set(theirs)
@@ -202,7 +202,7 @@ def test_flags_are_those_of_the_plain_call_on_their_model(tmp_path, norm, epsilo
     labels[::20] = (labels[::20] + 1) % 10
     settings = config.evaluation({"pgd_steps": 1, "shard": 100, "batch": 100, "sweep": []})
     suite = auto_attack.suite("standard", 10)
-    subject = Subject("model", compute.place_model(model), pixels, labels, Ball(norm, epsilon), suite)
+    subject = Subject("model", compute.model_to_device(model), pixels, labels, Ball(norm, epsilon), suite)
     ours = [measures.of_shard(subject, settings, k, compute)["auto_attack"] for k in range(2)]
     plain = []
     for number, part in enumerate((slice(0, 100), slice(100, 200))):

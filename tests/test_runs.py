@@ -43,11 +43,11 @@ def home(tmp_path_factory):
     return folder
 
 
-def _track(home, instance, stage, settings, accuracy):
-    work = home / "runs" / stage / f"{instance}-{stage[:4]}{instance[:4]}"
+def _track(home, instance_name, stage, settings, accuracy):
+    work = home / "runs" / stage / f"{instance_name}-{stage[:4]}{instance_name[:4]}"
     work.mkdir(parents=True)
     with tracking.open_run(
-        home, work, stage=stage, instance=instance, settings=settings,
+        home, work, stage=stage, instance_name=instance_name, settings=settings,
         inputs={"test": {"path": "artifacts/prepare_data/test", "sha256": "abc"}}, compute={"device": "cpu"},
     ) as run:  # fmt: skip
         if accuracy is None:
@@ -57,7 +57,7 @@ def _track(home, instance, stage, settings, accuracy):
             log.write(step, {"loss": 1.0 / step})
         log.close()
         if stage == "evaluate_robust":
-            run.tag("evaluation.headline", "no" if instance == "real-1" else "yes")
+            run.tag("evaluation.headline", "no" if instance_name == "real-1" else "yes")
         run.finish_with({"best_pgd": accuracy}, [])
 
 
@@ -144,19 +144,19 @@ def test_compare_of_evaluations_is_paired_by_image(home):
     rng = np.random.default_rng(0)
     flags = {name: rng.random(400) < share for name, share in (("real-1", 0.5), ("mixed-1", 0.6))}
     runs = {name: queries.one(home, f"evaluate_robust/{name}") for name in flags}
-    place = Workspace(home, home)
+    workspace = Workspace(home, home)
     for name, run in runs.items():
-        path = comparing.result_of(place, run) / "evaluation" / "per_image.parquet"
+        path = comparing.result_of(workspace, run) / "evaluation" / "per_image.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_table(path, {"label": np.arange(400), "best_pgd": flags[name]})
-    found = comparing.paired(place, runs["real-1"], runs["mixed-1"])["best_pgd"]
+    found = comparing.paired(workspace, runs["real-1"], runs["mixed-1"])["best_pgd"]
     assert found["value"] == pytest.approx(flags["mixed-1"].mean() - flags["real-1"].mean())
     exact = paired_difference([flags["mixed-1"]], [flags["real-1"]], 2000, np.random.default_rng(5))
     assert found["low"] == pytest.approx(exact["low"], abs=0.02)
     text = _dmat(home, "compare", "evaluate_robust/real-1", "evaluate_robust/mixed-1")
     assert f"best_pgd: second − first {100 * found['value']:+.1f} points" in text
     write_table(path, {"label": np.arange(400)[::-1].copy(), "best_pgd": flags[name]})
-    assert comparing.paired(place, runs["real-1"], runs["mixed-1"]) == {}, "other images"
+    assert comparing.paired(workspace, runs["real-1"], runs["mixed-1"]) == {}, "other images"
 
 
 def _known(home, folder, id_, tags):
@@ -198,12 +198,12 @@ def test_trials_that_were_ranked_are_compared_in_pairs(tmp_path):
             np.savez(path.with_suffix(".npz"), auto_attack=part, adversarial=np.zeros((10, 1, 2, 2)))
             identity = {"images": "abc", "weights": name, "shard": number, "images_attacked": 30}
             files.write_json(path.with_suffix(".json"), {"images": 10, "identity": identity})
-    place = Workspace(tmp_path, tmp_path)
-    found = comparing.paired(place, *runs)
+    workspace = Workspace(tmp_path, tmp_path)
+    found = comparing.paired(workspace, *runs)
     assert set(found) == {"auto_attack"}
     assert found["auto_attack"]["value"] == pytest.approx(flags["two"].mean() - flags["one"].mean())
     path.with_suffix(".json").unlink()
-    assert comparing.paired(place, *runs) == {}, "a shard is missing"
+    assert comparing.paired(workspace, *runs) == {}, "a shard is missing"
 
 
 def test_an_empty_project_has_no_runs_and_another_folder_is_none(tmp_path):

@@ -20,7 +20,7 @@ from dmat import config, files
 from dmat.data import cifar, shards, sources
 from dmat.errors import DmatError
 from dmat.jobs import prepare_data
-from dmat.models.classifiers import facts_of
+from dmat.models.classifiers import data_spec_of
 from tests import cifar_files
 from tests.cifar_files import FOLDERS, NAMES, python2
 from tests.projects import Project
@@ -437,9 +437,9 @@ def test_folders_without_classes_are_refused(tmp_path):
 # --- shards and .npz
 
 
-def write_shards(folder, **facts):
+def write_shards(folder, **metadata):
     images, labels = cifar_files.some(6, 3, 0)
-    shards.write_set(folder, images, labels, class_names=["a", "b", "c"], facts={"licence": "CC0", **facts})
+    shards.write_set(folder, images, labels, class_names=["a", "b", "c"], metadata={"licence": "CC0", **metadata})
     return images, labels
 
 
@@ -628,7 +628,7 @@ def test_copies_across_the_splits_are_counted_and_told(tmp_path):
     """All images of a class are one image, so that every split has it."""
     images, labels = cifar_files.some(40, 2, 0)
     images[labels == 1] = images[1]
-    shards.write_set(tmp_path / "s", images, labels, class_names=["a", "b"], facts={})
+    shards.write_set(tmp_path / "s", images, labels, class_names=["a", "b"], metadata={})
     metrics, (note,) = _prepare(tmp_path, tmp_path / "s", train=16, validation=12, test=12)
     copies = {name: value for name, value in metrics.items() if name.startswith("copies")}
     assert copies == {"copies_within_test": 5, "copies_test_in_train": 6, "copies_test_in_validation": 6,
@@ -642,7 +642,7 @@ def test_copies_across_the_splits_are_counted_and_told(tmp_path):
 
 def test_a_class_without_training_images_is_refused(tmp_path):
     images, labels = cifar_files.some(12, 3, 0)
-    shards.write_set(tmp_path / "s", images, labels, class_names=["a", "b", "c", "unicorn"], facts={})
+    shards.write_set(tmp_path / "s", images, labels, class_names=["a", "b", "c", "unicorn"], metadata={})
     assert len(sources.recognise(tmp_path / "s").labels) == 12  # a part of a set may be evaluated
     with pytest.raises(DmatError, match="the training split of 6 images has none of the classes unicorn; expected"):
         _prepare(tmp_path, tmp_path / "s", train=6, validation=3, test=3)
@@ -711,8 +711,8 @@ def test_validation_may_be_the_first_images_and_normalisation_the_published_one(
         assert manifest["std"] == [0.2471, 0.2435, 0.2616]
     project.write({"prepare_data": {"normalisation": {"mean": [0, 0.25, 0.5], "std": [0.5, 1, 2]}}})
     project.run("prepare_data")
-    facts = facts_of(shards.open_shards(project.folder / "artifacts/prepare_data/train"))
-    assert (facts.mean, facts.std) == ((0.0, 0.25, 0.5), (0.5, 1.0, 2.0))
+    metadata = data_spec_of(shards.open_shards(project.folder / "artifacts/prepare_data/train"))
+    assert (metadata.mean, metadata.std) == ((0.0, 0.25, 0.5), (0.5, 1.0, 2.0))
 
 
 def test_a_source_whose_bytes_changed_is_noticed(project):

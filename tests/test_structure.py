@@ -27,7 +27,7 @@ ROWS = (
     (
         *(
             "dmat.files",
-            "dmat.checksum_memory",
+            "dmat.checksum_cache",
             "dmat.dvc_lock",
             "dmat.yaml_file",
             "dmat.seeds",
@@ -49,7 +49,7 @@ WITH_PLUGINS = {"prepare_data", "generate_images", *("train_scorer", "score_imag
 }
 SUBJECTS = ROWS[2]  # these know nothing of each other
 HOMES = {  # package -> the only modules that import it
-    "mlflow": {"dmat.tracking.stores", "dmat.tracking.memory", "dmat.tracking.registry"},
+    "mlflow": {"dmat.tracking.stores", "dmat.tracking.run_record", "dmat.tracking.registry"},
     "pyautoattack": {"dmat.robust.auto_attack"},
     "typer": {
         "cli.main",
@@ -172,20 +172,20 @@ def test_dvc_stages_agree_with_the_table(root):
     listed = {}
     for word, entry in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].items():
         template = entry.get("do", entry)
-        for chosen in STAGES[word].choices(params):
-            listed[f"{word} {STAGES[word].instance(chosen)}"] = _resolved(template, word, chosen, params)
+        for instance in STAGES[word].choices(params):
+            listed[f"{word} {STAGES[word].instance_name(instance)}"] = _resolved(template, word, instance, params)
     assert len(listed) == 14
     for word, stage in STAGES.items():
-        for chosen in stage.choices(params):
-            entry = listed[f"{word} {stage.instance(chosen)}"]
-            assert entry["cmd"] == " ".join(["dmat", stage.command, *stage.options(chosen)])
-            inputs = set(stage.inputs(params, **chosen).values())
+        for instance in stage.choices(params):
+            entry = listed[f"{word} {stage.instance_name(instance)}"]
+            assert entry["cmd"] == " ".join(["dmat", stage.command, *stage.options(instance)])
+            inputs = set(stage.inputs(params, **instance).values())
             assert set(entry["deps"]) - {"sources/none", "plugins"} == inputs, word
             assert ("plugins" in entry["deps"]) == (word in WITH_PLUGINS)
             assert entry["params"].pop(0) == {"code.yaml": [word]}
-            outputs = set(stage.outputs(params, **chosen).values())
-            outputs |= {stage.metrics_path(chosen), stage.provenance_path(chosen)}
-            assert set(entry["outs"]) - {stage.pictures_path(chosen)} == outputs, word
+            outputs = set(stage.outputs(params, **instance).values())
+            outputs |= {stage.metrics_path(instance), stage.provenance_path(instance)}
+            assert set(entry["outs"]) - {stage.pictures_path(instance)} == outputs, word
             assert {name.partition(".")[0] for name in entry["params"]} <= {
                 word,
                 "seeds",
@@ -199,9 +199,9 @@ def test_the_options_of_an_instance_are_those_of_its_command(root):
     seen = 0
     for stage in STAGES.values():
         known = {option for parameter in group.commands[stage.command].params for option in parameter.opts}
-        for chosen in stage.choices(params):
+        for instance in stage.choices(params):
             seen += 1
-            assert {word for word in stage.options(chosen) if word.startswith("--")} <= known, stage.command
+            assert {word for word in stage.options(instance) if word.startswith("--")} <= known, stage.command
     assert seen == 14
 
 
@@ -259,14 +259,14 @@ def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _resolved(template: dict, word: str, chosen: dict, params: config.Params) -> dict:
+def _resolved(template: dict, word: str, instance: dict, params: config.Params) -> dict:
     """What DVC would fill in for one instance; ${key} and ${item...} are the only templates that dvc.yaml uses."""
     stage = STAGES[word]
-    values = {"key": stage.instance(chosen), **{f"item.{name}": str(value) for name, value in chosen.items()}}
+    values = {"key": stage.instance_name(instance), **{f"item.{name}": str(value) for name, value in instance.items()}}
     values["prepare_data.path"] = params.prepare_data.path
     for option, entries in (("image_set", params.image_sets), ("selection", params.selections), ("arm", params.arms)):
-        if stage.each == (option,):
-            values |= {f"item.{name}": value for name, value in entries[chosen[option]].plain().items()}
+        if stage.keys == (option,):
+            values |= {f"item.{name}": value for name, value in entries[instance[option]].plain().items()}
     fill = lambda text: re.sub(r"\$\{([^}]+)\}", lambda m: values[m[1]], text)  # noqa: E731
     outs = [*template["outs"], *template.get("metrics", [])]
     return {"cmd": fill(template["cmd"]), "params": [*template["params"]], "outs": [fill(o) for o in outs],
@@ -287,8 +287,8 @@ def test_settings_of_training_loops_are_met_by_the_records(root):
     from dmat.training import classifier, denoiser
 
     for protocol, record in (
-        (classifier.Settings, config.TrainRobust),
-        (denoiser.Settings, config.Generator),
+        (classifier.ClassifierSettings, config.TrainRobust),
+        (denoiser.DenoiserSettings, config.Generator),
         (SamplerSettings, config.Sampler),
     ):
         names = {name for name in (*protocol.__annotations__, *vars(protocol)) if not name.startswith("_")}

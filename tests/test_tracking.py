@@ -15,7 +15,7 @@ import pytest
 
 from dmat import files, liveness, tracking
 from dmat.errors import DmatError, Interrupted
-from dmat.tracking import courier, dvc_process, notes, runs, stores
+from dmat.tracking import dvc_process, open_runs, runs, sender, stores
 from dmat.training.long_run import MetricsLog
 from tests import forked, servers
 
@@ -32,16 +32,16 @@ def _open(home, name="one", parent=None):
     work = home / "runs" / name
     work.mkdir(parents=True, exist_ok=True)
     return tracking.open_run(
-        home, work, stage="train_robust", instance=name, settings={"beta": 5.0, "threat": {"epsilon": "8/255"}},
+        home, work, stage="train_robust", instance_name=name, settings={"beta": 5.0, "threat": {"epsilon": "8/255"}},
         inputs={"train": {"path": "p", "sha256": "abc"}}, compute={"device": "cpu"}, parent=parent,
     )  # fmt: skip
 
 
 @pytest.fixture
 def inside(monkeypatch):
-    """The courier is a thread of this process, so that a test may change what it meets; it sends without a pause."""
-    monkeypatch.setattr(courier, "SEND_EVERY", 0.05)
-    monkeypatch.setattr(courier, "of_this_process", courier.in_this_process)
+    """The sender is a thread of this process, so that a test may change what it meets; it sends without a pause."""
+    monkeypatch.setattr(sender, "SEND_EVERY", 0.05)
+    monkeypatch.setattr(sender, "of_this_process", sender.in_this_process)
 
 
 @pytest.fixture
@@ -147,26 +147,26 @@ work.mkdir(parents=True)
 with tracking.open_run(home, work, stage="train_robust", instance="one", settings={}, inputs={}, compute={}) as run:
     MetricsLog(work / "metrics.jsonl").write(10, {"loss": 2.0})
     run.provenance()
-    (courier,) = psutil.Process().children()
+    (sender,) = psutil.Process().children()
     if sys.argv[2] == "both":
-        courier.kill()
+        sender.kill()
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.parametrize("killed", ["training", "both"])
 def test_a_run_killed_with_9_is_ended_as_killed_with_all_its_metrics(home, killed):
-    """By its courier, which is told by nobody; if that died too, by the next command."""
+    """By its sender, which is told by nobody; if that died too, by the next command."""
     subprocess.run([sys.executable, "-c", _KILLED, str(home), killed], check=False, timeout=400)
     if killed == "both":
         assert [run.info.status for run in _runs(home)[1]] == ["RUNNING"]
         with _open(home, "two"):
             pass
     else:
-        forked.until(lambda: not notes.read(home), 60)
+        forked.until(lambda: not open_runs.read(home), 60)
     runs = {run.info.run_name: run for run in _runs(home)[1]}
     assert runs["train_robust one"].info.status == "KILLED"
-    assert runs["train_robust one"].data.tags["dmat.error"] == notes.LOST
+    assert runs["train_robust one"].data.tags["dmat.error"] == open_runs.LOST
     assert _numbers(runs["train_robust one"]) == {"loss": 2.0}
     assert all(run.info.status == "FINISHED" for name, run in runs.items() if name != "train_robust one")
     assert tracking.sync(home) == []
@@ -177,7 +177,7 @@ def test_a_courier_that_dies_loses_nothing_and_another_takes_over(home, told, mo
     monkeypatch.setattr(runs, "_SAMPLE_EVERY", 0.2 if another_comes == "while it goes on" else 1000.0)
     with _open(home) as run:
         run.provenance()  # waits until it sends
-        child = next(one for one in psutil.Process().children() if "courier.main" in " ".join(one.cmdline()))
+        child = next(one for one in psutil.Process().children() if "sender.main" in " ".join(one.cmdline()))
         _log(home, 10, loss=2.0)
         os.kill(child.pid, signal.SIGKILL)
         forked.until(lambda: bool(told), 20)
@@ -192,8 +192,8 @@ def test_where_no_process_can_be_started_a_thread_sends(home, monkeypatch):
     def refused(*words, **options):
         raise OSError("Resource temporarily unavailable")
 
-    monkeypatch.setattr(courier, "_mine", None)
-    monkeypatch.setattr(courier.subprocess, "Popen", refused)
+    monkeypatch.setattr(sender, "_mine", None)
+    monkeypatch.setattr(sender.subprocess, "Popen", refused)
     with _open(home):
         _log(home, 10, loss=2.0)
     monkeypatch.undo()
@@ -204,12 +204,12 @@ def test_where_no_process_can_be_started_a_thread_sends(home, monkeypatch):
 def test_a_killed_process_that_nobody_waited_for_is_not_alive(home):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (home / "runs" / "one").mkdir(parents=True)
-    notes.write(home, home / "runs" / "one", child.pid)
-    ((_, note),) = notes.read(home)
-    assert notes.alive(note)
+    open_runs.write(home, home / "runs" / "one", child.pid)
+    ((_, note),) = open_runs.read(home)
+    assert open_runs.alive(note)
     child.kill()
     forked.until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 20)
-    assert not notes.alive(note)
+    assert not open_runs.alive(note)
     child.wait()
 
 
@@ -227,21 +227,21 @@ def stepped(monkeypatch):
 
 @pytest.mark.parametrize("seconds", [2, -5, 3600])
 def test_a_step_of_the_clock_ends_no_living_run(home, stepped, seconds):
-    notes.write(home, home / "runs" / "one", os.getpid())
+    open_runs.write(home, home / "runs" / "one", os.getpid())
     before = psutil.Process().create_time()
     stepped(seconds)
     assert abs(psutil.Process().create_time() - before) > 1, "the step is one"
-    ((_, note),) = notes.read(home)
-    assert notes.alive(note)
+    ((_, note),) = open_runs.read(home)
+    assert open_runs.alive(note)
     assert tracking.sync(home) == []
 
 
 def test_a_note_of_an_earlier_dmat_is_judged_by_the_time_of_day(home):
-    notes.write(home, home / "runs" / "one", os.getpid())
-    ((_, note),) = notes.read(home)
+    open_runs.write(home, home / "runs" / "one", os.getpid())
+    ((_, note),) = open_runs.read(home)
     started = psutil.Process().create_time()
-    assert notes.alive(note | {"started": started})
-    assert not notes.alive(note | {"started": started - 10})
+    assert open_runs.alive(note | {"started": started})
+    assert not open_runs.alive(note | {"started": started - 10})
 
 
 def test_a_number_means_another_process_after_a_boot_and_whatever_its_name(home, monkeypatch):
@@ -280,9 +280,9 @@ def test_a_training_does_not_import_mlflow(home):
 
 def test_a_parent_ends_as_its_children_did(home, dead_pid):
     parent = home / "mlruns" / "parents" / "study"
-    memory = runs.Memory(parent, stores.identity(home))
-    memory.update(about={"name": "study", "tags": {}, "settings": {}, "started": 1.0, "parent": None})
-    notes.write(home, parent, os.getpid(), by_children=True)
+    record = runs.RunRecord(parent, stores.identity(home))
+    record.update(about={"name": "study", "tags": {}, "settings": {}, "started": 1.0, "parent": None})
+    open_runs.write(home, parent, os.getpid(), by_children=True)
     with _open(home, parent=parent):
         pass
     with pytest.raises(DmatError), _open(home, "two", parent=parent):
@@ -297,12 +297,12 @@ def test_a_parent_ends_as_its_children_did(home, dead_pid):
 def test_notes_of_another_store_and_of_living_processes_are_left_alone(home, dead_pid, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     (home / "runs" / "x" / "elsewhere").mkdir(parents=True)
-    notes.write(home, home / "runs" / "x" / "elsewhere", os.getpid())
+    open_runs.write(home, home / "runs" / "x" / "elsewhere", os.getpid())
     _as_if_dead(home, dead_pid)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    notes.write(home, home / "runs" / "x" / "alive", os.getpid())
+    open_runs.write(home, home / "runs" / "x" / "alive", os.getpid())
     assert tracking.sync(home) == []
-    assert [path.name for path, _ in notes.read(home)] == ["x-alive.json", "x-elsewhere.json"]
+    assert [path.name for path, _ in open_runs.read(home)] == ["x-alive.json", "x-elsewhere.json"]
     assert tracking.sync(home, report=True) == [
         "1 of another store, http://127.0.0.1:9: set MLFLOW_TRACKING_URI to it and run this again"
     ]
@@ -350,7 +350,7 @@ def test_a_stage_waits_for_the_answer_of_a_slow_server_and_no_longer(home, insid
     monkeypatch.undo()
     assert runs._PATIENCE >= 60
     monkeypatch.setenv("DMAT_TRACKING", "on")
-    monkeypatch.setattr(courier, "of_this_process", courier.in_this_process)
+    monkeypatch.setattr(sender, "of_this_process", sender.in_this_process)
     real = stores.connect
     monkeypatch.setattr(stores, "connect", lambda home: time.sleep(1) or real(home))
     with _open(home) as run:
@@ -434,14 +434,14 @@ def test_what_an_earlier_version_kept_with_a_password_is_found_and_rewritten(hom
     with_password = "http://alice:s3cret@127.0.0.1:9"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", with_password)
     files.write_json(home / "runs/a/tracking.json", {"store": with_password, "run": "abc"})
-    known = runs.Memory(home / "runs/a", stores.identity(home))
+    known = runs.RunRecord(home / "runs/a", stores.identity(home))
     assert known["run"] == "abc"
     known.update(sent=1)
     assert "s3cret" not in (home / "runs/a/tracking.json").read_text()
-    notes.write(home, home / "runs/a", os.getpid())
-    ((path, note),) = notes.read(home)
+    open_runs.write(home, home / "runs/a", os.getpid())
+    ((path, note),) = open_runs.read(home)
     files.write_json(path, note | {"store": with_password})
-    assert notes.read(home) == [(path, note)]
+    assert open_runs.read(home) == [(path, note)]
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (line,) = tracking.sync(home, report=True)
     assert "http://alice:***@127.0.0.1:9: set MLFLOW_TRACKING_URI to it (its password for ***)" in line
@@ -457,17 +457,17 @@ def test_an_empty_address_is_the_embedded_store(home, monkeypatch):
 def test_two_that_remember_one_run_keep_what_the_other_learned_and_make_it_once(home):
     """A study's own thread and its trials both may be the first to need the study's run."""
     folder = home / "runs" / "tune" / "study"
-    one, other = (runs.Memory(folder, stores.identity(home)) for _ in range(2))
+    one, other = (runs.RunRecord(folder, stores.identity(home)) for _ in range(2))
     one.update(about={"name": "study", "tags": {}, "settings": {}, "started": 1.0, "parent": None})
-    for memory in (one, other):
-        sender = courier.Sender(home, memory)
-        with sender.turn():
-            sender.connect(live=False)
+    for record in (one, other):
+        uploader = sender.RunUploader(home, record)
+        with uploader.turn():
+            uploader.connect(live=False)
     assert one["run"] == other["run"]
     assert len(_runs(home)[1]) == 1
     one.update(seconds=5.0)
     other.update(ending=None)
-    assert runs.Memory(folder, stores.identity(home))["seconds"] == 5.0
+    assert runs.RunRecord(folder, stores.identity(home))["seconds"] == 5.0
 
 
 def test_what_was_set_aside_is_ended_too(home):
@@ -479,7 +479,7 @@ def test_what_was_set_aside_is_ended_too(home):
         _log(home, 10, loss=1.0)
     found = {run.info.status: _numbers(run) for run in _runs(home)[1]}
     assert found == {"KILLED": {"loss": 2.0}, "FINISHED": {"loss": 1.0}}
-    assert notes.read(home) == []
+    assert open_runs.read(home) == []
 
 
 def test_a_study_set_aside_during_an_outage_takes_its_trials_with_it(home, dead_pid):
@@ -491,14 +491,14 @@ def test_a_study_set_aside_during_an_outage_takes_its_trials_with_it(home, dead_
         for folder, parent in ((study, None), (study / "trial-0000", "runs/tune/study")):
             folder.mkdir(parents=True, exist_ok=True)
             about = {"name": folder.name, "tags": {}, "settings": {}, "started": 1.0, "parent": parent}
-            runs.Memory(folder, stores.EMBEDDED).update(about=about)
-            notes.write(home, folder, os.getpid())
+            runs.RunRecord(folder, stores.EMBEDDED).update(about=about)
+            open_runs.write(home, folder, os.getpid())
         _log(home, attempt, "tune/study", best=float(attempt))
         _log(home, attempt, "tune/study/trial-0000", loss=float(attempt))
     assert sorted(path.parent.name for path in study.rglob("trial-0000")) == ["before-1", "before-2", "study"]
     _as_if_dead(home, dead_pid)
     assert len(tracking.sync(home, report=True)) == 6
-    assert notes.read(home) == []
+    assert open_runs.read(home) == []
     found = _runs(home)[1]
     studies = {run.info.run_id: run.data.metrics["best"] for run in found if "best" in run.data.metrics}
     pairs = [
@@ -515,14 +515,14 @@ def test_a_run_that_was_started_again_is_not_ended_for_its_predecessor(home, dea
     with pytest.raises(Interrupted), _open(home):
         raise Interrupted(143, "stopped")
     work = home / "runs" / "one"
-    notes.write(home, work, os.getpid())
+    open_runs.write(home, work, os.getpid())
     _as_if_dead(home, dead_pid)
-    ((path, stale),) = notes.read(home)
-    runs.Memory(work, stores.EMBEDDED).update(ending=None)
-    notes.write(home, work, os.getpid())
-    assert notes._catch_up(home, path, stale, ()) == []
+    ((path, stale),) = open_runs.read(home)
+    runs.RunRecord(work, stores.EMBEDDED).update(ending=None)
+    open_runs.write(home, work, os.getpid())
+    assert open_runs._catch_up(home, path, stale, ()) == []
     assert path.exists()
-    notes._unlink_if(home, path, stale)
+    open_runs._unlink_if(home, path, stale)
     assert path.exists()
 
 
@@ -573,10 +573,10 @@ def test_a_moved_project_keeps_its_run_and_gets_its_pictures_at_the_new_place(ho
 def test_runs_of_another_machine_are_left_until_a_person_says_it_is_gone(home, dead_pid):
     with pytest.raises(Interrupted), _open(home):
         raise Interrupted(143, "stopped")
-    notes.write(home, home / "runs" / "one", os.getpid())
-    runs.Memory(home / "runs" / "one", stores.EMBEDDED).update(ending=None)
+    open_runs.write(home, home / "runs" / "one", os.getpid())
+    runs.RunRecord(home / "runs" / "one", stores.EMBEDDED).update(ending=None)
     _as_if_dead(home, dead_pid)
-    ((path, note),) = notes.read(home)
+    ((path, note),) = open_runs.read(home)
     files.write_json(path, note | {"host": "elsewhere"})
     assert tracking.sync(home, report=True) == [
         "1 of machine elsewhere: if it is gone for good, `dmat runs reap elsewhere`"
@@ -584,7 +584,7 @@ def test_runs_of_another_machine_are_left_until_a_person_says_it_is_gone(home, d
     assert tracking.reap(home, []) == ["1 of machine elsewhere: if it is gone for good, `dmat runs reap elsewhere`"]
     assert tracking.reap(home, ["elsewhere"]) == ["train_robust one: KILLED"]
     assert [run.info.status for run in _runs(home)[1]] == ["KILLED"]
-    assert notes.read(home) == []
+    assert open_runs.read(home) == []
 
 
 def test_a_run_that_nobody_remembers_is_ended_by_its_id(home):
@@ -600,7 +600,7 @@ def test_a_run_that_nobody_remembers_is_ended_by_its_id(home):
         tracking.reap(home, [platform.node()])
     assert tracking.reap(home, [lost[:8]]) == ["a stranger: KILLED"]
     assert client.get_run(lost).info.status == "KILLED"
-    assert client.get_run(lost).data.tags["dmat.error"] == notes.LOST
+    assert client.get_run(lost).data.tags["dmat.error"] == open_runs.LOST
     assert tracking.reap(home, []) == ["no run died elsewhere"]
 
 
@@ -626,13 +626,13 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run_lacks_nothing_after_sync
     port = servers.free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    memory = home / "runs" / "one" / "tracking.json"
+    record = home / "runs" / "one" / "tracking.json"
     server = _server(home, port)
     try:
         with _open(home) as run:
             for step in range(10):
                 _log(home, step, loss=1.0 / (step + 1))
-            forked.until(lambda: files.read_json(memory)["sent"] > 0, 60)
+            forked.until(lambda: files.read_json(record)["sent"] > 0, 60)
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
             started = time.monotonic()

@@ -20,9 +20,9 @@ from torch import nn
 
 from dmat import files, modes, seeds
 from dmat.errors import DmatError, Interrupted
-from dmat.training import averaging, checkpoints, schedules, weights
-from dmat.training.ahead import Ahead
+from dmat.training import checkpoints, ema, schedules, weights
 from dmat.training.interruption import Interruption
+from dmat.training.prefetcher import Prefetcher
 
 # --- schedules
 
@@ -47,13 +47,13 @@ def test_one_cycle_equals_torch_at_every_step(steps):
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize(("warm_up", "start", "end"), [(0.3, 25.0, 1e4), (0.5, 10.0, 100.0), (1.0, 25.0, 1e4)])
-def test_one_cycle_takes_other_numbers(warm_up, start, end):
+@pytest.mark.parametrize(("warmup", "start", "end"), [(0.3, 25.0, 1e4), (0.5, 10.0, 100.0), (1.0, 25.0, 1e4)])
+def test_one_cycle_takes_other_numbers(warmup, start, end):
     expected = torch_one_cycle(
-        50, 0.4, pct_start=warm_up, div_factor=start, final_div_factor=end, base_momentum=0.8, max_momentum=0.9
+        50, 0.4, pct_start=warmup, div_factor=start, final_div_factor=end, base_momentum=0.8, max_momentum=0.9
     )
     found = [
-        schedules.one_cycle(step, 50, 0.4, warm_up=warm_up, start_divisor=start, end_divisor=end, momentum=(0.8, 0.9))
+        schedules.one_cycle(step, 50, 0.4, warmup=warmup, start_divisor=start, end_divisor=end, momentum=(0.8, 0.9))
         for step in range(50)
     ]
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
@@ -123,29 +123,29 @@ def test_classifier_decay_copies_first_and_then_forgets_ever_slower(steps):
     for step in range(steps):
         k = step + 1 - 0.025 * steps
         expected = 0.0 if k < 0 else min(0.995, (1 + k) / (10 + k))
-        assert averaging.classifier_decay(step, steps, 0.995) == pytest.approx(expected)
+        assert ema.warmup_decay(step, steps, 0.995) == pytest.approx(expected)
     if steps % 40 == 0:
-        assert averaging.classifier_decay(first, steps, 0.995) == pytest.approx(0.1)  # the first averaged step
+        assert ema.warmup_decay(first, steps, 0.995) == pytest.approx(0.1)  # the first averaged step
     if first:
-        assert averaging.classifier_decay(first - 1, steps, 0.995) == 0
-    assert averaging.classifier_decay(99_999, 100_000, 0.995) == 0.995
-    assert averaging.classifier_decay(30, 100, 0.995, warm_up=0.5) == 0
+        assert ema.warmup_decay(first - 1, steps, 0.995) == 0
+    assert ema.warmup_decay(99_999, 100_000, 0.995) == 0.995
+    assert ema.warmup_decay(30, 100, 0.995, warmup=0.5) == 0
 
 
 @pytest.mark.parametrize("batch", [64, 256])
 def test_denoiser_half_life_is_the_images_after_which_half_is_forgotten(batch):
     half_life, seen, kept = 100 * 256, 10_000_000, 1.0
     for step in range(half_life // batch):
-        kept *= averaging.denoiser_decay(seen + step * batch, batch, half_life)
+        kept *= ema.half_life_decay(seen + step * batch, batch, half_life)
     assert kept == pytest.approx(0.5)
 
 
 def test_denoiser_half_life_grows_with_the_images_seen():
     """At most 5 % of the images seen before the step: the first averages forget fast."""
-    assert averaging.denoiser_decay(2000, 50, 1e9) == pytest.approx(0.5 ** (50 / 100))
-    assert averaging.denoiser_decay(2000, 50, 1e9, ramp=0.5) == pytest.approx(0.5 ** (50 / 1000))
-    assert averaging.denoiser_decay(0, 50, 1e9) == 0
-    assert averaging.denoiser_decay(10**9, 50, 1000) == pytest.approx(0.5 ** (50 / 1000))
+    assert ema.half_life_decay(2000, 50, 1e9) == pytest.approx(0.5 ** (50 / 100))
+    assert ema.half_life_decay(2000, 50, 1e9, ramp=0.5) == pytest.approx(0.5 ** (50 / 1000))
+    assert ema.half_life_decay(0, 50, 1e9) == 0
+    assert ema.half_life_decay(10**9, 50, 1000) == pytest.approx(0.5 ** (50 / 1000))
 
 
 def two_models():
@@ -165,35 +165,35 @@ def ready_models():
 
 @pytest.mark.parametrize("decay", [0.0, 0.1, 0.5, 0.995, 1.0])
 def test_update_mixes_parameters_and_nothing_else(decay):
-    averaged, live = ready_models()
-    mine, theirs = ([p.detach().clone() for p in model.parameters()] for model in (averaged, live))
-    buffers = [b.clone() for b in averaged.buffers()]
-    averaging.update(averaged, live, decay)
-    for found, a, b in zip(averaged.parameters(), mine, theirs, strict=True):
+    ema_model, live = ready_models()
+    mine, theirs = ([p.detach().clone() for p in model.parameters()] for model in (ema_model, live))
+    buffers = [b.clone() for b in ema_model.buffers()]
+    ema.update(ema_model, live, decay)
+    for found, a, b in zip(ema_model.parameters(), mine, theirs, strict=True):
         torch.testing.assert_close(found.detach(), decay * a + (1 - decay) * b)
         assert found.grad is None
         assert found.requires_grad
     assert all(torch.equal(p, b) for p, b in zip(live.parameters(), theirs, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(averaged.buffers(), buffers, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ema_model.buffers(), buffers, strict=True))
     if decay == 0:  # a plain copy, bit for bit
-        assert all(torch.equal(a, b) for a, b in zip(averaged.parameters(), theirs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ema_model.parameters(), theirs, strict=True))
 
 
 def test_buffers_are_copied_and_not_shared():
-    averaged, live = ready_models()
-    parameters, expected = ([t.detach().clone() for t in of()] for of in (averaged.parameters, live.buffers))
-    assert not torch.equal(averaged[1].running_mean, live[1].running_mean)
-    averaging.copy_buffers(averaged, live)
+    ema_model, live = ready_models()
+    parameters, expected = ([t.detach().clone() for t in of()] for of in (ema_model.parameters, live.buffers))
+    assert not torch.equal(ema_model[1].running_mean, live[1].running_mean)
+    ema.copy_buffers(ema_model, live)
     assert len(expected) == 3  # mean, variance and count of one batch norm
-    for mine, theirs, value in zip(averaged.buffers(), live.buffers(), expected, strict=True):
+    for mine, theirs, value in zip(ema_model.buffers(), live.buffers(), expected, strict=True):
         assert torch.equal(mine, value)
         assert torch.equal(theirs, value)
         assert mine.data_ptr() != theirs.data_ptr()
-    before = averaged[1].running_mean.clone()
+    before = ema_model[1].running_mean.clone()
     live(torch.randn(4, 1, 5, 5) + 3)
-    assert torch.equal(averaged[1].running_mean, before)
+    assert torch.equal(ema_model[1].running_mean, before)
     assert not torch.equal(live[1].running_mean, before)
-    assert all(torch.equal(p, b) for p, b in zip(averaged.parameters(), parameters, strict=True))
+    assert all(torch.equal(p, b) for p, b in zip(ema_model.parameters(), parameters, strict=True))
 
 
 # --- checkpoints
@@ -574,7 +574,7 @@ class _Maker:
 
 def test_steps_come_in_turn_and_are_made_once_by_another_thread():
     make = _Maker()
-    steps = Ahead(make, 6)
+    steps = Prefetcher(make, 6)
     assert [steps.at(step) for step in range(6)] == [0, 10, 20, 30, 40, 50]
     assert make.made == [0, 1, 2, 3, 4, 5], "each step once, none past the end"
     assert threading.get_ident() not in make.threads
@@ -582,7 +582,7 @@ def test_steps_come_in_turn_and_are_made_once_by_another_thread():
 
 def test_the_next_steps_are_made_before_they_are_asked_for():
     make = _Maker()
-    steps = Ahead(make, 100)
+    steps = Prefetcher(make, 100)
     assert steps.at(0) == 0
     for _ in range(1000):
         if len(make.made) == 3:
@@ -594,13 +594,13 @@ def test_the_next_steps_are_made_before_they_are_asked_for():
 @pytest.mark.parametrize("to", [0, 2, 7, 9])
 def test_after_a_jump_what_was_made_is_dropped(to):
     """As a roll-back does: back, the same step again, or on."""
-    steps = Ahead(_Maker(), 10)
+    steps = Prefetcher(_Maker(), 10)
     assert [steps.at(step) for step in range(3)] == [0, 10, 20]
     assert [steps.at(step) for step in range(to, 10)] == [10 * step for step in range(to, 10)]
 
 
 def test_what_cannot_be_made_is_raised_where_it_is_asked_for():
-    steps = Ahead(_Maker(bad=2), 10)
+    steps = Prefetcher(_Maker(bad=2), 10)
     assert [steps.at(step) for step in range(2)] == [0, 10]
     with pytest.raises(OSError, match="no step 2"):
         steps.at(2)
@@ -609,5 +609,5 @@ def test_what_cannot_be_made_is_raised_where_it_is_asked_for():
 
 def test_a_step_past_the_end_is_made_when_asked_for():
     make = _Maker()
-    assert Ahead(make, 2).at(5) == 50
+    assert Prefetcher(make, 2).at(5) == 50
     assert make.made == [5]

@@ -22,10 +22,11 @@ import sqlalchemy
 import torch
 import yaml
 
-from dmat import config, files, tuning, workspace
+from dmat import config, files, tuning
 from dmat.errors import DmatError, Interrupted, Pruned
 from dmat.pipeline import code_identity
 from dmat.tuning import leading, trials, worker
+from dmat.workspace import find_workspace
 from tests import forked
 from tests.databases import STORES, url_of
 from tests.servers import free_port
@@ -206,7 +207,7 @@ def small(finished, tmp_path, monkeypatch):
     project = finished.copy_without("nothing", tmp_path / "small")
     project.write({"tune": {"pruner": "none"}})
 
-    def compute(bench, values, folder, watcher):
+    def compute(context, values, folder, watcher):
         value = float(values["beta"] / 10 - abs(values["learning_rate"] - 0.3) + values["generated_share"] / 3)
         for seen in (128, 256):
             watcher(seen, {tuning.OBJECTIVE: value * seen / 256})
@@ -216,8 +217,8 @@ def small(finished, tmp_path, monkeypatch):
 
     def run(total, fresh=False):
         params = config.load(project.folder / "params.yaml")
-        place = workspace.find(project.folder)
-        return tuning.run(tuning.plan(params, place), params, place, tuning.Wanted(total, fresh=fresh, quiet=True))
+        workspace = find_workspace(project.folder)
+        return tuning.run(tuning.plan(params, workspace), params, workspace, tuning.StudyOptions(total, fresh=fresh, quiet=True))
 
     run.project = project
     return run
@@ -281,7 +282,7 @@ def test_a_kill_around_the_word_that_a_trial_ended_loses_and_doubles_nothing(sma
 def test_a_signal_while_a_trial_is_pruned_ends_the_command_after_it(small, monkeypatch):
     small(2)
 
-    def compute(bench, values, folder, watcher):
+    def compute(context, values, folder, watcher):
         (folder / "here").touch()
         with leading.Interruption():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -317,12 +318,12 @@ def test_a_study_is_of_its_code_and_what_other_code_found_is_not_told(small, mon
         patch.setattr(code_identity, "_when_loaded", lambda name: other if name == stage else real(name))
         with pytest.raises(DmatError, match=f"the code of {stage} is 000000000000; code.yaml says"):
             small(4)
-        place = workspace.find(small.project.folder)
-        found = tuning.status(tuning.plan(config.load(small.project.folder / "params.yaml"), place))
+        workspace = find_workspace(small.project.folder)
+        found = tuning.status(tuning.plan(config.load(small.project.folder / "params.yaml"), workspace))
         assert (found["complete"], len(found["at_work"])) == (2, 1), "it can be looked at, whatever the code is"
     locked = code_identity.read(small.project.folder)
     same = {stage: [{"code": real(stage), "why": "a test", "compared": "nothing"}]}
-    code_identity.write(small.project.folder, code_identity.Locked({**locked.identities, stage: other}, same))
+    code_identity.write(small.project.folder, code_identity.CodeLock({**locked.identities, stage: other}, same))
     small(1)
     assert len([*(small.project.folder / "runs/tune").glob("generated-*/")]) == 2, "a study of its own"
     code_identity.write(small.project.folder, locked)
@@ -343,10 +344,10 @@ def test_a_study_is_of_its_code_and_what_other_code_found_is_not_told(small, mon
 def test_an_exception_is_tried_again_up_to_a_limit_and_never_ends_the_study(small, monkeypatch, errors, state, reason):
     real, left = trials.compute, list(errors)
 
-    def compute(bench, values, folder, watcher):
+    def compute(context, values, folder, watcher):
         if left and folder.name == "trial-0001":
             raise left.pop()
-        return real(bench, values, folder, watcher)
+        return real(context, values, folder, watcher)
 
     monkeypatch.setattr(trials, "compute", compute)
     small(3)
@@ -356,7 +357,7 @@ def test_an_exception_is_tried_again_up_to_a_limit_and_never_ends_the_study(smal
 
 
 def test_a_trial_that_kills_its_workers_ends_with_that_reason(small, monkeypatch):
-    monkeypatch.setattr(worker.Claims, "deaths", lambda self, item: 6 * (item == "trial-0001"))
+    monkeypatch.setattr(worker.Claims, "lost_workers", lambda self, item: 6 * (item == "trial-0001"))
     small(3)
     assert [row["state"] for row in _table(small.project)] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert _table(small.project)[1]["reason"] == "6 workers were killed in it"

@@ -56,7 +56,7 @@ def test_a_claim_is_held_by_one_until_it_is_given_back(engine):
         one.give_back("a")
         assert two.holder("a") is None
         assert two.take("a")
-        assert two.deaths("a") == 0
+        assert two.lost_workers("a") == 0
     with Claims(engine, "study") as three:
         assert three.take("a"), "the end of a block gives everything back"
 
@@ -71,12 +71,12 @@ def test_a_claim_of_a_process_that_is_gone_is_free_at_once_and_of_a_silent_one_a
         assert one.holds("a", within=20), "an answer that is younger holds, as nobody takes a claim in that time"
         assert not one.holds("a"), "whoever lost it is told"
         assert not one.holds("a", within=20)
-        assert two.deaths("a") == 1
-        _set(engine, "a", place="another machine", pid=1, holder="x")
+        assert two.lost_workers("a") == 1
+        _set(engine, "a", workspace="another machine", pid=1, holder="x")
         assert not one.take("a"), "what happens there is not known"
         _set(engine, "a", renewed=_row(engine, "a")["renewed"] - claims.STALE - 1)
         assert one.take("a")
-        assert one.deaths("a") == 2
+        assert one.lost_workers("a") == 2
 
 
 def test_a_process_number_that_belongs_to_another_by_now_is_no_sign_of_life(engine):
@@ -331,7 +331,7 @@ def test_the_warm_up_is_never_pruned_and_what_falls_behind_is(root, tmp_path, pr
         "pruner": pruner,
         "images_seen": 8000,
         "evaluate_every": 1000,
-        "warm_up_images": 2000,
+        "warmup_images": 2000,
         "startup_trials": 2,
     }
     plan, *_ = _study(root, tmp_path, changes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dmat.diffusion.unet import Attention, Block, UNet
+from dmat.diffusion.unet import Attention, UNet, UNetBlock
 
 
 def unet(image_channels=1, classes=10, channels=16, multipliers=(1, 2), blocks=1, dropout=0.0, moved=True):
@@ -139,7 +139,7 @@ def slow_group_norm(x, layer):
 def test_block_scales_and_shifts_by_the_embedding_and_adds_its_input(width, wanted):
     """(input + conv(silu(norm(conv(silu(norm(x)))) * (1 + scale) + shift))) / sqrt(2)."""
     torch.manual_seed(3)
-    block = Block(width, wanted, embedding=6, dropout=0.0, attention=False)
+    block = UNetBlock(width, wanted, embedding=6, dropout=0.0, attention=False)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.normal_(std=0.3)

@@ -5,9 +5,9 @@ Limits stand in the records alone; messages are made from them.
 
 from dmat import NONE
 from dmat.config.classifier_training import ClassifierTraining, Network
-from dmat.config.compute import Compute
+from dmat.config.compute import ComputeSettings
 from dmat.config.evaluate_robust import EvaluateRobust
-from dmat.config.fields import Fraction, Record
+from dmat.config.fields import Record, WrittenNumber
 from dmat.config.generate_images import GenerateImages, ImageSet, Sampler
 from dmat.config.measure_images import MeasureImages
 from dmat.config.merging import merge
@@ -19,7 +19,7 @@ from dmat.config.select_images import SelectImages, Selection
 from dmat.config.train_diffusion import Generator
 from dmat.config.train_robust import Arm, Threat, TrainRobust, step_problem
 from dmat.config.train_scorer import TrainScorer
-from dmat.config.tune import IMAGE_SET, SELECTION, Choices, Dimension, Range, Trial, Tune
+from dmat.config.tune import IMAGE_SET, SELECTION, Choices, Dimension, Range, TrialSettings, Tune
 from dmat.config.write_report import Report, WriteReport
 
 __all__ = [
@@ -31,10 +31,9 @@ __all__ = [
     "Arm",
     "Choices",
     "ClassifierTraining",
-    "Compute",
+    "ComputeSettings",
     "Dimension",
     "EvaluateRobust",
-    "Fraction",
     "GenerateImages",
     "Generator",
     "ImageSet",
@@ -54,9 +53,10 @@ __all__ = [
     "Threat",
     "TrainRobust",
     "TrainScorer",
-    "Trial",
+    "TrialSettings",
     "Tune",
     "WriteReport",
+    "WrittenNumber",
     "check",
     "evaluation",
     "expect_name",

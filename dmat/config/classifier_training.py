@@ -39,7 +39,7 @@ class Network(Record):
 
 
 class ClassifierTraining(Record):
-    """Satisfies `training.classifier.Settings`. Lengths are in images seen, not steps."""
+    """Satisfies `training.classifier.ClassifierSettings`. Lengths are in images seen, not steps."""
 
     network: Network
     loss: Annotated[str, named_in("dmat.robust.losses", "LOSSES")]
@@ -52,7 +52,7 @@ class ClassifierTraining(Record):
     images_seen: Count  # length of the run
     batch: Count
     learning_rate: Positive  # at the peak
-    warm_up: Share = 0.025  # of the run
+    warmup: Share = 0.025  # of the run
     start_divisor: Annotated[float, Field(ge=1, le=1e30)] = 25.0  # the rate starts at the peak over this
     end_divisor: Annotated[float, Field(ge=1, le=1e30)] = 1e4  # and ends at the start over this
     schedule_every: Count  # images between two changes of the learning rate
@@ -62,8 +62,8 @@ class ClassifierTraining(Record):
     momentum_highest: Momentum = 0.95
     weight_decay: NotNegative = 5e-4
     clip_gradient: NotNegative = 0.0  # 0: off
-    average_tau: Share = 0.995
-    average_warm_up: Share = 0.025  # of the run, in which the average is a copy
+    ema_decay: Share = 0.995
+    ema_warmup: Share = 0.025  # of the run, in which the average is a copy
     batch_norm_momentum: Share = 0.01
     first_batch_norm_momentum: Share = 1.0  # of the first step
     synchronise_batch_norm: bool = False  # over all processes; else each has its own statistics, as published

@@ -7,7 +7,7 @@ from pydantic import Field
 from dmat.config.fields import Positive, Record
 
 
-class Compute(Record):
+class ComputeSettings(Record):
     """How to compute. Not part of any result's identity, so changing it reruns nothing."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

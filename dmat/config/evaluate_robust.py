@@ -21,7 +21,7 @@ def _attacks(value: Any) -> Any:
 
 
 class EvaluateRobust(Record):
-    """Satisfies `evaluation.evaluate.Settings`."""
+    """Satisfies `evaluation.evaluate.EvaluationSettings`."""
 
     images: Natural = 0  # the first ones of the test split; 0: all
     pgd_steps: Count = 40

@@ -14,7 +14,7 @@ _NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
 _FRACTION = re.compile(rf"(?P<top>{_NUMBER})(/(?P<bottom>{_NUMBER}))?", re.ASCII)
 
 
-class Fraction(float):
+class WrittenNumber(float):
     """A number that remembers how it was written, so that 8/255 stays 8/255 in every record and log."""
 
     text: str
@@ -40,13 +40,13 @@ class Fraction(float):
         )
 
 
-def _radius(value: Fraction) -> Fraction:
+def _radius(value: WrittenNumber) -> WrittenNumber:
     if not 0 < value < float("inf"):
         raise ValueError("expected a finite number above 0, for example 8/255")
     return value
 
 
-def _step_size(value: Fraction) -> Fraction:
+def _step_size(value: WrittenNumber) -> WrittenNumber:
     return _radius(value) if value else NOT_GIVEN
 
 
@@ -85,9 +85,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, le=1e30)]  # single precision ends at 3e38
 NotNegative = Annotated[float, Field(ge=0, le=1e30)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-Radius = Annotated[Fraction, AfterValidator(_radius)]
-NOT_GIVEN = Fraction(0)  # of a StepSize: `default_step` takes its place
-StepSize = Annotated[Fraction, AfterValidator(_step_size)]  # pixels in [0, 1]
+Radius = Annotated[WrittenNumber, AfterValidator(_radius)]
+NOT_GIVEN = WrittenNumber(0)  # of a StepSize: `default_step` takes its place
+StepSize = Annotated[WrittenNumber, AfterValidator(_step_size)]  # pixels in [0, 1]
 Name = Annotated[str, AfterValidator(_reference)]  # of an entry of a list, or NONE
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from dmat import NONE, plugins, yaml_file
-from dmat.config.compute import Compute
+from dmat.config.compute import ComputeSettings
 from dmat.config.evaluate_robust import EvaluateRobust
 from dmat.config.fields import AnyRecord, Record, name_problem
 from dmat.config.generate_images import GenerateImages, ImageSet
@@ -27,7 +27,7 @@ from dmat.config.select_images import SelectImages, Selection
 from dmat.config.train_diffusion import Generator
 from dmat.config.train_robust import Arm, Threat, TrainRobust, step_problem
 from dmat.config.train_scorer import TrainScorer
-from dmat.config.tune import NOT_IN_A_SPACE, Trial, Tune, study_problems
+from dmat.config.tune import NOT_IN_A_SPACE, TrialSettings, Tune, study_problems
 from dmat.config.write_report import WriteReport
 from dmat.errors import ConfigError, DmatError
 
@@ -55,7 +55,7 @@ LISTS = {  # a parent's list comes before its children's
 class Params:
     """The whole file. Lists hold each entry with its section merged in; trial: of the study, None without one."""
 
-    compute: Compute
+    compute: ComputeSettings
     seeds: tuple[int, ...]
     prepare_data: PrepareData
     train_scorer: TrainScorer
@@ -68,7 +68,7 @@ class Params:
     image_sets: Mapping[str, ImageSet]
     selections: Mapping[str, Selection]
     arms: Mapping[str, Arm]
-    trial: Trial | None  # the arm of the study with the study's overrides and length
+    trial: TrialSettings | None  # the arm of the study with the study's overrides and length
 
 
 SECTIONS: dict[str, type[Record]] = {  # of a file: those that Params holds, and those that only entries of lists use
@@ -235,7 +235,7 @@ class _Reader:
                     self.problems.append(sentence(where, item, record))
             return None
 
-    def _trial(self, study: Tune | None, lists: Mapping[str, Mapping[str, Any]]) -> Trial | None:
+    def _trial(self, study: Tune | None, lists: Mapping[str, Mapping[str, Any]]) -> TrialSettings | None:
         """What all trials of a study have in common."""
         if study is None:
             return None
@@ -257,7 +257,7 @@ class _Reader:
         if made is None:
             return None
         selection = lists["selections"].get(arm.images)
-        trial = Trial(made, selection and lists["image_sets"].get(selection.image_set), selection)
+        trial = TrialSettings(made, selection and lists["image_sets"].get(selection.image_set), selection)
         self.problems += study_problems(study, trial)
         return trial
 

@@ -6,9 +6,21 @@ from typing import Any
 from dmat import NONE
 
 
+_LISTS = ("generators", "image_sets", "selections", "arms")
+
+# Old name of a setting, wherever it stands (a section, an arm, overrides or the space of a study) -> its name.
+_NEW_NAMES = {
+    "average_tau": "ema_decay",
+    "average_warm_up": "ema_warmup",
+    "average_half_life": "ema_half_life",
+    "warm_up": "warmup",
+    "warm_up_images": "warmup_images",
+}
+
+
 def renamed(raw: Mapping[str, Any]) -> list[str]:
     """A problem for each old key of a file, with its replacement; none for a file of today."""
-    return [*_chunks(raw), *_arms(raw), *_lengths(raw), *_path(raw)]
+    return [*_chunks(raw), *_arms(raw), *_lengths(raw), *_path(raw), *_settings(raw)]
 
 
 def _mapping(raw: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
@@ -71,3 +83,16 @@ def _path(raw: Mapping[str, Any]) -> Iterator[str]:
     section = _mapping(raw, "prepare_data")
     if section and section.get("path") is None and section.get("source") in ("digits", None):
         yield f"prepare_data.path is missing; write path: {NONE}, as digits need no files"
+
+
+def _settings(raw: Any, path: str = "") -> Iterator[str]:
+    if isinstance(raw, Mapping):
+        for key, value in raw.items():
+            where = f"{path}.{key}" if path else str(key)
+            new = _NEW_NAMES.get(str(key).rpartition(".")[2])
+            if new is not None and path not in _LISTS:  # an entry may have any name
+                yield f"{where} is no longer a key; the setting is called {new}: write that"
+            yield from _settings(value, where)
+    elif isinstance(raw, list):
+        for number, value in enumerate(raw):
+            yield from _settings(value, f"{path}[{number}]")

@@ -8,7 +8,7 @@ from dmat.config.fields import Count, Positive, Record, Seed
 
 
 class Generator(Record):
-    """Satisfies `training.denoiser.Settings`."""
+    """Satisfies `training.denoiser.DenoiserSettings`."""
 
     channels: Annotated[int, Field(ge=8, le=100_000, multiple_of=8)]
     multipliers: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
@@ -21,6 +21,6 @@ class Generator(Record):
     batch: Count
     learning_rate: Positive
     ramp_up: Annotated[float, Field(gt=0, lt=1)]  # share of the run
-    average_half_life: Positive  # images
+    ema_half_life: Positive  # images
     log_every: Count  # images
     seed: Seed

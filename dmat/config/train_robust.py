@@ -5,7 +5,7 @@ from typing import Literal, Self
 import pydantic
 
 from dmat.config.classifier_training import ClassifierTraining
-from dmat.config.fields import Fraction, Name, Radius, Record, Share
+from dmat.config.fields import Name, Radius, Record, Share, WrittenNumber
 from dmat.robust.step_size import default_step
 
 
@@ -23,7 +23,7 @@ class Threat(Record):
         return self
 
 
-def step_problem(threat: Threat, step: Fraction) -> str | None:
+def step_problem(threat: Threat, step: WrittenNumber) -> str | None:
     """What is wrong with a step that leaves the ball at once; to follow the name of its key."""
     if step <= threat.epsilon:
         return None
@@ -50,7 +50,9 @@ class TrainRobust(ClassifierTraining):
     def with_step_sizes(self) -> Self:
         """The same, with the step sizes that are not given."""
         found = {
-            f"{name}_size": Fraction(default_step(self.threat.norm, self.threat.epsilon, getattr(self, f"{name}s")))
+            f"{name}_size": WrittenNumber(
+                default_step(self.threat.norm, self.threat.epsilon, getattr(self, f"{name}s"))
+            )
             for name in ("attack_step", "selection_step")
             if not getattr(self, f"{name}_size")
         }

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BeforeValidator, Field
 
-from dmat.config.fields import AnyRecord, Count, Fraction, Name, Natural, Record, Seed
+from dmat.config.fields import AnyRecord, Count, Name, Natural, Record, Seed, WrittenNumber
 from dmat.config.generate_images import ImageSet
 from dmat.config.merging import merge
 from dmat.config.messages import names, sentence
@@ -83,7 +83,7 @@ class Tune(Record):
     sampler: Literal["tpe", "gp", "random"] = "tpe"
     pruner: Literal["hyperband", "median", "none"] = "hyperband"
     startup_trials: Natural = 5  # complete trials before the median prunes
-    warm_up_images: Natural = 0  # of a trial before it may be pruned
+    warmup_images: Natural = 0  # of a trial before it may be pruned
     retries: Annotated[int, Field(ge=0, le=100)] = 2  # of a trial that ends with an unexpected exception
     rerank: Natural = 3  # best trials that AutoAttack on the validation split puts in their final order
     seed: Seed  # of the sampler, and of every trial's training
@@ -93,7 +93,7 @@ class Tune(Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class TrialSettings:
     """What a trial computes with. image_set and selection: None for an arm without generated images."""
 
     arm: Arm
@@ -118,7 +118,7 @@ class Trial:
             raise DmatError(f"{name} is not a single value; name one below it, with dots")
         return found
 
-    def with_values(self, values: Mapping[str, Any]) -> "Trial":
+    def with_values(self, values: Mapping[str, Any]) -> "TrialSettings":
         """The same with values by dotted name, and with all step sizes. Raises UnfitError."""
         parts: dict[str, dict[str, Any]] = {"": {}, IMAGE_SET: {}, SELECTION: {}}
         for name, value in values.items():
@@ -130,7 +130,7 @@ class Trial:
                 place = place.setdefault(key, {})
             place[last] = value
         try:
-            return Trial(
+            return TrialSettings(
                 _changed(self.arm, parts[""]).with_step_sizes(),
                 self.image_set and _changed(self.image_set, parts[IMAGE_SET]),
                 self.selection and _changed(self.selection, parts[SELECTION]),
@@ -147,7 +147,7 @@ class Trial:
         return found
 
 
-def study_problems(study: Tune, trial: Trial) -> Iterator[str]:
+def study_problems(study: Tune, trial: TrialSettings) -> Iterator[str]:
     """Every end of the space, taken alone, must make a valid trial."""
     if trial.arm.selection_steps == 0:
         yield f"arms.{study.arm} has selection_steps 0; expected some, as trials are compared by PGD accuracy"
@@ -187,7 +187,7 @@ def study_problems(study: Tune, trial: Trial) -> Iterator[str]:
         )
 
 
-def _share_problems(where: str, study: Tune, trial: Trial, wanted: Range | Choices) -> Iterator[str]:
+def _share_problems(where: str, study: Tune, trial: TrialSettings, wanted: Range | Choices) -> Iterator[str]:
     if trial.selection is None:
         yield f"tune.space has generated_share and arm {study.arm} has no generated images; leave it out"
         return
@@ -201,7 +201,7 @@ def _share_problems(where: str, study: Tune, trial: Trial, wanted: Range | Choic
         )
 
 
-def _point_problems(where: str, study: Tune, trial: Trial, point: Mapping[str, Any]) -> Iterator[str]:
+def _point_problems(where: str, study: Tune, trial: TrialSettings, point: Mapping[str, Any]) -> Iterator[str]:
     """A point names some of the space; the others are the arm's own."""
     for name, value in point.items():
         wanted = study.space.get(name)
@@ -223,16 +223,16 @@ def _point_problems(where: str, study: Tune, trial: Trial, point: Mapping[str, A
             yield f"{where} leaves out {name}, and the arm's lies outside the space; name it in the point"
 
 
-def _is_whole(trial: Trial, name: str) -> bool:
+def _is_whole(trial: TrialSettings, name: str) -> bool:
     try:
         return type(trial.value_of(name)) is int
     except DmatError:  # told elsewhere
         return False
 
 
-def _own_is_inside(trial: Trial, name: str, wanted: Range) -> bool:
+def _own_is_inside(trial: TrialSettings, name: str, wanted: Range) -> bool:
     try:
-        return wanted.low <= float(Fraction(trial.value_of(name))) <= wanted.high
+        return wanted.low <= float(WrittenNumber(trial.value_of(name))) <= wanted.high
     except (DmatError, ValueError):  # told elsewhere
         return True
 
@@ -240,7 +240,7 @@ def _own_is_inside(trial: Trial, name: str, wanted: Range) -> bool:
 def _is_numeric(value: Any) -> bool:
     """A number, or a fraction as people write it."""
     try:
-        Fraction(value)
+        WrittenNumber(value)
     except ValueError:
         return False
     return True

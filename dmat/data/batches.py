@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dmat.data.mixing import BatchOrder, Mix
-from dmat.data.pixels import to_unit
+from dmat.data.pixels import to_float
 from dmat.data.shards import Shards
 
 
@@ -26,7 +26,7 @@ class MixedBatches:
         if len(generated) and self.generated is not None and self.kept is not None:
             more_images, more_labels = self.generated.take(self.kept[generated])
             images, labels = np.concatenate([images, more_images]), np.concatenate([labels, more_labels])
-        return to_unit(images), torch.from_numpy(labels)
+        return to_float(images), torch.from_numpy(labels)
 
     def names(self, step: int) -> dict[str, list[int]]:
         """Which images those are: indices of the training split, and global ones of the image set."""

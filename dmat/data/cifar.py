@@ -21,7 +21,7 @@ SIDE, PIXELS = 32, 3 * 32 * 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class CifarLayout:
     """One version of one data set on disk. names: file of the class names; key: of the names and of the labels in the
     pickles, None in the binary version; label: position of the label among the `label_bytes` before each image."""
 
@@ -37,8 +37,8 @@ class Layout:
 _BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
 LAYOUTS = {
     "cifar10": (
-        Layout("cifar-10-batches-py", _BATCHES, "test_batch", "batches.meta", ("label_names", "labels")),
-        Layout(
+        CifarLayout("cifar-10-batches-py", _BATCHES, "test_batch", "batches.meta", ("label_names", "labels")),
+        CifarLayout(
             "cifar-10-batches-bin",
             tuple(f"{name}.bin" for name in _BATCHES),
             "test_batch.bin",
@@ -47,8 +47,10 @@ LAYOUTS = {
         ),
     ),
     "cifar100": (
-        Layout("cifar-100-python", ("train",), "test", "meta", ("fine_label_names", "fine_labels")),
-        Layout("cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", None, label=1, label_bytes=2),
+        CifarLayout("cifar-100-python", ("train",), "test", "meta", ("fine_label_names", "fine_labels")),
+        CifarLayout(
+            "cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", None, label=1, label_bytes=2
+        ),
     ),
 }
 PUBLISHED = {"train": 50_000, "test": 10_000}  # images, in either data set
@@ -65,7 +67,7 @@ class Cifar:
     origin: str
 
 
-def find(data: str, path: Path) -> tuple[Path, Layout] | None:
+def find(data: str, path: Path) -> tuple[Path, CifarLayout] | None:
     """The folder of a data set ("cifar10", "cifar100"), `path` itself or one in it, and its layout; None: not there.
 
     A folder is known by its files, whatever its name; where both versions are there the python one is read.
@@ -77,7 +79,7 @@ def find(data: str, path: Path) -> tuple[Path, Layout] | None:
     return None
 
 
-def located(data: str, path: Path) -> tuple[Path, Layout]:
+def located(data: str, path: Path) -> tuple[Path, CifarLayout]:
     """`find`, or DmatError."""
     found = find(data, path)
     if found is None:
@@ -101,7 +103,7 @@ def read(data: str, path: Path) -> Cifar:
     return Cifar((train[0], train[1]), pairs[-1], names, origin)
 
 
-def _names(folder: Path, layout: Layout) -> tuple[tuple[str, ...], int | None]:
+def _names(folder: Path, layout: CifarLayout) -> tuple[tuple[str, ...], int | None]:
     """Names of the classes, and how many images a file should hold where the data set says so."""
     path = folder / layout.names
     if not path.is_file():
@@ -121,7 +123,7 @@ def _names(folder: Path, layout: Layout) -> tuple[tuple[str, ...], int | None]:
     return names, count if isinstance(count, int) else None
 
 
-def _file(path: Path, layout: Layout, names: tuple[str, ...], count: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _file(path: Path, layout: CifarLayout, names: tuple[str, ...], count: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [n, 32, 32, 3] and labels int64 [n] of one file. count: how many there should be, if known."""
     if not path.is_file():
         raise DmatError(f"{path} does not exist; expected it beside the other batches; unpack the archive again")
@@ -137,7 +139,7 @@ def _file(path: Path, layout: Layout, names: tuple[str, ...], count: int | None)
     return np.ascontiguousarray(images), labels
 
 
-def _binary(path: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+def _binary(path: Path, layout: CifarLayout) -> tuple[np.ndarray, np.ndarray]:
     """Rows uint8 [n, 3072] and labels int64 [n] of a file of the binary version."""
     content, length = np.fromfile(path, dtype=np.uint8), layout.label_bytes + PIXELS
     if len(content) % length:
@@ -165,7 +167,7 @@ def _content(path: Path) -> dict[str, Any]:
     """The dictionary that a pickle holds, keys as text."""
     try:
         with open(path, "rb") as file:
-            content = _Reader(file).load()
+            content = _CifarUnpickler(file).load()
     except DmatError:
         raise
     except Exception as error:  # hostile bytes may end in any of them, and none is a defect of dmat
@@ -209,7 +211,7 @@ class _Bytes:
         """Byte order and alignment: nothing that a byte has."""
 
 
-class _Reader(pickle.Unpickler):
+class _CifarUnpickler(pickle.Unpickler):
     """Knows the names that numpy 1 and 2 write for an array, and makes stand-ins of them."""
 
     def __init__(self, file: BinaryIO):

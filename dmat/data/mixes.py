@@ -14,21 +14,21 @@ from dmat.errors import DmatError
 
 def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None, np.ndarray | None]:
     """The mix of an arm, its opened generated images and the indices kept. Refuses anything that changed since."""
-    facts = files.read_record(
+    record = files.read_record(
         folder / MIX,
         generated_images=int, batch=int, generated_share=(int, float), with_replacement=bool, copies=int,
         reshuffle_steps=int, selection=(dict, type(None)),
     )  # fmt: skip
     mix = Mix(
         len(real),
-        facts["generated_images"],
-        facts["batch"],
-        facts["generated_share"],
-        facts["with_replacement"],
-        facts["copies"],
-        facts["reshuffle_steps"],
+        record["generated_images"],
+        record["batch"],
+        record["generated_share"],
+        record["with_replacement"],
+        record["copies"],
+        record["reshuffle_steps"],
     )
-    selection = facts["selection"]
+    selection = record["selection"]
     if selection is None:
         return mix, None, None
     images = root / ARTIFACTS / "generate_images" / selection["image_set"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from dmat.data.shards import Shards
 
 
-def to_unit(images: np.ndarray) -> Tensor:
+def to_float(images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, C] -> float32 [B, C, H, W] in [0, 1], channels-last in memory."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
@@ -20,13 +20,13 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def everything(shards: Shards) -> tuple[Tensor, Tensor]:
+def load_all(shards: Shards) -> tuple[Tensor, Tensor]:
     """All images, float32 [N, C, H, W] in [0, 1], and labels of a set that fits into memory."""
     images, labels = shards.all()
-    return to_unit(images), torch.from_numpy(labels)
+    return to_float(images), torch.from_numpy(labels)
 
 
-def in_order(images: Tensor, labels: Tensor, batch: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def iter_batches(images: Tensor, labels: Tensor, batch: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Consecutive batches with the slice of positions they cover; the last one may be short."""
     for start in range(0, len(labels), batch):
         where = slice(start, min(start + batch, len(labels)))

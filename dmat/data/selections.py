@@ -14,11 +14,11 @@ SELECTION = "selection.json"
 INDICES = "indices.npy"
 
 
-def write_selection(folder: Path, indices: np.ndarray, facts: Mapping[str, Any]) -> None:
+def write_selection(folder: Path, indices: np.ndarray, record: Mapping[str, Any]) -> None:
     """indices: int64 [kept], sorted. facts: JSON values, with what `read_selection` asks for."""
     with files.writing(folder / INDICES) as file:
         np.save(file, indices)
-    files.write_json(folder / SELECTION, {"schema": 1, **facts})
+    files.write_json(folder / SELECTION, {"schema": 1, **record})
 
 
 def read_selection(folder: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def write_manifest(
     shape: Sequence[int],
     class_names: Sequence[str],
     class_counts: Sequence[int] | np.ndarray,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
 ) -> None:
     """Names what the shards of a folder are. `facts`: everything else a reader should know, JSON values."""
     files.write_json(
@@ -102,18 +102,20 @@ def write_manifest(
             "shape": list(shape),
             "class_names": list(class_names),
             "class_counts": [int(n) for n in class_counts],
-            **facts,
+            **metadata,
         },
     )
 
 
 def write_set(
-    folder: Path, images: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str], facts: dict[str, Any]
+    folder: Path, images: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str], metadata: dict[str, Any]
 ) -> None:
     """A whole small set as one shard with its manifest."""
     entry = write_shard(folder, 0, images, labels)
     counts = np.bincount(labels, minlength=len(class_names))
-    write_manifest(folder, [entry], shape=images.shape[1:], class_names=class_names, class_counts=counts, facts=facts)
+    write_manifest(
+        folder, [entry], shape=images.shape[1:], class_names=class_names, class_counts=counts, metadata=metadata
+    )
 
 
 def open_shards(folders: Path | Iterable[Path], verify: bool = True) -> Shards:

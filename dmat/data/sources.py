@@ -38,7 +38,7 @@ BESIDE_IMAGES = (".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".tsv",
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ImageSource:
     """images uint8 [N, H, W, C], labels int64 [N], names of the classes in label order, licence, where it is from.
 
     test: images and labels of the same kind that are for testing alone; None where a source has no such split.
@@ -56,7 +56,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def digits(path: Path | None = None) -> Source:
+def digits(path: Path | None = None) -> ImageSource:
     """The 1,797 handwritten 8x8 digits that ship inside scikit-learn (UCI Optical Recognition, CC BY 4.0).
 
     17 grey levels v = 0..16 stored as round(v * 255 / 16).
@@ -66,7 +66,7 @@ def digits(path: Path | None = None) -> Source:
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # [1797, 8, 8, 1]
     names = tuple(str(digit) for digit in range(10))
-    return Source(
+    return ImageSource(
         images,
         bunch.target.astype(np.int64),
         names,
@@ -75,7 +75,7 @@ def digits(path: Path | None = None) -> Source:
     )
 
 
-def npz(path: Path | None) -> Source:
+def npz(path: Path | None) -> ImageSource:
     """An uncompressed or compressed .npz with `image` uint8 [N, H, W, C] and `label` integers [N] from 0, and perhaps
     `test_image`, `test_label` and `class_names`, text [classes]. Without names every class must have an image."""
     if path is None or not path.is_file():
@@ -100,7 +100,7 @@ def npz(path: Path | None) -> Source:
         classes = 1 + max(int(part.max(initial=0)) for part in (labels, *(test or ())[1:]))
         names = tuple(str(k) for k in range(classes))
         _expect_no_gap(path, labels, classes)
-    return Source(images, labels, names, NOT_STATED, path.name, test)
+    return ImageSource(images, labels, names, NOT_STATED, path.name, test)
 
 
 def _names(path: Path, names: np.ndarray) -> tuple[str, ...]:
@@ -150,22 +150,22 @@ def _pair(path: Path, arrays: dict[str, np.ndarray], held: str, prefix: str) -> 
     return images, labels.astype(np.int64)
 
 
-def cifar10(path: Path | None) -> Source:
+def cifar10(path: Path | None) -> ImageSource:
     """50,000 training and 10,000 test images 32x32 in 10 classes: `cifar-10-batches-py` or `cifar-10-batches-bin`."""
     return _cifar("cifar10", path)
 
 
-def cifar100(path: Path | None) -> Source:
+def cifar100(path: Path | None) -> ImageSource:
     """50,000 training and 10,000 test images 32x32 in 100 classes: `cifar-100-python` or `cifar-100-binary`."""
     return _cifar("cifar100", path)
 
 
-def _cifar(data: str, path: Path | None) -> Source:
+def _cifar(data: str, path: Path | None) -> ImageSource:
     found = cifar.read(data, _folder(path, f"a {cifar.TITLES[data]} folder"))
-    return Source(*found.train, found.names, NOT_STATED, found.origin, found.test)
+    return ImageSource(*found.train, found.names, NOT_STATED, found.origin, found.test)
 
 
-def folder(path: Path | None) -> Source:
+def folder(path: Path | None) -> ImageSource:
     """A folder of images in one sub-folder per class; or such folders in `train` and `test`.
 
     Classes are in the order of their names, of their numbers where all names are numbers. All images have one size and
@@ -177,7 +177,9 @@ def folder(path: Path | None) -> Source:
     layout, notes = _layout(root, groups)
     if not layout:
         images, labels, names, left_out = _images(root, found)
-        return Source(images, labels, names, NOT_STATED, f"images in {root.name}", notes=(*notes, *_told(left_out)))
+        return ImageSource(
+            images, labels, names, NOT_STATED, f"images in {root.name}", notes=(*notes, *_told(left_out))
+        )
     left_out = _beside(root, groups[""])
     images, labels, names, others = _images(root / layout["train"], groups[layout["train"]])
     left_out += others
@@ -195,7 +197,9 @@ def folder(path: Path | None) -> Source:
     if "validation" in layout:
         name = layout["validation"]
         notes.append(f"{root / name} is not read ({len(groups[name]):,} files); validation images come from the others")
-    return Source(images, labels, names, NOT_STATED, f"images in {root.name}", test, notes=(*notes, *_told(left_out)))
+    return ImageSource(
+        images, labels, names, NOT_STATED, f"images in {root.name}", test, notes=(*notes, *_told(left_out))
+    )
 
 
 def _groups(root: Path, found: Sequence[Path]) -> dict[str, list[Path]]:
@@ -337,7 +341,7 @@ def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]} in {'colour' if shape[2] == 3 else 'grey'}"
 
 
-def sharded(path: Path | None) -> Source:
+def sharded(path: Path | None) -> ImageSource:
     """A folder that dmat wrote: shards and their manifest. Every checksum is compared."""
     root = _folder(path, f"a folder of shards with its {shards.MANIFEST}")
     try:
@@ -352,10 +356,10 @@ def sharded(path: Path | None) -> Source:
     split = opened.manifest.get("split")
     origin = str(opened.manifest.get("origin", root.name)) + (f", split {split}" if split else "")
     licence = str(opened.manifest.get("licence", NOT_STATED))
-    return Source(images, labels, names, licence, origin, split=str(split or ""))
+    return ImageSource(images, labels, names, licence, origin, split=str(split or ""))
 
 
-SOURCES: dict[str, Callable[[Path | None], Source]] = {
+SOURCES: dict[str, Callable[[Path | None], ImageSource]] = {
     "digits": digits,
     "npz": npz,
     "cifar10": cifar10,
@@ -365,7 +369,7 @@ SOURCES: dict[str, Callable[[Path | None], Source]] = {
 }
 
 
-def load(name: str, path: Path | None) -> Source:
+def load(name: str, path: Path | None) -> ImageSource:
     """A source by its name. Raises DmatError also for a set that is empty or that no job could take."""
     return _checked(plugins.find(SOURCES, name)(path), path or name)
 
@@ -377,7 +381,7 @@ def location(name: str, path: Path) -> Path:
     return cifar.located(name, path)[0] if name in cifar.LAYOUTS else path
 
 
-def recognise(what: str | Path, split: str | None = None) -> Source:
+def recognise(what: str | Path, split: str | None = None) -> ImageSource:
     """What lies at a path, found out by looking, or the word `digits`: images and labels of the split test or train.
 
     Without a `split` the test images are meant. Where there is no test split all images are, and the origin says so;
@@ -444,7 +448,7 @@ def _folder(path: Path | None, what: str) -> Path:
     return path
 
 
-def _checked(source: Source, path: Path | str) -> Source:
+def _checked(source: ImageSource, path: Path | str) -> ImageSource:
     """The same source, if its images and labels are what every job expects."""
     parts = [("", source.images, source.labels), *([("test ", *source.test)] if source.test else [])]
     for part, images, labels in parts:

@@ -38,20 +38,24 @@ class UNet(nn.Module):
                 self.down.append(Downsample(width))
                 skips.append(width)
             for _ in range(blocks):
-                self.down.append(Block(width, wanted, embedding, dropout, attention=wanted_attention(level, widths)))
+                self.down.append(
+                    UNetBlock(width, wanted, embedding, dropout, attention=wanted_attention(level, widths))
+                )
                 width = wanted
                 skips.append(width)
         self.middle = nn.ModuleList(
             [
-                Block(width, width, embedding, dropout, attention=True),
-                Block(width, width, embedding, dropout, attention=False),
+                UNetBlock(width, width, embedding, dropout, attention=True),
+                UNetBlock(width, width, embedding, dropout, attention=False),
             ]
         )
         self.up = nn.ModuleList()
         for level, wanted in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
                 self.up.append(
-                    Block(width + skips.pop(), wanted, embedding, dropout, attention=wanted_attention(level, widths))
+                    UNetBlock(
+                        width + skips.pop(), wanted, embedding, dropout, attention=wanted_attention(level, widths)
+                    )
                 )
                 width = wanted
             if level:
@@ -84,7 +88,7 @@ def wanted_attention(level: int, widths: list[int]) -> bool:
     return level == len(widths) - 1
 
 
-class Block(nn.Module):
+class UNetBlock(nn.Module):
     """Residual block with a scale and shift from the embedding, then optional self-attention."""
 
     def __init__(self, width: int, wanted: int, embedding: int, dropout: float, attention: bool):

@@ -32,7 +32,9 @@ ROUNDING = 1e-6  # pixels: images + perturbation in float32 is off by up to 2^-2
 PIXEL_ROUNDING = 2.0**-24  # l2: that error of every pixel, and as much again for the norm that the attack computed
 ZERO_GRADIENTS = 0.05  # share of images; assumed: dead units silence single images, masking silences most
 HALF_POINT = 0.005  # share of images; assumed: attacks with one random start differ by less where nothing is wrong
-GREY_ACCURACY = 0.05  # at `grey_radius` all images can be one image; guessing among 10 classes would be right for 10 %
+TRIVIAL_ACCURACY = (
+    0.05  # at `grey_radius` all images can be one image; guessing among 10 classes would be right for 10 %
+)
 OVERFITTED = 0.3  # FGSM - PGD, linf; assumed: sound training leaves 10 points, overfitting most (Wong et al. 2020)
 HALF = 0.5  # of what FGSM leaves; assumed: an undefended model loses most to FGSM already, an overfitted one nothing
 COPIES = 0.01  # share of images; assumed: of fewer copies an accuracy changes by less than its 95 % interval
@@ -298,7 +300,7 @@ def black_box(black: np.ndarray, white: np.ndarray) -> Check:
     )
 
 
-def grey_radius(norm: str, shape: tuple[int, ...]) -> float:
+def trivial_radius(norm: str, shape: tuple[int, ...]) -> float:
     """The least radius at which every image [C, H, W] in [0, 1] can become mid grey, and so the same image."""
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
@@ -310,12 +312,12 @@ def large_radius(robust: np.ndarray, radius: float) -> Check:
     n = _paired(robust)
     share = int(robust.sum()) / n
     found = f"{_percent(robust)} of {n} images are robust at radius {radius:.4g}"
-    if share <= GREY_ACCURACY:
+    if share <= TRIVIAL_ACCURACY:
         return _check("large_radius", True, found, share)
     return _check(
         "large_radius",
         False,
-        f"{found}, at which all can become the same grey; expected at most {GREY_ACCURACY:.0%}: the attack does not "
+        f"{found}, at which all can become the same grey; expected at most {TRIVIAL_ACCURACY:.0%}: the attack does not "
         "find what is there, at small radii neither; look for masked gradients and at the attack's steps",
         share,
     )

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from dmat import __version__, seeds
-from dmat.data.pixels import in_order
+from dmat.data.pixels import iter_batches
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.evaluation import checks, measures
 from dmat.evaluation.checks import Check
 from dmat.evaluation.measures import Subject
-from dmat.evaluation.work import Columns, Unit
+from dmat.evaluation.work import Columns, ShardTask
 from dmat.metrics import pictures
 from dmat.metrics.intervals import wilson
 from dmat.robust import attacks, auto_attack, prediction
@@ -29,7 +29,7 @@ FEWEST = 20  # images of a headline: of fewer, one image is more than the 5 % of
 TEST = "test"  # the split that headlines are about
 
 
-class Settings(measures.Settings, Protocol):
+class EvaluationSettings(measures.AttackSettings, Protocol):
     check_images: int
     check_queries: int
 
@@ -77,7 +77,12 @@ class Evaluation:
     """One subject in one folder. `identity` says what the files there belong to: all that decides them."""
 
     def __init__(
-        self, folder: Path, subject: Subject, settings: Settings, compute: Compute, identity: Mapping[str, Any]
+        self,
+        folder: Path,
+        subject: Subject,
+        settings: EvaluationSettings,
+        compute: Compute,
+        identity: Mapping[str, Any],
     ):
         _refuse_bad_images(subject)
         if settings.pgd_loss == "dlr" and subject.model.logits.out_features < 3:
@@ -93,7 +98,7 @@ class Evaluation:
         versions = {"dmat": __version__, **{name: version(name) for name in ("torch", "pyautoattack")}}
         by = {"device": compute.describe()["device"], "precision": compute.precision, "versions": versions}
         self._shards = [
-            Unit(
+            ShardTask(
                 folder / f"shard-{number:05d}",
                 where.stop - where.start,
                 {**known, "shard": number},
@@ -104,17 +109,17 @@ class Evaluation:
         ]
         self._checked = _spread(len(subject.labels), settings.check_images)
         black_box = {**known, "shard": "black box of spread images"}
-        self._black_box = Unit(folder / "black-box", len(self._checked), black_box, self._square, by)
+        self._black_box = ShardTask(folder / "black-box", len(self._checked), black_box, self._square, by)
 
     @property
-    def shards(self) -> list[Unit]:
+    def shards(self) -> list[ShardTask]:
         """What `columns` needs; without what only the checks need."""
         return self._shards
 
     @property
-    def units(self) -> list[Unit]:
+    def tasks(self) -> list[ShardTask]:
         """Everything that must be computed before the rest of this class can be asked."""
-        return [*self._shards, self._black_box] if self.subject.thorough else self._shards
+        return [*self._shards, self._black_box] if self.subject.full_suite else self._shards
 
     def columns(self) -> Columns:
         """The columns of `measures.of_shard` for all images [N]."""
@@ -124,8 +129,8 @@ class Evaluation:
     def _square(self) -> Columns:
         model, settings, found = self.subject.model, self.settings, []
         images, labels = self.subject.images[self._checked], self.subject.labels[self._checked]
-        for _, part, of in in_order(images, labels, settings.batch):
-            x, y = self.compute.place(part), of.to(self.compute.device)
+        for _, part, of in iter_batches(images, labels, settings.batch):
+            x, y = self.compute.to_device(part), of.to(self.compute.device)
             broken = auto_attack.square(
                 model, x, y, self.subject.ball, settings.check_queries, settings.auto_attack_seed
             )
@@ -137,7 +142,7 @@ class Evaluation:
         """The images that checks of the model look at, on the device: no more at once than an attack has there."""
         chosen = _spread(len(self.subject.labels), min(self.settings.check_images, self.settings.batch))
         x, y = self.subject.images[chosen], self.subject.labels[chosen]
-        return self.compute.place(x), y.to(self.compute.device)
+        return self.compute.to_device(x), y.to(self.compute.device)
 
     def checks(self, columns: Columns, copies: Mapping[str, np.ndarray]) -> list[Check]:
         """All checks of a thorough subject, in the order in which they rule each other out. copies: `checks.unseen`."""
@@ -157,7 +162,7 @@ class Evaluation:
             checks.evaluation_mode(subject.model),
             checks.deterministic(subject.model, x),
             checks.same_alone(subject.model, x if len(x) > 1 else torch.cat([x, x])),
-            checks.zero_gradients(subject.model, x, y, subject.ball, self.compute.place(start)),
+            checks.zero_gradients(subject.model, x, y, subject.ball, self.compute.to_device(start)),
             checks.inside_ball(subject.images, adversarial, subject.ball),
             checks.rescored(recorded, self._margins(adversarial, settings.batch), self._margins(adversarial, None)),
             checks.more_steps(columns["pgd_few"], columns["pgd"], measures.few(settings.pgd_steps), settings.pgd_steps),
@@ -223,7 +228,7 @@ class Evaluation:
     def rows(self, columns: Columns, verdict: Verdict | None = None) -> dict[str, np.ndarray]:
         """Columns of the per-image table."""
         rows = {name: columns[name] for name in ("prediction", "clean", "pgd")}
-        if not self.subject.thorough:
+        if not self.subject.full_suite:
             return {name: rows[name] for name in ("clean", "pgd")}
         rows["fgsm"] = columns["fgsm"]
         if self.subject.suite is not None and verdict is not None:
@@ -275,7 +280,7 @@ class Evaluation:
 
     def _computed(self) -> list[dict[str, Any]]:
         """Who computed how many shards of those that are there: device, precision, versions."""
-        there = [note for unit in self.units if (note := unit.note()) is not None]
+        there = [note for unit in self.tasks if (note := unit.note()) is not None]
         notes = [json.dumps(note.get("by", {}), sort_keys=True) for note in there]
         return [{**json.loads(by), "shards": notes.count(by)} for by in sorted(set(notes))]
 
@@ -324,9 +329,9 @@ class Evaluation:
         broken = np.flatnonzero(clean & (after != labels))
         chosen = np.concatenate([broken, np.flatnonzero(clean & (after == labels))])[:_SHOWN]
         if len(chosen):
-            natural, worst = self.subject.images.numpy()[chosen], columns["adversarial"][chosen]
+            clean_images, worst = self.subject.images.numpy()[chosen], columns["adversarial"][chosen]
             pictures.perturbations(
-                path, natural.transpose(0, 2, 3, 1), worst.transpose(0, 2, 3, 1), labels[chosen],
+                path, clean_images.transpose(0, 2, 3, 1), worst.transpose(0, 2, 3, 1), labels[chosen],
                 columns["prediction"][chosen], after[chosen], epsilon, class_names,
             )  # fmt: skip
 

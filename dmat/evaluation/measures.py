@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dmat import plugins, seeds
-from dmat.data.pixels import in_order
+from dmat.data.pixels import iter_batches
 from dmat.devices import Compute
-from dmat.evaluation.checks import grey_radius
+from dmat.evaluation.checks import trivial_radius
 from dmat.robust import attacks, auto_attack, prediction
 from dmat.robust.attacks import OBJECTIVES, Ball
 from dmat.robust.auto_attack import Suite
@@ -24,7 +24,7 @@ from dmat.robust.networks import Classifier
 _FEWER = 4  # times fewer steps, in the comparison of few with many
 
 
-class Settings(Protocol):
+class AttackSettings(Protocol):
     """What decides the flags (docs/parameters.md, `evaluate_robust`). Radii and steps in pixels of [0, 1]."""
 
     pgd_steps: int
@@ -57,7 +57,7 @@ class Subject:
     labels: Tensor
     ball: Ball
     suite: Suite | None = None
-    thorough: bool = False
+    full_suite: bool = False
 
 
 def images_sha256(images: Tensor, labels: Tensor) -> str:
@@ -74,7 +74,7 @@ def shard_of(number: int, size: int, count: int) -> slice:
     return slice(number * size, min((number + 1) * size, count))
 
 
-def of_shard(subject: Subject, settings: Settings, number: int, compute: Compute) -> dict[str, np.ndarray]:
+def of_shard(subject: Subject, settings: AttackSettings, number: int, compute: Compute) -> dict[str, np.ndarray]:
     """Columns [B] of the images of a shard.
 
     prediction int64; clean, pgd bool: right, and right also after the attack. adversarial float32 [B, C, H, W]: what
@@ -88,7 +88,7 @@ def of_shard(subject: Subject, settings: Settings, number: int, compute: Compute
     adversarial = shard.pgd(subject.ball, settings.pgd_steps, "")
     robust = clean & shard.right(adversarial)
     found = {"prediction": logits.argmax(1), "clean": clean, "pgd": robust}
-    if subject.thorough:
+    if subject.full_suite:
         found |= shard.weaker_and_larger(clean)
     if subject.suite is not None:
         worst, broken_by = shard.auto_attack(subject.suite)
@@ -110,7 +110,7 @@ def of_shard(subject: Subject, settings: Settings, number: int, compute: Compute
 class _Shard:
     """Attacks on the images of one shard, batch after batch; images and results are on the CPU."""
 
-    def __init__(self, subject: Subject, settings: Settings, number: int, compute: Compute):
+    def __init__(self, subject: Subject, settings: AttackSettings, number: int, compute: Compute):
         self.subject, self.settings, self.number, self.compute = subject, settings, number, compute
         where = shard_of(number, settings.shard, len(subject.labels))
         self.images, self.labels = subject.images[where], subject.labels[where]
@@ -135,15 +135,15 @@ class _Shard:
         made = [
             attacks.pgd_with_restarts(
                 self.subject.model,
-                self.compute.place(x),
+                self.compute.to_device(x),
                 y.to(self.compute.device),
                 plugins.find(OBJECTIVES, self.settings.pgd_loss),
                 ball,
-                [self.compute.place(start[where]) for start in starts],
+                [self.compute.to_device(start[where]) for start in starts],
                 steps,
                 step,
             ).cpu()
-            for where, x, y in in_order(self.images, self.labels, self.settings.batch)
+            for where, x, y in iter_batches(self.images, self.labels, self.settings.batch)
         ]
         return torch.cat(made)
 
@@ -151,11 +151,11 @@ class _Shard:
         made = [
             attacks.fgsm(
                 self.subject.model,
-                self.compute.place(x),
+                self.compute.to_device(x),
                 attacks.cross_entropy(y.to(self.compute.device)),
                 self.subject.ball,
             ).cpu()
-            for _, x, y in in_order(self.images, self.labels, self.settings.batch)
+            for _, x, y in iter_batches(self.images, self.labels, self.settings.batch)
         ]
         return torch.cat(made)
 
@@ -176,7 +176,7 @@ class _Shard:
     def auto_attack(self, suite: Suite) -> tuple[Tensor, Tensor]:
         worst, broken_by = auto_attack.attack(
             self.subject.model,
-            self.compute.place(self.images),
+            self.compute.to_device(self.images),
             self.labels.to(self.compute.device),
             self.subject.ball,
             suite,
@@ -188,7 +188,7 @@ class _Shard:
 
 def large(ball: Ball, shape: tuple[int, ...]) -> float:
     """The radius at which nothing can be robust: all images [C, H, W] can be the same one, or epsilon if larger."""
-    return max(float(ball.epsilon), grey_radius(ball.norm, shape))
+    return max(float(ball.epsilon), trivial_radius(ball.norm, shape))
 
 
 def few(steps: int) -> int:

@@ -31,7 +31,7 @@ Columns = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Unit:
+class ShardTask:
     """One shard: the path of its files without suffix, what it is, and how to compute it.
 
     by: who computes it, kept in its note: shards of one evaluation may be of several machines and versions.
@@ -100,17 +100,17 @@ class Unit:
             return {name: saved[name] for name in saved.files}
 
 
-def compute_all(units: Sequence[Unit], *, wait: bool, quiet: bool) -> None:
+def compute_all(tasks: Sequence[ShardTask], *, wait: bool, quiet: bool) -> None:
     """Computes what nobody else does, with a progress bar that also counts what others do.
 
     wait: returns when all is there, and takes over what others leave behind.
     """
-    for unit in units:
+    for unit in tasks:
         unit.path.parent.mkdir(parents=True, exist_ok=True)
-    total = sum(unit.images for unit in units)
+    total = sum(unit.images for unit in tasks)
     with tqdm(total=total, unit=" images", desc="evaluate", disable=quiet, dynamic_ncols=True) as bar:
         while True:
-            pending = [unit for unit in units if not unit.done]
+            pending = [unit for unit in tasks if not unit.done]
             bar.update(total - sum(unit.images for unit in pending) - bar.n)
             if not pending:
                 return
@@ -120,7 +120,7 @@ def compute_all(units: Sequence[Unit], *, wait: bool, quiet: bool) -> None:
                 time.sleep(_LOOK_EVERY)
 
 
-def _computed(unit: Unit) -> bool:
+def _computed(unit: ShardTask) -> bool:
     """Whether this process computed the shard: nobody else was at it."""
     try:
         with filelock.FileLock(unit.path.with_suffix(".lock"), timeout=0):
@@ -132,15 +132,15 @@ def _computed(unit: Unit) -> bool:
     return True
 
 
-def outlook(units: Sequence[Unit]) -> dict[str, Any]:
+def estimate(tasks: Sequence[ShardTask]) -> dict[str, Any]:
     """Shards done, and seconds that one process needs for the others, by the median second per image so far.
 
     Shards of one folder count together; None where none of a folder is done.
     """
     left = 0.0
     known = True
-    for folder in dict.fromkeys(unit.path.parent for unit in units):
-        own = [unit for unit in units if unit.path.parent == folder]
+    for folder in dict.fromkeys(unit.path.parent for unit in tasks):
+        own = [unit for unit in tasks if unit.path.parent == folder]
         missing = sum(unit.images for unit in own if not unit.done)
         speeds = [note["seconds"] / note["images"] for unit in own if (note := unit.note()) is not None]
         if missing and not speeds:
@@ -148,7 +148,7 @@ def outlook(units: Sequence[Unit]) -> dict[str, Any]:
         elif missing:
             left += missing * statistics.median(speeds)
     return {
-        "shards": len(units),
-        "shards_done": sum(unit.done for unit in units),
+        "shards": len(tasks),
+        "shards_done": sum(unit.done for unit in tasks),
         "seconds_left": round(left, 1) if known else None,
     }

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from dmat import files
-from dmat.config import EvaluateRobust, Fraction
+from dmat.config import EvaluateRobust, WrittenNumber
 from dmat.data import overlap, shards
 from dmat.data.mixes import open_mix
-from dmat.data.pixels import everything
+from dmat.data.pixels import load_all
 from dmat.data.shards import Shards
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation
@@ -68,12 +68,12 @@ def run(settings: EvaluateRobust, job: Job) -> Result:
     write_table(folder / PER_IMAGE, table)
     files.write_json(folder / PROTOCOL, best.protocol(threat, len(test)))
     files.write_json(folder / SUMMARY, summary)
-    all_images = images_sha256(*everything(test))
-    candidate = registry.Candidate(
+    all_images = images_sha256(*load_all(test))
+    candidate = registry.RegistryCandidate(
         registry.name_of(test.manifest["source"], all_images, threat["norm"], threat["epsilon"]),
         _weights(job, "best"),
         {
-            **{f"dmat.{name}": value for name, value in job.chosen.items()},
+            **{f"dmat.{name}": value for name, value in job.instance.items()},
             "data.test.sha256": all_images,
             **verdict.about_model(summary["best"], threat),
         },
@@ -104,27 +104,27 @@ def _copies(test: Shards, count: int, job: Job) -> dict[str, np.ndarray]:
     return copies
 
 
-def assist(settings: EvaluateRobust, job: Job) -> None:
+def run_worker(settings: EvaluateRobust, job: Job) -> None:
     """Computes shards that nobody else is computing, until none is left."""
     work.compute_all(_units(_evaluations(settings, job, _models(job))), wait=False, quiet=job.quiet)
 
 
-def outlook(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
+def estimate(settings: EvaluateRobust, job: Job) -> dict[str, Any]:
     """What `--dry-run` says: the attacks, and the time left."""
     models = _models(job)
     evaluations = _evaluations(settings, job, models)
     test = shards.open_shards(job.inputs["test"])
     protocol = evaluations["best"].protocol(models["best"][1]["threat"], len(test))
-    return {"protocol": protocol} | work.outlook(_units(evaluations))
+    return {"protocol": protocol} | work.estimate(_units(evaluations))
 
 
-def first_shard(settings: EvaluateRobust, job: Job) -> work.Unit:
+def first_shard(settings: EvaluateRobust, job: Job) -> work.ShardTask:
     """Of the best weights on the test split."""
     return _evaluations(settings, job, _models(job))["best"].shards[0]
 
 
-def _units(evaluations: dict[str, Evaluation]) -> list[work.Unit]:
-    return [unit for one in evaluations.values() for unit in one.units]
+def _units(evaluations: dict[str, Evaluation]) -> list[work.ShardTask]:
+    return [unit for one in evaluations.values() for unit in one.tasks]
 
 
 def _models(job: Job) -> dict[str, tuple[Classifier, dict[str, Any]]]:
@@ -141,21 +141,21 @@ def _evaluations(
     splits = {name: shards.open_shards(job.inputs[name]) for name in ("test", "train")}
     found = {}
     for which, (model, sidecar) in models.items():
-        ball = Ball(sidecar["threat"]["norm"], Fraction(sidecar["threat"]["epsilon"]))
+        ball = Ball(sidecar["threat"]["norm"], WrittenNumber(sidecar["threat"]["epsilon"]))
         for split, opened in splits.items():
             name = which if split == "test" else f"{which}-{split}"
-            thorough = name == "best"
-            images, labels = everything(opened)
+            full_suite = name == "best"
+            images, labels = load_all(opened)
             if split == "test" and settings.images:
                 images, labels = images[: settings.images], labels[: settings.images]
             suite = (
                 auto_attack.suite(settings.auto_attack, opened.classes)
-                if thorough and settings.auto_attack != "none"
+                if full_suite and settings.auto_attack != "none"
                 else None
             )
             found[name] = Evaluation(
                 job.work / "shards" / name,
-                Subject(name, model, images, labels, ball, suite, thorough),
+                Subject(name, model, images, labels, ball, suite, full_suite),
                 settings,
                 compute,
                 {

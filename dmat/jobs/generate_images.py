@@ -66,7 +66,7 @@ def run(settings: ImageSet, job: Job) -> Result:
         shape=sidecar["image_shape"],
         class_names=sidecar["class_names"],
         class_counts=counts,
-        facts={
+        metadata={
             "generator_sha256": sidecar["sha256"],
             "sampler": settings.sampler.plain(),
             "seed": settings.seed,
@@ -141,7 +141,7 @@ def _block(
         numbers = [
             seeds.normal(seeds.stream(settings.seed, purpose, int(k)), (channels, height, width)) for k in indices
         ]
-        return job.compute.place(torch.stack(numbers))
+        return job.compute.to_device(torch.stack(numbers))
 
     sample = plugins.find(SAMPLERS, settings.sampler.name)
     classes = torch.from_numpy(indices % len(sidecar["class_names"])).to(job.compute.device)

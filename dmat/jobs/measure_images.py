@@ -10,7 +10,7 @@ import torch
 from dmat import files
 from dmat.config import MeasureImages
 from dmat.data import shards
-from dmat.data.pixels import to_unit
+from dmat.data.pixels import to_float
 from dmat.data.selections import INDICES, expect_selected_from, read_selection
 from dmat.job import Job, Result
 from dmat.metrics import pictures, quality
@@ -61,8 +61,8 @@ def run(settings: MeasureImages, job: Job) -> Result:
 def _judge(scorer: Classifier, images: np.ndarray, job: Job) -> tuple[np.ndarray, np.ndarray]:
     """Features [n, d] and class probabilities [n, K] of uint8 images."""
     with torch.no_grad(), job.compute.autocast():
-        unit = to_unit(images)
+        unit = to_float(images)
         features = [
-            scorer.features(job.compute.place(unit[k : k + 1000])).float().cpu() for k in range(0, len(unit), 1000)
+            scorer.features(job.compute.to_device(unit[k : k + 1000])).float().cpu() for k in range(0, len(unit), 1000)
         ]
     return torch.cat(features).numpy(), prediction.logits(scorer, unit, job.compute).softmax(1).numpy()

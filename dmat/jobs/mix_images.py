@@ -18,7 +18,7 @@ def run(settings: MixImages, job: Job) -> Result:
     selection = None if settings.images == NONE else read_selection(job.inputs["selection"])
     if selection is not None and (selection["shape"], selection["classes"]) != (list(real.shape), real.classes):
         raise DmatError(
-            f"arm {job.chosen['arm']}: selection {settings.images} holds images {selection['shape']} of "
+            f"arm {job.instance['arm']}: selection {settings.images} holds images {selection['shape']} of "
             f"{selection['classes']} classes, the training images are {list(real.shape)} of {real.classes}; expected "
             f"the same; name images of a generator that was trained on this data set"
         )
@@ -33,16 +33,16 @@ def run(settings: MixImages, job: Job) -> Result:
     )
     if selection is not None and not mix.generated:
         raise DmatError(
-            f"arm {job.chosen['arm']}: selection {settings.images} keeps 0 generated images; expected some; run its "
+            f"arm {job.instance['arm']}: selection {settings.images} keeps 0 generated images; expected some; run its "
             f"selection again"
         )
     if selection is not None and not 0 < mix.generated_per_batch < mix.drawn:
         raise DmatError(
-            f"arm {job.chosen['arm']}: generated_share {settings.generated_share} of {mix.drawn} images leaves "
+            f"arm {job.instance['arm']}: generated_share {settings.generated_share} of {mix.drawn} images leaves "
             f"{mix.generated_per_batch} generated and {mix.real_per_batch} real images; expected some of both; "
             f"change the share or the batch"
         )
-    facts = {"real": mix.real_per_batch, "generated": mix.generated_per_batch}
+    record = {"real": mix.real_per_batch, "generated": mix.generated_per_batch}
     files.write_json(
         job.result / "mix" / MIX,
         {
@@ -54,7 +54,7 @@ def run(settings: MixImages, job: Job) -> Result:
             "batch": mix.batch,
             "copies": mix.copies,
             "reshuffle_steps": mix.reshuffle_steps,
-            "per_batch": facts,
+            "per_batch": record,
             "generated_to_real": f"{mix.generated_per_batch}:{mix.real_per_batch}",
             "images_seen": settings.images_seen,
             "coverage": mix.coverage(settings.images_seen),
@@ -67,4 +67,4 @@ def run(settings: MixImages, job: Job) -> Result:
             },
         },
     )
-    return Result({**facts, **mix.coverage(settings.images_seen)})
+    return Result({**record, **mix.coverage(settings.images_seen)})

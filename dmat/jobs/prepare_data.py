@@ -11,7 +11,7 @@ import numpy as np
 from dmat import files, seeds
 from dmat.config import Normalisation, PrepareData
 from dmat.data import overlap, shards, sources
-from dmat.data.sources import Source, stratified
+from dmat.data.sources import ImageSource, stratified
 from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
@@ -40,7 +40,7 @@ def run(settings: PrepareData, job: Job) -> Result:
         if name == "train":
             _expect_every_class(labels, source.class_names)
         mean, std = _moments(images) if constants is None else constants
-        facts = {
+        metadata = {
             "split": name,
             "source": settings.source,
             "origin": source.origin,
@@ -50,8 +50,8 @@ def run(settings: PrepareData, job: Job) -> Result:
             "std": std,
         }
         if source.test:
-            facts["source_split"] = pool  # what the indices count in
-        shards.write_set(job.result / name, images, labels, class_names=source.class_names, facts=facts)
+            metadata["source_split"] = pool  # what the indices count in
+        shards.write_set(job.result / name, images, labels, class_names=source.class_names, metadata=metadata)
         if name == "train":
             pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images, one row a class")
     files.write_text(job.result / "none", "stands for no selection: what an arm with `images: none` reads\n")
@@ -65,7 +65,7 @@ def location(settings: PrepareData, path: Path) -> Path:
     return sources.location(settings.source, path)
 
 
-def _expect_enough(name: str, source: Source, wanted: dict[str, int]) -> None:
+def _expect_enough(name: str, source: ImageSource, wanted: dict[str, int]) -> None:
     """Raises DmatError where the splits ask for more than a source has."""
     asked, kind = dict(wanted), "images"
     if source.test:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dmat import files
 from dmat.config import ScoreImages
 from dmat.data import dvc_cache, shards
-from dmat.data.pixels import to_unit
+from dmat.data.pixels import to_float
 from dmat.data.scores import score_file
 from dmat.data.shard_pool import ShardPool
 from dmat.job import Job, Result
@@ -54,7 +54,7 @@ def run(settings: ScoreImages, job: Job) -> Result:
         {"schema": 1, "shards": entries, "count": len(images)},
     )
     scores = np.concatenate(found)
-    title = f"{job.chosen['image_set']}: how sure the scorer is of the labels"
+    title = f"{job.instance['image_set']}: how sure the scorer is of the labels"
     pictures.histogram(job.pictures / "scores.png", scores, title, "probability of the label")
     return Result(
         {"images": len(scores), "mean_score": float(scores.mean()), "share_above_half": float((scores > 0.5).mean())},
@@ -83,6 +83,6 @@ def _score(
     for start in range(0, len(labels), settings.batch):
         interruption.raise_if_asked()
         part = slice(start, start + settings.batch)
-        probabilities = prediction.logits(model, to_unit(np.array(pixels[part])), job.compute).softmax(1)
+        probabilities = prediction.logits(model, to_float(np.array(pixels[part])), job.compute).softmax(1)
         scores[part] = probabilities.gather(1, torch.from_numpy(np.array(labels[part]))[:, None])[:, 0].numpy()
     return {"scores": scores}

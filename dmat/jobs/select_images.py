@@ -21,7 +21,7 @@ def run(settings: Selection, job: Job) -> Result:
     kept = best_of_each_class(scores, labels, settings.keep)
     if not len(kept):
         raise DmatError(
-            f"selection {job.chosen['selection']}: keep {settings.keep} of {len(pool)} images leaves none; "
+            f"selection {job.instance['selection']}: keep {settings.keep} of {len(pool)} images leaves none; "
             f"expected at least one of a class; keep more, or generate more images"
         )
     write_selection(

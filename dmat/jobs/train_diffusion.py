@@ -22,15 +22,15 @@ def run(settings: Generator, job: Job) -> Result:
     halvings = len(settings.multipliers) - 1
     if any(side % 2**halvings for side in real.shape[:2]):
         raise DmatError(
-            f"generator {job.chosen['generator']}: {len(settings.multipliers)} multipliers halve the images "
+            f"generator {job.instance['generator']}: {len(settings.multipliers)} multipliers halve the images "
             f"{halvings} times, which {real.shape[0]}x{real.shape[1]} pixels do not allow; give fewer multipliers"
         )
     images, labels = real.all()
     model = new_denoiser(settings, real.shape[2], real.classes)
     with job.long_run(settings.images_seen) as run:
-        averaged, history = denoiser.train(model, images, labels, settings, settings.seed, run, job.compute)
+        ema_weights, history = denoiser.train(model, images, labels, settings, settings.seed, run, job.compute)
     folder = job.result / "denoiser"
-    weights.save(folder / weights.DENOISER, averaged, denoiser_sidecar(settings, real, job.compute))
+    weights.save(folder / weights.DENOISER, ema_weights, denoiser_sidecar(settings, real, job.compute))
     files.write_json(folder / HISTORY, history)
     pictures.curves(job.pictures / "loss.png", history, ["loss"], "Denoising loss of the live weights", "loss")
     _sample_sheet(folder, settings.seed, job)
@@ -45,6 +45,6 @@ def _sample_sheet(folder: Any, seed: int, job: Job) -> None:
     latents = seeds.normal(seeds.stream(seed, "sample sheet"), (len(labels), channels, height, width))
     with job.compute.autocast():
         made = SAMPLERS["heun"](
-            model, job.compute.place(latents), torch.from_numpy(labels).to(job.compute.device), Sampler()
+            model, job.compute.to_device(latents), torch.from_numpy(labels).to(job.compute.device), Sampler()
         )
     pictures.sheet(job.pictures / "samples.png", to_bytes(made), labels, "Generated images, one row a class")

@@ -8,32 +8,32 @@ from dmat.data import augmentation, shards
 from dmat.data.batches import MixedBatches
 from dmat.data.mixes import open_mix
 from dmat.data.mixing import MIX
-from dmat.data.pixels import everything
+from dmat.data.pixels import load_all
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.job import Job, Result
-from dmat.models.classifiers import classifier_sidecar, facts_of, new_classifier
+from dmat.models.classifiers import classifier_sidecar, data_spec_of, new_classifier
 from dmat.robust import flops
 from dmat.robust.attacks import Ball
-from dmat.robust.losses import Recipe
+from dmat.robust.losses import LossSettings
 from dmat.training import HISTORY, classifier, curves, weights
 
 
 def run(settings: TrainRobust, job: Job) -> Result:
-    seed = job.chosen["seed"]
+    seed = job.instance["seed"]
     real = shards.open_shards(job.inputs["train"])
     mix, generated, kept = open_mix(job.inputs["mix"], real, job.root)
-    facts = facts_of(real)
+    data_spec = data_spec_of(real)
     augmentation.check(settings.augmentation, *real.shape[:2])
     largest = math.sqrt(math.prod(real.shape))
     if settings.threat.norm == "l2" and settings.threat.epsilon > largest:
         raise DmatError(
-            f"arm {job.chosen['arm']}: threat.epsilon {settings.threat.epsilon.text} is larger than the distance "
+            f"arm {job.instance['arm']}: threat.epsilon {settings.threat.epsilon.text} is larger than the distance "
             f"from a black to a white image of {real.shape}, {largest:.2f}; expected less, for example 128/255"
         )
-    model = new_classifier(settings.network, facts, seed)
+    model = new_classifier(settings.network, data_spec, seed)
     ball = Ball(settings.threat.norm, settings.threat.epsilon)
-    recipe = Recipe(
+    loss_settings = LossSettings(
         ball,
         settings.attack_steps,
         settings.attack_step_size,
@@ -44,10 +44,10 @@ def run(settings: TrainRobust, job: Job) -> Result:
     with job.long_run(settings.images_seen) as run:
         outcome = classifier.train(
             model,
-            facts.classes,
+            data_spec.classes,
             MixedBatches(mix, seed, real, generated, kept),
-            everything(shards.open_shards(job.inputs["validation"])),
-            recipe,
+            load_all(shards.open_shards(job.inputs["validation"])),
+            loss_settings,
             settings,
             seed,
             run,
@@ -58,12 +58,12 @@ def run(settings: TrainRobust, job: Job) -> Result:
     folder = job.result / "classifier"
     sidecar = classifier_sidecar(
         settings.network,
-        facts,
+        data_spec,
         real,
         job.compute,
         threat=settings.threat.plain(),
         seed=seed,
-        arm=job.chosen["arm"],
+        arm=job.instance["arm"],
         loss=settings.loss,
         beta=settings.beta,
         mix_sha256=files.sha256(job.inputs["mix"] / MIX),
@@ -71,7 +71,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
     weights.save(folder / weights.BEST, outcome.best, sidecar | {"images_seen": outcome.best_images_seen})
     weights.save(folder / weights.LAST, outcome.last, sidecar | {"images_seen": outcome.history[-1]["images_seen"]})
     files.write_json(folder / HISTORY, outcome.history)
-    curves.draw(job.pictures, outcome, f"{job.chosen['arm']}, seed {seed}")
+    curves.draw(job.pictures, outcome, f"{job.instance['arm']}, seed {seed}")
     last = outcome.history[-1]
     metrics = {
         "best_validation_robust": outcome.best_accuracy,

@@ -4,35 +4,35 @@ from dmat.config import TrainScorer
 from dmat.data import augmentation, shards
 from dmat.data.batches import MixedBatches
 from dmat.data.mixing import Mix
-from dmat.data.pixels import everything
+from dmat.data.pixels import load_all
 from dmat.job import Job, Result
-from dmat.models.classifiers import classifier_sidecar, facts_of, new_classifier
+from dmat.models.classifiers import classifier_sidecar, data_spec_of, new_classifier
 from dmat.robust.attacks import Ball
-from dmat.robust.losses import Recipe
+from dmat.robust.losses import LossSettings
 from dmat.training import classifier, curves, weights
 
 
 def run(settings: TrainScorer, job: Job) -> Result:
     real = shards.open_shards(job.inputs["train"])
-    facts = facts_of(real)
+    data_spec = data_spec_of(real)
     augmentation.check(settings.augmentation, *real.shape[:2])
-    model = new_classifier(settings.network, facts, settings.seed)
+    model = new_classifier(settings.network, data_spec, settings.seed)
     mix = Mix(len(real), 0, settings.batch, 0.0, copies=settings.cutmix_copies)
     batches = MixedBatches(mix, settings.seed, real, None, None)
-    recipe = Recipe(Ball("linf", 0.0), 0, 0.0, 0.0, settings.label_smoothing)
+    loss_settings = LossSettings(Ball("linf", 0.0), 0, 0.0, 0.0, settings.label_smoothing)
     with job.long_run(settings.images_seen) as run:
         outcome = classifier.train(
             model,
-            facts.classes,
+            data_spec.classes,
             batches,
-            everything(shards.open_shards(job.inputs["validation"])),
-            recipe,
+            load_all(shards.open_shards(job.inputs["validation"])),
+            loss_settings,
             settings,
             settings.seed,
             run,
             job.compute,
         )
-    sidecar = classifier_sidecar(settings.network, facts, real, job.compute)
+    sidecar = classifier_sidecar(settings.network, data_spec, real, job.compute)
     weights.save(job.result / "scorer" / weights.BEST, outcome.best, sidecar)
     curves.draw(job.pictures, outcome, "scorer")
     return Result({"validation_clean": outcome.best_accuracy, "best_images_seen": outcome.best_images_seen})

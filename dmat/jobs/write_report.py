@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from dmat import files, workspace
-from dmat.config import Fraction, Report
+from dmat import files
+from dmat.config import Report, WrittenNumber
 from dmat.data.mixing import MIX
 from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, read_table
 from dmat.job import Job, Result
 from dmat.metrics import pictures
 from dmat.report import charts, comparison, costs, lineage, page
 from dmat.training import HISTORY
+from dmat.workspace import find_workspace
 
 
 class Files:
@@ -26,7 +27,7 @@ class Files:
 
     def __init__(self, job: Job):
         self._job = job
-        self.sources: list[page.Source] = []
+        self.sources: list[page.SourceFile] = []
 
     def json(self, folder: str, name: str) -> Any:
         return files.read_json(self._at(folder, name))
@@ -37,7 +38,7 @@ class Files:
     def _at(self, folder: str, name: str) -> Path:
         path = self._job.inputs[folder] / name
         relative = path.relative_to(self._job.root).as_posix()
-        self.sources.append(page.Source(relative, files.sha256(path)))
+        self.sources.append(page.SourceFile(relative, files.sha256(path)))
         return path
 
 
@@ -111,7 +112,7 @@ def _content(
     compared: dict[str, Any],
     summaries: dict[str, Any],
     histories: dict[str, Any],
-) -> page.Content:
+) -> page.PageContent:
     made = [(stage, name) for stage, instances in settings.instances.items() for name in instances]
     provenance = {f"{stage} {name}": read.json(f"provenance/{stage}", f"{name}.json") for stage, name in made}
     quality = {
@@ -125,14 +126,14 @@ def _content(
     notes = [f"{run}: {'; '.join(own)}." for run, own in compared["notes"].items()]
     makers = {path: (stage, name) for stage, name in made for path in provenance[f"{stage} {name}"]["outputs"]}
     # not verified: DVC has just compared what it hands on, and images may be millions
-    steps = lineage.Chain(makers, workspace.find(job.root), verify=False)
+    steps = lineage.Chain(makers, find_workspace(job.root), verify=False)
     results = {run: steps.step("evaluate_robust", run) for runs in names.values() for run in runs}
     spent = []
     for arm, runs in names.items():
         trained = [read.json("metrics/train_robust", f"{run}.json") for run in runs]
-        behind = [provenance[step.title] for step in lineage.behind([results[run] for run in runs])]
+        ancestors = [provenance[step.title] for step in lineage.ancestors([results[run] for run in runs])]
         seen = sum(int(summaries[run]["last"]["images_seen"]) for run in runs)
-        spent.append(costs.of_arm(arm, behind, seen, [one.get("training_flops") for one in trained]))
+        spent.append(costs.of_arm(arm, ancestors, seen, [one.get("training_flops") for one in trained]))
     spent = costs.one_peak(spent)
     chain = page.Picture(job.pictures / "lineage.png", "Each arrow goes from what was made to what read it.")
     lineage.draw(list(results.values()), chain.path, "What the numbers of this report come from")
@@ -145,7 +146,7 @@ def _content(
     best = {run: summary["best"]["images_seen"] for run, summary in summaries.items()}
     sweeps = {run: summary["best"]["sweep"] for run, summary in summaries.items()}
     first_runs = [runs[0] for runs in names.values()]
-    return page.Content(
+    return page.PageContent(
         title=settings.title,
         sentences=[*unlike, *comparison.sentences(compared), *notes],
         comparison=compared,
@@ -166,7 +167,7 @@ def _content(
             "loss": charts.curves(names, histories, "train_loss", unit="loss"),
             "learning_rate": charts.curves(names, histories, "learning_rate", unit="learning rate"),
             "against_epsilon": charts.against_epsilon(
-                names, sweeps, compared, protocol["threat"], Fraction(protocol["threat"]["epsilon"])
+                names, sweeps, compared, protocol["threat"], WrittenNumber(protocol["threat"]["epsilon"])
             ),
             "quality": drawn[0] if drawn else None,
             "hours": charts.hours(spent, list(settings.instances)),

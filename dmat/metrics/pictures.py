@@ -206,7 +206,7 @@ def confusion(path: Path, counts: np.ndarray, classes: Sequence[str], title: str
 
 def perturbations(
     path: Path,
-    natural: np.ndarray,
+    clean: np.ndarray,
     adversarial: np.ndarray,
     labels: np.ndarray,
     before: np.ndarray,
@@ -216,14 +216,14 @@ def perturbations(
 ) -> None:
     """Rows: image, perturbation (grey is none), adversarial image, with the predictions before and after.
 
-    natural and adversarial: float [N, H, W, C] in [0, 1]. All perturbations are magnified by one factor, which the
+    clean and adversarial: float [N, H, W, C] in [0, 1]. All perturbations are magnified by one factor, which the
     picture says. classes: names to write in place of the numbers of the classes.
     """
-    count = len(natural)
+    count = len(clean)
     width = max(1.05 * count + 0.35, 4)
     figure, grid = new_figure(width, 4.1 if classes else 3.7, rows=3, columns=count)
     grid = np.reshape(grid, (3, count))
-    change = adversarial - natural
+    change = adversarial - clean
     largest = float(np.abs(change).max())
     factor = 0.5 / max(largest, 1e-12)  # the largest change becomes black or white
     magnified = np.clip(0.5 + factor * change, 0, 1)  # rounding
@@ -232,7 +232,7 @@ def perturbations(
     for k in range(count):
         label, was, became = (_named(numbers[k], classes) for numbers in (labels, before, after))
         captions = (label if classes else f"label {label}", "", was + arrow + became)
-        for row, image in enumerate((natural, magnified, adversarial)):
+        for row, image in enumerate((clean, magnified, adversarial)):
             axes = grid[row][k]
             axes.imshow(image[k].squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_xticks([])

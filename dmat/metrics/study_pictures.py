@@ -17,7 +17,7 @@ _ENOUGH_FOR_A_SURFACE = 6  # different points
 _Y_LABEL = "PGD accuracy on validation"
 
 
-class Trial(NamedTuple):
+class TrialPoint(NamedTuple):
     number: int
     state: str  # COMPLETE, PRUNED or FAIL
     parameters: Mapping[str, Any]
@@ -25,7 +25,7 @@ class Trial(NamedTuple):
     reports: Mapping[int, float]  # images seen -> value
 
 
-def history(path: Path, trials: Sequence[Trial]) -> None:
+def history(path: Path, trials: Sequence[TrialPoint]) -> None:
     """Value of every trial, and the best complete one so far."""
     figure, axes = new_figure(7, 3.6)
     for state in _LOOK:
@@ -41,7 +41,7 @@ def history(path: Path, trials: Sequence[Trial]) -> None:
     save(figure, path)
 
 
-def curves(path: Path, trials: Sequence[Trial]) -> None:
+def curves(path: Path, trials: Sequence[TrialPoint]) -> None:
     """Reports over images seen."""
     figure, axes = new_figure(7, 3.6)
     complete = [t for t in trials if t.state == "COMPLETE"]
@@ -63,7 +63,7 @@ def curves(path: Path, trials: Sequence[Trial]) -> None:
     save(figure, path)
 
 
-def slices(path: Path, trials: Sequence[Trial], scales: Mapping[str, str]) -> None:
+def slices(path: Path, trials: Sequence[TrialPoint], scales: Mapping[str, str]) -> None:
     """Value over each parameter. scales: parameter -> "linear" or "log", or "names" for values without an order."""
     figure, grid = new_figure(3.1 * len(scales), 3.4, columns=len(scales))
     for axes, (name, scale) in zip(np.atleast_1d(grid), scales.items(), strict=True):
@@ -78,7 +78,7 @@ def slices(path: Path, trials: Sequence[Trial], scales: Mapping[str, str]) -> No
     save(figure, path)
 
 
-def contour(path: Path, trials: Sequence[Trial], pair: tuple[str, str], scales: Mapping[str, str]) -> None:
+def contour(path: Path, trials: Sequence[TrialPoint], pair: tuple[str, str], scales: Mapping[str, str]) -> None:
     """Value over two parameters: filled dots are complete trials, colours between them are interpolated where there are
     enough; hollow dots were pruned, and their values are of shorter trainings. At least one trial must be complete.
     """

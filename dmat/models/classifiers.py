@@ -9,31 +9,33 @@ from dmat.data.shards import Shards
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.models.loading import open_classifier
-from dmat.robust.networks import NETWORKS, Classifier, Facts
+from dmat.robust.networks import NETWORKS, Classifier, DataSpec
 from dmat.training import weights
 
 
-def facts_of(real: Shards) -> Facts:
-    """Facts of a data set from the manifest of its training split."""
-    return Facts(real.classes, real.shape[2], tuple(real.manifest["mean"]), tuple(real.manifest["std"]))
+def data_spec_of(real: Shards) -> DataSpec:
+    """DataSpec of a data set from the manifest of its training split."""
+    return DataSpec(real.classes, real.shape[2], tuple(real.manifest["mean"]), tuple(real.manifest["std"]))
 
 
-def new_classifier(network: Network, facts: Facts, seed: int) -> Classifier:
+def new_classifier(network: Network, data_spec: DataSpec, seed: int) -> Classifier:
     """A network with initial weights named by the seed."""
     seeds.reseed_torch(seed, "initial weights", 0)
-    return plugins.find(NETWORKS, network.name)(facts, network.depth, network.width, network.activation)
+    return plugins.find(NETWORKS, network.name)(data_spec, network.depth, network.width, network.activation)
 
 
-def classifier_sidecar(network: Network, facts: Facts, real: Shards, compute: Compute, **more: Any) -> dict[str, Any]:
+def classifier_sidecar(
+    network: Network, data_spec: DataSpec, real: Shards, compute: Compute, **more: Any
+) -> dict[str, Any]:
     """What a classifier's weights must be shipped with."""
     return {
         "kind": "classifier",
         "weights": "averaged",
         "network": network.plain(),
-        "classes": facts.classes,
-        "channels": facts.channels,
-        "mean": list(facts.mean),
-        "std": list(facts.std),
+        "classes": data_spec.classes,
+        "channels": data_spec.channels,
+        "mean": list(data_spec.mean),
+        "std": list(data_spec.std),
         "image_shape": list(real.shape),
         "class_names": real.manifest["class_names"],
         "licence_of_data": real.manifest["licence"],
@@ -53,5 +55,5 @@ def load_classifier(path: Path, images: Shards, compute: Compute) -> tuple[Class
             f"expected the same; train a classifier on this data set, or name other images"
         )
     model, sidecar = open_classifier(path)
-    compute.place_model(model)
+    compute.model_to_device(model)
     return model, sidecar

@@ -38,5 +38,5 @@ def load_denoiser(path: Path, compute: Compute) -> tuple[Preconditioned, dict[st
     settings = Generator.model_validate(sidecar["generator"])
     model = new_denoiser(settings, sidecar["image_shape"][2], len(sidecar["class_names"]))
     weights.fill(model, state, path)
-    compute.place_model(model).eval().requires_grad_(False)
+    compute.model_to_device(model).eval().requires_grad_(False)
     return model, sidecar

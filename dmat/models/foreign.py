@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmat.errors import DmatError
 from dmat.models import torch_files
-from dmat.models.torch_files import Stored, Unread
+from dmat.models.torch_files import StoredTensor, UnknownObject
 
 _NAMES_TOLD = 8  # assumed: enough to know what else is in a file
 
@@ -43,7 +43,9 @@ def content(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def tensor_names(entries: Mapping[Any, Any]) -> list[str]:
-    return [name for name, value in entries.items() if isinstance(value, Tensor | Stored) and isinstance(name, str)]
+    return [
+        name for name, value in entries.items() if isinstance(value, Tensor | StoredTensor) and isinstance(name, str)
+    ]
 
 
 def listed(names: Sequence[str]) -> str:
@@ -59,7 +61,7 @@ def tensors(entries: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     """
     found = {name: entries[name] for name in tensor_names(entries)}
     for name, value in entries.items():
-        if isinstance(value, Unread) and value.name.startswith("torch._utils."):
+        if isinstance(value, UnknownObject) and value.name.startswith("torch._utils."):
             raise DmatError(
                 f"{path}: {name} is {kind(value)}; expected tensors of plain numbers; save them dense, on the CPU and "
                 f"not quantised"
@@ -71,14 +73,14 @@ def tensors(entries: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
             f"download it again and compare its checksum"
         )
     try:
-        return {name: value.tensor() if isinstance(value, Stored) else value for name, value in found.items()}
+        return {name: value.tensor() if isinstance(value, StoredTensor) else value for name, value in found.items()}
     except Exception as error:
         raise _incomplete(path, error) from None
 
 
 def kind(value: Any) -> str:
     """What a value is, for an error: "a list", "a core.models.WideResNet"."""
-    return f"a {value.name if isinstance(value, Unread) else type(value).__name__}"
+    return f"a {value.name if isinstance(value, UnknownObject) else type(value).__name__}"
 
 
 def _incomplete(path: Path, error: Exception) -> DmatError:

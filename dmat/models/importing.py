@@ -20,7 +20,7 @@ _DEEPEST = 3  # levels of dictionaries that are searched for a network; assumed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
+class DataSetSpec:
     """What a network must know of a data set, and what its users want to know. front: mean and std of the layer that
     the code of Wang et al. 2023 puts before a network with --normalize True; those of SVHN are CIFAR-10's there."""
 
@@ -41,10 +41,12 @@ _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hor
 # What --normalize puts in front of the published networks, where it is not the normalisation inside them.
 _CIFAR10_IN_FRONT = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 DATA = {
-    "cifar10": Images(10, 32, *NORMALISATIONS["cifar10"], _CIFAR10, _CIFAR10_IN_FRONT),
-    "cifar100": Images(100, 32, *NORMALISATIONS["cifar100"], _numbered(100), NORMALISATIONS["cifar100"]),
-    "svhn": Images(10, 32, *NORMALISATIONS["svhn"], _numbered(10), _CIFAR10_IN_FRONT),
-    "tinyimagenet": Images(200, 64, *NORMALISATIONS["tinyimagenet"], _numbered(200), NORMALISATIONS["tinyimagenet"]),
+    "cifar10": DataSetSpec(10, 32, *NORMALISATIONS["cifar10"], _CIFAR10, _CIFAR10_IN_FRONT),
+    "cifar100": DataSetSpec(100, 32, *NORMALISATIONS["cifar100"], _numbered(100), NORMALISATIONS["cifar100"]),
+    "svhn": DataSetSpec(10, 32, *NORMALISATIONS["svhn"], _numbered(10), _CIFAR10_IN_FRONT),
+    "tinyimagenet": DataSetSpec(
+        200, 64, *NORMALISATIONS["tinyimagenet"], _numbered(200), NORMALISATIONS["tinyimagenet"]
+    ),
 }
 # How args.txt writes them: an s at the end means "with generated images".
 _DATA_IN_ARGS = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn", "tiny-imagenet": "tinyimagenet"}
@@ -53,7 +55,7 @@ _LINF_ATTACKS = ("fgsm", "linf-pgd", "linf-df")  # in args.txt; every other atta
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
+class WeightsCandidate:
     """A network in a file. key: of its dictionary, "" for the file itself, "a.b" for one inside another. prefix: the
     wrappers before its names. kind: AVERAGED, RAW or UNKNOWN."""
 
@@ -158,7 +160,7 @@ def _same_origin(target: Path, file: Path) -> bool:
 
 def _choose(
     found: Mapping[str, Any], said: Mapping[str, Any], which: str | None, file: Path
-) -> tuple[Candidate, list[str]]:
+) -> tuple[WeightsCandidate, list[str]]:
     """The network to read, and notes. Raises DmatError where there is none, or several and nothing says which."""
     if set(_WANG) <= found.keys() and said.get("tau", 1) == 0:
         raise DmatError(
@@ -166,7 +168,7 @@ def _choose(
             f"give the args.txt of this file"
         )
     candidates = [
-        Candidate(key, entries, prefix, _kind(key, entries, prefix, found, said, file))
+        WeightsCandidate(key, entries, prefix, _kind(key, entries, prefix, found, said, file))
         for key, entries in _dictionaries(found)
         for prefix in layouts.named(foreign.tensor_names(entries), file).networks()
     ]
@@ -234,7 +236,7 @@ def _counted(entries: Mapping[str, Any], prefix: str, file: Path) -> bool:
 
 
 def _expect_kind(
-    one: Candidate, found: Mapping[str, Any], said: Mapping[str, Any], which: str | None, file: Path
+    one: WeightsCandidate, found: Mapping[str, Any], said: Mapping[str, Any], which: str | None, file: Path
 ) -> None:
     """The only network of a file against --weights."""
     averaged, live = _WANG
@@ -251,7 +253,7 @@ def _expect_kind(
         )
 
 
-def _doubts(one: Candidate, which: str | None) -> list[str]:
+def _doubts(one: WeightsCandidate, which: str | None) -> list[str]:
     if one.key == _WANG[0] and one.kind == UNKNOWN and which is None:
         return [
             "nothing in the file says whether its weights are averages: those of Wang et al. 2023 are, unless their "
@@ -305,7 +307,12 @@ def _data(said: Mapping[str, Any], data: str | None, classes: int, args: Path | 
 
 
 def _expect_agreement(
-    network: layouts.Found, images: Images, name: str, said: Mapping[str, Any], found: Mapping[str, Any], file: Path
+    network: layouts.NetworkInFile,
+    images: DataSetSpec,
+    name: str,
+    said: Mapping[str, Any],
+    found: Mapping[str, Any],
+    file: Path,
 ) -> None:
     """Tensors against what the data set, args.txt and the file's own entries say."""
     if network.classes != images.classes:
@@ -335,7 +342,7 @@ def _expect_agreement(
         )
 
 
-def _in_args(network: layouts.Found) -> str:
+def _in_args(network: layouts.NetworkInFile) -> str:
     """How args.txt names it. The code of Wang et al. 2023 has the layouts of DeepMind with swish (SiLU) alone."""
     if network.network == "preact_resnet":
         return f"preact-resnet{network.depth}-swish"
@@ -343,7 +350,7 @@ def _in_args(network: layouts.Found) -> str:
 
 
 def _normalisation(
-    network: layouts.Found, images: Images, said: Mapping[str, Any], file: Path
+    network: layouts.NetworkInFile, images: DataSetSpec, said: Mapping[str, Any], file: Path
 ) -> tuple[layouts.Normalisation, list[str]]:
     """Mean and std of all layers that normalise, as one, and notes.
 
@@ -378,7 +385,7 @@ def _listed(numbers: tuple[float, ...]) -> str:
     return " ".join(f"{number:.4g}" for number in numbers)
 
 
-def _activation(network: layouts.Found, said: Mapping[str, Any], wanted: str | None) -> tuple[str, str]:
+def _activation(network: layouts.NetworkInFile, said: Mapping[str, Any], wanted: str | None) -> tuple[str, str]:
     """No tensor shows it. The layout of TRADES has ReLU only; those of DeepMind have SiLU unless told."""
     if wanted is not None and wanted not in ACTIVATIONS:
         raise DmatError(f"--activation is {wanted!r}; expected one of {', '.join(ACTIVATIONS)}")

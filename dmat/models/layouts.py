@@ -1,6 +1,6 @@
 """Names of tensors in other projects, and the network that a set of tensors is: its sizes are read from their shapes.
 
-A `Layout` turns a name of dmat's network into the name in such a file. Facts from public code:
+A `Layout` turns a name of dmat's network into the name in such a file. DataSpec from public code:
 
 - `wide_resnet`: Gowal et al. 2020 (DeepMind), used by Wang et al. 2023 and by RobustBench's DMWideResNet.
 - `wide_resnet_symmetric`: TRADES (Zhang et al. 2019) and Carmon et al. 2019; also RobustBench's WideResNet. Such files
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dmat.errors import DmatError
-from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, Facts
+from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, DataSpec
 from dmat.training import weights
 
 _AVERAGES = ("ema", "swa", "avg", "average", "averaged")
@@ -64,7 +64,7 @@ def _as_in_trades(name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """What tells a network in NETWORKS in a file, under dmat's names. theirs: from such a name to that in the file."""
 
     theirs: Callable[[str], str]
@@ -77,9 +77,9 @@ _WIDE = tuple(f"layer.{group}.block.{{}}.conv_0.weight" for group in range(3))
 _PREACT = tuple(f"layer_{group}.{{}}.conv_2d_1.weight" for group in range(4))
 
 LAYOUTS = {
-    "wide_resnet": Layout(_as_here, "init_conv.weight", _WIDE, normalises=True),
-    "wide_resnet_symmetric": Layout(_as_in_trades, "init_conv.weight", _WIDE, normalises=False),
-    "preact_resnet": Layout(_as_here, "conv_2d.weight", _PREACT, normalises=True),
+    "wide_resnet": CheckpointLayout(_as_here, "init_conv.weight", _WIDE, normalises=True),
+    "wide_resnet_symmetric": CheckpointLayout(_as_in_trades, "init_conv.weight", _WIDE, normalises=False),
+    "preact_resnet": CheckpointLayout(_as_here, "conv_2d.weight", _PREACT, normalises=True),
 }
 _OTHER_RESNET = "layer1.0.conv1.weight"  # every ResNet and PreActResNet in the manner of torchvision has it
 
@@ -88,7 +88,7 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, a n
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class NetworkInFile:
     """A network in a file. state: float32 tensors under dmat's names. own: the normalisation that is among the tensors
     of the network. front: that of a layer in front of it. layer_in_front: whether there is such a layer; the file may
     not hold its numbers."""
@@ -149,7 +149,7 @@ def says_averaged(text: str) -> bool:
     return not set(_AVERAGES).isdisjoint(re.split(r"[._]", text.lower()))
 
 
-def recognise(tensors: Mapping[str, Tensor], path: Path, prefix: str) -> Found:
+def recognise(tensors: Mapping[str, Tensor], path: Path, prefix: str) -> NetworkInFile:
     """The network after the wrappers `prefix`, one that `Named.networks` has. Raises DmatError unless it is whole, and
     nothing else is there but other networks, which are left out."""
     names = named(tensors, path)
@@ -160,9 +160,9 @@ def recognise(tensors: Mapping[str, Tensor], path: Path, prefix: str) -> Found:
     own = _pair(inner.keys() - unused)
     front = _front(names, {prefix, *others}, prefix, path)
     given = {name: tensor for name, tensor in inner.items() if name not in {*unused, *own}}
-    depth, width, facts = _measures(given, network, prefix, path)
+    depth, width, data_spec = _measures(given, network, prefix, path)
     with torch.device("meta"):  # shapes only
-        wanted = NETWORKS[network](facts, depth, width, "relu").state_dict()
+        wanted = NETWORKS[network](data_spec, depth, width, "relu").state_dict()
     theirs = LAYOUTS[network].theirs
     counters = {theirs(name) for name in wanted if name.endswith(_COUNTER)}
     uncounted = {name for name in counters if name not in given or given[name].dtype != torch.int64}
@@ -179,15 +179,15 @@ def recognise(tensors: Mapping[str, Tensor], path: Path, prefix: str) -> Found:
     if uncounted:
         notes.append(f"{len(uncounted)} counters {_COUNTER} were filled in with 0: logits do not depend on them")
     notes += [f"the network under {other!r} was left out" for other in others]
-    return Found(
+    return NetworkInFile(
         network,
         depth,
         width,
-        facts.classes,
-        facts.channels,
+        data_spec.classes,
+        data_spec.channels,
         state,
-        _numbers(own, inner, facts.channels, path),
-        _numbers(front, tensors, facts.channels, path),
+        _numbers(own, inner, data_spec.channels, path),
+        _numbers(front, tensors, data_spec.channels, path),
         bool(front) or "1" in prefix.split("."),
         tuple(notes),
     )
@@ -210,7 +210,7 @@ def _front(names: Named, networks: set[str], prefix: str, path: Path) -> tuple[s
     return front
 
 
-def _measures(given: Mapping[str, Tensor], network: str, prefix: str, path: Path) -> tuple[int, int, Facts]:
+def _measures(given: Mapping[str, Tensor], network: str, prefix: str, path: Path) -> tuple[int, int, DataSpec]:
     """Depth, width, classes and channels, from shapes."""
     layout = LAYOUTS[network]
 
@@ -231,7 +231,7 @@ def _measures(given: Mapping[str, Tensor], network: str, prefix: str, path: Path
         depth, width = _preact_depth(counts, path), 0
     else:
         depth, width = _wide_depth(counts, path), _width(size("layer.0.block.0.conv_1.weight", 0, 4), path)
-    return depth, width, Facts(size("logits.weight", 0, 2), size(layout.first, 1, 4), (0.0,), (1.0,))
+    return depth, width, DataSpec(size("logits.weight", 0, 2), size(layout.first, 1, 4), (0.0,), (1.0,))
 
 
 def unknown(tensors: Mapping[str, Tensor], path: Path) -> DmatError:
@@ -251,7 +251,7 @@ def unknown(tensors: Mapping[str, Tensor], path: Path) -> DmatError:
     )
 
 
-def _blocks(given: Mapping[str, Tensor], layout: Layout) -> tuple[int, ...]:
+def _blocks(given: Mapping[str, Tensor], layout: CheckpointLayout) -> tuple[int, ...]:
     """Blocks in each group."""
     counts = []
     for group in layout.groups:

@@ -9,7 +9,7 @@ import torch
 
 from dmat import files, plugins
 from dmat.errors import DmatError
-from dmat.robust.networks import ACTIVATIONS, NETWORKS, Classifier, Facts
+from dmat.robust.networks import ACTIVATIONS, NETWORKS, Classifier, DataSpec
 from dmat.training import weights
 
 SUFFIX = ".safetensors"
@@ -40,9 +40,9 @@ def build(sidecar: Mapping[str, Any], path: Path) -> Classifier:
     """The network that a sidecar describes, with initial weights. Raises DmatError: sidecars are edited by hand."""
     try:
         spec = sidecar["network"]
-        facts = Facts(sidecar["classes"], sidecar["channels"], tuple(sidecar["mean"]), tuple(sidecar["std"]))
+        data_spec = DataSpec(sidecar["classes"], sidecar["channels"], tuple(sidecar["mean"]), tuple(sidecar["std"]))
         name, shape = spec["name"], (spec["depth"], spec["width"], spec["activation"])
-        _expect_possible(facts, spec, sidecar)
+        _expect_possible(data_spec, spec, sidecar)
     except (KeyError, TypeError, ValueError) as error:
         raise DmatError(
             f"{path.with_suffix('.json')} does not describe a network ({type(error).__name__}: {error}); expected "
@@ -54,22 +54,32 @@ def build(sidecar: Mapping[str, Any], path: Path) -> Classifier:
             f"{path.with_suffix('.json')} names the network {name!r}; this dmat has {', '.join(NETWORKS)}; "
             f"use the dmat that wrote it"
         )
-    return plugins.find(NETWORKS, name)(facts, *shape)
+    return plugins.find(NETWORKS, name)(data_spec, *shape)
 
 
-def _expect_possible(facts: Facts, spec: Mapping[str, Any], sidecar: Mapping[str, Any]) -> None:
+def _expect_possible(data_spec: DataSpec, spec: Mapping[str, Any], sidecar: Mapping[str, Any]) -> None:
     """Raises ValueError with what is found and expected of the first value that no network can have."""
     names = sidecar.get("class_names")
     for key, value, fits, expected in (
-        ("classes", facts.classes, _whole(facts.classes, 2), "a whole number from 2"),
-        ("channels", facts.channels, _whole(facts.channels, 1), "a whole number from 1"),
+        ("classes", data_spec.classes, _whole(data_spec.classes, 2), "a whole number from 2"),
+        ("channels", data_spec.channels, _whole(data_spec.channels, 1), "a whole number from 1"),
         ("depth", spec["depth"], _whole(spec["depth"], 1), "a whole number from 1"),
         ("width", spec["width"], _whole(spec["width"], 0), "a whole number"),
         ("activation", spec["activation"], spec["activation"] in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
-        ("mean", facts.mean, _numbers(facts.mean, facts.channels), f"{facts.channels} numbers"),
-        ("std", facts.std, _numbers(facts.std, facts.channels) and min(facts.std) > 0, "as many numbers above 0"),
-        ("image_shape", sidecar["image_shape"], _shape(sidecar["image_shape"], facts.channels), "[H, W, channels]"),
-        ("class_names", names, names is None or _list(names, facts.classes), f"a list of {facts.classes} names"),
+        ("mean", data_spec.mean, _numbers(data_spec.mean, data_spec.channels), f"{data_spec.channels} numbers"),
+        (
+            "std",
+            data_spec.std,
+            _numbers(data_spec.std, data_spec.channels) and min(data_spec.std) > 0,
+            "as many numbers above 0",
+        ),
+        ("image_shape", sidecar["image_shape"], _shape(sidecar["image_shape"], data_spec.channels), "[H, W, channels]"),
+        (
+            "class_names",
+            names,
+            names is None or _list(names, data_spec.classes),
+            f"a list of {data_spec.classes} names",
+        ),
     ):
         if not fits:
             raise ValueError(f"{key} is {value!r}, not {expected}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmat import files
-from dmat.data.pixels import to_unit
+from dmat.data.pixels import to_float
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.models.loading import expect_pair, open_classifier
@@ -47,7 +47,7 @@ def predict(
         if other is not None and target.exists() and target.samefile(other):
             raise DmatError(f"{target} is a file to read; expected another name to write; give one with --to")
     compute = compute.exact()
-    compute.place_model(model)
+    compute.model_to_device(model)
     n, classes, correct = len(given), sidecar["classes"], 0
     bar = tqdm(total=n, unit=" images", desc="predict", disable=quiet, unit_scale=True)
     with files.writing(target) as file, bar:
@@ -100,7 +100,7 @@ def _channels_first(images: np.ndarray, shape: Sequence[int], path: Path) -> boo
 def _unit(piece: np.ndarray, channels_first: bool, start: int, path: Path) -> Tensor:
     """float32 [B, C, H, W] in [0, 1]."""
     if piece.dtype == np.uint8:
-        return to_unit(np.array(piece))
+        return to_float(np.array(piece))
     low, high = piece.reshape(len(piece), -1).min(1), piece.reshape(len(piece), -1).max(1)
     bad = np.flatnonzero(~((low >= 0) & (high <= 1)))  # NaN is bad too
     if len(bad):

@@ -59,7 +59,7 @@ def _text(value: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unread:
+class UnknownObject:
     """A class or function that the file names, and whatever the file makes with it. name: with its module."""
 
     name: str
@@ -79,7 +79,7 @@ class _Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor that is still in the file: a view of one of its pieces. offset and strides count numbers."""
 
     file: "_File"
@@ -134,22 +134,22 @@ class _File:
     def stored(self, identity: Any) -> Any:
         """The piece that the program asks for by a persistent identity."""
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
-            return Unread("an object outside the pickle")
+            return UnknownObject("an object outside the pickle")
         _, kind, key, _, length = identity[:5]
-        if not isinstance(kind, Unread) or kind.name not in _STORAGES:
+        if not isinstance(kind, UnknownObject) or kind.name not in _STORAGES:
             return kind
         if any(view is not None for view in identity[5:]) or not isinstance(key, str) or not _sizes((length,)):
             raise ValueError("a storage without key and length")
         return self.storages.setdefault(key, _Storage(key, _STORAGES[kind.name], length))
 
-    def named(self, name: str) -> Unread:
+    def named(self, name: str) -> UnknownObject:
         if name not in _KNOWN:
             self.unread.add(name)
-        return Unread(name)
+        return UnknownObject(name)
 
     def made(self, maker: Any, arguments: Any) -> Any:
         """What the program gets for a call. Nothing is called."""
-        if not isinstance(maker, Unread) or not isinstance(arguments, tuple):
+        if not isinstance(maker, UnknownObject) or not isinstance(arguments, tuple):
             raise ValueError("a call of what is no name")
         if maker.name == _DICTIONARY:
             return _dictionary(pair for pairs in arguments[:1] for pair in pairs)
@@ -159,7 +159,7 @@ class _File:
             storage, offset, shape, strides = arguments[:4]
             if not (_sizes((offset,)) and _sizes(shape) and _sizes(strides) and len(shape) == len(strides)):
                 raise ValueError("a tensor without offset, shape and strides")
-            return Stored(self, storage, offset, shape, strides)
+            return StoredTensor(self, storage, offset, shape, strides)
         return maker
 
 
@@ -280,10 +280,10 @@ def _run(program: IO[bytes], file: _File) -> Any:
                 items = since_mark()
                 stack.append(_dictionary(zip(items[::2], items[1::2], strict=True)))
             case "EMPTY_SET":
-                stack.append(Unread("set"))
+                stack.append(UnknownObject("set"))
             case "FROZENSET":
                 since_mark()
-                stack.append(Unread("frozenset"))
+                stack.append(UnknownObject("frozenset"))
             case "TUPLE":
                 stack.append(tuple(since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:

@@ -136,7 +136,7 @@ def _constant(value: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Module:
+class _SourceModule:
     """What counts of a source file. imports: dots before it, dotted name and name inside, of everything imported."""
 
     digest: str  # of `written`
@@ -145,7 +145,7 @@ class _Module:
 
 
 @functools.cache
-def _parsed(content: bytes) -> _Module:
+def _parsed(content: bytes) -> _SourceModule:
     """Kept by content: a command looks at the same files again before it publishes."""
     tree = ast.parse(content)
     imports, texts = set[tuple[int, str, str]](), set[str]()
@@ -157,10 +157,10 @@ def _parsed(content: bytes) -> _Module:
             imports |= {(0, one.name, one.asname or one.name) for one in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             texts.add(node.value)
-    return _Module(_digest(_written(tree)), frozenset(imports), frozenset(texts))
+    return _SourceModule(_digest(_written(tree)), frozenset(imports), frozenset(texts))
 
 
-def _names(parsed: _Module, module: str, package: bool) -> set[tuple[str, str]]:
+def _names(parsed: _SourceModule, module: str, package: bool) -> set[tuple[str, str]]:
     """The full name of everything that a module imports, and what it calls it."""
     inside = module.split(".") if package else module.split(".")[:-1]
     return {
@@ -247,7 +247,7 @@ class Sources:
         beginnings = [".".join(parts[:k]) for k in range(len(parts), 0, -1)] if parts[0] == "dmat" else []
         return next((one for one in beginnings if self._path(one).is_file()), None)
 
-    def _module(self, module: str) -> _Module:
+    def _module(self, module: str) -> _SourceModule:
         content = self.content(module)
         try:
             return _parsed(content)
@@ -412,7 +412,7 @@ def _used(record: Any, sources: Sources) -> set[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Locked:
+class CodeLock:
     """What code.yaml says. same: stage -> `code`, `why` and `compared` of each code that computes the same."""
 
     identities: Mapping[str, str]
@@ -429,7 +429,7 @@ class Locked:
         return identity in {self.identities.get(stage), *(entry["code"] for entry in self.same.get(stage, ()))}
 
 
-def read(root: Path) -> Locked:
+def read(root: Path) -> CodeLock:
     """Raises DmatError where there is no code.yaml, or another one than `dmat lock` writes."""
     path = root / NAME
     try:
@@ -438,7 +438,7 @@ def read(root: Path) -> Locked:
         entries = [entry for stage in same for entry in same[stage]]
         texts = [*found.values(), *(entry[key] for entry in entries for key in ("code", "why", "compared"))]
         if all(isinstance(text, str) for text in texts):
-            return Locked(found, same)
+            return CodeLock(found, same)
         problem = "something there is not text"
     except FileNotFoundError:
         raise DmatError(
@@ -451,7 +451,7 @@ def read(root: Path) -> Locked:
     )
 
 
-def write(root: Path, locked: Locked) -> None:
+def write(root: Path, locked: CodeLock) -> None:
     """In quotes, because YAML reads some identities as numbers."""
     lines = [f"{stage}: {_quoted(locked.identities[stage])}\n" for stage in STAGES]
     for stage in [stage for stage in STAGES if locked.same.get(stage)]:
@@ -463,12 +463,12 @@ def write(root: Path, locked: Locked) -> None:
     files.write_text(root / NAME, _HEAD + "".join(lines))
 
 
-def up_to_date(before: Locked) -> Locked:
+def up_to_date(before: CodeLock) -> CodeLock:
     """What is to be written now. What was shown to compute the same stays as long as the code is that."""
     now = {stage: of_stage(stage) for stage in STAGES}
     kept = {stage for stage in STAGES if before.accepts(stage, now[stage])}
     identities = {stage: before.identities[stage] if stage in kept else now[stage] for stage in STAGES}
-    return Locked(identities, {stage: entries for stage, entries in before.same.items() if stage in kept})
+    return CodeLock(identities, {stage: entries for stage, entries in before.same.items() if stage in kept})
 
 
 def _quoted(text: str) -> str:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from dmat import config, devices, files, plugins, processes, tracking
 from dmat.config import EvaluateRobust, Threat
 from dmat.data import overlap
-from dmat.data.pixels import to_unit
-from dmat.data.sources import Source, listing, recognise
+from dmat.data.pixels import to_float
+from dmat.data.sources import ImageSource, listing, recognise
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.evaluation import work
@@ -83,13 +83,13 @@ class DirectEvaluation:
         self.names = _class_names(self.source, self.sidecar)
         suite = None if settings.auto_attack == "none" else auto_attack.suite(settings.auto_attack, classes)
         labels = torch.from_numpy(self.source.labels)
-        images = to_unit(self.source.images)
+        images = to_float(self.source.images)
         self.all_images, self.all_sha256 = len(labels), images_sha256(images, labels)
         if settings.images:
             images, labels = images[: settings.images], labels[: settings.images]
-        self.compute.place_model(model)
+        self.compute.model_to_device(model)
         ball = Ball(self.threat.norm, float(self.threat.epsilon))
-        subject = Subject("model", model, images, labels, ball, suite, thorough=True)
+        subject = Subject("model", model, images, labels, ball, suite, full_suite=True)
         self.identity = {
             "weights": self.sidecar["sha256"],
             "network": files.fingerprint({name: self.sidecar[name] for name in _NETWORK}),
@@ -106,14 +106,14 @@ class DirectEvaluation:
         named = plugins.words([self.request.settings.plain(), self.sidecar["network"]])
         return code_identity.of_plugins(named, "evaluate_robust")
 
-    def outlook(self) -> dict[str, Any]:
+    def estimate(self) -> dict[str, Any]:
         """What `--dry-run` says."""
         return {
             "model": str(self.request.model),
             "images": self.source.origin,
             "folder": str(self.request.folder),
             "protocol": self.protocol(),
-            **work.outlook(self.evaluation.units),
+            **work.estimate(self.evaluation.tasks),
         }
 
     def protocol(self) -> dict[str, Any]:
@@ -125,12 +125,12 @@ class DirectEvaluation:
             "labels_are": self.labels_are,
         }
 
-    def assist(self, quiet: bool) -> None:
+    def run_worker(self, quiet: bool) -> None:
         """Computes shards that nobody else is computing, until none is left."""
         make_folder(self.request.folder)
         self._expect_own_folder()
         with Interruption(at_once=True):
-            work.compute_all(self.evaluation.units, wait=False, quiet=quiet)
+            work.compute_all(self.evaluation.tasks, wait=False, quiet=quiet)
 
     def run(self, fresh: bool, quiet: bool) -> DirectResult:
         """Computes what is missing and writes the results. The same request goes on, and finds a finished one."""
@@ -145,7 +145,7 @@ class DirectEvaluation:
             files.write_json(folder / _ABOUT, self.identity)
             with self._tracked() as run:
                 with Interruption(at_once=True):  # inside, so that the run hears of the signal
-                    work.compute_all(self.evaluation.units, wait=True, quiet=quiet)
+                    work.compute_all(self.evaluation.tasks, wait=True, quiet=quiet)
                     self._expect_same_code()
                     result = self._write(folder)
                 for name, value in result.verdict.tags.items():
@@ -160,7 +160,7 @@ class DirectEvaluation:
             request.home or request.folder,
             request.folder,
             stage="evaluate_robust",
-            instance=request.model.stem,
+            instance_name=request.model.stem,
             settings=request.settings.plain() | {"threat": self.threat.plain(), "images_from": self.source.origin},
             inputs={
                 "model": {"path": str(request.model), "sha256": self.identity["weights"]},
@@ -186,11 +186,11 @@ class DirectEvaluation:
         files.write_json(folder / SUMMARY, summary)
         return DirectResult(summary, verdict, protocol)
 
-    def _candidate(self, result: DirectResult) -> tracking.Candidate:
+    def _candidate(self, result: DirectResult) -> tracking.RegistryCandidate:
         """For the registry of the project."""
         data = self.sidecar.get("data") or "images"
         headline = result.summary["headline"]
-        return tracking.Candidate(
+        return tracking.RegistryCandidate(
             registry.name_of(data, self.all_sha256, self.threat.norm, self.threat.epsilon.text),
             self.request.model,
             {
@@ -204,7 +204,7 @@ class DirectEvaluation:
 
     def _expect_same_code(self) -> None:
         known, now = self.identity.get("plugins", {}), self._own_code()
-        if changed := [word for word in known if now.get(word) != known[word]]:
+        if changed := [path for path in known if now.get(path) != known[path]]:
             raise DmatError(
                 f"the code of {', '.join(changed)} changed while it was evaluated with; expected no change until it "
                 f"ended; nothing was written; run it again with --fresh"
@@ -303,9 +303,9 @@ def compute_on(device: str) -> Compute:
     return devices.resolve(device, "fp32", torch.get_num_threads())
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this process publishes; under torchrun the others assist."""
-    return processes.world().leads
+    return processes.world().is_main_process
 
 
 def _threat(request: Request, sidecar: Mapping[str, Any]) -> Threat:
@@ -324,7 +324,7 @@ def _threat(request: Request, sidecar: Mapping[str, Any]) -> Threat:
     return config.threat(norm, epsilon)
 
 
-def _expect_fit(source: Source, sidecar: Mapping[str, Any], request: Request) -> None:
+def _expect_fit(source: ImageSource, sidecar: Mapping[str, Any], request: Request) -> None:
     shape, classes = list(sidecar["image_shape"]), sidecar["classes"]
     if list(source.images.shape[1:]) != shape:
         raise DmatError(
@@ -338,7 +338,7 @@ def _expect_fit(source: Source, sidecar: Mapping[str, Any], request: Request) ->
         )
 
 
-def _expect_same_classes(source: Source, sidecar: Mapping[str, Any], request: Request) -> str:
+def _expect_same_classes(source: ImageSource, sidecar: Mapping[str, Any], request: Request) -> str:
     """What label k is, in words. Raises DmatError where names say that it is not class k of the model.
 
     Labels are numbers: with other names, or the same in another order, the accuracy would be that of other classes.
@@ -368,7 +368,7 @@ def _expect_same_classes(source: Source, sidecar: Mapping[str, Any], request: Re
     )
 
 
-def _class_names(source: Source, sidecar: Mapping[str, Any]) -> list[str]:
+def _class_names(source: ImageSource, sidecar: Mapping[str, Any]) -> list[str]:
     if _are_names(source.class_names):
         return list(source.class_names)
     return [str(name) for name in sidecar.get("class_names") or range(sidecar["classes"])]

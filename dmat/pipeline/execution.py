@@ -43,11 +43,11 @@ def execute(
     size = processes.wanted()  # before joining: whoever refused first would break the others' joining
     if size > 1 and plan.stage.processes == "one":
         raise DmatError(
-            f"{plan.stage.word} was started in {size} processes; expected one, as only "
+            f"{plan.stage.name} was started in {size} processes; expected one, as only "
             f"{_words('together', 'shared')} take several; start it without torchrun"
         )
     world = processes.world()
-    if not world.leads:
+    if not world.is_main_process:
         return _follow(plan, params, workspace, world)
     dvc_lock.remember(workspace.root, workspace.home)
     plan.work.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def execute(
         if fresh:
             work_folder.set_aside(plan.work, workspace.home)
         finished = work_folder.intact(plan.work)
-        world.share(None if finished else b"compute")
+        world.broadcast(None if finished else b"compute")
         if finished is None:
             finished = _compute(plan, params, workspace, quiet, fresh)
         _expect_same_code(plan, workspace)
@@ -70,12 +70,12 @@ def _expect_same_code(plan: Plan, workspace: Workspace) -> None:
     """Raises DmatError if the code or code.yaml on disk is not what the result was computed with: DVC reads code.yaml
     again when it records the stage."""
     try:
-        now = code_identity.expect(plan.stage.word, workspace.root, again=True)
+        now = code_identity.expect(plan.stage.name, workspace.root, again=True)
         changed = f"{code_identity.NAME} said {plan.code[:12]} and says {now[:12]}" if now != plan.code else ""
     except DmatError as error:
         changed = str(error)
     if changed:
-        title = f"{plan.stage.word} {plan.stage.instance(plan.chosen)}"
+        title = f"{plan.stage.name} {plan.stage.instance_name(plan.instance)}"
         raise DmatError(f"while {title} was computed its code changed ({changed}); {_kept_advice(plan)}")
 
 
@@ -91,10 +91,10 @@ def _expect_unchanged(old: Plan, read_again: Callable[[], Params], workspace: Wo
 
     DVC reads both again when it records the stage, so it would write this result down under what lies there now.
     """
-    title = f"{old.stage.word} {old.stage.instance(old.chosen)}"
+    title = f"{old.stage.name} {old.stage.instance_name(old.instance)}"
     advice = _kept_advice(old)
     try:
-        now = planning.plan(old.stage, old.chosen, read_again(), workspace)
+        now = planning.plan(old.stage, old.instance, read_again(), workspace)
     except DmatError as error:
         raise DmatError(f"while {title} was computed its parameters or inputs changed ({error}); {advice}") from None
     if now.fingerprint == old.fingerprint:
@@ -105,7 +105,7 @@ def _expect_unchanged(old: Plan, read_again: Callable[[], Params], workspace: Wo
         for name in sorted({*before, *after})
         if before.get(name) != after.get(name)
     ]
-    changed += [f"the code of {word} changed" for word in old.plugins if now.plugins.get(word) != old.plugins[word]]
+    changed += [f"the code of {path} changed" for path in old.plugins if now.plugins.get(path) != old.plugins[path]]
     changed += [
         f"{now.inputs[name]['path']} was {entry['sha256'][:12]} and is {now.inputs[name]['sha256'][:12]}"
         for name, entry in old.inputs.items()
@@ -116,39 +116,39 @@ def _expect_unchanged(old: Plan, read_again: Callable[[], Params], workspace: Wo
 
 def _follow(plan: Plan, params: Params, workspace: Workspace, world: World) -> dict[str, Any]:
     """What a process does that does not lead: the same computation, in a folder that nobody keeps."""
-    if world.share(None) is None:
+    if world.broadcast(None) is None:
         return {}
     if plan.stage.processes == "shared":
-        assist(plan, params, workspace, quiet=True)
+        run_worker(plan, params, workspace, quiet=True)
         return {}
     with tempfile.TemporaryDirectory() as folder, Interruption(at_once=True):
         run(plan, new_job(plan, params, workspace, resolve(params), Path(folder), quiet=True))
     return {}
 
 
-def assist(plan: Plan, params: Params, workspace: Workspace, *, quiet: bool = False) -> None:
+def run_worker(plan: Plan, params: Params, workspace: Workspace, *, quiet: bool = False) -> None:
     """Computes parts of a shared stage beside the process that will publish it, which may start later."""
     if plan.stage.processes != "shared":
-        raise DmatError(f"{plan.stage.word} cannot be shared; expected one of {_words('shared')}; start it once")
+        raise DmatError(f"{plan.stage.name} cannot be shared; expected one of {_words('shared')}; start it once")
     if (plan.work / FINISHED).exists():
         return
     plan.work.mkdir(parents=True, exist_ok=True)
     with Interruption(at_once=True):
-        plan.stage.job.assist(plan.settings, new_job(plan, params, workspace, resolve(params), plan.work, quiet))
+        plan.stage.job.run_worker(plan.settings, new_job(plan, params, workspace, resolve(params), plan.work, quiet))
 
 
-def outlook(plan: Plan, params: Params, workspace: Workspace) -> dict[str, Any]:
+def estimate(plan: Plan, params: Params, workspace: Workspace) -> dict[str, Any]:
     """How much of a shared stage is done and how long the rest takes; nothing for other stages."""
     if plan.stage.processes != "shared" or plan.finished:
         return {}
-    found: dict[str, Any] = plan.stage.job.outlook(
+    found: dict[str, Any] = plan.stage.job.estimate(
         plan.settings, new_job(plan, params, workspace, resolve(params), plan.work, quiet=True)
     )
     return found
 
 
 def _words(*processes: str) -> str:
-    return ", ".join(stage.word for stage in STAGES.values() if stage.processes in processes)
+    return ", ".join(stage.name for stage in STAGES.values() if stage.processes in processes)
 
 
 def run(plan: Plan, job: Job) -> Result:
@@ -170,7 +170,7 @@ def new_job(
     """What the job of an instance gets that works in the folder `work`."""
     return Job(
         {name: workspace.at(entry["path"]) for name, entry in plan.inputs.items()},
-        plan.chosen,
+        plan.instance,
         workspace.root,
         work,
         compute,
@@ -194,16 +194,16 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
     tracked = tracking.open_run(
         workspace.home,
         plan.work,
-        stage=plan.stage.word,
-        instance=plan.stage.instance(plan.chosen),
+        stage=plan.stage.name,
+        instance_name=plan.stage.instance_name(plan.instance),
         settings=plan.settings.plain(),
         inputs=plan.inputs,
         compute=compute.describe(),
         root=workspace.root,
         fingerprint=plan.fingerprint,
-        behind={
+        ancestors={
             step.title: {"run": step.run, "parent": step.parent}
-            for step in results.behind_inputs(plan.inputs, params, workspace)
+            for step in results.ancestors_of_inputs(plan.inputs, params, workspace)
         },
     )
     job = new_job(plan, params, workspace, compute, plan.work, quiet, fresh=fresh)
@@ -225,8 +225,8 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
             "files": work_folder.files_of(plan.work),
             "provenance": {
                 **tracked.provenance(),
-                "stage": plan.stage.word,
-                "instance": plan.stage.instance(plan.chosen),
+                "stage": plan.stage.name,
+                "instance": plan.stage.instance_name(plan.instance),
                 "fingerprint": plan.fingerprint,
                 "code": plan.code,
                 **({"plugins": plan.plugins} if plan.plugins else {}),
@@ -248,13 +248,13 @@ def _publish(plan: Plan, finished: dict[str, Any], workspace: Workspace) -> None
     """The provenance comes last and says the checksum of everything else."""
     for path, source in _published(plan).items():
         files.publish(source, workspace.at(path))
-    files.write_json(workspace.at(plan.stage.provenance_path(plan.chosen)), finished["provenance"])
+    files.write_json(workspace.at(plan.stage.provenance_path(plan.instance)), finished["provenance"])
 
 
 def _published(plan: Plan) -> dict[str, Path]:
     """Path below the project -> the file or folder of the work folder that goes there."""
     found = {path: plan.work / RESULT / name for name, path in plan.outputs.items()}
-    found[plan.stage.metrics_path(plan.chosen)] = plan.work / METRICS
+    found[plan.stage.metrics_path(plan.instance)] = plan.work / METRICS
     if (plan.work / PICTURES).exists():
-        found[plan.stage.pictures_path(plan.chosen)] = plan.work / PICTURES
+        found[plan.stage.pictures_path(plan.instance)] = plan.work / PICTURES
     return found

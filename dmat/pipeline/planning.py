@@ -18,7 +18,7 @@ class Plan:
     """What a command would do; `--dry-run` prints it."""
 
     stage: Stage
-    chosen: Mapping[str, Any]
+    instance: Mapping[str, Any]
     settings: Record
     inputs: dict[str, dict[str, str]]  # name -> path, sha256
     outputs: dict[str, str]
@@ -40,8 +40,8 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "stage": self.stage.word,
-            "instance": self.stage.instance(self.chosen),
+            "stage": self.stage.name,
+            "instance": self.stage.instance_name(self.instance),
             "state": self.state,
             "code": self.code,
             "plugins": self.plugins,
@@ -53,7 +53,7 @@ class Plan:
 
 
 def plan(
-    stage: Stage, chosen: Mapping[str, Any], params: Params, workspace: Workspace, code: str | None = None
+    stage: Stage, instance: Mapping[str, Any], params: Params, workspace: Workspace, code: str | None = None
 ) -> Plan:
     """Resolves settings and inputs. Raises DmatError for an unknown instance, a missing input, or code that is not that
     of the project's code.yaml.
@@ -61,38 +61,38 @@ def plan(
     code: an identity to plan with, whatever the loaded code is.
     """
     valid = stage.choices(params)
-    if dict(chosen) not in valid:
-        known = ", ".join(stage.instance(one) for one in valid) or "(none)"
+    if dict(instance) not in valid:
+        known = ", ".join(stage.instance_name(one) for one in valid) or "(none)"
         raise DmatError(
-            f"{stage.word} has no instance {stage.instance(chosen)!r} in params.yaml; expected one of {known}"
+            f"{stage.name} has no instance {stage.instance_name(instance)!r} in params.yaml; expected one of {known}"
         )
-    code = code_identity.expect(stage.word, workspace.root) if code is None else code
-    settings = stage.settings(params, **chosen)
+    code = code_identity.expect(stage.name, workspace.root) if code is None else code
+    settings = stage.settings(params, **instance)
     inputs = {
-        name: {"path": path, "sha256": _checksum(stage.word, settings, workspace.at(path))}
-        for name, path in stage.inputs(params, **chosen).items()
+        name: {"path": path, "sha256": _checksum(stage.name, settings, workspace.at(path))}
+        for name, path in stage.inputs(params, **instance).items()
     }
     if any(entry["path"].startswith(f"{ARTIFACTS}/prepare_data/") for entry in inputs.values()):
         _expect_known_source(params, workspace)
     _expect_unaltered({entry["path"] for entry in inputs.values()}, params, workspace)
     identity = {
-        "stage": stage.word,
+        "stage": stage.name,
         "code": code,
-        "chosen": dict(chosen),
+        "chosen": dict(instance),
         "settings": settings.plain(),
         "inputs": {name: entry["sha256"] for name, entry in inputs.items()},
     }
-    named = plugins.words([one.plain() for one in (settings, *stage.opens(params, **chosen))])
-    own = code_identity.of_plugins(named, stage.word)
+    named = plugins.words([one.plain() for one in (settings, *stage.opens(params, **instance))])
+    own = code_identity.of_plugins(named, stage.name)
     fingerprint = files.fingerprint(identity | ({"plugins": own} if own else {}))
-    work = workspace.run_folder(stage.word, stage.instance(chosen), fingerprint)
-    return Plan(stage, chosen, settings, inputs, stage.outputs(params, **chosen), code, own, fingerprint, work)
+    work = workspace.run_folder(stage.name, stage.instance_name(instance), fingerprint)
+    return Plan(stage, instance, settings, inputs, stage.outputs(params, **instance), code, own, fingerprint, work)
 
 
-def _checksum(word: str, settings: Record, path: Path) -> str:
+def _checksum(stage_name: str, settings: Record, path: Path) -> str:
     """Of an input; of a source of real images the files that are read count, not what lies beside them."""
-    if word == "prepare_data":
-        path = STAGES[word].job.location(settings, path)
+    if stage_name == "prepare_data":
+        path = STAGES[stage_name].job.location(settings, path)
     return files.checksum(path)
 
 
@@ -109,7 +109,7 @@ def _expect_known_source(params: Params, workspace: Workspace) -> None:
         return
     known = files.read_json(note).get("inputs", {}).get("source")
     try:
-        found = _checksum(stage.word, settings, workspace.at(f"{SOURCES}/{settings.path}"))
+        found = _checksum(stage.name, settings, workspace.at(f"{SOURCES}/{settings.path}"))
     except DmatError:
         return
     if known and known["path"] == f"{SOURCES}/{settings.path}" and known["sha256"] != found:
@@ -125,27 +125,27 @@ def _expect_unaltered(read: Collection[str], params: Params, workspace: Workspac
 
     DVC compares before it starts a stage; a stage that is started directly has nobody else who would.
     """
-    for word, stage in STAGES.items():
-        for chosen in stage.choices(params):
+    for stage_name, stage in STAGES.items():
+        for instance in stage.choices(params):
             below = [
                 path
-                for path in published_paths(stage, params, chosen)
+                for path in published_paths(stage, params, instance)
                 if any(path == one or path.startswith(f"{one}/") for one in read)
             ]
-            record = workspace.at(stage.provenance_path(chosen))
+            record = workspace.at(stage.provenance_path(instance))
             recorded = files.read_record(record).get("outputs", {}) if below and record.exists() else {}
             for path in below:
                 if path in recorded and (found := files.checksum(workspace.at(path))) != recorded[path]:
                     raise DmatError(
-                        f"{path} has checksum {found[:12]}; {word} wrote {recorded[path][:12]}: it was altered since; "
+                        f"{path} has checksum {found[:12]}; {stage_name} wrote {recorded[path][:12]}: it was altered since; "
                         f"restore it (`dvc checkout`) or run that stage again"
                     )
 
 
-def published_paths(stage: Stage, params: Params, chosen: Mapping[str, Any]) -> list[str]:
+def published_paths(stage: Stage, params: Params, instance: Mapping[str, Any]) -> list[str]:
     """Where an instance publishes what others read; its provenance says the checksum of each."""
     return [
-        *stage.outputs(params, **chosen).values(),
-        stage.pictures_path(chosen),
-        stage.metrics_path(chosen),
+        *stage.outputs(params, **instance).values(),
+        stage.pictures_path(instance),
+        stage.metrics_path(instance),
     ]

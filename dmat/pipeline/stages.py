@@ -20,49 +20,49 @@ Paths = dict[str, str]  # input or output name -> path below the project
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """each: the options that name one instance, in the order of its name. settings and inputs: of an instance.
+    """keys: the options that name one instance, in the order of its name. settings and inputs: of an instance.
 
     processes: whether it takes one, several that compute in step with each other, or several that divide its work.
     float32: whatever the precision of the other stages. opens: settings beside its own that may name code of the
     project, as those of a model that it opens do.
     """
 
-    word: str
+    name: str
     summary: str
-    each: tuple[str, ...]
+    keys: tuple[str, ...]
     settings: Callable[..., "Record"]
     inputs: Callable[..., Paths]
     outputs: Callable[..., Paths]
     example: str
     processes: Literal["one", "together", "shared"] = "one"
     float32: bool = False
-    opens: Callable[..., "tuple[Record, ...]"] = lambda params, **chosen: ()
+    opens: Callable[..., "tuple[Record, ...]"] = lambda params, **instance: ()
 
     @property
     def job(self) -> Any:
         """The module `dmat.jobs.<word>`, which loads torch."""
-        return importlib.import_module(f"dmat.jobs.{self.word}")
+        return importlib.import_module(f"dmat.jobs.{self.name}")
 
     @property
     def command(self) -> str:
-        return self.word.replace("_", "-")
+        return self.name.replace("_", "-")
 
-    def instance(self, chosen: Mapping[str, Any]) -> str:
+    def instance_name(self, instance: Mapping[str, Any]) -> str:
         """Name of an instance as in dvc.yaml (`train_robust@real_only-1`) and of folders; "all" without options."""
-        return "-".join(str(chosen[option]) for option in self.each) or "all"
+        return "-".join(str(instance[option]) for option in self.keys) or "all"
 
-    def options(self, chosen: Mapping[str, Any]) -> list[str]:
+    def options(self, instance: Mapping[str, Any]) -> list[str]:
         """The words after the command that name an instance."""
-        return [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        return [word for name, value in instance.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
-    def metrics_path(self, chosen: Mapping[str, Any]) -> str:
-        return f"{ARTIFACTS}/metrics/{self.word}/{self.instance(chosen)}.json"
+    def metrics_path(self, instance: Mapping[str, Any]) -> str:
+        return f"{ARTIFACTS}/metrics/{self.name}/{self.instance_name(instance)}.json"
 
-    def provenance_path(self, chosen: Mapping[str, Any]) -> str:
-        return provenance_path(self.word, self.instance(chosen))
+    def provenance_path(self, instance: Mapping[str, Any]) -> str:
+        return provenance_path(self.name, self.instance_name(instance))
 
-    def pictures_path(self, chosen: Mapping[str, Any]) -> str:
-        return f"{ARTIFACTS}/pictures/{self.word}/{self.instance(chosen)}"
+    def pictures_path(self, instance: Mapping[str, Any]) -> str:
+        return f"{ARTIFACTS}/pictures/{self.name}/{self.instance_name(instance)}"
 
     def choices(self, params: "Params") -> list[dict[str, Any]]:
         """Every instance that a parameter file asks for."""
@@ -74,7 +74,7 @@ class Stage:
             "seed": params.seeds,
         }
         found: list[dict[str, Any]] = [{}]
-        for option in self.each:
+        for option in self.keys:
             found = [{**one, option: value} for one in found for value in lists[option]]
         return found
 
@@ -98,12 +98,14 @@ def _mix_settings(params: "Params", arm: str) -> "Record":
 def _report_settings(params: "Params") -> "Record":
     from dmat.config import Report
 
-    made, training = [stage for stage in STAGES.values() if stage.word != "write_report"], STAGES["train_robust"]
+    made, training = [stage for stage in STAGES.values() if stage.name != "write_report"], STAGES["train_robust"]
     return Report(
         **params.write_report.plain(),
         seeds=params.seeds,
-        arms={arm: [training.instance({"arm": arm, "seed": seed}) for seed in params.seeds] for arm in params.arms},
-        instances={stage.word: [stage.instance(chosen) for chosen in stage.choices(params)] for stage in made},
+        arms={
+            arm: [training.instance_name({"arm": arm, "seed": seed}) for seed in params.seeds] for arm in params.arms
+        },
+        instances={stage.name: [stage.instance_name(instance) for instance in stage.choices(params)] for stage in made},
     )
 
 
@@ -125,7 +127,7 @@ REPORTED = (
 SCORER = f"{ARTIFACTS}/train_scorer/scorer"
 
 STAGES: dict[str, Stage] = {
-    stage.word: stage
+    stage.name: stage
     for stage in (
         Stage(
             "prepare_data",

@@ -18,14 +18,14 @@ MEASURES = {  # column of the per-image table -> heading
 HEADLINE = "best_auto_attack"
 
 
-class Settings(Protocol):
+class ComparisonSettings(Protocol):
     baseline: str
     bootstrap: int
     seed: int
 
 
 def compare(
-    names: Mapping[str, Sequence[str]], tables: Mapping[str, Mapping[str, np.ndarray]], settings: Settings
+    names: Mapping[str, Sequence[str]], tables: Mapping[str, Mapping[str, np.ndarray]], settings: ComparisonSettings
 ) -> dict[str, Any]:
     """Accuracy of each arm and its paired difference from the baseline, for the measures that all its seeds have: an
     AutoAttack accuracy that is no headline has another name in the table, and none here.

@@ -33,17 +33,17 @@ class Cost:
 
 
 def of_arm(
-    arm: str, behind: Sequence[Mapping[str, Any]], images_seen: int, training_flops: Sequence[float | None]
+    arm: str, ancestors: Sequence[Mapping[str, Any]], images_seen: int, training_flops: Sequence[float | None]
 ) -> Cost:
     """behind: provenance of every stage instance that the arm's evaluations come from, themselves included."""
     hours: dict[str, float] = {}
-    for one in behind:
+    for one in ancestors:
         spent = float(one["seconds"]) * int(one["compute"].get("processes", 1)) / SECONDS
         hours[one["stage"]] = hours.get(one["stage"], 0.0) + spent
-    trained = [one["measured"] for one in behind if one["stage"] == "train_robust"]
+    trained = [one["measured"] for one in ancestors if one["stage"] == "train_robust"]
     return Cost(
         arm,
-        tuple(dict.fromkeys(str(one["compute"]["device"]) for one in behind)),
+        tuple(dict.fromkeys(str(one["compute"]["device"]) for one in ancestors)),
         hours,
         images_seen,
         None if None in training_flops else sum(value for value in training_flops if value is not None),

@@ -17,36 +17,36 @@ _SHORT = 8  # characters of hashes and ids that people see
 
 
 @dataclasses.dataclass(frozen=True)
-class Link:
+class LineageLink:
     """What a stage read. makers: the instances that wrote it; empty for what no stage made."""
 
     name: str
     path: str
     sha256: str
     holds: bool  # what lies at `path` is still that; True where nobody looked
-    makers: tuple["Step", ...]
+    makers: tuple["LineageStep", ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class LineageStep:
     """A finished stage instance and what it read."""
 
     stage: str
-    instance: str
+    instance_name: str
     fingerprint: str
     run: str | None
     parent: str | None  # of the run
     commit: str | None
-    links: tuple[Link, ...]
+    links: tuple[LineageLink, ...]
     rank: int  # of its stage among the stages
 
     @property
     def title(self) -> str:
-        return f"{self.stage} {self.instance}"
+        return f"{self.stage} {self.instance_name}"
 
-    def steps(self) -> list["Step"]:
+    def steps(self) -> list["LineageStep"]:
         """This one and all behind it, each once, in the order of the stages."""
-        return behind([self])
+        return ancestors([self])
 
     @property
     def broken(self) -> list[str]:
@@ -89,11 +89,11 @@ def runs_of(provenance: Mapping[str, Any], home: Path) -> tuple[str | None, str 
     return None, None
 
 
-def behind(results: Sequence[Step]) -> list[Step]:
+def ancestors(results: Sequence[LineageStep]) -> list[LineageStep]:
     """The results and all that they come from, each once, in the order of the stages."""
-    found: dict[str, Step] = {}
+    found: dict[str, LineageStep] = {}
 
-    def visit(step: Step) -> None:
+    def visit(step: LineageStep) -> None:
         if step.title not in found:
             found[step.title] = step
             for link in step.links:
@@ -102,7 +102,7 @@ def behind(results: Sequence[Step]) -> list[Step]:
 
     for result in results:
         visit(result)
-    return sorted(found.values(), key=lambda step: (step.rank, step.instance))
+    return sorted(found.values(), key=lambda step: (step.rank, step.instance_name))
 
 
 Makers = Mapping[str, tuple[str, str]]  # path of an output -> stage, instance; in the order of the stages
@@ -114,39 +114,49 @@ class Chain:
     verify: read everything that was handed on, millions of images too, and compare its hash.
     """
 
-    def __init__(self, makers: Makers, place: Workspace, verify: bool):
-        self._makers, self._place, self._verify = makers, place, verify
-        self._ranks = {word: rank for rank, word in enumerate(dict.fromkeys(word for word, _ in makers.values()))}
-        self._known: dict[str, Step] = {}
+    def __init__(self, makers: Makers, workspace: Workspace, verify: bool):
+        self._makers, self._workspace, self._verify = makers, workspace, verify
+        self._ranks = {
+            stage_name: rank
+            for rank, stage_name in enumerate(dict.fromkeys(stage_name for stage_name, _ in makers.values()))
+        }
+        self._known: dict[str, LineageStep] = {}
 
-    def step(self, stage: str, instance: str) -> Step:
-        title = f"{stage} {instance}"
+    def step(self, stage: str, instance_name: str) -> LineageStep:
+        title = f"{stage} {instance_name}"
         if title not in self._known:
-            said = files.read_json(self._place.at(provenance_path(stage, instance)))
+            said = files.read_json(self._workspace.at(provenance_path(stage, instance_name)))
             links = tuple(self.link(name, **entry) for name, entry in said["inputs"].items())
-            run, parent = runs_of(said, self._place.home)
-            self._known[title] = Step(
-                stage, instance, said["fingerprint"], run, parent, said.get("git_commit"), links, self._ranks[stage]
+            run, parent = runs_of(said, self._workspace.home)
+            self._known[title] = LineageStep(
+                stage,
+                instance_name,
+                said["fingerprint"],
+                run,
+                parent,
+                said.get("git_commit"),
+                links,
+                self._ranks[stage],
             )
         return self._known[title]
 
-    def link(self, name: str, path: str, sha256: str) -> Link:
+    def link(self, name: str, path: str, sha256: str) -> LineageLink:
         owners = dict.fromkeys(
             maker for output, maker in self._makers.items() if output == path or output.startswith(f"{path}/")
         )
-        steps = tuple(self.step(*owner) for owner in owners if self._place.at(provenance_path(*owner)).exists())
-        at = self._place.at(path)
+        steps = tuple(self.step(*owner) for owner in owners if self._workspace.at(provenance_path(*owner)).exists())
+        at = self._workspace.at(path)
         holds = not self._verify or (at.exists() and files.checksum(at) == sha256)
-        return Link(name, path, sha256, holds, steps)
+        return LineageLink(name, path, sha256, holds, steps)
 
 
-def lines(results: Sequence[Step]) -> list[str]:
+def lines(results: Sequence[LineageStep]) -> list[str]:
     """Trees, the results on top. A step that was shown is not opened again."""
     shown = set[str]()
     return [line for result in results for line in _lines(result, "", shown)]
 
 
-def _lines(step: Step, indent: str, shown: set[str]) -> Iterator[str]:
+def _lines(step: LineageStep, indent: str, shown: set[str]) -> Iterator[str]:
     run, commit = (value[:_SHORT] if value else "–" for value in (step.run, step.commit))
     if step.title in shown:
         yield f"{indent}{step.title} (above)"
@@ -160,17 +170,17 @@ def _lines(step: Step, indent: str, shown: set[str]) -> Iterator[str]:
             yield from _lines(maker, f"{indent}    ", shown)
 
 
-def draw(results: Sequence[Step], path: Path, title: str) -> None:
+def draw(results: Sequence[LineageStep], path: Path, title: str) -> None:
     """The chain as a picture: a column for each stage, arrows from what was made to who read it; red if changed."""
-    steps = behind(results)
+    steps = ancestors(results)
     columns = list(dict.fromkeys(one.stage for one in steps))
-    rows = {word: [one for one in steps if one.stage == word] for word in columns}
+    rows = {stage_name: [one for one in steps if one.stage == stage_name] for stage_name in columns}
     tallest = max(len(some) for some in rows.values())
     figure, axes = pictures.new_figure(1.75 * len(columns), 0.95 * tallest + 0.9)
     at = {
-        one.title: (column, (tallest - 1) / 2 - row + (len(rows[word]) - 1) / 2)
-        for column, word in enumerate(columns)
-        for row, one in enumerate(rows[word])
+        one.title: (column, (tallest - 1) / 2 - row + (len(rows[stage_name]) - 1) / 2)
+        for column, stage_name in enumerate(columns)
+        for row, one in enumerate(rows[stage_name])
     }
     for one in steps:
         for link in one.links:
@@ -182,10 +192,13 @@ def draw(results: Sequence[Step], path: Path, title: str) -> None:
                                 "connectionstyle": "arc3,rad=0.12"},
                 )  # fmt: skip
     for one in steps:
-        word, instance = one.stage.replace("_", "\n"), one.instance if one.instance != "all" else ""
+        stage_name, instance_name = (
+            one.stage.replace("_", "\n"),
+            one.instance_name if one.instance_name != "all" else "",
+        )
         run = f"run {one.run[:_SHORT]}" if one.run else "not tracked"
         axes.text(
-            *at[one.title], "\n".join(filter(None, (word, instance, run))), ha="center", va="center", fontsize=7.5,
+            *at[one.title], "\n".join(filter(None, (stage_name, instance_name, run))), ha="center", va="center", fontsize=7.5,
             bbox={"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": "#868e96"},
         )  # fmt: skip
     axes.set_xlim(-0.6, len(columns) - 0.4)

@@ -25,7 +25,7 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A file that numbers of the page were read from. path: below the project."""
 
     path: str
@@ -33,7 +33,7 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Content:
+class PageContent:
     """Everything on the page. measures: column -> heading. charts: by the names that the template places; None: there
     is nothing to draw. checks: run -> checks of its evaluation. provenance: stage instance -> what it noted."""
 
@@ -54,7 +54,7 @@ class Content:
     chain: Picture
     chain_lines: Sequence[str]
     provenance: Mapping[str, Mapping[str, Any]]
-    sources: Sequence[Source]
+    sources: Sequence[SourceFile]
 
 
 def again(provenance: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
@@ -84,7 +84,7 @@ def again(provenance: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
     )
 
 
-def render(content: Content) -> str:
+def render(content: PageContent) -> str:
     """The whole page. Raises jinja2.UndefinedError if the template asks for what is not there."""
     import jinja2
     import plotly.offline

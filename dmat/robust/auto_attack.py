@@ -101,7 +101,7 @@ def _package(logits_of: Callable[[Tensor], Tensor], ball: Ball, chosen: Suite, s
     """The package's standard version, told how many wrong classes there are and, later, which attack to run."""
     from pyautoattack import AutoAttack
 
-    wrapped: Any = _Module(logits_of)  # the package looks for parameters of a module
+    wrapped: Any = _PackageModel(logits_of)  # the package looks for parameters of a module
     package: Any = AutoAttack(
         wrapped, norm=_NORMS[ball.norm], eps=float(ball.epsilon), version="standard", seed=seed, device=str(device)
     )
@@ -110,7 +110,7 @@ def _package(logits_of: Callable[[Tensor], Tensor], ball: Ball, chosen: Suite, s
     return package
 
 
-class _Module(torch.nn.Module):
+class _PackageModel(torch.nn.Module):
     """The model as the package sees it: images and gradients contiguous, as its `view`s need them, and the model itself
     with channels-last images, in which convolutions are faster."""
 

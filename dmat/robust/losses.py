@@ -20,7 +20,7 @@ from dmat.robust.attacks import Ball
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class LossSettings:
     """The numbers of a loss. step_size in pixels of [0, 1]; beta weighs robustness against clean accuracy."""
 
     ball: Ball
@@ -36,13 +36,13 @@ class Loss:
     """Per-image values [B] (the caller averages) and the logits [B, K] that made them, detached."""
 
     total: Tensor
-    natural: Tensor  # label-smoothed cross-entropy on the natural images; pgd_at has none: zeros
+    clean: Tensor  # label-smoothed cross-entropy on the clean images; pgd_at has none: zeros
     robust: Tensor  # the adversarial term before beta; zeros for standard training
-    natural_logits: Tensor | None
+    clean_logits: Tensor | None
     adversarial_logits: Tensor | None
 
 
-LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor, Recipe, Tensor | None], Loss]
+LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor, LossSettings, Tensor | None], Loss]
 
 
 def draw_start(name: str, ball: Ball, generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
@@ -53,74 +53,94 @@ def draw_start(name: str, ball: Ball, generator: np.random.Generator, shape: tup
 
 
 def trades(
-    model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, recipe: Recipe, class_means: Tensor | None = None
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    start: Tensor,
+    settings: LossSettings,
+    class_means: Tensor | None = None,
 ) -> Loss:
     """TRADES (Zhang et al. 2019) as in Wang et al. 2023's code.
 
-    Cross-entropy(natural) + beta * KL(p_natural || p_adversarial), with the gradient through both branches of the
-    KL. The inner attack maximises the KL to the detached natural prediction (of mixed images: to their targets) on
-    batch statistics without tracking. Two passes are tracked, natural first.
+    Cross-entropy(clean) + beta * KL(p_clean || p_adversarial), with the gradient through both branches of the
+    KL. The inner attack maximises the KL to the detached clean prediction (of mixed images: to their targets) on
+    batch statistics without tracking. Two passes are tracked, clean first.
     """
-    natural_logits, adversarial_logits = _both(model, images, targets, start, recipe)
-    natural = _cross_entropy(natural_logits, targets, recipe)
+    clean_logits, adversarial_logits = _both(model, images, targets, start, settings)
+    clean = _cross_entropy(clean_logits, targets, settings)
     # log_target keeps 0 * log 0 at 0; the clamped version of other implementations changes the gradient.
     robust = F.kl_div(
-        adversarial_logits.log_softmax(1), natural_logits.log_softmax(1), reduction="none", log_target=True
+        adversarial_logits.log_softmax(1), clean_logits.log_softmax(1), reduction="none", log_target=True
     ).sum(1)
-    return _of(natural + recipe.beta * robust, natural, robust, natural_logits, adversarial_logits)
+    return _of(clean + settings.beta * robust, clean, robust, clean_logits, adversarial_logits)
 
 
 def ikl(
-    model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, recipe: Recipe, class_means: Tensor | None = None
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    start: Tensor,
+    settings: LossSettings,
+    class_means: Tensor | None = None,
 ) -> Loss:
     """Improved KL (Cui et al. 2023, "Decoupled Kullback-Leibler Divergence Loss"); the attack is that of `trades`.
 
-    Cross-entropy(natural) + beta * wMSE + alpha * cross-entropy(detached p_natural, p_adversarial). wMSE is a quarter
-    of the squared differences between natural and adversarial logit gaps o_j - o_k over all pairs of classes, weighted
+    Cross-entropy(clean) + beta * wMSE + alpha * cross-entropy(detached p_clean, p_adversarial). wMSE is a quarter
+    of the squared differences between clean and adversarial logit gaps o_j - o_k over all pairs of classes, weighted
     by w_j w_k, where w is the mean prediction for the class of the image: row of class_means [K, K]. The gradient
     reaches both branches of wMSE. `robust` is (beta * wMSE + alpha * cross-entropy) / beta.
     """
     if class_means is None:
         raise TypeError("ikl needs class_means")
-    natural_logits, adversarial_logits = _both(model, images, targets, start, recipe)
-    natural = _cross_entropy(natural_logits, targets, recipe)
+    clean_logits, adversarial_logits = _both(model, images, targets, start, settings)
+    clean = _cross_entropy(clean_logits, targets, settings)
     weights = class_means[targets] if targets.ndim == 1 else targets @ class_means  # [B, K], rows add up to 1
-    difference = natural_logits - adversarial_logits
+    difference = clean_logits - adversarial_logits
     # sum_jk w_j w_k (d_j - d_k)^2 / 4 is half the variance of d under w: K terms instead of K^2
     centred = difference - (weights * difference).sum(1, keepdim=True)
     squared = (weights * centred**2).sum(1) / 2
-    soft = -(natural_logits.detach().softmax(1) * adversarial_logits.log_softmax(1)).sum(1)
-    adversarial = recipe.beta * squared + recipe.alpha * soft
-    robust = adversarial / recipe.beta if recipe.beta else adversarial
-    return _of(natural + adversarial, natural, robust, natural_logits, adversarial_logits)
+    soft = -(clean_logits.detach().softmax(1) * adversarial_logits.log_softmax(1)).sum(1)
+    adversarial = settings.beta * squared + settings.alpha * soft
+    robust = adversarial / settings.beta if settings.beta else adversarial
+    return _of(clean + adversarial, clean, robust, clean_logits, adversarial_logits)
 
 
 def pgd_at(
-    model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, recipe: Recipe, class_means: Tensor | None = None
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    start: Tensor,
+    settings: LossSettings,
+    class_means: Tensor | None = None,
 ) -> Loss:
     """Adversarial training (Madry et al. 2018): cross-entropy on the images that maximise it. One tracked pass.
 
     The attack sees the model in evaluation mode and starts, in l2, on the sphere in the direction of a random image,
     as in Wang et al.'s code base: `start` is that image, uniform in [0, 1]. Label smoothing is the recipe's.
     """
-    if recipe.ball.norm == "l2":
-        start = recipe.ball.project(start - images)  # inside [0, 1], as it lies between two images
+    if settings.ball.norm == "l2":
+        start = settings.ball.project(start - images)  # inside [0, 1], as it lies between two images
     with modes.frozen(model), modes.mode(model, training=False):
         adversarial = attacks.pgd(
-            model, images, attacks.cross_entropy(targets), recipe.ball, start, recipe.steps, recipe.step_size
+            model, images, attacks.cross_entropy(targets), settings.ball, start, settings.steps, settings.step_size
         )
     logits = model(adversarial).float()
-    robust = _cross_entropy(logits, targets, recipe)
+    robust = _cross_entropy(logits, targets, settings)
     return Loss(robust, robust.detach() * 0, robust.detach(), None, logits.detach())
 
 
 def standard(
-    model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, recipe: Recipe, class_means: Tensor | None = None
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    start: Tensor,
+    settings: LossSettings,
+    class_means: Tensor | None = None,
 ) -> Loss:
     """Label-smoothed cross-entropy on the images as they are; `start` is not used."""
     logits = model(images).float()
-    natural = _cross_entropy(logits, targets, recipe)
-    return Loss(natural, natural.detach(), natural.detach() * 0, logits.detach(), None)
+    clean = _cross_entropy(logits, targets, settings)
+    return Loss(clean, clean.detach(), clean.detach() * 0, logits.detach(), None)
 
 
 LOSSES: dict[str, LossFunction] = {"trades": trades, "standard": standard, "pgd_at": pgd_at, "ikl": ikl}
@@ -129,7 +149,7 @@ WITH_CLASS_MEANS = ("ikl",)
 
 
 class ClassMeans:
-    """Mean prediction of the natural images of each class, [K, K]: that of the last epoch, while this one is summed.
+    """Mean prediction of the clean images of each class, [K, K]: that of the last epoch, while this one is summed.
 
     Uniform in the first epoch (Cui et al. 2023 and their code). Predictions are softened by a temperature.
     """
@@ -140,7 +160,7 @@ class ClassMeans:
         self._sums = torch.zeros_like(self.means)
 
     def sums_of(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """[K, K]: what a batch adds. logits [B, K] of natural images; targets as a loss takes them."""
+        """[K, K]: what a batch adds. logits [B, K] of clean images; targets as a loss takes them."""
         shares = F.one_hot(targets, len(self.means)).float() if targets.ndim == 1 else targets
         return shares.T @ (logits / self.temperature).softmax(1)
 
@@ -160,32 +180,34 @@ class ClassMeans:
         self.means, self._sums = state["means"].to(self.means.device), state["sums"].to(self.means.device)
 
 
-def _both(model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def _both(
+    model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
     """Natural and adversarial logits [B, K], float32, with gradients.
 
-    The tracked natural pass comes before the attack, which needs its prediction: the same numbers as one more pass
+    The tracked clean pass comes before the attack, which needs its prediction: the same numbers as one more pass
     without tracking, as published, and one pass of 27 less. The l2 start is not clipped to [0, 1], as published.
     """
-    natural_logits = model(images).float()
-    target = natural_logits.detach().log_softmax(1) if targets.ndim == 1 else targets.clamp(min=1e-30).log()
+    clean_logits = model(images).float()
+    target = clean_logits.detach().log_softmax(1) if targets.ndim == 1 else targets.clamp(min=1e-30).log()
     with modes.frozen(model), modes.untracked_batch_norm(model):
         adversarial = attacks.pgd(
             model,
             images,
             attacks.divergence(target),
-            recipe.ball,
+            settings.ball,
             start,
-            recipe.steps,
-            recipe.step_size,
-            clip_start=recipe.ball.norm == "linf",
+            settings.steps,
+            settings.step_size,
+            clip_start=settings.ball.norm == "linf",
         )
-    return natural_logits, model(adversarial).float()
+    return clean_logits, model(adversarial).float()
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
-    smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0
+def _cross_entropy(logits: Tensor, targets: Tensor, settings: LossSettings) -> Tensor:
+    smoothing = settings.label_smoothing if targets.ndim == 1 else 0.0
     return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
 
 
-def _of(total: Tensor, natural: Tensor, robust: Tensor, natural_logits: Tensor, adversarial_logits: Tensor) -> Loss:
-    return Loss(total, natural.detach(), robust.detach(), natural_logits.detach(), adversarial_logits.detach())
+def _of(total: Tensor, clean: Tensor, robust: Tensor, clean_logits: Tensor, adversarial_logits: Tensor) -> Loss:
+    return Loss(total, clean.detach(), robust.detach(), clean_logits.detach(), adversarial_logits.detach())

@@ -16,7 +16,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class DataSpec:
     """What a network must know of its data: number of classes, channels, and each channel's mean and std in [0, 1]."""
 
     classes: int
@@ -40,28 +40,28 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
 
-def wide_resnet(facts: Facts, depth: int, width: int, activation: str) -> "WideResNet":
+def wide_resnet(data_spec: DataSpec, depth: int, width: int, activation: str) -> "WideResNet":
     """WRN-depth-width. depth = 6 n + 4 with n >= 1."""
-    return WideResNet(facts, depth, width, ACTIVATIONS[activation])
+    return WideResNet(data_spec, depth, width, ACTIVATIONS[activation])
 
 
-def wide_resnet_symmetric(facts: Facts, depth: int, width: int, activation: str) -> "WideResNet":
+def wide_resnet_symmetric(data_spec: DataSpec, depth: int, width: int, activation: str) -> "WideResNet":
     """`wide_resnet` with stride 2 padded on all four sides, as the networks of TRADES and Carmon et al. 2019 are."""
-    model = wide_resnet(facts, depth, width, activation)
+    model = wide_resnet(data_spec, depth, width, activation)
     for group in model.layer:
-        if isinstance(group, Group) and isinstance(first := group.block[0], Block) and first.conv_0.stride[0] == 2:
+        if isinstance(group, Group) and isinstance(first := group.block[0], WideBlock) and first.conv_0.stride[0] == 2:
             group.block[0] = SymmetricBlock(
                 first.conv_0.in_channels, first.conv_0.out_channels, ACTIVATIONS[activation]
             )
     return model
 
 
-def preact_resnet(facts: Facts, depth: int, width: int, activation: str) -> "PreActResNet":
+def preact_resnet(data_spec: DataSpec, depth: int, width: int, activation: str) -> "PreActResNet":
     """PreActResNet-18 or -34; width is not used."""
-    return PreActResNet(facts, PREACT_BLOCKS[depth], ACTIVATIONS[activation])
+    return PreActResNet(data_spec, PREACT_BLOCKS[depth], ACTIVATIONS[activation])
 
 
-NETWORKS: dict[str, Callable[[Facts, int, int, str], Classifier]] = {
+NETWORKS: dict[str, Callable[[DataSpec, int, int, str], Classifier]] = {
     "wide_resnet": wide_resnet,
     "wide_resnet_symmetric": wide_resnet_symmetric,
     "preact_resnet": preact_resnet,
@@ -86,12 +86,12 @@ class Normalise(nn.Module):
 class WideResNet(Classifier):
     """Pre-activation wide residual network (Zagoruyko and Komodakis 2016): groups of 16, 32, 64 x width channels."""
 
-    def __init__(self, facts: Facts, depth: int, width: int, activation: type[nn.Module]):
+    def __init__(self, data_spec: DataSpec, depth: int, width: int, activation: type[nn.Module]):
         super().__init__()
         blocks = (depth - 4) // 6
         widths = [16, 16 * width, 32 * width, 64 * width]
-        self.normalise = Normalise(facts.mean, facts.std)
-        self.init_conv = nn.Conv2d(facts.channels, widths[0], 3, padding=1, bias=False)
+        self.normalise = Normalise(data_spec.mean, data_spec.std)
+        self.init_conv = nn.Conv2d(data_spec.channels, widths[0], 3, padding=1, bias=False)
         self.layer = nn.Sequential(
             *(
                 Group(widths[k], widths[k + 1], blocks, stride=1 if k == 0 else 2, activation=activation)
@@ -100,7 +100,7 @@ class WideResNet(Classifier):
         )
         self.batchnorm = nn.BatchNorm2d(widths[3], momentum=0.01)
         self.activation = activation()
-        self.logits = nn.Linear(widths[3], facts.classes)
+        self.logits = nn.Linear(widths[3], data_spec.classes)
         self.apply(_initialise)
 
     def features(self, images: Tensor) -> Tensor:
@@ -117,10 +117,10 @@ class PreActResNet(Classifier):
     512 channels, 3x3 shortcuts from the raw input of a block, names as in their files. Their weights start as torch
     initialises its layers, unlike those of their `WideResNet`."""
 
-    def __init__(self, facts: Facts, blocks: Sequence[int], activation: type[nn.Module]):
+    def __init__(self, data_spec: DataSpec, blocks: Sequence[int], activation: type[nn.Module]):
         super().__init__()
-        self.normalise = Normalise(facts.mean, facts.std)
-        self.conv_2d = nn.Conv2d(facts.channels, 64, 3, padding=1, bias=False)
+        self.normalise = Normalise(data_spec.mean, data_spec.std)
+        self.conv_2d = nn.Conv2d(data_spec.channels, 64, 3, padding=1, bias=False)
         width = 64
         for group, count in enumerate(blocks):
             wanted = 64 * 2**group
@@ -130,7 +130,7 @@ class PreActResNet(Classifier):
             width = wanted
         self.batchnorm = nn.BatchNorm2d(width, momentum=0.01)
         self.relu = activation()
-        self.logits = nn.Linear(width, facts.classes)
+        self.logits = nn.Linear(width, data_spec.classes)
 
     def features(self, images: Tensor) -> Tensor:
         """What the last layer sees: [B, 512]."""
@@ -170,14 +170,17 @@ class Group(nn.Module):
     def __init__(self, width: int, wanted: int, blocks: int, stride: int, activation: type[nn.Module]):
         super().__init__()
         self.block = nn.Sequential(
-            *(Block(width if k == 0 else wanted, wanted, stride if k == 0 else 1, activation) for k in range(blocks))
+            *(
+                WideBlock(width if k == 0 else wanted, wanted, stride if k == 0 else 1, activation)
+                for k in range(blocks)
+            )
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x)
 
 
-class Block(nn.Module):
+class WideBlock(nn.Module):
     """Two convolutions, each after batch norm and activation; a 1x1 shortcut only where the width changes."""
 
     def __init__(self, width: int, wanted: int, stride: int, activation: type[nn.Module]):
@@ -207,7 +210,7 @@ def _initialise(layer: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
-class SymmetricBlock(Block):
+class SymmetricBlock(WideBlock):
     """A block of stride 2 that sees one pixel beyond the image on every side; names and sizes are those of `Block`."""
 
     def __init__(self, width: int, wanted: int, activation: type[nn.Module]):

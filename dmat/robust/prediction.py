@@ -10,5 +10,5 @@ def logits(model: nn.Module, images: Tensor, compute: Compute, batch: int = 1000
     """Logits [N, K] of images in [0, 1], float32 on the CPU, in the precision of `compute`."""
     with torch.no_grad(), compute.autocast():
         return torch.cat(
-            [model(compute.place(images[k : k + batch])).float().cpu() for k in range(0, len(images), batch)]
+            [model(compute.to_device(images[k : k + batch])).float().cpu() for k in range(0, len(images), batch)]
         )

@@ -5,16 +5,16 @@ how far it came in the work folder, and ends the run of a training that was kill
 end of runs whose sending process died too, is sent by the next command or by `dmat runs sync`.
 """
 
-from dmat.tracking.memory import FILES, parameters
-from dmat.tracking.notes import reap, set_aside, sync
+from dmat.tracking.open_runs import reap, set_aside, sync
 from dmat.tracking.parents import tell
-from dmat.tracking.registry import Candidate
+from dmat.tracking.registry import RegistryCandidate
+from dmat.tracking.run_record import FILES, parameters
 from dmat.tracking.runs import Run, adopt, open_run, remembered_runs, seconds_before
 from dmat.tracking.stores import artifact_folder, connect, store
 
 __all__ = [
     "FILES",
-    "Candidate",
+    "RegistryCandidate",
     "Run",
     "adopt",
     "artifact_folder",

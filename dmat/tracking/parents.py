@@ -14,8 +14,8 @@ from pathlib import Path
 from dmat import files, liveness
 from dmat.errors import Interrupted, first_line
 from dmat.redaction import redacted
-from dmat.tracking import courier, dvc_process, notes, origin, stores
-from dmat.tracking.memory import Memory
+from dmat.tracking import dvc_process, open_runs, origin, sender, stores
+from dmat.tracking.run_record import RunRecord
 
 _NICENESS = 5
 
@@ -31,10 +31,10 @@ def folder_above(home: Path, root: Path) -> Path | None:
     dvc, known, words = above
     folder = _folder(home, dvc.pid, known)
     folder.mkdir(parents=True, exist_ok=True)
-    memory = Memory(folder, store)
-    with memory.lock:
-        memory.refresh()
-        if memory["about"] is None:
+    record = RunRecord(folder, store)
+    with record.lock:
+        record.refresh()
+        if record["about"] is None:
             command = redacted(" ".join(["dvc", *words]))
             tags = {
                 "dmat.stage": "dvc",
@@ -42,8 +42,8 @@ def folder_above(home: Path, root: Path) -> Path | None:
                 **{k.replace("_", "."): str(v) for k, v in origin.git(home).items()},
             }
             about = {"name": command, "tags": tags, "settings": {}, "started": dvc.create_time(), "parent": None}
-            memory.update(about=about | {"root": notes.relative(home, root), "dvc": dvc.pid})
-            notes.write(home, folder, dvc.pid, by_children=True)
+            record.update(about=about | {"root": open_runs.relative(home, root), "dvc": dvc.pid})
+            open_runs.write(home, folder, dvc.pid, by_children=True)
             _start_watching(home, folder, dvc.pid, known)
     return folder
 
@@ -54,9 +54,9 @@ def tell(home: Path, error: BaseException) -> None:
     if above is None:
         return
     folder = _folder(home, above[0].pid, above[1])
-    if folder.is_dir() and (memory := Memory(folder, stores.identity(home)))["stopped"] is None:
+    if folder.is_dir() and (record := RunRecord(folder, stores.identity(home)))["stopped"] is None:
         status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
-        memory.update(stopped={"status": status, "error": f"{os.environ['DVC_STAGE']}: {first_line(error)}"})
+        record.update(stopped={"status": status, "error": f"{os.environ['DVC_STAGE']}: {first_line(error)}"})
 
 
 def main() -> None:
@@ -66,17 +66,17 @@ def main() -> None:
     status = liveness.wait(pid, sys.argv[4])
     if not folder.is_dir():  # the project was deleted meanwhile: nothing of it is made again
         return
-    memory = Memory(folder, stores.identity(home))
+    record = RunRecord(folder, stores.identity(home))
     if status == 0:
-        memory.update(stopped=None)  # what a stage told was made good by another attempt
+        record.update(stopped=None)  # what a stage told was made good by another attempt
     elif status is None:
-        memory.note_a_kill(home)  # now, as the next `dvc` clears the signs of it away
+        record.note_a_kill(home)  # now, as the next `dvc` clears the signs of it away
     elif os.WIFSIGNALED(status):
-        memory.update(stopped={"status": "KILLED", "error": f"dvc was killed by signal {os.WTERMSIG(status)}"})
-    elif status and memory["stopped"] is None:
-        memory.update(stopped={"status": "FAILED", "error": f"dvc ended with code {os.WEXITSTATUS(status)}"})
+        record.update(stopped={"status": "KILLED", "error": f"dvc was killed by signal {os.WTERMSIG(status)}"})
+    elif status and record["stopped"] is None:
+        record.update(stopped={"status": "FAILED", "error": f"dvc ended with code {os.WEXITSTATUS(status)}"})
     warnings.simplefilter("ignore")  # nobody reads them
-    notes.sync(home, wait=60)
+    open_runs.sync(home, wait=60)
 
 
 def _folder(home: Path, pid: int, known: str) -> Path:
@@ -88,5 +88,5 @@ def _start_watching(home: Path, folder: Path, pid: int, known: str) -> None:
     with contextlib.suppress(OSError):  # a machine that refuses another process: the next command ends the run
         quiet = subprocess.DEVNULL
         # `dvc` removes the folder of a queued experiment, so the process is not to stand in it
-        options = courier.python("from dmat.tracking import parents; parents.main()", *words) | {"cwd": home}
+        options = sender.python("from dmat.tracking import parents; parents.main()", *words) | {"cwd": home}
         subprocess.Popen(**options, stdin=quiet, stdout=quiet, stderr=quiet)

@@ -13,7 +13,7 @@ from typing import Any
 
 from dmat.errors import DmatError
 from dmat.tracking import stores
-from dmat.tracking.memory import WORK, remembered
+from dmat.tracking.run_record import WORK, remembered
 
 _PAGE = 900  # names in one question; SQLite takes 999 at least
 _SHORT = 8  # characters of an id that people see
@@ -37,7 +37,7 @@ class TrackedRun:
         return self.tags.get("dmat.stage", "")
 
     @property
-    def instance(self) -> str:
+    def instance_name(self) -> str:
         return self.tags.get("dmat.instance", "")
 
     @property
@@ -76,7 +76,7 @@ def one(home: Path, wanted: str) -> TrackedRun:
         return by_id[0]
     if by_id:
         raise DmatError(f"{len(by_id)} runs begin with {wanted!r}; expected one; give more characters of its id")
-    named = [run for run in runs if wanted in (f"{run.stage}/{run.instance}", run.instance, run.name)]
+    named = [run for run in runs if wanted in (f"{run.stage}/{run.instance_name}", run.instance_name, run.name)]
     if not named:
         raise DmatError(
             f"no run {wanted!r}; expected the first four characters of an id or more, or stage/instance such as "
@@ -90,7 +90,7 @@ def work_folder(home: Path, run: TrackedRun) -> Path | None:
 
     Runs of an earlier dmat have no such tag: those of a stage are where their fingerprint says.
     """
-    named = home / "runs" / run.stage / f"{run.instance}-{run.tags.get('dmat.fingerprint', '')}"
+    named = home / "runs" / run.stage / f"{run.instance_name}-{run.tags.get('dmat.fingerprint', '')}"
     work = home / run.tags[WORK] if WORK in run.tags else named
     aside = [*work.glob("before-*"), *work.parent.glob(f"before-*/{work.name}")]
     for folder in (work, *sorted(aside)):
@@ -210,7 +210,7 @@ def _facts(run: TrackedRun) -> dict[str, str]:
     kept = ("input.", "git.", "compute.", "evaluation.", "code.", "dvc.exp")
     tags = {name: value for name, value in run.tags.items() if name.startswith(kept)}
     metrics = {f"metric {name}": f"{value:.6g}" for name, value in _numbers(run.metrics.items())}
-    return {"stage": run.stage, "instance": run.instance, "status": run.status, **run.params, **tags, **metrics}
+    return {"stage": run.stage, "instance": run.instance_name, "status": run.status, **run.params, **tags, **metrics}
 
 
 def _numbers(metrics: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:

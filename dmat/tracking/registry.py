@@ -24,7 +24,7 @@ _SCORE, _HEADLINE, _WEIGHTS = "auto_attack", "headline", "weights.sha256"
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
+class RegistryCandidate:
     """A model that a run wants registered. weights: its .safetensors, the sidecar beside it; both may be anywhere.
 
     tags: what people look for, JSON values. score: AutoAttack accuracy as a share of 1, or None without a headline.
@@ -43,7 +43,7 @@ class Candidate:
         return {**dataclasses.asdict(self), "weights": str(self.weights), "tags": dict(self.tags)}
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> "Candidate":
+    def of(cls, plain: Mapping[str, Any]) -> "RegistryCandidate":
         known = {"weights_sha256": None, "sidecar_sha256": None, **plain}
         return cls(**known | {"weights": Path(plain["weights"])})
 
@@ -56,7 +56,7 @@ def name_of(data: str, images_sha256: str, norm: str, epsilon: str) -> str:
     return f"{data}-{images_sha256[:8]}-{norm}-{epsilon}".replace("/", "_").replace(":", "_")
 
 
-def register(client: Any, run: str, candidate: Candidate) -> str | None:
+def register(client: Any, run: str, candidate: RegistryCandidate) -> str | None:
     """Sends a model once, however often it is called: a run has one version of a name.
 
     Returns None, or a sentence that says why nothing is registered: other files lie there than were evaluated.
@@ -123,7 +123,7 @@ def fetch(home: Path, wanted: str, target: Path) -> dict[str, Any]:
     return {"version": int(version.version), "run": version.run_id, **version.tags}
 
 
-def _refused(candidate: Candidate) -> str | None:
+def _refused(candidate: RegistryCandidate) -> str | None:
     """What keeps the files of a candidate from being those that were evaluated, as a sentence; None if nothing does."""
     for path, evaluated in (
         (candidate.weights, candidate.weights_sha256),

@@ -11,13 +11,13 @@ from typing import Any, Self
 
 from dmat.errors import Interrupted
 from dmat.redaction import redacted
-from dmat.tracking import courier, notes, origin, overview, parents, stores
-from dmat.tracking.memory import WORK, Memory, remembered
-from dmat.tracking.registry import Candidate
-from dmat.tracking.system import Sampler
+from dmat.tracking import open_runs, origin, overview, parents, sender, stores
+from dmat.tracking.registry import RegistryCandidate
+from dmat.tracking.run_record import WORK, RunRecord, remembered
+from dmat.tracking.system import SystemMonitor
 
 _SAMPLE_EVERY = 10.0  # seconds between two looks at processor and memory
-_COURIERS = 3  # that a run calls before it ends, should they die
+_MAX_SENDERS = 3  # that a run calls before it ends, should they die
 _PATIENCE = 120.0  # seconds that the end of a stage waits for the sending process to answer: sent, failed or gone
 _silent = set[str]()  # stores that did not answer last time: their runs are told once, and wait for nothing
 
@@ -27,7 +27,7 @@ class Run:
 
     def __init__(self, home: Path, folder: Path, about: dict[str, Any], enabled: bool = True):
         self.home, self.folder = home, folder
-        self._memory = Memory(folder, stores.identity(home))
+        self._record = RunRecord(folder, stores.identity(home))
         self._store = stores.shown(home)
         self._about, self._enabled = about, enabled
         self._closing, self._reached, self._ended = threading.Event(), threading.Event(), threading.Event()
@@ -40,9 +40,9 @@ class Run:
 
     def __enter__(self) -> Self:
         if self._enabled:
-            self._memory.update(about=self._about, ending=None, tags=self._tags)
-            notes.write(self.home, self.folder, os.getpid())
-            self._call_a_courier()
+            self._record.update(about=self._about, ending=None, tags=self._tags)
+            open_runs.write(self.home, self.folder, os.getpid())
+            self._start_sender()
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -65,15 +65,15 @@ class Run:
             "ended": time.time(),
         }
         try:
-            self._memory.update(
-                seconds=self._memory["seconds"] + time.time() - self._started, ending=ending, tags=self._tags
+            self._record.update(
+                seconds=self._record["seconds"] + time.time() - self._started, ending=ending, tags=self._tags
             )
         finally:
             self._closing.set()
             if self._enabled:
-                if self._courier.gone:
-                    self._call_a_courier()
-                self._courier.close(self.folder)
+                if self._sender.gone:
+                    self._start_sender()
+                self._sender.close(self.folder)
                 if self._store not in _silent:
                     self._ended.wait(_PATIENCE)
 
@@ -89,13 +89,13 @@ class Run:
         """A tag that becomes known while the run goes on."""
         self._tags[name] = value
         if self._enabled:
-            self._memory.update(tags=self._tags)
+            self._record.update(tags=self._tags)
 
     def describe(self, text: str) -> None:
         """Markdown that MLflow shows on top of the run's page."""
         self.tag(overview.NOTE, text)
 
-    def register(self, candidate: Candidate) -> None:
+    def register(self, candidate: RegistryCandidate) -> None:
         """A model for the registry, sent when the block ends."""
         weights = candidate.weights.resolve()
         if weights.is_relative_to(self.home):  # so that a project may be moved
@@ -107,33 +107,33 @@ class Run:
         folder `work` remembers tells them later (`dmat.report.lineage.runs_of`)."""
         if self._enabled:
             self._reached.wait(_PATIENCE)
-            self._memory.refresh()
+            self._record.refresh()
         return {
-            "mlflow_run": self._memory["run"],
-            "mlflow_parent": self._memory["parent"],
-            "work": notes.relative(self.home, self.folder),
+            "mlflow_run": self._record["run"],
+            "mlflow_parent": self._record["parent"],
+            "work": open_runs.relative(self.home, self.folder),
             **self._about["git"],
             **self._about["code"],
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host_cores": os.cpu_count(),
         }
 
-    def _call_a_courier(self) -> None:
+    def _start_sender(self) -> None:
         self._ended.clear()
         self._calls += 1
-        self._courier = courier.of_this_process()
-        self._courier.open(self.home, self.folder, stores.identity(self.home), self._hear)
+        self._sender = sender.of_this_process()
+        self._sender.open(self.home, self.folder, stores.identity(self.home), self._hear)
 
     def _watch(self) -> None:
         """The thread: samples what the machine is busy with until the block ends."""
-        sampler = Sampler()
+        sampler = SystemMonitor()
         while not self._closing.wait(_SAMPLE_EVERY):
-            if self._courier.gone and self._calls < _COURIERS:
-                self._call_a_courier()
-            self._courier.system(self.folder, sampler.sample(), time.time() - self._started)
+            if self._sender.gone and self._calls < _MAX_SENDERS:
+                self._start_sender()
+            self._sender.system(self.folder, sampler.sample(), time.time() - self._started)
 
     def _hear(self, what: str, text: str) -> None:
-        """What the courier says of this run."""
+        """What the sender says of this run."""
         if what == "warned":
             warnings.warn(text, stacklevel=1)
             return
@@ -158,12 +158,12 @@ def open_run(
     work: Path,
     *,
     stage: str,
-    instance: str,
+    instance_name: str,
     settings: Mapping[str, Any],
     inputs: Mapping[str, Mapping[str, str]],
     compute: Mapping[str, Any],
     root: Path | None = None,
-    behind: Mapping[str, Mapping[str, str | None]] | None = None,
+    ancestors: Mapping[str, Mapping[str, str | None]] | None = None,
     parent: Path | None = None,
     fingerprint: str | None = None,
     tags: Mapping[str, str] | None = None,
@@ -178,18 +178,18 @@ def open_run(
     git = origin.git(root or home)
     software = origin.software()
     about = {
-        "name": f"{stage} {instance}",
+        "name": f"{stage} {instance_name}",
         "settings": dict(settings),
         "inputs": {name: dict(entry) for name, entry in inputs.items()},
-        "behind": {title: dict(one) for title, one in (behind or {}).items()},
+        "behind": {title: dict(one) for title, one in (ancestors or {}).items()},
         "started": time.time(),
         "git": git,
         "code": {} if origin.holds_code(root or home) else {"dmat": software["dmat"]},
         "tags": {
             "dmat.stage": stage,
-            "dmat.instance": instance,
+            "dmat.instance": instance_name,
             **({"dmat.fingerprint": fingerprint} if fingerprint else {}),
-            WORK: notes.relative(home, work),
+            WORK: open_runs.relative(home, work),
             **{f"compute.{name}": str(value) for name, value in compute.items()},
             **{f"software.{name}": number for name, number in software.items()},
             **{f"input.{name}": entry["sha256"] for name, entry in inputs.items()},
@@ -206,18 +206,18 @@ def open_run(
     above = (parent or parents.folder_above(home, root or home)) if enabled else None
     if enabled:
         origin.write_patch(root or home, work)
-    return Run(home, work, about | {"parent": notes.relative(home, above) if above else None}, enabled)
+    return Run(home, work, about | {"parent": open_runs.relative(home, above) if above else None}, enabled)
 
 
 def adopt(home: Path, folder: Path, run: str, name: str) -> None:
     """Makes `folder` remember a run that another machine keeps, so that runs below it find their parent. Does nothing
     where it remembers one."""
-    memory = Memory(folder, stores.identity(home))
-    with memory.lock:
-        memory.refresh()
-        if memory["about"] is None:
+    record = RunRecord(folder, stores.identity(home))
+    with record.lock:
+        record.refresh()
+        if record["about"] is None:
             about = {"name": name, "tags": {}, "settings": {}, "started": time.time(), "parent": None}
-            memory.update(run=run, about=about)
+            record.update(run=run, about=about)
 
 
 def seconds_before(work: Path) -> float:

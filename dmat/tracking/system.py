@@ -7,7 +7,7 @@ import psutil
 _MEGABYTE = 1e6
 
 
-class Sampler:
+class SystemMonitor:
     """Processor and memory of the machine and of this process; of the GPU too, once torch uses it."""
 
     def __init__(self) -> None:

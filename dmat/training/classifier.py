@@ -17,21 +17,21 @@ from torch.nn import functional as F
 from dmat import modes, plugins, processes, seeds
 from dmat.data.augmentation import AUGMENTATIONS, Augmentation, cutmix
 from dmat.data.batches import MixedBatches
-from dmat.data.pixels import in_order
+from dmat.data.pixels import iter_batches
 from dmat.devices import Compute
 from dmat.errors import Diverged, UnfitError
 from dmat.robust import attacks, losses
 from dmat.robust.attacks import Ball
-from dmat.training import averaging, schedules
-from dmat.training.ahead import Ahead
+from dmat.training import ema, schedules
 from dmat.training.long_run import LongRun
+from dmat.training.prefetcher import Prefetcher
 
 _CHECK_EVERY = 64  # steps between two looks at the loss, which a GPU has to be waited for
 _ROLL_BACK_FACTOR = 0.5  # on the learning rate, after a divergence
 _SCHEDULED = {"learning_rate": "lr", "momentum": "momentum"}  # name in a history -> name in the optimiser
 
 
-class Settings(Protocol):
+class ClassifierSettings(Protocol):
     """Numbers of a run; units and ranges are those of `config.ClassifierTraining`, which satisfies this."""
 
     @property
@@ -47,7 +47,7 @@ class Settings(Protocol):
     images_seen: int
     batch: int
     learning_rate: float
-    warm_up: float
+    warmup: float
     start_divisor: float
     end_divisor: float
     schedule_every: int
@@ -57,8 +57,8 @@ class Settings(Protocol):
     momentum_highest: float
     weight_decay: float
     clip_gradient: float
-    average_tau: float
-    average_warm_up: float
+    ema_decay: float
+    ema_warmup: float
     batch_norm_momentum: float
     first_batch_norm_momentum: float
     synchronise_batch_norm: bool
@@ -71,7 +71,7 @@ class Settings(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class TrainedClassifier:
     """Averaged weights at the best validation accuracy and at the end, and what was measured on the way."""
 
     best: dict[str, Tensor]
@@ -87,12 +87,12 @@ def train(
     classes: int,
     batches: MixedBatches,
     validation: tuple[Tensor, Tensor],
-    recipe: losses.Recipe,
-    settings: Settings,
+    loss_settings: losses.LossSettings,
+    settings: ClassifierSettings,
     seed: int,
     run: LongRun,
     compute: Compute,
-) -> Outcome:
+) -> TrainedClassifier:
     """Trains `model` in place for settings.images_seen images. validation: images in [0, 1] and labels.
 
     `model` must be initialised by the caller; every random number is named by `seed`, so a resumed run continues
@@ -108,10 +108,10 @@ def train(
         )
     loss_of = plugins.find(losses.LOSSES, settings.loss)
     augment = plugins.find(AUGMENTATIONS, settings.augmentation)
-    model = compute.place_model(model)
+    model = compute.model_to_device(model)
     if settings.synchronise_batch_norm:
         processes.synchronise_batch_norm(model, world)
-    averaged = copy.deepcopy(model)
+    ema_model = copy.deepcopy(model)
     optimiser = torch.optim.SGD(_groups(model, settings.weight_decay), lr=0.0, momentum=0.9, nesterov=True)
     class_means = losses.ClassMeans(classes, settings.temperature, compute.device)
     steps = -(-settings.images_seen // settings.batch)
@@ -131,7 +131,7 @@ def train(
     def restore(state: dict[str, Any]) -> None:
         nonlocal progress
         model.load_state_dict(state["model"])
-        averaged.load_state_dict(state["averaged"])
+        ema_model.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
         class_means.load(state["class_means"])
         progress = state["progress"]
@@ -140,7 +140,7 @@ def train(
         _stop_if_not_finite(progress, batches, settings.batch, run)
         return {
             "model": model.state_dict(),
-            "averaged": averaged.state_dict(),
+            "ema": ema_model.state_dict(),
             "optimiser": optimiser.state_dict(),
             "class_means": class_means.state(),
             "progress": progress,
@@ -148,8 +148,8 @@ def train(
 
     if (found := run.resume()) is not None:
         restore(found)
-    clock, asked, mine = _Clock(), False, world.part(settings.batch)
-    next_steps = Ahead(lambda step: _draw(batches, settings, recipe.ball, step, seed, compute), steps)
+    clock, asked, mine = _Clock(), False, world.local_rows(settings.batch)
+    next_steps = Prefetcher(lambda step: _draw(batches, settings, loss_settings.ball, step, seed, compute), steps)
     while True:
         step, images_seen = progress["step"], progress["step"] * settings.batch
         done = step >= steps
@@ -159,7 +159,7 @@ def train(
         try:
             if evaluating or step % check_every == 0:
                 _stop_if_not_finite(progress, batches, settings.batch, run)
-            run.turn(images_seen, snapshot, asked if world.size > 1 else None)
+            run.checkpoint_if_due(images_seen, snapshot, asked if world.size > 1 else None)
         except Diverged:
             if settings.on_divergence == "stop" or progress["rate_factor"] < 1:
                 raise
@@ -168,9 +168,9 @@ def train(
             continue
         if evaluating:
             clock.stop()
-            averaging.copy_buffers(averaged, model)
-            measured = evaluate(averaged, validation, recipe.ball, settings, seed, compute)
-            _keep_best(progress, measured, averaged, images_seen, robust=settings.selection_steps > 0)
+            ema.copy_buffers(ema_model, model)
+            measured = evaluate(ema_model, validation, loss_settings.ball, settings, seed, compute)
+            _keep_best(progress, measured, ema_model, images_seen, robust=settings.selection_steps > 0)
             of_last_step = {name: optimiser.param_groups[0][key] for name, key in _SCHEDULED.items()}
             record = {**measured, **_mean(progress["pending"]), **of_last_step}
             progress["history"].append({"images_seen": images_seen, **record})
@@ -190,11 +190,11 @@ def train(
             class_means.next_epoch()
         drawn = next_steps.at(step)
         images, targets = _inputs(drawn, augment, classes, settings, step, seed, compute)
-        images, targets, start = compute.place(images[mine]), targets[mine], compute.place(drawn.start)
+        images, targets, start = compute.to_device(images[mine]), targets[mine], compute.to_device(drawn.start)
         with modes.mode(model, training=True), compute.autocast():
-            loss = loss_of(model, images, targets, start, recipe, class_means.means)
-        if settings.loss in losses.WITH_CLASS_MEANS and loss.natural_logits is not None:
-            class_means.add(world.sum(class_means.sums_of(loss.natural_logits, targets)))
+            loss = loss_of(model, images, targets, start, loss_settings, class_means.means)
+        if settings.loss in losses.WITH_CLASS_MEANS and loss.clean_logits is not None:
+            class_means.add(world.sum(class_means.sums_of(loss.clean_logits, targets)))
         optimiser.zero_grad(set_to_none=True)
         (loss.total.mean() / world.size).backward()  # of the whole batch, once gradients are summed
         values = _step_values(loss, targets)
@@ -205,18 +205,16 @@ def train(
         if settings.clip_gradient > 0:
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip_gradient)
         optimiser.step()
-        averaging.update(
-            averaged, model, averaging.classifier_decay(step, steps, settings.average_tau, settings.average_warm_up)
-        )
+        ema.update(ema_model, model, ema.warmup_decay(step, steps, settings.ema_decay, settings.ema_warmup))
         if not settings.synchronise_batch_norm:
-            world.share_buffers(model)
+            world.broadcast_buffers(model)
         progress["pending"].append(values)
         progress["step"] = step + 1
         clock.count(settings.batch)
 
-    return Outcome(
+    return TrainedClassifier(
         progress["best"],
-        _cpu_copy(averaged),
+        _cpu_copy(ema_model),
         progress["best_images_seen"],
         progress["best_accuracy"],
         progress["history"],
@@ -225,16 +223,21 @@ def train(
 
 
 def evaluate(
-    model: nn.Module, validation: tuple[Tensor, Tensor], ball: Ball, settings: Settings, seed: int, compute: Compute
+    model: nn.Module,
+    validation: tuple[Tensor, Tensor],
+    ball: Ball,
+    settings: ClassifierSettings,
+    seed: int,
+    compute: Compute,
 ) -> dict[str, float]:
     """Clean and PGD (CW margin) accuracy of the validation split, as shares of 1; PGD is left out with 0 steps."""
     images, labels = validation
     clean = robust = 0
     with modes.mode(model, training=False), modes.frozen(model), compute.autocast():
-        for where, x, y in in_order(images, labels, 1000):
-            mine = compute.world.part(len(y))
+        for where, x, y in iter_batches(images, labels, 1000):
+            mine = compute.world.local_rows(len(y))
             start = ball.random_start(seeds.stream(seed, "validation/start", where.start), tuple(x.shape))
-            x, y, start = compute.place(x[mine]), y[mine].to(compute.device), compute.place(start[mine])
+            x, y, start = compute.to_device(x[mine]), y[mine].to(compute.device), compute.to_device(start[mine])
             with torch.no_grad():
                 right = model(x).float().argmax(1) == y
             clean += int(right.sum())
@@ -258,20 +261,28 @@ class _Drawn:
     start: Tensor
 
 
-def _draw(batches: MixedBatches, settings: Settings, ball: Ball, step: int, seed: int, compute: Compute) -> _Drawn:
+def _draw(
+    batches: MixedBatches, settings: ClassifierSettings, ball: Ball, step: int, seed: int, compute: Compute
+) -> _Drawn:
     """Named by (seed, step), so that it may be drawn early and by another thread."""
     images, labels = batches.at(step)
     shape = (settings.batch, *images.shape[1:])
     start = losses.draw_start(settings.loss, ball, seeds.stream(seed, "attack/start", step), shape)
-    mine = compute.world.part(settings.batch)
+    mine = compute.world.local_rows(settings.batch)
     return _Drawn(compute.ready(images), compute.ready(labels), compute.ready(start[mine]))
 
 
 def _inputs(
-    drawn: _Drawn, augment: Augmentation, classes: int, settings: Settings, step: int, seed: int, compute: Compute
+    drawn: _Drawn,
+    augment: Augmentation,
+    classes: int,
+    settings: ClassifierSettings,
+    step: int,
+    seed: int,
+    compute: Compute,
 ) -> tuple[Tensor, Tensor]:
     """Augmented images and targets of one step, on the device, named by (seed, step)."""
-    images, targets = compute.place(drawn.images), compute.place(drawn.labels)
+    images, targets = compute.to_device(drawn.images), compute.to_device(drawn.labels)
     images = augment(images, seeds.stream(seed, "augmentation", step))
     if settings.cutmix:
         one_hot, generator = F.one_hot(targets, classes).float(), seeds.stream(seed, "cutmix", step)
@@ -315,12 +326,14 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, epoch: int, epochs: int, settings: Settings, factor: float) -> None:
+def _set_rate(
+    optimiser: torch.optim.Optimizer, epoch: int, epochs: int, settings: ClassifierSettings, factor: float
+) -> None:
     rate, momentum = schedules.one_cycle(
         epoch,
         epochs,
         settings.learning_rate,
-        warm_up=settings.warm_up,
+        warmup=settings.warmup,
         start_divisor=settings.start_divisor,
         end_divisor=settings.end_divisor,
         momentum=(settings.momentum_lowest, settings.momentum_highest)
@@ -332,15 +345,15 @@ def _set_rate(optimiser: torch.optim.Optimizer, epoch: int, epochs: int, setting
 
 
 def _keep_best(
-    progress: dict[str, Any], measured: dict[str, float], averaged: nn.Module, images_seen: int, robust: bool
+    progress: dict[str, Any], measured: dict[str, float], ema_model: nn.Module, images_seen: int, robust: bool
 ) -> None:
     """Later weights win ties, as in the published code."""
     accuracy = measured["validation_robust" if robust else "validation_clean"]
     if accuracy >= progress["best_accuracy"]:
-        progress |= {"best_accuracy": accuracy, "best_images_seen": images_seen, "best": _cpu_copy(averaged)}
+        progress |= {"best_accuracy": accuracy, "best_images_seen": images_seen, "best": _cpu_copy(ema_model)}
 
 
-def _out_of_patience(progress: dict[str, Any], settings: Settings) -> bool:
+def _out_of_patience(progress: dict[str, Any], settings: ClassifierSettings) -> bool:
     """Whether the last `patience` evaluations brought no new best."""
     since = sum(record["images_seen"] > progress["best_images_seen"] for record in progress["history"])
     return 0 < settings.patience <= since
@@ -366,18 +379,18 @@ def _step_values(loss: losses.Loss, targets: Tensor) -> Tensor:
     """Loss, its two terms, and clean and robust accuracy of one batch, kept on the device: float32 [5]. Of mixed images
     the larger share counts as the label; pgd_at sees no clean images, so its clean accuracy is NaN."""
     labels = targets if targets.ndim == 1 else targets.argmax(1)
-    natural = loss.adversarial_logits if loss.natural_logits is None else loss.natural_logits
-    attacked = loss.natural_logits if loss.adversarial_logits is None else loss.adversarial_logits
-    assert natural is not None
-    assert attacked is not None
-    clean = (natural.argmax(1) == labels).float().mean()
+    clean_logits = loss.adversarial_logits if loss.clean_logits is None else loss.clean_logits
+    adversarial_logits = loss.clean_logits if loss.adversarial_logits is None else loss.adversarial_logits
+    assert clean_logits is not None
+    assert adversarial_logits is not None
+    clean = (clean_logits.argmax(1) == labels).float().mean()
     return torch.stack(
         [
             loss.total.detach().mean(),
-            loss.natural.mean(),
+            loss.clean.mean(),
             loss.robust.mean(),
-            clean if loss.natural_logits is not None else torch.full_like(clean, torch.nan),
-            (attacked.argmax(1) == labels).float().mean(),
+            clean if loss.clean_logits is not None else torch.full_like(clean, torch.nan),
+            (adversarial_logits.argmax(1) == labels).float().mean(),
         ]
     )
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from dmat.metrics import pictures
-from dmat.training.classifier import Outcome
+from dmat.training.classifier import TrainedClassifier
 
 
-def draw(folder: Path, outcome: Outcome, of: str) -> None:
+def draw(folder: Path, outcome: TrainedClassifier, of: str) -> None:
     """Accuracies with the best and the last weights marked, losses, and the learning rate, over images seen.
 
     Where the first curve falls from best to last, training went on too long (robust overfitting, Rice et al. 2020).

@@ -9,21 +9,21 @@ from torch import Tensor
 
 from dmat import modes, seeds
 from dmat.data.mixing import Sequence
-from dmat.data.pixels import to_unit
+from dmat.data.pixels import to_float
 from dmat.devices import Compute
 from dmat.diffusion import edm
-from dmat.training import averaging, schedules
+from dmat.training import ema, schedules
 from dmat.training.long_run import LongRun, stop_if_not_finite
 
 
-class Settings(Protocol):
+class DenoiserSettings(Protocol):
     """Numbers of a run; units and ranges are those of `config.Generator`, which satisfies this."""
 
     images_seen: int
     batch: int
     learning_rate: float
     ramp_up: float
-    average_half_life: float
+    ema_half_life: float
     p_mean: float
     p_std: float
     log_every: int
@@ -33,7 +33,7 @@ def train(
     denoiser: edm.Preconditioned,
     images: np.ndarray,
     labels: np.ndarray,
-    settings: Settings,
+    settings: DenoiserSettings,
     seed: int,
     run: LongRun,
     compute: Compute,
@@ -42,8 +42,8 @@ def train(
 
     Every random number is named by `seed`. Raises Diverged or Interrupted, both after saving.
     """
-    denoiser = compute.place_model(denoiser)  # type: ignore[assignment]
-    averaged = copy.deepcopy(denoiser)
+    denoiser = compute.model_to_device(denoiser)  # type: ignore[assignment]
+    ema_model = copy.deepcopy(denoiser)
     optimiser = torch.optim.Adam(denoiser.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8)
     order = Sequence(seed, "order/real", len(labels))
     steps = -(-settings.images_seen // settings.batch)
@@ -52,7 +52,7 @@ def train(
 
     if (state := run.resume()) is not None:
         denoiser.load_state_dict(state["denoiser"])
-        averaged.load_state_dict(state["averaged"])
+        ema_model.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
         progress = state["progress"]
     pending: list[Tensor] = progress["pending"]  # losses since the last record
@@ -60,7 +60,7 @@ def train(
     def snapshot() -> dict[str, Any]:
         return {
             "denoiser": denoiser.state_dict(),
-            "averaged": averaged.state_dict(),
+            "ema": ema_model.state_dict(),
             "optimiser": optimiser.state_dict(),
             "progress": progress,
         }
@@ -74,15 +74,15 @@ def train(
             run.metrics.write(images_seen, {"loss": value, "learning_rate": optimiser.param_groups[0]["lr"]})
             run.show(loss=value)
             stop_if_not_finite(value, images_seen)
-        run.turn(images_seen, snapshot)
+        run.checkpoint_if_due(images_seen, snapshot)
         if step >= steps:
             break
         chosen = order.at(images_seen, settings.batch)
-        x = compute.place(to_unit(images[chosen]).mul_(2).sub_(1))  # [B, C, H, W] in [-1, 1]
+        x = compute.to_device(to_float(images[chosen]).mul_(2).sub_(1))  # [B, C, H, W] in [-1, 1]
         y = torch.from_numpy(labels[chosen]).to(compute.device)
         draw = seeds.stream(seed, "denoiser/noise", step)
         sigma = edm.sample_sigma(seeds.normal(draw, (len(y),)), settings.p_mean, settings.p_std).to(compute.device)
-        noise = compute.place(seeds.normal(draw, tuple(x.shape)))
+        noise = compute.to_device(seeds.normal(draw, tuple(x.shape)))
         seeds.reseed_torch(seed, "denoiser/dropout", step)
         for group in optimiser.param_groups:
             group["lr"] = schedules.ramp_then_cosine(step / steps, settings.learning_rate, settings.ramp_up)
@@ -91,12 +91,12 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
-        averaging.update(
-            averaged,
+        ema.update(
+            ema_model,
             denoiser,
-            averaging.denoiser_decay(images_seen, settings.batch, settings.average_half_life),
+            ema.half_life_decay(images_seen, settings.batch, settings.ema_half_life),
         )
         pending.append(loss.detach())
         progress["step"] = step + 1
 
-    return {name: tensor.detach().cpu().clone() for name, tensor in averaged.state_dict().items()}, progress["history"]
+    return {name: tensor.detach().cpu().clone() for name, tensor in ema_model.state_dict().items()}, progress["history"]

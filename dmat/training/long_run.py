@@ -82,7 +82,7 @@ def _images_seen(line: bytes) -> int | None:
 
 
 class LongRun:
-    """Use as a context: `with LongRun(...) as run: state = run.resume(); ...; run.turn(...)` once per step."""
+    """Use as a context: `with LongRun(...) as run: state = run.resume(); ...; run.checkpoint_if_due(...)` once per step."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class LongRun:
         self._bar.update(header["images_seen"])
         return state
 
-    def turn(self, images_seen: int, state: Callable[[], State], asked: bool | None = None) -> None:
+    def checkpoint_if_due(self, images_seen: int, state: Callable[[], State], asked: bool | None = None) -> None:
         """Between two steps: moves the bar, saves if it is time, saves and stops if a signal asked for it.
 
         asked: of several processes, whether any of them was, as all know by now; None: whether this one is.
@@ -171,14 +171,14 @@ class LongRun:
         return checkpoints.parse(data, self._kept)[1]
 
     def _write(self, path: Path, images_seen: int, state: State) -> None:
-        if self.compute.world.leads:
+        if self.compute.world.is_main_process:
             header = {"images_seen": images_seen, "precision": self.compute.precision, "threads": self.compute.threads}
             checkpoints.save(path, header, state)
 
     def _read(self, path: Path) -> bytes | None:
         """What the leading process's file holds, in every process."""
-        leads = self.compute.world.leads
-        return self.compute.world.share(path.read_bytes() if leads and path.exists() else None)
+        is_main_process = self.compute.world.is_main_process
+        return self.compute.world.broadcast(path.read_bytes() if is_main_process and path.exists() else None)
 
     def note(self, name: str, values: dict[str, Any]) -> Path:
         """A JSON file in the folder of the run, for people."""

@@ -17,21 +17,21 @@ def one_cycle(
     steps: int,
     peak: float,
     *,
-    warm_up: float = 0.025,
+    warmup: float = 0.025,
     start_divisor: float = 25.0,
     end_divisor: float = 1e4,
     momentum: tuple[float, float] = (0.85, 0.95),
 ) -> tuple[float, float]:
     """Learning rate and momentum of torch's OneCycleLR with cosine annealing, at step 0 .. steps - 1.
 
-    Equal to torch's from 1 / warm_up steps on; a run shorter than that starts at the peak (torch: just below it, or a
-    division by zero at exactly 1 / warm_up steps).
+    Equal to torch's from 1 / warmup steps on; a run shorter than that starts at the peak (torch: just below it, or a
+    division by zero at exactly 1 / warmup steps).
 
-    Rises from peak / start_divisor to peak during the first `warm_up` share of the steps, then falls to
+    Rises from peak / start_divisor to peak during the first `warmup` share of the steps, then falls to
     peak / start_divisor / end_divisor. momentum = (at the peak, at both ends): the cycling that Wang et al.'s run
     really had, since torch overwrites the optimiser's 0.9; two equal numbers keep it fixed.
     """
-    first, last = warm_up * steps - 1, steps - 1
+    first, last = warmup * steps - 1, steps - 1
     start, end = peak / start_divisor, peak / start_divisor / end_divisor
     low, high = momentum
     if step < first:  # torch divides by zero where the warm-up is exactly one step; here it starts at the peak

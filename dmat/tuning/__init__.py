@@ -6,14 +6,14 @@ when it falls behind the others. Any number of workers share a study through its
 `runs/tune/<arm>-<fingerprint>/`, where each goes on from its own checkpoint after any kill.
 """
 
-from dmat.tuning.leading import Wanted, apply_best, end_with_starter, folder_of, run, status
+from dmat.tuning.leading import StudyOptions, apply_best, end_with_starter, folder_of, run, status
 from dmat.tuning.plan import Study, plan
 from dmat.tuning.trials import OBJECTIVE
 
 __all__ = [
     "OBJECTIVE",
     "Study",
-    "Wanted",
+    "StudyOptions",
     "apply_best",
     "end_with_starter",
     "folder_of",

@@ -47,7 +47,7 @@ class Claims:
 
     def __init__(self, engine: sqlalchemy.Engine, study: str):
         self._engine, self._study = engine, study
-        self._holder, self._place = uuid.uuid4().hex, _place()
+        self._holder, self._machine_id = uuid.uuid4().hex, _machine_id()
         self._born = liveness.started(os.getpid())
         self._held: set[str] = set()
         self._confirmed: dict[str, float] = {}  # item -> when the storage last said that it is ours
@@ -75,7 +75,7 @@ class Claims:
 
     def take(self, item: str) -> bool:
         """Whether this process holds the item now. False: another one, which seems alive, does."""
-        mine = {"holder": self._holder, "place": self._place, "pid": os.getpid(), "born": self._born}
+        mine = {"holder": self._holder, "place": self._machine_id, "pid": os.getpid(), "born": self._born}
         with self._engine.begin() as connection:
             row = connection.execute(_CLAIMS.select().where(*self._key(item))).mappings().first()
             now = connection.execute(sqlalchemy.select(self._now)).scalar_one()
@@ -126,7 +126,7 @@ class Claims:
                 _CLAIMS.update().where(*self._key(item), _CLAIMS.c.holder == self._holder).values(holder=None)
             )
 
-    def deaths(self, item: str) -> int:
+    def lost_workers(self, item: str) -> int:
         """Holders that went without giving the item back."""
         with self._engine.begin() as connection:
             return connection.execute(sqlalchemy.select(_CLAIMS.c.deaths).where(*self._key(item))).scalar() or 0
@@ -161,7 +161,7 @@ class Claims:
     def _is_free(self, row: Any, now: float) -> bool:
         if row["holder"] is None or now - row["renewed"] > STALE:
             return True
-        return bool(row["place"] == self._place and liveness.started(row["pid"]) != row["born"])
+        return bool(row["place"] == self._machine_id and liveness.started(row["pid"]) != row["born"])
 
     def _renew_until_closed(self) -> None:
         while not self._closing.wait(RENEW):
@@ -175,7 +175,7 @@ def _awake_or_not() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def _place() -> str:
+def _machine_id() -> str:
     """This machine since it was started, and this namespace of processes: two containers may have one name.
 
     "ticks" says what `born` is. A claim of an earlier dmat has a time of day there; it counts as of another machine."""

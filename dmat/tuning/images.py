@@ -9,7 +9,7 @@ import dataclasses
 import filelock
 
 from dmat import files
-from dmat.config import Params, Trial
+from dmat.config import Params, TrialSettings
 from dmat.pipeline import STAGES, code_identity, execution, planning
 from dmat.tuning.plan import Study
 from dmat.workspace import Workspace
@@ -17,7 +17,7 @@ from dmat.workspace import Workspace
 _STAGES = ("generate_images", "score_images", "select_images")
 
 
-def workspace_of(plan: Study, trial: Trial, params: Params, workspace: Workspace) -> Workspace:
+def workspace_of(plan: Study, trial: TrialSettings, params: Params, workspace: Workspace) -> Workspace:
     """Where the artifacts lie that a trial trains on. Waits while another worker makes them."""
     if trial.image_set is None or trial.selection is None:
         return workspace
@@ -27,7 +27,7 @@ def workspace_of(plan: Study, trial: Trial, params: Params, workspace: Workspace
         "image_set": trial.image_set.plain(),
         "selection": trial.selection.plain(),
         "inputs": {name: plan.inputs[name]["sha256"] for name in ("denoiser", "scorer")},
-        "code": {word: code_identity.read(workspace.root).of(word) for word in _STAGES},
+        "code": {stage_name: code_identity.read(workspace.root).of(stage_name) for stage_name in _STAGES},
     }
     own = Workspace(plan.folder / "images" / files.fingerprint(identity), workspace.home)
     own.root.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def workspace_of(plan: Study, trial: Trial, params: Params, workspace: Workspace
     return own
 
 
-def _make(plan: Study, trial: Trial, params: Params, workspace: Workspace, own: Workspace) -> None:
+def _make(plan: Study, trial: TrialSettings, params: Params, workspace: Workspace, own: Workspace) -> None:
     assert trial.image_set is not None and trial.selection is not None
     selection, name = trial.arm.images, trial.selection.image_set
     changed = dataclasses.replace(
@@ -53,5 +53,5 @@ def _make(plan: Study, trial: Trial, params: Params, workspace: Workspace, own: 
         ("score_images", {"image_set": name}),
         ("select_images", {"selection": selection}),
     ]
-    for word, chosen in instances:
-        execution.execute(planning.plan(STAGES[word], chosen, changed, own), changed, own, quiet=True)
+    for stage_name, chosen in instances:
+        execution.execute(planning.plan(STAGES[stage_name], chosen, changed, own), changed, own, quiet=True)

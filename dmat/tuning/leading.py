@@ -28,7 +28,7 @@ from dmat.tuning import applying, ranking, report, storage, worker
 from dmat.tuning.claims import Claims
 from dmat.tuning.plan import CODE, VARIABLE, WORD, Study, changes_images
 from dmat.tuning.storage import speaking
-from dmat.tuning.trials import Bench, item
+from dmat.tuning.trials import TrialContext, trial_key
 from dmat.workspace import Workspace
 
 LEADER = "leader"
@@ -39,7 +39,7 @@ _RUN = "mlflow.run"  # attribute of a study: its run in MLflow, for helpers that
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class StudyOptions:
     """What a command asks for. total: trials in all. workers: processes on this machine; 0: help, in this process."""
 
     total: int
@@ -52,23 +52,23 @@ class Wanted:
         return self.workers == 0
 
 
-def run(plan: Study, params: Params, workspace: Workspace, wanted: Wanted) -> dict[str, Any]:
+def run(plan: Study, params: Params, workspace: Workspace, options: StudyOptions) -> dict[str, Any]:
     """Runs or resumes a study until enough trials have ended and the best are ranked; returns its summary.
 
     Raises Interrupted on a signal, with the trials at work saved, and DmatError on bad input and on other code than
     code.yaml names.
     """
-    for word in CODE:
-        code_identity.expect(word, workspace.root)
+    for stage_name in CODE:
+        code_identity.expect(stage_name, workspace.root)
     compute = execution.resolve(params)
-    bench = Bench(plan, params, workspace, compute, params.compute.save_every_seconds)
+    context = TrialContext(plan, params, workspace, compute, params.compute.save_every_seconds)
     if compute.world.size > 1 and changes_images(plan.settings.space):
         raise DmatError(
             f"the space of study {plan.name} changes images, which one process makes, and {compute.world.size} were "
             f"started; expected one for each worker; leave compute.processes and torchrun out"
         )
-    if not compute.world.leads:
-        worker.follow(bench)
+    if not compute.world.is_main_process:
+        worker.follow(context)
         return {}
     plan.folder.mkdir(parents=True, exist_ok=True)
     import torch._dynamo  # noqa: F401 - by the first optimiser; seconds that no trial should be charged with
@@ -77,49 +77,49 @@ def run(plan: Study, params: Params, workspace: Workspace, wanted: Wanted) -> di
     with Interruption(at_once=True) as interruption, speaking(plan.storage):  # whatever speaks to it inside
         claims = Claims(rdb.engine, plan.name)
         with claims:
-            leads = not wanted.helps and claims.take(LEADER)
-            if wanted.fresh:
+            leads = not options.helps and claims.take(LEADER)
+            if options.fresh:
                 _start_over(plan, workspace, rdb, claims, leads)
             study = storage.begin(rdb, plan, claims)
-            bench = dataclasses.replace(bench, study=study, claims=claims)
+            context = dataclasses.replace(context, study=study, claims=claims)
             asked = interruption.raise_if_asked
-            if wanted.helps:
-                _adopt(bench)
-                worker.work(bench, wanted.total, asked)
+            if options.helps:
+                _adopt(context)
+                worker.work(context, options.total, asked)
                 return {}
             if not leads:
-                if not wanted.quiet:
+                if not options.quiet:
                     who = claims.holder(LEADER) or "another process"
                     tqdm.write(f"study {plan.name} is led by {who}; this command helps it")
-                _adopt(bench)
-                _work(bench, wanted, asked, lambda: None)
+                _adopt(context)
+                _work(context, options, asked, lambda: None)
                 leads = claims.take(LEADER)
             if leads:
                 with work_folder.lock(plan.folder):
-                    if not _finished(bench, wanted.total):
-                        _lead(bench, wanted, asked)
+                    if not _finished(context, options.total):
+                        _lead(context, options, asked)
                     files.publish(plan.folder / "result", workspace.at(f"{ARTIFACTS}/{WORD}/{plan.settings.arm}"))
             return report.summary(plan, study)
 
 
-def _lead(bench: Bench, wanted: Wanted, asked: Callable[[], None]) -> None:
+def _lead(context: TrialContext, options: StudyOptions, asked: Callable[[], None]) -> None:
     """Runs trials until enough have ended, and reports, as one tracked run."""
-    plan, study = bench.plan, bench.study
+    plan, study = context.plan, context.study
     assert study is not None
     tracked = tracking.open_run(
-        bench.workspace.home,
+        context.workspace.home,
         plan.folder,
         stage=WORD,
-        instance=plan.settings.arm,
+        instance_name=plan.settings.arm,
         settings=plan.settings.plain(),
         inputs=plan.inputs,
-        compute=bench.compute.describe(),
-        root=bench.workspace.root,
+        compute=context.compute.describe(),
+        root=context.workspace.root,
         fingerprint=plan.fingerprint,
         tags={"optuna.study": plan.name, "optuna.storage": redaction.address(plan.storage)},
     )
     files.write_json(plan.folder / "study.json", plan.describe())
-    bar = tqdm(total=wanted.total, unit=" trials", desc=f"tune {plan.settings.arm}", disable=wanted.quiet)
+    bar = tqdm(total=options.total, unit=" trials", desc=f"tune {plan.settings.arm}", disable=options.quiet)
     with tracked, bar, MetricsLog(plan.folder / "metrics.jsonl") as log:
 
         def after() -> None:
@@ -131,8 +131,8 @@ def _lead(bench: Bench, wanted: Wanted, asked: Callable[[], None]) -> None:
                 bar.set_postfix_str(report.in_words(best))
 
         after()
-        threading.Thread(target=_tell_run, args=(bench, tracked), daemon=True).start()
-        _work(bench, wanted, asked, after)
+        threading.Thread(target=_tell_run, args=(context, tracked), daemon=True).start()
+        _work(context, options, asked, after)
         after()
         summary, attachments = report.write(plan, study)
         tracked.describe(report.markdown(plan, study))
@@ -140,18 +140,20 @@ def _lead(bench: Bench, wanted: Wanted, asked: Callable[[], None]) -> None:
     files.write_json(plan.folder / "finished.json", {"trials": summary["trials"], "ranked": summary["ranked"]})
 
 
-def _work(bench: Bench, wanted: Wanted, asked: Callable[[], None], after: Callable[[], None]) -> None:
-    in_one = wanted.workers == 1 and bench.params.compute.processes == 1
-    if in_one or bench.compute.world.size > 1:  # already under `torchrun`
-        worker.work(bench, wanted.total, asked, after)
+def _work(context: TrialContext, options: StudyOptions, asked: Callable[[], None], after: Callable[[], None]) -> None:
+    in_one = options.workers == 1 and context.params.compute.processes == 1
+    if in_one or context.compute.world.size > 1:  # already under `torchrun`
+        worker.work(context, options.total, asked, after)
     else:
-        _start_workers(bench, wanted, asked, after)
+        _start_workers(context, options, asked, after)
 
 
-def _start_workers(bench: Bench, wanted: Wanted, asked: Callable[[], None], after: Callable[[], None]) -> None:
+def _start_workers(
+    context: TrialContext, options: StudyOptions, asked: Callable[[], None], after: Callable[[], None]
+) -> None:
     """Keeps so many workers alive until the study is done; one that was killed is replaced."""
-    assert bench.study is not None
-    pool = [_Process(bench, wanted, number) for number in range(wanted.workers)]
+    assert context.study is not None
+    pool = [_Process(context, options, number) for number in range(options.workers)]
     seen = -1
     try:
         while True:
@@ -159,7 +161,7 @@ def _start_workers(bench: Bench, wanted: Wanted, asked: Callable[[], None], afte
             if not any(at_work):
                 break
             asked()
-            if (count := len(storage.ended(bench.study))) != seen:
+            if (count := len(storage.ended(context.study))) != seen:
                 seen = count
                 after()
             time.sleep(_LOOK_EVERY)
@@ -173,12 +175,12 @@ def _start_workers(bench: Bench, wanted: Wanted, asked: Callable[[], None], afte
 class _Process:
     """One worker: a process of its own (with several under `torchrun`), started again where it was killed."""
 
-    def __init__(self, bench: Bench, wanted: Wanted, number: int):
-        self._bench, self._number = bench, number
-        together = bench.params.compute.processes
+    def __init__(self, context: TrialContext, options: StudyOptions, number: int):
+        self._bench, self._number = context, number
+        together = context.params.compute.processes
         launcher = [] if together == 1 else processes.launcher(together)
-        words = ["-m", "cli.main", WORD, "start", "--worker", "--trials", str(wanted.total)]
-        words += ["--params", str(bench.workspace.root / "params.yaml")]
+        words = ["-m", "cli.main", WORD, "start", "--worker", "--trials", str(options.total)]
+        words += ["--params", str(context.workspace.root / "params.yaml")]
         self._command = [sys.executable, *launcher, *words]
         self._short = 0
         self._start()
@@ -271,7 +273,7 @@ def _start_over(plan: Study, workspace: Workspace, rdb: Any, claims: Claims, lea
         )
     if (study := storage.find(rdb, plan.name)) is not None:
         for trial in study.get_trials(deepcopy=False):
-            if (who := claims.holder(item(trial.number))) is not None:
+            if (who := claims.holder(trial_key(trial.number))) is not None:
                 raise DmatError(
                     f"trial {trial.number} of study {plan.name} is being computed by {who}; expected nobody at work "
                     f"where --fresh sets it aside; stop that worker first"
@@ -283,29 +285,29 @@ def _start_over(plan: Study, workspace: Workspace, rdb: Any, claims: Claims, lea
         claims.take(LEADER)
 
 
-def _finished(bench: Bench, total: int) -> bool:
+def _finished(context: TrialContext, total: int) -> bool:
     """Whether a report of all trials is there already and nothing more is wanted."""
-    assert bench.study is not None
-    path = bench.plan.folder / "finished.json"
+    assert context.study is not None
+    path = context.plan.folder / "finished.json"
     note = files.read_json(path) if path.exists() else {"trials": 0, "ranked": []}
-    ended = storage.ended(bench.study)
-    reported = note["trials"] == len(ended) and note["ranked"] == sorted(ranking.found(bench.study))
-    return reported and total <= len(storage.own(ended)) and not ranking.missing(bench.plan, bench.study)
+    ended = storage.ended(context.study)
+    reported = note["trials"] == len(ended) and note["ranked"] == sorted(ranking.found(context.study))
+    return reported and total <= len(storage.own(ended)) and not ranking.missing(context.plan, context.study)
 
 
-def _adopt(bench: Bench) -> None:
+def _adopt(context: TrialContext) -> None:
     """A helper without the leader's folder puts its trials below the leader's run, if that is known."""
-    assert bench.study is not None
-    run = bench.study.user_attrs.get(_RUN)
+    assert context.study is not None
+    run = context.study.user_attrs.get(_RUN)
     if run:
-        tracking.adopt(bench.workspace.home, bench.plan.folder, run, f"{WORD} {bench.plan.settings.arm}")
+        tracking.adopt(context.workspace.home, context.plan.folder, run, f"{WORD} {context.plan.settings.arm}")
 
 
-def _tell_run(bench: Bench, tracked: tracking.Run) -> None:
+def _tell_run(context: TrialContext, tracked: tracking.Run) -> None:
     run = tracked.provenance()["mlflow_run"]
-    if run and bench.study is not None:
+    if run and context.study is not None:
         with contextlib.suppress(Exception):  # for other machines alone; they wait for nothing
-            bench.study.set_user_attr(_RUN, run)
+            context.study.set_user_attr(_RUN, run)
 
 
 def folder_of(plan: Study) -> Path:
@@ -321,7 +323,7 @@ def status(plan: Study) -> dict[str, Any]:
         claims = Claims(rdb.engine, plan.name)
         at_work = [
             f"trial {one.number}: {len(one.intermediate_values)} reports, "
-            f"{claims.holder(item(one.number)) or 'nobody at work; it goes on with `dmat tune start`'}"
+            f"{claims.holder(trial_key(one.number)) or 'nobody at work; it goes on with `dmat tune start`'}"
             for one in study.get_trials(deepcopy=False)
             if not one.state.is_finished()
         ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dmat import config, files, plugins, redaction
-from dmat.config import Params, Trial, Tune
+from dmat.config import Params, TrialSettings, Tune
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES, code_identity
 from dmat.workspace import Workspace
@@ -17,7 +17,7 @@ CODE = ("mix_images", "train_robust")  # stages whose code a trial computes with
 DATABASE = "studies.db"  # all studies of a project, where no other storage is named
 VARIABLE = "DMAT_STUDIES"  # environment: URL of the storage, which may hold a password and so stays out of files
 # Not part of what a study is: they decide which trials it makes, never what a trial finds.
-_FREE = ("trials", "sampler", "pruner", "startup_trials", "warm_up_images", "retries", "rerank", "enqueue")
+_FREE = ("trials", "sampler", "pruner", "startup_trials", "warmup_images", "retries", "rerank", "enqueue")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Study:
     """
 
     settings: Tune
-    trial: Trial  # what all trials have in common
+    trial: TrialSettings  # what all trials have in common
     inputs: dict[str, dict[str, str]]
     folder: Path
     storage: str
-    kin: str
+    transfer_key: str
     plugins: dict[str, str] = dataclasses.field(default_factory=dict)  # import path -> identity of that code
 
     @property
@@ -62,7 +62,7 @@ class Study:
         """The arm's value of a parameter, as a number where the space wants one."""
         value = self.trial.value_of(name)
         number = isinstance(self.settings.space.get(name), config.Range) and isinstance(value, str)
-        return float(config.Fraction(value)) if number else value
+        return float(config.WrittenNumber(value)) if number else value
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -102,7 +102,7 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
         "settings": {name: value for name, value in settings.plain().items() if name not in (*_FREE, "space")},
         "trial": trial.plain(),
         "inputs": {name: inputs[name]["sha256"] for name in ("train", "validation", "selection")},
-        "code": {word: code_identity.read(workspace.root).of(word) for word in CODE},
+        "code": {stage_name: code_identity.read(workspace.root).of(stage_name) for stage_name in CODE},
     }
     if own := own_code(settings, trial):
         identity["plugins"] = own
@@ -114,7 +114,7 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
     return Study(settings, trial, inputs, folder, url, files.fingerprint(identity), own)
 
 
-def own_code(settings: Tune, trial: Trial) -> dict[str, str]:
+def own_code(settings: Tune, trial: TrialSettings) -> dict[str, str]:
     """Import path -> identity of the code of the project that trials may use, as it lies there now."""
     return code_identity.of_plugins(plugins.words([trial.plain(), settings.plain()["space"]]), *CODE)
 

@@ -12,9 +12,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from dmat import files
-from dmat.config import Fraction
+from dmat.config import WrittenNumber
 from dmat.data import shards
-from dmat.data.pixels import everything
+from dmat.data.pixels import load_all
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation
 from dmat.evaluation.measures import Subject
@@ -26,13 +26,13 @@ from dmat.training import weights
 from dmat.tuning import space
 from dmat.tuning.plan import Study
 from dmat.tuning.storage import ended
-from dmat.tuning.trials import NOTE, Bench
+from dmat.tuning.trials import NOTE, TrialContext
 from dmat.workspace import RESULT
 
 _PREFIX = "auto_attack."  # of a study's attribute; then the trial's number
 
 
-def item(number: int) -> str:
+def ranking_key(number: int) -> str:
     """A trial's rank as a claim."""
     return f"rank-{number:04d}"
 
@@ -75,22 +75,22 @@ def _has_weights(plan: Study, trial: FrozenTrial) -> bool:
     return all(values.get(name, value) == value for name, value in trial.params.items())
 
 
-def rank(bench: Bench, trial: FrozenTrial) -> None:
+def rank(context: TrialContext, trial: FrozenTrial) -> None:
     """Attacks one trial's weights and writes the accuracy into the study. Goes on from the shards that are there."""
-    assert bench.study is not None
-    plan, compute = bench.plan, bench.compute.exact()
-    validation = shards.open_shards(bench.workspace.at(plan.inputs["validation"]["path"]))
-    settings = bench.params.evaluate_robust
+    assert context.study is not None
+    plan, compute = context.plan, context.compute.exact()
+    validation = shards.open_shards(context.workspace.at(plan.inputs["validation"]["path"]))
+    settings = context.params.evaluate_robust
     path = weights_of(plan, trial)
     model, sidecar = load_classifier(path, validation, compute)
-    images, labels = everything(validation)
+    images, labels = load_all(validation)
     suite = auto_attack.suite(
         settings.auto_attack if settings.auto_attack != "none" else "standard", validation.classes
     )
-    ball = Ball(sidecar["threat"]["norm"], Fraction(sidecar["threat"]["epsilon"]))
+    ball = Ball(sidecar["threat"]["norm"], WrittenNumber(sidecar["threat"]["epsilon"]))
     evaluation = Evaluation(
         plan.trial_folder(trial.number) / "auto_attack",
-        Subject("validation", model, images, labels, ball, suite, thorough=True),
+        Subject("validation", model, images, labels, ball, suite, full_suite=True),
         settings.model_copy(update={"sweep": ()}),
         compute,
         {
@@ -101,7 +101,7 @@ def rank(bench: Bench, trial: FrozenTrial) -> None:
     )
     work.compute_all(evaluation.shards, wait=True, quiet=True)
     value = wilson(evaluation.columns()["auto_attack"]).plain() | {"attacks": suite.name}
-    bench.study.set_user_attr(f"{_PREFIX}{trial.number}", value)
+    context.study.set_user_attr(f"{_PREFIX}{trial.number}", value)
 
 
 def best(plan: Study, study: optuna.Study) -> FrozenTrial | None:

@@ -105,11 +105,11 @@ def _importances(study: optuna.Study, complete: int) -> dict[str, float]:
     return dict(optuna.importance.get_param_importances(study))
 
 
-def _seen(trial: FrozenTrial) -> study_pictures.Trial:
+def _seen(trial: FrozenTrial) -> study_pictures.TrialPoint:
     """A trial as pictures show it; one that was stopped early has the value it had last."""
     last = trial.intermediate_values.get(images_seen(trial))
     value = last if trial.state == TrialState.PRUNED else trial.value
-    return study_pictures.Trial(trial.number, trial.state.name, trial.params, value, trial.intermediate_values)
+    return study_pictures.TrialPoint(trial.number, trial.state.name, trial.params, value, trial.intermediate_values)
 
 
 def table(plan: Study, study: optuna.Study) -> str:

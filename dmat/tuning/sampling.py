@@ -99,10 +99,10 @@ def pruner(settings: Tune, name: str | None = None) -> BasePruner:
     if chosen == "hyperband":
         return HyperbandPruner(settings.evaluate_every, settings.images_seen, reduction_factor=3)
     if chosen == "median":
-        return MedianPruner(settings.startup_trials, settings.warm_up_images + 1)
+        return MedianPruner(settings.startup_trials, settings.warmup_images + 1)
     return NopPruner()
 
 
 def should_stop(trial: optuna.Trial, images_seen: int, settings: Tune) -> bool:
     """Whether a trial falls behind the others after this report: never in its warm-up."""
-    return images_seen > settings.warm_up_images and trial.should_prune()
+    return images_seen > settings.warmup_images and trial.should_prune()

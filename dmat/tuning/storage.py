@@ -101,7 +101,7 @@ def begin(storage: RDBStorage, plan: Study, claims: Claims) -> optuna.Study:
         return study
     with claims.turn():
         if not study.user_attrs.get(_READY):
-            study.set_user_attr(_KIN, plan.kin)
+            study.set_user_attr(_KIN, plan.transfer_key)
             known = [space.origin(plan.name, trial) for trial in study.get_trials(deepcopy=False)]
             for other in _kin(storage, plan):
                 for trial in space.fitting(plan, other.study_name, other.get_trials(deepcopy=False)):
@@ -133,5 +133,5 @@ def ended(study: optuna.Study) -> list[FrozenTrial]:
 
 def _kin(storage: RDBStorage, plan: Study) -> list[optuna.Study]:
     summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
-    kin = [one.study_name for one in summaries if one.user_attrs.get(_KIN) == plan.kin]
-    return [optuna.load_study(study_name=name, storage=storage) for name in sorted(kin) if name != plan.name]
+    transfer_key = [one.study_name for one in summaries if one.user_attrs.get(_KIN) == plan.transfer_key]
+    return [optuna.load_study(study_name=name, storage=storage) for name in sorted(transfer_key) if name != plan.name]

@@ -19,7 +19,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from dmat import files, tracking
-from dmat.config import MixImages, Params, Trial
+from dmat.config import MixImages, Params, TrialSettings
 from dmat.devices import Compute
 from dmat.errors import Diverged, DmatError, Interrupted, Pruned, UnfitError, first_line
 from dmat.job import Job
@@ -34,7 +34,7 @@ from dmat.workspace import PICTURES, RESULT, Workspace
 
 NOTE = "trial.json"  # in a trial's folder: its values
 OBJECTIVE = "validation_robust"  # share of 1, of the averaged weights
-MOST_DEATHS = 5  # workers that may be killed in a trial before it is the trial's fault
+MAX_LOST_WORKERS = 5  # workers that may be killed in a trial before it is the trial's fault
 _GO_ON, _PRUNED, _STOP = "", "pruned ", "stop "  # what the leading process tells the others at a report
 
 
@@ -43,14 +43,14 @@ class LostError(DmatError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     state: TrialState
     value: float | None
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
+class TrialContext:
     """What a worker computes trials with. study and claims: of the leading process alone."""
 
     plan: Study
@@ -62,19 +62,19 @@ class Bench:
     claims: Claims | None = None
 
 
-def item(number: int) -> str:
+def trial_key(number: int) -> str:
     """A trial as a claim."""
     return f"trial-{number:04d}"
 
 
-def run(bench: Bench, trial: FrozenTrial) -> Outcome | None:
+def run(context: TrialContext, trial: FrozenTrial) -> TrialOutcome | None:
     """A trial to its end, in the study and in MLflow, from where an earlier worker left it.
 
     None: another process still computes it after all. Raises LostError if another worker took it meanwhile, Interrupted
     on a signal (its state is saved), and DmatError where the study cannot go on.
     """
-    assert bench.study is not None and bench.claims is not None
-    folder = bench.plan.trial_folder(trial.number)
+    assert context.study is not None and context.claims is not None
+    folder = context.plan.trial_folder(trial.number)
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / "lock", timeout=0)  # a holder that only slept, on this file system
     try:
@@ -82,36 +82,36 @@ def run(bench: Bench, trial: FrozenTrial) -> Outcome | None:
     except filelock.Timeout:
         return None
     try:
-        _expect_own_files(bench, trial, folder)
-        return _run(bench, bench.study, bench.claims, trial, folder)
+        _expect_own_files(context, trial, folder)
+        return _run(context, context.study, context.claims, trial, folder)
     finally:
         lock.release()
 
 
-def _run(bench: Bench, study: optuna.Study, claims: Claims, trial: FrozenTrial, folder: Path) -> Outcome:
+def _run(context: TrialContext, study: optuna.Study, claims: Claims, trial: FrozenTrial, folder: Path) -> TrialOutcome:
     spent = _Spent()
     tracked = tracking.open_run(
-        bench.workspace.home,
+        context.workspace.home,
         folder,
         stage="train_robust",
-        instance=f"trial {trial.number}",
-        settings=_settings(bench.plan, trial),
-        inputs=bench.plan.inputs,
-        compute=bench.compute.describe(),
-        root=bench.workspace.root,
-        parent=bench.plan.folder,
+        instance_name=f"trial {trial.number}",
+        settings=_settings(context.plan, trial),
+        inputs=context.plan.inputs,
+        compute=context.compute.describe(),
+        root=context.workspace.root,
+        parent=context.plan.folder,
         tags={
-            "optuna.study": bench.plan.name,
+            "optuna.study": context.plan.name,
             "optuna.trial": str(trial.number),
-            "dmat.arm": bench.plan.settings.arm,
+            "dmat.arm": context.plan.settings.arm,
         },
     )
     with tracked:
         started = time.time()
-        outcome = _outcome(bench, trial, folder, _watcher(bench, study, claims, trial, spent))
+        outcome = _outcome(context, trial, folder, _watcher(context, study, claims, trial, spent))
         for word in CODE:  # what other code found is never told
-            code_identity.expect(word, bench.workspace.root, again=True)
-        expect_same_plugins(bench.plan)
+            code_identity.expect(word, context.workspace.root, again=True)
+        expect_same_plugins(context.plan)
         if outcome.state == TrialState.COMPLETE:
             tracked.finish_with({f"best_{OBJECTIVE}": outcome.value}, sorted((folder / PICTURES).glob("*.png")))
         elif outcome.state == TrialState.PRUNED:
@@ -125,7 +125,7 @@ def _run(bench: Bench, study: optuna.Study, claims: Claims, trial: FrozenTrial, 
             live.set_user_attr("seconds", round(tracking.seconds_before(folder) + time.time() - started, 1))
             live.set_user_attr("reason", outcome.reason)
             live.set_user_attr("report_seconds", round(spent.seconds / max(1, spent.reports), 4))
-            live.set_user_attr("workers_killed", claims.deaths(item(trial.number)))
+            live.set_user_attr("workers_killed", claims.lost_workers(trial_key(trial.number)))
     # last, because what comes after it is lost with the process: a trial that was not told ends once more
     if study.get_trials(deepcopy=False)[trial.number].state.is_finished():
         raise _ended_elsewhere(trial)
@@ -145,12 +145,12 @@ def expect_same_plugins(plan: Study) -> None:
         )
 
 
-def _expect_own_files(bench: Bench, trial: FrozenTrial, folder: Path) -> None:
+def _expect_own_files(context: TrialContext, trial: FrozenTrial, folder: Path) -> None:
     """What lies in a trial's folder may be of a study whose storage was moved away: a checkpoint says nothing of the
     values that it was trained with. Then it is set aside."""
     note = folder / NOTE
     if note.exists() and files.read_json(note) != {"params": trial.params}:
-        work_folder.set_aside(folder, bench.workspace.home)
+        work_folder.set_aside(folder, context.workspace.home)
     files.write_json(note, {"params": trial.params})
 
 
@@ -161,46 +161,46 @@ def _settings(plan: Study, trial: FrozenTrial) -> dict[str, Any]:
         return {**plan.trial.plain(), **trial.params}
 
 
-def _outcome(bench: Bench, trial: FrozenTrial, folder: Path, watcher: Watcher) -> Outcome:
+def _outcome(context: TrialContext, trial: FrozenTrial, folder: Path, watcher: Watcher) -> TrialOutcome:
     """Whatever happens in a trial, as its state. Only what ends the study or the worker is raised."""
-    assert bench.claims is not None
-    if (deaths := bench.claims.deaths(item(trial.number))) > MOST_DEATHS:
-        return Outcome(TrialState.FAIL, None, f"{deaths} workers were killed in it")
-    bench.compute.world.share(json.dumps({"values": trial.params}).encode())  # `worker.follow` waits for it
+    assert context.claims is not None
+    if (lost_workers := context.claims.lost_workers(trial_key(trial.number))) > MAX_LOST_WORKERS:
+        return TrialOutcome(TrialState.FAIL, None, f"{lost_workers} workers were killed in it")
+    context.compute.world.broadcast(json.dumps({"values": trial.params}).encode())  # `worker.follow` waits for it
     attempts = 0
     while True:
         try:
-            return Outcome(TrialState.COMPLETE, compute(bench, trial.params, folder, watcher), "")
+            return TrialOutcome(TrialState.COMPLETE, compute(context, trial.params, folder, watcher), "")
         except Pruned as stop:
-            return Outcome(TrialState.PRUNED, None, str(stop))
+            return TrialOutcome(TrialState.PRUNED, None, str(stop))
         except (Diverged, UnfitError) as error:
-            return Outcome(TrialState.FAIL, None, str(error))
+            return TrialOutcome(TrialState.FAIL, None, str(error))
         except (DmatError, Interrupted):
             raise
         except Exception as error:
             if is_out_of_memory(error):
-                return Outcome(TrialState.FAIL, None, f"out of memory: {first_line(error)}")
+                return TrialOutcome(TrialState.FAIL, None, f"out of memory: {first_line(error)}")
             attempts += 1
-            if bench.compute.world.size > 1:  # the others are still at the step: all are started again
+            if context.compute.world.size > 1:  # the others are still at the step: all are started again
                 raise
-            if attempts > bench.plan.settings.retries:
+            if attempts > context.plan.settings.retries:
                 what = f"{type(error).__name__}: {first_line(error)}"
-                return Outcome(TrialState.FAIL, None, f"ended with an exception {attempts} times, last {what}")
+                return TrialOutcome(TrialState.FAIL, None, f"ended with an exception {attempts} times, last {what}")
 
 
-def compute(bench: Bench, values: Mapping[str, Any], folder: Path, watcher: Watcher) -> float:
+def compute(context: TrialContext, values: Mapping[str, Any], folder: Path, watcher: Watcher) -> float:
     """Best validation PGD accuracy of a training in its own folder; goes on from a checkpoint there."""
-    plan, chosen = bench.plan, _chosen(bench.plan, values)
-    own = images.workspace_of(plan, chosen, bench.params, bench.workspace)
-    inputs = {name: bench.workspace.at(entry["path"]) for name, entry in plan.inputs.items()}
+    plan, chosen = context.plan, _chosen(context.plan, values)
+    own = images.workspace_of(plan, chosen, context.params, context.workspace)
+    inputs = {name: context.workspace.at(entry["path"]) for name, entry in plan.inputs.items()}
     inputs["selection"] = own.at(plan.inputs["selection"]["path"])
     job = Job(
         inputs,
         {"arm": plan.settings.arm, "seed": plan.settings.seed},
         own.root,
         folder,
-        bench.compute,
-        bench.save_seconds,
+        context.compute,
+        context.save_seconds,
         quiet=True,
         watcher=watcher,
     )
@@ -210,11 +210,11 @@ def compute(bench: Bench, values: Mapping[str, Any], folder: Path, watcher: Watc
     return best
 
 
-def follow(bench: Bench, values: Mapping[str, Any]) -> None:
+def follow(context: TrialContext, values: Mapping[str, Any]) -> None:
     """What a process under `torchrun` does that does not lead: the same training, in a folder that nobody keeps."""
 
     def watch(images_seen: int, _: dict[str, float]) -> None:
-        told = (bench.compute.world.share(None) or b"").decode()
+        told = (context.compute.world.broadcast(None) or b"").decode()
         if told.startswith(_PRUNED):
             raise Pruned(told.removeprefix(_PRUNED))
         if told.startswith(_STOP):
@@ -222,31 +222,33 @@ def follow(bench: Bench, values: Mapping[str, Any]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            compute(bench, values, Path(folder), watch)
+            compute(context, values, Path(folder), watch)
         except (Pruned, Diverged, UnfitError):
             return  # all found the same
 
 
-def _watcher(bench: Bench, study: optuna.Study, claims: Claims, frozen: FrozenTrial, spent: "_Spent") -> Watcher:
+def _watcher(
+    context: TrialContext, study: optuna.Study, claims: Claims, frozen: FrozenTrial, spent: "_Spent"
+) -> Watcher:
     """Reports validation PGD accuracy against images seen; raises Pruned when the study says so, in all processes."""
     trial = optuna.Trial(study, frozen._trial_id)
     known = set(frozen.intermediate_values)  # a resumed trial computes its last report again
-    world = bench.compute.world
+    world = context.compute.world
 
     def watch(images_seen: int, values: dict[str, float]) -> None:
         try:
-            with spent.counted(), speaking(bench.plan.storage), _unless_ended(frozen):
+            with spent.counted(), speaking(context.plan.storage), _unless_ended(frozen):
                 _expect_held(claims, frozen, within=RENEW + 5)
                 if images_seen not in known:
                     trial.report(values[OBJECTIVE], images_seen)
                     known.add(images_seen)
-                stop = sampling.should_stop(trial, images_seen, bench.plan.settings)
+                stop = sampling.should_stop(trial, images_seen, context.plan.settings)
         except DmatError as error:
-            world.share(f"{_STOP}{error}".encode())
+            world.broadcast(f"{_STOP}{error}".encode())
             raise
-        pruner = bench.plan.settings.pruner
+        pruner = context.plan.settings.pruner
         reason = f"{values[OBJECTIVE]:.4f} after {images_seen} images is behind the other trials ({pruner})"
-        world.share(f"{_PRUNED}{reason}".encode() if stop else _GO_ON.encode())
+        world.broadcast(f"{_PRUNED}{reason}".encode() if stop else _GO_ON.encode())
         if stop:
             raise Pruned(reason)
 
@@ -254,7 +256,7 @@ def _watcher(bench: Bench, study: optuna.Study, claims: Claims, frozen: FrozenTr
 
 
 def _expect_held(claims: Claims, trial: FrozenTrial, within: float = 0.0) -> None:
-    if not claims.holds(item(trial.number), within):
+    if not claims.holds(trial_key(trial.number), within):
         raise LostError(
             f"trial {trial.number} was taken by another worker, because this one did not answer for a minute; it goes "
             f"on there"
@@ -274,7 +276,7 @@ def _ended_elsewhere(trial: FrozenTrial) -> LostError:
     return LostError(f"trial {trial.number} was ended by another worker; what it found stands")
 
 
-def _chosen(plan: Study, values: Mapping[str, Any]) -> Trial:
+def _chosen(plan: Study, values: Mapping[str, Any]) -> TrialSettings:
     """A trial's settings. Each value is possible by itself (`config` has seen to that); together they may not be."""
     chosen = plan.trial.with_values(values)
     drawn = chosen.arm.batch // chosen.arm.cutmix_copies

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dmat.tuning import ranking, sampling, space, storage, trials
 from dmat.tuning.claims import Claims
 from dmat.tuning.plan import Study
-from dmat.tuning.trials import Bench, LostError
+from dmat.tuning.trials import LostError, TrialContext
 
 _LOOK_EVERY = 1.0  # seconds between two looks whether somebody left a trial
 _AVOID = 30.0  # seconds for which a trial that another process has open is left alone
@@ -25,57 +25,59 @@ _TELL_EVERY = 60.0  # seconds after which waiting processes hear that there is n
 _WAIT, _END = "wait", "end"  # what the leading process tells the others between two trials
 
 
-def work(bench: Bench, total: int, asked: Callable[[], None], after: Callable[[], None] = lambda: None) -> None:
+def work(
+    context: TrialContext, total: int, asked: Callable[[], None], after: Callable[[], None] = lambda: None
+) -> None:
     """Computes until `total` trials have ended and the best are ranked, by whomever.
 
     asked: is called between two pieces of work and may raise. after: is called when a trial has ended, here or
     elsewhere.
     """
-    assert bench.study is not None and bench.claims is not None
-    study, claims, world, told = bench.study, bench.claims, bench.compute.world, time.monotonic()
+    assert context.study is not None and context.claims is not None
+    study, claims, world, told = context.study, context.claims, context.compute.world, time.monotonic()
     known = -1
     busy: dict[int, float] = {}  # trials that a process still has open which did not renew its claim -> until when
     while True:
         asked()
         avoid = [number for number, until in busy.items() if time.monotonic() < until]
-        trial = _next(bench.plan, study, claims, total, avoid)
+        trial = _next(context.plan, study, claims, total, avoid)
         count = len(storage.ended(study))
         if count != known:
             known = count
             after()
         if isinstance(trial, FrozenTrial):
-            if not _compute(bench, claims, trial):
+            if not _compute(context, claims, trial):
                 busy[trial.number] = time.monotonic() + _AVOID
             told = time.monotonic()
         elif trial:
             if world.size > 1 and time.monotonic() - told > _TELL_EVERY:
-                world.share(_WAIT.encode())
+                world.broadcast(_WAIT.encode())
                 told = time.monotonic()
             time.sleep(_LOOK_EVERY)
         else:
             break
-    world.share(_END.encode())
-    _rank(bench, claims, asked)
+    world.broadcast(_END.encode())
+    _rank(context, claims, asked)
     after()
 
 
-def follow(bench: Bench) -> None:
+def follow(context: TrialContext) -> None:
     """The other processes of `torchrun`: the trials that the leading one takes, in step with it."""
     while True:
-        told = (bench.compute.world.share(None) or b"").decode()
+        told = (context.compute.world.broadcast(None) or b"").decode()
         if told == _END:
             return
         if told != _WAIT:
-            trials.follow(bench, json.loads(told)["values"])
+            trials.follow(context, json.loads(told)["values"])
 
 
-def _compute(bench: Bench, claims: Claims, trial: FrozenTrial) -> bool:
+def _compute(context: TrialContext, claims: Claims, trial: FrozenTrial) -> bool:
     """Whether it was computed here; False: a process that still lives has it open, and it is left to that."""
-    name = trials.item(trial.number)
+    name = trials.trial_key(trial.number)
     try:
-        return trials.run(bench, trial) is not None
+        return trials.run(context, trial) is not None
     except LostError:
-        if bench.compute.world.size > 1:
+        if context.compute.world.size > 1:
             raise
         return True
     finally:
@@ -96,17 +98,17 @@ def _next(
         all_trials = study.get_trials(deepcopy=False)
         own = storage.own(all_trials)
         for one in [one for one in own if one.state == TrialState.RUNNING and one.number not in avoid]:
-            if claims.take(trials.item(one.number)):
+            if claims.take(trials.trial_key(one.number)):
                 whole = _whole(plan, study, one.number)
                 if whole is not None:
                     return whole
-                claims.give_back(trials.item(one.number))  # it ended between the look and the claim
+                claims.give_back(trials.trial_key(one.number))  # it ended between the look and the claim
         if not any(one.state == TrialState.WAITING for one in own):
             if len(own) >= total:
                 return any(one.state == TrialState.RUNNING for one in own)
             study.enqueue_trial(_values(plan, all_trials, len(own)))
         number = study.ask().number
-        claims.take(trials.item(number))
+        claims.take(trials.trial_key(number))
         return _whole(plan, study, number) or True
 
 
@@ -128,20 +130,20 @@ def _whole(plan: Study, study: optuna.Study, number: int) -> FrozenTrial | None:
     return study.get_trials(deepcopy=False)[number]
 
 
-def _rank(bench: Bench, claims: Claims, asked: Callable[[], None]) -> None:
+def _rank(context: TrialContext, claims: Claims, asked: Callable[[], None]) -> None:
     """Ranks what nobody else ranks, and waits for the others."""
-    assert bench.study is not None
+    assert context.study is not None
     while True:
         asked()
-        waiting = ranking.missing(bench.plan, bench.study)
-        mine = next((one for one in waiting if claims.take(ranking.item(one.number))), None)
+        waiting = ranking.missing(context.plan, context.study)
+        mine = next((one for one in waiting if claims.take(ranking.ranking_key(one.number))), None)
         if not waiting:
             return
         if mine is None:
             time.sleep(_LOOK_EVERY)
             continue
         try:
-            ranking.rank(bench, mine)
+            ranking.rank(context, mine)
         finally:
             with contextlib.suppress(Exception):
-                claims.give_back(ranking.item(mine.number))
+                claims.give_back(ranking.ranking_key(mine.number))

@@ -19,16 +19,16 @@ from typing import Any
 import filelock
 import psutil
 
-from dmat import ARTIFACTS, files, workspace
+from dmat import ARTIFACTS, files
 from dmat.config import Params
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES
 from dmat.pipeline.stages import REPORTED
-from dmat.tracking import notes
+from dmat.tracking import open_runs
 from dmat.upkeep import dvc_files, work_folders
 from dmat.upkeep.dvc_files import DvcResult
 from dmat.upkeep.work_folders import WorkFolder
-from dmat.workspace import PICTURES, RESULT, Workspace
+from dmat.workspace import EXPERIMENT_COPIES, PICTURES, RESULT, Workspace
 
 KINDS = {
     "finished": "work folders of results that DVC has",
@@ -44,7 +44,7 @@ _OURS_IN_ROOT = re.compile(r"\.(params.*\.yaml|doctor)\.\d+\.tmp")  # the projec
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
+class RemovalCandidate:
     paths: tuple[Path, ...]  # that go together, the one to name first
     kind: str  # one of KINDS
     reason: str
@@ -53,7 +53,7 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class KeptPath:
     """What stays although one might expect it to go."""
 
     path: Path
@@ -62,35 +62,39 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    candidates: list[Candidate]
-    kept: list[Kept]
+    candidates: list[RemovalCandidate]
+    kept: list[KeptPath]
     reruns_report: bool  # a folder that write_report reads would lose something
 
 
-def survey(place: Workspace, params: Params, *, unfinished: bool = False, older_than: float = 0.0) -> Survey:
+def survey(workspace: Workspace, params: Params, *, unfinished: bool = False, older_than: float = 0.0) -> Survey:
     """What could go. older_than: days since the last change inside. Changes nothing."""
-    if workspace.EXPERIMENT_COPIES in place.root.as_posix():
-        raise DmatError(f"{place.root} is a copy that DVC made for an experiment; clean in {place.home}")
-    current = {(word, stage.instance(one)) for word, stage in STAGES.items() for one in stage.choices(params)}
-    results = dvc_files.results(place.root)
-    busy = _busy(place)
+    if EXPERIMENT_COPIES in workspace.root.as_posix():
+        raise DmatError(f"{workspace.root} is a copy that DVC made for an experiment; clean in {workspace.home}")
+    current = {
+        (stage_name, stage.instance_name(one)) for stage_name, stage in STAGES.items() for one in stage.choices(params)
+    }
+    results = dvc_files.results(workspace.root)
+    busy = _busy(workspace)
     found = [
-        *_in_work_folders(place, results, current, unfinished),
-        *_unlisted(place, params, results, busy),
-        *_leftovers(place, busy),
+        *_in_work_folders(workspace, results, current, unfinished),
+        *_unlisted(workspace, params, results, busy),
+        *_leftovers(workspace, busy),
     ]
-    candidates = [one for one in found if isinstance(one, Candidate)]
-    kept = [one for one in found if isinstance(one, Kept)]
+    candidates = [one for one in found if isinstance(one, RemovalCandidate)]
+    kept = [one for one in found if isinstance(one, KeptPath)]
     if older_than:
         limit = time.time() - older_than * 86400
         kept += [
-            Kept(one.paths[0], f"changed in the last {older_than:g} days") for one in candidates if one.newest > limit
+            KeptPath(one.paths[0], f"changed in the last {older_than:g} days")
+            for one in candidates
+            if one.newest > limit
         ]
         candidates = [one for one in candidates if one.newest <= limit]
-    candidates += _pools(place, {one.paths[0] for one in candidates})
+    candidates += _pools(workspace, {one.paths[0] for one in candidates})
     going = {path for one in candidates for path in one.paths}
     candidates = [one for one in candidates if not going & set(one.paths[0].parents)]
-    reported = {place.at(f"{ARTIFACTS}/{path}") for path in REPORTED}
+    reported = {workspace.at(f"{ARTIFACTS}/{path}") for path in REPORTED}
     return Survey(candidates, kept, any(reported & set(path.parents) for path in going))
 
 
@@ -112,7 +116,7 @@ def size(paths: Iterable[Path]) -> int:
     return sum(file.lstat().st_size for path in paths for file in _files(path))
 
 
-def remove(candidates: list[Candidate]) -> tuple[int, list[Kept]]:
+def remove(candidates: list[RemovalCandidate]) -> tuple[int, list[KeptPath]]:
     """Removes one after the other; returns the bytes that came free and what stayed after all."""
     before = freed(path for one in candidates for path in one.paths)
     kept = []
@@ -120,13 +124,13 @@ def remove(candidates: list[Candidate]) -> tuple[int, list[Kept]]:
         try:
             _remove(one)
         except (DmatError, OSError) as error:
-            kept.append(Kept(one.paths[0], str(error)))
+            kept.append(KeptPath(one.paths[0], str(error)))
     # What stayed still has its names, so nothing that is linked to it came free.
     left = [path for one in candidates for name in one.paths for path in (name, _gone(name)) if os.path.lexists(path)]
     return before - freed(left), kept
 
 
-def _remove(one: Candidate) -> None:
+def _remove(one: RemovalCandidate) -> None:
     if one.lock is None:
         _discard(one)
         return
@@ -141,7 +145,7 @@ def _remove(one: Candidate) -> None:
         lock.release()
 
 
-def _discard(one: Candidate) -> None:
+def _discard(one: RemovalCandidate) -> None:
     """By rename first: a kill half-way leaves a hidden leftover and nothing that looks whole."""
     if _newest(one.paths) != one.newest:
         raise DmatError("it changed meanwhile; look again")
@@ -160,62 +164,62 @@ def _gone(path: Path) -> Path:
 
 
 def _in_work_folders(
-    place: Workspace, results: list[DvcResult], current: set[tuple[str, str]], unfinished: bool
-) -> Iterator[Candidate | Kept]:
-    known, unsent = _by_provenance(results), _unsent(place.home)
-    for path in work_folders.strays(place.home):
-        yield Kept(path, "it is not named as work of a stage")
-    for work in work_folders.all_of(place.home):
+    workspace: Workspace, results: list[DvcResult], current: set[tuple[str, str]], unfinished: bool
+) -> Iterator[RemovalCandidate | KeptPath]:
+    known, unsent = _by_provenance(results), _unsent(workspace.home)
+    for path in work_folders.strays(workspace.home):
+        yield KeptPath(path, "it is not named as work of a stage")
+    for work in work_folders.all_of(workspace.home):
         if holder := work.holder:
-            yield Kept(work.path, f"{holder} works in it")
+            yield KeptPath(work.path, f"{holder} works in it")
             continue
         for path in work.aside:
             if path in unsent:
-                yield Kept(path, "MLflow lacks part of its run; `dmat runs sync` sends it")
+                yield KeptPath(path, "MLflow lacks part of its run; `dmat runs sync` sends it")
             else:
                 yield _locked(work, path, "aside", "set aside by --fresh or as damaged")
-        if work.word == work_folders.STUDY:
-            yield Kept(work.path, "DVC has no copy of a study; delete it by hand if it is not needed")
+        if work.stage_name == work_folders.STUDY:
+            yield KeptPath(work.path, "DVC has no copy of a study; delete it by hand if it is not needed")
             continue
         try:
             note = work.finished
         except DmatError as error:
-            yield Kept(work.path, str(error))
+            yield KeptPath(work.path, str(error))
             continue
         if work.strangers:
-            yield Kept(work.path, f"no job wrote {', '.join(path.name for path in work.strangers)}")
+            yield KeptPath(work.path, f"no job wrote {', '.join(path.name for path in work.strangers)}")
         elif work.path in unsent:
-            yield Kept(work.path, "MLflow lacks part of its run; `dmat runs sync` sends it")
+            yield KeptPath(work.path, "MLflow lacks part of its run; `dmat runs sync` sends it")
         elif note is not None:
-            named = (work.word, work.instance) in current
-            problem, reason = _finished(place, work, note, known, named)
-            yield Kept(work.path, problem) if problem else _locked(work, work.path, "finished", reason)
+            named = (work.stage_name, work.instance_name) in current
+            problem, reason = _finished(workspace, work, note, known, named)
+            yield KeptPath(work.path, problem) if problem else _locked(work, work.path, "finished", reason)
         else:
             reason = "stopped before the end" if work.progress else "stopped before anything was kept"
             if unfinished:
                 yield _locked(work, work.path, "unfinished", reason)
             else:
-                yield Kept(work.path, f"{reason}; the same command goes on; --unfinished offers it")
+                yield KeptPath(work.path, f"{reason}; the same command goes on; --unfinished offers it")
 
 
-def _pools(place: Workspace, going: set[Path]) -> Iterator[Candidate]:
+def _pools(workspace: Workspace, going: set[Path]) -> Iterator[RemovalCandidate]:
     """Pools of the stages of which every work folder goes: DVC's cache then has their shards, and gives them back."""
-    staying = {work.word for work in work_folders.all_of(place.home) if work.path not in going}
-    for pool in work_folders.pools(place.home):
-        word = pool.name.rpartition("-")[0]
-        if word not in staying:
-            yield Candidate((pool,), "pool", f"no work folder of {word} stays", _newest((pool,)))
+    staying = {work.stage_name for work in work_folders.all_of(workspace.home) if work.path not in going}
+    for pool in work_folders.pools(workspace.home):
+        stage_name = pool.name.rpartition("-")[0]
+        if stage_name not in staying:
+            yield RemovalCandidate((pool,), "pool", f"no work folder of {stage_name} stays", _newest((pool,)))
 
 
-def _locked(work: WorkFolder, path: Path, kind: str, reason: str) -> Candidate:
-    return Candidate((path,), kind, reason, _newest((path,)), work.path / "lock")
+def _locked(work: WorkFolder, path: Path, kind: str, reason: str) -> RemovalCandidate:
+    return RemovalCandidate((path,), kind, reason, _newest((path,)), work.path / "lock")
 
 
 def _finished(
-    place: Workspace, work: WorkFolder, note: dict[str, Any], known: dict[str, list[DvcResult]], named: bool
+    workspace: Workspace, work: WorkFolder, note: dict[str, Any], known: dict[str, list[DvcResult]], named: bool
 ) -> tuple[str, str]:
     """Why a finished work folder has to stay (or ""), and why it may go. named: by params.yaml."""
-    provenance = _provenance_path(work.word, work.instance)
+    provenance = _provenance_path(work.stage_name, work.instance_name)
     result = _recorded(known.get(provenance, []), provenance, note["provenance"])
     if result is None:
         return "DVC has no copy of its result; it may be the only one: delete it by hand if it is not needed", ""
@@ -225,86 +229,95 @@ def _finished(
         return "", "params.yaml no longer names its instance; DVC's cache has the result"
     if not result.locked:
         return "", "dvc.lock names another result of its instance by now; DVC's cache has this one"
-    if missing := [path for path in result.outs if not place.at(path).exists()]:
+    if missing := [path for path in result.outs if not workspace.at(path).exists()]:
         return f"dvc.lock names its result but {missing[0]} is not there; `dvc checkout` brings it back", ""
     return "", "dvc.lock names its result, and artifacts/ has it"
 
 
 def _unlisted(
-    place: Workspace, params: Params, results: list[DvcResult], busy: str | None
-) -> Iterator[Candidate | Kept]:
+    workspace: Workspace, params: Params, results: list[DvcResult], busy: str | None
+) -> Iterator[RemovalCandidate | KeptPath]:
     """Outputs of instances that params.yaml does not name, or names at another place. A stage made them: their
     provenance says so. All files of an instance go together or stay together."""
     current = set[Path]()
     for stage in STAGES.values():
-        for chosen in stage.choices(params):
-            beside = (stage.metrics_path(chosen), stage.provenance_path(chosen), stage.pictures_path(chosen))
-            current |= {place.at(path) for path in (*stage.outputs(params, **chosen).values(), *beside)}
-    for word, instance in _published(place):
-        paths = tuple(path for path in _places_of(place, word, instance) if path not in current)
+        for instance in stage.choices(params):
+            beside = (stage.metrics_path(instance), stage.provenance_path(instance), stage.pictures_path(instance))
+            current |= {workspace.at(path) for path in (*stage.outputs(params, **instance).values(), *beside)}
+    for stage_name, instance_name in _published(workspace):
+        paths = tuple(path for path in _places_of(workspace, stage_name, instance_name) if path not in current)
         if not paths:
             continue
-        lost = [extra for path in paths if (extra := _not_in(_with(results, place, path), (path,)))]
+        lost = [extra for path in paths if (extra := _not_in(_with(results, workspace, path), (path,)))]
         if busy:
-            yield Kept(paths[0], f"params.yaml no longer names it, but {busy}")
+            yield KeptPath(paths[0], f"params.yaml no longer names it, but {busy}")
         elif lost:
-            yield Kept(
-                paths[0], f"params.yaml no longer names it, but DVC has no copy of {lost[0].relative_to(place.root)}"
+            yield KeptPath(
+                paths[0],
+                f"params.yaml no longer names it, but DVC has no copy of {lost[0].relative_to(workspace.root)}",
             )
         else:
-            reason = f"params.yaml has no {word} {instance} there; DVC's cache has it"
-            yield Candidate(paths, "unlisted", reason, _newest(paths))
+            reason = f"params.yaml has no {stage_name} {instance_name} there; DVC's cache has it"
+            yield RemovalCandidate(paths, "unlisted", reason, _newest(paths))
 
 
-def _with(results: list[DvcResult], place: Workspace, path: Path) -> list[DvcResult]:
-    relative = path.relative_to(place.root).as_posix()
+def _with(results: list[DvcResult], workspace: Workspace, path: Path) -> list[DvcResult]:
+    relative = path.relative_to(workspace.root).as_posix()
     return [one for one in results if relative in one.outs]
 
 
-def _published(place: Workspace) -> list[tuple[str, str]]:
+def _published(workspace: Workspace) -> list[tuple[str, str]]:
     """Stage and instance of everything that left a provenance in artifacts/."""
-    folder = place.at(f"{ARTIFACTS}/provenance")
-    return [(word, path.stem) for word in STAGES for path in sorted((folder / word).glob("[!.]*.json"))]
+    folder = workspace.at(f"{ARTIFACTS}/provenance")
+    return [
+        (stage_name, path.stem) for stage_name in STAGES for path in sorted((folder / stage_name).glob("[!.]*.json"))
+    ]
 
 
-def _places_of(place: Workspace, word: str, instance: str) -> list[Path]:
+def _places_of(workspace: Workspace, stage_name: str, instance_name: str) -> list[Path]:
     """Where an instance has files, its provenance last: it is what finds the others."""
-    base = place.at(ARTIFACTS)
-    found = [base / word / instance, base / "pictures" / word / instance, base / "metrics" / word / f"{instance}.json"]
-    return [path for path in (*found, place.at(_provenance_path(word, instance))) if os.path.lexists(path)]
+    base = workspace.at(ARTIFACTS)
+    found = [
+        base / stage_name / instance_name,
+        base / "pictures" / stage_name / instance_name,
+        base / "metrics" / stage_name / f"{instance_name}.json",
+    ]
+    return [
+        path for path in (*found, workspace.at(_provenance_path(stage_name, instance_name))) if os.path.lexists(path)
+    ]
 
 
-def _leftovers(place: Workspace, busy: str | None) -> Iterator[Candidate | Kept]:
-    found = [path for path in place.root.iterdir() if _OURS_IN_ROOT.fullmatch(path.name)]
-    for folder in (*_folders(place.at(ARTIFACTS)), *_folders(place.home / "runs")):
+def _leftovers(workspace: Workspace, busy: str | None) -> Iterator[RemovalCandidate | KeptPath]:
+    found = [path for path in workspace.root.iterdir() if _OURS_IN_ROOT.fullmatch(path.name)]
+    for folder in (*_folders(workspace.at(ARTIFACTS)), *_folders(workspace.home / "runs")):
         found += [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
     for path in sorted(found):
         match = _TEMPORARY.fullmatch(path.name)
         if match is None or psutil.pid_exists(int(match["pid"])):
             continue
         if busy:  # its process may live on another machine that shares the folder
-            yield Kept(path, f"a temporary file, but {busy}")
+            yield KeptPath(path, f"a temporary file, but {busy}")
         elif match["end"] == "old" and not path.with_name(match["name"]).exists():
-            yield Kept(path, f"an earlier {match['name']} with none in its place; run its stage again first")
+            yield KeptPath(path, f"an earlier {match['name']} with none in its place; run its stage again first")
         else:
-            yield Candidate((path,), "leftover", f"of process {match['pid']}, which is gone", _newest((path,)))
+            yield RemovalCandidate((path,), "leftover", f"of process {match['pid']}, which is gone", _newest((path,)))
 
 
-def _busy(place: Workspace) -> str | None:
+def _busy(workspace: Workspace) -> str | None:
     """Who may be reading or writing artifacts now."""
-    for work in work_folders.all_of(place.home):
+    for work in work_folders.all_of(workspace.home):
         if holder := work.holder:
-            return f"{holder} computes {work.word} {work.instance}"
-    alive = [claim for claim in dvc_files.claims(place.root) if claim.state == "alive"]
+            return f"{holder} computes {work.stage_name} {work.instance_name}"
+    alive = [claim for claim in dvc_files.claims(workspace.root) if claim.state == "alive"]
     if alive:
         return f"`{alive[0].command}` (process {alive[0].pid}) is running"
-    holder = dvc_files.repository_holder(place.root)
+    holder = dvc_files.repository_holder(workspace.root)
     return f"dvc ({holder}) is running" if holder else None
 
 
 def _unsent(home: Path) -> set[Path]:
     """Work folders that `mlruns/active/` has a note of: not everything of their run is in the store."""
-    return {notes.folder_of(home, note) for _, note in notes.read(home)}
+    return {open_runs.folder_of(home, note) for _, note in open_runs.read(home)}
 
 
 def _by_provenance(results: list[DvcResult]) -> dict[str, list[DvcResult]]:
@@ -345,8 +358,8 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _provenance_path(word: str, instance: str) -> str:
-    return f"{ARTIFACTS}/provenance/{word}/{instance}.json"
+def _provenance_path(stage_name: str, instance_name: str) -> str:
+    return f"{ARTIFACTS}/provenance/{stage_name}/{instance_name}.json"
 
 
 def _newest(paths: Iterable[Path]) -> float:

@@ -23,10 +23,10 @@ class _Table:
     columns: dict[str, np.ndarray]
 
 
-def paired(place: Workspace, first: TrackedRun, second: TrackedRun) -> dict[str, dict[str, float]]:
+def paired(workspace: Workspace, first: TrackedRun, second: TrackedRun) -> dict[str, dict[str, float]]:
     """Difference second - first of every accuracy that both evaluations have, with its 95 % interval; empty unless both
     are evaluations of the same images whose tables are still there."""
-    one, other = (_table(place, run) for run in (first, second))
+    one, other = (_table(workspace, run) for run in (first, second))
     if one is None or other is None or one.images != other.images:
         return {}
     if not np.array_equal(one.columns.get("label", ()), other.columns.get("label", ())):
@@ -40,15 +40,15 @@ def paired(place: Workspace, first: TrackedRun, second: TrackedRun) -> dict[str,
     }
 
 
-def result_of(place: Workspace, run: TrackedRun) -> Path | None:
+def result_of(workspace: Workspace, run: TrackedRun) -> Path | None:
     """Where the result of a run is; None if its work folder is not there any more."""
-    work = queries.work_folder(place.home, run)
+    work = queries.work_folder(workspace.home, run)
     return work / RESULT if work else None
 
 
-def _table(place: Workspace, run: TrackedRun) -> _Table | None:
+def _table(workspace: Workspace, run: TrackedRun) -> _Table | None:
     """Of an evaluation of a stage, of a model from elsewhere, or of a trial that AutoAttack ranked."""
-    result = result_of(place, run)
+    result = result_of(workspace, run)
     if result is None:
         return None
     if run.stage != "evaluate_robust":

@@ -24,7 +24,7 @@ from dmat.config import Params
 from dmat.errors import ConfigError, DmatError
 from dmat.pipeline import STAGES, code_identity
 from dmat.redaction import redacted
-from dmat.tracking import notes, stores
+from dmat.tracking import open_runs, stores
 from dmat.upkeep import dvc_files, machine, recorded, work_folders
 from dmat.upkeep.machine import NOTE, OK, PROBLEM, Marked
 from dmat.upkeep.work_folders import WorkFolder
@@ -42,26 +42,26 @@ class Finding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class ProjectState:
     """What is looked at. params: None where params.yaml is missing or wrong."""
 
-    place: Workspace
+    workspace: Workspace
     params: Params | None
 
     @property
     def compute(self) -> Any:
-        return self.params.compute if self.params else config.Compute()
+        return self.params.compute if self.params else config.ComputeSettings()
 
 
-def examine(place: Workspace) -> Iterator[Finding]:
+def examine(workspace: Workspace) -> Iterator[Finding]:
     """Every finding, each as soon as it is known."""
     try:
-        site = Site(place, config.load(place.at("params.yaml")))
+        project = ProjectState(workspace, config.load(workspace.at("params.yaml")))
     except (DmatError, OSError, ValueError):
-        site = Site(place, None)  # the check of params.yaml says why
+        project = ProjectState(workspace, None)  # the check of params.yaml says why
     for name, check in CHECKS.items():
         try:
-            for mark, found, do in check(site):
+            for mark, found, do in check(project):
                 yield Finding(mark, name, redacted(found), do)
         except DmatError as error:
             found, _, do = str(error).rpartition("; ")  # an error ends with what to do
@@ -71,23 +71,25 @@ def examine(place: Workspace) -> Iterator[Finding]:
             yield Finding(PROBLEM, name, f"the check itself failed: {type(error).__name__}: {redacted(str(error))}", do)
 
 
-def fix(place: Workspace) -> list[str]:
+def fix(workspace: Workspace) -> list[str]:
     """Repairs what a kill left damaged, and keeps what lay there. Returns a sentence for each repair."""
-    if any(claim.state == "alive" for claim in dvc_files.claims(place.root)) or dvc_files.repository_holder(place.root):
+    if any(claim.state == "alive" for claim in dvc_files.claims(workspace.root)) or dvc_files.repository_holder(
+        workspace.root
+    ):
         return [
             "dvc is at work, which may be writing its lock file now: nothing was touched; call this again afterwards"
         ]
-    return [*dvc_lock.restore(place.root, place.home), *recorded.set_aside(place)]
+    return [*dvc_lock.restore(workspace.root, workspace.home), *recorded.set_aside(workspace)]
 
 
-def _device(site: Site) -> Iterator[Marked]:
-    yield from machine.device(site.compute.device, site.compute.precision, site.compute.threads)
+def _device(project: ProjectState) -> Iterator[Marked]:
+    yield from machine.device(project.compute.device, project.compute.precision, project.compute.threads)
 
 
-def _git(site: Site) -> Iterator[Marked]:
+def _git(project: ProjectState) -> Iterator[Marked]:
     def ask(*words: str) -> str:
         command = ["git", "--no-optional-locks", *words]  # else `git status` writes its index
-        return subprocess.run(command, cwd=site.place.root, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, cwd=project.workspace.root, capture_output=True, text=True, check=True).stdout
 
     unknown = "results will not say which code made them; "
     try:
@@ -111,9 +113,9 @@ def _git(site: Site) -> Iterator[Marked]:
         yield OK, f"commit {commit[:12]}, nothing changed", ""
 
 
-def _params(site: Site) -> Iterator[Marked]:
+def _params(project: ProjectState) -> Iterator[Marked]:
     try:
-        params = config.load(site.place.at("params.yaml"))
+        params = config.load(project.workspace.at("params.yaml"))
     except ConfigError as error:
         wrong = "; ".join(error.problems)
         yield PROBLEM, f"{len(error.problems)} wrong: {wrong}", "mend it; docs/parameters.md explains every key"
@@ -122,9 +124,11 @@ def _params(site: Site) -> Iterator[Marked]:
     yield OK, ", ".join([*lists, f"seeds: {len(params.seeds)}"]), ""
 
 
-def _code(site: Site) -> Iterator[Marked]:
-    locked = code_identity.read(site.place.root)
-    changed = [word for word in STAGES if not locked.accepts(word, code_identity.of_stage(word))]
+def _code(project: ProjectState) -> Iterator[Marked]:
+    locked = code_identity.read(project.workspace.root)
+    changed = [
+        stage_name for stage_name in STAGES if not locked.accepts(stage_name, code_identity.of_stage(stage_name))
+    ]
     if changed:
         do = "`dmat lock`, and they rerun; `dmat lock --same STAGE --why ...` for one that computes the same"
         yield PROBLEM, f"not the code that {code_identity.NAME} names: {', '.join(changed)}", do
@@ -132,8 +136,8 @@ def _code(site: Site) -> Iterator[Marked]:
         yield OK, f"as {code_identity.NAME} names it", ""
 
 
-def _dvc(site: Site) -> Iterator[Marked]:
-    root = site.place.root
+def _dvc(project: ProjectState) -> Iterator[Marked]:
+    root = project.workspace.root
     alone = "stages run one by one as dmat commands; for `dvc repro` "
     if not (root / ".dvc").is_dir():
         yield NOTE, "no .dvc folder", f"{alone}make a project with `dmat init`"
@@ -150,8 +154,8 @@ def _dvc(site: Site) -> Iterator[Marked]:
             yield PROBLEM, f"{found}; `dmat`, which they start, is not on PATH", "activate the virtual environment"
 
 
-def _dvc_locks(site: Site) -> Iterator[Marked]:
-    root = site.place.root
+def _dvc_locks(project: ProjectState) -> Iterator[Marked]:
+    root = project.workspace.root
     claims = dvc_files.claims(root)
     for claim in claims:
         held = f"process {claim.pid} (`{claim.command}`) claims {claim.paths} paths"
@@ -169,9 +173,9 @@ def _dvc_locks(site: Site) -> Iterator[Marked]:
         yield OK, "nobody holds one", ""
 
 
-def _dvc_results(site: Site) -> Iterator[Marked]:
+def _dvc_results(project: ProjectState) -> Iterator[Marked]:
     """Whether dvc.lock and the run cache name each result by the parameters that it was computed with."""
-    wrong = list(recorded.mismatches(site.place))
+    wrong = list(recorded.mismatches(project.workspace))
     for one in [one for one in wrong if one.result.locked]:
         yield (
             PROBLEM,
@@ -190,9 +194,9 @@ def _dvc_results(site: Site) -> Iterator[Marked]:
         yield OK, "named by the parameters that they were computed with", ""
 
 
-def _mlflow(site: Site) -> Iterator[Marked]:
-    address = tracking.store(site.place.home)
-    shown = stores.shown(site.place.home)
+def _mlflow(project: ProjectState) -> Iterator[Marked]:
+    address = tracking.store(project.workspace.home)
+    shown = stores.shown(project.workspace.home)
     if os.environ.get("DMAT_TRACKING") == "off":
         yield NOTE, "off, by DMAT_TRACKING=off", "unset it to track runs"
     elif address.startswith(("http://", "https://")):
@@ -245,10 +249,10 @@ def _database(path: Path) -> Marked:
     return OK, f"{path}: {runs} runs", ""
 
 
-def _tracked_runs(site: Site) -> Iterator[Marked]:
-    known = [note for _, note in notes.read(site.place.home)]
-    away = sum(notes.elsewhere(note) for note in known)
-    running = [notes.alive(note) for note in known if not notes.elsewhere(note)]
+def _tracked_runs(project: ProjectState) -> Iterator[Marked]:
+    known = [marker for _, marker in open_runs.read(project.workspace.home)]
+    away = sum(open_runs.elsewhere(marker) for marker in known)
+    running = [open_runs.alive(marker) for marker in known if not open_runs.elsewhere(marker)]
     gone = running.count(False)
     found = f"running: {len(running) - gone}"
     if gone:
@@ -257,30 +261,30 @@ def _tracked_runs(site: Site) -> Iterator[Marked]:
         yield OK, found, ""
     if away:
         yield NOTE, f"of other machines: {away}", "`dmat runs sync` says how to end those of one that is gone"
-    for path in notes.damaged(site.place.home):
+    for path in open_runs.damaged(project.workspace.home):
         yield NOTE, f"{path}: no note of a run", "delete it"
 
 
-def _work(site: Site) -> Iterator[Marked]:
+def _work(project: ProjectState) -> Iterator[Marked]:
     finished = 0
-    for work in work_folders.all_of(site.place.home):
-        name = f"{work.word} {work.instance}"
+    for work in work_folders.all_of(project.workspace.home):
+        name = f"{work.stage_name} {work.instance_name}"
         if holder := work.holder:
             yield OK, f"{name}: {holder} computes it{_checkpoint(work)}", ""
-        elif work.word == work_folders.STUDY and (cut := sorted(work.path.glob("trial-*/checkpoint.dmat"))):
+        elif work.stage_name == work_folders.STUDY and (cut := sorted(work.path.glob("trial-*/checkpoint.dmat"))):
             # a trial that ended has no checkpoint
             do = "`dmat tune start` goes on if nothing it needs was changed"
             yield NOTE, f"{name}: stopped in {cut[-1].parent.name}", do
         elif (work.path / FINISHED).exists():
             finished += 1
-        elif work.word == work_folders.STUDY:
+        elif work.stage_name == work_folders.STUDY:
             yield (
                 NOTE,
                 f"{name}: stopped between two trials",
                 "`dmat tune start` goes on if nothing it needs was changed",
             )
         elif work.progress:
-            yield NOTE, f"{name}: stopped{_checkpoint(work)}", _continuation(site, work)
+            yield NOTE, f"{name}: stopped{_checkpoint(work)}", _continuation(project, work)
     yield OK, f"finished in runs/: {finished}", ""
 
 
@@ -296,28 +300,30 @@ def _checkpoint(work: WorkFolder) -> str:
         return ", its checkpoint cannot be read"
 
 
-def _continuation(site: Site, work: WorkFolder) -> str:
+def _continuation(project: ProjectState, work: WorkFolder) -> str:
     """The command that goes on with a stopped run. Whether its settings are still those is the command's to find."""
-    stage = STAGES[work.word]
-    for chosen in stage.choices(site.params) if site.params else ():
-        if stage.instance(chosen) == work.instance:
-            command = " ".join(["dmat", stage.command, *stage.options(chosen)])
+    stage = STAGES[work.stage_name]
+    for instance in stage.choices(project.params) if project.params else ():
+        if stage.instance_name(instance) == work.instance_name:
+            command = " ".join(["dmat", stage.command, *stage.options(instance)])
             return f"`{command}` goes on if nothing it needs was changed; `dmat clean --unfinished` removes it"
     return "params.yaml does not name it; `dmat clean --unfinished` removes it"
 
 
-CHECKS: dict[str, Callable[[Site], Iterator[Marked]]] = {
-    "versions": lambda site: machine.versions(site.place.root),
+CHECKS: dict[str, Callable[[ProjectState], Iterator[Marked]]] = {
+    "versions": lambda project: machine.versions(project.workspace.root),
     "device": _device,
-    "threads": lambda site: machine.threads(site.compute.threads),
-    "memory": lambda site: machine.memory(),
-    "disk": lambda site: machine.disks({"the project": site.place.root, "runs/": site.place.home / "runs"}),
-    "writable": lambda site: machine.writable(
+    "threads": lambda project: machine.threads(project.compute.threads),
+    "memory": lambda project: machine.memory(),
+    "disk": lambda project: machine.disks(
+        {"the project": project.workspace.root, "runs/": project.workspace.home / "runs"}
+    ),
+    "writable": lambda project: machine.writable(
         {
-            "the project": site.place.root,
-            f"{ARTIFACTS}/": site.place.at(ARTIFACTS),
-            "runs/": site.place.home / "runs",
-            "mlruns/": site.place.home / "mlruns",
+            "the project": project.workspace.root,
+            f"{ARTIFACTS}/": project.workspace.at(ARTIFACTS),
+            "runs/": project.workspace.home / "runs",
+            "mlruns/": project.workspace.home / "mlruns",
             "the temporary folder": Path(os.environ.get("TMPDIR") or tempfile.gettempdir()),
         }
     ),

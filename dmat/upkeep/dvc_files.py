@@ -20,7 +20,7 @@ from dmat.upkeep import work_folders
 
 
 @dataclasses.dataclass(frozen=True)
-class Claim:
+class RwlockHolder:
     """One process's entries in `.dvc/tmp/rwlock`."""
 
     pid: int
@@ -38,7 +38,7 @@ class Claim:
             return "alive"
 
 
-def claims(root: Path) -> list[Claim]:
+def claims(root: Path) -> list[RwlockHolder]:
     """Everyone who reads or writes stages, as DVC noted it: entries of killed processes stay."""
     path = root / ".dvc" / "tmp" / "rwlock"
     if not path.exists():
@@ -54,7 +54,7 @@ def claims(root: Path) -> list[Claim]:
                 f"{path} cannot be read ({type(error).__name__}: {error}), so every dvc command stops; "
                 f"delete it while no dvc runs"
             ) from None
-    return [Claim(pid, command, who.count((pid, command))) for pid, command in sorted(set(who))]
+    return [RwlockHolder(pid, command, who.count((pid, command))) for pid, command in sorted(set(who))]
 
 
 def _claimed(path: Path) -> list[tuple[int, str]]:

@@ -29,29 +29,29 @@ class Mismatch:
 
     result: DvcResult
     stage: str
-    instance: str
+    instance_name: str
     differences: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """As DVC calls the stage instance."""
-        return self.stage if self.instance == "all" else f"{self.stage}@{self.instance}"
+        return self.stage if self.instance_name == "all" else f"{self.stage}@{self.instance_name}"
 
 
-def mismatches(place: Workspace) -> Iterator[Mismatch]:
+def mismatches(workspace: Workspace) -> Iterator[Mismatch]:
     """Of dvc.lock and of the run cache. Entries of other code are left out: DVC does not bring those back."""
     try:
-        now = yaml_file.read(place.at("params.yaml")).value
-        code = code_identity.read(place.root).identities
+        now = yaml_file.read(workspace.at("params.yaml")).value
+        code = code_identity.read(workspace.root).identities
     except (DmatError, FileNotFoundError):
         return
-    for result in dvc_files.results(place.root):
+    for result in dvc_files.results(workspace.root):
         provenance = next((path for path in result.outs if path.startswith(_PROVENANCE)), None)
         copy = result.copy_of(provenance) if provenance else None
         if copy is None or not result.code or not result.code.items() <= code.items():
             continue
         try:
-            about = files.read_record(copy, stage=str, instance=str, settings=dict)
+            about = files.read_record(copy, stage=str, instance_name=str, settings=dict)
         except DmatError:
             continue
         recorded = _settings(now, result.params, about["stage"], about["instance"])
@@ -67,18 +67,20 @@ def mismatches(place: Workspace) -> Iterator[Mismatch]:
             yield Mismatch(result, about["stage"], about["instance"], differences)
 
 
-def set_aside(place: Workspace) -> list[str]:
+def set_aside(workspace: Workspace) -> list[str]:
     """Takes the entries of the run cache away that give wrong results, and keeps them. Returns a sentence for each."""
     done = []
-    for one in [one for one in mismatches(place) if not one.result.locked]:
-        kept = place.home / "runs" / f"run-cache-{one.result.file.name}"
+    for one in [one for one in mismatches(workspace) if not one.result.locked]:
+        kept = workspace.home / "runs" / f"run-cache-{one.result.file.name}"
         kept.parent.mkdir(parents=True, exist_ok=True)
         os.replace(one.result.file, kept)
         done.append(f"DVC's run cache had a result of {one.name} under other parameters; its entry is now {kept}")
     return done
 
 
-def _settings(now: Mapping[str, Any], recorded: Mapping[str, Any], stage: str, instance: str) -> dict[str, Any] | None:
+def _settings(
+    now: Mapping[str, Any], recorded: Mapping[str, Any], stage: str, instance_name: str
+) -> dict[str, Any] | None:
     """The settings of an instance by the values that DVC recorded, those of today for all others."""
     values: dict[str, Any] = dict(now)
     for key, value in recorded.items():
@@ -89,8 +91,8 @@ def _settings(now: Mapping[str, Any], recorded: Mapping[str, Any], stage: str, i
     if params is None or stage not in STAGES:
         return None
     row = STAGES[stage]
-    chosen = next((one for one in row.choices(params) if row.instance(one) == instance), None)
-    return None if chosen is None else row.settings(params, **chosen).plain()
+    instance = next((one for one in row.choices(params) if row.instance_name(one) == instance_name), None)
+    return None if instance is None else row.settings(params, **instance).plain()
 
 
 def _typed(value: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 from dmat import SOURCES, config, files
 from dmat.errors import DmatError
 from dmat.pipeline.stages import STAGES, Stage
-from dmat.tracking import memory, origin, queries, stores
+from dmat.tracking import origin, queries, run_record, stores
 from dmat.tracking.queries import TrackedRun
 from dmat.workspace import Workspace
 
@@ -37,40 +37,40 @@ class Reproduction:
     whole: bool
 
 
-def reproduce(place: Workspace, wanted: str, to: Path | None = None) -> Reproduction:
+def reproduce(workspace: Workspace, wanted: str, to: Path | None = None) -> Reproduction:
     """Makes the tree. wanted: as `queries.one` takes it.
 
     Raises DmatError if the run is of no stage, has no commit or one that is not here, or `to` exists.
     """
-    run = queries.one(place.home, wanted)
+    run = queries.one(workspace.home, wanted)
     stage = STAGES.get(run.stage)
     if stage is None:
         raise DmatError(
             f"run {queries.short(run.id)} is of {run.stage or 'nothing that dmat knows'!r}; expected one of a stage; "
             f"`dmat runs list --stage train_robust` shows some"
         )
-    top = _tree(place, run, to)
-    tree = top / origin.below_top(place.root)
+    top = _tree(workspace, run, to)
+    tree = top / origin.below_top(workspace.root)
     try:
-        patched = _apply_changes(place, run, top)
-        chosen, unlike = _parameters(tree, stage, run)
+        patched = _apply_changes(workspace, run, top)
+        instance, unlike = _parameters(tree, stage, run)
     except BaseException:
-        _git(place.root, "worktree", "remove", "--force", str(top))
+        _git(workspace.root, "worktree", "remove", "--force", str(top))
         raise
     unlike += _other_code(tree, run)
-    _link_sources(place, tree)
-    lacking = list(_data(place, tree, run, chosen))
+    _link_sources(workspace, tree)
+    lacking = list(_data(workspace, tree, run, instance))
     own = [] if (tree / "dmat").is_dir() else ["-P"]  # the code of the commit; in other projects that of this dmat
-    words = [sys.executable, *own, "-m", "cli.main", stage.command, *stage.options(chosen)]
+    words = [sys.executable, *own, "-m", "cli.main", stage.command, *stage.options(instance)]
     command = f"cd {shlex.quote(str(tree))} && {shlex.join(words)}"
     lines = [
-        f"{run.stage} {run.instance}, run {queries.short(run.id)}, at commit {run.tags['git.commit'][:10]} in {top}",
+        f"{run.stage} {run.instance_name}, run {queries.short(run.id)}, at commit {run.tags['git.commit'][:10]} in {top}",
         _about_changes(run, patched),
         *([] if unlike else ["params.yaml there gives the parameters of the run"]),
         *([] if lacking else ["all data are those that the run read"]),
         f"run it again: {command}",
-        f"compare what it prints with: cd {shlex.quote(str(place.root))} && dmat runs show {queries.short(run.id)}",
-        f"take the tree away: git -C {shlex.quote(str(place.root))} worktree remove --force {shlex.quote(str(top))}",
+        f"compare what it prints with: cd {shlex.quote(str(workspace.root))} && dmat runs show {queries.short(run.id)}",
+        f"take the tree away: git -C {shlex.quote(str(workspace.root))} worktree remove --force {shlex.quote(str(top))}",
     ]
     if run.tags.get("git.dirty") == "True" and not patched:
         unlike.append("the run had uncommitted changes that were not kept")
@@ -86,29 +86,31 @@ def _about_changes(run: TrackedRun, patched: bool) -> str:
     return "its dvc.lock was taken over; it had no other uncommitted changes"
 
 
-def _tree(place: Workspace, run: TrackedRun, to: Path | None) -> Path:
+def _tree(workspace: Workspace, run: TrackedRun, to: Path | None) -> Path:
     commit = run.tags.get("git.commit")
     if not commit:
         raise DmatError(
             f"run {queries.short(run.id)} was made outside a git repository; expected a commit; its parameters are in "
             f"`dmat runs show {queries.short(run.id)}`"
         )
-    tree = (to or place.root.parent / f"{place.root.name}-{run.stage}-{run.instance}-{queries.short(run.id)}").resolve()
+    tree = (
+        to or workspace.root.parent / f"{workspace.root.name}-{run.stage}-{run.instance_name}-{queries.short(run.id)}"
+    ).resolve()
     if tree.exists():
         raise DmatError(f"{tree} exists; expected a new folder; name one with --to")
     look = ["git", "cat-file", "-e", f"{commit}^{{commit}}"]
-    if subprocess.run(look, cwd=place.root, capture_output=True, check=False).returncode:
+    if subprocess.run(look, cwd=workspace.root, capture_output=True, check=False).returncode:
         raise DmatError(
             f"commit {commit[:10]} is not in this repository; expected the one that the run was made at; fetch it "
             f"(`git fetch --all`) and run the same command again"
         )
-    _git(place.root, "worktree", "add", "--detach", str(tree), commit)
+    _git(workspace.root, "worktree", "add", "--detach", str(tree), commit)
     return tree
 
 
-def _apply_changes(place: Workspace, run: TrackedRun, tree: Path) -> bool:
+def _apply_changes(workspace: Workspace, run: TrackedRun, tree: Path) -> bool:
     """Whether there were some."""
-    client, _ = stores.reach(place.home)
+    client, _ = stores.reach(workspace.home)
     if origin.PATCH not in [one.path for one in client.list_artifacts(run.id)]:
         return False
     with tempfile.TemporaryDirectory() as folder:
@@ -124,35 +126,35 @@ def apply_patch(tree: Path, patch: Path) -> None:
 def _parameters(tree: Path, stage: Stage, run: TrackedRun) -> tuple[Mapping[str, Any], list[str]]:
     """The options of the instance, and where params.yaml of the tree gives other values than the run had."""
     params = config.load(tree / "params.yaml")
-    chosen = next((one for one in stage.choices(params) if stage.instance(one) == run.instance), None)
-    if chosen is None:
-        known = ", ".join(stage.instance(one) for one in stage.choices(params))
+    instance = next((one for one in stage.choices(params) if stage.instance_name(one) == run.instance_name), None)
+    if instance is None:
+        known = ", ".join(stage.instance_name(one) for one in stage.choices(params))
         raise DmatError(
-            f"params.yaml at that commit has no {stage.word} {run.instance}; expected one of {known}; the run was made "
+            f"params.yaml at that commit has no {stage.name} {run.instance_name}; expected one of {known}; the run was made "
             f"with another parameter file, see `dmat runs show {queries.short(run.id)}`"
         )
-    now = memory.parameters(stage.settings(params, **chosen).plain())
+    now = run_record.parameters(stage.settings(params, **instance).plain())
     differing = [
         f"{name} is {now.get(name, 'not there')} in params.yaml and was {run.params.get(name, 'not there')}"
         for name in sorted(now.keys() | run.params.keys())
         if now.get(name) != run.params.get(name)
     ]
-    return chosen, differing
+    return instance, differing
 
 
-def _data(place: Workspace, tree: Path, run: TrackedRun, chosen: Mapping[str, Any]) -> Iterator[str]:
+def _data(workspace: Workspace, tree: Path, run: TrackedRun, instance: Mapping[str, Any]) -> Iterator[str]:
     """Brings all that the run's inputs come from into the tree, from DVC's cache: a training reads images that its mix
     names. Yields a sentence for each input that is not what the run read."""
     stage = STAGES[run.stage]
     params = config.load(tree / "params.yaml")
-    cache = _cache(place)
+    cache = _cache(workspace)
     if cache is not None:
         _dvc(tree, "config", "--local", "cache.dir", str(cache))
-        target = f"{stage.word}@{run.instance}" if stage.each else stage.word
+        target = f"{stage.name}@{run.instance_name}" if stage.keys else stage.name
         _dvc(tree, "checkout", "--force", "--with-deps", target)
-        for path in (*stage.outputs(params, **chosen).values(), stage.metrics_path(chosen)):  # they are to be made
+        for path in (*stage.outputs(params, **instance).values(), stage.metrics_path(instance)):  # they are to be made
             _remove(tree / path)
-    for name, path in stage.inputs(params, **chosen).items():
+    for name, path in stage.inputs(params, **instance).items():
         recorded = run.tags.get(f"input.{name}")
         found = files.checksum(tree / path) if (tree / path).exists() else None
         if found is None:
@@ -161,9 +163,9 @@ def _data(place: Workspace, tree: Path, run: TrackedRun, chosen: Mapping[str, An
             yield f"{path} has checksum {found[:12]}; the run read {recorded[:12]}"
 
 
-def _link_sources(place: Workspace, tree: Path) -> None:
+def _link_sources(workspace: Workspace, tree: Path) -> None:
     """People's own files are in no commit: the tree reads those of the project."""
-    for path in (place.root / SOURCES).glob("*"):
+    for path in (workspace.root / SOURCES).glob("*"):
         link = tree / SOURCES / path.name
         if not os.path.lexists(link):
             link.parent.mkdir(exist_ok=True)
@@ -177,10 +179,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _cache(place: Workspace) -> Path | None:
+def _cache(workspace: Workspace) -> Path | None:
     """Where the project's DVC keeps files, by its own configuration; None without DVC."""
     words = [sys.executable, "-m", "dvc", "cache", "dir"]
-    answer = subprocess.run(words, cwd=place.home, capture_output=True, text=True, check=False)
+    answer = subprocess.run(words, cwd=workspace.home, capture_output=True, text=True, check=False)
     return Path(answer.stdout.strip()) if answer.returncode == 0 else None
 
 

@@ -33,8 +33,8 @@ class WorkFolder:
     """runs/<word>/<instance>-<fingerprint>/; word: of a stage, or STUDY"""
 
     path: Path
-    word: str
-    instance: str
+    stage_name: str
+    instance_name: str
     fingerprint: str
 
     @property
@@ -46,7 +46,7 @@ class WorkFolder:
         note = files.read_json(path)
         about = note.get("provenance") if isinstance(note, dict) else None
         names = [about.get(key) for key in ("stage", "instance", "fingerprint")] if isinstance(about, dict) else []
-        if names != [self.word, self.instance, self.fingerprint]:
+        if names != [self.stage_name, self.instance_name, self.fingerprint]:
             raise DmatError(f"{path} is not the note of {self.path.name}; look at the folder and remove it by hand")
         return dict(note)
 
@@ -119,7 +119,7 @@ def _known(path: Path) -> WorkFolder | None:
 
 def _folders(home: Path) -> Iterator[Path]:
     """Of all stages and studies, without hidden ones: those are being made or removed."""
-    for parent in (home / "runs" / word for word in (*STAGES, STUDY)):
+    for parent in (home / "runs" / stage_name for stage_name in (*STAGES, STUDY)):
         if parent.is_dir() and not parent.is_symlink():
             yield from sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
 

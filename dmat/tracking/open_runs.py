@@ -16,7 +16,7 @@ import psutil
 from dmat import files, liveness, redaction
 from dmat.errors import DmatError, first_line
 from dmat.tracking import stores
-from dmat.tracking.memory import FILES, Memory, Sender, remembered
+from dmat.tracking.run_record import FILES, RunRecord, RunUploader, remembered
 
 LOST = "the process ended without a word: killed, or the machine stopped"
 _KEYS = {"folder", "host", "pid", "started", "by_children", "store"}
@@ -25,13 +25,13 @@ _KEYS = {"folder", "host", "pid", "started", "by_children", "store"}
 def write(home: Path, folder: Path, pid: int, by_children: bool = False) -> None:
     """A run remembered in `folder` is the work of process `pid` here. by_children: its status is its children's."""
     about = {"pid": pid, "started": liveness.identity(pid), "host": platform.node()}
-    note = {"folder": relative(home, folder), "by_children": by_children, "store": stores.identity(home)}
-    _write(home, folder, about | note)
+    marker = {"folder": relative(home, folder), "by_children": by_children, "store": stores.identity(home)}
+    _write(home, folder, about | marker)
 
 
 def read(home: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Every note with its path. One that cannot be read is left out; `damaged` names it."""
-    return [(path, note) for path in _paths(home) if (note := _read(path)) is not None]
+    return [(path, marker) for path in _paths(home) if (marker := _read(path)) is not None]
 
 
 def damaged(home: Path) -> list[Path]:
@@ -39,19 +39,19 @@ def damaged(home: Path) -> list[Path]:
     return [path for path in _paths(home) if path.exists() and _read(path) is None]
 
 
-def folder_of(home: Path, note: dict[str, Any]) -> Path:
+def folder_of(home: Path, marker: dict[str, Any]) -> Path:
     """The folder that remembers the run of a note."""
-    return home / note["folder"]
+    return home / marker["folder"]
 
 
-def alive(note: dict[str, Any]) -> bool:
+def alive(marker: dict[str, Any]) -> bool:
     """Whether the process that the note names still runs; its number alone may belong to another by now. What
     happens on another machine is not known here: its processes count as alive."""
-    if elsewhere(note):
+    if elsewhere(marker):
         return True
-    if isinstance(note["started"], str):
-        return liveness.lives(note["pid"], note["started"])
-    return _lives_since(note["pid"], note["started"])
+    if isinstance(marker["started"], str):
+        return liveness.lives(marker["pid"], marker["started"])
+    return _lives_since(marker["pid"], marker["started"])
 
 
 def _lives_since(pid: int, started: float) -> bool:
@@ -64,21 +64,21 @@ def _lives_since(pid: int, started: float) -> bool:
         return False
 
 
-def elsewhere(note: dict[str, Any]) -> bool:
+def elsewhere(marker: dict[str, Any]) -> bool:
     """Whether the note is of another machine that shares this project."""
-    return bool(note["host"] != platform.node())
+    return bool(marker["host"] != platform.node())
 
 
 def set_aside(home: Path, work: Path, old: Path) -> None:
     """Moves what is remembered of the run in `work` to `old`, and its note with it: it is still to be ended. So do
     the folders of runs below it (a study's trials) that are not ended either."""
     parent = relative(home, work)
-    for note in [note for _, note in read(home) if _parent(folder_of(home, note)) == parent]:
-        folder = folder_of(home, note)
+    for marker in [marker for _, marker in read(home) if _parent(folder_of(home, marker)) == parent]:
+        folder = folder_of(home, marker)
         with _moved(home, folder, old / folder.name):
             old.mkdir(exist_ok=True)
             about = remembered(folder)["about"] | {"parent": relative(home, old)}
-            Memory(folder, note["store"]).update(about=about)
+            RunRecord(folder, marker["store"]).update(about=about)
             folder.rename(old / folder.name)
     with _moved(home, work, old):
         for name in ("metrics.jsonl", "tracking.json"):
@@ -95,15 +95,17 @@ def sync(home: Path, report: bool = False, gone: Collection[str] = (), wait: flo
     after them it is left to that one.
     """
     identity = stores.identity(home)
-    waiting = [(path, note) for path, note in read(home) if note["store"] == identity and _owed(home, note, gone)]
+    waiting = [
+        (path, marker) for path, marker in read(home) if marker["store"] == identity and _owed(home, marker, gone)
+    ]
     done = []
     lock = filelock.FileLock(home / "mlruns" / "sync.lock", timeout=60 if report else wait)
     try:
         if waiting:
             with lock:
                 # parents last: their status is that of their children
-                for path, note in sorted(waiting, key=lambda item: item[1]["by_children"]):
-                    done += _catch_up(home, path, note, gone)
+                for path, marker in sorted(waiting, key=lambda item: item[1]["by_children"]):
+                    done += _catch_up(home, path, marker, gone)
     except filelock.Timeout:
         return []  # another process does it
     except Exception as error:  # an unreachable store must not stop a stage
@@ -123,14 +125,14 @@ def reap(home: Path, gone: Collection[str]) -> list[str]:
 
     Raises DmatError for a run that is alive or has ended, for a name that is neither, and if the store is away.
     """
-    machines = {note["host"] for _, note in read(home) if elsewhere(note)}
+    machines = {marker["host"] for _, marker in read(home) if elsewhere(marker)}
     here = platform.node()
     if here in gone:
         raise DmatError(f"{here} is this machine; expected another; `dmat runs sync` ends what died here")
     done = sync(home, report=True, gone=machines & set(gone))
     client, experiment = stores.reach(home)
     open_runs = {run.info.run_id: run for run in client.search_runs([experiment], "attributes.status = 'RUNNING'")}
-    known = {remembered(folder_of(home, note)).get("run"): note for _, note in read(home)}
+    known = {remembered(folder_of(home, marker)).get("run"): marker for _, marker in read(home)}
     for name in [name for name in gone if name not in machines]:
         fits = [run for run in open_runs if len(name) >= 4 and run.startswith(name)]
         if len(fits) != 1:
@@ -139,9 +141,9 @@ def reap(home: Path, gone: Collection[str]) -> list[str]:
                 f"of the id of one open run; expected one of these; `dmat runs list --status RUNNING` shows them"
             )
         if fits[0] in known:
-            note = known[fits[0]]
+            marker = known[fits[0]]
             raise DmatError(
-                f"run {fits[0][:8]} is remembered as work of process {note['pid']} on {note['host']}; expected one "
+                f"run {fits[0][:8]} is remembered as work of process {marker['pid']} on {marker['host']}; expected one "
                 f"that nobody remembers; stop that process, or name the machine if it is gone for good"
             )
         client.set_tag(fits[0], "dmat.error", LOST)
@@ -177,9 +179,9 @@ def _moved(home: Path, folder: Path, there: Path) -> Iterator[None]:
     """Inside, what is remembered of a run moves. Whoever is killed there leaves one note too many, not none."""
     with filelock.FileLock(folder / "sending.lock", timeout=120), _lock(home):
         path = _path(home, folder)
-        note = _read(path)
-        if note is not None:
-            files.write_json(_path(home, there), note | {"folder": relative(home, there)})
+        marker = _read(path)
+        if marker is not None:
+            files.write_json(_path(home, there), marker | {"folder": relative(home, there)})
         yield
         path.unlink(missing_ok=True)
 
@@ -190,40 +192,40 @@ def _parent(folder: Path) -> str | None:
     return about.get("parent") if isinstance(about, dict) else None
 
 
-def _owed(home: Path, note: dict[str, Any], gone: Collection[str]) -> bool:
+def _owed(home: Path, marker: dict[str, Any], gone: Collection[str]) -> bool:
     """Whether a run has ended, by its own word or with its process."""
-    if note["host"] in gone and elsewhere(note):
+    if marker["host"] in gone and elsewhere(marker):
         return True
-    if alive(note):
-        return not note["by_children"] and Memory(folder_of(home, note), note["store"])["ending"] is not None
+    if alive(marker):
+        return not marker["by_children"] and RunRecord(folder_of(home, marker), marker["store"])["ending"] is not None
     return True
 
 
-def _catch_up(home: Path, path: Path, note: dict[str, Any], gone: Collection[str]) -> list[str]:
+def _catch_up(home: Path, path: Path, marker: dict[str, Any], gone: Collection[str]) -> list[str]:
     """Sends what one run owes. Does nothing if it was started again or was ended since the note was read."""
-    folder = folder_of(home, note)
+    folder = folder_of(home, marker)
     with _lock(home):  # nobody moves it now
         if not folder.is_dir():
             path.unlink(missing_ok=True)
             return [f"{folder.name}: nothing is known of it any more"]
-    sender = Sender(home, Memory(folder, note["store"]))
-    with sender.turn():
-        if _read(path) != note or not _owed(home, note, gone):
+    uploader = RunUploader(home, RunRecord(folder, marker["store"]))
+    with uploader.turn():
+        if _read(path) != marker or not _owed(home, marker, gone):
             return []
-        if sender.memory["about"] is None:
-            _unlink_if(home, path, note)
+        if uploader.record["about"] is None:
+            _unlink_if(home, path, marker)
             return [f"{folder.name}: nothing is known of it any more"]
-        sender.connect(live=False)
-        sender.send_new()
-        ending = sender.memory["ending"]
-        if note["by_children"]:
-            ending = _ending(**sender.ending_by_children())
+        uploader.connect(live=False)
+        uploader.send_new()
+        ending = uploader.record["ending"]
+        if marker["by_children"]:
+            ending = _ending(**uploader.ending_by_children())
         elif ending is None:
             changed = [file.stat().st_mtime for file in folder.iterdir() if file.name not in FILES and file.is_file()]
-            ending = _ending("KILLED", LOST, max(changed, default=sender.memory["about"]["started"]))
-        sender.send_end(ending["status"], ending)
-        _unlink_if(home, path, note)
-    return [f"{sender.memory['about']['name']}: {ending['status']}"]
+            ending = _ending("KILLED", LOST, max(changed, default=uploader.record["about"]["started"]))
+        uploader.send_end(ending["status"], ending)
+        _unlink_if(home, path, marker)
+    return [f"{uploader.record['about']['name']}: {ending['status']}"]
 
 
 def _ending(status: str, error: str, ended: float) -> dict[str, Any]:
@@ -234,11 +236,11 @@ def _left(home: Path, identity: str) -> list[str]:
     """What this command could not see to, for people."""
     others: dict[str, int] = {}
     hosts: dict[str, int] = {}
-    for _, note in read(home):
-        if note["store"] != identity:
-            others[note["store"]] = others.get(note["store"], 0) + 1
-        elif elsewhere(note):
-            hosts[note["host"]] = hosts.get(note["host"], 0) + 1
+    for _, marker in read(home):
+        if marker["store"] != identity:
+            others[marker["store"]] = others.get(marker["store"], 0) + 1
+        elif elsewhere(marker):
+            hosts[marker["host"]] = hosts.get(marker["host"], 0) + 1
     lines = [
         f"{count} of another store, {store}: set MLFLOW_TRACKING_URI to it{_with_password(store)} and run this again"
         if store != stores.EMBEDDED
@@ -268,25 +270,25 @@ def _paths(home: Path) -> list[Path]:
 def _read(path: Path) -> dict[str, Any] | None:
     """A note; None if it is gone by now or is none."""
     try:
-        note = files.read_json(path)
+        marker = files.read_json(path)
     except (DmatError, OSError):
         return None
-    if not isinstance(note, dict) or not set(note) >= _KEYS:
+    if not isinstance(marker, dict) or not set(marker) >= _KEYS:
         return None
-    return note | {"store": redaction.address(note["store"])}  # earlier versions wrote a password into it
+    return marker | {"store": redaction.address(marker["store"])}  # earlier versions wrote a password into it
 
 
-def _write(home: Path, folder: Path, note: dict[str, Any]) -> None:
+def _write(home: Path, folder: Path, marker: dict[str, Any]) -> None:
     path = _path(home, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(home):
-        files.write_json(path, note)
+        files.write_json(path, marker)
 
 
-def _unlink_if(home: Path, path: Path, note: dict[str, Any]) -> None:
+def _unlink_if(home: Path, path: Path, marker: dict[str, Any]) -> None:
     """Removes a note unless its run was started again meanwhile."""
     with _lock(home):
-        if _read(path) == note:
+        if _read(path) == marker:
             path.unlink(missing_ok=True)
 
 

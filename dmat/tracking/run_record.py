@@ -1,6 +1,6 @@
 """What is remembered of a tracked run between processes, in the work folder, and how it is sent to MLflow.
 
-A `Memory` is enough to make the run, send its metrics and end it, so another process can finish what a dead one or an
+A `RunRecord` is enough to make the run, send its metrics and end it, so another process can finish what a dead one or an
 outage left.
 """
 
@@ -18,7 +18,7 @@ import filelock
 from dmat import files, redaction
 from dmat.errors import DmatError
 from dmat.tracking import dvc_process, origin, overview, registry, stores
-from dmat.tracking.registry import Candidate
+from dmat.tracking.registry import RegistryCandidate
 
 _BATCH = 1000  # MLflow's limit of metrics in one request
 _DIGEST = 36  # and of characters in the digest of a data set
@@ -39,7 +39,7 @@ WORK = "dmat.work"  # tag: the work folder of a run, relative to the project's h
 FILES = ("tracking.json", "tracking.lock", "sending.lock", origin.PATCH)
 
 
-class Memory:
+class RunRecord:
     """The file `tracking.json` of a folder. A run belongs to one store; another store starts anew.
 
     Several threads and processes may remember the same run (a study and its trials): a change is merged into what the
@@ -93,14 +93,14 @@ def remembered(folder: Path) -> dict[str, Any]:
     return known
 
 
-class Sender:
+class RunUploader:
     """Carries one memory to its store. Every method may raise whatever MLflow raises and can be called again.
 
     All but the constructor are to be called inside `turn()`.
     """
 
-    def __init__(self, home: Path, memory: Memory):
-        self.home, self.memory = home, memory
+    def __init__(self, home: Path, record: RunRecord):
+        self.home, self.record = home, record
         self._client: Any = None
         self._already: set[tuple[str, int]] | None = None
         self._told: dict[str, str] = {}  # tags that the store has
@@ -108,15 +108,15 @@ class Sender:
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Inside, no other thread or process speaks to the store about this run; what they did before is known."""
-        with filelock.FileLock(self.memory.folder / "sending.lock", timeout=120):
-            self.memory.refresh()
+        with filelock.FileLock(self.record.folder / "sending.lock", timeout=120):
+            self.record.refresh()
             yield
 
     def connect(self, live: bool) -> None:
         """Makes the run, or finds it. live: it goes on now; otherwise it is only caught up with."""
         self._client, experiment = stores.connect(self.home)
-        about = self.memory["about"]
-        known = stores.run_or_none(self._client, self.memory["run"])
+        about = self.record["about"]
+        known = stores.run_or_none(self._client, self.record["run"])
         if known is None:
             parent = self._parent(about["parent"])
             tags = about["tags"] | ({"mlflow.parentRunId": parent} if parent else {})
@@ -126,22 +126,22 @@ class Sender:
             self._log_params(run.info.run_id, about["settings"])
             self._log_inputs(run.info.run_id, about.get("inputs", {}))
             self._already = set()
-            self.memory.update(run=run.info.run_id, parent=parent, sent=0)
+            self.record.update(run=run.info.run_id, parent=parent, sent=0)
             self._tell_parent(about)
         elif live:
-            self._client.update_run(self.memory["run"], status="RUNNING")
+            self._client.update_run(self.record["run"], status="RUNNING")
             self.tag("dmat.resumed", "true")
             if "dmat.error" in known.data.tags:  # how an earlier attempt ended
-                self._client.delete_tag(self.memory["run"], "dmat.error")
-        if (known is None or live) and (patch := self.memory.folder / origin.PATCH).exists():
-            self._client.log_artifact(self.memory["run"], str(patch))
+                self._client.delete_tag(self.record["run"], "dmat.error")
+        if (known is None or live) and (patch := self.record.folder / origin.PATCH).exists():
+            self._client.log_artifact(self.record["run"], str(patch))
 
     def tag(self, name: str, value: str) -> None:
-        self._client.set_tag(self.memory["run"], name, value)
+        self._client.set_tag(self.record["run"], name, value)
 
     def send_tags(self) -> None:
         """Those that became known since the run began."""
-        for name, value in self.memory["tags"].items():
+        for name, value in self.record["tags"].items():
             if self._told.get(name) != value:
                 self.tag(name, value)
                 self._told[name] = value
@@ -152,29 +152,29 @@ class Sender:
 
     def send_new(self) -> None:
         """Whole lines of metrics.jsonl beyond what was sent, in batches of whole lines."""
-        path = self.memory.folder / "metrics.jsonl"
+        path = self.record.folder / "metrics.jsonl"
         if not path.exists():
             return
         with open(path, "rb") as file:
-            file.seek(self.memory["sent"])
+            file.seek(self.record["sent"])
             new = file.read()
         lines = new[: new.rfind(b"\n") + 1].splitlines(keepends=True)
         for batch in _batches(lines):
             self._log(self._unknown([point for line in batch for point in _points(line)]))
-            self.memory.update(sent=self.memory["sent"] + sum(map(len, batch)))
+            self.record.update(sent=self.record["sent"] + sum(map(len, batch)))
 
     def send_end(self, status: str, end: Mapping[str, Any]) -> None:
         """Final numbers, pictures, tags and status. end: as in `ending` of the memory."""
-        run = self.memory["run"]
+        run = self.record["run"]
         self.send_tags()
         self._log([(name, value, 0) for name, value in end["metrics"].items()])
         for picture in end["pictures"]:
-            if (path := self.memory.folder / picture).exists():
+            if (path := self.record.folder / picture).exists():
                 self._client.log_artifact(run, str(path))
         if end["error"]:
             self.tag("dmat.error", end["error"][:4000])
         for model in end.get("models", []):
-            candidate = Candidate.of(model)
+            candidate = RegistryCandidate.of(model)
             candidate = dataclasses.replace(candidate, weights=self.home / candidate.weights)
             if refused := registry.register(self._client, run, candidate):
                 self.tag("dmat.not_registered", refused[:_LONGEST_TAG])
@@ -183,7 +183,7 @@ class Sender:
 
     def ending_by_children(self) -> dict[str, Any]:
         """How a parent whose process is gone ended: status, error, ended. Describes the run by its children too."""
-        run = self._client.get_run(self.memory["run"])
+        run = self._client.get_run(self.record["run"])
         experiment = run.info.experiment_id
         ours, children, token = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'", list[Any](), None
         while True:
@@ -192,14 +192,14 @@ class Sender:
             token = page.token
             if not token:
                 break
-        self.tag(overview.NOTE, overview.description(children, self.memory["restored"], experiment)[:_LONGEST_TAG])
+        self.tag(overview.NOTE, overview.description(children, self.record["restored"], experiment)[:_LONGEST_TAG])
         ended = max((child.info.end_time or 0 for child in children), default=0) / 1000
-        self.memory.note_a_kill(self.home)
+        self.record.note_a_kill(self.home)
         return self._together(children) | {"ended": ended or time.time()}
 
     def _together(self, children: list[Any]) -> dict[str, str]:
         """Status and error of a parent. What is known of its process counts where the children tell nothing worse."""
-        stopped = self.memory["stopped"] or {"status": "FINISHED", "error": ""}
+        stopped = self.record["stopped"] or {"status": "FINISHED", "error": ""}
         finished = {child.info.run_id for child in children if child.info.status == "FINISHED"}
         if stopped["status"] == "KILLED":
             return stopped
@@ -207,7 +207,7 @@ class Sender:
             return stopped | {"status": "FAILED"}
         if len(finished) < len(children):  # one that still goes on has lost its `dvc`
             return stopped | {"status": "KILLED"}
-        root = self.memory["about"].get("root")
+        root = self.record["about"].get("root")
         if root is not None and not stopped["error"] and (lost := dvc_process.unrecorded(self.home / root, finished)):
             return {"status": "FAILED", "error": f"dvc did not record the result of {', '.join(lost)}"}
         return stopped
@@ -216,22 +216,22 @@ class Sender:
         """The run of the folder that the parent is remembered in; made if it is not there yet."""
         if folder is None:
             return None
-        sender = Sender(self.home, Memory(self.home / folder, self.memory["store"]))
-        if sender.memory["about"] is None:  # remembered for another store
+        uploader = RunUploader(self.home, RunRecord(self.home / folder, self.record["store"]))
+        if uploader.record["about"] is None:  # remembered for another store
             return None
-        with sender.turn():
-            sender.connect(live=False)
-        run: str = sender.memory["run"]
+        with uploader.turn():
+            uploader.connect(live=False)
+        run: str = uploader.record["run"]
         return run
 
     def _tell_parent(self, about: Mapping[str, Any]) -> None:
         """The parent of a whole `dvc repro` links the runs of what this run reads and DVC did not make again."""
-        folder, behind = about["parent"], about.get("behind") or {}
-        mine = self.memory["parent"]
-        older = {title: one["run"] for title, one in behind.items() if one["run"] and one["parent"] != mine}
+        folder, ancestors = about["parent"], about.get("behind") or {}
+        mine = self.record["parent"]
+        older = {title: one["run"] for title, one in ancestors.items() if one["run"] and one["parent"] != mine}
         if folder is None or mine is None or not older:
             return
-        parent = Memory(self.home / folder, self.memory["store"])
+        parent = RunRecord(self.home / folder, self.record["store"])
         with parent.lock:
             parent.refresh()
             known = parent["restored"]
@@ -243,7 +243,7 @@ class Sender:
         """Points that the store has not: a process may have died between sending and remembering that it sent."""
         if self._already is None:
             names = sorted({name for name, _, _ in points})
-            histories = [self._client.get_metric_history(self.memory["run"], name) for name in names]
+            histories = [self._client.get_metric_history(self.record["run"], name) for name in names]
             self._already = {(point.key, point.step) for history in histories for point in history}
         return [point for point in points if (point[0], point[2]) not in self._already]
 
@@ -260,7 +260,7 @@ class Sender:
         now = int(time.time() * 1000)
         numbers = [Metric(name, value, now, step) for name, value, step in points]
         for start in range(0, len(numbers), _BATCH):
-            self._client.log_batch(self.memory["run"], metrics=numbers[start : start + _BATCH])
+            self._client.log_batch(self.record["run"], metrics=numbers[start : start + _BATCH])
 
     def _log_inputs(self, run: str, inputs: Mapping[str, Mapping[str, str]]) -> None:
         """What the run reads, as MLflow's data sets: path, hash, and what it is used as."""

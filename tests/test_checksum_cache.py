@@ -9,10 +9,10 @@ import types
 
 import pytest
 
-from dmat import checksum_memory, files
+from dmat import checksum_cache, files
 from dmat.errors import DmatError
 
-SIZE = checksum_memory.LARGE + 5
+SIZE = checksum_cache.LARGE + 5
 AGES_AGO = (10**18, 10**18)
 
 
@@ -20,9 +20,9 @@ AGES_AGO = (10**18, 10**18)
 def memory(tmp_path, monkeypatch):
     """Of this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(checksum_memory, "_own", {})
-    monkeypatch.setattr(checksum_memory, "_SETTLED", -(10**12))  # a file counts as settled at once
-    return checksum_memory.place()
+    monkeypatch.setattr(checksum_cache, "_own", {})
+    monkeypatch.setattr(checksum_cache, "_SETTLED", -(10**12))  # a file counts as settled at once
+    return checksum_cache.database_path()
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def large(tmp_path):
 
 
 def _another_process(monkeypatch):
-    monkeypatch.setattr(checksum_memory, "_own", {})
+    monkeypatch.setattr(checksum_cache, "_own", {})
 
 
 def _rows(memory) -> list[tuple]:
@@ -56,7 +56,7 @@ def test_a_large_file_is_read_once_on_a_machine(memory, large, monkeypatch):
     assert files.sha256(large) == "remembered"
     (copy := large.with_name("copy")).write_bytes(large.read_bytes())
     assert files.sha256(copy) == digest, "another inode"
-    with checksum_memory.reading_anew():
+    with checksum_cache.reading_anew():
         assert files.sha256(large) == digest, "who asks for the bytes gets them"
     assert files.checksums(large.parent)["large"] == digest, "and what was found then counts from now on"
 
@@ -86,7 +86,7 @@ def test_small_files_and_files_that_just_changed_are_not_remembered(memory, larg
     small = large.with_name("small")
     small.write_bytes(b"x")
     files.sha256(small)
-    monkeypatch.setattr(checksum_memory, "_SETTLED", 10**12)
+    monkeypatch.setattr(checksum_cache, "_SETTLED", 10**12)
     files.sha256(large)
     assert _rows(memory) == []
 
@@ -105,7 +105,7 @@ def test_without_a_memory_everything_is_read(memory, large, monkeypatch, damage)
         with sqlite3.connect(memory) as other:
             other.execute("create table files (name text)")
     else:
-        monkeypatch.setattr(checksum_memory, "_WAIT", 0.01)
+        monkeypatch.setattr(checksum_cache, "_WAIT", 0.01)
         holder = sqlite3.connect(memory)
         holder.execute("begin exclusive")
     assert files.sha256(large) == digest
@@ -124,9 +124,9 @@ def test_a_row_for_each_file_however_often_it_changes(memory, large, monkeypatch
 
 def test_inodes_beyond_what_sqlite_counts(memory, large):
     state = types.SimpleNamespace(st_dev=2**64 - 2, st_ino=2**64 - 1, st_size=SIZE, st_mtime_ns=1, st_ctime_ns=1)
-    checksum_memory.remember(state, "digest")
-    checksum_memory._own.clear()
-    assert checksum_memory.recall(state) == "digest"
+    checksum_cache.remember(state, "digest")
+    checksum_cache._own.clear()
+    assert checksum_cache.recall(state) == "digest"
 
 
 def test_processes_that_write_at_once_lose_nothing(memory, tmp_path):
@@ -134,8 +134,8 @@ def test_processes_that_write_at_once_lose_nothing(memory, tmp_path):
     for k, path in enumerate(paths):
         path.write_bytes(bytes([k]) * SIZE)
     script = (
-        "import sys; from pathlib import Path; from dmat import checksum_memory, files\n"
-        "checksum_memory._SETTLED = -10**12\n"
+        "import sys; from pathlib import Path; from dmat import checksum_cache, files\n"
+        "checksum_cache._SETTLED = -10**12\n"
         "for name in sys.argv[1:]: files.sha256(Path(name))"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(memory.parent.parent)}

@@ -10,7 +10,7 @@ _DEPTH = 2  # steps ahead: one is being made, one is ready (assumed; more costs 
 Made = TypeVar("Made")
 
 
-class Ahead(Generic[Made]):
+class Prefetcher(Generic[Made]):
     """make(step), made before it is asked for. `make` must depend on nothing but the step.
 
     Steps are asked for in turn; after a jump (a resumed run, a roll-back) what was made is dropped. An exception of

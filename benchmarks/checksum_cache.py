@@ -1,6 +1,6 @@
 """How long a start takes that hashes a large image set: first and later processes, with the memory and without.
 
-python benchmarks/checksum_memory.py [GiB]
+python benchmarks/checksum_cache.py [GiB]
 """
 
 import os
@@ -14,9 +14,9 @@ SHARD = 24 << 20  # bytes, as 8,000 images 32x32x3
 TIMED = """
 import contextlib, sys, time
 from pathlib import Path
-from dmat import checksum_memory, files
+from dmat import checksum_cache, files
 started = time.perf_counter()
-with checksum_memory.reading_anew() if sys.argv[2] == "anew" else contextlib.nullcontext():
+with checksum_cache.reading_anew() if sys.argv[2] == "anew" else contextlib.nullcontext():
     digest = files.checksum(Path(sys.argv[1]))
 print(time.perf_counter() - started, digest)
 """

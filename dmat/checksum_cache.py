@@ -60,7 +60,7 @@ def remember(state: os.stat_result, sha256: str) -> None:
             memory.execute("replace into files values (?, ?, ?, ?, ?, ?)", (*_key(state), sha256))
 
 
-def place() -> Path:
+def database_path() -> Path:
     """Of this user on this machine: inodes mean nothing elsewhere."""
     return Path(platformdirs.user_cache_dir("dmat")) / "checksums.db"
 
@@ -72,7 +72,7 @@ def _key(state: os.stat_result) -> tuple[int, ...]:
 
 
 def _open() -> sqlite3.Connection:
-    path = place()
+    path = database_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     memory = sqlite3.connect(path, timeout=_WAIT)
     memory.execute(_TABLE)

@@ -2,8 +2,8 @@
 training: Python runs one thread at a time, and a sending thread would be paid by the steps beside it.
 
 `of_this_process` is the training's end; it gives orders through a pipe and hears what became of them. `serve` is the
-other end. All that is to be sent is in the work folder (`Memory`), so an order is little more than a folder's name, and
-a courier that dies loses nothing: the next command sends it. One whose training dies ends its runs as KILLED.
+other end. All that is to be sent is in the work folder (`RunRecord`), so an order is little more than a folder's name, and
+a sender that dies loses nothing: the next command sends it. One whose training dies ends its runs as KILLED.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from dmat.errors import first_line
-from dmat.tracking import notes
-from dmat.tracking.memory import Memory, Sender
+from dmat.tracking import open_runs
+from dmat.tracking.run_record import RunRecord, RunUploader
 
 SEND_EVERY = 5.0  # seconds
 _LONGEST_PAUSE = 60.0  # seconds between two attempts at a store that does not answer
@@ -34,7 +34,7 @@ Order = dict[str, Any]  # to: folder; what: open (home, store), system (values, 
 Answer = dict[str, str]  # of: folder, "" for all; what: reached, failed, ended, warned, gone; text
 
 
-class Courier:
+class MlflowSender:
     """The training's end: gives orders, and tells what it hears to the run that it is about."""
 
     def __init__(self, give: Callable[[Order], None]):
@@ -73,10 +73,10 @@ class Courier:
             self.answer({"of": "", "what": "gone", "text": f"the process that sends to MLflow ended ({error})"})
 
 
-_mine: Courier | None = None
+_mine: MlflowSender | None = None
 
 
-def of_this_process() -> Courier:
+def of_this_process() -> MlflowSender:
     """Started by the first run of a process, and again if it died."""
     global _mine
     if _mine is None or _mine.gone or _mine.owner != os.getpid():
@@ -84,12 +84,12 @@ def of_this_process() -> Courier:
     return _mine
 
 
-def in_this_process() -> Courier:
-    """A courier that is a thread: for a machine that refuses another process, and for tests."""
+def in_this_process() -> MlflowSender:
+    """A sender that is a thread: for a machine that refuses another process, and for tests."""
     orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
-    courier = Courier(orders.put)
-    threading.Thread(target=serve, args=(orders, courier.answer), daemon=True).start()
-    return courier
+    mlflow_sender = MlflowSender(orders.put)
+    threading.Thread(target=serve, args=(orders, mlflow_sender.answer), daemon=True).start()
+    return mlflow_sender
 
 
 def python(statement: str, *words: str) -> dict[str, Any]:
@@ -108,10 +108,10 @@ def python(statement: str, *words: str) -> dict[str, Any]:
     }
 
 
-def _start() -> Courier:
+def _start() -> MlflowSender:
     try:
         child = subprocess.Popen(
-            **python("from dmat.tracking import courier; courier.main()"),
+            **python("from dmat.tracking import sender; sender.main()"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # else whoever reads all that a command prints would wait for this process too
@@ -125,16 +125,16 @@ def _start() -> Courier:
         orders.write(json.dumps(order).encode() + b"\n")
         orders.flush()
 
-    courier = Courier(give)
+    mlflow_sender = MlflowSender(give)
 
     def listen() -> None:
         for line in answers:
-            courier.answer(json.loads(line))
+            mlflow_sender.answer(json.loads(line))
         text = f"the process that sends to MLflow ended with code {child.wait()}"
-        courier.answer({"of": "", "what": "gone", "text": text})
+        mlflow_sender.answer({"of": "", "what": "gone", "text": text})
 
     threading.Thread(target=listen, daemon=True).start()
-    return courier
+    return mlflow_sender
 
 
 def main() -> None:
@@ -185,7 +185,7 @@ def serve(orders: "queue.SimpleQueue[Order | None]", answer: Callable[[Answer], 
         _wait_for_the_end(parent)
         with warnings.catch_warnings(), contextlib.suppress(Exception):
             warnings.simplefilter("ignore")  # nobody is there to read it
-            notes.sync(one.home)
+            open_runs.sync(one.home)
 
 
 def _next(orders: "queue.SimpleQueue[Order | None]", followed: "Mapping[str, _Followed]", parent: int) -> Order | None:
@@ -224,14 +224,14 @@ class _Followed:
     pause: float = 0.0
 
     def __post_init__(self) -> None:
-        self.sender = Sender(self.home, Memory(self.folder, self.store))
+        self.uploader = RunUploader(self.home, RunRecord(self.folder, self.store))
 
     def step(self) -> tuple[str, str]:
         """Sends what is new, more seldom while the store does not answer. Returns what happened and a text."""
         try:
             self._send()
             if self.owing:
-                notes.sync(self.home)
+                open_runs.sync(self.home)
             self.owing, self.pause = False, SEND_EVERY
             return "reached", ""
         except Exception as error:  # any failure of tracking must leave the run alone
@@ -242,18 +242,18 @@ class _Followed:
 
     def _send(self) -> None:
         """One conversation with the store; raises whatever MLflow raises."""
-        sender, memory = self.sender, self.sender.memory
-        with sender.turn():
-            if not notes.exists(self.home, self.folder):  # after an outage another process sent its end
+        uploader, record = self.uploader, self.uploader.record
+        with uploader.turn():
+            if not open_runs.exists(self.home, self.folder):  # after an outage another process sent its end
                 return
             if not self.connected:
-                sender.connect(live=True)
+                uploader.connect(live=True)
                 self.connected = True
-            sender.send_new()
-            sender.send_tags()
+            uploader.send_new()
+            uploader.send_tags()
             while self.samples:
-                sender.send_system(*self.samples[0])
+                uploader.send_system(*self.samples[0])
                 self.samples.popleft()
             if self.closing:
-                sender.send_end(memory["ending"]["status"], memory["ending"])
-                notes.remove(self.home, self.folder)
+                uploader.send_end(record["ending"]["status"], record["ending"])
+                open_runs.remove(self.home, self.folder)
