@@ -1,10 +1,10 @@
-"""What checkpoints, metrics and tracking cost in the digits training, as shares of its time.
+"""What checkpoints, metrics and tracking cost in the digits training, as fractions of its time.
 
     python benchmarks/bookkeeping.py --repeats 3 --images 64000
 
-Needs the artifacts of `make repro`. Trains the arm `generated` again in a temporary home with the parameters as they
-ship, and adds up the wall time inside checkpoint saving and metric writing, and the processor time of the tracking
-thread. Prints one JSON line a repeat and the medians.
+Needs the artifacts of `make repro`. Trains the arm `generated` again in a temporary home with the shipped parameters.
+Sums the wall time inside checkpoint saving and metric writing, and the processor time of the tracking thread. Prints
+one JSON line per repeat and the medians.
 """
 
 import argparse
@@ -26,24 +26,25 @@ from dmat.training.long_run import LongRun, MetricsLog
 from dmat.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
-spent: dict[str, float] = {}
+spent: dict[str, float] = {}  # name -> seconds
 
 
-def timed(owner: type, method: str, name: str, clock: Callable[[], float]) -> None:
-    """Adds the time inside a method to `spent[name]`."""
+def add_timer(owner: type, method: str, name: str, clock: Callable[[], float]) -> None:
+    """Makes a method add the time inside it, by `clock` in seconds, to `spent[name]`."""
     original = getattr(owner, method)
 
-    def measured(*arguments: Any, **named: Any) -> Any:
+    def measured(*arguments: Any, **keywords: Any) -> Any:
         started = clock()
         try:
-            return original(*arguments, **named)
+            return original(*arguments, **keywords)
         finally:
             spent[name] = spent.get(name, 0.0) + clock() - started
 
     setattr(owner, method, measured)
 
 
-def once(images: int) -> dict[str, float]:
+def train_once(images: int) -> dict[str, float]:
+    """Trains for `images` images. Returns seconds of all and of each part, and each part as a fraction of all."""
     spent.clear()
     with tempfile.TemporaryDirectory() as folder:
         content = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -53,8 +54,8 @@ def once(images: int) -> dict[str, float]:
         params, workspace = config.load(path), Workspace(Path(folder), Path(folder))
         shutil.copy(ROOT / "code.yaml", folder)
         (Path(folder) / "artifacts").mkdir()
-        for word in ("prepare_data", "generate_images", "select_images", "mix_images"):
-            (Path(folder) / "artifacts" / word).symlink_to(ROOT / "artifacts" / word)
+        for stage in ("prepare_data", "generate_images", "select_images", "mix_images"):
+            (Path(folder) / "artifacts" / stage).symlink_to(ROOT / "artifacts" / stage)
         plan = planning.plan(STAGES["train_robust"], {"arm": "generated", "seed": 1}, params, workspace)
         started = time.perf_counter()
         execution.execute(plan, params, workspace, quiet=True)
@@ -67,14 +68,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--images", type=int, default=256000, help="training images; the recipe has 256000")
     arguments = parser.parse_args()
-    timed(LongRun, "save", "checkpoints", time.perf_counter)
-    timed(MetricsLog, "write", "metrics", time.perf_counter)
-    timed(Run, "_serve", "tracking", time.thread_time)
-    found = []
+    add_timer(LongRun, "save", "checkpoints", time.perf_counter)
+    add_timer(MetricsLog, "write", "metrics", time.perf_counter)
+    add_timer(Run, "_serve", "tracking", time.thread_time)
+    records = []
     for _ in range(arguments.repeats):
-        found.append(once(arguments.images))
-        print(json.dumps({name: round(value, 5) for name, value in found[-1].items()}), flush=True)
-    medians = {name: round(statistics.median(one[name] for one in found), 5) for name in found[0]}
+        records.append(train_once(arguments.images))
+        print(json.dumps({name: round(value, 5) for name, value in records[-1].items()}), flush=True)
+    medians = {name: round(statistics.median(record[name] for record in records), 5) for name in records[0]}
     print("median", json.dumps(medians))
 
 

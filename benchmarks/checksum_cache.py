@@ -1,4 +1,4 @@
-"""How long a start takes that hashes a large image set: first and later processes, with the memory and without.
+"""Seconds to hash a large image set at the start of a process: the first time, later with the cache, and without it.
 
 python benchmarks/checksum_cache.py [GiB]
 """
@@ -10,13 +10,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-SHARD = 24 << 20  # bytes, as 8,000 images 32x32x3
-TIMED = """
+SHARD = 24 << 20  # bytes of a shard, as of 8,000 images 32x32x3
+SCRIPT = """
 import contextlib, sys, time
 from pathlib import Path
 from dmat import checksum_cache, files
 started = time.perf_counter()
-with checksum_cache.reading_anew() if sys.argv[2] == "anew" else contextlib.nullcontext():
+with checksum_cache.bypassed() if sys.argv[2] == "anew" else contextlib.nullcontext():
     digest = files.checksum(Path(sys.argv[1]))
 print(time.perf_counter() - started, digest)
 """
@@ -29,16 +29,16 @@ def main() -> None:
         images.mkdir()
         for number in range(shards):
             (images / f"images-{number:05d}.npy").write_bytes(os.urandom(SHARD))
-        subprocess.run([sys.executable, "-c", "import time; time.sleep(2.5)"], check=True)  # times of files settle
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(2.5)"], check=True)  # file times must age
         environment = {**os.environ, "XDG_CACHE_HOME": folder}
-        found: dict[str, list[float]] = {}
+        seconds_by_kind: dict[str, list[float]] = {}
         for kind in ("first", *["later", "anew"] * 5):
-            words = [sys.executable, "-c", TIMED, str(images), kind]
-            done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.split()
-            found.setdefault(kind, []).append(float(done[0]))
-            assert len({done[1]}) == 1
+            command = [sys.executable, "-c", SCRIPT, str(images), kind]
+            output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+            seconds_by_kind.setdefault(kind, []).append(float(output[0]))
+            assert len({output[1]}) == 1
         print(f"{shards} files of {SHARD >> 20} MiB")
-        for kind, seconds in found.items():
+        for kind, seconds in seconds_by_kind.items():
             print(f"{kind:6s} median {statistics.median(seconds):8.3f} s of {len(seconds)}")
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/runs_list.py --runs 2000 --points 500 --repeats 5
 
-Makes the store in a temporary folder: MLflow creates the tables, rows are inserted directly. Times are of whole
-commands, Python's start included; medians.
+Makes the store in a temporary folder: MLflow creates the tables, this script inserts rows directly. Times are medians
+of whole commands, including the start of Python.
 """
 
 import argparse
@@ -30,7 +30,10 @@ COMMANDS = (
 
 
 def fill(home: Path, runs: int, points: int) -> None:
-    """A parent for every 20 runs aside, runs like those of train_robust: 45 parameters, 20 tags, 5 metrics."""
+    """Fills the store with runs like those of train_robust: 45 parameters, 20 tags, 5 metrics; no parent runs.
+
+    points: metric values per run.
+    """
     _, experiment = stores.connect(home)
     ids = [f"{k:032x}" for k in range(runs)]
     now = 1_790_000_000_000
@@ -49,15 +52,18 @@ def fill(home: Path, runs: int, points: int) -> None:
             [(f"p{k}", str(k + (n % 3)), id_) for n, id_ in enumerate(ids) for k in range(45)],
         )
         names = ("validation_robust", "validation_clean", "train_loss", "learning_rate", "train_robust")
-        each = points // len(names)
+        points_per_metric = points // len(names)
         for n, id_ in enumerate(ids):
             database.executemany(
                 "insert into metrics (key, value, timestamp, run_uuid, step, is_nan) values (?, ?, ?, ?, ?, 0)",
-                [(name, step / (n + 7), now + step, id_, step) for name in names for step in range(each)],
+                [(name, step / (n + 7), now + step, id_, step) for name in names for step in range(points_per_metric)],
             )
             database.executemany(
                 "insert into latest_metrics (key, value, timestamp, step, is_nan, run_uuid) values (?, ?, ?, ?, 0, ?)",
-                [(name, each / (n + 7), now + each, each, id_) for name in names],
+                [
+                    (name, points_per_metric / (n + 7), now + points_per_metric, points_per_metric, id_)
+                    for name in names
+                ],
             )
 
 
@@ -66,25 +72,25 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--points", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=5)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        fill(home, given.runs, given.points)
+        fill(home, args.runs, args.points)
         size = (home / "mlruns" / "mlflow.db").stat().st_size
-        print(f"{given.runs} runs with {given.points} points, {size / 1e6:.0f} MB")
-        for words in COMMANDS:
+        print(f"{args.runs} runs with {args.points} points, {size / 1e6:.0f} MB")
+        for command in COMMANDS:
             seconds = []
-            for _ in range(given.repeats):
+            for _ in range(args.repeats):
                 started = time.perf_counter()
-                done = subprocess.run(
-                    [sys.executable, "-m", "cli.main", *words], cwd=home, capture_output=True, text=True,
+                process = subprocess.run(
+                    [sys.executable, "-m", "cli.main", *command], cwd=home, capture_output=True, text=True,
                     env={**os.environ, "PYTHONPATH": str(ROOT)},
                 )  # fmt: skip
                 seconds.append(time.perf_counter() - started)
-                if done.returncode:
-                    raise SystemExit(done.stderr)
-            said = len(done.stdout.splitlines())
-            print(f"dmat {' '.join(words)[:60]:62s} median {statistics.median(seconds):.2f} s, {said} lines")
+                if process.returncode:
+                    raise SystemExit(process.stderr)
+            lines = len(process.stdout.splitlines())
+            print(f"dmat {' '.join(command)[:60]:62s} median {statistics.median(seconds):.2f} s, {lines} lines")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Seconds of one TRADES step (attack included) against the plain step that is published, same sizes, one run.
+"""Seconds of one TRADES step, attack included, compared with the published plain step of the same size.
 
     python benchmarks/trades_step.py --depth 10 --width 4 --size 32 --batch 64 --repeats 7
     python benchmarks/trades_step.py --device cuda --depth 28 --width 10 --batch 512 2048   # a GPU
     ... --compiled   # our network through torch.compile as well
-    ... --profile    # and the kernels of one step of ours that take longest
+    ... --profile    # also the slowest kernels of one of our steps
 
 Plain: fp32, NCHW, eager, every convolution padded by a copy, parameters that require gradients during the attack, one
-more clean forward for the targets of the attack. Ours: what `training.classifier` runs. The two alternate within
-each repeat, so that what else the machine does hits both; medians are printed, with the share of the measured matrix
-peak of the machine (2048 x 2048 products; 8192 on a GPU). Prints one JSON line a batch size.
+more clean forward pass for the targets of the attack. Ours: what `training.classifier` runs. The two alternate within
+each repeat, so that other load on the machine affects both. Prints one JSON line per batch size: medians, and the
+fraction of the measured matrix peak of the machine (2048 x 2048 products; 8192 on a GPU).
+Shapes: B batch, C channels, H height, W width.
 """
 
 import argparse
@@ -29,12 +30,12 @@ from dmat.robust import flops, losses
 from dmat.robust.attacks import Ball
 from dmat.robust.networks import DataSpec, WideBlock, WideResNet, wide_resnet
 
-FACTS = DataSpec(10, 3, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+DATA_SPEC = DataSpec(10, 3, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 STEPS, STEP_SIZE, EPSILON, BETA = 10, 2 / 255, 8 / 255, 5.0
 
 
 def padded_block(block: WideBlock, x: Tensor) -> Tensor:
-    """A block whose convolutions pad by a copy."""
+    """Computes a block whose convolutions pad by a copy. [B, C, H, W] -> [B, C', H', W']."""
     active = block.activation_0(block.batchnorm_0(x))
     sides = (1, 1, 1, 1) if block.conv_0.stride[0] == 1 else (0, 1, 0, 1)
     h = F.conv2d(F.pad(active, sides), block.conv_0.weight, stride=block.conv_0.stride)
@@ -44,13 +45,15 @@ def padded_block(block: WideBlock, x: Tensor) -> Tensor:
 
 
 def plain_network(model: WideResNet) -> nn.Module:
-    twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    for block in [layer for layer in twin.modules() if isinstance(layer, WideBlock)]:
+    """Copies a network into contiguous memory, with blocks that pad by a copy."""
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    for block in [layer for layer in plain.modules() if isinstance(layer, WideBlock)]:
         block.forward = padded_block.__get__(block)  # type: ignore[method-assign]
-    return twin.train()
+    return plain.train()
 
 
 def plain_step(model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Tensor, start: Tensor) -> None:
+    """Trains one TRADES step as published. x and start [B, C, H, W], y int64 [B]."""
     layers = [layer for layer in model.modules() if isinstance(layer, modes.BATCH_NORMS)]
     for layer in layers:
         layer.track_running_stats = False
@@ -65,15 +68,16 @@ def plain_step(model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y:
     for layer in layers:
         layer.track_running_stats = True
     optimiser.zero_grad()
-    clean, attacked = model(x), model(adversarial.detach())
-    robust = F.kl_div(F.log_softmax(attacked, 1), F.softmax(clean, 1), reduction="batchmean")
-    (F.cross_entropy(clean, y, label_smoothing=0.1) + BETA * robust).backward()
+    clean_logits, adversarial_logits = model(x), model(adversarial.detach())
+    robust = F.kl_div(F.log_softmax(adversarial_logits, 1), F.softmax(clean_logits, 1), reduction="batchmean")
+    (F.cross_entropy(clean_logits, y, label_smoothing=0.1) + BETA * robust).backward()
     optimiser.step()
 
 
 def our_step(
     model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Tensor, start: Tensor, compute: Compute
 ) -> None:
+    """Trains one TRADES step as `training.classifier` does. x and start [B, C, H, W], y int64 [B]."""
     loss_settings = losses.LossSettings(Ball("linf", EPSILON), STEPS, STEP_SIZE, BETA, 0.1)
     with modes.mode(model, training=True), compute.autocast():
         loss = losses.trades(model, compute.to_device(x), y, start, loss_settings)
@@ -83,6 +87,7 @@ def our_step(
 
 
 def seconds(step: Callable[[], None], device: torch.device) -> float:
+    """Returns the wall time of a step in seconds, until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -93,24 +98,25 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, best of 10."""
+    """Measures the FLOP/s of a large matrix product, best of 10."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(seconds(lambda: torch.mm(a, b), device) for _ in range(10))
 
 
 def kernels(step: Callable[[], None], count: int = 16) -> list[str]:
-    """The kernels of one step that take longest, each with its share of the time of all."""
-    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as found:
+    """Returns the slowest kernels of one step, each with its percentage of the time of all kernels."""
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as trace:
         step()
-    times = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in found.key_averages()}
+    times = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in trace.key_averages()}
     longest = sorted(times, key=lambda key: -times[key])[:count]
     return [f"{100 * times[key] / sum(times.values()):.1f} % {key[:90]}" for key in longest]
 
 
 def measure(args: argparse.Namespace, batch: int, compute: Compute) -> dict[str, Any]:
+    """Times both steps for one batch size. Returns the record to print."""
     torch.manual_seed(0)
-    model = wide_resnet(FACTS, args.depth, args.width, "silu")
+    model = wide_resnet(DATA_SPEC, args.depth, args.width, "silu")
     plain = plain_network(model).to(compute.device)
     compute.model_to_device(model)
     if args.compiled:
@@ -123,11 +129,13 @@ def measure(args: argparse.Namespace, batch: int, compute: Compute) -> dict[str,
         lambda: plain_step(plain, optimisers[0], x, y, start),
         lambda: our_step(model, optimisers[1], x, y, start, compute),
     )
-    for step in steps * args.warmup:
+    for step in steps * args.warm_up:
         step()
     times = [[seconds(step, compute.device) for step in steps] for _ in range(args.repeats)]
     plain_seconds, our_seconds = (statistics.median(column) for column in zip(*times, strict=True))
-    work = batch * flops.forward(model, (3, args.size, args.size)) * flops.forwards_of_a_step("trades", STEPS)
+    step_flops = (
+        batch * flops.forward(model, (3, args.size, args.size)) * flops.forward_passes_per_step("trades", STEPS)
+    )
     dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
     return {
         "network": f"WRN-{args.depth}-{args.width}",
@@ -138,9 +146,9 @@ def measure(args: argparse.Namespace, batch: int, compute: Compute) -> dict[str,
         "our_seconds": round(our_seconds, 4),
         "ratio": round(statistics.median(a / b for a, b in times), 2),
         "images_per_second": round(batch / our_seconds, 1),
-        "gflops_per_second": round(work / our_seconds / 1e9),
+        "gflops_per_second": round(step_flops / our_seconds / 1e9),
         "peak_gflops": round(peak(compute.device, dtype) / 1e9),
-        "share_of_peak": round(work / our_seconds / peak(compute.device, dtype), 3),
+        "share_of_peak": round(step_flops / our_seconds / peak(compute.device, dtype), 3),
         "repeats": args.repeats,
         "compiled": args.compiled,
         **({"profile": kernels(steps[1])} if args.profile else {}),

@@ -2,13 +2,13 @@
 
     dmat tune start --trials 64 --workers 2   # with sampler: random, pruner: none, rerank: 0 in params.yaml
     python benchmarks/tune_replay.py export --to curves.json            # the curves of that study
-    python benchmarks/tune_replay.py replay curves.json --repeats 40    # prints one JSON line a variant, then a table
+    python benchmarks/tune_replay.py replay curves.json --repeats 40    # prints one JSON line per variant, then a table
 
-A replayed study asks the sampler for values, takes the nearest recorded trial that it has not had (each dimension
-scaled to its range, logarithms where the space has them), and shows its reports to the pruner one by one: the very
-functions that `dmat tune` uses. `same` is the share of repeats in which the best trial that was found is within one
-standard error of a proportion of the best that the same sampler finds without pruning from the same seed; `regret` is
-how far the best is below the best of all recorded trials, mean and standard error over repeats, in points.
+A replayed study asks the sampler for values, takes the nearest recorded trial that it has not used yet (each dimension
+scaled to its range, logarithms where the space has them), and shows its reports to the pruner one by one. Sampler and
+pruner are the functions that `dmat tune` uses. `same` is the fraction of repeats whose best trial is within one
+standard error of a proportion of the best that the same sampler finds without pruning from the same seed. `regret` is
+how far the best is below the best of all recorded trials, in percentage points: mean and standard error over repeats.
 """
 
 import argparse
@@ -38,7 +38,7 @@ VARIANTS = [
 
 
 def export(to: Path, params: Path) -> None:
-    """The curves of the study that a parameter file asks for."""
+    """Writes the learning curves of the complete trials of the study that a parameter file describes."""
     loaded = config.load(params)
     plan = tuning.plan(loaded, find_workspace(params.resolve().parent))
     study = storage.find(storage.connect(plan.storage), plan.name)
@@ -48,8 +48,8 @@ def export(to: Path, params: Path) -> None:
         {"values": trial.params, "reports": {str(step): value for step, value in trial.intermediate_values.items()}}
         for trial in complete
     ]
-    about = {"settings": plan.settings.plain(), "validation_images": _validation(loaded), "trials": trials}
-    to.write_text(json.dumps(about, indent=1) + "\n")
+    content = {"settings": plan.settings.plain(), "validation_images": _validation(loaded), "trials": trials}
+    to.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{len(trials)} complete trials in {to}")
 
 
@@ -59,90 +59,95 @@ def _validation(loaded: config.Params) -> int:
 
 
 class Recorded:
-    """Full curves of trials, and how far values are from theirs."""
+    """Complete learning curves of recorded trials, and the search for the trial nearest to given values."""
 
     def __init__(self, path: Path):
-        about = json.loads(path.read_text())
-        self.settings = Tune.model_validate(about["settings"])
-        self.images = about["validation_images"]
-        self.values = [trial["values"] for trial in about["trials"]]
-        self.reports = [{int(step): value for step, value in trial["reports"].items()} for trial in about["trials"]]
+        content = json.loads(path.read_text())
+        self.settings = Tune.model_validate(content["settings"])
+        self.images = content["validation_images"]
+        self.values = [trial["values"] for trial in content["trials"]]
+        self.reports = [{int(step): value for step, value in trial["reports"].items()} for trial in content["trials"]]
         self.best = [max(reports.values()) for reports in self.reports]
-        self.places = np.array([self._place(values) for values in self.values])
+        self.positions = np.array([self._position(values) for values in self.values])  # [trials, dimensions]
 
-    def nearest(self, values: dict[str, Any], had: set[int]) -> int:
-        distances = ((self.places - self._place(values)) ** 2).sum(1)
-        return next(int(k) for k in np.argsort(distances, kind="stable") if int(k) not in had)
+    def nearest(self, values: dict[str, Any], used: set[int]) -> int:
+        """Returns the index of the nearest recorded trial that is not in `used`."""
+        distances = ((self.positions - self._position(values)) ** 2).sum(1)  # [trials]
+        return next(int(k) for k in np.argsort(distances, kind="stable") if int(k) not in used)
 
-    def _place(self, values: dict[str, Any]) -> list[float]:
-        found = []
-        for name, wanted in self.settings.space.items():
-            assert isinstance(wanted, config.Range), "replay knows ranges alone"
-            to = math.log if wanted.scale == "log" else float
-            found.append((to(values[name]) - to(wanted.low)) / (to(wanted.high) - to(wanted.low)))
-        return found
+    def _position(self, values: dict[str, Any]) -> list[float]:
+        """Scales each dimension of the space to [0, 1]."""
+        position = []
+        for name, limits in self.settings.space.items():
+            assert isinstance(limits, config.Range), "replay supports ranges only"
+            transform = math.log if limits.scale == "log" else float
+            position.append(
+                (transform(values[name]) - transform(limits.low)) / (transform(limits.high) - transform(limits.low))
+            )
+        return position
 
 
 def replay(recorded: Recorded, settings: Tune, pruned_as: str, trials: int) -> tuple[float, int]:
-    """Best full value among trials that were not pruned, and images seen."""
-    wanted = {
-        name: optuna.distributions.FloatDistribution(one.low, one.high, log=one.scale == "log")
-        for name, one in settings.space.items()
-        if isinstance(one, config.Range)
+    """Replays a study. Returns the best final value among trials that were not pruned, and the images seen by all."""
+    dimensions = {
+        name: optuna.distributions.FloatDistribution(limits.low, limits.high, log=limits.scale == "log")
+        for name, limits in settings.space.items()
+        if isinstance(limits, config.Range)
     }
-    name = f"replay {settings.sampler} {settings.pruner} {settings.seed}"  # hyperband draws brackets by it
+    name = f"replay {settings.sampler} {settings.pruner} {settings.seed}"  # Hyperband derives brackets from it
     study = optuna.create_study(direction="maximize", pruner=sampling.pruner(settings), study_name=name)
     study.sampler = optuna.samplers.RandomSampler(seed=0)
-    had: set[int] = set()
-    seen, best = 0, 0.0
+    used: set[int] = set()
+    images_seen, best = 0, 0.0
     for number in range(trials):
-        proposed = sampling.propose(settings, wanted, study.get_trials(deepcopy=False), number, pruned_as)
-        chosen = recorded.nearest(proposed, had)
-        had.add(chosen)
-        study.enqueue_trial(recorded.values[chosen])
+        proposed = sampling.propose(settings, dimensions, study.get_trials(deepcopy=False), number, pruned_as)
+        index = recorded.nearest(proposed, used)
+        used.add(index)
+        study.enqueue_trial(recorded.values[index])
         trial = study.ask()
-        space.suggest(trial, wanted)
+        space.suggest(trial, dimensions)
         stopped = False
-        for step, value in recorded.reports[chosen].items():
+        for step, value in recorded.reports[index].items():
             trial.report(value, step)
             last = step
             if stopped := sampling.should_stop(trial, step, settings):
                 break
-        seen += last
+        images_seen += last
         if stopped:
             study.tell(trial, state=TrialState.PRUNED)
         else:
-            study.tell(trial, recorded.best[chosen])
-            best = max(best, recorded.best[chosen])
-    return best, seen
+            study.tell(trial, recorded.best[index])
+            best = max(best, recorded.best[index])
+    return best, images_seen
 
 
 def compare(
     recorded: Recorded, samplers: list[str], repeats: int, trials: int, warmup: int | None
 ) -> Iterator[dict[str, Any]]:
-    """A line for each variant. Repeats differ in the seed of sampler and brackets."""
-    without: dict[str, list[tuple[float, int]]] = {}
+    """Yields a record for each variant. Repeats differ in the seed of sampler and brackets."""
+    unpruned: dict[str, list[tuple[float, int]]] = {}  # sampler -> results without pruning
     error = math.sqrt(max(recorded.best) * (1 - max(recorded.best)) / recorded.images)
     for sampler, pruned_as, pruner in sorted(VARIANTS, key=lambda variant: variant[2] != "none"):
         if sampler not in samplers:
             continue
-        found = []
+        results = []
         for seed in range(repeats):
             changes: dict[str, Any] = {"sampler": sampler, "pruner": pruner, "seed": seed}
             if warmup is not None:
                 changes["warmup_images"] = warmup
-            found.append(replay(recorded, recorded.settings.model_copy(update=changes), pruned_as, trials))
-        without.setdefault(sampler, found)
+            results.append(replay(recorded, recorded.settings.model_copy(update=changes), pruned_as, trials))
+        unpruned.setdefault(sampler, results)
         full = trials * max(recorded.reports[0])
-        regrets = [100 * (max(recorded.best) - best) for best, _ in found]
+        regrets = [100 * (max(recorded.best) - best) for best, _ in results]
         yield {
             "sampler": sampler,
             "pruner": pruner,
             "pruned_as": pruned_as,
-            "saved": round(1 - statistics.mean(seen for _, seen in found) / full, 3),
+            "saved": round(1 - statistics.mean(images_seen for _, images_seen in results) / full, 3),
             "same": round(
                 statistics.mean(
-                    one >= other - error for (one, _), (other, _) in zip(found, without[sampler], strict=True)
+                    best_pruned >= best_unpruned - error
+                    for (best_pruned, _), (best_unpruned, _) in zip(results, unpruned[sampler], strict=True)
                 ),
                 3,
             ),
@@ -160,22 +165,22 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("export")
-    one.add_argument("--to", type=Path, required=True)
-    one.add_argument("--params", type=Path, default=Path("params.yaml"))
-    two = commands.add_parser("replay")
-    two.add_argument("curves", type=Path)
-    two.add_argument("--samplers", nargs="+", default=["random", "tpe", "gp"])
-    two.add_argument("--repeats", type=int, default=40)
-    two.add_argument("--trials", type=int, default=30)
-    two.add_argument("--warm-up", type=int, default=None)
+    export_parser = commands.add_parser("export")
+    export_parser.add_argument("--to", type=Path, required=True)
+    export_parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    replay_parser = commands.add_parser("replay")
+    replay_parser.add_argument("curves", type=Path)
+    replay_parser.add_argument("--samplers", nargs="+", default=["random", "tpe", "gp"])
+    replay_parser.add_argument("--repeats", type=int, default=40)
+    replay_parser.add_argument("--trials", type=int, default=30)
+    replay_parser.add_argument("--warm-up", type=int, default=None)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if args.command == "export":
         export(args.to, args.params)
         return
     rows = []
-    for row in compare(Recorded(args.curves), args.samplers, args.repeats, args.trials, args.warmup):
+    for row in compare(Recorded(args.curves), args.samplers, args.repeats, args.trials, args.warm_up):
         print(json.dumps(row), flush=True)
         rows.append(row)
     print("\n| sampler | pruner | pruned trials shown as | images saved | same best | regret, points |")

@@ -1,11 +1,11 @@
-"""Workers of a study killed with -9 at random: nothing lost, twice or left RUNNING, and what a report costs.
+"""Kills workers of a study with -9 at random: no trial may be lost, run twice or stay RUNNING. Measures reports too.
 
     python benchmarks/tune_workers.py --storage sqlite --to /tmp/workers-sqlite
     python benchmarks/tune_workers.py --storage postgresql --to /tmp/workers-postgresql
 
-Needs the artifacts of `make repro` (as far as `mix_images`) in this project and, for the second, PostgreSQL's programs:
-a real server is started on a folder of its own. `dmat tune start --trials 60 --workers 4` runs in a copy; ten times a
-worker is killed while it computes. Prints one JSON line; the exit code says whether all held.
+Needs the artifacts of `make repro` (up to `mix_images`) in this project and, for the second command, PostgreSQL's
+programs: it starts a real server on a temporary folder. `dmat tune start --trials 60 --workers 4` runs in a copy of the
+project; ten times a worker is killed while it computes. Prints one JSON line; the exit code is 0 if all checks passed.
 """
 
 import argparse
@@ -29,27 +29,28 @@ ROOT = Path(__file__).parent.parent
 
 
 def prepare(folder: Path, images: int) -> None:
-    """A project beside this one whose trials are short."""
+    """Creates a copy of this project with short trials."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["compute"] |= {"threads": 1, "save_every_seconds": 1.0}
     params["tune"] |= {"images_seen": images, "evaluate_every": images // 4, "warmup_images": images // 4, "rerank": 0}
     folder.mkdir(parents=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     shutil.copy(ROOT / "code.yaml", folder)
-    for word in ("prepare_data", "generate_images", "select_images"):
-        shutil.copytree(ROOT / "artifacts" / word, folder / "artifacts" / word)
+    for stage in ("prepare_data", "generate_images", "select_images"):
+        shutil.copytree(ROOT / "artifacts" / stage, folder / "artifacts" / stage)
 
 
-def study_of(url: str) -> optuna.Study | None:
+def find_study(url: str) -> optuna.Study | None:
+    """Loads the study of the storage; None until it exists."""
     try:
         names = optuna.get_all_study_names(url)
-    except Exception:  # being made
+    except Exception:  # the storage is being created
         return None
     return optuna.load_study(study_name=names[0], storage=url) if names else None
 
 
 def run(folder: Path, url: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The study with its kills; what came out."""
+    """Runs the study, kills workers and returns the record to print."""
     command = [sys.executable, "-m", "cli.main", "tune", "start", "--json"]
     command += ["--trials", str(args.trials), "--workers", str(args.workers)]
     rng, started = random.Random(args.seed), time.monotonic()
@@ -59,7 +60,7 @@ def run(folder: Path, url: str, args: argparse.Namespace) -> dict[str, Any]:
     kills: list[dict[str, Any]] = []
     while leader.poll() is None:
         time.sleep(1)
-        study = study_of(url)
+        study = find_study(url)
         if study is None or len(kills) >= args.kills:
             continue
         ended = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
@@ -71,10 +72,10 @@ def run(folder: Path, url: str, args: argparse.Namespace) -> dict[str, Any]:
             victim.kill()
             kills.append({"pid": victim.pid, "ended": ended})
     seconds = time.monotonic() - started
-    study = study_of(url)
+    study = find_study(url)
     assert study is not None
     trials = study.trials
-    lines = {t.number: _lines(folder, t.number) for t in trials}
+    reports = {t.number: _reports(folder, t.number) for t in trials}
     return {
         "storage": url.partition(":")[0],
         "code": leader.returncode,
@@ -82,7 +83,7 @@ def run(folder: Path, url: str, args: argparse.Namespace) -> dict[str, Any]:
         "ended": sum(trial.state.is_finished() for trial in trials),
         "running": sum(not trial.state.is_finished() for trial in trials),
         "numbers_are_whole": [trial.number for trial in trials] == list(range(args.trials)),
-        "reports_match": all(trial.intermediate_values == lines[trial.number] for trial in trials),
+        "reports_match": all(trial.intermediate_values == reports[trial.number] for trial in trials),
         "kills": len(kills),
         "kills_inside_a_trial": sum(trial.user_attrs.get("workers_killed", 0) for trial in trials),
         "complete": sum(trial.state.name == "COMPLETE" for trial in trials),
@@ -97,17 +98,19 @@ def run(folder: Path, url: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _workers(leader: int) -> list[psutil.Process]:
-    found = []
-    for one in psutil.Process(leader).children():
+    """Returns the worker processes that a leader, by its process id, has started."""
+    workers = []
+    for process in psutil.Process(leader).children():
         try:
-            if "--worker" in one.cmdline():
-                found.append(one)
+            if "--worker" in process.cmdline():
+                workers.append(process)
         except psutil.Error:  # killed a moment ago
             continue
-    return found
+    return workers
 
 
-def _lines(folder: Path, number: int) -> dict[int, float]:
+def _reports(folder: Path, number: int) -> dict[int, float]:
+    """Reads the reports of a trial from its metrics file: images seen -> accuracy."""
     (path,) = (folder / "runs/tune").glob(f"generated-*/trial-{number:04d}/metrics.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({record["images_seen"] for record in records}) == len(records), f"trial {number} has a report twice"
@@ -115,21 +118,22 @@ def _lines(folder: Path, number: int) -> dict[int, float]:
 
 
 def _runs(folder: Path, trials: int) -> dict[str, Any]:
-    """What MLflow has: one run a trial and one of the study, with the status that fits."""
+    """Compares MLflow's runs with the trials: one run per trial and one for the study, with the matching status."""
     subprocess.run(
         [sys.executable, "-m", "cli.main", "runs", "sync"], cwd=folder, check=True, stdout=subprocess.DEVNULL
     )
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder}/mlruns/mlflow.db")
-    found = client.search_runs([client.get_experiment_by_name("dmat").experiment_id], max_results=1000)
-    of_trials = [run for run in found if "optuna.trial" in run.data.tags]
-    fits = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
+    runs = client.search_runs([client.get_experiment_by_name("dmat").experiment_id], max_results=1000)
+    trial_runs = [run for run in runs if "optuna.trial" in run.data.tags]
+    statuses = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
     return {
-        "mlflow_runs": len(found),
-        "mlflow_one_for_each_trial": sorted(int(r.data.tags["optuna.trial"]) for r in of_trials) == list(range(trials)),
-        "mlflow_status_fits": all(r.info.status == fits[r.data.tags["optuna.state"]] for r in of_trials),
-        "mlflow_running": sum(run.info.status == "RUNNING" for run in found),
+        "mlflow_runs": len(runs),
+        "mlflow_one_for_each_trial": sorted(int(r.data.tags["optuna.trial"]) for r in trial_runs)
+        == list(range(trials)),
+        "mlflow_status_fits": all(r.info.status == statuses[r.data.tags["optuna.state"]] for r in trial_runs),
+        "mlflow_running": sum(run.info.status == "RUNNING" for run in runs),
     }
 
 
@@ -150,13 +154,13 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     prepare(args.to, args.images)
     if args.storage == "sqlite":
-        found = run(args.to, f"sqlite:///{args.to.resolve()}/studies.db", args)
+        record = run(args.to, f"sqlite:///{args.to.resolve()}/studies.db", args)
     else:
         with server() as base:
-            found = run(args.to, f"{base}/postgres", args)
-    print(json.dumps(found, sort_keys=True))
-    good = found["ended"] == found["trials"] == args.trials and not found["running"] and found["code"] == 0
-    sys.exit(0 if good and found["numbers_are_whole"] and found["reports_match"] else 1)
+            record = run(args.to, f"{base}/postgres", args)
+    print(json.dumps(record, sort_keys=True))
+    all_ended = record["ended"] == record["trials"] == args.trials and not record["running"] and record["code"] == 0
+    sys.exit(0 if all_ended and record["numbers_are_whole"] and record["reports_match"] else 1)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 import typer
 
@@ -10,15 +10,18 @@ from cli import stages
 from cli.models import offer_plugins
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES
+from dmat.pipeline.stages import Instance
 
 _STAGE = STAGES["evaluate_robust"]
 
 
 def add_to(app: typer.Typer) -> None:
+    """Adds the command `evaluate-robust` to the command line."""
     app.command(
         _STAGE.command,
-        help=f"{_STAGE.summary}\n\nEither an arm and a seed of params.yaml, or --model and --images for what no stage "
-        f"made. Several processes may share one evaluation: start it once, and again with --worker, or by torchrun."
+        help=f"{_STAGE.summary}\n\nGive either an arm and a seed of params.yaml, or --model and --images for files "
+        f"that no stage made. Several processes may share one evaluation: start it once without --worker, then any "
+        f"number of times with --worker; or start it by torchrun."
         f"\n\nExample: {_STAGE.example}\n\nExample: dmat evaluate-robust --model wang.safetensors --images "
         f"cifar-10-batches-py --against robustbench",
     )(_evaluate)
@@ -28,38 +31,59 @@ def _evaluate(
     arm: Annotated[str | None, typer.Option(help="Name in `arms` of params.yaml.")] = None,
     seed: Annotated[int | None, typer.Option(help="One of `seeds` of params.yaml.")] = None,
     model: Annotated[
-        Path | None, typer.Option(help="A .safetensors file, its sidecar beside it; or what `models import` reads.")
+        Path | None, typer.Option(help="A .safetensors file with its sidecar beside it, or what `models import` reads.")
     ] = None,
-    args: Annotated[Path | None, typer.Option(help="The args.txt of its training, as for `models import`.")] = None,
-    data: Annotated[str | None, typer.Option(help="As for `models import`, for example cifar10.")] = None,
-    activation: Annotated[str | None, typer.Option(help="As for `models import`: silu or relu.")] = None,
+    args: Annotated[
+        Path | None, typer.Option(help="The args.txt of the model's training, as for `models import`.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set of the model's training, as for `models import`, for example cifar10.")
+    ] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="Activation of the model, as for `models import`: silu or relu.")
+    ] = None,
     images: Annotated[
-        str | None, typer.Option(help="A CIFAR folder, a folder of images by class, of shards, an .npz, or digits.")
+        str | None,
+        typer.Option(
+            help="A CIFAR folder, a folder with one sub-folder of images per class, a folder of shards, an .npz file, "
+            "or the word digits."
+        ),
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="test or train; of a source that does not say, your word for it. [default: test, if any]"),
+        typer.Option(
+            help="Which split the images are: test or train. If the source does not say it, your statement is used. "
+            "[default: test, if any]"
+        ),
     ] = None,
     classes_in_order: Annotated[
         bool,
         typer.Option(
-            "--classes-in-order", help="Your word that the images' classes are the model's, although names differ."
+            "--classes-in-order",
+            help="State that label k of the images is class k of the model, although the class names differ.",
         ),
     ] = False,
     norm: Annotated[str | None, typer.Option(help="linf or l2. [default: what the model was trained for]")] = None,
-    epsilon: Annotated[str | None, typer.Option(help="In pixels of [0, 1], such as 8/255.")] = None,
+    epsilon: Annotated[str | None, typer.Option(help="Radius for pixels in [0, 1], such as 8/255.")] = None,
     first: Annotated[
-        int | None, typer.Option(help="Only so many images: never a headline. [default: 0, all]", min=0)
+        int | None,
+        typer.Option(help="Evaluate only the first N images; the result is then no headline. [default: 0, all]", min=0),
     ] = None,
     attacks: Annotated[
-        str | None, typer.Option(help="standard, none, or names such as apgd-ce,square: never a headline.")
+        str | None,
+        typer.Option(help="standard, none, or names such as apgd-ce,square; only standard can give a headline."),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images at a time. [default: 250]", min=1)] = None,
     to: Annotated[Path | None, typer.Option(help="Folder of the results. [default: MODEL-evaluation]")] = None,
     against: Annotated[str | None, typer.Option(help="robustbench: compare with its leaderboard.")] = None,
-    entry: Annotated[str | None, typer.Option(help="Its row. [default: the name of the model's file]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; with --model. [default: auto]")] = None,
-    worker: Annotated[bool, typer.Option("--worker", help="Help an evaluation that is started elsewhere.")] = False,
+    entry: Annotated[
+        str | None, typer.Option(help="Row of the leaderboard. [default: the name of the model's file]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; only with --model. [default: auto]")] = None,
+    worker: Annotated[
+        bool,
+        typer.Option("--worker", help="Compute shards of an evaluation that another process runs without --worker."),
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Set earlier work aside and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and the time left.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="No progress bar; the result as JSON.")] = False,
@@ -68,31 +92,35 @@ def _evaluate(
         typer.Option(help="Parameter file. [default: params.yaml; with --model: none]"),
     ] = None,
 ) -> None:
-    of_stage: dict[str, Any] = {"--arm": arm, "--seed": seed}
-    of_model: dict[str, Any] = {"--model": model, "--images": images}
-    only_model: dict[str, Any] = {"--norm": norm, "--epsilon": epsilon, "--first": first, "--attacks": attacks,
+    stage_options: dict[str, object] = {"--arm": arm, "--seed": seed}
+    model_options: dict[str, object] = {"--model": model, "--images": images}
+    direct_options: dict[str, object] = {"--norm": norm, "--epsilon": epsilon, "--first": first, "--attacks": attacks,
                   "--batch": batch, "--to": to, "--against": against, "--entry": entry, "--args": args,
                   "--data": data, "--activation": activation, "--split": split, "--device": device,
                   "--classes-in-order": classes_in_order or None}  # fmt: skip
     if worker and fresh:
-        raise DmatError("--fresh came with --worker; a worker goes on with what is there; say --fresh where it starts")
+        raise DmatError(
+            "--fresh came with --worker; a worker continues existing work; say --fresh where it was started"
+        )
     if model is None and images is None:
-        given = [name for name, value in only_model.items() if value is not None]
-        missing = [name for name, value in of_stage.items() if value is None]
+        unexpected = [name for name, value in direct_options.items() if value is not None]
+        missing = [name for name, value in stage_options.items() if value is None]
         if missing:
             raise DmatError(
                 f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; expected --arm and --seed of "
                 f"params.yaml, or --model and --images"
             )
-        if given:
-            raise DmatError(f"{', '.join(given)} came with --arm; expected --model and --images; change params.yaml")
-        instance = {"arm": arm, "seed": seed}
+        if unexpected:
+            raise DmatError(
+                f"{', '.join(unexpected)} came with --arm; expected --model and --images; change params.yaml"
+            )
+        instance = cast(Instance, {"arm": arm, "seed": seed})  # both were given
         stages.run(_STAGE, instance, params or Path("params.yaml"), fresh, dry_run, as_json, worker)
         return
-    for name, value in of_model.items():
+    for name, value in model_options.items():
         if value is None:
             raise DmatError(f"{name} is missing; expected --model FILE and --images SOURCE together")
-    for name, value in of_stage.items():
+    for name, value in stage_options.items():
         if value is not None:
             raise DmatError(f"{name} came with --model; expected either an arm and a seed, or a model and images")
     if against not in (None, "robustbench"):
@@ -102,31 +130,33 @@ def _evaluate(
     assert model is not None
     assert images is not None
     folder = to or Path(f"{model.stem}-evaluation")
-    given_as = (model, args, data, activation)
-    importing: dict[str, Any] = {"--args": args, "--data": data, "--activation": activation}
-    if model.suffix == ".safetensors" and (given := [name for name, value in importing.items() if value is not None]):
+    model_source = (model, args, data, activation)
+    import_options: dict[str, object] = {"--args": args, "--data": data, "--activation": activation}
+    if model.suffix == ".safetensors" and (
+        unexpected := [name for name, value in import_options.items() if value is not None]
+    ):
         raise DmatError(
-            f"{', '.join(given)} came with {model}, whose sidecar says this already; expected a .safetensors file "
+            f"{', '.join(unexpected)} came with {model}, whose sidecar says this already; expected a .safetensors file "
             f"alone, or a published file that is to be imported"
         )
-    overrides: dict[str, Any] = {} if first is None else {"images": first}
+    overrides: dict[str, int | str | list[str]] = {} if first is None else {"images": first}
     if attacks is not None:
         overrides["auto_attack"] = attacks if attacks in ("standard", "none") else attacks.split(",")
     if batch is not None:
         overrides |= {"batch": batch}
     _evaluate_model(
-        given_as, images, split, classes_in_order, (norm, epsilon), overrides, folder, (against, entry),
+        model_source, images, split, classes_in_order, (norm, epsilon), overrides, folder, (against, entry),
         device or "auto", worker, fresh, dry_run, as_json, params,
     )  # fmt: skip
 
 
 def _evaluate_model(
-    given_as: tuple[Path, Path | None, str | None, str | None],
+    model_source: tuple[Path, Path | None, str | None, str | None],
     images: str,
     split: str | None,
     classes_in_order: bool,
     threat: tuple[str | None, str | None],
-    overrides: dict[str, Any],
+    overrides: dict[str, int | str | list[str]],
     folder: Path,
     against: tuple[str | None, str | None],
     device: str,
@@ -145,7 +175,7 @@ def _evaluate_model(
         offer_plugins()
     in_project = Path("params.yaml").is_file()
     request = direct_evaluation.Request(
-        direct_evaluation.safetensors(*given_as, folder),
+        direct_evaluation.ensure_safetensors(*model_source, folder),
         images,
         split,
         *threat,
@@ -154,8 +184,8 @@ def _evaluate_model(
         find_workspace(Path()).home if in_project else None,
         classes_in_order,
     )
-    direct = direct_evaluation.DirectEvaluation(request, direct_evaluation.compute_on(device))
-    row = direct_evaluation.published(direct, against[1] or given_as[0].stem) if against[0] else None
+    direct = direct_evaluation.DirectEvaluation(request, direct_evaluation.resolve_compute(device))
+    row = direct_evaluation.leaderboard_entry(direct, against[1] or model_source[0].stem) if against[0] else None
     if dry_run:
         typer.echo(json.dumps(direct.estimate(), indent=2))
         return
@@ -163,11 +193,11 @@ def _evaluate_model(
         direct.run_worker(quiet=as_json)
         return
     result = direct.run(fresh, quiet=as_json)
-    said = direct_evaluation.against_robustbench(direct, result, row) if row else []
+    comparison = direct_evaluation.compare_with_robustbench(direct, result, row) if row else []
     if as_json:
-        typer.echo(json.dumps(result.summary | ({"against": said} if said else {}), sort_keys=True))
+        typer.echo(json.dumps(result.summary | ({"against": comparison} if comparison else {}), sort_keys=True))
         return
-    for line in [*direct_evaluation.lines(result), *said]:
+    for line in [*direct_evaluation.result_lines(result), *comparison]:
         typer.echo(line)
     typer.echo(f"{request.folder}: per_image.parquet, summary.json, protocol.json and pictures")
     if request.home is None:

@@ -1,4 +1,5 @@
-"""Entry point of `dmat`. A DmatError becomes its sentence on stderr and exit code 2; an interruption its own code."""
+"""Entry point of `dmat`. A DmatError is printed as its sentence on stderr with exit code 2. An interruption has its own
+exit code."""
 
 import contextlib
 import errno
@@ -14,8 +15,8 @@ from dmat import __version__
 from dmat.errors import DmatError, Interrupted
 from dmat.redaction import RedactingStream
 
-# What the person at the keyboard can mend: a full, read-only, forbidden or wrong place.
-_MENDABLE = {
+# Errors that the user can fix: a disk or folder that is full, read-only, forbidden or not what the path says.
+_FIXABLE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG),
 }
@@ -27,8 +28,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Does better generated data make classifiers more robust? Stages run by themselves here, or all "
-    "together by `dvc repro`.\n\nExample: dmat train-robust --arm generated --seed 1",
+    help="Does better generated data make classifiers more robust? Each stage is a command; `dvc repro` runs all that "
+    "are out of date.\n\nExample: dmat train-robust --arm generated --seed 1",
 )
 
 
@@ -47,7 +48,7 @@ def _options(
     pass
 
 
-stages.add_to(app, own={"evaluate_robust": evaluate.add_to})
+stages.add_to(app, specific_commands={"evaluate_robust": evaluate.add_to})
 tune.add_to(app)
 project.add_to(app)
 recipes.add_to(app)
@@ -58,7 +59,7 @@ upkeep.add_to(app)
 
 
 def main() -> None:
-    """Runs the command line; never returns. What goes to stderr has no secrets in it, whoever writes it."""
+    """Runs the command line; never returns. Secrets are masked in everything that is written to stderr."""
     with contextlib.redirect_stderr(cast(TextIO, RedactingStream(sys.stderr))):
         try:
             _run()
@@ -85,11 +86,11 @@ def _run() -> None:
         typer.echo(f"error: {sentence}", err=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in _MENDABLE:
+        if error.errno not in _FIXABLE_ERRORS:
             raise
         typer.echo(
-            f"error: {error.filename or 'a file'}: {error.strerror}; expected a place to read and write; free or "
-            f"unlock it and run the same command again, it goes on",
+            f"error: {error.filename or 'a file'}: {error.strerror}; expected a file or folder that can be read and "
+            f"written; free or unlock it and run the same command again; it resumes",
             err=True,
         )
         sys.exit(2)
@@ -99,25 +100,25 @@ def _run() -> None:
 
 
 def needed_extra(error: ImportError) -> str | None:
-    """The sentence for a package that an extra of dmat brings; None if no extra brings it."""
+    """A sentence on the extra of dmat that installs the missing package; None if no extra does."""
     import importlib.metadata
 
-    missing = (error.name or "").partition(".")[0]
+    package = (error.name or "").partition(".")[0]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a tree that was never installed
         for line in importlib.metadata.requires("dmat") or []:
-            named = re.match(r"""([\w.-]+).*extra == ["'](\w+)""", line)
-            if named and named[1].replace("-", "_") == missing:
-                return f"dmat {' '.join(sys.argv[1:2])} needs {named[1]}; pip install 'dmat[{named[2]}]'"
+            requirement = re.match(r"""([\w.-]+).*extra == ["'](\w+)""", line)
+            if requirement and requirement[1].replace("-", "_") == package:
+                return f"dmat {' '.join(sys.argv[1:2])} needs {requirement[1]}; pip install 'dmat[{requirement[2]}]'"
     return None
 
 
 def _explain(error: Any) -> None:
-    """One sentence instead of usage, hint and frame; where no command was named, the help."""
+    """Prints one sentence instead of usage, hint and frame; the help if no command was given."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return
-    where = error.ctx.command_path if error.ctx else "dmat"
-    typer.echo(f"error: {error.format_message().rstrip('.')}; see `{where} --help`", err=True)
+    command = error.ctx.command_path if error.ctx else "dmat"
+    typer.echo(f"error: {error.format_message().rstrip('.')}; see `{command} --help`", err=True)
 
 
 if __name__ == "__main__":

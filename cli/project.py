@@ -1,4 +1,4 @@
-"""`dmat init`: a project of one's own."""
+"""`dmat init`: makes a project."""
 
 import shlex
 from pathlib import Path
@@ -8,10 +8,11 @@ import typer
 
 
 def add_to(app: typer.Typer) -> None:
+    """Adds `dmat init` to the app."""
     app.command(
         "init",
-        help="Make a folder a project: a recipe as params.yaml, the stages, DVC's settings and, where there is none, a "
-        "git repository. Commits nothing.\n\nExample: dmat init digits --recipe digits-3-seeds",
+        help="Make a folder a project: write params.yaml from a recipe, the stages and DVC's settings, and make a git "
+        "repository if there is none. Commits nothing.\n\nExample: dmat init digits --recipe digits-3-seeds",
     )(_init)
 
 
@@ -23,8 +24,8 @@ def _init(
 ) -> None:
     from dmat import project
 
-    made = project.make(folder, recipe)
+    path = project.make(folder, recipe)
     commit = f"cd {shlex.quote(str(folder))} && git add --all . && git commit --message 'The recipe {recipe}'"
     typer.echo(f"commit it:  {commit}")
     typer.echo("run it:     dvc repro")
-    typer.echo(f"read:       {made / 'README.md'}, and the comparison in artifacts/write_report/report/report.html")
+    typer.echo(f"read:       {path / 'README.md'}, and the comparison in artifacts/write_report/report/report.html")

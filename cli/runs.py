@@ -1,4 +1,4 @@
-"""`dmat runs` and `dmat ui`: what MLflow holds."""
+"""`dmat runs` and `dmat ui`: the tracked runs in MLflow."""
 
 import contextlib
 import json
@@ -16,8 +16,8 @@ import typer
 
 from dmat.errors import DmatError
 
-_STATUS = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED")
-_TELLING = (
+_STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED")
+_SUMMARY_METRICS = (  # the first three of these that a run has are listed
     *("best_auto_attack", "best_auto_attack_subset", "best_auto_attack_nonstandard", "best_auto_attack_unchecked"),
     *("auto_attack", "best_pgd", "best_validation_robust", "validation_robust", "validation_clean"),
     *("scorer_frechet_distance", "best_validation_clean", "kept", "loss", "generated"),
@@ -25,40 +25,46 @@ _TELLING = (
 
 
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Tracked runs.\n\nExample: dmat runs sync")
+    """Adds the group `dmat runs` and `dmat ui` to the app."""
+    group = typer.Typer(
+        no_args_is_help=True, help="List, inspect, compare and reproduce tracked runs.\n\nExample: dmat runs sync"
+    )
     group.command(
         "sync",
-        help="Bring MLflow up to date: send what an outage kept back, end runs whose process is gone.\n\n"
+        help="Bring MLflow up to date: send what could not be sent before, and end runs whose process has ended.\n\n"
         "Example: dmat runs sync",
     )(_sync)
     group.command(
         "reap",
-        help="End runs that died on a machine that is gone for good, or of which nothing but the run is left.\n\n"
+        help="End runs of machines that are gone for good, and runs that are in MLflow but have no record here.\n\n"
         "Example: dmat runs reap gpu-node-7",
     )(_reap)
     group.command(
         "list",
-        help="The newest runs, or the best by a metric.\n\nExample: dmat runs list --stage evaluate_robust --sort "
+        help="List the newest runs, or the best by a metric.\n\nExample: dmat runs list --stage evaluate_robust --sort "
         "best_auto_attack",
     )(_list)
-    group.command("show", help="Everything about one run.\n\nExample: dmat runs show evaluate_robust/generated-1")(
-        _show
-    )
+    group.command(
+        "show",
+        help="Show the status, parameters, tags and metrics of one run.\n\n"
+        "Example: dmat runs show evaluate_robust/generated-1",
+    )(_show)
     group.command(
         "compare",
-        help="What differs between runs: parameters, data, code, numbers; of two evaluations, or two trials that "
-        "AutoAttack ranked, the paired difference too.\n\n"
+        help="Show what differs between runs: parameters, data, code and metrics; for two evaluations, or two trials "
+        "that AutoAttack ranked, also the paired difference.\n\n"
         "Example: dmat runs compare evaluate_robust/real_only-1 evaluate_robust/generated-1",
     )(_compare)
     group.command(
         "lineage",
-        help="What a result comes from: every stage instance behind it with hashes, runs and commits; exit code 2 "
-        "where something changed since.\n\nExample: dmat runs lineage generated-1 --draw lineage.png",
+        help="Show what a result comes from: every earlier stage instance with hashes, runs and commits; exit code 2 "
+        "if something changed since.\n\nExample: dmat runs lineage generated-1 --draw lineage.png",
     )(_lineage)
     group.command(
         "reproduce",
         help="Check out the commit, changes, parameters and data of a run into a new work tree, compare the "
-        "environment, and say the command.\n\nExample: dmat runs reproduce train_robust/generated-1",
+        "environment, and print the command that repeats the run.\n\n"
+        "Example: dmat runs reproduce train_robust/generated-1",
     )(_reproduce)
     app.add_typer(group, name="runs")
     app.command("ui", help="Open the MLflow UI on 127.0.0.1.\n\nExample: dmat ui --port 5000")(_ui)
@@ -86,56 +92,58 @@ def _list(
     stage: Annotated[str | None, typer.Option(help="Only this stage, such as train_robust.")] = None,
     status: Annotated[str | None, typer.Option(help="RUNNING, FINISHED, FAILED or KILLED.")] = None,
     sort: Annotated[str | None, typer.Option(help="A metric: the largest first. [default: the newest first]")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many; 0: all.", min=0)] = 30,
+    limit: Annotated[int, typer.Option(help="Maximum number of runs; 0: all.", min=0)] = 30,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
     from dmat.tracking import queries
 
-    if status is not None and status not in _STATUS:
-        raise DmatError(f"--status is {status!r}; expected one of {', '.join(_STATUS)}")
+    if status is not None and status not in _STATUSES:
+        raise DmatError(f"--status is {status!r}; expected one of {', '.join(_STATUSES)}")
     home = _home()
     if sort is None:
-        found = queries.recent(home, stage, status, limit)
+        listed = queries.recent(home, stage, status, limit)
     else:
-        found = [run for run in queries.best(home, sort, stage, 0) if status in (None, run.status)][: limit or None]
+        listed = [run for run in queries.best(home, sort, stage, 0) if status in (None, run.status)][: limit or None]
     if as_json:
-        typer.echo(json.dumps([run.plain() for run in found], indent=2, sort_keys=True))
+        typer.echo(json.dumps([run.plain() for run in listed], indent=2, sort_keys=True))
         return
-    for run in found:
+    for run in listed:
         spent = f"{run.seconds:7.0f} s" if run.seconds is not None else "        …"
-        what = f"{run.stage} {run.instance_name}".strip() or run.name
+        title = f"{run.stage} {run.instance_name}".strip() or run.name
         typer.echo(
-            f"{queries.short(run.id)}  {run.status:9s}{_moment(run.started)} {spent}  {what:34s} "
+            f"{queries.short_id(run.id)}  {run.status:9s}{_local_time(run.started)} {spent}  {title:34s} "
             f"{_summary(run.metrics, run.tags, sort)}".rstrip()
         )
-    if not found:
+    if not listed:
         typer.echo("no runs")
 
 
 def _show(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The start of an id, or stage/instance: the newest.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="The start of a run id, or stage/instance for the newest run of it.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
     from dmat.tracking import queries
 
     home = _home()
-    found = queries.one(home, run)
+    record = queries.find_run(home, run)
     if as_json:
-        typer.echo(json.dumps(found.plain(), indent=2, sort_keys=True))
+        typer.echo(json.dumps(record.plain(), indent=2, sort_keys=True))
         return
-    reason = f": {found.tags['dmat.error']}" if "dmat.error" in found.tags else ""
+    reason = f": {record.tags['dmat.error']}" if "dmat.error" in record.tags else ""
     lines = {
-        "run": found.id,
-        "name": found.name,
-        "status": found.status + reason,
-        "started": _moment(found.started),
-        "seconds": "" if found.seconds is None else f"{found.seconds:.0f}",
-        "work folder": str(queries.work_folder(home, found) or "is not here"),
+        "run": record.id,
+        "name": record.name,
+        "status": record.status + reason,
+        "started": _local_time(record.started),
+        "seconds": "" if record.seconds is None else f"{record.seconds:.0f}",
+        "work folder": str(queries.work_folder(home, record) or "is not here"),
     }
     for name, text in lines.items():
         typer.echo(f"{name:14s}{text}")
     sections: dict[str, Mapping[str, object]] = {
-        "parameters": found.params, "tags": found.tags, "metrics": found.metrics,
+        "parameters": record.params, "tags": record.tags, "metrics": record.metrics,
     }  # fmt: skip
     for title, values in sections.items():
         typer.echo(f"\n{title}")
@@ -154,19 +162,19 @@ def _compare(
     if len(runs) < 2:
         raise DmatError(f"there is {len(runs)} run to compare; expected two or more; name another")
     workspace = current_workspace()
-    found = [queries.one(workspace.home, run) for run in runs]
-    differing, same = queries.differences(found)
+    selected = [queries.find_run(workspace.home, run) for run in runs]
+    differing, same = queries.differences(selected)
     paired = {}
-    if len(found) == 2 and all(run.stage == "evaluate_robust" or "optuna.trial" in run.tags for run in found):
+    if len(selected) == 2 and all(run.stage == "evaluate_robust" or "optuna.trial" in run.tags for run in selected):
         from dmat.upkeep import comparing  # numpy and pyarrow only where they are needed
 
-        paired = comparing.paired(workspace, *found)
+        paired = comparing.paired(workspace, *selected)
     if as_json:
-        ids = [run.id for run in found]
+        ids = [run.id for run in selected]
         typer.echo(json.dumps({"runs": ids, "differences": differing, "same": same, "paired": paired}, indent=2))
         return
     width = max([*map(len, differing), 12]) + 2
-    typer.echo(f"{'':{width}s}" + "".join(f"{queries.short(run.id):26s}" for run in found))
+    typer.echo(f"{'':{width}s}" + "".join(f"{queries.short_id(run.id):26s}" for run in selected))
     for name, values in differing.items():
         cells = "".join(f"{(value if value is not None else '–')[:24]:26s}" for value in values)
         typer.echo(f"{name:{width}s}{cells}".rstrip())
@@ -180,7 +188,7 @@ def _compare(
 
 def _lineage(
     result: Annotated[str, typer.Argument(metavar="RESULT", help="arm-seed, stage/instance, or a path in artifacts/.")],
-    draw: Annotated[Path | None, typer.Option(help="A .png file to draw it to.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Draw it to this .png file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
@@ -189,34 +197,36 @@ def _lineage(
     from dmat.report import lineage
     from dmat.workspace import find_workspace
 
-    found = results.chain(result, config.load(params), find_workspace(params.resolve().parent))
+    step = results.chain(result, config.load(params), find_workspace(params.resolve().parent))
     if draw is not None and draw.suffix != ".png":
         raise DmatError(f"--draw is {draw}; expected a file whose name ends with .png")
     if draw is not None:
-        lineage.draw([found], draw, f"What {found.title} comes from")
+        lineage.draw([step], draw, f"What {step.title} comes from")
     if as_json:
-        typer.echo(json.dumps({"steps": found.plain(), "broken": found.broken}, indent=2))
+        typer.echo(json.dumps({"steps": step.plain(), "broken": step.broken}, indent=2))
     else:
-        for line in lineage.lines([found]):
+        for line in lineage.lines([step]):
             typer.echo(line)
-        for sentence in found.broken:
+        for sentence in step.broken:
             typer.echo(f"broken: {sentence}", err=True)
-    raise typer.Exit(2 if found.broken else 0)
+    raise typer.Exit(2 if step.broken else 0)
 
 
 def _reproduce(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The start of an id, or stage/instance: the newest.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="The start of a run id, or stage/instance for the newest run of it.")
+    ],
     to: Annotated[Path | None, typer.Option(help="The new work tree. [default: beside the project]")] = None,
 ) -> None:
     from dmat.upkeep import reproducing
     from dmat.workspace import current_workspace
 
-    found = reproducing.reproduce(current_workspace(), run, to)
-    for line in found.lines:
+    reproduction = reproducing.reproduce(current_workspace(), run, to)
+    for line in reproduction.lines:
         typer.echo(line)
-    for line in found.differences:
+    for line in reproduction.differences:
         typer.echo(f"differs: {line}", err=True)
-    raise typer.Exit(0 if found.whole else 2)
+    raise typer.Exit(0 if reproduction.whole else 2)
 
 
 def _home() -> Path:
@@ -225,20 +235,20 @@ def _home() -> Path:
     return current_workspace().home
 
 
-def _moment(seconds: float) -> str:
+def _local_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _summary(metrics: Mapping[str, float], tags: Mapping[str, str], sort: str | None) -> str:
-    """The numbers that tell most about a run, and whether its accuracy is a headline."""
-    names = [*([sort] if sort else []), *(name for name in _TELLING if name != sort)]
-    told = [f"{name} {metrics[name]:.4g}" for name in names if name in metrics][:3]
-    return ", ".join(told) + ("; no headline" if tags.get("evaluation.headline") == "no" else "")
+    """The most important metrics of a run, `sort` first, and whether its accuracy is not a headline."""
+    names = [*([sort] if sort else []), *(name for name in _SUMMARY_METRICS if name != sort)]
+    numbers = [f"{name} {metrics[name]:.4g}" for name in names if name in metrics][:3]
+    return ", ".join(numbers) + ("; no headline" if tags.get("evaluation.headline") == "no" else "")
 
 
 def _ui(
     port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 5000,
-    host: Annotated[str, typer.Option(help="An address of this machine alone.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="A loopback address.")] = "127.0.0.1",
 ) -> None:
     from dmat import tracking
     from dmat.tracking import stores
@@ -249,14 +259,14 @@ def _ui(
             f"tunnel to it (ssh -L {port}:127.0.0.1:{port} MACHINE), or start the server of docs/services.md"
         )
     home = _home()
-    if tracking.store(home).startswith("http"):
-        typer.echo(f"MLFLOW_TRACKING_URI names a server, which has the UI: {stores.shown(home)}")
+    if tracking.store_uri(home).startswith("http"):
+        typer.echo(f"MLFLOW_TRACKING_URI names a server, which has the UI: {stores.masked_uri(home)}")
         return
-    _expect_free(host, port)
-    _, experiment = stores.reach(home)
-    # by the bare address MLflow opens its side for language models, where runs are hard to find
+    _expect_free_port(host, port)
+    _, experiment = stores.connect_or_raise(home)
+    # the bare address opens MLflow's pages for language models, where runs are hard to find
     page = f"http://{host}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
-    typer.echo(f"MLflow UI: {page} (store {stores.shown(home)}); Ctrl-C ends it")
+    typer.echo(f"MLflow UI: {page} (store {stores.masked_uri(home)}); Ctrl-C ends it")
     command = [
         sys.executable,
         "-m",
@@ -269,14 +279,15 @@ def _ui(
         "--port",
         str(port),
         "--workers",
-        "1",  # for one person; each takes seconds to start
+        "1",  # for one person; each worker takes seconds to start
     ]
-    # by the environment: everybody on this machine sees the words of a command, and the address may hold a password
-    raise typer.Exit(_until_told(command, {"MLFLOW_BACKEND_STORE_URI": tracking.store(home)}))
+    # in the environment: every user of this machine sees the arguments of a command, and the URI may hold a password
+    raise typer.Exit(_run_server(command, {"MLFLOW_BACKEND_STORE_URI": tracking.store_uri(home)}))
 
 
-def _expect_free(host: str, port: int) -> None:
-    """Before an address is said: behind a taken port answers somebody else's server."""
+def _expect_free_port(host: str, port: int) -> None:
+    """Raises DmatError if the port is taken. Checked before the address is printed, because another server would answer
+    there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -285,16 +296,19 @@ def _expect_free(host: str, port: int) -> None:
             raise DmatError(f"port {port} is taken; expected a free one; name another with --port") from None
 
 
-def _until_told(command: list[str], environment: Mapping[str, str]) -> int:
-    """Runs a server that has processes of its own; a signal that ends this process ends all of them."""
+def _run_server(command: list[str], environment: Mapping[str, str]) -> int:
+    """Runs a server that starts processes of its own, until it ends or a signal comes; returns the exit code.
+
+    A signal that ends this process ends all processes of the server.
+    """
     server = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
 
-    def end(number: int, _: object) -> None:
+    def stop(signal_number: int, _: object) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM if number == signal.SIGHUP else number)
+            os.killpg(server.pid, signal.SIGTERM if signal_number == signal.SIGHUP else signal_number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, stop)
     code = server.wait()
     with contextlib.suppress(ProcessLookupError):  # what the server left in its session
         os.killpg(server.pid, signal.SIGTERM)

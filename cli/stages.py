@@ -1,4 +1,4 @@
-"""One command per stage, made from the table `STAGES`."""
+"""One command per stage, built from the table `STAGES`."""
 
 import contextlib
 import inspect
@@ -8,17 +8,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES, Stage
+from dmat.pipeline.stages import Instance
 
 if TYPE_CHECKING:
     from dmat.workspace import Workspace
 
-_PLANNED = "DMAT_PLANNED"  # fingerprint of what several processes compute together
+_PLANNED_FINGERPRINT = "DMAT_PLANNED"  # environment variable: fingerprint of what several processes compute together
 _INSTANCE_OPTIONS = {
     "generator": (str, "Name in `generators` of params.yaml."),
     "image_set": (str, "Name in `image_sets` of params.yaml."),
@@ -28,48 +29,54 @@ _INSTANCE_OPTIONS = {
 }
 
 
-def add_to(app: typer.Typer, own: Mapping[str, Callable[[typer.Typer], None]]) -> None:
-    """own: stages whose commands offer more than those made here."""
+def add_to(app: typer.Typer, specific_commands: Mapping[str, Callable[[typer.Typer], None]]) -> None:
+    """Adds the command of every stage. specific_commands: stage -> the function that adds its command, for stages with
+    more options than those built here."""
     for stage in STAGES.values():
-        if stage.name in own:
-            own[stage.name](app)
+        if stage.name in specific_commands:
+            specific_commands[stage.name](app)
             continue
         app.command(stage.command, help=f"{stage.summary}\n\nExample: {stage.example}")(_command(stage))
 
 
 def _command(stage: Stage) -> Callable[..., None]:
-    """A function whose signature Typer reads: the stage's own options, then those of every stage."""
+    """A function whose signature Typer reads: the options of the stage's keys, then those of every stage."""
 
-    def command(fresh: bool, dry_run: bool, as_json: bool, params: Path, **instance: Any) -> None:
+    def command(fresh: bool, dry_run: bool, as_json: bool, params: Path, **instance: str | int) -> None:
         run(stage, instance, params, fresh, dry_run, as_json)
 
-    own = [
-        _parameter(name, Annotated[kind, typer.Option(help=text)])
-        for name, (kind, text) in _INSTANCE_OPTIONS.items()
+    instance_options = [
+        _keyword_parameter(name, Annotated[kind, typer.Option(help=help_text)])
+        for name, (kind, help_text) in _INSTANCE_OPTIONS.items()
         if name in stage.keys
     ]
-    shared = [
-        _parameter(
+    common_options = [
+        _keyword_parameter(
             "fresh", Annotated[bool, typer.Option("--fresh", help="Set earlier work aside and start over.")], False
         ),
-        _parameter("dry_run", Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")], False),
-        _parameter(
+        _keyword_parameter(
+            "dry_run", Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")], False
+        ),
+        _keyword_parameter(
             "as_json", Annotated[bool, typer.Option("--json", help="No progress bar; the result as JSON.")], False
         ),
-        _parameter("params", Annotated[Path, typer.Option(help="Parameter file.")], Path("params.yaml")),
+        _keyword_parameter("params", Annotated[Path, typer.Option(help="Parameter file.")], Path("params.yaml")),
     ]
-    command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature([*instance_options, *common_options])  # type: ignore[attr-defined]
     return command
 
 
-def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+def _keyword_parameter(name: str, annotation: object, default: object = inspect.Parameter.empty) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def run(
-    stage: Stage, instance: dict[str, Any], path: Path, fresh: bool, dry_run: bool, as_json: bool, worker: bool = False
+    stage: Stage, instance: Instance, path: Path, fresh: bool, dry_run: bool, as_json: bool, worker: bool = False
 ) -> None:
-    """One instance of a stage, as its command does it. worker: helps the process that will publish it."""
+    """Runs one instance of a stage, as its command does.
+
+    path: the parameter file. worker: compute for the process that publishes the result, and publish nothing.
+    """
     from dmat import tracking
     from dmat.workspace import find_workspace
 
@@ -77,24 +84,24 @@ def run(
     try:
         _run(stage, instance, path, workspace, fresh, dry_run, as_json, worker)
     except Exception as error:
-        with contextlib.suppress(Exception):  # what went wrong is to be said, whatever becomes of the record
-            tracking.tell(workspace.home, error)
+        with contextlib.suppress(Exception):  # the error must be shown even if recording it fails
+            tracking.record_stage_error(workspace.home, error)
         raise
 
 
 def _run(
-    stage: Stage, instance: dict[str, Any], path: Path, workspace: "Workspace", fresh: bool, dry_run: bool, as_json: bool,
-    worker: bool,
+    stage: Stage, instance: Instance, path: Path, workspace: "Workspace", fresh: bool, dry_run: bool,
+    as_json: bool, worker: bool,
 ) -> None:  # fmt: skip
     from dmat import config, processes
     from dmat.pipeline import execution, planning
 
     params = config.load(path)
     plan = planning.plan(stage, instance, params, workspace)
-    if "RANK" in os.environ and os.environ.get(_PLANNED, plan.fingerprint) != plan.fingerprint:
+    if "RANK" in os.environ and os.environ.get(_PLANNED_FINGERPRINT, plan.fingerprint) != plan.fingerprint:
         raise DmatError(
-            f"parameters or inputs of {stage.name} {stage.instance_name(instance)} changed since it was started in several "
-            f"processes; expected no change until it ended; run the same command again for what is there now"
+            f"parameters or inputs of {stage.name} {stage.instance_name(instance)} changed since it was started in "
+            f"several processes; expected no change until it ended; run the same command again for the current ones"
         )
     if dry_run:
         typer.echo(json.dumps(plan.describe() | execution.estimate(plan, params, workspace), indent=2))
@@ -102,44 +109,51 @@ def _run(
     if worker:
         execution.run_worker(plan, params, workspace, quiet=as_json)
         return
-    wanted = params.compute.processes
-    if wanted > 1 and stage.processes == "together" and "RANK" not in os.environ:
-        os.environ[_PLANNED] = plan.fingerprint  # torchrun starts all again where one fails: never another training
-        _start_together(wanted)
+    process_count = params.compute.processes
+    if process_count > 1 and stage.processes == "together" and "RANK" not in os.environ:
+        os.environ[_PLANNED_FINGERPRINT] = (
+            plan.fingerprint
+        )  # torchrun restarts all if one fails: it must stay the same training
+        _start_together(process_count)
     started = time.monotonic()
     metrics = execution.execute(
-        plan, params, workspace, fresh=fresh, quiet=as_json, read_again=lambda: config.load(path)
+        plan, params, workspace, fresh=fresh, quiet=as_json, reload_params=lambda: config.load(path)
     )
     if not processes.world().is_main_process:
         return
     if as_json:
         typer.echo(json.dumps(metrics, sort_keys=True))
     else:
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in _headline(metrics))
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in _flat_numbers(metrics))
         typer.echo(f"{stage.name} {stage.instance_name(instance)}: {numbers} ({time.monotonic() - started:.0f} s)")
-    for note in (plan.finished or {}).get("notes", []):
-        typer.echo(note, err=True)
+    if (finished := plan.finished) is not None:
+        for note in finished.get("notes", []):
+            typer.echo(note, err=True)
 
 
-def _start_together(count: int) -> None:
-    """Becomes `torchrun` with this very command in `count` processes: who started this one notices nothing."""
+def _start_together(process_count: int) -> None:
+    """Replaces this process by `torchrun`, which runs the same command in several processes. The parent of this process
+    sees no difference."""
     from dmat import processes
 
     os.environ |= processes.OWN_MODULES
-    os.execv(sys.executable, [sys.executable, *processes.launcher(count), "-m", "cli.main", *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, *processes.launcher(process_count), "-m", "cli.main", *sys.argv[1:]])
 
 
-def _headline(metrics: dict[str, Any]) -> list[tuple[str, float]]:
-    """Plain numbers, and the value of each accuracy."""
-    found = []
+def _flat_numbers(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
+    """Numbers by dotted name, for the terminal. Of an accuracy with an interval only the value is shown."""
+    numbers = []
     for name, value in metrics.items():
         if isinstance(value, dict):
-            found += [
-                (f"{name}.{inner}", number)
-                for inner, number in _headline(
-                    {key: v["value"] if isinstance(v, dict) and "value" in v else v for key, v in value.items()}
+            numbers += [
+                (f"{name}.{inner_name}", number)
+                for inner_name, number in _flat_numbers(
+                    {
+                        key: entry["value"] if isinstance(entry, dict) and "value" in entry else entry
+                        for key, entry in value.items()
+                    }
                 )
             ]
         elif isinstance(value, (int, float)):
-            found.append((name, value))
-    return found
+            numbers.append((name, value))
+    return numbers

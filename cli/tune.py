@@ -1,4 +1,4 @@
-"""`dmat tune`: a study over the parameters of an arm: run it, look at it, take its winner."""
+"""`dmat tune`: runs a study over the parameters of an arm, shows it, and applies its best trial."""
 
 import json
 import time
@@ -18,8 +18,8 @@ _PARAMS = Annotated[Path, typer.Option(help="Parameter file.")]
 _STORAGE = Annotated[
     str,
     typer.Option(
-        help="URL of the studies, such as postgresql+psycopg://user@host/database; without it DMAT_STUDIES of the "
-        "environment, else the project's own file.",
+        help="URL of the database with the studies, such as postgresql+psycopg://user@host/database. "
+        "[default: the environment variable DMAT_STUDIES, else an SQLite file of the project]",
         show_default=False,
     ),
 ]
@@ -27,18 +27,21 @@ _JSON = Annotated[bool, typer.Option("--json", help="The result as JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:
+    """Adds the group `dmat tune` to the app."""
     group = typer.Typer(
         no_args_is_help=True,
-        help="Studies: which values of an arm's parameters give the highest robust accuracy.\n\nExample: dmat tune "
-        "start --trials 40",
+        help="Run studies, which search for the values of an arm's parameters with the highest robust accuracy.\n\n"
+        "Example: dmat tune start --trials 40",
     )
     group.command(
         "start",
         help="Run, resume or join the study of params.yaml: short trials, stopped early on validation PGD accuracy; "
         "the best are ranked by AutoAttack.\n\nExample: dmat tune start --trials 40 --workers 4",
     )(_start)
-    group.command("status", help="How far the study is and what it found.\n\nExample: dmat tune status")(_status)
-    group.command("best", help="The best trial's values.\n\nExample: dmat tune best --json")(_best)
+    group.command("status", help="Show the progress of the study and its best trial.\n\nExample: dmat tune status")(
+        _status
+    )
+    group.command("best", help="Show the values of the best trial.\n\nExample: dmat tune best --json")(_best)
     group.command(
         "apply",
         help="Write the best trial into params.yaml as an arm, for `dvc repro` to train at full length.\n\nExample: "
@@ -52,11 +55,13 @@ def add_to(app: typer.Typer) -> None:
 
 def _start(
     trials: Annotated[
-        int, typer.Option(help="Trials in all, those of earlier commands included; 0: as params.yaml says.", min=0)
+        int, typer.Option(help="Total number of trials, earlier ones included; 0: as in params.yaml.", min=0)
     ] = 0,
-    workers: Annotated[int, typer.Option(help="Processes on this machine, one for each device.", min=1)] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Number of worker processes on this machine; GPUs are assigned to them in turn.", min=1)
+    ] = 1,
     worker: Annotated[
-        bool, typer.Option("--worker", help="Help a study that another command leads: no report, no progress bar.")
+        bool, typer.Option("--worker", help="Work for a study that another command runs: no report, no progress bar.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Set the earlier study aside and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")] = False,
@@ -67,7 +72,7 @@ def _start(
     from dmat import processes, tuning
 
     if worker and (fresh or workers > 1):
-        raise DmatError("--worker is one process that helps; expected it without --fresh and --workers; leave them out")
+        raise DmatError("--worker is a single process; expected it without --fresh and --workers; leave them out")
     loaded, workspace, study = _study(params, storage)
     total = trials or study.settings.trials
     if dry_run:
@@ -76,29 +81,29 @@ def _start(
     if worker:
         tuning.end_with_starter()
     started = time.monotonic()
-    wanted = tuning.StudyOptions(total, 0 if worker else workers, fresh, quiet=as_json or worker)
-    summary = tuning.run(study, loaded, workspace, wanted)
+    options = tuning.StudyOptions(total, 0 if worker else workers, fresh, quiet=as_json or worker)
+    summary = tuning.run(study, loaded, workspace, options)
     if worker or not processes.world().is_main_process:
         return
     if as_json:
         typer.echo(json.dumps(summary, sort_keys=True))
         return
-    own = summary["trials"] - summary["imported"]
-    if own > total:
-        typer.echo(f"{own} trials have ended already; --trials is the total, so none was added")
-    typer.echo(f"{_words(study, summary)} ({time.monotonic() - started:.0f} s); {tuning.folder_of(study)}")
+    ended = summary["trials"] - summary["imported"]
+    if ended > total:
+        typer.echo(f"{ended} trials have ended already; --trials is the total, so none was added")
+    typer.echo(f"{_summary_line(study, summary)} ({time.monotonic() - started:.0f} s); {tuning.folder_of(study)}")
 
 
 def _status(storage: _STORAGE = "", as_json: _JSON = False, params: _PARAMS = Path("params.yaml")) -> None:
     from dmat import tuning
 
     _, _, study = _study(params, storage)
-    found = tuning.status(study)
+    summary = tuning.status(study)
     if as_json:
-        typer.echo(json.dumps(found, sort_keys=True))
+        typer.echo(json.dumps(summary, sort_keys=True))
         return
-    typer.echo(_words(study, found))
-    for line in found["at_work"]:
+    typer.echo(_summary_line(study, summary))
+    for line in summary["at_work"]:
         typer.echo(f"  {line}")
     typer.echo(f"  study {study.name}; storage {study.describe()['storage']}")
 
@@ -107,34 +112,36 @@ def _best(storage: _STORAGE = "", as_json: _JSON = False, params: _PARAMS = Path
     from dmat import tuning
 
     _, _, study = _study(params, storage)
-    found = tuning.status(study)
-    if found["best"] is None:
+    summary = tuning.status(study)
+    if summary["best"] is None:
         raise DmatError(f"study {study.name} has no complete trial; expected one; `dmat tune start` runs some")
     if as_json:
-        typer.echo(json.dumps(found["best"], sort_keys=True))
+        typer.echo(json.dumps(summary["best"], sort_keys=True))
         return
-    for name, value in found["best"].items():
+    for name, value in summary["best"].items():
         typer.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-    rank = found["auto_attack"].get(str(found["best"]["trial"]))
+    rank = summary["auto_attack"].get(str(summary["best"]["trial"]))
     if rank:
         typer.echo(f"auto_attack on validation: {rank['value']:.4f} [{rank['low']:.4f}, {rank['high']:.4f}]")
 
 
 def _apply(
-    name: Annotated[str, typer.Option(help="Of the arm.")] = "tuned",
-    seed: Annotated[list[int] | None, typer.Option(help="Of params.yaml's `seeds`, as often as wanted.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the new arm.")] = "tuned",
+    seed: Annotated[
+        list[int] | None, typer.Option(help="A seed to write to `seeds` of params.yaml; repeat it for several.")
+    ] = None,
     storage: _STORAGE = "",
     params: _PARAMS = Path("params.yaml"),
 ) -> None:
     from dmat import tuning
 
     loaded, _, study = _study(params, storage)
-    trial, written = tuning.apply_best(params, study, loaded, name, seed or [])
-    typer.echo(f"trial {trial} is in {params}: {', '.join(written)}; `dvc repro` trains it at full length")
+    trial, keys_written = tuning.apply_best(params, study, loaded, name, seed or [])
+    typer.echo(f"trial {trial} is in {params}: {', '.join(keys_written)}; `dvc repro` trains it at full length")
 
 
 def _dashboard(
-    port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 8080,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 8080,
     storage: _STORAGE = "",
     params: _PARAMS = Path("params.yaml"),
 ) -> None:
@@ -142,9 +149,9 @@ def _dashboard(
     from dmat.tuning import dashboard
 
     _, _, study = _study(params, storage)
-    tuning.status(study)  # a storage that cannot be used, or has no such study, is told before a server starts
-    said = f"http://{dashboard.ADDRESS}:{port}/ shows the studies in {study.describe()['storage']}; Ctrl-C ends it"
-    dashboard.serve(study, port, lambda: typer.echo(said))
+    tuning.status(study)  # reports a storage that cannot be used, or has no such study, before a server starts
+    message = f"http://{dashboard.ADDRESS}:{port}/ shows the studies in {study.describe()['storage']}; Ctrl-C ends it"
+    dashboard.serve(study, port, lambda: typer.echo(message))
 
 
 def _study(path: Path, storage: str) -> "tuple[Params, Workspace, Study]":
@@ -156,9 +163,10 @@ def _study(path: Path, storage: str) -> "tuple[Params, Workspace, Study]":
     return loaded, workspace, tuning.plan(loaded, workspace, storage or None)
 
 
-def _words(study: "Study", summary: dict[str, Any]) -> str:
+def _summary_line(study: "Study", summary: dict[str, Any]) -> str:
+    """One line: the best trial, the number of trials in each state, and the share of images that pruning saved."""
     counts = ", ".join(f"{summary[state]} {state}" for state in ("complete", "pruned", "fail"))
     best = summary["best"]
-    found = ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in best.items()) if best else ""
+    values = ", ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in best.items()) if best else ""
     saved = f"pruning saved {100 * summary['images_saved_by_pruning']:.0f} % of the images"
-    return f"tune {study.settings.arm}: {f'best {found}' if best else 'no trial completed'}; {counts}, {saved}"
+    return f"tune {study.settings.arm}: {f'best {values}' if best else 'no trial completed'}; {counts}, {saved}"

@@ -1,4 +1,4 @@
-"""`dmat doctor` and `dmat clean`: the state of a project, and what it can do without."""
+"""`dmat doctor` and `dmat clean`: check the state of a project, and delete what it does not need."""
 
 import dataclasses
 import json
@@ -15,22 +15,27 @@ AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:
+    """Adds `dmat doctor` and `dmat clean` to the app."""
     app.command(
         "doctor",
-        help="Look at versions, hardware, disk, parameters, DVC, MLflow and unfinished work, and say what to do. "
+        help="Check versions, hardware, disk, parameters, DVC, MLflow and unfinished work, and say what to do. "
         "Changes nothing without --fix; exit code 2 if there is a PROBLEM.\n\nExample: dmat doctor",
     )(_doctor)
     app.command(
         "clean",
-        help="Show what the project can do without: finished work that DVC has a copy of, work set aside, artifacts "
-        "that params.yaml no longer names, leftovers of killed processes. Deletes only with --yes.\n\n"
+        help="Show what can be deleted: finished work that DVC has a copy of, work set aside, artifacts that "
+        "params.yaml no longer names, leftovers of killed processes. Deletes only with --yes.\n\n"
         "Example: dmat clean --older-than 7",
     )(_clean)
 
 
 def _doctor(
     fix: Annotated[
-        bool, typer.Option("--fix", help="Only repair what a kill left damaged, and say what that was.")
+        bool,
+        typer.Option(
+            "--fix",
+            help="Run no checks; repair what a kill or an edit during a run damaged, and say what was repaired.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,21 +46,24 @@ def _doctor(
         repaired = doctor.fix(find_workspace(Path.cwd()))
         typer.echo(json.dumps(repaired) if as_json else "\n".join(repaired or ["nothing to repair"]))
         return
-    found = []
-    for one in doctor.examine(find_workspace(Path.cwd())):
-        found.append(one)
+    findings = []
+    for finding in doctor.examine(find_workspace(Path.cwd())):
+        findings.append(finding)
         if not as_json:
-            typer.echo(f"{one.mark:8s}{one.check:14s}{one.found}" + (f"\n{'':22s}-> {one.do}" if one.do else ""))
+            typer.echo(
+                f"{finding.mark:8s}{finding.check:14s}{finding.found}"
+                + (f"\n{'':22s}-> {finding.do}" if finding.do else "")
+            )
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=2))
-    raise typer.Exit(2 if any(one.mark == machine.PROBLEM for one in found) else 0)
+        typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    raise typer.Exit(2 if any(finding.mark == machine.PROBLEM for finding in findings) else 0)
 
 
 def _clean(
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is shown.")] = False,
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="Offer work that was stopped too.")] = False,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Include work that was stopped.")] = False,
     older_than: Annotated[
-        float, typer.Option(help="Only what nobody changed for this many days.", min=0.0, metavar="DAYS")
+        float, typer.Option(help="Only what has not changed for this many days.", min=0.0, metavar="DAYS")
     ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
@@ -66,71 +74,75 @@ def _clean(
     workspace = find_workspace(Path.cwd())
     params = config.load(workspace.at("params.yaml"))
     survey = cleaning.survey(workspace, params, unfinished=unfinished, older_than=older_than)
-    frees = cleaning.freed(path for one in survey.candidates for path in one.paths)
+    freed_bytes = cleaning.freed(path for candidate in survey.candidates for path in candidate.paths)
     if as_json:
         record = _record(survey)
     else:
-        _show(workspace, survey, frees)
-    stayed: list[cleaning.KeptPath] = []
+        _show(workspace, survey, freed_bytes)
+    undeleted: list[cleaning.KeptPath] = []
     if yes:
-        frees, stayed = cleaning.remove(survey.candidates)
+        freed_bytes, undeleted = cleaning.remove(survey.candidates)
     if as_json:
-        left = [{"path": str(one.path), "reason": one.reason} for one in stayed]
-        typer.echo(json.dumps({**record, "deleted": yes, "bytes": frees, "not_deleted": left}, indent=2))
+        not_deleted = [{"path": str(kept_path.path), "reason": kept_path.reason} for kept_path in undeleted]
+        typer.echo(json.dumps({**record, "deleted": yes, "bytes": freed_bytes, "not_deleted": not_deleted}, indent=2))
     elif yes:
-        for one in stayed:
-            typer.echo(f"stays: {_short(workspace, one.path)}: {one.reason}", err=True)
-        typer.echo(f"Deleted {len(survey.candidates) - len(stayed)}; {_amount(frees)} came free.")
+        for kept_path in undeleted:
+            typer.echo(f"stays: {_short(workspace, kept_path.path)}: {kept_path.reason}", err=True)
+        typer.echo(f"Deleted {len(survey.candidates) - len(undeleted)}; freed {_amount(freed_bytes)}.")
     elif survey.candidates:
         typer.echo("Nothing was deleted; `dmat clean --yes` with the same options deletes what is shown.")
-    raise typer.Exit(2 if stayed else 0)
+    raise typer.Exit(2 if undeleted else 0)
 
 
 def _record(survey: "Survey") -> dict[str, object]:
+    """A survey as JSON values."""
     from dmat.upkeep import cleaning
 
     return {
         "candidates": [
             {
-                "paths": [str(path) for path in one.paths],
-                "kind": one.kind,
-                "reason": one.reason,
-                "bytes": cleaning.freed(one.paths),
-                "size": cleaning.size(one.paths),
+                "paths": [str(path) for path in candidate.paths],
+                "kind": candidate.kind,
+                "reason": candidate.reason,
+                "bytes": cleaning.freed(candidate.paths),
+                "size": cleaning.size(candidate.paths),
             }
-            for one in survey.candidates
+            for candidate in survey.candidates
         ],
-        "kept": [{"path": str(one.path), "reason": one.reason} for one in survey.kept],
+        "kept": [{"path": str(kept_path.path), "reason": kept_path.reason} for kept_path in survey.kept],
         "reruns_report": survey.reruns_report,
     }
 
 
-def _show(workspace: "Workspace", survey: "Survey", frees: int) -> None:
+def _show(workspace: "Workspace", survey: "Survey", freed_bytes: int) -> None:
+    """Prints a survey. freed_bytes: what deleting all candidates frees."""
     from dmat.upkeep import cleaning
 
     for kind, meaning in cleaning.KINDS.items():
-        group = [one for one in survey.candidates if one.kind == kind]
+        group = [candidate for candidate in survey.candidates if candidate.kind == kind]
         if group:
             typer.echo(f"{kind}: {meaning}")
-        for one in group:
-            amount = f"{_amount(cleaning.freed(one.paths))} of {_amount(cleaning.size(one.paths))}"
-            more = f" and {len(one.paths) - 1} more" if len(one.paths) > 1 else ""
-            typer.echo(f"  {amount:24s}{_short(workspace, one.paths[0])}{more}: {one.reason}")
+        for candidate in group:
+            amount = f"{_amount(cleaning.freed(candidate.paths))} of {_amount(cleaning.size(candidate.paths))}"
+            more = f" and {len(candidate.paths) - 1} more" if len(candidate.paths) > 1 else ""
+            typer.echo(f"  {amount:24s}{_short(workspace, candidate.paths[0])}{more}: {candidate.reason}")
     if survey.kept:
         typer.echo("kept:")
-    for kept in survey.kept:
-        typer.echo(f"  {_short(workspace, kept.path)}: {kept.reason}")
+    for kept_path in survey.kept:
+        typer.echo(f"  {_short(workspace, kept_path.path)}: {kept_path.reason}")
     typer.echo(
-        f"{len(survey.candidates)} can go, which frees {_amount(frees)}; what another name still has frees nothing."
+        f"{len(survey.candidates)} can be deleted, which frees {_amount(freed_bytes)}; a file that has another name "
+        f"frees nothing."
         if survey.candidates
-        else "Nothing can go."
+        else "Nothing can be deleted."
     )
     if survey.reruns_report:
-        typer.echo("write_report reads folders that lose something: the next `dvc repro` makes the report again.")
+        typer.echo("write_report reads folders that lose files: the next `dvc repro` regenerates the report.")
     typer.echo("DVC's cache is not touched: `dvc gc -w` removes what the files here no longer name, for good.")
 
 
 def _short(workspace: "Workspace", path: Path) -> str:
+    """A path relative to the project or the main checkout, if it is below one of them."""
     for base in (workspace.root, workspace.home):
         if path.is_relative_to(base):
             return str(path.relative_to(base))
@@ -138,7 +150,7 @@ def _short(workspace: "Workspace", path: Path) -> str:
 
 
 def _amount(size: float) -> str:
-    """Bytes for people."""
+    """A number of bytes with its unit, for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"

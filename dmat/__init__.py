@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-ARTIFACTS = "artifacts"  # folder of everything that stages write, below the project
-SOURCES = "sources"  # folder of other people's files, or links to them, below the project
-NONE = "none"  # what an entry of params.yaml names that has no parent of a kind
+ARTIFACTS = "artifacts"  # folder of all outputs of stages, in the project
+SOURCES = "sources"  # folder of external data, or links to it, in the project
+NONE = "none"  # in params.yaml: a reference to nothing, as of an arm without generated images
 
 
 def load_model(path: str | Path, device: str = "cpu") -> "torch.nn.Module":
-    """A classifier in evaluation mode without gradients: images [B, C, H, W] in [0, 1] -> logits [B, classes].
+    """Loads a classifier in evaluation mode without gradients: images [B, C, H, W] in [0, 1] -> logits [B, K].
 
-    path: a .safetensors file that a training or `dmat models import` wrote, its sidecar beside it. Raises DmatError if
-    the two do not belong together.
+    path: a .safetensors file that a training or `dmat models import` wrote, with its sidecar beside it. Raises
+    DmatError if the two do not belong together.
     """
-    loading = importlib.import_module("dmat.models.loading")  # by its name: everything imports this file (layers)
+    loading = importlib.import_module("dmat.models.loading")  # by name, because all modules import this file (layers)
     return loading.load_model(path, device)

@@ -1,11 +1,10 @@
-"""Where a run computes and in which precision: resolved once, then passed along as a value."""
+"""The device and precision of a run: resolved once, then passed on as a value."""
 
-import contextlib
 import dataclasses
 import functools
 import os
 import time
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -18,44 +17,63 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
+class ComputeRecord(TypedDict):
+    """A device and precision as JSON."""
+
+    device: str  # name of the GPU, or "cpu" with the capability of the CPU
+    precision: str  # "fp32" or "bf16"
+    precision_reason: str
+    threads: int  # of torch on the CPU
+    processes: int  # that compute together
+    torch: str  # version
+
+
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """A resolved device and precision. Weights, losses and attack updates stay float32 in either precision."""
+    """A resolved device and precision. Weights, losses and attack updates are float32 in both precisions."""
 
     device: torch.device
     precision: str  # "fp32" or "bf16"
     reason: str  # why this precision, for people
-    threads: int
+    threads: int  # of torch on the CPU
     world: World = dataclasses.field(default_factory=World)  # the processes that compute together
 
     def exact(self) -> "Compute":
-        """The same device in float32: what reported accuracies are computed in. On CUDA the shorter TF32, which torch
-        takes for convolutions by itself, is switched off for the whole process."""
+        """Returns the same device in float32, the precision of reported accuracies.
+
+        On CUDA it also switches off TF32, which torch uses for convolutions by default, for the whole process.
+        """
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         return dataclasses.replace(self, precision="fp32", reason="evaluation is in fp32")
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Matrix products and convolutions in bfloat16 inside the block, if that is the precision."""
+    def autocast(self) -> torch.autocast:
+        """Returns a block in which matrix products and convolutions use bfloat16, if that is the precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device; images [B, C, H, W] in channels-last memory."""
+        """Copies a tensor of any shape to the device, asynchronously from pinned memory.
+
+        Images [B, C, H, W] get channels-last memory.
+        """
         layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
         return tensor.to(self.device, memory_format=layout, non_blocking=True)
 
-    def ready(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A CPU tensor in memory that a GPU reads by itself: `to_device` then copies asynchronously. Images [B, C, H, W]
-        become channels-last."""
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Pins the memory of a CPU tensor of any shape if the device is a GPU: `to_device` then copies asynchronously.
+
+        Images [B, C, H, W] get channels-last memory.
+        """
         if tensor.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def model_to_device(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Moves the model to the device, its weights in channels-last memory."""
         return model.to(self.device).to(memory_format=torch.channels_last)
 
-    def describe(self) -> dict[str, Any]:
-        """What a number computed here must be reported with."""
+    def describe(self) -> ComputeRecord:
+        """Returns device, precision, threads, processes and torch version, to report beside results."""
         cuda = self.device.type == "cuda"
         return {
             "device": torch.cuda.get_device_name(self.device)
@@ -70,41 +88,49 @@ class Compute:
 
 
 def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The numbers on the device, without waiting for what it computes."""
+    """Copies an array of any shape to the device, without waiting for what the device computes."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def resolve(device: str = "auto", precision: str = "auto", threads: int = 0) -> Compute:
-    """Chooses what "auto" means here and sets the number of threads (0: as many as cores this process may use)."""
+    """Resolves "auto" for this machine and sets torch's number of threads.
+
+    threads=0 means one per core that this process may use, divided among the processes on this machine. Joins the other
+    processes of `torchrun`. Raises DmatError for an unknown device or precision, or if CUDA is not available.
+    """
     if device not in DEVICES:
         raise DmatError(f"device is {device!r}; expected one of {', '.join(DEVICES)}")
     if precision not in PRECISIONS:
         raise DmatError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise DmatError("device is 'cuda' but torch finds no CUDA device; install a driver or say device: auto")
+        raise DmatError("device is 'cuda' but torch finds no CUDA device; install a driver or set device: auto")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    native, reason = _native_bf16(kind)
-    chosen = ("bf16" if native else "fp32") if precision == "auto" else precision
-    together = processes.world()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here))
-    where = torch.device("cuda", together.local) if kind == "cuda" and together.size > 1 else torch.device(kind)
-    why = reason if precision == "auto" else "asked for"
-    return Compute(where, chosen, why, torch.get_num_threads(), together)
+    native, hardware_reason = _native_bf16(kind)
+    resolved_precision = ("bf16" if native else "fp32") if precision == "auto" else precision
+    joined_world = processes.world()
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
+    torch_device = (
+        torch.device("cuda", joined_world.local) if kind == "cuda" and joined_world.size > 1 else torch.device(kind)
+    )
+    reason = hardware_reason if precision == "auto" else "asked for"
+    return Compute(torch_device, resolved_precision, reason, torch.get_num_threads(), joined_world)
 
 
 @functools.cache
 def matrix_peak(compute: Compute) -> float:
-    """FLOP/s that a large matrix product reaches here in the precision of `compute`: measured, best of 5. What model
-    FLOPs utilisation is a share of."""
+    """Measures the FLOP/s of a large matrix product in the precision of `compute`, best of 5.
+
+    It is the denominator of model FLOPs utilisation (MFU).
+    """
     size = 8192 if compute.device.type == "cuda" else 1024
     dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
-    left, right = (torch.ones(size, size, device=compute.device, dtype=dtype) for _ in range(2))
+    a, b = (torch.ones(size, size, device=compute.device, dtype=dtype) for _ in range(2))  # [size, size] each
     times = []
-    for _ in range(6):  # the first one prepares
+    for _ in range(6):  # the first product is a warm-up
         started = time.perf_counter()
-        left @ right
+        a @ b
         if compute.device.type == "cuda":
             torch.cuda.synchronize(compute.device)
         times.append(time.perf_counter() - started)
@@ -112,7 +138,7 @@ def matrix_peak(compute: Compute) -> float:
 
 
 def _native_bf16(kind: str) -> tuple[bool, str]:
-    """Whether the hardware multiplies bfloat16 itself; emulated bfloat16 is slower than float32."""
+    """Returns whether the hardware multiplies bfloat16 natively, and the reason. Emulation is slower than float32."""
     if kind == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return major >= 8, f"CUDA capability {major}.{minor}"

@@ -1,22 +1,25 @@
-"""The one error family of dmat: what the person at the keyboard can mend.
+"""The errors of dmat that a user can fix.
 
 A `DmatError` is printed as its message, without a traceback, and ends the command with exit code 2.
-Anything else that escapes is a defect of dmat and keeps its traceback.
+Any other exception that escapes is a defect of dmat and keeps its traceback.
 """
 
 from collections.abc import Iterable
 
 from dmat.redaction import redacted
 
-_LONGEST_LINE = 300
+_MAX_LINE_LENGTH = 300  # characters
 
 
 class DmatError(Exception):
-    """What was found, what was expected, what to do: in this order, naming the path or key."""
+    """An error that a user can fix. The message says what was found, what was expected and what to do, in this order.
+
+    It names the path or key.
+    """
 
 
 class ConfigError(DmatError):
-    """All problems of one parameter file at once."""
+    """All problems of a parameter file together."""
 
     def __init__(self, path: str, problems: Iterable[str]):
         self.problems = list(problems)
@@ -25,12 +28,14 @@ class ConfigError(DmatError):
 
 
 class UnfitError(DmatError):
-    """Values that are possible by themselves and do not fit each other, the data or the machine. Of a study's trial: a
-    fault of this trial alone."""
+    """Values are valid on their own but do not fit each other, the data or the machine.
+
+    In a study it fails one trial only.
+    """
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved. `exit_code` is 75 for "requeue me", else 128 + signal."""
+    """A signal stopped the run; its state is saved. `exit_code` is 75 to ask for a requeue, else 128 + signal."""
 
     def __init__(self, exit_code: int, sentence: str):
         self.exit_code = exit_code
@@ -38,16 +43,17 @@ class Interrupted(Exception):
 
 
 class Pruned(Exception):
-    """Whoever watches a run asked it to end early; what it reported so far stands."""
+    """The watcher of a run ended it early; its reports so far remain valid."""
 
 
 class Diverged(DmatError):
-    """Training met a number that is not finite; the run ends FAILED and its last good checkpoint stays."""
+    """Training met a NaN or infinite loss. The run ends as FAILED and its last good checkpoint stays."""
 
 
 def first_line(error: BaseException, *urls: str) -> str:
-    """Of what another library says, for a sentence of ours: its first line, or the error's name if it says nothing.
+    """Returns the first line of another library's error, for one of our messages; if empty, the class of the error.
 
-    Secrets are masked. urls: addresses that the error may be about; secrets in them are masked wherever they stand.
+    At most 300 characters. Secrets are masked. urls: addresses that the error may contain; their secrets are masked
+    everywhere in the text.
     """
-    return (redacted(str(error), *urls).splitlines() or [type(error).__name__])[0][:_LONGEST_LINE]
+    return (redacted(str(error), *urls).splitlines() or [type(error).__name__])[0][:_MAX_LINE_LENGTH]

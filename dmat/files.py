@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all, and checksums of files and folders.
+"""Writes files that appear complete or not at all, and computes checksums of files and folders.
 
-Refuses to delete anything: what is replaced is replaced by rename.
+Deletes nothing: existing files are replaced by rename.
 """
 
 import contextlib
@@ -18,12 +18,15 @@ from dmat.errors import DmatError
 if TYPE_CHECKING:
     import numpy as np
 
-_READ_SIZE = 1 << 20
+_CHUNK_SIZE = 1 << 20
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends well: temporary name, fsync, rename."""
+    """Opens a binary file that replaces `path` when the block ends without an error: temporary name, fsync, rename.
+
+    Raises DmatError if the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -42,7 +45,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` survive a power cut."""
+    """Makes renames inside `folder` durable, so that they survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -51,17 +54,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes text as UTF-8."""
     with writing(path) as file:
         file.write(text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Sorted keys and a final newline, so equal values are equal files. NaN is refused."""
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON with sorted keys and a final newline: equal values give equal files. Raises ValueError for NaN."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Raises DmatError if the file is missing or is not JSON."""
+    """Reads a JSON value. Raises DmatError if the file is missing or is not JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -70,22 +74,27 @@ def read_json(path: Path) -> Any:
         raise DmatError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
 
 
-def read_record(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
-    """A JSON object with a value of the given kind under each key. Raises DmatError if the file is anything else."""
+def read_record(path: Path, **types: type | tuple[type, ...]) -> dict[str, Any]:
+    """Reads a JSON object that has a value of the given type under each key of `types`.
+
+    Raises DmatError if the file holds anything else.
+    """
     record = read_json(path)
     if not isinstance(record, dict):
         raise DmatError(f"{path} holds {type(record).__name__}; expected an object; delete it and run its stage again")
-    wrong = [key for key, kind in kinds.items() if key not in record or not isinstance(record[key], kind)]
-    if wrong:
+    invalid = [
+        key for key, expected_type in types.items() if key not in record or not isinstance(record[key], expected_type)
+    ]
+    if invalid:
         raise DmatError(
-            f"{path} lacks {', '.join(wrong)}, or has something else there; expected what its stage wrote; run its "
-            f"stage again, or `dvc checkout`"
+            f"{path} lacks {', '.join(invalid)}, or has values of another type there; expected what its stage wrote; "
+            f"run its stage again, or `dvc checkout`"
         )
     return record
 
 
 def load_array(path: Path) -> "np.ndarray":
-    """A whole .npy file. Raises DmatError if it is missing or cut."""
+    """Reads a whole .npy file, an array of any shape. Raises DmatError if it is missing or incomplete."""
     import numpy as np  # not above: `dmat --help` needs this module, and not numpy
 
     try:
@@ -94,25 +103,26 @@ def load_array(path: Path) -> "np.ndarray":
         raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`") from None
     except (ValueError, EOFError) as error:
         raise DmatError(
-            f"{path} is not a whole array ({error}); delete its folder and run its stage again, or `dvc checkout`"
+            f"{path} is incomplete or not an array ({error}); delete its folder and run its stage again, or "
+            f"`dvc checkout`"
         ) from None
     return array
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces of 1 MiB.
+    """Hex SHA-256 of a file, read in chunks of 1 MiB. Raises DmatError if the file is missing.
 
-    A file is read once in a process, a large one once on a machine, as long as inode, size and times stay: inputs are
-    hashed before and after the work, and at each start.
+    While inode, size and times stay the same, a file is read once per process and a large file once per machine: inputs
+    are hashed before and after the work, and at each start.
     """
     try:
         with open(path, "rb") as file:
             state = os.fstat(file.fileno())
-            if (known := checksum_cache.recall(state)) is not None:
-                return known
+            if (cached := checksum_cache.recall(state)) is not None:
+                return cached
             digest = hashlib.sha256()
-            while piece := file.read(_READ_SIZE):
-                digest.update(piece)
+            while chunk := file.read(_CHUNK_SIZE):
+                digest.update(chunk)
     except FileNotFoundError:
         raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`") from None
     checksum_cache.remember(state, digest.hexdigest())
@@ -120,7 +130,11 @@ def sha256(path: Path) -> str:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file; of a folder: of its relative names and their checksums, hidden files left out."""
+    """SHA-256 of a file or folder.
+
+    The checksum of a folder is that of its relative file names and their checksums; hidden files are left out. Raises
+    DmatError if the path does not exist.
+    """
     if path.is_file():
         return sha256(path)
     if not path.is_dir():
@@ -130,61 +144,62 @@ def checksum(path: Path) -> str:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Relative name -> SHA-256 of every visible file below `folder`; empty where there is no folder."""
-    found = visible_files(folder) if folder.is_dir() else []
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in found}
+    """Maps the relative name of every visible file below `folder` to its SHA-256; empty if there is no folder."""
+    visible = visible_files(folder) if folder.is_dir() else []
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in visible}
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Every file below `folder` that is not hidden, in the order of the parts of its path.
+    """Every file below `folder` that is not hidden, sorted by the parts of its path.
 
-    Follows links. Leaves out names that start with a dot (such as the .gitignore that DVC writes) and what archives of
-    macOS add. Raises DmatError for what is neither a file nor a folder, and for a folder inside itself.
+    Follows links. Leaves out names that start with a dot (such as the .gitignore that DVC writes) and the extra entries
+    of macOS archives. Raises DmatError for an entry that is neither a file nor a folder, and for a link to a folder
+    that contains it.
     """
     return list(_walk(folder, frozenset()))
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is nobody's data."""
+    """Whether a file or folder of this name is not data: it starts with a dot or is an extra entry of macOS."""
     return name.startswith((".", "__MACOSX"))
 
 
 def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    """above: device and inode of every folder around `folder`."""
+    """Yields the visible files below `folder`. above: device and inode of every folder that contains `folder`."""
     try:
-        own = folder.stat()
+        status = folder.stat()
         with os.scandir(folder) as entries:
             visible = sorted((entry for entry in entries if not hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise DmatError(
             f"{folder} cannot be listed ({error.strerror}); expected a folder that may be read; allow it or remove it"
         ) from None
-    inside = above | {(own.st_dev, own.st_ino)}
-    if inside == above:
-        raise DmatError(f"{folder} is a link to a folder that holds it; expected folders that end; remove the link")
+    ancestors = above | {(status.st_dev, status.st_ino)}
+    if ancestors == above:
+        raise DmatError(f"{folder} is a link to a folder that holds it; expected no such loop; remove the link")
     for entry in visible:
         if entry.is_dir():
-            yield from _walk(folder / entry.name, inside)
+            yield from _walk(folder / entry.name, ancestors)
         elif entry.is_file():
             yield folder / entry.name
-        elif os.path.lexists(entry.path):  # else it went away while we looked
+        elif os.path.lexists(entry.path):  # otherwise it was removed meanwhile
             raise DmatError(
                 f"{entry.path} is neither a file nor a folder, or a link to nothing; expected files; restore or "
                 f"remove it"
             )
 
 
-def fingerprint(value: Any) -> str:
-    """Twelve hex digits that name a JSON value."""
+def fingerprint(value: object) -> str:
+    """Twelve hex digits that identify a JSON value."""
     text = json.dumps(value, sort_keys=True, allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def publish(source: Path, target: Path) -> None:
-    """Makes `target` the same file or folder as `source` by hard links, copies across file systems.
+    """Makes `target` the same file or folder as `source` by hard links, or by copies across file systems.
 
-    The folder appears by one rename. A target that is there already is moved aside first and removed last, so
-    that no moment exists in which neither is on disk.
+    The folder appears by one rename. An existing target is moved aside first and removed last, so one of the two is on
+    disk at any moment.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{os.getpid()}.new")
@@ -205,7 +220,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Makes `target` a hard link to a file, by rename; a copy across file systems."""
+    """Makes `target` a hard link to a file, or a copy across file systems. It appears by rename."""
     staged = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     staged.unlink(missing_ok=True)
     try:

@@ -1,52 +1,56 @@
-"""The contract of a job: what the `run(settings, job)` of a stage gets, and what it gives back."""
+"""The contract of a job: what the `run(settings, job)` of a stage receives and returns."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from dmat import files, tracking
-from dmat.data.shard_pool import ShardPool
+from dmat.data.shard_pool import ArrayName, ShardPool
 from dmat.devices import Compute
 from dmat.training.long_run import LongRun, Watcher
 from dmat.workspace import PICTURES, RESULT
 
-POOLS = "pools"  # folder in runs/ of shards that several sets share
+POOLS = "pools"  # folder in runs/ for shards that several sets share
+
+Metrics = Mapping[str, float | Mapping[str, float]]  # name -> value; of the report: group -> measure -> value
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a job gets besides its settings: where to read, where to write, and how to compute."""
+    """What a job receives besides its settings: where to read, where to write, and how to compute."""
 
     inputs: Mapping[str, Path]
-    instance: Mapping[str, Any]  # the options that name this instance
+    instance: Mapping[str, str | int]  # the options that name this instance
     root: Path  # the project's folder
-    work: Path  # for state that a restart needs
+    work: Path  # folder for state that a restart needs
     compute: Compute
     save_seconds: float  # between two checkpoints
-    quiet: bool
+    quiet: bool  # no progress bars
     code: str = ""  # identity of the code
-    fresh: bool = False  # compute what earlier work left anew
+    fresh: bool = False  # recompute what earlier work left
     watcher: Watcher | None = None  # of the metrics of a long run
 
     @property
     def result(self) -> Path:
-        """For what is published, one file or folder per output."""
+        """Folder for what is published, one file or folder per output."""
         return self.work / RESULT
 
     @property
     def pictures(self) -> Path:
-        """For PNG files that people look at and no stage computes with."""
+        """Folder for PNG files that people look at and no stage reads."""
         return self.work / PICTURES
 
-    def pool(self, identity: Mapping[str, Any], arrays: Sequence[str]) -> ShardPool:
-        """The pool of shards that everything in `identity` and the code decide (docs/architecture.md)."""
-        whole = {"stage": self.work.parent.name, "code": self.code, **identity}
-        folder = self.work.parent.parent / POOLS / f"{self.work.parent.name}-{files.fingerprint(whole)}"
-        return ShardPool(folder, whole, arrays, self.fresh)
+    def pool(self, identity: Mapping[str, object], arrays: Sequence[ArrayName]) -> ShardPool:
+        """The pool of shards with this `identity` and code, which decide their content (docs/architecture.md).
+
+        arrays: names of the arrays of a shard.
+        """
+        pool_identity = {"stage": self.work.parent.name, "code": self.code, **identity}
+        folder = self.work.parent.parent / POOLS / f"{self.work.parent.name}-{files.fingerprint(pool_identity)}"
+        return ShardPool(folder, pool_identity, arrays, self.fresh)
 
     def long_run(self, total: int) -> LongRun:
-        """Checkpoints, metrics and progress bar of this instance."""
+        """The checkpoints, metrics and progress bar of this instance. total: images that the run will see."""
         return LongRun(
             self.work,
             self.compute,
@@ -60,13 +64,13 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a job found, beside the files that it wrote."""
+    """What a job returns besides the files that it wrote."""
 
-    metrics: Mapping[str, Any]  # the same whenever it is computed again
+    metrics: Metrics  # the same in every repetition
     measured: Mapping[str, float] = dataclasses.field(default_factory=dict)  # differs from run to run, such as speed
     notes: Sequence[str] = ()  # sentences that a reader of this result must know
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the MLflow run
     description: str = ""  # of the MLflow run, Markdown
-    attachments: Sequence[Path] = ()  # files that people will want to open where they look at the run
+    attachments: Sequence[Path] = ()  # files to open in the MLflow run
     models: Sequence[tracking.RegistryCandidate] = ()  # for the registry
-    pools: Sequence[str] = ()  # names of those whose shards the result holds
+    pools: Sequence[str] = ()  # names of the pools whose shards the result holds

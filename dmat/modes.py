@@ -1,6 +1,6 @@
-"""What state a model is in while something is computed, always as a block that restores it.
+"""Context managers that set the state of a model (mode, gradients, batch norm) and restore it afterwards.
 
-Nothing else in dmat calls `.train()` or `.eval()`, or touches `requires_grad`, of a model it was given.
+Nothing else in dmat calls `.train()` or `.eval()`, or changes `requires_grad`, of a model that it receives.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Training or evaluation mode inside the block; every submodule's own mode comes back after it."""
+    """Sets training or evaluation mode inside the block. After it every submodule has its previous mode."""
     before = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -26,10 +26,10 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for parameters inside the block: an attack needs those of its input only.
+    """Disables gradients of parameters inside the block, because an attack needs only those of its input.
 
-    Under autocast the weights of convolutions and linear layers are also cast once, for all passes of the block:
-    autocast itself remembers only casts of what requires gradients. The numbers are the same.
+    Under autocast it also casts the weights of convolutions and linear layers once for all passes of the block, because
+    autocast caches only casts of tensors that require gradients. The results are the same.
     """
     before = [(parameter, parameter.requires_grad, parameter.data) for parameter in model.parameters()]
     try:
@@ -45,15 +45,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _cast_by_autocast(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that autocast, where it is on, would cast in every pass."""
+    """Returns the parameters that autocast would cast in every pass; none where it is off."""
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    found = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
-    return [parameter for parameter in found if torch.is_autocast_enabled(parameter.device.type)]
+    candidates = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+    return [parameter for parameter in candidates if torch.is_autocast_enabled(parameter.device.type)]
 
 
 @contextlib.contextmanager
 def untracked_batch_norm(model: nn.Module) -> Iterator[None]:
-    """Batch statistics are used as in training, running statistics stay as they are."""
+    """Uses batch statistics, as in training, inside the block. Running statistics do not change."""
     layers = [(layer, layer.track_running_stats) for layer in model.modules() if isinstance(layer, BATCH_NORMS)]
     for layer, _ in layers:
         layer.track_running_stats = False
@@ -65,7 +65,10 @@ def untracked_batch_norm(model: nn.Module) -> Iterator[None]:
 
 
 def set_batch_norm_momentum(model: nn.Module, momentum: float) -> None:
-    """Share of the newest batch in the running statistics (torch's convention: 1.0 forgets everything older)."""
+    """Sets the weight of the newest batch in the running statistics, in [0, 1].
+
+    This is torch's convention: 1.0 forgets all older batches.
+    """
     for layer in model.modules():
         if isinstance(layer, BATCH_NORMS):
             layer.momentum = momentum

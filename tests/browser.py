@@ -1,4 +1,4 @@
-"""A headless Chromium as people have it: what a page says in its console, asks of the network, and how wide it is."""
+"""A headless Chromium: what a page logs to its console, which URLs it requests, and how wide it is."""
 
 import contextlib
 import json
@@ -18,8 +18,8 @@ def browser(width: int, height: int = 900) -> Iterator[Any]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-color-profile=srgb"):
-        options.add_argument(word)
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-color-profile=srgb"):
+        options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     try:
@@ -30,34 +30,35 @@ def browser(width: int, height: int = 900) -> Iterator[Any]:
         driver.quit()
 
 
-def errors(driver: Any) -> list[str]:
-    """What the console says in red since the last call."""
+def console_errors(driver: Any) -> list[str]:
+    """Errors and warnings of the console since the last call."""
     return [line["message"] for line in driver.get_log("browser") if line["level"] in ("SEVERE", "WARNING")]
 
 
-def asked(driver: Any) -> list[str]:
-    """Addresses that the page asked for since the last call, other than its own parts."""
-    messages = [json.loads(line["message"])["message"] for line in driver.get_log("performance")]
-    found = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
-    return [url for url in found if not url.startswith(("data:", "blob:"))]
+def requested_urls(driver: Any) -> list[str]:
+    """URLs that the page requested since the last call, except data and blob URLs."""
+    events = [json.loads(line["message"])["message"] for line in driver.get_log("performance")]
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return [url for url in urls if not url.startswith(("data:", "blob:"))]
 
 
-def too_wide(driver: Any) -> list[str]:
-    """Elements that stick out of the window and that no box of their own scrolls; empty: no overflow."""
+def overflowing_elements(driver: Any) -> list[str]:
+    """Elements that are wider than the window and not inside a scrolling box. Empty: no overflow."""
     script = """
-        const wide = document.documentElement.clientWidth, found = [];
-        if (document.documentElement.scrollWidth > wide) found.push("page: " + document.documentElement.scrollWidth);
-        for (const one of document.body.querySelectorAll("*")) {
-            if (one.closest(".scroll, pre, details:not([open]), svg")) continue;
-            const box = one.getBoundingClientRect();
-            if (box.width && box.right > wide + 1) found.push(one.tagName + "." + one.className + ": " + box.right);
+        const root = document.documentElement, wide = root.clientWidth, overflow = [];
+        if (root.scrollWidth > wide) overflow.push("page: " + root.scrollWidth);
+        for (const element of document.body.querySelectorAll("*")) {
+            if (element.closest(".scroll, pre, details:not([open]), svg")) continue;
+            const box = element.getBoundingClientRect();
+            if (box.width && box.right > wide + 1)
+                overflow.push(element.tagName + "." + element.className + ": " + box.right);
         }
-        return found;"""
+        return overflow;"""
     return list(driver.execute_script(script))
 
 
-def shoot(driver: Any, path: Path, whole: bool = True) -> None:
-    """A PNG of the page, of all its length or of the window."""
+def save_screenshot(driver: Any, path: Path, whole: bool = True) -> None:
+    """Writes a PNG of the whole page or of the window."""
     import base64
 
     size = driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
@@ -66,7 +67,7 @@ def shoot(driver: Any, path: Path, whole: bool = True) -> None:
     path.write_bytes(base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", options)["data"]))
 
 
-def on_paper(driver: Any) -> bytes:
+def print_to_pdf(driver: Any) -> bytes:
     """The page as a PDF on A4."""
     import base64
 

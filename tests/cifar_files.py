@@ -1,5 +1,5 @@
-"""Small CIFAR folders with random pixels, byte by byte as they are published: pickles as Python 2 wrote them, and the
-binary version."""
+"""Small CIFAR folders with random pixels in the published formats: pickles as Python 2 wrote them, and the binary
+version."""
 
 import io
 import pickle
@@ -20,7 +20,7 @@ FOLDERS = {
 
 
 class Python2(pickle._Pickler):
-    """Text and bytes are one type, written without saying which."""
+    """Writes text and bytes as one type, as Python 2 did."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
@@ -44,8 +44,8 @@ def python2(value, protocol=2):
     return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
 
 
-def some(count, classes, seed):
-    """Random images uint8 [count, 32, 32, 3] and labels int64 [count] in which every class comes up in turn."""
+def random_images(count, classes, seed):
+    """Random images uint8 [count, 32, 32, 3] and labels int64 [count] that cycle through the classes."""
     generator = np.random.default_rng(seed)
     images = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     return images, np.arange(count, dtype=np.int64) % classes
@@ -55,7 +55,7 @@ def write(folder, data="cifar10", version="python", *, train=60, test=40, protoc
     """Writes a CIFAR folder (CIFAR-10: `train` a multiple of 5) and returns its training and test pair."""
     folder.mkdir(parents=True)
     names = NAMES[data]
-    pairs = some(train, len(names), 1), some(test, len(names), 2)
+    pairs = random_images(train, len(names), 1), random_images(test, len(names), 2)
     parts = 5 if data == "cifar10" else 1
     stems = [f"data_batch_{k + 1}" for k in range(parts)] if parts > 1 else ["train"]
     pieces = [tuple(array[k * train // parts : (k + 1) * train // parts] for array in pairs[0]) for k in range(parts)]
@@ -65,14 +65,14 @@ def write(folder, data="cifar10", version="python", *, train=60, test=40, protoc
         rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
         if version == "binary":
             before = [np.full(len(labels), 7), labels] if data == "cifar100" else [labels]  # 7: a coarse label
-            content = np.column_stack([*(one.astype(np.uint8) for one in before), rows]).tobytes()
+            content = np.column_stack([*(column.astype(np.uint8) for column in before), rows]).tobytes()
             (folder / f"{stem}.bin").write_bytes(content)
         else:
-            listed = [int(label) for label in labels]
+            as_list = [int(label) for label in labels]
             batch = {b"data": np.ascontiguousarray(rows), b"batch_label": b"a part"}
             batch |= {b"filenames": [f"{k}.png".encode() for k in range(len(labels))]}
             batch |= (
-                {b"labels": listed} if parts > 1 else {b"fine_labels": listed, b"coarse_labels": [7 for _ in listed]}
+                {b"labels": as_list} if parts > 1 else {b"fine_labels": as_list, b"coarse_labels": [7 for _ in as_list]}
             )
             (folder / stem).write_bytes(pickled(batch, protocol))
     _write_names(folder, data, version, train // parts if train // parts == test else None, protocol, pickled)

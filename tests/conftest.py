@@ -1,4 +1,4 @@
-"""What all tests share: two threads would fight over two cores when tests run side by side, so each process has one."""
+"""Fixtures of all tests. Each process has one thread: tests run in parallel and would compete for the two cores."""
 
 import os
 from pathlib import Path
@@ -13,16 +13,16 @@ os.environ["DMAT_TRACKING"] = "off"  # tests of tracking switch it on
 torch.set_num_threads(1)
 
 
-# Files whose tests take minutes, the longest first: one that is begun last keeps one core waiting for the other.
-LONG = (
+# Files whose tests take minutes, the longest first: a long file that starts last leaves the other core idle.
+SLOWEST_FIRST = (
     *("pipeline", "tuning", "processes", "tracking", "evaluate_command", "evaluation", "kills", "auto_attack"),
     "growth",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))  # keeps the order within a file
+    positions = {f"test_{name}.py": position for position, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda test: positions.get(test.path.name, len(SLOWEST_FIRST)))  # keeps the order within a file
 
 
 @pytest.fixture
@@ -33,31 +33,31 @@ def root() -> Path:
 
 @pytest.fixture
 def tiny_params() -> dict:
-    """params.yaml of the repository, made so small that every stage takes about a second."""
-    return _tiny()
+    """params.yaml of the repository with values so small that every stage takes about a second."""
+    return _tiny_params()
 
 
 @pytest.fixture(scope="module")
 def tiny_params_once() -> dict:
     """`tiny_params` for fixtures that live as long as a test file."""
-    return _tiny()
+    return _tiny_params()
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A project in which every stage but the report has run once, undisturbed. Tests work on copies."""
-    from tests.projects import IN_ORDER, Project
+    """A project in which every stage but the report has run once without interruption. Tests work on copies."""
+    from tests.projects import STAGE_OPTIONS, Project
 
-    params = _tiny()
+    params = _tiny_params()
     params["compute"]["save_every_seconds"] = 0.05
     params["evaluate_robust"] |= {"auto_attack": "standard", "shard": 5}
     project = Project(tmp_path_factory.mktemp("finished"), params)
-    for word in IN_ORDER:
-        project.run(word)
+    for stage_name in STAGE_OPTIONS:
+        project.run(stage_name)
     return project
 
 
-def _tiny() -> dict:
+def _tiny_params() -> dict:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["compute"] |= {"threads": 1, "precision": "fp32", "save_every_seconds": 0.5}
     params["prepare_data"] |= {"train": 100, "validation": 50, "test": 40}
@@ -84,7 +84,7 @@ def _tiny() -> dict:
 
 @pytest.fixture(scope="session")
 def postgres():
-    """URL of a real PostgreSQL server, up to the database."""
+    """URL of a real PostgreSQL server, without the database name."""
     from tests.databases import server
 
     with server() as url:

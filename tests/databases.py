@@ -1,4 +1,4 @@
-"""Storages of studies that tests use: the embedded file, and a real PostgreSQL server on a folder of the tests' own."""
+"""Storages of studies in tests: the embedded file, and a real PostgreSQL server in a temporary folder."""
 
 import contextlib
 import os
@@ -16,28 +16,28 @@ from tests.servers import free_port
 STORES = ("sqlite", "postgresql")
 
 
-def programs():
-    """Where PostgreSQL's programs are, or None."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+def program_folder():
+    """Folder of PostgreSQL's programs, or None."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     on_path = shutil.which("initdb")
-    return found[-1].parent if found else Path(on_path).parent if on_path else None
+    return installed[-1].parent if installed else Path(on_path).parent if on_path else None
 
 
 @contextlib.contextmanager
 def server():
     """A PostgreSQL server without a password on 127.0.0.1, stopped at the end; yields its URL up to the database."""
-    folder, port, where = Path(tempfile.mkdtemp(prefix="dmat-postgres-")), free_port(), programs()
-    words = {}
-    if os.getuid() == 0:  # the server refuses to be root
+    folder, port, binaries = Path(tempfile.mkdtemp(prefix="dmat-postgres-")), free_port(), program_folder()
+    user_options = {}
+    if os.getuid() == 0:  # the server refuses to run as root
         owner = pwd.getpwnam("postgres")
         os.chown(folder, owner.pw_uid, owner.pw_gid)
-        words = {"user": "postgres", "group": owner.pw_gid, "extra_groups": []}
+        user_options = {"user": "postgres", "group": owner.pw_gid, "extra_groups": []}
     folder.chmod(0o700)
 
     def call(*command):
         subprocess.run(
-            [where / command[0], *command[1:]], check=True, cwd="/", stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, **words,
+            [binaries / command[0], *command[1:]], check=True, cwd="/", stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, **user_options,
         )  # fmt: skip
 
     data = folder / "data"
@@ -52,11 +52,11 @@ def server():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def url_of(store, request, folder):
-    """A fresh, empty storage. Without PostgreSQL its tests are skipped; `.ci/run` installs it."""
+def database_url(store, request, folder):
+    """URL of a new, empty storage. Without PostgreSQL its tests are skipped; `.ci/run` installs it."""
     if store == "sqlite":
         return f"sqlite:///{folder}/studies.db"
-    if programs() is None:
+    if program_folder() is None:
         pytest.skip("PostgreSQL is not installed")
     base = request.getfixturevalue("postgres")
     import psycopg

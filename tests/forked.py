@@ -1,4 +1,4 @@
-"""Stage commands in processes of their own without the seconds that importing torch takes: a server process imports
+"""Stage commands in separate processes, without the seconds that importing torch takes: a server process imports
 everything once and forks for each command."""
 
 import multiprocessing
@@ -12,7 +12,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.forked_preload"])
 
 
-def _command(folder: str, words: list[str], output: str, environment: dict[str, str]) -> None:
+def _command(folder: str, arguments: list[str], output: str, environment: dict[str, str]) -> None:
     import torch
 
     from cli.main import main
@@ -23,32 +23,32 @@ def _command(folder: str, words: list[str], output: str, environment: dict[str, 
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    sys.argv = ["dmat", *words]
+    sys.argv = ["dmat", *arguments]
     main()
 
 
 class Command:
-    """`dmat <words>` in a folder, started; may be killed or sent signals."""
+    """`dmat <arguments>` running in a folder; it can be killed or sent signals."""
 
-    def __init__(self, folder: Path, *words: str, output: str = ".output", **environment: str):
+    def __init__(self, folder: Path, *arguments: str, output: str = ".output", **environment: str):
         self._output = folder / output
-        arguments = (str(folder), list(words), str(self._output), {"DMAT_TRACKING": "off", **environment})
-        self.process = _context.Process(target=_command, args=arguments)
+        process_arguments = (str(folder), list(arguments), str(self._output), {"DMAT_TRACKING": "off", **environment})
+        self.process = _context.Process(target=_command, args=process_arguments)
         self.process.start()
 
     def kill_after(self, seconds: float) -> bool:
-        """Kills with -9 after some time; whether the command was still at work."""
+        """Kills with -9 after some time; returns whether the command was still running."""
         self.process.join(seconds)
-        at_work = self.process.exitcode is None
+        was_running = self.process.exitcode is None
         self.process.kill()
         self.process.join()
-        return at_work
+        return was_running
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
     def wait(self, seconds: float = 300) -> tuple[int, str]:
-        """Exit code and everything printed."""
+        """Waits for the end; returns exit code and output."""
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.process.kill()
@@ -56,14 +56,14 @@ class Command:
         return self.process.exitcode, self._output.read_text()
 
 
-def run(folder: Path, *words: str, **environment: str) -> tuple[int, str]:
-    """`dmat <words>` to its end."""
-    return Command(folder, *words, **environment).wait()
+def run(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Runs `dmat <arguments>` to its end; returns exit code and output."""
+    return Command(folder, *arguments, **environment).wait()
 
 
-def until(happened: Callable[[], object], seconds: float = 60) -> None:
-    """Waits for something to happen."""
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Waits until a condition holds; fails after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not happened():
+    while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)

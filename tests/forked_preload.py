@@ -1,4 +1,4 @@
-"""What the server process of tests/forked.py imports before its first fork: all that jobs import, early or late."""
+"""Imports of the server process of tests/forked.py before its first fork: all that jobs import, early or late."""
 
 import importlib
 
@@ -7,14 +7,14 @@ import plotly.express
 import pyarrow.parquet
 import sklearn.datasets
 import torch
-import torch._dynamo  # by the first optimiser
+import torch._dynamo  # imported by the first optimiser
 from pyautoattack import AutoAttack
 
 from cli import main
 from dmat import tuning
 from dmat.pipeline import STAGES, execution
 
-for _word in STAGES:
-    importlib.import_module(f"dmat.jobs.{_word}")
+for _stage_name in STAGES:
+    importlib.import_module(f"dmat.jobs.{_stage_name}")
 torch.set_num_threads(1)
 LOADED = (plt, plotly.express, tuning, pyarrow, sklearn, AutoAttack, main, execution)

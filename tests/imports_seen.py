@@ -1,4 +1,4 @@
-"""`python -m tests.imports_seen FOLDER`: runs every stage once in a project, each in a process of its own, and prints
+"""`python -m tests.imports_seen FOLDER`: runs every stage once in a project, each in a separate process, and prints
 which modules of dmat imported which while it ran, as JSON: stage -> pairs."""
 
 import builtins
@@ -22,39 +22,39 @@ LOADED = (plt, plotly.express, pyarrow.parquet, pydantic, sklearn.datasets, Auto
 
 
 def _watch() -> set[tuple[str, str]]:
-    """Importer and imported from now on, whether by a statement or by name."""
+    """Records (importer, imported) from now on, for import statements and for imports by name."""
     seen: set[tuple[str, str]] = set()
     statement, by_name = builtins.__import__, importlib.import_module
 
-    def note(importer: str, imported: str) -> None:
+    def record(importer: str, imported: str) -> None:
         if imported in sys.modules and importer.startswith("dmat") and imported.startswith("dmat"):
             seen.add((importer, imported))
 
     def import_statement(name, globals=None, locals=None, fromlist=(), level=0):  # noqa: A002 - as Python names them
-        found = statement(name, globals, locals, fromlist, level)
+        module = statement(name, globals, locals, fromlist, level)
         importer = (globals or {}).get("__name__", "")
-        note(importer, name)
-        for one in fromlist or ():
-            note(importer, f"{name}.{one}")
-        return found
+        record(importer, name)
+        for attribute in fromlist or ():
+            record(importer, f"{name}.{attribute}")
+        return module
 
     def import_by_name(name, package=None):
-        found = by_name(name, package)
-        note(sys._getframe(1).f_globals["__name__"], found.__name__)
-        return found
+        module = by_name(name, package)
+        record(sys._getframe(1).f_globals["__name__"], module.__name__)
+        return module
 
     builtins.__import__, importlib.import_module = import_statement, import_by_name
     return seen
 
 
-def _run(words: list[str], answer: Path) -> None:
+def _run(arguments: list[str], output_path: Path) -> None:
     seen = _watch()
-    sys.argv, sys.stdout = ["dmat", *words], sys.stderr
+    sys.argv, sys.stdout = ["dmat", *arguments], sys.stderr
     try:
         importlib.import_module("cli.main").main()
     except SystemExit as ended:
         if not ended.code:
-            answer.write_text(json.dumps(sorted(seen)))
+            output_path.write_text(json.dumps(sorted(seen)))
 
 
 def main(folder: Path, commands: dict[str, list[str]]) -> dict[str, list[list[str]]]:
@@ -62,17 +62,17 @@ def main(folder: Path, commands: dict[str, list[str]]) -> dict[str, list[list[st
     os.environ["DMAT_TRACKING"] = "off"
     torch.set_num_threads(1)
     assert not [name for name in sys.modules if name.startswith("dmat")]
-    found = {}
-    for word, words in commands.items():
-        answer = folder / f"{word}.imports"
+    imports = {}
+    for stage_name, arguments in commands.items():
+        output_path = folder / f"{stage_name}.imports"
         if not (child := os.fork()):
             try:
-                _run(words, answer)
+                _run(arguments, output_path)
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
-        found[word] = json.loads(answer.read_text())
-    return found
+        imports[stage_name] = json.loads(output_path.read_text())
+    return imports
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small projects without git and DVC, in which single commands run, are disturbed and are refused."""
+"""Small projects without git and DVC, in which tests run, interrupt and reject single commands."""
 
 import copy
 import functools
@@ -13,8 +13,8 @@ from tests import forked
 
 ROOT = Path(__file__).parent.parent
 
-# Each stage with the options of one instance, in an order in which they can run.
-IN_ORDER = {
+# Stage -> command-line options of one instance, in an order in which the stages can run.
+STAGE_OPTIONS = {
     "prepare_data": [],
     "train_scorer": [],
     "train_diffusion": ["--generator", "edm"],
@@ -29,49 +29,51 @@ IN_ORDER = {
 
 
 @functools.cache
-def own_code() -> code_identity.CodeLock:
-    """As `dmat lock` writes it where there was nothing to keep."""
-    return code_identity.up_to_date(code_identity.CodeLock({}, {}))
+def current_code_lock() -> code_identity.CodeLock:
+    """The lock that `dmat lock` writes where there is none yet."""
+    return code_identity.lock_current_code(code_identity.CodeLock({}, {}))
 
 
 class Project:
     """A folder with params.yaml and artifacts, without git and DVC."""
 
     def __init__(self, folder, params):
-        self.folder, self.params = folder, copy.deepcopy(params)  # tests change theirs
-        code_identity.write(folder, own_code())
+        self.folder, self.params = folder, copy.deepcopy(params)  # tests change their copy
+        code_identity.write(folder, current_code_lock())
         self.write({})
 
     def write(self, changes):
-        """params.yaml with some values changed."""
+        """Merges some values into params.yaml and writes it."""
         self.params = config.merge(self.params, changes)
         (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False))
 
     def command(self, stage_name, **environment):
-        return forked.Command(self.folder, STAGES[stage_name].command, *IN_ORDER[stage_name], "--json", **environment)
+        return forked.Command(
+            self.folder, STAGES[stage_name].command, *STAGE_OPTIONS[stage_name], "--json", **environment
+        )
 
     def run(self, stage_name, code=0):
-        found, text = self.command(stage_name).wait()
-        assert found == code, text
+        exit_code, text = self.command(stage_name).wait()
+        assert exit_code == code, text
         return text
 
     def outputs(self, stage_name):
-        """Hash of everything that an instance leaves for other stages and for people, provenance apart."""
+        """Checksum of everything that an instance writes for other stages and for people, except its provenance."""
         folder = self.folder / "artifacts"
-        made = (folder / stage_name).glob("*") if (folder / stage_name).exists() else []
+        artifacts = (folder / stage_name).glob("*") if (folder / stage_name).exists() else []
         metrics = folder / "metrics" / stage_name
-        found = [*sorted(p for p in made if p.name != "none"), *([metrics] if metrics.exists() else [])]
-        work = list((self.folder / "runs" / stage_name).glob("*/metrics.jsonl"))
-        return {str(p.relative_to(self.folder)): files.checksum(p) for p in [*found, *work]}
+        paths = [*sorted(p for p in artifacts if p.name != "none"), *([metrics] if metrics.exists() else [])]
+        metrics_logs = list((self.folder / "runs" / stage_name).glob("*/metrics.jsonl"))
+        return {str(p.relative_to(self.folder)): files.checksum(p) for p in [*paths, *metrics_logs]}
 
     def copy_without(self, stage_name, to):
-        """The same project as it was before a stage ran."""
-        leave = [f"runs/{stage_name}", f"artifacts/{stage_name}", f"artifacts/metrics/{stage_name}"]
+        """A copy of the project as it was before a stage ran."""
+        excluded = [f"runs/{stage_name}", f"artifacts/{stage_name}", f"artifacts/metrics/{stage_name}"]
         shutil.copytree(
-            self.folder, to, ignore=lambda at, names: {n for n in names if f"{at}/{n}".endswith(tuple(leave))}
+            self.folder, to, ignore=lambda base, names: {n for n in names if f"{base}/{n}".endswith(tuple(excluded))}
         )
-        none = Path("artifacts/select_images/none")  # of prepare_data
-        if (self.folder / none).exists():
-            (to / none).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.folder / none, to / none)
+        empty_selection = Path("artifacts/select_images/none")  # of prepare_data
+        if (self.folder / empty_selection).exists():
+            (to / empty_selection).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.folder / empty_selection, to / empty_selection)
         return Project(to, self.params)

@@ -1,4 +1,4 @@
-"""Servers that tests start on this machine: a port for one, and whether it answers."""
+"""Servers that tests start on this machine: a free port, and a health check."""
 
 import contextlib
 import socket
@@ -12,10 +12,10 @@ def free_port() -> int:
 
 
 def healthy(port: int) -> bool:
-    """Whether an MLflow server answers there."""
+    """Whether an MLflow server answers at this port."""
     with (
         contextlib.suppress(OSError),
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer,
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response,
     ):
-        return answer.status == 200
+        return response.status == 200
     return False

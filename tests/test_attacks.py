@@ -1,4 +1,4 @@
-"""Attacks stay inside the ball and inside [0, 1], and reach the worst case where it is known.
+"""Attacks stay inside the ball and inside [0, 1], and find the known worst case.
 
 Oracles: linear classifiers, whose worst perturbation has a closed form; loops in float64 for the objectives; brute
 force and a statistical test for projections and random starts. Run alone: pytest tests/test_attacks.py
@@ -50,7 +50,7 @@ def lengths(perturbation, norm):
     return [math.sqrt(sum(v * v for v in row)) for row in rows]
 
 
-# --- the promise of every attack
+# --- the contract of every attack
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
@@ -74,8 +74,8 @@ def test_result_is_in_the_ball_and_in_the_pixel_range(norm, shape, batch, kind):
         assert max(lengths(adversarial - images, norm)) <= 0.3 + 1e-6
 
 
-def test_pixel_range_binds_in_that_test():
-    """A guard of the guard: without the clip some pixels would leave [0, 1], without the projection the ball."""
+def test_start_leaves_pixel_range_and_ball_without_clipping():
+    """Checks the test above: without clipping some pixels would leave [0, 1], without projection the ball."""
     images = unit(7, 1, 8, 8)
     start = 3 * Ball("linf", 0.3).random_start(seeds.stream(1, "start"), images.shape)
     assert (images + start.clamp(-0.3, 0.3)).min() < 0
@@ -91,7 +91,7 @@ def linear(classes, shape, seed=0):
 
 
 def dual(difference, norm):
-    """What a perturbation of size 1 changes the product with `difference` by at most."""
+    """Dual norm: the largest change of the product with `difference` by a perturbation of size 1."""
     return difference.abs().sum().item() if norm == "linf" else difference.norm().item()
 
 
@@ -113,20 +113,20 @@ def test_pgd_finds_the_worst_perturbation_of_a_linear_classifier(norm, shape, ki
     torch.testing.assert_close(change, torch.full((9,), -worst), rtol=2e-3, atol=0)
     direction = (weight[0] - weight[1]) * (1 - 2 * (labels == 0).float()[:, None])  # away from the label
     exact = 0.1 * (direction.sign() if norm == "linf" else direction / direction.norm(dim=1, keepdim=True))
-    found = (adversarial - images).flatten(1)
+    actual = (adversarial - images).flatten(1)
     if kind == "divergence":
-        exact = exact * (found * exact).sum(1, keepdim=True).sign()
-    torch.testing.assert_close(found, exact, rtol=0, atol=0.01)
+        exact = exact * (actual * exact).sum(1, keepdim=True).sign()
+    torch.testing.assert_close(actual, exact, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_pgd_on_five_classes_is_never_beyond_the_optimum_and_close_to_it(norm):
+def test_pgd_on_five_classes_is_close_to_the_optimum_and_never_beyond(norm):
     """The worst margin of a linear classifier is the least, over the other classes, of margin - epsilon * dual norm."""
     weight, _, model = linear(5, (1, 6, 6), seed=3)
     images, labels = 0.35 + 0.3 * unit(40, 1, 6, 6), torch.arange(40) % 5
     ball, logits = Ball(norm, 0.1), model(images)
     start = ball.random_start(seeds.stream(2, "start"), images.shape)
-    found = attacks.logit_margin(
+    margins = attacks.logit_margin(
         model(attacks.pgd(model, images, attacks.margin(labels), ball, start, 40, 0.02)), labels
     )
     gaps = []
@@ -136,14 +136,14 @@ def test_pgd_on_five_classes_is_never_beyond_the_optimum_and_close_to_it(norm):
             for j in range(5)
             if j != y
         )
-        gaps.append(found[k].item() - optimum)
+        gaps.append(margins[k].item() - optimum)
     assert min(gaps) > -1e-4
-    assert sum(gap < 0.01 for gap in gaps) >= 30  # the others sit in a lesser maximum: one start, no restarts
+    assert sum(gap < 0.01 for gap in gaps) >= 30  # the others reach a local maximum: one start, no restarts
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_steps_have_the_size_asked_for(norm):
-    """Far inside a ball and the pixel range, k steps on a linear objective go k * step_size."""
+def test_steps_have_the_requested_size(norm):
+    """Far from the borders of ball and pixel range, k steps on a linear objective move k * step_size."""
     _, _, model = linear(2, (1, 4, 4))
     images = torch.full((3, 1, 4, 4), 0.5)
     adversarial = attacks.pgd(
@@ -152,27 +152,27 @@ def test_steps_have_the_size_asked_for(norm):
     assert lengths(adversarial - images, norm) == pytest.approx([0.06] * 3, rel=1e-3)
 
 
-def test_no_steps_return_the_start_inside():
+def test_zero_steps_return_the_projected_start():
     images, start = torch.full((2, 1, 2, 2), 0.9), torch.full((2, 1, 2, 2), 0.5)
-    found = attacks.pgd(None, images, None, Ball("linf", 0.2), start, 0, 0.1)
-    assert torch.equal(found, torch.ones(2, 1, 2, 2))
+    adversarial = attacks.pgd(None, images, None, Ball("linf", 0.2), start, 0, 0.1)
+    assert torch.equal(adversarial, torch.ones(2, 1, 2, 2))
     assert torch.equal(start, torch.full((2, 1, 2, 2), 0.5))
 
 
-# --- what an attack must leave alone
+# --- what an attack must not change
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_start_may_be_left_unclipped(norm):
-    """Then the first gradient is that at images + start, and later iterates are inside as ever."""
-    images, ball, seen = unit(5, 1, 4, 4), Ball(norm, 0.1), []
+    """Then the first gradient is taken at images + start; all later iterates are inside."""
+    images, ball, inputs = unit(5, 1, 4, 4), Ball(norm, 0.1), []
     start, model = gaussian(5, 1, 4, 4, seed=3), network((1, 4, 4))
 
     def logits_of(x):
-        seen.append(x.detach().clone())
+        inputs.append(x.detach().clone())
         return model(x)
 
-    found = attacks.pgd(
+    adversarial = attacks.pgd(
         logits_of,
         images,
         attacks.cross_entropy(torch.zeros(5, dtype=torch.long)),
@@ -182,18 +182,18 @@ def test_a_start_may_be_left_unclipped(norm):
         0.05,
         clip_start=False,
     )
-    assert torch.equal(seen[0], images + start)
-    for x in (seen[1], found):
+    assert torch.equal(inputs[0], images + start)
+    for x in (inputs[1], adversarial):
         assert max(lengths(x - images, norm)) <= 0.1 * (1 + 1e-5)
         assert 0 <= x.min() <= x.max() <= 1
 
 
-def test_pgd_leaves_gradients_inputs_and_surroundings_alone():
+def test_pgd_does_not_change_gradients_inputs_or_grad_mode():
     model = network((1, 4, 4)).requires_grad_(True)
     mark = torch.full_like(model[1].weight, 7.0)
     model[1].weight.grad = mark
     images, labels = unit(3, 1, 4, 4), torch.tensor([0, 1, 2])
-    kept, start = images.clone(), torch.zeros_like(images)
+    before, start = images.clone(), torch.zeros_like(images)
     with torch.no_grad(), modes.frozen(model):  # works where gradients are switched off
         attacks.pgd(model, images, attacks.cross_entropy(labels), Ball("linf", 0.1), start, 3, 0.05)
         assert not torch.is_grad_enabled()
@@ -202,7 +202,7 @@ def test_pgd_leaves_gradients_inputs_and_surroundings_alone():
     assert torch.equal(mark, torch.full_like(mark, 7.0))
     assert [p.grad is None for p in model.parameters()] == [False, True, True, True]
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(images, kept)
+    assert torch.equal(images, before)
     assert not images.requires_grad
     assert not start.any()
     assert adversarial.grad_fn is None
@@ -210,14 +210,14 @@ def test_pgd_leaves_gradients_inputs_and_surroundings_alone():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_an_image_is_attacked_alike_alone_and_in_a_batch(norm):
+def test_attack_of_an_image_does_not_depend_on_its_batch(norm):
     model, images, labels, ball = network((1, 5, 5)), unit(4, 1, 5, 5), torch.arange(4), Ball(norm, 0.2)
     start = ball.random_start(seeds.stream(1, "start"), images.shape)
     together = attacks.pgd(model, images, attacks.cross_entropy(labels), ball, start, 5, 0.05)
     for k in range(4):
-        one = slice(k, k + 1)
-        alone = attacks.pgd(model, images[one], attacks.cross_entropy(labels[one]), ball, start[one], 5, 0.05)
-        torch.testing.assert_close(alone, together[one])
+        index = slice(k, k + 1)
+        alone = attacks.pgd(model, images[index], attacks.cross_entropy(labels[index]), ball, start[index], 5, 0.05)
+        torch.testing.assert_close(alone, together[index])
 
 
 # --- the ball
@@ -247,14 +247,14 @@ def test_projection_is_the_nearest_point_of_the_ball(norm, seed, scale, epsilon)
     assert torch.equal(projected[inside], perturbation[inside])
 
 
-def test_projection_of_nothing_is_nothing():
+def test_projection_and_direction_of_zero_are_zero():
     for norm in NORMS:
         assert not Ball(norm, 0.1).project(torch.zeros(2, 1, 2, 2)).any()
         assert not Ball(norm, 0.1).direction(torch.zeros(2, 1, 2, 2)).any()
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_direction_is_the_steepest_of_unit_size(norm):
+def test_direction_is_the_steepest_of_unit_norm(norm):
     gradient = gaussian(5, 1, 4, 4)
     direction = Ball(norm, 0.1).direction(gradient)
     assert lengths(direction, norm) == pytest.approx([1.0] * 5)
@@ -267,7 +267,7 @@ def test_direction_is_the_steepest_of_unit_size(norm):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("norm", NORMS)
-def test_random_start_is_inside_and_named(norm, shape):
+def test_random_start_is_inside_the_ball_and_reproducible(norm, shape):
     ball = Ball(norm, 0.25)
     start = ball.random_start(seeds.stream(1, "start", 5), (200, *shape))
     assert start.dtype == torch.float32
@@ -280,22 +280,22 @@ def test_random_start_is_inside_and_named(norm, shape):
 def test_random_start_of_l2_is_uniform_in_the_ball(shape):
     """(radius / epsilon)^dimension is uniform in [0, 1], and directions have no preference."""
     start = Ball("l2", 0.25).random_start(seeds.stream(1, "start"), (4000, *shape)).double()
-    share = (start.flatten(1).norm(dim=1) / 0.25) ** math.prod(shape)
-    assert stats.kstest(share.numpy(), "uniform").pvalue > 0.001
+    volume_fraction = (start.flatten(1).norm(dim=1) / 0.25) ** math.prod(shape)
+    assert stats.kstest(volume_fraction.numpy(), "uniform").pvalue > 0.001
     pixels = start.flatten(1).mean(0) / start.flatten(1).std(0)
     assert pixels.abs().max() < 4.5 / math.sqrt(4000)
 
 
 @pytest.mark.parametrize("start", ["random_start", "training_start"])
 def test_starts_of_linf_are_uniform_in_the_cube(start):
-    found = getattr(Ball("linf", 0.25), start)(seeds.stream(1, "start"), (500, 1, 4, 4))
-    assert stats.kstest(found.flatten().double().numpy(), "uniform", args=(-0.25, 0.5)).pvalue > 0.001
+    drawn = getattr(Ball("linf", 0.25), start)(seeds.stream(1, "start"), (500, 1, 4, 4))
+    assert stats.kstest(drawn.flatten().double().numpy(), "uniform", args=(-0.25, 0.5)).pvalue > 0.001
 
 
 def test_training_start_of_l2_is_a_tiny_gaussian():
     """0.001 * N(0, 1), whatever the radius: the published code's start, not a point of the ball."""
-    found = Ball("l2", 0.25).training_start(seeds.stream(1, "start"), (500, 1, 4, 4))
-    assert stats.kstest(found.flatten().double().numpy(), "norm", args=(0, 0.001)).pvalue > 0.001
+    drawn = Ball("l2", 0.25).training_start(seeds.stream(1, "start"), (500, 1, 4, 4))
+    assert stats.kstest(drawn.flatten().double().numpy(), "norm", args=(0, 0.001)).pvalue > 0.001
 
 
 # --- objectives
@@ -330,8 +330,8 @@ def test_divergence_is_kl_from_the_target_to_the_model():
     for row, other in zip(LOGITS.tolist(), target.tolist(), strict=True):
         p, q = log_softmax(other), log_softmax(row)
         expected.append(sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)))
-    found = attacks.divergence(target.log_softmax(1))(LOGITS)
-    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    actual = attacks.divergence(target.log_softmax(1))(LOGITS)
+    assert actual.tolist() == pytest.approx(expected, rel=1e-4)
     assert attacks.divergence(LOGITS.log_softmax(1))(LOGITS).abs().max() < 1e-6
 
 
@@ -342,7 +342,7 @@ def test_divergence_sends_no_gradient_to_its_target():
     assert logits.grad.any()
 
 
-def test_divergence_survives_certain_targets():
+def test_divergence_is_finite_for_certain_targets():
     """Probabilities that are 0 in float32 count as 0 * log 0 = 0, in the value and in the gradient."""
     logits = torch.zeros(1, 3, requires_grad=True)
     value = attacks.divergence(torch.tensor([[300.0, 0.0, 0.0]]).log_softmax(1))(logits)
@@ -371,17 +371,17 @@ def test_logit_margin_is_positive_exactly_where_the_prediction_is_right():
 # --- one step, restarts, the ratio of logits
 
 
-def test_logit_ratio_is_the_equation():
+def test_logit_ratio_matches_the_equation():
     """Croce and Hein 2020, equation 3, in plain Python."""
     logits, labels = gaussian(50, 6, seed=3), torch.arange(50) % 6
-    found = attacks.logit_ratio(labels)(logits)
-    for row, label, value in zip(logits.double().tolist(), labels.tolist(), found.tolist(), strict=True):
+    ratios = attacks.logit_ratio(labels)(logits)
+    for row, label, value in zip(logits.double().tolist(), labels.tolist(), ratios.tolist(), strict=True):
         ordered = sorted(row, reverse=True)
         best_other = max(z for k, z in enumerate(row) if k != label)
         assert value == pytest.approx(-(row[label] - best_other) / (ordered[0] - ordered[2]), rel=1e-5)
 
 
-def test_logit_ratio_does_not_see_the_scale_of_the_logits():
+def test_logit_ratio_does_not_depend_on_the_scale_of_the_logits():
     logits, labels = gaussian(50, 6, seed=4), torch.arange(50) % 6
     objective = attacks.logit_ratio(labels)
     torch.testing.assert_close(objective(1000 * logits), objective(logits), rtol=1e-4, atol=1e-6)
@@ -391,40 +391,40 @@ def test_logit_ratio_does_not_see_the_scale_of_the_logits():
 def test_fgsm_is_one_step_of_the_whole_radius(norm):
     model, images, labels = network((3, 5, 4)), 0.4 + 0.2 * unit(9, 3, 5, 4), torch.arange(9) % 4
     ball = Ball(norm, 0.1)
-    found = attacks.fgsm(model, images, attacks.cross_entropy(labels), ball)
+    adversarial = attacks.fgsm(model, images, attacks.cross_entropy(labels), ball)
     x = images.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(x), labels, reduction="sum"), x)
     step = gradient.sign() if norm == "linf" else gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
-    torch.testing.assert_close(found, images + 0.1 * step, rtol=0, atol=1e-6)
+    torch.testing.assert_close(adversarial, images + 0.1 * step, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_restarts_break_what_some_start_breaks(norm):
-    """Each restart attacks what is left; the result is broken exactly where one of the single attacks breaks."""
+def test_restarts_break_every_image_that_one_start_breaks(norm):
+    """Each restart attacks the images still robust; an image breaks if and only if a single attack breaks it."""
     model, images = network((3, 5, 4), classes=5), unit(60, 3, 5, 4, seed=2)
     labels, ball = model(images).argmax(1), Ball(norm, {"linf": 0.04, "l2": 0.18}[norm])
     starts = [ball.random_start(seeds.stream(1, "start", k), tuple(images.shape)) for k in range(6)]
 
-    def attacked(few):
-        return attacks.pgd_with_restarts(model, images, labels, attacks.margin, ball, few, 1, ball.epsilon / 2)
+    def attack(starts_used):
+        return attacks.pgd_with_restarts(model, images, labels, attacks.margin, ball, starts_used, 1, ball.epsilon / 2)
 
-    single = torch.stack([model(attacked([start])).argmax(1) != labels for start in starts])
-    together = attacked(starts)
+    single = torch.stack([model(attack([start])).argmax(1) != labels for start in starts])
+    together = attack(starts)
     assert torch.equal(model(together).argmax(1) != labels, single.any(0))
     assert 0 < int(single[0].sum()) < int(single.any(0).sum()) < 60
-    assert torch.equal(together[single[0]], attacked(starts[:1])[single[0]])
+    assert torch.equal(together[single[0]], attack(starts[:1])[single[0]])
     assert ball.size(together - images).max() <= ball.epsilon + 1e-6
 
 
-def test_restarts_stop_when_nothing_is_left():
+def test_restarts_stop_when_no_image_is_left():
     model, images = network((3, 5, 4)), unit(4, 3, 5, 4)
     wrong = (model(images).argmax(1) + 1) % 4
     passes = []
 
-    def counted(x):
+    def counting_model(x):
         passes.append(len(x))
         return model(x)
 
     start = torch.zeros_like(images)
-    attacks.pgd_with_restarts(counted, images, wrong, attacks.margin, Ball("linf", 0.01), [start] * 5, 2, 0.01)
-    assert passes == [4, 4, 4], "two steps and one look"
+    attacks.pgd_with_restarts(counting_model, images, wrong, attacks.margin, Ball("linf", 0.01), [start] * 5, 2, 0.01)
+    assert passes == [4, 4, 4], "two steps and one check"

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches does what the per-image originals do: in distribution, and operation by operation.
+"""Augmentation of whole batches equals the per-image originals: in distribution, and operation by operation.
 
 Oracles: every crop by slicing; `torchvision.transforms` on one uint8 image at a time; originals that torchvision does
 not have, written out below for one image. Run alone: pytest tests/test_augmentation.py
@@ -29,38 +29,38 @@ PADS = {"none": 0, "crop1": 1, "crop4": 4, "crop4_flip": 4}
 
 
 def candidates(image, pad, mirrored):
-    """Every image that a crop by `pad` (and a flip) may make of one: {bytes: (down, right, mirrored)}."""
+    """Every result of a crop by `pad` (and a flip) of one image: {bytes: (down, right, mirrored)}."""
     channels, height, width = image.shape
     padded = np.zeros((channels, height + 2 * pad, width + 2 * pad), dtype=np.float32)
     padded[:, pad : pad + height, pad : pad + width] = image
-    found = {}
+    augmented = {}
     for row, column, mirror in itertools.product(range(2 * pad + 1), range(2 * pad + 1), range(1 + mirrored)):
         piece = padded[:, row : row + height, column : column + width]
         piece = piece[:, :, ::-1] if mirror else piece
-        found[np.ascontiguousarray(piece).tobytes()] = (row, column, mirror)
-    assert len(found) == (2 * pad + 1) ** 2 * (1 + mirrored)
-    return found
+        augmented[np.ascontiguousarray(piece).tobytes()] = (row, column, mirror)
+    assert len(augmented) == (2 * pad + 1) ** 2 * (1 + mirrored)
+    return augmented
 
 
 @pytest.mark.parametrize("name", PADS)
-def test_augmentation_makes_one_of_the_slow_versions_with_even_chances(name):
-    """Against every shift and mirror image made by slicing; each as often as chance allows."""
+def test_augmentation_is_uniform_over_all_shifts_and_flips(name):
+    """Compared with every shift and mirror image made by slicing; a chi-square test of their frequencies."""
     image = np.random.default_rng(1).random((2, 6, 7)).astype(np.float32) + 0.1
     mirrored = name.endswith("flip")
-    known = candidates(image, PADS[name], mirrored)
-    draws = 40 * len(known)
+    shifts = candidates(image, PADS[name], mirrored)
+    draws = 40 * len(shifts)
     batch = torch.from_numpy(image).expand(draws, -1, -1, -1).contiguous()
     augmented = AUGMENTATIONS[name](batch, seeds.stream(1, "augmentation"))
     assert augmented.shape == batch.shape
-    counts = collections.Counter(known[np.ascontiguousarray(one).tobytes()] for one in augmented.numpy())
+    counts = collections.Counter(shifts[np.ascontiguousarray(result).tobytes()] for result in augmented.numpy())
     if name == "none":
         assert torch.equal(augmented, batch)
         return
-    assert stats.chisquare([counts[place] for place in known.values()]).pvalue > 0.001
+    assert stats.chisquare([counts[shift] for shift in shifts.values()]).pvalue > 0.001
 
 
 @pytest.mark.parametrize("name", PADS)
-def test_augmentation_treats_each_image_by_its_place_and_the_generator(name):
+def test_augmentation_depends_on_position_in_the_batch_and_generator_alone(name):
     images = torch.rand(12, 1, 6, 7, generator=torch.Generator().manual_seed(1))
     before = images.clone()
     first, again = (AUGMENTATIONS[name](images, seeds.stream(1, "augmentation", 3)) for _ in range(2))
@@ -89,56 +89,56 @@ STRENGTHS = {
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 16, 12)])
 @pytest.mark.parametrize("name", operations.OPERATIONS)
-def test_an_operation_gives_what_torchvision_gives_for_each_image(name, shape):
+def test_operation_equals_torchvision_image_by_image(name, shape):
     """A batch of different images, one of few levels and one of a single level, each with its own strength."""
     drawn = torch.randint(0, 256, (9, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     drawn[1], drawn[2] = drawn[1] // 4 + 60, 77
     strengths = torch.tensor(STRENGTHS[name] * 3, dtype=torch.float64)
-    found = operations.OPERATIONS[name](drawn.float(), strengths)
+    actual = operations.OPERATIONS[name](drawn.float(), strengths)
     expected = [
         _apply_op(image, name, int(s) if name == "Posterize" else s, InterpolationMode.NEAREST, None)
         for image, s in zip(drawn, strengths.tolist(), strict=True)
     ]
-    assert torch.equal(found, torch.stack(expected).float())
+    assert torch.equal(actual, torch.stack(expected).float())
 
 
-def with_pil(image, name, strength):
-    """What the published AutoAugment calls of PIL for one image, uint8 [C, H, W]."""
-    given = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
-    grey = (128,) * len(given.getbands())
+def apply_pil(image, name, strength):
+    """The PIL operation that the published AutoAugment applies to one image, uint8 [C, H, W]."""
+    picture = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
+    grey = (128,) * len(picture.getbands())
     moves = {"ShearX": (1, strength, 0, 0, 1, 0), "ShearY": (1, 0, 0, strength, 1, 0),
              "TranslateX": (1, 0, strength, 0, 1, 0), "TranslateY": (1, 0, 0, 0, 1, strength)}  # fmt: skip
     enhance = {"Brightness": ImageEnhance.Brightness, "Color": ImageEnhance.Color,
                "Contrast": ImageEnhance.Contrast, "Sharpness": ImageEnhance.Sharpness}  # fmt: skip
     if name in moves:
-        how = Image.Resampling.BICUBIC if name.startswith("Shear") else Image.Resampling.NEAREST
+        resample = Image.Resampling.BICUBIC if name.startswith("Shear") else Image.Resampling.NEAREST
         fill = grey if len(grey) > 1 else 128
-        found = given.transform(given.size, Image.Transform.AFFINE, moves[name], how, fillcolor=fill)
+        result = picture.transform(picture.size, Image.Transform.AFFINE, moves[name], resample, fillcolor=fill)
     elif name == "Rotate":
-        turned = given.convert("RGBA").rotate(strength)
-        found = Image.composite(turned, Image.new("RGBA", given.size, (128,) * 4), turned).convert(given.mode)
+        rotated = picture.convert("RGBA").rotate(strength)
+        result = Image.composite(rotated, Image.new("RGBA", picture.size, (128,) * 4), rotated).convert(picture.mode)
     elif name in enhance:
-        found = enhance[name](given).enhance(1 + strength)
+        result = enhance[name](picture).enhance(1 + strength)
     elif name == "Posterize":
-        found = ImageOps.posterize(given, int(strength))
+        result = ImageOps.posterize(picture, int(strength))
     elif name == "Solarize":
-        found = ImageOps.solarize(given, strength)
+        result = ImageOps.solarize(picture, strength)
     elif name in ("AutoContrast", "Equalize", "Invert"):
-        found = getattr(ImageOps, name.lower())(given)
+        result = getattr(ImageOps, name.lower())(picture)
     else:
-        found = given
-    return torch.from_numpy(np.array(found)).reshape(*image.shape[1:], -1).permute(2, 0, 1)
+        result = picture
+    return torch.from_numpy(np.array(result)).reshape(*image.shape[1:], -1).permute(2, 0, 1)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 16, 12)])
 @pytest.mark.parametrize("name", pil_operations.OPERATIONS)
-def test_an_operation_gives_what_pil_gives_for_each_image(name, shape):
+def test_operation_equals_pil_image_by_image(name, shape):
     drawn = torch.randint(0, 256, (9, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     drawn[1], drawn[2] = drawn[1] // 4 + 60, 77
     strengths = torch.tensor(STRENGTHS[name] * 3, dtype=torch.float64)
-    found = pil_operations.OPERATIONS[name](drawn.float(), strengths)
-    expected = [with_pil(image, name, s) for image, s in zip(drawn, strengths.tolist(), strict=True)]
-    assert torch.equal(found, torch.stack(expected).float())
+    actual = pil_operations.OPERATIONS[name](drawn.float(), strengths)
+    expected = [apply_pil(image, name, s) for image, s in zip(drawn, strengths.tolist(), strict=True)]
+    assert torch.equal(actual, torch.stack(expected).float())
 
 
 # --- distributions
@@ -159,11 +159,11 @@ def one_idbh(image):
     total = np.random.randint(0, 11)
     across = np.random.randint(0, total + 1)
     down = total - across
-    left, top = np.random.randint(0, across + 1), np.random.randint(0, down + 1)
-    piece = image[:, top : top + height - down, left : left + width - across]
-    left, top = np.random.randint(0, across + 1), np.random.randint(0, down + 1)
+    x_offset, y_offset = np.random.randint(0, across + 1), np.random.randint(0, down + 1)
+    piece = image[:, y_offset : y_offset + height - down, x_offset : x_offset + width - across]
+    x_offset, y_offset = np.random.randint(0, across + 1), np.random.randint(0, down + 1)
     image = torch.zeros_like(image)
-    image[:, top : top + height - down, left : left + width - across] = piece
+    image[:, y_offset : y_offset + height - down, x_offset : x_offset + width - across] = piece
     sign, u = np.random.choice([-1, 1]), np.random.rand()
     shear = float(np.degrees(0.05 + 0.1 * u) * sign)
     options = {"angle": 0.0, "translate": [0, 0], "scale": 1.0}
@@ -183,18 +183,18 @@ def one_idbh(image):
 def one_autoaugment_pil(image):
     """Wang et al.'s code: one of the 25 pairs, magnitudes evenly spaced, a random sign for all but rotations."""
     policy = T.AutoAugment(T.AutoAugmentPolicy.CIFAR10).policies[np.random.randint(25)]
-    for name, often, place in policy:
-        if np.random.rand() >= often:
+    for name, probability, level in policy:
+        if np.random.rand() >= probability:
             continue
-        sign, share = np.random.choice([-1, 1]), (place or 0) / 9
+        sign, fraction = np.random.choice([-1, 1]), (level or 0) / 9
         strength = {
-            "Rotate": 30 * share,
-            "Posterize": round(8 - 4 * share),
-            "Solarize": 256 * (1 - share),
-            **dict.fromkeys(("ShearX", "ShearY"), 0.3 * share * sign),
-            **dict.fromkeys(("TranslateX", "TranslateY"), 150 / 331 * 32 * share * sign),
-        }.get(name, 0.9 * share * sign)
-        image = with_pil(image, name, strength)
+            "Rotate": 30 * fraction,
+            "Posterize": round(8 - 4 * fraction),
+            "Solarize": 256 * (1 - fraction),
+            **dict.fromkeys(("ShearX", "ShearY"), 0.3 * fraction * sign),
+            **dict.fromkeys(("TranslateX", "TranslateY"), 150 / 331 * 32 * fraction * sign),
+        }.get(name, 0.9 * fraction * sign)
+        image = apply_pil(image, name, strength)
     return image
 
 
@@ -209,18 +209,18 @@ ORIGINALS = {
 }
 
 
-def a_picture():
-    """Smooth, without symmetry, of different brightness in its channels, and no level 0 that zeros could hide in."""
+def example_picture():
+    """A smooth image without symmetry, with channels of different brightness and no pixel at 0."""
     y, x = np.mgrid[0:32, 0:32] / 31
     channels = [0.2 + 0.5 * x**2, 0.35 + 0.3 * np.sin(5 * y + 2 * x) ** 2, 0.15 + 0.8 * (x > 0.6) * y]
     return torch.from_numpy(np.stack(channels) * 255).to(torch.uint8)
 
 
-def furthest(ours, theirs):
+def largest_z_score(batched, reference):
     """Largest z-score of a difference of means over all pixels, of the values, their squares and neighbour products."""
     worst = 0.0
     for kind in (lambda v: v, lambda v: v**2, lambda v: v[:, :, 1:] * v[:, :, :-1], lambda v: v[:, :1] * v[:, 1:]):
-        a, b = kind(ours.double()), kind(theirs.double())
+        a, b = kind(batched.double()), kind(reference.double())
         spread = (a.var(0) / len(a) + b.var(0) / len(b)).clamp(min=1e-12).sqrt()
         worst = max(worst, ((a.mean(0) - b.mean(0)).abs() / spread).max().item())
     return worst
@@ -230,27 +230,27 @@ def furthest(ours, theirs):
 def original(name, count):
     torch.manual_seed(1)
     np.random.seed(1)
-    picture = a_picture()
+    picture = example_picture()
     return torch.stack([ORIGINALS[name](picture).float() / 255 for _ in range(count)])
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_a_batch_is_distributed_as_the_original_for_one_image(name):
+def test_a_batch_has_the_distribution_of_the_per_image_original(name):
     """About 12,000 pixels and products: the largest of as many z-scores is below 5 in 99.3 % of the cases."""
-    batch = (a_picture().float() / 255).expand(4000, -1, -1, -1).contiguous()
-    ours = AUGMENTATIONS[name](batch, seeds.stream(1, "augmentation"))
-    assert ours.shape == batch.shape
-    assert ours.dtype == torch.float32
-    assert 0 <= ours.min() <= ours.max() <= 1
-    assert torch.equal((ours * 255).round() / 255, ours)  # whole levels
-    assert furthest(ours, original(name, 2500)) < 5
+    batch = (example_picture().float() / 255).expand(4000, -1, -1, -1).contiguous()
+    augmented = AUGMENTATIONS[name](batch, seeds.stream(1, "augmentation"))
+    assert augmented.shape == batch.shape
+    assert augmented.dtype == torch.float32
+    assert 0 <= augmented.min() <= augmented.max() <= 1
+    assert torch.equal((augmented * 255).round() / 255, augmented)  # whole levels
+    assert largest_z_score(augmented, original(name, 2500)) < 5
 
 
-def test_the_comparison_sees_small_mistakes():
-    """A guard: turned by 13 instead of 15 degrees, a cutout of 16, a magnitude of 9 instead of 14, another policy."""
+def test_the_comparison_detects_small_mistakes():
+    """Checks the test above: 13 instead of 15 degrees, a cutout of 16, magnitude 9 instead of 14, another policy."""
     from dmat.data import augmentation
 
-    batch = (a_picture().float() / 255).expand(4000, -1, -1, -1).contiguous()
+    batch = (example_picture().float() / 255).expand(4000, -1, -1, -1).contiguous()
     mistakes = {
         "crop4_flip_rotate15": lambda g: augmentation.crop_flip_rotate(batch, g, 4, 13.0),
         "cutout18": lambda g: augmentation.crop_flip_cutout(batch, g, 4, 16),
@@ -259,12 +259,12 @@ def test_the_comparison_sees_small_mistakes():
         "autoaugment_pil": lambda g: augmentation.autoaugment(batch, g),
     }
     for name, mistaken in mistakes.items():
-        assert furthest(mistaken(seeds.stream(1, "augmentation")), original(name, 2500)) > 6, name
+        assert largest_z_score(mistaken(seeds.stream(1, "augmentation")), original(name, 2500)) > 6, name
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 64, 64)])
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_batches_repeat_and_leave_their_input_alone(name, shape):
+def test_batches_are_reproducible_and_inputs_unchanged(name, shape):
     images = torch.randint(0, 256, (16, *shape), generator=torch.Generator().manual_seed(1)) / 255
     before = images.clone()
     first, again, other = (AUGMENTATIONS[name](images, seeds.stream(1, "augmentation", k)) for k in (3, 3, 4))
@@ -274,7 +274,7 @@ def test_batches_repeat_and_leave_their_input_alone(name, shape):
     assert first.shape == images.shape
 
 
-def test_erasing_has_torchvisions_frequency_and_sizes():
+def test_erasing_has_the_frequency_and_sizes_of_torchvision():
     ones = torch.ones(6000, 1, 32, 32)
     erased = (erase(ones, seeds.stream(1, "erase"), 0.5) == 0).flatten(1).sum(1).numpy()
     torch.manual_seed(1)
@@ -293,11 +293,11 @@ def test_cutmix_mixes_one_box_and_labels_by_its_area():
     targets = torch.eye(8)
     shares = []
     for step in range(300):
-        mixed, found = cutmix(images, targets, seeds.stream(1, "cutmix", step))
-        own = mixed == images
-        box = ~own.all(1)  # [B, H, W]
+        mixed, labels = cutmix(images, targets, seeds.stream(1, "cutmix", step))
+        unchanged = mixed == images
+        box = ~unchanged.all(1)  # [B, H, W]
         cut = box.any(0)
-        assert all(torch.equal(one, cut) for one, partner in zip(box, found, strict=True) if partner.max() < 1)
+        assert all(torch.equal(mask, cut) for mask, partner in zip(box, labels, strict=True) if partner.max() < 1)
         share = cut.float().mean().item()
         rows, columns = cut.any(1).sum().item(), cut.any(0).sum().item()
         assert cut.sum().item() == rows * columns  # a box
@@ -305,26 +305,26 @@ def test_cutmix_mixes_one_box_and_labels_by_its_area():
             other = torch.where(cut, mixed[k, 0], torch.nan)
             partner = k if share == 0 else int((values == other[cut][0]).nonzero())
             expected = (1 - share) * targets[k] + share * targets[partner]
-            torch.testing.assert_close(found[k], expected)
+            torch.testing.assert_close(labels[k], expected)
         shares.append(share)
-    assert torch.allclose(found.sum(1), torch.ones(8))
+    assert torch.allclose(labels.sum(1), torch.ones(8))
     # before it is cut off at the border the box has a beta(1, 1) share of the area; a third of it is lost there
     assert 0.2 < np.mean(shares) < 0.4
     assert max(shares) > 0.6
 
 
-def test_cutmix_is_even_and_follows_alpha():
+def test_cutmix_partners_are_uniform_and_areas_follow_alpha():
     images, targets = torch.rand(6, 3, 32, 32), torch.eye(6)
 
     def areas(alpha):
-        made = (cutmix(images, targets, seeds.stream(2, "cutmix", step), alpha)[1] for step in range(600))
-        return np.array([1 - one.max(1).values.min().item() for one in made])
+        all_targets = (cutmix(images, targets, seeds.stream(2, "cutmix", step), alpha)[1] for step in range(600))
+        return np.array([1 - mixed_targets.max(1).values.min().item() for mixed_targets in all_targets])
 
     broad, narrow = areas(1.0), areas(50.0)
     assert narrow.std() < broad.std()
     partners = collections.Counter()
     for step in range(1200):
-        _, found = cutmix(images, targets, seeds.stream(3, "cutmix", step))
-        if 0.01 < found[0, 0] < 1:
-            partners[int(found[0, 1:].argmax())] += 1
+        _, mixed = cutmix(images, targets, seeds.stream(3, "cutmix", step))
+        if 0.01 < mixed[0, 0] < 1:
+            partners[int(mixed[0, 1:].argmax())] += 1
     assert stats.chisquare([partners[k] for k in range(5)]).pvalue > 0.001

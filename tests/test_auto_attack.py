@@ -1,4 +1,4 @@
-"""AutoAttack through the authors' package: linear classifiers, its own answers, suites by number of classes."""
+"""AutoAttack through the authors' package: linear classifiers, the package's own results, suites per class count."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def _images(count, shape=(1, 5, 5), seed=1):
 
 
 class _Curved(torch.nn.Module):
-    """Some structure for the attacks to differ on."""
+    """A nonlinear model on which the attacks differ."""
 
     def __init__(self, classes):
         super().__init__()
@@ -35,7 +35,7 @@ class _Curved(torch.nn.Module):
 
 
 def _robust(weights, model, images, labels, epsilon, norm):
-    """A linear classifier's answer is safe if own - other exceeds epsilon times the dual norm of w_own - w_other."""
+    """A linear classifier is robust if each logit gap exceeds epsilon times the dual norm of the weight difference."""
     gaps = model(images).gather(1, labels[:, None]) - model(images)  # [B, K]
     difference = weights[labels][:, None] - weights[None]
     reach = epsilon * (difference.abs().sum(2) if norm == "linf" else difference.norm(dim=2))
@@ -47,13 +47,13 @@ def _robust(weights, model, images, labels, epsilon, norm):
     ("norm", "epsilon", "classes"),
     [*(("linf", 0.06, classes) for classes in (2, 3, 4, 7, CLASSES, 12)), ("l2", 0.3, 3), ("l2", 0.25, CLASSES)],
 )
-def test_robust_exactly_where_a_linear_classifier_is(norm, epsilon, classes):
+def test_robust_images_of_a_linear_classifier_match_the_closed_form(norm, epsilon, classes):
     weights, model = _linear(classes)
     images = _images(24)
     labels = model(images).argmax(1)
     labels[:3] = (labels[:3] + 1) % classes  # wrong without any attack
-    ball, chosen = Ball(norm, epsilon), auto_attack.suite("standard", classes)
-    worst, broken_by = auto_attack.attack(model, images, labels, ball, chosen, seed=1, batch=13)
+    ball, attack_suite = Ball(norm, epsilon), auto_attack.suite("standard", classes)
+    worst, broken_by = auto_attack.attack(model, images, labels, ball, attack_suite, seed=1, batch=13)
     robust = _robust(weights, model, images, labels, epsilon, norm)
     assert 0 < int(robust.sum()) < 21
     assert torch.equal(broken_by == ROBUST, robust)
@@ -64,7 +64,7 @@ def test_robust_exactly_where_a_linear_classifier_is(norm, epsilon, classes):
 
 
 class _Convolving(torch.nn.Module):
-    """Its gradients come back in the layout of its images."""
+    """A model whose gradients have the memory layout of its images."""
 
     def __init__(self, classes):
         super().__init__()
@@ -79,9 +79,9 @@ CONVOLVING = _Convolving(10).to(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("model", "norm"), [(_Curved(10), "linf"), (CONVOLVING, "linf"), (CONVOLVING, "l2")])
-def test_one_attack_after_the_other_is_one_call_of_the_package(model, norm):
-    """Same flags and same images, though each attack is called by itself and images are channels-last; several batches,
-    the last one short."""
+def test_separate_attacks_equal_one_call_of_the_package(model, norm):
+    """Same flags and same images, although each attack is called separately and images are channels-last; several
+    batches, the last one short."""
     images = _images(22, (3, 5, 5))
     with torch.no_grad():
         labels = model(images).argmax(1)
@@ -97,14 +97,14 @@ def test_one_attack_after_the_other_is_one_call_of_the_package(model, norm):
         batch=13,
     )
     package = AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=ball.epsilon, seed=5)
-    theirs, prediction = package.run_standard_evaluation(images, labels, batch_size=13)
+    package_worst, prediction = package.run_standard_evaluation(images, labels, batch_size=13)
     assert torch.equal(prediction == labels, broken_by == ROBUST)
-    assert torch.equal(worst, theirs.detach())
+    assert torch.equal(worst, package_worst.detach())
     assert 1 < int((broken_by == ROBUST).sum()) < 19
-    assert len(set(broken_by.tolist())) >= 3, "more than one attack has something to do"
+    assert len(set(broken_by.tolist())) >= 3, "more than one attack breaks images"
 
 
-def test_who_broke_an_image_is_the_first_that_can():
+def test_broken_by_is_the_first_attack_that_succeeds():
     model, images = _Curved(10), _images(60, (3, 5, 5))
     with torch.no_grad():
         labels = model(images).argmax(1)
@@ -117,7 +117,7 @@ def test_who_broke_an_image_is_the_first_that_can():
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_every_attack_runs_alone_and_finds_something(name):
+def test_every_attack_alone_breaks_some_images(name):
     model, images = _Curved(10), _images(30, (3, 5, 5))
     with torch.no_grad():
         labels = model(images).argmax(1)
@@ -128,7 +128,7 @@ def test_every_attack_runs_alone_and_finds_something(name):
     assert (model(worst).argmax(1) != labels)[broken_by == 0].all()
 
 
-def test_nothing_is_left_to_attack():
+def test_misclassified_images_are_not_attacked():
     _, model = _linear(10)
     images = _images(5)
     labels = (model(images).argmax(1) + 1) % 10
@@ -140,7 +140,7 @@ def test_nothing_is_left_to_attack():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "classes", "attacks", "targets", "standard"),
+    ("requested", "classes", "attacks", "targets", "standard"),
     [
         ("standard", 100, STANDARD, 9, True),
         ("standard", 10, STANDARD, 9, True),
@@ -153,14 +153,14 @@ def test_nothing_is_left_to_attack():
         (["apgd-dlr"], 3, ("apgd-dlr",), 2, False),
     ],
 )
-def test_suites_by_number_of_classes(wanted, classes, attacks, targets, standard):
-    chosen = auto_attack.suite(wanted, classes)
-    assert (chosen.attacks, chosen.targets, chosen.standard) == (attacks, targets, standard)
-    assert chosen.name.startswith("standard" if standard else "nonstandard (")
+def test_suites_by_number_of_classes(requested, classes, attacks, targets, standard):
+    attack_suite = auto_attack.suite(requested, classes)
+    assert (attack_suite.attacks, attack_suite.targets, attack_suite.standard) == (attacks, targets, standard)
+    assert attack_suite.name.startswith("standard" if standard else "nonstandard (")
 
 
 @pytest.mark.parametrize(
-    ("wanted", "classes", "words"),
+    ("requested", "classes", "message"),
     [
         ("standard", 1, "the model has 1 class; expected 2 or more"),
         (["apgd-t"], 3, "apgd-t needs 4 classes, the model has 3"),
@@ -168,9 +168,9 @@ def test_suites_by_number_of_classes(wanted, classes, attacks, targets, standard
         (["pgd"], 10, "attack 'pgd' is not known; expected some of apgd-ce"),
     ],
 )
-def test_suites_that_do_not_exist_are_refused(wanted, classes, words):
-    with pytest.raises(DmatError, match=words):
-        auto_attack.suite(wanted, classes)
+def test_suites_that_do_not_exist_are_refused(requested, classes, message):
+    with pytest.raises(DmatError, match=message):
+        auto_attack.suite(requested, classes)
 
 
 def test_images_too_small_for_square_are_refused():
@@ -191,7 +191,7 @@ def test_square_uses_no_gradient_and_stays_inside():
         return model(x.detach())
 
     ball = Ball("linf", 0.1)
-    few, many = (auto_attack.square(without_gradient, images, labels, ball, queries, seed=1) for queries in (5, 400))
-    assert ball.size(many - images).max() <= 0.1 + 1e-6
-    broken = [int((model(found).argmax(1) != labels).sum()) for found in (few, many)]
+    weak, strong = (auto_attack.square(without_gradient, images, labels, ball, queries, seed=1) for queries in (5, 400))
+    assert ball.size(strong - images).max() <= 0.1 + 1e-6
+    broken = [int((model(adversarial).argmax(1) != labels).sum()) for adversarial in (weak, strong)]
     assert broken[0] < broken[1]

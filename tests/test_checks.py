@@ -1,4 +1,4 @@
-"""Each check fires on a real way to measure a wrong robust accuracy, and lets a sound measurement pass.
+"""Each check fails for a real way to measure a wrong robust accuracy, and passes for a sound measurement.
 
 A small network is trained adversarially on digits and then spoiled: the ways are those that people report. Numbers on
 either side of each threshold hold it in place. Run alone: pytest tests/test_checks.py
@@ -25,7 +25,7 @@ from dmat.robust.attacks import Ball
 from dmat.robust.networks import DataSpec, wide_resnet
 
 BALL = Ball("linf", 0.1)
-TRAINED, SEEN = slice(0, 1300), slice(1300, 1500)  # images of training and of evaluation
+TRAINING, HELDOUT = slice(0, 1300), slice(1300, 1500)  # images of training and of evaluation
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,16 @@ def digits():
     return to_float(source.images[order]).contiguous(), torch.from_numpy(source.labels[order])
 
 
-def trained(digits, ball, steps, rate, batch, attack_steps, step_size, random):
+def train_robustly(digits, ball, steps, rate, batch, attack_steps, step_size, random):
     """WRN-10-1 after PGD adversarial training (Madry et al. 2018), frozen, in evaluation mode."""
-    images, labels = (part[TRAINED] for part in digits)
+    images, labels = (part[TRAINING] for part in digits)
     seeds.reseed_torch(1, "weights", 0)
     model = wide_resnet(DataSpec(10, 1, (0.3,), (0.38,)), 10, 1, "relu")
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     for step in range(steps):
-        chosen = torch.from_numpy(seeds.stream(1, "batch", step).integers(0, len(labels), batch))
-        x, y = images[chosen], labels[chosen]
+        indices = torch.from_numpy(seeds.stream(1, "batch", step).integers(0, len(labels), batch))
+        x, y = images[indices], labels[indices]
         start = random * ball.random_start(seeds.stream(1, "start", step), tuple(x.shape))
         with modes.frozen(model):
             x = attacks.pgd(model, x, attacks.cross_entropy(y), ball, start, attack_steps, step_size)
@@ -58,28 +58,28 @@ def trained(digits, ball, steps, rate, batch, attack_steps, step_size, random):
 
 @pytest.fixture(scope="module")
 def sound(digits):
-    return trained(digits, BALL, steps=60, rate=0.1, batch=128, attack_steps=2, step_size=0.07, random=1)
+    return train_robustly(digits, BALL, steps=60, rate=0.1, batch=128, attack_steps=2, step_size=0.07, random=1)
 
 
 @pytest.fixture
 def spoiled(sound):
-    """A copy to do something wrong to."""
+    """A copy of the model for tests to break."""
     return copy.deepcopy(sound)
 
 
 @pytest.fixture(scope="module")
-def seen(digits):
+def heldout(digits):
     images, labels = digits
-    return images[SEEN], labels[SEEN]
+    return images[HELDOUT], labels[HELDOUT]
 
 
 def start_in(ball, images):
     return ball.random_start(seeds.stream(2, "start"), tuple(images.shape))
 
 
-def attacked(model, seen, ball, steps, step_size):
+def pgd_images(model, heldout, ball, steps, step_size):
     """PGD with the CW margin; one step is FGSM (Goodfellow et al. 2015): from the image, with the cross-entropy."""
-    images, labels = seen
+    images, labels = heldout
     if steps == 1:
         start, objective = torch.zeros_like(images), attacks.cross_entropy(labels)
     else:
@@ -87,57 +87,59 @@ def attacked(model, seen, ball, steps, step_size):
     return attacks.pgd(model, images, objective, ball, start, steps, step_size)
 
 
-def right(model, adversarial, labels):
+def correct(model, adversarial, labels):
     return (model(adversarial).argmax(1) == labels).numpy()
 
 
-def robust(model, seen, ball, steps, step_size):
-    return right(model, seen[0], seen[1]) & right(model, attacked(model, seen, ball, steps, step_size), seen[1])
+def robust(model, heldout, ball, steps, step_size):
+    return correct(model, heldout[0], heldout[1]) & correct(
+        model, pgd_images(model, heldout, ball, steps, step_size), heldout[1]
+    )
 
 
-def robust_to_square(model, seen, ball):
+def robust_to_square(model, heldout, ball):
     """Square (Andriushchenko et al. 2020) with 100 queries."""
     attack = SquareAttack(model, norm="Linf", eps=ball.epsilon, n_queries=100, seed=0, device="cpu")
-    return right(model, seen[0], seen[1]) & right(model, attack.perturb(*seen), seen[1])
+    return correct(model, heldout[0], heldout[1]) & correct(model, attack.perturb(*heldout), heldout[1])
 
 
 def quantised(model):
-    """Five grey levels: what a model sees, as a layer without gradients."""
+    """The model on images of five grey levels: rounding has no gradient."""
     return lambda images: model((images * 4).round() / 4)
 
 
-def fires(check: Check, name: str, *words: str) -> None:
+def fires(check: Check, name: str, *fragments: str) -> None:
     assert not check.passed, check.sentence
     assert check.name == name
     assert "expected" in check.sentence
     assert ";" in check.sentence.partition("expected")[2], "says what to do"
-    for word in words:
-        assert word in check.sentence, check.sentence
+    for fragment in fragments:
+        assert fragment in check.sentence, check.sentence
     json.dumps(check.plain(), allow_nan=False)
 
 
-def passes(check: Check, name: str, *words: str) -> None:
+def passes(check: Check, name: str, *fragments: str) -> None:
     assert check.passed, check.sentence
     assert check.name == name
     assert "expected" not in check.sentence
-    for word in words:
-        assert word in check.sentence, check.sentence
+    for fragment in fragments:
+        assert fragment in check.sentence, check.sentence
     json.dumps(check.plain(), allow_nan=False)
 
 
 def flags(count, n):
-    """`count` of n are robust."""
+    """Flags of n images, of which `count` are robust."""
     return np.arange(n) < count
 
 
-def test_a_sound_measurement_passes_every_check(sound, seen):
-    images, labels = seen
-    few, many = robust(sound, seen, BALL, 3, 0.05), robust(sound, seen, BALL, 20, 0.025)
-    adversarial = attacked(sound, seen, BALL, 20, 0.025)
-    at_once = attacks.logit_margin(sound(adversarial), labels).numpy()
-    in_sevens = attacks.logit_margin(torch.cat([sound(part) for part in adversarial.split(7)]), labels).numpy()
-    grey = checks.trivial_radius("linf", tuple(images.shape[1:]))
-    made = [
+def test_a_sound_measurement_passes_every_check(sound, heldout):
+    images, labels = heldout
+    few_steps, many_steps = robust(sound, heldout, BALL, 3, 0.05), robust(sound, heldout, BALL, 20, 0.025)
+    adversarial = pgd_images(sound, heldout, BALL, 20, 0.025)
+    margins = attacks.logit_margin(sound(adversarial), labels).numpy()
+    margins_in_sevens = attacks.logit_margin(torch.cat([sound(part) for part in adversarial.split(7)]), labels).numpy()
+    grey_radius = checks.trivial_radius("linf", tuple(images.shape[1:]))
+    results = [
         checks.in_range(images),
         checks.logits(sound(images)),
         checks.evaluation_mode(sound),
@@ -145,20 +147,20 @@ def test_a_sound_measurement_passes_every_check(sound, seen):
         checks.finite(sound(images)),
         checks.deterministic(sound, images),
         checks.inside_ball(images, adversarial, BALL),
-        checks.rescored(many, at_once, in_sevens),
+        checks.rescored(many_steps, margins, margins_in_sevens),
         checks.zero_gradients(sound, images, labels, BALL, start_in(BALL, images)),
-        checks.more_steps(few, many, 3, 20),
-        checks.black_box(robust_to_square(sound, seen, BALL), many),
-        checks.large_radius(robust(sound, seen, Ball("linf", grey), 20, 0.125), grey),
-        checks.fgsm_and_pgd(robust(sound, seen, BALL, 1, 0.1), many),
+        checks.more_steps(few_steps, many_steps, 3, 20),
+        checks.black_box(robust_to_square(sound, heldout, BALL), many_steps),
+        checks.large_radius(robust(sound, heldout, Ball("linf", grey_radius), 20, 0.125), grey_radius),
+        checks.fgsm_and_pgd(robust(sound, heldout, BALL, 1, 0.1), many_steps),
         checks.unseen({"earlier test images": overlap.repeated(overlap.digests(to_bytes(images * 2 - 1)))}),
     ]
-    assert 0.6 < many.mean() < few.mean() < 0.9  # so that the last ones had something to compare
-    assert checks.verdict(made) == []
-    for check in made:
+    assert 0.6 < many_steps.mean() < few_steps.mean() < 0.9  # otherwise the last checks would compare nothing
+    assert checks.verdict(results) == []
+    for check in results:
         passes(check, check.name)
     public = [name for name, f in inspect.getmembers(checks, inspect.isfunction) if _gives_check(name, f)]
-    assert sorted(check.name for check in made) == sorted(public)
+    assert sorted(check.name for check in results) == sorted(public)
     assert len(public) == 14
 
 
@@ -170,7 +172,7 @@ def _gives_check(name, function):
 
 
 @pytest.mark.parametrize(
-    ("change", "words", "found"),
+    ("change", "fragments", "value"),
     [
         (lambda x: x * 255, ("to 255;", "divide by 255"), 255),
         (lambda x: x * 16, ("to 16;", "divide by 255"), 16),
@@ -181,33 +183,33 @@ def _gives_check(name, function):
         (lambda x: x / 255, ("divided by 255 twice",), 1 / 255),
         (lambda x: F.interpolate(x, scale_factor=3, mode="bicubic"), ("resized", "clip them"), None),
         (lambda x: x * 1.001, ("to 1.001", "clip them"), 1.001),
-        (lambda x: x.where(x > 0, torch.nan), ("not finite",), None),
+        (lambda x: x.where(x > 0, torch.nan), ("NaN or infinite", "fix the data"), None),
     ],
 )
-def test_images_out_of_range_are_found_and_explained(seen, change, words, found):
-    check = checks.in_range(change(seen[0]))
-    fires(check, "in_range", *words)
-    assert found is None or check.found == pytest.approx(found)
+def test_images_out_of_range_are_reported_with_the_cause(heldout, change, fragments, value):
+    check = checks.in_range(change(heldout[0]))
+    fires(check, "in_range", *fragments)
+    assert value is None or check.found == pytest.approx(value)
 
 
-def test_both_borders_and_dark_images_are_in_range(seen):
-    assert (seen[0].min(), seen[0].max()) == (0, 1)
-    passes(checks.in_range(seen[0]), "in_range", "from 0 to 1")
-    passes(checks.in_range(seen[0] * 2 / 255), "in_range")
+def test_both_borders_and_dark_images_are_in_range(heldout):
+    assert (heldout[0].min(), heldout[0].max()) == (0, 1)
+    passes(checks.in_range(heldout[0]), "in_range", "from 0 to 1")
+    passes(checks.in_range(heldout[0] * 2 / 255), "in_range")
 
 
 # --- outputs
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_softmax_in_the_model_is_found(sound, seen, precision):
-    check = checks.logits(nn.Sequential(sound, nn.Softmax(1))(seen[0]).to(precision))
+def test_a_softmax_in_the_model_is_found(sound, heldout, precision):
+    check = checks.logits(nn.Sequential(sound, nn.Softmax(1))(heldout[0]).to(precision))
     fires(check, "logits", "100% of the rows", "vanish")
     assert check.found == 1
 
 
-def test_what_only_resembles_probabilities_are_logits(sound, seen):
-    outputs = sound(seen[0])
+def test_logits_that_resemble_probabilities_pass(sound, heldout):
+    outputs = sound(heldout[0])
     passes(checks.logits(outputs.log_softmax(1)), "logits")
     passes(checks.logits(outputs - outputs.mean(1, keepdim=True) + 0.1), "logits")  # sums to 1, below 0 in places
     passes(checks.logits(outputs.softmax(1) * 1.02), "logits")  # at least 0, another sum
@@ -215,15 +217,15 @@ def test_what_only_resembles_probabilities_are_logits(sound, seen):
     passes(checks.logits(torch.cat([outputs, outputs.softmax(1)])), "logits", "50% of the rows")
 
 
-def test_outputs_of_broken_weights_are_found(spoiled, seen):
+def test_nan_outputs_are_found(spoiled, heldout):
     spoiled.logits.weight[3, 0] = torch.nan
-    check = checks.finite(spoiled(seen[0]))
+    check = checks.finite(spoiled(heldout[0]))
     fires(check, "finite", "200 of 200 images", "diverged")
     assert check.found == 200
 
 
-def test_a_single_infinity_is_found(sound, seen):
-    outputs = sound(seen[0])
+def test_a_single_infinity_is_found(sound, heldout):
+    outputs = sound(heldout[0])
     passes(checks.finite(outputs), "finite", "all 200")
     outputs[7, 2] = torch.inf
     fires(checks.finite(outputs), "finite", "1 of 200 images")
@@ -242,7 +244,7 @@ def test_training_mode_is_found_and_named(spoiled):
     assert check.found == len(list(spoiled.modules()))
 
 
-def by_its_batch(model):
+def normalised_by_batch(model):
     def logits_of(images):
         return model(0.3 + 0.38 * (images - images.mean()) / images.std())
 
@@ -260,43 +262,43 @@ def left_in_training_mode(model):
     return model
 
 
-@pytest.mark.parametrize("wrong", [left_in_training_mode, by_its_batch, without_statistics])
-def test_predictions_that_depend_on_the_batch_are_found(spoiled, seen, wrong):
-    check = checks.same_alone(wrong(spoiled), seen[0][:32])
+@pytest.mark.parametrize("wrong", [left_in_training_mode, normalised_by_batch, without_statistics])
+def test_predictions_that_depend_on_the_batch_are_found(spoiled, heldout, wrong):
+    check = checks.same_alone(wrong(spoiled), heldout[0][:32])
     fires(check, "same_alone", " of 32 predictions differ", "depends on its batch")
     assert check.found > 0
 
 
-def test_a_model_that_refuses_single_images_is_found(seen):
+def test_a_model_that_refuses_single_images_is_found(heldout):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
-    fires(checks.same_alone(model, seen[0][:8]), "same_alone", "refuses one of the batches", "more than 1 value")
+    fires(checks.same_alone(model, heldout[0][:8]), "same_alone", "refuses one of the batches", "more than 1 value")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "how"),
+    ("wrong", "batch_description"),
     [
         (lambda images: len(images) == 1, ", alone;"),
-        (lambda images: len(images) == 8 and images[0, 0, 0, 0] > 0, "turned round;"),
-        (lambda images: len(images) == 4, "half of its neighbours;"),
+        (lambda images: len(images) == 8 and images[0, 0, 0, 0] > 0, ", in the reversed batch;"),
+        (lambda images: len(images) == 4, ", in half of the batch;"),
     ],
 )
-def test_each_batch_is_compared(wrong, how):
-    """Each of the three is what shows it in some model."""
+def test_single_reversed_and_half_batches_are_compared(wrong, batch_description):
+    """Each of the three batches detects the dependence in some model."""
     images = torch.arange(8)[:, None, None, None] / 8
     logits_of = lambda x: (torch.tensor([0.0, 1.0]) if wrong(x) else torch.tensor([1.0, 0.0])).repeat(len(x), 1)  # noqa: E731
     check = checks.same_alone(logits_of, images)
-    fires(check, "same_alone", "8 of 8 predictions differ", how)
+    fires(check, "same_alone", "8 of 8 predictions differ", batch_description)
     assert check.found == 8
 
 
 def of_two(together, alone):
-    """The check on a model that gives every image one row of logits in company, another alone."""
+    """The check on a model whose logits are `together` in a batch and `alone` for a single image."""
     return checks.same_alone(
         lambda x: torch.tensor([alone if len(x) == 1 else together]).repeat(len(x), 1), torch.rand(6, 1, 2, 2)
     )
 
 
-def test_a_turned_prediction_may_only_be_a_tie():
+def test_predictions_may_differ_only_in_ties():
     passes(of_two([1.0, 1.00009], [1.00009, 1.0]), "same_alone", "0 of 6", "ties left out: 6")
     fires(of_two([1.0, 1.00011], [1.00009, 1.0]), "same_alone", "6 of 6", "ties left out: 0")
     fires(of_two([1.0, 1.00009], [1.00011, 1.0]), "same_alone", "6 of 6")
@@ -321,9 +323,9 @@ def with_dropout(model):
 
 
 @pytest.mark.parametrize("wrong", [noisy, with_dropout])
-def test_chance_in_the_model_is_found(spoiled, seen, wrong):
+def test_randomness_in_the_model_is_found(spoiled, heldout, wrong):
     torch.manual_seed(0)
-    check = checks.deterministic(wrong(spoiled), seen[0])
+    check = checks.deterministic(wrong(spoiled), heldout[0])
     fires(check, "deterministic", "draws random numbers", "at most 0:")
     assert check.found > 0
 
@@ -343,13 +345,13 @@ def twice(first, second, images):
 
 
 def test_two_passes_are_equal_on_a_cpu_and_nearly_so_on_a_gpu():
-    here = torch.zeros(2, 1, 2, 2)
-    passes(twice([-10.0, 1.0], [-10.0, 1.0], here), "deterministic")
-    fires(twice([-10.0, 1.0], [-10.0, 1.000001], here), "deterministic")
+    cpu_images = torch.zeros(2, 1, 2, 2)
+    passes(twice([-10.0, 1.0], [-10.0, 1.0], cpu_images), "deterministic")
+    fires(twice([-10.0, 1.0], [-10.0, 1.000001], cpu_images), "deterministic")
     passes(twice([-10.0, 1.0], [-10.0, 1.009], Remote()), "deterministic")
     fires(twice([-10.0, 1.0], [-10.0, 1.011], Remote()), "deterministic", "at most 0.01:")
-    passes(twice([torch.nan, torch.inf], [torch.nan, torch.inf], here), "deterministic")
-    check = twice([torch.nan, 1.0], [0.0, 1.0], here)
+    passes(twice([torch.nan, torch.inf], [torch.nan, torch.inf], cpu_images), "deterministic")
+    check = twice([torch.nan, 1.0], [0.0, 1.0], cpu_images)
     fires(check, "deterministic")
     assert check.found is None
 
@@ -357,19 +359,19 @@ def test_two_passes_are_equal_on_a_cpu_and_nearly_so_on_a_gpu():
 # --- adversarial images
 
 
-def test_an_attack_that_leaves_the_ball_is_found(sound, seen):
+def test_an_attack_that_leaves_the_ball_is_found(sound, heldout):
     """Steps without projection."""
-    images, labels = seen
+    images, labels = heldout
     wide = attacks.pgd(sound, images, attacks.margin(labels), Ball("linf", 1), torch.zeros_like(images), 3, 0.05)
     check = checks.inside_ball(images, wide, BALL)
-    fires(check, "inside_ball", "of image ", " are above 0.1;", "another threat")
+    fires(check, "inside_ball", "of image ", " are above 0.1;", "another threat model")
     assert check.found == pytest.approx(0.15, abs=1e-5)
 
 
-def test_the_wrong_epsilon_is_found(sound, seen):
-    adversarial = attacked(sound, seen, Ball("linf", 8 / 255), 5, 0.01)
-    passes(checks.inside_ball(seen[0], adversarial, Ball("linf", 8 / 255)), "inside_ball")
-    fires(checks.inside_ball(seen[0], adversarial, Ball("linf", 0.031)), "inside_ball", "0.0313725", "above 0.031;")
+def test_the_wrong_epsilon_is_found(sound, heldout):
+    adversarial = pgd_images(sound, heldout, Ball("linf", 8 / 255), 5, 0.01)
+    passes(checks.inside_ball(heldout[0], adversarial, Ball("linf", 8 / 255)), "inside_ball")
+    fires(checks.inside_ball(heldout[0], adversarial, Ball("linf", 0.031)), "inside_ball", "0.0313725", "above 0.031;")
 
 
 @pytest.mark.parametrize(("pixel", "value"), [(0, -1e-7), (1, 1 + 1e-6), (1, torch.nan)])
@@ -414,7 +416,7 @@ def test_sizes_are_exact_whatever_the_precision_of_the_images():
     assert check.found == exact
 
 
-def test_an_image_that_is_no_number_is_in_no_ball():
+def test_an_image_with_nan_is_outside_the_ball():
     images, adversarial = torch.full((3, 1, 2, 2), 0.5), torch.full((3, 1, 2, 2), 0.5)
     images[1, 0, 0, 0] = torch.nan
     check = checks.inside_ball(images, adversarial, BALL)
@@ -431,10 +433,10 @@ def test_float32_attacks_on_large_images_stay_within_the_tolerance(norm):
     passes(checks.inside_ball(images, attacks.pgd(None, images, None, ball, start, 0, 0), ball), "inside_ball")
 
 
-def barely_across(model, seen):
+def barely_across(model, heldout):
     """The attack's images moved back until they are just misclassified, as minimal attacks (FAB) leave them."""
-    images, labels = seen
-    far = attacked(model, seen, BALL, 20, 0.025)
+    images, labels = heldout
+    far = pgd_images(model, heldout, BALL, 20, 0.025)
     low, high = torch.zeros(len(images), 1, 1, 1), torch.ones(len(images), 1, 1, 1)
     for _ in range(20):
         middle = (low + high) / 2
@@ -447,33 +449,33 @@ def margins_in(model, images, labels, batch):
     return attacks.logit_margin(torch.cat([model(part) for part in images.split(batch)]), labels).numpy()
 
 
-def test_images_saved_as_bytes_lose_the_attack(sound, seen):
-    labels, adversarial = seen[1], barely_across(sound, seen)
-    found = margins_in(sound, adversarial, labels, 200) > 0
+def test_images_saved_as_bytes_lose_the_attack(sound, heldout):
+    labels, adversarial = heldout[1], barely_across(sound, heldout)
+    robust_flags = margins_in(sound, adversarial, labels, 200) > 0
     saved = to_float(to_bytes(adversarial * 2 - 1))
-    check = checks.rescored(found, margins_in(sound, saved, labels, 200), margins_in(sound, saved, labels, 7))
+    check = checks.rescored(robust_flags, margins_in(sound, saved, labels, 200), margins_in(sound, saved, labels, 7))
     fires(check, "rescored", "not those that were scored", "save float32")
     assert check.found > 3
-    kept = checks.rescored(
-        found, margins_in(sound, adversarial, labels, 200), margins_in(sound, adversarial, labels, 7)
+    unchanged = checks.rescored(
+        robust_flags, margins_in(sound, adversarial, labels, 200), margins_in(sound, adversarial, labels, 7)
     )
-    passes(kept, "rescored", "all 200 flags")
+    passes(unchanged, "rescored", "all 200 flags")
 
 
-def test_a_model_that_scores_by_the_batch_is_found_by_rescoring(spoiled, seen):
-    labels, model = seen[1], left_in_training_mode(spoiled)
+def test_a_model_that_scores_by_the_batch_is_found_by_rescoring(spoiled, heldout):
+    labels, model = heldout[1], left_in_training_mode(spoiled)
     with modes.untracked_batch_norm(model):
-        adversarial = attacked(model, seen, BALL, 5, 0.05)
+        adversarial = pgd_images(model, heldout, BALL, 5, 0.05)
         same, other = (margins_in(model, adversarial, labels, batch) for batch in (200, 7))
     fires(checks.rescored(same > 0, same, other), "rescored", "0 of 200 flags differ in the same batches")
 
 
 def rescored_one(flag, same, other):
-    right = np.ones(9)
-    return checks.rescored(np.append(right > 0, flag), np.append(right, same), np.append(right, other))
+    correct = np.ones(9)
+    return checks.rescored(np.append(correct > 0, flag), np.append(correct, same), np.append(correct, other))
 
 
-def test_only_ties_may_turn_and_only_in_other_batches():
+def test_flags_may_differ_only_in_ties_and_only_in_other_batches():
     passes(rescored_one(True, 0.5, 0.5), "rescored", "ties in other batches: 0")
     passes(rescored_one(True, 9e-5, -9e-5), "rescored", "ties in other batches: 1")
     passes(rescored_one(False, -9e-5, 9e-5), "rescored", "ties in other batches: 1")
@@ -497,16 +499,16 @@ def detached(model):
 
 
 @pytest.mark.parametrize("wrong", [huge, quantised, detached])
-def test_gradients_that_vanish_are_found(sound, seen, wrong):
+def test_gradients_that_vanish_are_found(sound, heldout, wrong):
     """Huge logits: the cross-entropy of float32 is exactly 0 there."""
-    images, labels = seen
+    images, labels = heldout
     check = checks.zero_gradients(wrong(sound), images, labels, BALL, start_in(BALL, images))
     fires(check, "zero_gradients", " of 200 images", "without being so")
     assert check.found > 0.8
 
 
-def test_gradients_of_parameters_alone_are_none(seen):
-    images, labels = seen
+def test_gradients_of_parameters_do_not_count(heldout):
+    images, labels = heldout
     bias = torch.zeros(10, requires_grad=True)
     check = checks.zero_gradients(lambda x: bias.repeat(len(x), 1), images, labels, BALL, start_in(BALL, images))
     assert (check.passed, check.found) == (False, 1)
@@ -514,7 +516,7 @@ def test_gradients_of_parameters_alone_are_none(seen):
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
 @pytest.mark.parametrize(("count", "fine"), [(5, True), (6, False)])
-def test_one_image_in_twenty_may_be_silent(count, fine, value):
+def test_one_image_in_twenty_may_have_no_gradient(count, fine, value):
     """Logits of a linear model, whose gradient is replaced for the first images."""
     images, labels = torch.full((100, 1, 2, 2), 0.5), torch.zeros(100, dtype=torch.int64)
 
@@ -528,7 +530,7 @@ def test_one_image_in_twenty_may_be_silent(count, fine, value):
     assert (check.passed, check.found) == (fine, count / 100)
 
 
-def test_gradients_are_those_at_the_start_inside_the_ball():
+def test_gradients_are_taken_at_the_projected_start():
     images, labels = torch.full((4, 1, 2, 2), 0.4), torch.arange(4)
     dead_below_half = lambda x: F.relu(x - 0.5).flatten(1)  # noqa: E731
     start = torch.full_like(images, 0.2)
@@ -536,67 +538,67 @@ def test_gradients_are_those_at_the_start_inside_the_ball():
     assert (at(0.2).passed, at(0.05).passed) == (True, False)
 
 
-def test_gradients_are_asked_for_where_they_are_switched_off(sound, seen):
+def test_gradients_are_computed_under_no_grad(sound, heldout):
     with torch.no_grad():
-        passes(checks.zero_gradients(sound, *seen, BALL, start_in(BALL, seen[0])), "zero_gradients")
+        passes(checks.zero_gradients(sound, *heldout, BALL, start_in(BALL, heldout[0])), "zero_gradients")
 
 
 # --- attacks side by side
 
 
-def test_steps_that_get_nowhere_are_found(sound, seen):
+def test_steps_without_effect_are_found(sound, heldout):
     """The step shrinks with the square of the number of steps; the sign of the step is wrong."""
-    few, many = (robust(sound, seen, BALL, steps, 0.3 / steps**2) for steps in (2, 20))
-    check = checks.more_steps(few, many, 2, 20)
+    few_steps, many_steps = (robust(sound, heldout, BALL, steps, 0.3 / steps**2) for steps in (2, 20))
+    check = checks.more_steps(few_steps, many_steps, 2, 20)
     fires(check, "more_steps", "to PGD-2,", "to PGD-20;", "do not climb")
-    assert check.found == pytest.approx(many.mean() - few.mean())
-    one = robust(sound, seen, BALL, 1, 0.1)
-    fires(checks.fgsm_and_pgd(one, robust(sound, seen, BALL, 20, -0.025)), "fgsm_and_pgd", "broken")
+    assert check.found == pytest.approx(many_steps.mean() - few_steps.mean())
+    fgsm = robust(sound, heldout, BALL, 1, 0.1)
+    fires(checks.fgsm_and_pgd(fgsm, robust(sound, heldout, BALL, 20, -0.025)), "fgsm_and_pgd", "broken")
 
 
-def test_masked_gradients_are_found_without_gradients(sound, seen):
+def test_masked_gradients_are_found_by_a_black_box_attack(sound, heldout):
     model = quantised(sound)
-    black, white = robust_to_square(model, seen, BALL), robust(model, seen, BALL, 20, 0.025)
+    black, white = robust_to_square(model, heldout, BALL), robust(model, heldout, BALL, 20, 0.025)
     fires(checks.black_box(black, white), "black_box", "gradients are masked")
     radius = checks.trivial_radius("linf", (1, 8, 8))
-    survived = robust(model, seen, Ball("linf", radius), 20, 0.125)
+    survived = robust(model, heldout, Ball("linf", radius), 20, 0.125)
     fires(checks.large_radius(survived, radius), "large_radius", "at radius 0.5,", "the same grey")
 
 
-def test_resisting_one_step_only_is_found(digits):
+def test_catastrophic_overfitting_is_found(digits):
     """Training with FGSM from the image itself, large steps and a large radius: catastrophic overfitting."""
     ball = Ball("linf", 0.3)
-    model = trained(digits, ball, steps=150, rate=0.3, batch=64, attack_steps=1, step_size=0.3, random=0)
-    seen = tuple(part[:200] for part in digits)
-    check = checks.fgsm_and_pgd(robust(model, seen, ball, 1, 0.3), robust(model, seen, ball, 20, 0.075))
+    model = train_robustly(digits, ball, steps=150, rate=0.3, batch=64, attack_steps=1, step_size=0.3, random=0)
+    heldout = tuple(part[:200] for part in digits)
+    check = checks.fgsm_and_pgd(robust(model, heldout, ball, 1, 0.3), robust(model, heldout, ball, 20, 0.075))
     fires(check, "fgsm_and_pgd", "catastrophic overfitting")
     assert check.found > 0.33  # far enough from the limit to hold on another machine
 
 
 @pytest.mark.parametrize(("n", "stray"), [(1000, 5), (600, 3), (200, 1), (50, 1)])
-def test_half_a_point_or_one_image_is_chance(n, stray):
-    """The allowance of all three that compare attacks; a flag fewer passes whatever the number."""
-    base, most, more = flags(20, n), flags(20 + stray, n), flags(21 + stray, n)
-    for name, compared in {
-        "more_steps": lambda ours, theirs: checks.more_steps(theirs, ours, 10, 40),
-        "black_box": lambda ours, theirs: checks.black_box(theirs, ours),
-        "fgsm_and_pgd": lambda ours, theirs: checks.fgsm_and_pgd(theirs, ours),
+def test_half_a_point_or_one_image_is_tolerated(n, stray):
+    """The tolerance of all three checks that compare attacks; a smaller number of flags always passes."""
+    base, allowed, above = flags(20, n), flags(20 + stray, n), flags(21 + stray, n)
+    for name, compare in {
+        "more_steps": lambda strong, weak: checks.more_steps(weak, strong, 10, 40),
+        "black_box": lambda strong, weak: checks.black_box(weak, strong),
+        "fgsm_and_pgd": lambda strong, weak: checks.fgsm_and_pgd(weak, strong),
     }.items():
-        passes(compared(most, base), name)
-        passes(compared(base, more), name)
-        fires(compared(more, base), name, f"at most {stray} of {n}" if name != "more_steps" else f"than {stray} of {n}")
-    assert checks.black_box(base, more).found == (1 + stray) / n
-    assert checks.fgsm_and_pgd(base, more).found == -(1 + stray) / n
+        passes(compare(allowed, base), name)
+        passes(compare(base, above), name)
+        fires(compare(above, base), name, f"at most {stray} of {n}" if name != "more_steps" else f"than {stray} of {n}")
+    assert checks.black_box(base, above).found == (1 + stray) / n
+    assert checks.fgsm_and_pgd(base, above).found == -(1 + stray) / n
 
 
 @pytest.mark.parametrize("n", [1000, 10])
-def test_thirty_points_between_one_step_and_many(n):
-    most = flags(n // 2, n)
-    passes(checks.fgsm_and_pgd(most, flags(n // 5, n)), "fgsm_and_pgd")
-    fires(checks.fgsm_and_pgd(most, flags(n // 5 - 1, n)), "fgsm_and_pgd", "resists one step only")
+def test_fgsm_and_pgd_may_differ_by_thirty_points(n):
+    half = flags(n // 2, n)
+    passes(checks.fgsm_and_pgd(half, flags(n // 5, n)), "fgsm_and_pgd")
+    fires(checks.fgsm_and_pgd(half, flags(n // 5 - 1, n)), "fgsm_and_pgd", "resists one step only")
     passes(checks.fgsm_and_pgd(flags(9 * n // 10, n), flags(n // 2, n)), "fgsm_and_pgd")  # more than half is left
-    passes(checks.fgsm_and_pgd(most, flags(n // 5 - 1, n), "l2"), "fgsm_and_pgd")
-    fires(checks.fgsm_and_pgd(flags(n // 5, n), most, "l2"), "fgsm_and_pgd", "broken")
+    passes(checks.fgsm_and_pgd(half, flags(n // 5 - 1, n), "l2"), "fgsm_and_pgd")
+    fires(checks.fgsm_and_pgd(flags(n // 5, n), half, "l2"), "fgsm_and_pgd", "broken")
 
 
 def test_one_image_in_twenty_may_survive_the_large_radius():
@@ -605,37 +607,37 @@ def test_one_image_in_twenty_may_survive_the_large_radius():
 
 
 @pytest.mark.parametrize("norm", attacks.NORMS)
-def test_at_the_grey_radius_and_not_before_every_image_can_be_grey(norm):
+def test_every_image_can_become_grey_at_the_trivial_radius_and_not_below(norm):
     """Black is farthest from grey."""
     shape = (3, 5, 4)
     radius = checks.trivial_radius(norm, shape)
     black, grey = torch.zeros(1, *shape), torch.full((1, *shape), 0.5)
     for factor, reached in ((1.0001, True), (0.999, False)):
-        found = attacks.pgd(None, black, None, Ball(norm, factor * radius), grey, 0, 0)
-        assert torch.allclose(found, grey, rtol=1e-6) == reached
+        projected = attacks.pgd(None, black, None, Ball(norm, factor * radius), grey, 0, 0)
+        assert torch.allclose(projected, grey, rtol=1e-6) == reached
 
 
-def test_grey_radius_of_another_norm_is_refused():
+def test_trivial_radius_of_another_norm_is_refused():
     with pytest.raises(ValueError, match="norm is 'l1'; expected one of linf, l2"):
         checks.trivial_radius("l1", (1, 2, 2))
 
 
-# --- what becomes of them
+# --- results of checks
 
 
-@pytest.mark.parametrize(("n", "most"), [(1000, 10), (199, 1), (99, 0)])
-def test_one_test_image_in_a_hundred_may_be_a_copy(n, most):
-    """Of anything, counted once: the flags overlap."""
-    for count in (most, most + 1):
+@pytest.mark.parametrize(("n", "allowed"), [(1000, 10), (199, 1), (99, 0)])
+def test_one_test_image_in_a_hundred_may_be_a_copy(n, allowed):
+    """Copies of any set; an image in two sets counts once."""
+    for count in (allowed, allowed + 1):
         copies = {"earlier test images": flags(count // 2, n), "generated training images": flags(count, n)}
         check = checks.unseen(copies)
-        words = (f"of {n:,} test images these are exact copies", f"{count} of generated training images")
-        (passes if count == most else fires)(check, "unseen", *words)
+        fragments = (f"of {n:,} test images these are exact copies", f"{count} of generated training images")
+        (passes if count == allowed else fires)(check, "unseen", *fragments)
         assert check.found == pytest.approx(count / n)
 
 
-def test_the_verdict_is_what_did_not_pass(seen):
-    fine, wrong = checks.in_range(seen[0]), checks.in_range(seen[0] * 255)
+def test_the_verdict_lists_failed_checks(heldout):
+    fine, wrong = checks.in_range(heldout[0]), checks.in_range(heldout[0] * 255)
     assert checks.verdict([fine]) == []
     (sentence,) = checks.verdict([fine, wrong])
     assert sentence == f"in_range: {wrong.sentence}"
@@ -643,7 +645,7 @@ def test_the_verdict_is_what_did_not_pass(seen):
     assert sentence.startswith("nothing was checked")
 
 
-def test_a_check_is_plain():
+def test_plain_check_holds_every_field():
     assert checks.large_radius(flags(1, 10), 0.5).plain() == {
         "name": "large_radius",
         "passed": False,
@@ -652,7 +654,7 @@ def test_a_check_is_plain():
     }
 
 
-def test_nothing_is_said_of_no_images_or_of_other_images():
+def test_empty_or_mismatched_inputs_raise():
     none = torch.zeros(0, 1, 2, 2)
     for check in (checks.in_range, checks.logits, checks.finite):
         with pytest.raises(ValueError, match="a check of no images"):

@@ -1,4 +1,4 @@
-"""The identity of code: what changes it and what does not, and that it is of all modules that decide a result.
+"""The identity of code: what changes it and what does not, and that it covers all modules that decide a result.
 
 Run alone: pytest tests/test_code_identity.py
 """
@@ -20,13 +20,12 @@ from hypothesis import strategies as st
 
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES
-from dmat.pipeline.code_identity import CARRIERS, Sources, carriers_of, closure_of, is_below, of_stage, written
+from dmat.pipeline.code_identity import CARRIERS, Sources, carriers_of, closure_of, is_below, of_stage, tree_text
 from tests.conftest import ROOT
-from tests.projects import IN_ORDER, Project
+from tests.projects import STAGE_OPTIONS, Project
 
-# Sources that versions of Python parse differently or that `repr` writes differently, and the hash of each tree: the
-# same in Python 3.11, 3.12 and 3.13.
-KNOWN = {
+# Sources that versions of Python parse or `repr` differently -> hash of the tree, the same in Python 3.11 to 3.13.
+HASHES = {
     'f"a{b!r:>{c}}d{{}}" f"{e=}" "g" f"{h:}" f"{i:.2f}{j}"':
         "33ae479c9798afbe",
     "x = 1, 1.0, True, 1j, None, ..., 'é\\u200b', b'\\xff', 10**40, -0.0, 0x1F, 1_000, '\\ud800'":
@@ -47,16 +46,16 @@ KNOWN = {
 
 
 def _hash(source: str) -> str:
-    return hashlib.sha256(written(source).encode()).hexdigest()[:16]
+    return hashlib.sha256(tree_text(source).encode()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("source", KNOWN)
+@pytest.mark.parametrize("source", HASHES)
 def test_a_source_has_the_same_hash_in_every_python(source):
-    assert _hash(source) == KNOWN[source]
+    assert _hash(source) == HASHES[source]
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         ("x = ('a'\n  'b')  # why\n\n", "x = 'ab'"),
         ("def f():\n    '''Doc.'''\n    return 1", "def f():\n  return 1"),
@@ -75,12 +74,12 @@ def test_a_source_has_the_same_hash_in_every_python(source):
         ("x = (a)", "x = a"),
     ],
 )
-def test_what_decides_nothing_changes_nothing(one, other):
-    assert written(one) == written(other)
+def test_changes_without_effect_keep_the_tree(first, second):
+    assert tree_text(first) == tree_text(second)
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         ("x = 1", "x = True"), ("x = 1", "x = 1.0"), ("x = 0.0", "x = -0.0"), ("x = 'a'", "x = b'a'"),
         ("x = {**a}", "x = {a: None}"), ("x = {None: a}", "x = {**a}"), ("def f(a, b=1): 0", "def f(a=1, b=1): 0"),
@@ -95,24 +94,24 @@ def test_what_decides_nothing_changes_nothing(one, other):
         ("match a:\n    case None: b", "match a:\n    case True: b"), ("x: int", "x: str"), ("lambda: a", "lambda: b"),
     ],
 )  # fmt: skip
-def test_what_may_decide_something_changes_the_tree(one, other):
-    assert written(one) != written(other)
+def test_changes_with_a_possible_effect_change_the_tree(first, second):
+    assert tree_text(first) != tree_text(second)
 
 
-def test_every_stage_keeps_its_identity_when_all_of_dmat_is_formatted_otherwise(tmp_path):
+def test_reformatting_dmat_keeps_the_identity_of_every_stage(tmp_path):
     shutil.copytree(ROOT / "dmat", tmp_path / "dmat", ignore=shutil.ignore_patterns("__pycache__"))
     ruff = ["format", "--isolated", "--quiet", "--line-length", "50", "--config", "format.quote-style = 'single'"]
     subprocess.run([sys.executable, "-m", "ruff", *ruff, "dmat"], cwd=tmp_path, check=True)
     for path in tmp_path.rglob("*.py"):
-        path.write_text(f"{_otherwise(path.read_text())}\n# the end\n")
+        path.write_text(f"{_rewritten(path.read_text())}\n# the end\n")
     assert (tmp_path / "dmat/seeds.py").read_text() != (ROOT / "dmat/seeds.py").read_text()
     assert {stage: of_stage(stage, Sources(tmp_path)) for stage in STAGES} == {
         stage: of_stage(stage) for stage in STAGES
     }
 
 
-def _otherwise(source: str) -> str:
-    """With other docstrings and other words in its errors, and without comments."""
+def _rewritten(source: str) -> str:
+    """The source with other docstrings and error messages, and without comments."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -126,13 +125,13 @@ def _otherwise(source: str) -> str:
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
-# A change of one node of a tree -> whether it changed anything
+# Changes of one node of a tree
 
 
 def _constant(node: ast.Constant) -> None:
     value = node.value
-    known = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.5, str: lambda: f"{value}~"}
-    node.value = known.get(type(value), lambda: 7)()
+    changes = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.5, str: lambda: f"{value}~"}
+    node.value = changes.get(type(value), lambda: 7)()
 
 
 def _operator(node: ast.BinOp) -> None:
@@ -171,7 +170,7 @@ def _default(node: ast.arguments) -> None:
 
 
 def _order(node: ast.FunctionDef) -> None:
-    if len({ast.dump(one) for one in node.body[-2:]}) == 2 and not isinstance(node.body[-2], ast.Expr):
+    if len({ast.dump(statement) for statement in node.body[-2:]}) == 2 and not isinstance(node.body[-2], ast.Expr):
         node.body.append(node.body.pop(-2))
     else:
         node.body.append(ast.Return(ast.Constant(1)))
@@ -207,15 +206,15 @@ MODULES = ("dmat.robust.losses", "dmat.robust.attacks", "dmat.seeds", "dmat.mode
 
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from(MODULES), st.data())
-def test_any_change_of_what_decides_something_changes_the_tree(module, data):
-    """Of every kind: constants, operators, names, order, defaults."""
+def test_any_change_of_a_deciding_node_changes_the_tree(module, data):
+    """Changes of every kind: constants, operators, names, order, defaults."""
     tree, numbers = _deciding(module)
     changed, number = copy.deepcopy(tree), data.draw(st.sampled_from(numbers))
     node = next(node for k, node in enumerate(ast.walk(changed)) if k == number)
     before = ast.unparse(node) if not isinstance(node, ast.arguments) else ""
     CHANGES[type(node)](node)
     source = ast.unparse(ast.fix_missing_locations(changed))
-    assert written(source) != written(Sources().content(module).decode()), (
+    assert tree_text(source) != tree_text(Sources().content(module).decode()), (
         f"{before} in line {node.lineno}" if before else ""
     )
 
@@ -230,19 +229,19 @@ def _copy(tmp_path):
 
 CLASSIFIERS = {"train_scorer", "score_images", "measure_images", "train_robust", "evaluate_robust"}
 WITH_DATA = {*STAGES} - {"write_report"}
-EDITS = [  # file, what is there, what comes instead, the stages that are of other code then
+EDITS = [  # file, old text, new text, the stages whose identity changes
     ("data/shards.py", "\n\n\ndef ", "\n\n\n# A comment.\ndef ", set()),
     ("robust/networks.py", '"""', '"""More words. ', set()),
     ("data/shards.py", "SCHEMA = 1", "SCHEMA = 2", WITH_DATA),
     ("seeds.py", "digest_size=16", "digest_size=32", WITH_DATA - {"select_images"} | {"write_report"}),
     ("modes.py", "layer.momentum = momentum", "layer.momentum = 1 - momentum",
      {"train_scorer", "train_diffusion", "train_robust"}),
-    ("robust/step_size.py", "epsilon / 4", "epsilon / 5", {"train_robust", "evaluate_robust"}),
+    ("robust/step_size.py", "else epsilon / 4", "else epsilon / 5", {"train_robust", "evaluate_robust"}),
     ("models/classifiers.py", '"initial weights", 0', '"initial weights", 1', CLASSIFIERS),
     ("diffusion/samplers.py", "rho", "rho_", {"generate_images"}),
     ("metrics/pictures.py", "def sheet(", "def sheet_(", {"write_report"}),
     ("tracking/runs.py", "def adopt(", "def adopt_(", set()),
-    ("pipeline/execution.py", "def outlook(", "def outlook_(", set()),
+    ("pipeline/execution.py", "def estimate(", "def estimate_(", set()),
     ("report/page.js", "", "// More.\n", {"write_report"}),
     ("report/page.html.j2", "", "<!-- more -->", {"write_report"}),
     ("recipes/digits.yaml", "beta: 5.0", "beta: 6.0", set()),
@@ -259,7 +258,7 @@ def test_an_edit_changes_the_stages_whose_results_it_may_change(tmp_path, file, 
     assert changed == stages
 
 
-SETTINGS = [  # edits of the records, and the stages that are of other code then
+SETTINGS = [  # edits of the records, and the stages whose identity changes
     ({"momentum: Momentum = 0.9\n": "momentum: Momentum = 0.8\n"}, {"train_scorer", "train_robust"}),
     (
         {
@@ -280,7 +279,7 @@ SETTINGS = [  # edits of the records, and the stages that are of other code then
 
 
 @pytest.mark.parametrize(("edits", "stages"), SETTINGS)
-def test_defaults_and_what_records_compute_count_and_limits_do_not(tmp_path, edits, stages):
+def test_defaults_and_computed_fields_count_and_limits_do_not(tmp_path, edits, stages):
     folder = _copy(tmp_path)
     for old, new in edits.items():
         files = [folder / "config.py", *folder.glob("config/*.py")]
@@ -293,17 +292,17 @@ print(json.dumps({stage: code_identity.of_stage(stage) for stage in STAGES}))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)},
                           capture_output=True, text=True, check=True)  # fmt: skip
-    assert {stage for stage, found in json.loads(done.stdout).items() if found != of_stage(stage)} == stages
+    assert {stage for stage, identity in json.loads(done.stdout).items() if identity != of_stage(stage)} == stages
 
 
-def test_the_version_of_pyautoattack_counts_where_it_attacks(monkeypatch):
+def test_the_version_of_pyautoattack_counts_for_evaluation_alone(monkeypatch):
     before = {stage: of_stage(stage) for stage in STAGES}
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{version(name)}.1")
     assert [stage for stage in STAGES if of_stage(stage) != before[stage]] == ["evaluate_robust"]
 
 
-def test_modules_that_are_named_in_any_way_count(tmp_path):
+def test_modules_count_however_they_are_imported(tmp_path):
     for name, text in {
         "jobs/start.py": """
             import importlib
@@ -336,17 +335,17 @@ def test_modules_that_are_named_in_any_way_count(tmp_path):
     (tmp_path / "dmat/__init__.py").write_text("import dmat.docstring")
     for folder in ("several", "several/b"):
         (tmp_path / "dmat" / folder / "__init__.py").touch()
-    found = Sources(tmp_path).closure({"dmat.jobs.start"}, {"dmat.carrier"})
-    assert {name.removeprefix("dmat.") for name in found} == {
+    modules = Sources(tmp_path).closure({"dmat.jobs.start"}, {"dmat.carrier"})
+    assert {name.removeprefix("dmat.") for name in modules} == {
         "jobs.start", "jobs.near", "jobs.relative", "above", "plain", "member", "inside", "inside.deep", "by_name",
         "carrying", "several", "several.a", "several.b", "several.b.c", "table.of",
     }  # fmt: skip
 
 
-def test_a_file_that_is_being_written_is_told(tmp_path):
+def test_an_incomplete_or_missing_file_is_reported(tmp_path):
     (_copy(tmp_path) / "seeds.py").write_text("def f(:")
     with pytest.raises(
-        DmatError, match=r"dmat/seeds.py is not valid Python \(invalid syntax.*\); expected a whole file"
+        DmatError, match=r"dmat/seeds.py is not valid Python \(invalid syntax.*\); expected a complete file"
     ):
         of_stage("train_robust", Sources(tmp_path))
     (tmp_path / "dmat/jobs/mix_images.py").unlink()
@@ -356,53 +355,53 @@ def test_a_file_that_is_being_written_is_told(tmp_path):
         of_stage("mix_images", Sources(tmp_path))
 
 
-def test_the_list_of_carriers_is_short_and_of_modules_that_are_there():
+def test_the_list_of_carriers_is_short_and_names_existing_modules():
     sources = Sources()
     for stage in STAGES:
-        assert {module for module in carriers_of(stage) if sources.module_in(module) != module} == set()
-    met = {
+        assert {module for module in carriers_of(stage) if sources.find_module(module) != module} == set()
+    imported_carriers = {
         carrier
         for stage in STAGES
         for module in closure_of(stage)
-        for name in sources.imported(module)
+        for name in sources.imported_modules(module)
         for carrier in CARRIERS
         if is_below(name, [carrier])
     }
-    assert met == {*CARRIERS}, "nothing that decides imports the others: leave them out"
+    assert imported_carriers == {*CARRIERS}, "nothing that decides imports the others: leave them out"
     assert len(CARRIERS) < 16
     for module in ("dmat.seeds", "dmat.modes", "dmat.processes", "dmat.devices", "dmat.training.weights"):
         assert module in closure_of("train_robust") & closure_of("train_scorer"), module
 
 
-def test_all_that_a_stage_loads_counts_or_is_listed(tmp_path, tiny_params):
-    """Each stage runs once, and every import of a module that decides its result is of another such module or of a
-    carrier: no way to load one goes unseen."""
+def test_every_module_that_a_stage_loads_counts_or_is_a_carrier(tmp_path, tiny_params):
+    """Each stage runs once. Every import by a module that decides its result is of another such module or of a carrier,
+    however it is imported."""
     params = tiny_params
     del params["arms"]["real_only"]
     params["write_report"]["baseline"] = "generated"
     params["evaluate_robust"] |= {"auto_attack": ["apgd-ce"], "images": 20}
     params["train_robust"] |= {"images_seen": 320}
     project = Project(tmp_path, params)
-    options = {**IN_ORDER, "write_report": []}
-    commands = {word: [stage.command, *options[word], "--json"] for word, stage in STAGES.items()}
-    words = [sys.executable, "-m", "tests.imports_seen", str(project.folder), json.dumps(commands)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    options = {**STAGE_OPTIONS, "write_report": []}
+    commands = {stage_name: [stage.command, *options[stage_name], "--json"] for stage_name, stage in STAGES.items()}
+    arguments = [sys.executable, "-m", "tests.imports_seen", str(project.folder), json.dumps(commands)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    unseen, looked_at = set(), 0
+    unseen, checked = set(), 0
     for stage, pairs in json.loads(done.stdout).items():
         closure, carriers = closure_of(stage), carriers_of(stage)
         for importer, imported in pairs:
             if importer in closure and imported != "dmat":
-                looked_at += 1
-                known = imported in closure or is_below(imported, carriers)
-                unseen |= set() if known else {f"{stage}: {importer} loaded {imported}"}
+                checked += 1
+                accounted = imported in closure or is_below(imported, carriers)
+                unseen |= set() if accounted else {f"{stage}: {importer} loaded {imported}"}
         assert ["dmat.pipeline.stages", f"dmat.jobs.{stage}"] in pairs, "by name"
     assert unseen == set()
-    assert looked_at > 300
+    assert checked > 300
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_no_stage_is_computed_by_the_job_of_another(stage):
-    """Else an edit of a sampler would train every classifier again."""
+def test_no_stage_depends_on_the_job_of_another(stage):
+    """Otherwise an edit of a sampler would train every classifier again."""
     jobs = {f"dmat.jobs.{other}" for other in STAGES if other != stage}
     assert closure_of(stage) & jobs == set()

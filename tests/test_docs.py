@@ -1,4 +1,4 @@
-"""docs/parameters.md and docs/commands.md against the code: complete, and with the values that hold."""
+"""docs/parameters.md and docs/commands.md against the code: complete, with the current values."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from dmat.pipeline import STAGES
 ROOT = Path(__file__).parent.parent
 PARAMETERS = (ROOT / "docs" / "parameters.md").read_text()
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-LEFT_OUT = "–"  # a key that params.yaml does not give
+LEFT_OUT = "–"  # a key that params.yaml leaves out
 RECORDS = {**config.SECTIONS, **{name: kind.record for name, kind in config.LISTS.items() if kind.parent}}
 
 Key = tuple[str, str]  # section, dotted path inside it
@@ -33,10 +33,14 @@ def fields(record: type[Record], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def in_code() -> dict[Key, Any]:
-    """Of an entry of a list only what its section lacks."""
-    found = {(word, path): field for word, record in RECORDS.items() for path, field in fields(record)}
+    """Every key of the records; for entries of a list only keys that its section lacks."""
+    all_fields = {(parent, path): field for parent, record in RECORDS.items() for path, field in fields(record)}
     sections = {name: kind.section for name, kind in config.LISTS.items()}
-    return {(word, path): field for (word, path), field in found.items() if (sections.get(word), path) not in found}
+    return {
+        (parent, path): field
+        for (parent, path), field in all_fields.items()
+        if (sections.get(parent), path) not in all_fields
+    }
 
 
 def tables(text: str) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -56,7 +60,7 @@ def tables(text: str) -> Iterator[tuple[str, list[str], list[list[str]]]]:
 def documented() -> dict[Key, tuple[str, str | None]]:
     """Default and shipped cell, without backticks, of every row of a parameter table. A table names its sections in
     its header, or in its heading where the file has no value to show."""
-    found: dict[Key, tuple[str, str | None]] = {}
+    cells: dict[Key, tuple[str, str | None]] = {}
     for heading, header, rows in tables(PARAMETERS):
         if header[0] != "key":
             continue
@@ -65,27 +69,27 @@ def documented() -> dict[Key, tuple[str, str | None]]:
             assert len(row) == len(header), f"{heading}: {row}"
             path, default = row[0].strip("`"), row[header.index("default")].strip("`")
             assert row[0] == f"`{path}`", f"{heading}: the key {row[0]} is not in backticks"
-            for word, k in columns.items():
+            for section, k in columns.items():
                 if row[k]:
-                    assert (word, path) not in found, f"{word}.{path} is documented twice"
-                    found[word, path] = (default, row[k].strip("`"))
-            for word in [] if columns else re.findall("`(.+?)`", heading):
-                found[word, path] = (default, None)
-    return found
+                    assert (section, path) not in cells, f"{section}.{path} is documented twice"
+                    cells[section, path] = (default, row[k].strip("`"))
+            for section in [] if columns else re.findall("`(.+?)`", heading):
+                cells[section, path] = (default, None)
+    return cells
 
 
 def same(cell: str, value: Any) -> bool:
-    """Whether a cell is how YAML writes the value."""
+    """Whether a cell is the YAML form of the value."""
     if isinstance(value, (WrittenNumber, str)):
         return cell == (value.text if isinstance(value, WrittenNumber) else value)
     return yaml.safe_load(cell) == (list(value) if isinstance(value, tuple) else value)
 
 
 def test_every_parameter_is_documented() -> None:
-    wanted, found = in_code(), documented()
-    assert len(wanted) >= 103
-    missing = [".".join(key) for key in wanted if key not in found]
-    unknown = [".".join(key) for key in found if key not in wanted]
+    expected, actual = in_code(), documented()
+    assert len(expected) >= 103
+    missing = [".".join(key) for key in expected if key not in actual]
+    unknown = [".".join(key) for key in actual if key not in expected]
     assert not missing, f"docs/parameters.md has no row for {', '.join(missing)}; add one to the table of the section"
     assert not unknown, f"docs/parameters.md describes {', '.join(unknown)}; no such key exists"
     for name in (*RECORDS, *config.LISTS, "seeds"):
@@ -97,28 +101,28 @@ def _default(field: Any) -> Any:
 
 
 def test_documented_defaults_are_those_of_the_records() -> None:
-    wanted, found = in_code(), documented()
+    expected, actual = in_code(), documented()
     wrong = [
-        f"{'.'.join(key)}: {found[key][0]}, in the code {'required' if field.is_required() else repr(_default(field))}"
-        for key, field in wanted.items()
-        if not (found[key][0] == "required" if field.is_required() else same(found[key][0], _default(field)))
+        f"{'.'.join(key)}: {actual[key][0]}, in the code {'required' if field.is_required() else repr(_default(field))}"
+        for key, field in expected.items()
+        if not (actual[key][0] == "required" if field.is_required() else same(actual[key][0], _default(field)))
     ]
-    assert len(wanted) >= 103
+    assert len(expected) >= 103
     assert not wrong, "defaults in docs/parameters.md: " + "; ".join(wrong)
 
 
 def test_documented_values_are_those_of_params_yaml() -> None:
-    wrong, seen = [], 0
-    for (word, path), (_, cell) in documented().items():
+    wrong, compared = [], 0
+    for (section, path), (_, cell) in documented().items():
         if cell is None:
             continue
-        value: Any = [*PARAMS[word].values()][-1] if word in config.LISTS else PARAMS[word]
+        value: Any = [*PARAMS[section].values()][-1] if section in config.LISTS else PARAMS[section]
         for part in path.split("."):
             value = value.get(part, LEFT_OUT)
-        seen += 1
+        compared += 1
         if not same(cell, value):
-            wrong.append(f"{word}.{path}: {cell}, in the file {value}")
-    assert seen >= 100
+            wrong.append(f"{section}.{path}: {cell}, in the file {value}")
+    assert compared >= 100
     assert not wrong, "values of params.yaml in docs/parameters.md: " + "; ".join(wrong)
     assert f"`{PARAMS['seeds']}` in `params.yaml`" in PARAMETERS
 
@@ -152,24 +156,24 @@ def test_table_of_reruns_is_that_of_dvc_yaml() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert sorted(stages) == sorted(STAGES)
     watched: dict[str, set[str]] = {key: set() for key in PARAMS}
-    for word, stage in stages.items():
-        for parameter in filter(lambda one: isinstance(one, str), stage.get("do", stage)["params"]):
-            watched[parameter.partition(".")[0]].add(word)
+    for stage_name, stage in stages.items():
+        for parameter in filter(lambda entry: isinstance(entry, str), stage.get("do", stage)["params"]):
+            watched[parameter.partition(".")[0]].add(stage_name)
     (rows,) = [rows for heading, _, rows in tables(PARAMETERS) if heading == "## What a change reruns"]
     assert {row[0].strip("`"): set(re.findall("`(.+?)`", row[1])) for row in rows} == watched
 
 
 @pytest.mark.parametrize(
-    ("words", "command"), [pytest.param(words, command, id=words) for words, command in reference.commands()]
+    ("line", "command"), [pytest.param(line, command, id=line) for line, command in reference.commands()]
 )
-def test_every_command_is_documented(words: str, command: Any) -> None:
-    assert f"Example: {words}" in command.help, f"the help of `{words}` ends with a line `Example: {words} ...`"
-    assert f"## `{words}`\n" in (ROOT / "docs" / "commands.md").read_text()
+def test_every_command_is_documented(line: str, command: Any) -> None:
+    assert f"Example: {line}" in command.help, f"the help of `{line}` ends with a line `Example: {line} ...`"
+    assert f"## `{line}`\n" in (ROOT / "docs" / "commands.md").read_text()
 
 
 def test_command_reference_is_fresh() -> None:
-    words = [words for words, _ in reference.commands()]
-    assert {f"dmat {stage.command}" for stage in STAGES.values()} <= set(words)
-    assert len(words) >= 17
+    command_lines = [command_line for command_line, _ in reference.commands()]
+    assert {f"dmat {stage.command}" for stage in STAGES.values()} <= set(command_lines)
+    assert len(command_lines) >= 17
     stale = "docs/commands.md is stale; run: python -m cli.reference > docs/commands.md"
     assert (ROOT / "docs" / "commands.md").read_text() == reference.markdown(), stale

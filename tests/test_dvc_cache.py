@@ -1,4 +1,4 @@
-"""DVC's cache read without DVC: which sets of which pool it has. Run alone: pytest tests/test_dvc_cache.py"""
+"""DVC's cache read without DVC: which image sets of a pool it holds. Run alone: pytest tests/test_dvc_cache.py"""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ def project(tmp_path):
     stages = {}
     for name, pool in (("one", "a"), ("two", "b")):
         inside = {"manifest.json": json.dumps({"set": name}), "images-00000.npy": f"images of {name}"}
-        listed = [{"md5": _add(tmp_path, text), "relpath": path} for path, text in inside.items()]
+        listing = [{"md5": _add(tmp_path, text), "relpath": path} for path, text in inside.items()]
         outs = [
-            {"path": f"artifacts/generate_images/{name}", "md5": _add(tmp_path, json.dumps(listed), ".dir")},
+            {"path": f"artifacts/generate_images/{name}", "md5": _add(tmp_path, json.dumps(listing), ".dir")},
             {
                 "path": f"artifacts/provenance/generate_images/{name}.json",
                 "md5": _add(tmp_path, f'{{"pools": ["{pool}"]}}'),
@@ -41,7 +41,7 @@ def _sets(project, pool):
     return [manifest["set"] for manifest, _ in dvc_cache.sets_of_pool(project, "generate_images", pool)]
 
 
-def test_sets_of_a_pool_are_those_whose_provenance_names_it(project):
+def test_sets_of_a_pool_are_found_by_their_provenance(project):
     assert _sets(project, "a") == ["one"]
     assert _sets(project, "b") == ["two"]
     assert _sets(project, "c") == []
@@ -49,13 +49,13 @@ def test_sets_of_a_pool_are_those_whose_provenance_names_it(project):
     assert {name: path.read_text() for name, path in files.items()}["images-00000.npy"] == "images of one"
 
 
-def test_a_project_without_dvc_has_none(tmp_path):
+def test_a_project_without_dvc_has_no_sets(tmp_path):
     assert _sets(tmp_path, "a") == []
     (tmp_path / "dvc.lock").write_text("<<<<<<< HEAD\n: {")
     assert _sets(tmp_path, "a") == []
 
 
-def test_the_cache_may_lie_elsewhere(project, tmp_path_factory):
+def test_the_cache_may_be_elsewhere(project, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("cache") / "dvc"
     (project / ".dvc/cache").rename(elsewhere)
     assert _sets(project, "a") == []
@@ -66,13 +66,13 @@ def test_the_cache_may_lie_elsewhere(project, tmp_path_factory):
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b'"x"', b"\xff{", None], ids=["empty", "list", "text", "bytes", "gone"]
 )
-@pytest.mark.parametrize("what", ["list of files", "manifest", "provenance"])
-def test_what_is_damaged_or_gone_is_not_offered(project, what, content):
-    """The stage then makes the shards; the other set stays."""
+@pytest.mark.parametrize("kind", ["list of files", "manifest", "provenance"])
+def test_damaged_or_missing_sets_are_left_out(project, kind, content):
+    """The stage then computes the shards; the other set stays."""
     objects = project / ".dvc/cache/files/md5"
     texts = {path: path.read_text() for path in objects.rglob("*") if path.is_file()}
-    holds = {"list of files": "relpath", "manifest": '{"set": "one"}', "provenance": '{"pools": ["a"]}'}[what]
-    (path,) = [path for path, text in texts.items() if holds in text and (what != "list of files" or _is_of(text))]
+    marker = {"list of files": "relpath", "manifest": '{"set": "one"}', "provenance": '{"pools": ["a"]}'}[kind]
+    (path,) = [path for path, text in texts.items() if marker in text and (kind != "list of files" or _lists_one(text))]
     path.unlink()
     if content is not None:
         path.write_bytes(content)
@@ -80,5 +80,5 @@ def test_what_is_damaged_or_gone_is_not_offered(project, what, content):
     assert _sets(project, "b") == ["two"]
 
 
-def _is_of(text):
+def _lists_one(text):
     return hashlib.md5(b"images of one").hexdigest() in text

@@ -1,4 +1,4 @@
-"""`dmat evaluate-robust` as people call it: helpers and kills, any model on any images, what is refused, what is said.
+"""`dmat evaluate-robust` on the command line: workers and kills, any model on any images, refusals and reports.
 
 Run alone: pytest tests/test_evaluate_command.py
 """
@@ -21,16 +21,16 @@ from dmat.evaluation.table import read_table
 from dmat.jobs import evaluate_robust, mix_images
 from dmat.pipeline import direct_evaluation
 from tests import cifar_files, forked
-from tests.projects import IN_ORDER
+from tests.projects import STAGE_OPTIONS
 
-ARM = IN_ORDER["evaluate_robust"]
+OPTIONS = STAGE_OPTIONS["evaluate_robust"]
 TABLE = "artifacts/evaluate_robust/generated-1/per_image.parquet"
 SUMMARY = "artifacts/evaluate_robust/generated-1/summary.json"
 
 
-def _dmat(folder, *words, code=0, output=".output"):
-    found, text = forked.Command(folder, "evaluate-robust", *words, output=output).wait()
-    assert found == code, text
+def _dmat(folder, *arguments, code=0, output=".output"):
+    exit_code, text = forked.Command(folder, "evaluate-robust", *arguments, output=output).wait()
+    assert exit_code == code, text
     return text
 
 
@@ -41,7 +41,7 @@ def unevaluated(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(finished, tmp_path_factory):
-    """A trained classifier and its images in a folder that is no project."""
+    """A trained classifier and its images in a folder outside any project."""
     folder = tmp_path_factory.mktemp("elsewhere")
     source = finished.folder / "artifacts/train_robust/generated-1"
     for suffix in (".safetensors", ".json"):
@@ -60,40 +60,44 @@ def elsewhere(model, tmp_path):
 # --- several processes
 
 
-def test_helpers_give_the_undisturbed_result(finished, unevaluated):
-    """Two helpers start first, one is killed at work; then the evaluation itself."""
+def test_workers_give_the_result_of_an_uninterrupted_evaluation(finished, unevaluated):
+    """Two workers start first, one is killed while it runs; then the evaluation itself."""
     folder = unevaluated.folder
-    helpers = [forked.Command(folder, "evaluate-robust", *ARM, "--worker", output=f".output-{k}") for k in range(2)]
+    helpers = [forked.Command(folder, "evaluate-robust", *OPTIONS, "--worker", output=f".output-{k}") for k in range(2)]
     helpers[0].kill_after(1.5)
     unevaluated.run("evaluate_robust")
     assert helpers[1].wait()[0] == 0
     assert unevaluated.outputs("evaluate_robust") == finished.outputs("evaluate_robust")
 
 
-def test_a_helper_alone_computes_everything_and_publishes_nothing(finished, unevaluated):
-    _dmat(unevaluated.folder, *ARM, "--worker")
+def test_a_worker_alone_computes_all_shards_and_publishes_nothing(finished, unevaluated):
+    _dmat(unevaluated.folder, *OPTIONS, "--worker")
     assert not (unevaluated.folder / "artifacts/evaluate_robust").exists()
-    said = json.loads(_dmat(unevaluated.folder, *ARM, "--dry-run"))
-    assert said["shards"] == said["shards_done"] > 8
-    assert said["seconds_left"] == 0
-    assert "step 0.05," in said["protocol"]["pgd"]
+    estimate = json.loads(_dmat(unevaluated.folder, *OPTIONS, "--dry-run"))
+    assert estimate["shards"] == estimate["shards_done"] > 8
+    assert estimate["seconds_left"] == 0
+    assert "step 0.05," in estimate["protocol"]["pgd"]
     unevaluated.run("evaluate_robust")
     assert unevaluated.outputs("evaluate_robust") == finished.outputs("evaluate_robust")
 
 
 def test_torchrun_shares_one_evaluation(finished, unevaluated):
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "cli.main", "evaluate-robust"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "cli.main", "evaluate-robust"]
     done = subprocess.run(
-        [sys.executable, *words, *ARM, "--json"], cwd=unevaluated.folder, capture_output=True, text=True, timeout=300
+        [sys.executable, *command, *OPTIONS, "--json"],
+        cwd=unevaluated.folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert unevaluated.outputs("evaluate_robust") == finished.outputs("evaluate_robust")
 
 
-# --- what is said
+# --- reports
 
 
-def test_the_stage_says_what_it_measured(finished):
+def test_the_stage_reports_its_measures(finished):
     table = read_table(finished.folder / TABLE)
     assert set(table) == {
         "index", "label", "best_prediction", "best_clean", "best_fgsm", "best_pgd", "best_broken_by", "best_attacked",
@@ -111,26 +115,26 @@ def test_the_stage_says_what_it_measured(finished):
     assert (summary["headline"] is None) == bool(summary["no_headline"])
 
 
-def test_copies_of_real_and_of_kept_generated_images_are_found(tmp_path):
-    """The test images: a real one, a kept generated one, one that was not kept, the first again, two new ones."""
-    images, labels = cifar_files.some(30, 3, 0)
-    about = {"class_names": list("abc"), "metadata": {}}
-    chosen_from, selection = tmp_path / "artifacts/generate_images/set", tmp_path / "artifacts/select_images/best"
-    shards.write_set(tmp_path / "train", images[:10], labels[:10], **about)
-    shards.write_set(chosen_from, images[10:20], labels[10:20], **about)
-    shards.write_set(tmp_path / "test", images[[4, 13, 17, 4, 28, 29]], labels[[4, 13, 17, 4, 28, 29]], **about)
+def test_copies_of_real_and_selected_generated_images_are_found(tmp_path):
+    """Test images: a real one, a selected generated one, one that was not selected, the first again, two new ones."""
+    images, labels = cifar_files.random_images(30, 3, 0)
+    description = {"class_names": list("abc"), "metadata": {}}
+    image_set, selection = tmp_path / "artifacts/generate_images/set", tmp_path / "artifacts/select_images/best"
+    shards.write_set(tmp_path / "train", images[:10], labels[:10], **description)
+    shards.write_set(image_set, images[10:20], labels[10:20], **description)
+    shards.write_set(tmp_path / "test", images[[4, 13, 17, 4, 28, 29]], labels[[4, 13, 17, 4, 28, 29]], **description)
     selection.mkdir(parents=True)
     np.save(selection / "indices.npy", np.array([1, 3, 9]))
     files.write_json(
         selection / "selection.json",
         {"kept": 3, "shape": [32, 32, 3], "classes": 3, "image_set": "set",
-         "manifest_sha256": files.sha256(chosen_from / shards.MANIFEST)},
+         "manifest_sha256": files.sha256(image_set / shards.MANIFEST)},
     )  # fmt: skip
     inputs = {"train": tmp_path / "train", "selection": selection, "mix": tmp_path / "mix"}
-    job = types.SimpleNamespace(inputs=inputs, root=tmp_path, result=tmp_path, chosen={"arm": "a"})
+    job = types.SimpleNamespace(inputs=inputs, root=tmp_path, result=tmp_path, instance={"arm": "a"})
     test = shards.open_shards(tmp_path / "test")
-    for selected, found in (("best", [False, True] + 4 * [False]), (NONE, None)):
-        share = 0.5 if found else 0.0
+    for selected, expected in (("best", [False, True] + 4 * [False]), (NONE, None)):
+        share = 0.5 if expected else 0.0
         settings = MixImages(
             images=selected,
             batch=4,
@@ -144,12 +148,12 @@ def test_copies_of_real_and_of_kept_generated_images_are_found(tmp_path):
         copies = {name: flags.tolist() for name, flags in evaluate_robust._copies(test, 6, job).items()}
         assert copies.pop("earlier test images") == [False, False, False, True, False, False]
         assert copies.pop("real training images") == [True, False, False, True, False, False]
-        assert copies == ({"generated training images": found} if found else {})
+        assert copies == ({"generated training images": expected} if expected else {})
     assert len(evaluate_robust._copies(test, 3, job)["earlier test images"]) == 3
 
 
-def test_a_failed_check_is_said_everywhere_and_stops_nothing(unevaluated):
-    """Steps of nearly nothing: PGD is weaker than FGSM. Exit code 0, no headline, another name."""
+def test_a_failed_check_is_reported_and_stops_nothing(unevaluated):
+    """With tiny steps PGD is weaker than FGSM. Exit code 0, no headline, another name of the measure."""
     unevaluated.write({"evaluate_robust": {"pgd_step_size": "1/100000", "pgd_steps": 1}})
     text = unevaluated.run("evaluate_robust")
     assert "no headline: " in text
@@ -199,46 +203,46 @@ def test_all_kinds_of_images_give_the_same_flags(elsewhere):
     assert all(np.array_equal(flags["test"][name], flags["images.npz"][name]) for name in flags["test"])
 
 
-def test_published_file_and_cifar_folder_in_one_command(elsewhere):
-    """What the leaderboard says, what we find, what differs; a network of the right shape with random weights."""
+def test_a_published_checkpoint_and_a_cifar_folder_in_one_command(elsewhere):
+    """Published numbers, our numbers and differences of protocol; a network of the right shape with random weights."""
     import torch
 
     from dmat.models import exporting
     from dmat.robust.networks import DataSpec, wide_resnet
     from dmat.training import weights
 
-    metadata = DataSpec(10, 3, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+    data_spec = DataSpec(10, 3, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
     torch.manual_seed(0)
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     cifar_files.write(elsewhere / "cifar-10-batches-py")
     weights.save(
-        elsewhere / "wang.safetensors", wide_resnet(metadata, 10, 1, "silu").state_dict(),
+        elsewhere / "wang.safetensors", wide_resnet(data_spec, 10, 1, "silu").state_dict(),
         {"kind": "classifier", "network": {"name": "wide_resnet", "depth": 10, "width": 1, "activation": "silu"},
-         "classes": 10, "channels": 3, "mean": list(metadata.mean), "std": list(metadata.std), "image_shape": [32, 32, 3],
-         "class_names": names, "data": "cifar10", "threat": None, "weights": "averaged"},
+         "classes": 10, "channels": 3, "mean": list(data_spec.mean), "std": list(data_spec.std),
+         "image_shape": [32, 32, 3], "class_names": names, "data": "cifar10", "threat": None, "weights": "averaged"},
     )  # fmt: skip
     exporting.export(elsewhere / "wang.safetensors", "robustbench", elsewhere / "Wang2023Better_WRN-28-10.pt")
-    words = ("--model", "Wang2023Better_WRN-28-10.pt", "--images", "cifar-10-batches-py", "--first", "6",
+    arguments = ("--model", "Wang2023Better_WRN-28-10.pt", "--images", "cifar-10-batches-py", "--first", "6",
              "--attacks", "none")  # fmt: skip
-    assert "--data" in _dmat(elsewhere, *words, code=2)
-    words += ("--data", "cifar10", "--activation", "silu")
-    early = (*words, "--norm", "linf", "--epsilon", "8/255", "--against", "robustbench", "--entry", "Nobody2030")
+    assert "--data" in _dmat(elsewhere, *arguments, code=2)
+    arguments += ("--data", "cifar10", "--activation", "silu")
+    early = (*arguments, "--norm", "linf", "--epsilon", "8/255", "--against", "robustbench", "--entry", "Nobody2030")
     assert "Nobody2030" in _dmat(elsewhere, *early, code=2)
     assert not list(elsewhere.glob("*-evaluation/work/shard-*")), "refused before anything was computed"
-    assert "says no threat model" in _dmat(elsewhere, *words, code=2)
-    text = _dmat(elsewhere, *words, "--norm", "linf", "--epsilon", "8/255", "--against", "robustbench")
+    assert "says no threat model" in _dmat(elsewhere, *arguments, code=2)
+    text = _dmat(elsewhere, *arguments, "--norm", "linf", "--epsilon", "8/255", "--against", "robustbench")
     assert "92.44 %" in text
     assert "67.31 %" in text
     assert "We attack 6 images, the leaderboard 10,000" in text
     assert "Here: clean " in text
-    fresh = _dmat(elsewhere, *words, "--norm", "linf", "--epsilon", "8/255", "--fresh")
+    fresh = _dmat(elsewhere, *arguments, "--norm", "linf", "--epsilon", "8/255", "--fresh")
     folder = elsewhere / "Wang2023Better_WRN-28-10-evaluation"
     assert "clean" in fresh
     assert (folder / "Wang2023Better_WRN-28-10.safetensors").is_file(), "what was imported stays"
 
 
 def test_copies_among_the_images_are_counted(elsewhere):
-    """And classes of other names are the model's only on the word of who asks."""
+    """Classes with other names match the model's only with --classes-in-order."""
     with np.load(elsewhere / "images.npz") as saved:
         images, labels = (
             np.concatenate([saved["image"], saved["image"][:3]]),
@@ -249,12 +253,12 @@ def test_copies_among_the_images_are_counted(elsewhere):
         elsewhere / "model.json", files.read_json(elsewhere / "model.json") | {"class_names": list("abcdefghij")}
     )
     np.savez(elsewhere / "named.npz", image=images, label=labels, class_names=np.array(names))
-    words = ("--model", "model.safetensors", "--images", "named.npz", "--attacks", "none", "--split", "test")
+    arguments = ("--model", "model.safetensors", "--images", "named.npz", "--attacks", "none", "--split", "test")
     assert "named.npz has other classes than model.safetensors (0 is zero, the model's a, " in _dmat(
-        elsewhere, *words, code=2
+        elsewhere, *arguments, code=2
     )
-    text = _dmat(elsewhere, *words, "--classes-in-order")
-    assert "labels: numbers of the model's classes, on the word of who asked: zero is taken for a" in text
+    text = _dmat(elsewhere, *arguments, "--classes-in-order")
+    assert "labels: numbers of the model's classes, by --classes-in-order: zero is taken for a" in text
     assert (
         "no headline: of 43 test images these are exact copies: 3 of earlier test images (what the model was " in text
     )
@@ -263,10 +267,10 @@ def test_copies_among_the_images_are_counted(elsewhere):
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SHORT = ["plane", "car", *CIFAR[2:]]
 NUMBERS = [str(k) for k in range(10)]
-CLASSES = {  # names of the images, of the model -> what labels are, or words of the refusal; with --classes-in-order
+CLASSES = {  # class names of images, of model, part of the note or refusal, the same with --classes-in-order
     "the same": (CIFAR, CIFAR, "classes of the same names", ...),
     "capitals": ([name.title() for name in CIFAR], CIFAR, "classes of the same names", ...),
-    "other names": (SHORT, CIFAR, "(0 is plane, the model's airplane, 1 is car, ", "on the word of who asked"),
+    "other names": (SHORT, CIFAR, "(0 is plane, the model's airplane, 1 is car, ", "by --classes-in-order"),
     "another order": (CIFAR[::-1], CIFAR, "truck is 0, the model's 9", ...),
     "names that moved": (sorted(SHORT), CIFAR, "bird is 0, the model's 2", ...),
     "from 1": ([str(k) for k in range(1, 11)], NUMBERS, "1 is 0, the model's 1", ...),
@@ -279,21 +283,21 @@ CLASSES = {  # names of the images, of the model -> what labels are, or words of
 
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("kind", CLASSES)
-def test_classes_are_compared_by_name(tmp_path, kind, iter_batches):
-    ours, theirs, said, said_in_order = CLASSES[kind]
-    source = sources.Source(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, int), tuple(ours), "", "")
+def test_classes_are_compared_by_name(tmp_path, kind, in_order):
+    image_names, model_names, message, message_in_order = CLASSES[kind]
+    source = sources.ImageSource(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, int), tuple(image_names), "", "")
     request = direct_evaluation.Request(
-        tmp_path / "m.safetensors", "images", None, None, None, config.evaluation({}), tmp_path, None, iter_batches
+        tmp_path / "m.safetensors", "images", None, None, None, config.evaluation({}), tmp_path, None, in_order
     )
     try:
-        found = direct_evaluation._expect_same_classes(source, {"class_names": theirs}, request)
+        actual = direct_evaluation._expect_same_classes(source, {"class_names": model_names}, request)
     except DmatError as error:
-        found = str(error)
-        assert "expected" in found
-    assert (said if not iter_batches or said_in_order is ... else said_in_order) in found
+        actual = str(error)
+        assert "expected" in actual
+    assert (message if not in_order or message_in_order is ... else message_in_order) in actual
 
 
-# --- what is refused
+# --- refusals
 
 MODEL = ("--model", "model.safetensors", "--images", "test")
 REFUSED = {
@@ -326,10 +330,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_bad_requests_are_one_sentence(elsewhere, kind):
-    words, said = REFUSED[kind]
-    text = _dmat(elsewhere, *words, code=2)
-    assert said in text
+def test_invalid_requests_give_one_error_line(elsewhere, kind):
+    arguments, message = REFUSED[kind]
+    text = _dmat(elsewhere, *arguments, code=2)
+    assert message in text
     assert "Traceback" not in text
     assert len([line for line in text.splitlines() if line.startswith("error: ")]) == 1
     assert "Usage:" not in text
@@ -355,16 +359,16 @@ def _edited(path, changes):
 
 
 @pytest.mark.parametrize("kind", SIDECARS)
-def test_a_sidecar_of_no_network_is_one_sentence(elsewhere, kind):
-    changes, said = SIDECARS[kind]
+def test_an_invalid_sidecar_gives_one_error_line(elsewhere, kind):
+    changes, message = SIDECARS[kind]
     _edited(elsewhere / "model.json", changes)
     text = _dmat(elsewhere, *MODEL, "--attacks", "none", code=2)
-    assert said in text
+    assert message in text
     assert "Traceback" not in text
 
 
 def test_the_same_weights_in_another_network_are_another_evaluation(elsewhere):
-    """The sidecar says how images are normalised: shards of the other network must never be reported."""
+    """The sidecar holds the normalisation: shards of the other network must never be reported."""
     _dmat(elsewhere, *MODEL, "--attacks", "none")
     _edited(elsewhere / "model.json", {"mean": [0.9]})
     text = _dmat(elsewhere, *MODEL, "--attacks", "none", code=2)
@@ -372,7 +376,7 @@ def test_the_same_weights_in_another_network_are_another_evaluation(elsewhere):
     assert "network" in _dmat(elsewhere, *MODEL, "--attacks", "none", "--worker", code=2)
 
 
-def test_a_parameter_file_says_how_many_images(elsewhere, finished):
+def test_a_parameter_file_sets_the_number_of_images(elsewhere, finished):
     import yaml
 
     params = yaml.safe_load((finished.folder / "params.yaml").read_text())
@@ -389,7 +393,7 @@ def test_a_parameter_file_says_how_many_images(elsewhere, finished):
     assert "step 0.0125," in json.loads(_dmat(elsewhere, *MODEL, *small, "--dry-run"))["protocol"]["pgd"]
 
 
-SPOILED = {
+INVALID_IMAGES = {
     "other shape": (lambda x, y: (x[:, :6, :6], y), "holds images [6, 6, 1]"),
     "too many classes": (lambda x, y: (x, np.arange(len(y)) % 14), "has 14 classes"),
     "counted from 1": (lambda x, y: (x, np.arange(len(y)) % 9 + 1), "no image has the label 0"),
@@ -398,18 +402,18 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("kind", SPOILED)
+@pytest.mark.parametrize("kind", INVALID_IMAGES)
 def test_images_that_do_not_fit_are_refused(elsewhere, kind):
-    change, said = SPOILED[kind]
+    change, message = INVALID_IMAGES[kind]
     with np.load(elsewhere / "images.npz") as saved:
         images, labels = change(saved["image"], saved["label"])
     np.savez(elsewhere / "images.npz", image=images, label=labels)
     text = _dmat(elsewhere, "--model", "model.safetensors", "--images", "images.npz", *QUICK, code=2)
-    assert said in text
+    assert message in text
     assert "Traceback" not in text
 
 
-def test_a_folder_of_another_evaluation_is_refused_until_asked(elsewhere):
+def test_a_folder_of_another_evaluation_is_refused_without_fresh(elsewhere):
     _dmat(elsewhere, *MODEL, "--attacks", "none")
     text = _dmat(elsewhere, *MODEL, "--attacks", "none", "--epsilon", "1/10", code=2)
     assert "holds another evaluation (threat, settings differ)" in text
@@ -426,9 +430,9 @@ def test_an_altered_shard_is_computed_again(elsewhere, name):
     _dmat(elsewhere, *MODEL, "--attacks", "none")
     table = elsewhere / "model-evaluation/per_image.parquet"
     before, path = files.sha256(table), elsewhere / "model-evaluation" / "work" / name
-    stamps = {one: one.stat().st_mtime_ns for one in path.parent.glob("*.npz")}
+    stamps = {shard: shard.stat().st_mtime_ns for shard in path.parent.glob("*.npz")}
     path.write_bytes(path.read_bytes()[:-40])
     _dmat(elsewhere, *MODEL, "--attacks", "none")
     assert files.sha256(table) == before
-    again = [one.stem for one, stamp in stamps.items() if one.stat().st_mtime_ns != stamp]
+    again = [shard.stem for shard, stamp in stamps.items() if shard.stat().st_mtime_ns != stamp]
     assert again == [path.stem]  # and no other

@@ -1,6 +1,6 @@
-"""Shards of an evaluation: the same flags whoever computes them, what is refused, what may be called a headline.
+"""Shards of an evaluation: the same flags whichever process computes them, refusals, and conditions of a headline.
 
-Oracles: single attacks by hand, another order and number of workers, counting by hand. Commands are in
+Oracles: single attacks called directly, another order and number of workers, direct counts. Commands are in
 tests/test_evaluate_command.py; the checks themselves in tests/test_checks.py.
 """
 
@@ -60,9 +60,9 @@ def trained():
     images = (0.25 * labels[:, None, None, None] + 0.15 + 0.12 * torch.randn(200, 1, 8, 8)).clamp(0, 1)
     optimiser = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(300):
-        chosen = torch.randperm(200)[:64]
+        indices = torch.randperm(200)[:64]
         optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+        torch.nn.functional.cross_entropy(model(images[indices]), labels[indices]).backward()
         optimiser.step()
     images, labels = images[:24].clone(), labels[:24].clone()
     labels[[3, 15]] = (labels[[3, 15]] + 1) % 4  # wrong without any attack
@@ -81,62 +81,62 @@ def _evaluation(folder, subject, compute, settings=QUICK, **identity):
 
 def _done(folder, subject, compute, settings=QUICK):
     evaluation = _evaluation(folder, subject, compute, settings)
-    work.compute_all(evaluation.units, wait=True, quiet=True)
+    work.compute_all(evaluation.tasks, wait=True, quiet=True)
     return evaluation
 
 
-# --- what is measured
+# --- measures
 
 
-def test_every_image_is_in_one_shard():
-    parts = [measures.shard_of(k, 10, 24) for k in range(3)]
+def test_every_image_is_in_exactly_one_shard():
+    parts = [measures.shard_slice(k, 10, 24) for k in range(3)]
     assert [(part.start, part.stop) for part in parts] == [(0, 10), (10, 20), (20, 24)]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_columns_are_what_they_say(subject, compute, norm):
+def test_columns_match_single_attacks(subject, compute, norm):
     """Recomputed from the saved adversarial images and from single attacks, image by image."""
     ball = Ball(norm, {"linf": 0.09, "l2": 0.7}[norm])
     subject = dataclasses.replace(subject, ball=ball)
     model, x, y = subject.model, subject.images[10:20], subject.labels[10:20]
-    found = {name: torch.from_numpy(v) for name, v in measures.of_shard(subject, QUICK, 1, compute).items()}
-    assert torch.equal(found["prediction"], model(x).argmax(1))
+    columns = {name: torch.from_numpy(v) for name, v in measures.measure_shard(subject, QUICK, 1, compute).items()}
+    assert torch.equal(columns["prediction"], model(x).argmax(1))
     clean = model(x).argmax(1) == y
-    assert torch.equal(found["clean"], clean)
+    assert torch.equal(columns["clean"], clean)
     start = ball.random_start(seeds.stream(QUICK.pgd_seed, "evaluation/start/0", 1), tuple(x.shape))
     pgd = attacks.pgd(model, x, attacks.margin(y), ball, start, 8, ball.epsilon / 4)
-    assert torch.equal(found["pgd"], clean & (model(pgd).argmax(1) == y))
-    few = attacks.pgd(model, x, attacks.margin(y), ball, start, 2, ball.epsilon / 4)
-    assert torch.equal(found["pgd_few"], clean & (model(few).argmax(1) == y))
+    assert torch.equal(columns["pgd"], clean & (model(pgd).argmax(1) == y))
+    few_steps = attacks.pgd(model, x, attacks.margin(y), ball, start, 2, ball.epsilon / 4)
+    assert torch.equal(columns["pgd_few"], clean & (model(few_steps).argmax(1) == y))
     fgsm = attacks.fgsm(model, x, attacks.cross_entropy(y), ball)
-    assert torch.equal(found["fgsm"], clean & (model(fgsm).argmax(1) == y))
-    wide = Ball(norm, 2 * ball.epsilon)
-    start = wide.random_start(seeds.stream(QUICK.pgd_seed, "evaluation/start/sweep/0", 1), tuple(x.shape))
-    twice = attacks.pgd(model, x, attacks.margin(y), wide, start, 8, wide.epsilon / 4)
-    assert torch.equal(found["sweep"][:, 1], clean & (model(twice).argmax(1) == y))
-    assert not found["grey"].all()
+    assert torch.equal(columns["fgsm"], clean & (model(fgsm).argmax(1) == y))
+    double_ball = Ball(norm, 2 * ball.epsilon)
+    start = double_ball.random_start(seeds.stream(QUICK.pgd_seed, "evaluation/start/sweep/0", 1), tuple(x.shape))
+    in_double_ball = attacks.pgd(model, x, attacks.margin(y), double_ball, start, 8, double_ball.epsilon / 4)
+    assert torch.equal(columns["sweep"][:, 1], clean & (model(in_double_ball).argmax(1) == y))
+    assert not columns["grey"].all()
     worst, broken_by = auto_attack.attack(model, x, y, ball, subject.suite, QUICK.auto_attack_seed + 1, 6)
-    assert torch.equal(found["broken_by"], broken_by)
-    assert torch.equal(found["auto_attack"], broken_by == auto_attack.ROBUST)
-    expected = torch.where(found["auto_attack"][:, None, None, None], pgd, worst)
-    torch.testing.assert_close(found["adversarial"], expected, rtol=0, atol=1e-6)
-    logits = model(found["adversarial"])
-    assert torch.equal(found["attacked"], logits.argmax(1))
-    torch.testing.assert_close(found["margin"], logit_margin(logits, y), rtol=0, atol=1e-4)
-    torch.testing.assert_close(found["perturbation"], ball.size(found["adversarial"] - x))
-    assert 0 < int(found["auto_attack"].sum()) < 10, "the example must have both kinds"
+    assert torch.equal(columns["broken_by"], broken_by)
+    assert torch.equal(columns["auto_attack"], broken_by == auto_attack.ROBUST)
+    expected = torch.where(columns["auto_attack"][:, None, None, None], pgd, worst)
+    torch.testing.assert_close(columns["adversarial"], expected, rtol=0, atol=1e-6)
+    logits = model(columns["adversarial"])
+    assert torch.equal(columns["attacked"], logits.argmax(1))
+    torch.testing.assert_close(columns["margin"], logit_margin(logits, y), rtol=0, atol=1e-4)
+    torch.testing.assert_close(columns["perturbation"], ball.size(columns["adversarial"] - x))
+    assert 0 < int(columns["auto_attack"].sum()) < 10, "the example must have both kinds"
 
 
-def test_a_brief_subject_is_attacked_by_pgd_alone(subject, compute):
-    found = measures.of_shard(dataclasses.replace(subject, suite=None, full_suite=False), QUICK, 0, compute)
-    assert set(found) == {"prediction", "clean", "pgd", "adversarial", "attacked", "margin", "perturbation"}
+def test_a_subject_without_full_suite_is_attacked_by_pgd_alone(subject, compute):
+    columns = measures.measure_shard(dataclasses.replace(subject, suite=None, full_suite=False), QUICK, 0, compute)
+    assert set(columns) == {"prediction", "clean", "pgd", "adversarial", "attacked", "margin", "perturbation"}
 
 
 def test_restarts_only_lower_the_accuracy(subject, compute):
-    """One step of the whole radius: the random start decides much."""
+    """One step of the whole radius, so that the random start matters."""
     brief = dataclasses.replace(subject, suite=None, full_suite=False, ball=Ball("linf", 0.1))
-    one, five = (
-        measures.of_shard(
+    one_restart, eight_restarts = (
+        measures.measure_shard(
             brief,
             QUICK.model_copy(update={"pgd_restarts": n, "pgd_steps": 1, "pgd_step_size": 0.1, "shard": 24}),
             0,
@@ -144,64 +144,64 @@ def test_restarts_only_lower_the_accuracy(subject, compute):
         )["pgd"]
         for n in (1, 8)
     )
-    assert (five <= one).all()
-    assert five.sum() < one.sum()
+    assert (eight_restarts <= one_restart).all()
+    assert eight_restarts.sum() < one_restart.sum()
 
 
-# --- who computes
+# --- several processes
 
 
 @pytest.mark.parametrize("order", [[2, 0, 1], [1]])
-def test_flags_do_not_depend_on_order_or_on_what_was_there(tmp_path, subject, compute, order):
+def test_flags_do_not_depend_on_order_or_on_existing_shards(tmp_path, subject, compute, order):
     """Some shards computed first and alone, in another order, are those of one undisturbed evaluation."""
-    whole = _done(tmp_path / "whole", subject, compute).columns()
-    parts = _evaluation(tmp_path / "parts", subject, compute)
+    uninterrupted = _done(tmp_path / "whole", subject, compute).columns()
+    resumed = _evaluation(tmp_path / "parts", subject, compute)
     for number in order:
-        unit = parts.units[number]
-        unit.path.parent.mkdir(parents=True, exist_ok=True)
-        unit.compute()
-    work.compute_all(parts.units, wait=True, quiet=True)
-    found = parts.columns()
-    assert all(np.array_equal(found[name], whole[name]) for name in whole)
+        task = resumed.tasks[number]
+        task.path.parent.mkdir(parents=True, exist_ok=True)
+        task.compute()
+    work.compute_all(resumed.tasks, wait=True, quiet=True)
+    resumed_columns = resumed.columns()
+    assert all(np.array_equal(resumed_columns[name], uninterrupted[name]) for name in uninterrupted)
 
 
-class _Units:
-    """Shards that take a while and say who computed them."""
+class _SlowShards:
+    """Shards that take `seconds` each and record the process that computed them."""
 
     def __init__(self, folder, count, seconds):
-        self.units = [
+        self.tasks = [
             ShardTask(folder / f"shard-{k}", 1, {"shard": k}, lambda k=k: self._make(k, seconds)) for k in range(count)
         ]
 
     @staticmethod
     def _make(number, seconds):
         time.sleep(seconds)
-        return {"who": np.array([os.getpid()]), "number": np.array([number])}
+        return {"pid": np.array([os.getpid()]), "number": np.array([number])}
 
 
 def _work(folder, count, seconds, wait):
-    work.compute_all(_Units(folder, count, seconds).units, wait=wait, quiet=True)
+    work.compute_all(_SlowShards(folder, count, seconds).tasks, wait=wait, quiet=True)
 
 
 _context = multiprocessing.get_context("forkserver")
 
 
 def _workers(folder, count, seconds, waits):
-    found = [_context.Process(target=_work, args=(folder, count, seconds, wait)) for wait in waits]
-    for process in found:
+    processes = [_context.Process(target=_work, args=(folder, count, seconds, wait)) for wait in waits]
+    for process in processes:
         process.start()
-    return found
+    return processes
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_divide_the_shards_and_none_is_computed_twice(tmp_path, workers):
+def test_workers_share_the_shards_and_compute_each_once(tmp_path, workers):
     started = _workers(tmp_path, 12, 0.1, [True] + [False] * (workers - 1))
     for process in started:
         process.join(60)
         assert process.exitcode == 0
-    made = [unit.read() for unit in _Units(tmp_path, 12, 0).units]
-    assert [int(one["number"][0]) for one in made] == list(range(12))
-    assert len({int(one["who"][0]) for one in made}) == workers
+    results = [task.read() for task in _SlowShards(tmp_path, 12, 0).tasks]
+    assert [int(result["number"][0]) for result in results] == list(range(12))
+    assert len({int(result["pid"][0]) for result in results}) == workers
 
 
 def test_the_shard_of_a_killed_worker_is_computed_by_another(tmp_path):
@@ -214,37 +214,37 @@ def test_the_shard_of_a_killed_worker_is_computed_by_another(tmp_path):
     os.kill(killed.pid, signal.SIGKILL)
     waiting.join(30)
     assert waiting.exitcode == 0
-    assert {int(unit.read()["who"][0]) for unit in _Units(tmp_path, 2, 0).units} == {waiting.pid}
+    assert {int(task.read()["pid"][0]) for task in _SlowShards(tmp_path, 2, 0).tasks} == {waiting.pid}
 
 
-def test_a_helper_leaves_when_nothing_is_left_to_claim(tmp_path):
+def test_a_worker_ends_when_no_shard_is_left_to_claim(tmp_path):
     with filelock.FileLock(tmp_path / "shard-0.lock"):
         (helper,) = _workers(tmp_path, 2, 0.01, [False])
         helper.join(20)
         assert helper.exitcode == 0
-    assert not _Units(tmp_path, 2, 0).units[0].done
-    assert _Units(tmp_path, 2, 0).units[1].done
+    assert not _SlowShards(tmp_path, 2, 0).tasks[0].done
+    assert _SlowShards(tmp_path, 2, 0).tasks[1].done
 
 
-def test_time_left_is_counted_from_what_was_done(tmp_path):
-    units = [ShardTask(tmp_path / part / f"shard-{k}", 10, {"shard": k}, dict) for part in ("a", "b") for k in range(4)]
-    assert work.estimate(units) == {"shards": 8, "shards_done": 0, "seconds_left": None}
-    for unit, seconds in ((units[0], 20.0), (units[1], 40.0), (units[2], 30.0)):
-        unit.path.parent.mkdir(exist_ok=True)
-        unit.path.with_suffix(".npz").write_bytes(b"")
+def test_remaining_time_is_estimated_from_finished_shards(tmp_path):
+    tasks = [ShardTask(tmp_path / part / f"shard-{k}", 10, {"shard": k}, dict) for part in ("a", "b") for k in range(4)]
+    assert work.estimate(tasks) == {"shards": 8, "shards_done": 0, "seconds_left": None}
+    for task, seconds in ((tasks[0], 20.0), (tasks[1], 40.0), (tasks[2], 30.0)):
+        task.path.parent.mkdir(exist_ok=True)
+        task.path.with_suffix(".npz").write_bytes(b"")
         digest = hashlib.sha256(b"").hexdigest()
-        unit.path.with_suffix(".json").write_text(
-            json.dumps({"identity": dict(unit.identity), "seconds": seconds, "images": 10, "sha256": digest})
+        task.path.with_suffix(".json").write_text(
+            json.dumps({"identity": dict(task.identity), "seconds": seconds, "images": 10, "sha256": digest})
         )
-    assert work.estimate(units) == {"shards": 8, "shards_done": 3, "seconds_left": None}
-    assert work.estimate(units[:4]) == {"shards": 4, "shards_done": 3, "seconds_left": 30.0}
+    assert work.estimate(tasks) == {"shards": 8, "shards_done": 3, "seconds_left": None}
+    assert work.estimate(tasks[:4]) == {"shards": 4, "shards_done": 3, "seconds_left": 30.0}
 
 
-# --- what is refused
+# --- refusals
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "removed"])
-def test_a_damaged_shard_is_refused_and_made_again(tmp_path, subject, compute, damage):
+def test_a_damaged_shard_is_refused_and_recomputed(tmp_path, subject, compute, damage):
     evaluation = _done(tmp_path, subject, compute)
     before = {name: values.tolist() for name, values in evaluation.columns().items()}
     path = tmp_path / "shard-00001.npz"
@@ -256,7 +256,7 @@ def test_a_damaged_shard_is_refused_and_made_again(tmp_path, subject, compute, d
         path.write_bytes(bytes(data) if damage == "altered" else bytes(data[:100]))
     with pytest.raises(DmatError, match=r"shard-00001.npz is missing or was altered.*run the same command again"):
         evaluation.columns()
-    work.compute_all(evaluation.units, wait=True, quiet=True)
+    work.compute_all(evaluation.tasks, wait=True, quiet=True)
     assert {name: values.tolist() for name, values in evaluation.columns().items()} == before
 
 
@@ -266,26 +266,26 @@ def test_shards_of_another_model_are_refused(tmp_path, subject, compute):
         _evaluation(tmp_path, subject, compute, weights="other").columns()
 
 
-def test_nobody_computes_beside_shards_of_another_model(tmp_path, subject, compute):
+def test_nothing_is_computed_beside_shards_of_another_model(tmp_path, subject, compute):
     _done(tmp_path, subject, compute)
     other = _evaluation(tmp_path, subject, compute, weights="other")
-    for ask in (work.estimate, lambda units: work.compute_all(units, wait=False, quiet=True)):
+    for action in (work.estimate, lambda task_list: work.compute_all(task_list, wait=False, quiet=True)):
         with pytest.raises(DmatError, match=r"belongs to another evaluation \(weights differ\)"):
-            ask(other.units)
+            action(other.tasks)
 
 
-@pytest.mark.parametrize("note", [[], {}, {"identity": {}, "images": 12, "seconds": "3", "sha256": ""}, {"sha256": 1}])
-def test_a_shard_without_a_whole_record_is_not_done(tmp_path, subject, compute, note):
+@pytest.mark.parametrize("entry", [[], {}, {"identity": {}, "images": 12, "seconds": "3", "sha256": ""}, {"sha256": 1}])
+def test_a_shard_with_an_incomplete_record_is_not_done(tmp_path, subject, compute, entry):
     evaluation = _done(tmp_path, subject, compute)
     before = files.read_json(tmp_path / "shard-00000.json")
-    (tmp_path / "shard-00000.json").write_text(json.dumps(note))
-    done = work.estimate(evaluation.units)
+    (tmp_path / "shard-00000.json").write_text(json.dumps(entry))
+    done = work.estimate(evaluation.tasks)
     assert done["shards_done"] == done["shards"] - 1
-    work.compute_all(evaluation.units, wait=True, quiet=True)
+    work.compute_all(evaluation.tasks, wait=True, quiet=True)
     assert files.read_json(tmp_path / "shard-00000.json")["sha256"] == before["sha256"]
 
 
-BAD_IMAGES = {
+INVALID_IMAGES = {
     "of 255 levels": (lambda x, y: (255 * x, y), r"expected .*\[0, 1\]"),
     "normalised": (lambda x, y: ((x - 0.5) / 0.2, y), r"expected .*\[0, 1\]"),
     "none": (lambda x, y: (x[:0], y[:0]), "0 images to attack; expected 1 or more"),
@@ -294,20 +294,20 @@ BAD_IMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_IMAGES)
-def test_bad_images_are_refused(tmp_path, subject, compute, kind):
-    change, words = BAD_IMAGES[kind]
+@pytest.mark.parametrize("kind", INVALID_IMAGES)
+def test_invalid_images_are_refused(tmp_path, subject, compute, kind):
+    change, message = INVALID_IMAGES[kind]
     images, labels = change(subject.images, subject.labels)
-    with pytest.raises(DmatError, match=words):
+    with pytest.raises(DmatError, match=message):
         _evaluation(tmp_path, dataclasses.replace(subject, images=images, labels=labels), compute)
 
 
 def test_a_loss_that_needs_three_classes_is_refused(tmp_path, subject, compute):
     two = _Small()
     two.logits = torch.nn.Linear(32, 2)
-    few = dataclasses.replace(subject, model=two, labels=subject.labels % 2)
+    binary = dataclasses.replace(subject, model=two, labels=subject.labels % 2)
     with pytest.raises(DmatError, match="pgd_loss is dlr and the model has 2 classes; expected 3 or more"):
-        _evaluation(tmp_path, few, compute, QUICK.model_copy(update={"pgd_loss": "dlr"}))
+        _evaluation(tmp_path, binary, compute, QUICK.model_copy(update={"pgd_loss": "dlr"}))
 
 
 def test_epsilon_in_levels_is_refused(tmp_path, subject, compute):
@@ -315,7 +315,7 @@ def test_epsilon_in_levels_is_refused(tmp_path, subject, compute):
         _evaluation(tmp_path, dataclasses.replace(subject, ball=Ball("l2", 128)), compute)
 
 
-# --- what is said
+# --- reports
 
 
 NO_COPIES = {"earlier test images": np.zeros(24, bool)}
@@ -325,7 +325,7 @@ def _verdict(evaluation, all_images=24):
     return evaluation.verdict(evaluation.columns(), all_images, NO_COPIES)
 
 
-def test_only_the_whole_standard_suite_on_all_images_is_a_headline(tmp_path, subject, compute):
+def test_only_the_standard_suite_on_all_images_is_a_headline(tmp_path, subject, compute):
     standard = dataclasses.replace(subject, suite=auto_attack.suite("standard", 4))
     settings = QUICK.model_copy(update={"auto_attack": "standard"})
     evaluation = _done(tmp_path / "standard", standard, compute, settings)
@@ -350,18 +350,18 @@ def test_only_the_whole_standard_suite_on_all_images_is_a_headline(tmp_path, sub
     assert "of 24 test images these are exact copies: 1 of real training images; expected" in copied.reasons[0]
 
 
-def test_training_images_and_unknown_ones_are_no_headline(tmp_path, subject, compute):
+def test_training_images_and_unknown_splits_give_no_headline(tmp_path, subject, compute):
     evaluation = _done(tmp_path, dataclasses.replace(subject, suite=auto_attack.suite("standard", 4)), compute)
     columns = evaluation.columns()
-    for split, said in {"train": "of the split train, not of test", "": "say `--split test`"}.items():
+    for split, message in {"train": "of the split train, not of test", "": "pass `--split test`"}.items():
         verdict = evaluation.verdict(columns, 24, NO_COPIES, split)
         assert verdict.measure == "auto_attack_not_test"
-        assert said in verdict.reasons[0]
+        assert message in verdict.reasons[0]
         assert evaluation.summary(columns, verdict)["headline"] is None
     assert evaluation.verdict(columns, 24, NO_COPIES, "test").reasons == ()
 
 
-def test_few_copies_are_told_beside_a_headline():
+def test_few_copies_are_noted_beside_a_headline():
     copies = {"earlier test images": np.arange(200) < 1, "generated training images": np.arange(200) < 2}
     verdict = Verdict("auto_attack", (), (checks.unseen(copies),))
     assert verdict.sentences == verdict.notes
@@ -370,40 +370,40 @@ def test_few_copies_are_told_beside_a_headline():
     ]
 
 
-def test_a_handful_of_images_is_no_headline(tmp_path, subject, compute):
-    few = dataclasses.replace(
+def test_fewer_than_20_images_give_no_headline(tmp_path, subject, compute):
+    small = dataclasses.replace(
         subject, images=subject.images[:19], labels=subject.labels[:19], suite=auto_attack.suite("standard", 4)
     )
-    verdict = _verdict(_done(tmp_path, few, compute), 19)
-    assert "Only 19 images; a headline takes 20 or more." in verdict.reasons
+    verdict = _verdict(_done(tmp_path, small, compute), 19)
+    assert "Only 19 images; a headline needs 20 or more." in verdict.reasons
     assert verdict.measure == "auto_attack_subset"
 
 
-def test_checks_look_at_images_of_every_part_and_no_more_than_a_batch(tmp_path, subject, compute):
-    """Sets may be sorted by class; a batch is what fits on the device."""
+def test_checks_use_images_of_every_class_and_at_most_a_batch(tmp_path, subject, compute):
+    """Sets may be sorted by class; a batch is what fits into device memory."""
     settings = QUICK.model_copy(update={"check_images": 8, "batch": 5})
     order = subject.labels.argsort(stable=True)
     ordered = dataclasses.replace(subject, images=subject.images[order], labels=subject.labels[order])
     evaluation = _done(tmp_path, ordered, compute, settings)
-    x, y = evaluation._few()
+    x, y = evaluation._check_batch()
     assert len(x) == 5
     assert set(y.tolist()) == {0, 1, 2, 3}
     assert len(evaluation._black_box.read()["robust"]) == 8
     assert evaluation.checks(evaluation.columns(), NO_COPIES)
 
 
-def test_a_model_that_says_one_thing_is_scored_alike(tmp_path, subject, compute):
+def test_a_constant_model_is_rescored_equally(tmp_path, subject, compute):
     """Equal logits: the first class is predicted with a margin of 0, the same in any batch."""
     model = _Small().eval().requires_grad_(False)
     model.logits.weight.zero_()
     model.logits.bias.zero_()
     evaluation = _done(tmp_path, dataclasses.replace(subject, model=model, suite=None), compute)
-    found = {check.name: check for check in evaluation.checks(evaluation.columns(), NO_COPIES)}
-    assert found["rescored"].passed
-    assert not found["zero_gradients"].passed
+    by_name = {check.name: check for check in evaluation.checks(evaluation.columns(), NO_COPIES)}
+    assert by_name["rescored"].passed
+    assert not by_name["zero_gradients"].passed
 
 
-def test_other_attacks_are_nonstandard_by_name(tmp_path, subject, compute):
+def test_other_attacks_have_a_nonstandard_name(tmp_path, subject, compute):
     evaluation = _done(tmp_path, subject, compute)
     verdict = _verdict(evaluation)
     assert verdict.measure == "auto_attack_nonstandard"
@@ -419,8 +419,8 @@ def test_without_auto_attack_there_is_no_headline(tmp_path, subject, compute):
     assert evaluation.summary(evaluation.columns(), verdict)["headline"] is None
 
 
-def test_a_failed_check_takes_the_headline_and_the_name(tmp_path, subject, compute):
-    """Logits so large that the cross-entropy has no gradient: the sentence says so, the measure is called unchecked."""
+def test_a_failed_check_removes_the_headline_and_changes_the_name(tmp_path, subject, compute):
+    """Logits so large that the cross-entropy has no gradient: a reason says so, the measure is called unchecked."""
     model = _Small()
     model.load_state_dict(subject.model.state_dict())
     model.eval().requires_grad_(False)
@@ -436,18 +436,18 @@ def test_a_failed_check_takes_the_headline_and_the_name(tmp_path, subject, compu
     assert evaluation.summary(evaluation.columns(), verdict)["headline"] is None
 
 
-def test_rows_name_who_broke_each_image(tmp_path, subject, compute):
+def test_rows_name_the_attack_that_broke_each_image(tmp_path, subject, compute):
     evaluation = _done(tmp_path, subject, compute)
     columns = evaluation.columns()
     rows = evaluation.rows(columns, _verdict(evaluation))
-    for k, word in enumerate(rows["broken_by"].tolist()):
-        assert (word == "none") == bool(columns["auto_attack"][k])
-        assert (word == "misclassified") == (not columns["clean"][k])
-        assert word in ("none", "misclassified", "apgd-ce", "apgd-dlr")
+    for k, broken_by in enumerate(rows["broken_by"].tolist()):
+        assert (broken_by == "none") == bool(columns["auto_attack"][k])
+        assert (broken_by == "misclassified") == (not columns["clean"][k])
+        assert broken_by in ("none", "misclassified", "apgd-ce", "apgd-dlr")
     assert len({len(values) for values in rows.values()} | {24}) == 1
 
 
-def test_pictures_are_drawn_and_the_same_again(tmp_path, subject, compute):
+def test_pictures_are_drawn_reproducibly(tmp_path, subject, compute):
     evaluation = _done(tmp_path / "work", subject, compute)
     columns = evaluation.columns()
     drawn = []
@@ -458,27 +458,27 @@ def test_pictures_are_drawn_and_the_same_again(tmp_path, subject, compute):
     assert drawn[0] == drawn[1]
 
 
-def test_the_table_comes_back_as_it_was(tmp_path):
+def test_the_table_is_read_as_written(tmp_path):
     rows = {"flag": np.array([True, False]), "word": np.array(["none", "square"]), "size": np.array([0.5, 0.25], "f4")}
     write_table(tmp_path / "t.parquet", rows)
-    found = read_table(tmp_path / "t.parquet")
-    assert {name: values.tolist() for name, values in found.items()} == {n: v.tolist() for n, v in rows.items()}
-    assert found["flag"].dtype == bool
+    actual = read_table(tmp_path / "t.parquet")
+    assert {name: values.tolist() for name, values in actual.items()} == {n: v.tolist() for n, v in rows.items()}
+    assert actual["flag"].dtype == bool
 
 
-def test_protocol_says_what_is_needed_to_repeat_it(tmp_path, subject, compute):
+def test_protocol_holds_everything_needed_to_repeat_it(tmp_path, subject, compute):
     evaluation = _evaluation(tmp_path, subject, compute)
     assert evaluation.protocol({}, 30)["computed"] == []
-    evaluation.units[0].compute()
-    other = dataclasses.replace(evaluation.units[1], by={"device": "another"})
+    evaluation.tasks[0].compute()
+    other = dataclasses.replace(evaluation.tasks[1], computed_by={"device": "another"})
     other.compute()
-    said = evaluation.protocol({"norm": "linf", "epsilon": "9/100"}, 30)
-    assert (said["images"], said["of_images"], said["shard"], said["batch"]) == (24, 30, 10, 6)
-    assert said["pgd"] == "PGD-8, loss cw, step 0.0225, restarts 1"
-    assert said["auto_attack"] == "nonstandard (apgd-ce, apgd-dlr)"
-    assert said["precision"] == "fp32"
-    another, here = said["computed"]  # of each shard the machine and versions that computed it
+    plain = evaluation.protocol({"norm": "linf", "epsilon": "9/100"}, 30)
+    assert (plain["images"], plain["of_images"], plain["shard"], plain["batch"]) == (24, 30, 10, 6)
+    assert plain["pgd"] == "PGD-8, loss cw, step 0.0225, restarts 1"
+    assert plain["auto_attack"] == "nonstandard (apgd-ce, apgd-dlr)"
+    assert plain["precision"] == "fp32"
+    another, this_machine = plain["computed"]  # of each shard the machine and versions that computed it
     assert another == {"device": "another", "shards": 1}
-    assert here["device"].startswith("cpu")
-    assert here["shards"] == 1
-    assert set(here["versions"]) == {"dmat", "torch", "pyautoattack"}
+    assert this_machine["device"].startswith("cpu")
+    assert this_machine["shards"] == 1
+    assert set(this_machine["versions"]) == {"dmat", "torch", "pyautoattack"}

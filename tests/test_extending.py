@@ -1,4 +1,4 @@
-"""docs/extending.md followed word by word on a copy of dmat: what it adds can be trained with."""
+"""docs/extending.md applied literally to a copy of dmat: everything that it adds can be used for training."""
 
 import json
 import re
@@ -21,7 +21,7 @@ YAML = re.compile(r"```yaml\n(.+?)```", re.DOTALL)
 
 
 def _follow(folder: Path) -> None:
-    """Everything that the page adds, on a copy of dmat."""
+    """Applies every addition of the page to a copy of dmat."""
     for name in ("dmat", "cli"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     steps = list(STEP.finditer(PAGE))
@@ -37,7 +37,7 @@ def _follow(folder: Path) -> None:
     path.write_text(text.replace("from dmat.config.compute", f"{line}from dmat.config.compute", 1))
 
 
-def test_the_page_can_be_followed(tmp_path, tiny_params):
+def test_the_steps_of_the_page_work(tmp_path, tiny_params):
     _follow(tmp_path)
     network, entry = map(yaml.safe_load, YAML.findall(PAGE))
     params = config.merge(tiny_params, network) | {"count_classes": {"few": 101}}
@@ -49,7 +49,7 @@ def test_the_page_can_be_followed(tmp_path, tiny_params):
         },
     )
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    for words in (
+    for arguments in (
         ["lock"],
         ["prepare-data"],
         ["count-classes"],
@@ -57,12 +57,12 @@ def test_the_page_can_be_followed(tmp_path, tiny_params):
         ["train-robust", "--arm", "real_only", "--seed", "1"],
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "cli.main", *words, *(["--json"] if words != ["lock"] else [])],
+            [sys.executable, "-m", "cli.main", *arguments, *(["--json"] if arguments != ["lock"] else [])],
             cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": "", "DMAT_TRACKING": "off"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        if words == ["count-classes"]:
+        if arguments == ["count-classes"]:
             assert json.loads(done.stdout) == {"few": 2}
             assert json.loads((tmp_path / "artifacts/count_classes/counts/counts.json").read_text()) == [100, 100]
     assert json.loads(done.stdout)["best_validation_robust"] > 0.8
@@ -76,8 +76,8 @@ images, labels = torch.rand(60, 1, 8, 8), torch.arange(60) % 4
 weight = torch.randn(4, 64)
 model = lambda x: x.flatten(1) @ weight.T
 ball, start = attacks.Ball("linf", 0.05), torch.zeros_like(images)
-found = attacks.pgd(model, images, attacks.logit_ratio(labels), ball, start, 20, 0.01)
-before, after = (attacks.logit_margin(model(x), labels) for x in (images, found))
+adversarial = attacks.pgd(model, images, attacks.probability_margin(labels), ball, start, 20, 0.01)
+before, after = (attacks.logit_margin(model(x), labels) for x in (images, adversarial))
 right = before > 0
 assert right.sum() > 8
 assert (after < before)[right].float().mean() > 0.9, (before, after)
@@ -100,5 +100,5 @@ assert entry["deps"] == [*stage.inputs(None).values()]
 assert entry["outs"] == [*stage.outputs(None).values(), stage.provenance_path({}), stage.metrics_path({})]
 assert entry["params"] == [{"code.yaml": [stage.name]}, stage.name]
 """
-    words = [sys.executable, "-c", script, json.dumps(entry)]
-    subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)
+    arguments = [sys.executable, "-c", script, json.dumps(entry)]
+    subprocess.run(arguments, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)

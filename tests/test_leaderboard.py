@@ -1,4 +1,4 @@
-"""Published accuracies: the table is complete and plausible, names are found, and differences of protocol are said.
+"""Published accuracies: the table is complete and plausible, names are found, differences of protocol are reported.
 
 Run alone: pytest tests/test_leaderboard.py
 """
@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import re
 import tomllib
-from fractions import WrittenNumber
+from fractions import Fraction
 
 import pytest
 
@@ -16,26 +16,26 @@ from dmat.models import leaderboard
 from dmat.models.importing import DATA
 
 TABLES = {("cifar10", "linf"): ("8/255", 27), ("cifar10", "l2"): ("0.5", 9), ("cifar100", "linf"): ("8/255", 11)}
-EVERY = [entry for table in TABLES for entry in leaderboard.entries(*table)]
-SAME = {"norm": "linf", "epsilon": "8/255", "images": 10_000, "suite": "standard", "precision": "fp32"}
+ALL_ENTRIES = [entry for table in TABLES for entry in leaderboard.entries(*table)]
+EQUAL_PROTOCOL = {"norm": "linf", "epsilon": "8/255", "images": 10_000, "suite": "standard", "precision": "fp32"}
 
 
-def named(entry):
+def entry_title(entry):
     return f"{entry.data} {entry.norm} {entry.name}"
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_every_table_is_there_and_ranked(table):
+def test_every_table_is_complete_and_ranked(table):
     rows = leaderboard.entries(*table)
     epsilon, count = TABLES[table]
     assert len(rows) == count
     assert {row.epsilon for row in rows} == {epsilon}
     assert [row.ranked for row in rows] == sorted((row.ranked for row in rows), reverse=True)
-    words = [word for row in rows for word in (row.name, row.id) if word]
-    assert len(set(words)) == len(words)
+    names = [entry_name for row in rows for entry_name in (row.name, row.id) if entry_name]
+    assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("entry", EVERY, ids=named)
+@pytest.mark.parametrize("entry", ALL_ENTRIES, ids=entry_title)
 def test_every_entry_is_plausible(entry):
     assert 0 < entry.auto_attack < entry.clean < 100
     assert entry.external is None or 0 < entry.external < entry.auto_attack
@@ -52,7 +52,7 @@ def test_every_entry_is_plausible(entry):
     if entry.authors:  # only where they differ
         reported = (entry.authors.clean, entry.authors.auto_attack, entry.authors.epsilon)
         assert reported != (entry.clean, entry.auto_attack, entry.epsilon)
-        assert abs(WrittenNumber(entry.authors.epsilon) / WrittenNumber(entry.epsilon) - 1) < 0.01
+        assert abs(Fraction(entry.authors.epsilon) / Fraction(entry.epsilon) - 1) < 0.01
         assert entry.authors.source
 
 
@@ -73,36 +73,36 @@ def test_every_entry_is_plausible(entry):
     ],
 )
 def test_known_rows_have_their_published_numbers(data, norm, name, clean, auto_attack, ranked):
-    found = leaderboard.entry(data, norm, name)
-    assert (found.clean, found.auto_attack, found.ranked) == (clean, auto_attack, ranked)
-    assert leaderboard.entry(data, norm, found.name) is found
+    row = leaderboard.entry(data, norm, name)
+    assert (row.clean, row.auto_attack, row.ranked) == (clean, auto_attack, ranked)
+    assert leaderboard.entry(data, norm, row.name) is row
 
 
 def test_gains_of_the_paper_follow_from_the_table():
-    """Wang et al. 2023, abstract: +4.58 (its Table 1: over 66.11), +4.44 in l2 and +8.03 over what was best before."""
+    """Wang et al. 2023, abstract: +4.58 (its Table 1: over 66.11), +4.44 in l2 and +8.03 over the previous best."""
     for data, norm, before, gain in [
         ("cifar10", "linf", "Gowal2021 ddpm_100m WRN-70-16", 4.58),
         ("cifar10", "l2", "Rebuffi2021 cutmix_ddpm WRN-70-16", 4.44),
         ("cifar100", "linf", "Rebuffi2021 cutmix_ddpm WRN-70-16", 8.03),
     ]:
-        ours = leaderboard.entry(data, norm, "Wang2023Better_WRN-70-16")
-        reported = ours.authors.auto_attack if ours.authors else ours.auto_attack
+        wang = leaderboard.entry(data, norm, "Wang2023Better_WRN-70-16")
+        reported = wang.authors.auto_attack if wang.authors else wang.auto_attack
         assert reported - leaderboard.entry(data, norm, before).auto_attack == pytest.approx(gain)
 
 
-def test_entries_do_not_change():
+def test_entries_are_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        EVERY[0].clean = 100.0
+        ALL_ENTRIES[0].clean = 100.0
     leaderboard.entries("cifar10", "l2").clear()
     assert len(leaderboard.entries("cifar10", "l2")) == 9
 
 
-def test_an_unknown_name_is_answered_with_near_ones():
+def test_an_unknown_name_is_refused_with_similar_ones():
     with pytest.raises(DmatError) as caught:
         leaderboard.entry("cifar10", "linf", "wang2023better_WRN70-16")
     assert str(caught.value).startswith("no entry 'wang2023better_WRN70-16' for cifar10 linf; expected a name or an id")
     assert "Wang2023Better_WRN-70-16" in str(caught.value)
-    with pytest.raises(DmatError, match="say for example Wang2023 WRN-70-16, "):  # nothing is near
+    with pytest.raises(DmatError, match="say for example Wang2023 WRN-70-16, "):  # nothing is similar
         leaderboard.entry("cifar10", "l2", "§§§")
 
 
@@ -111,11 +111,11 @@ def test_an_unknown_table_is_refused():
         leaderboard.entries("svhn", "linf")
 
 
-# --- how our protocol differs
+# --- differences of protocol
 
 
 def sentences(entry, **changes):
-    return leaderboard.compared(entry, SAME | changes)
+    return leaderboard.differences(entry, EQUAL_PROTOCOL | changes)
 
 
 WANG = leaderboard.entry("cifar10", "linf", "Wang2023Better_WRN-70-16")
@@ -131,7 +131,7 @@ def test_an_equal_protocol_differs_in_shards_and_seed_only():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"norm": "l2"}, "We attack in l2, the entry is for linf: the two numbers do not compare."),
+        ({"norm": "l2"}, "We attack in l2, the entry is for linf: the two numbers are not comparable."),
         (
             {"epsilon": "4/255"},
             "Our epsilon is 4/255, the leaderboard's 8/255: ours is smaller by 50.0 %, which makes our accuracy "
@@ -144,7 +144,7 @@ def test_an_equal_protocol_differs_in_shards_and_seed_only():
         ),
         (
             {"suite": "rand"},
-            "Our attack is rand, the leaderboard's standard AutoAttack: the two numbers do not compare.",
+            "Our attack is rand, the leaderboard's standard AutoAttack: the two numbers are not comparable.",
         ),
         (
             {"precision": "bf16"},
@@ -153,14 +153,14 @@ def test_an_equal_protocol_differs_in_shards_and_seed_only():
     ],
 )
 def test_each_difference_is_one_sentence(change, sentence):
-    found = sentences(WANG, **change)
-    assert sentence in found
-    assert len(found) == 2
+    reported = sentences(WANG, **change)
+    assert sentence in reported
+    assert len(reported) == 2
 
 
-def test_the_authors_number_is_named_where_its_epsilon_is_ours():
-    found = sentences(WANG_L2, norm="l2", epsilon="128/255")
-    assert found[:2] == [
+def test_the_number_of_the_authors_is_named_if_its_epsilon_is_ours():
+    reported = sentences(WANG_L2, norm="l2", epsilon="128/255")
+    assert reported[:2] == [
         "Our epsilon is 128/255, the leaderboard's 0.5: ours is larger by 0.4 %, which makes our accuracy lower.",
         "With epsilon 128/255 the authors report 84.86 % (wzekai99/DM-Improves-AT, README): compare with that number "
         "instead of 84.97 %.",
@@ -168,7 +168,7 @@ def test_the_authors_number_is_named_where_its_epsilon_is_ours():
     assert not any("84.86" in line for line in sentences(WANG_L2, norm="l2", epsilon="0.25"))
 
 
-def test_a_stronger_attack_behind_the_rank_is_said():
+def test_a_rank_by_a_stronger_attack_is_reported():
     malt = leaderboard.entry("cifar100", "linf", "Wang2023Better_WRN-70-16")
     expected = "The leaderboard ranks the entry by 42.66 % under MALT; its number for AutoAttack is 42.67 %."
     assert expected in sentences(malt)
@@ -176,7 +176,7 @@ def test_a_stronger_attack_behind_the_rank_is_said():
     assert any("by 66.10 % under a stronger attack;" in line for line in sentences(unnamed))
 
 
-@pytest.mark.parametrize("entry", EVERY, ids=named)
+@pytest.mark.parametrize("entry", ALL_ENTRIES, ids=entry_title)
 def test_every_entry_can_be_compared(entry):
     for line in sentences(entry, epsilon="3/255", images=7, suite="none", precision="bf16"):
         assert line.endswith(".") and "None" not in line
@@ -191,17 +191,17 @@ def test_every_entry_can_be_compared(entry):
         ({"images": 0}, "images is 0; expected 1 or more"),
     ],
 )
-def test_a_protocol_that_makes_no_sense_is_refused(change, text):
+def test_an_invalid_protocol_is_refused(change, text):
     with pytest.raises(DmatError, match=re.escape(text)):
         sentences(WANG, **change)
 
 
-def test_a_protocol_with_gaps_is_refused():
+def test_an_incomplete_protocol_is_refused():
     with pytest.raises(DmatError, match="a protocol without images, suite, precision; expected norm, epsilon, images"):
-        leaderboard.compared(WANG, {"norm": "linf", "epsilon": "8/255"})
+        leaderboard.differences(WANG, {"norm": "linf", "epsilon": "8/255"})
 
 
 def test_the_table_is_part_of_the_wheel(root):
     data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    there = {path.name for pattern in data["dmat.models"] for path in (root / "dmat" / "models").glob(pattern)}
-    assert there == {"leaderboard.json"}
+    packaged = {path.name for pattern in data["dmat.models"] for path in (root / "dmat" / "models").glob(pattern)}
+    assert packaged == {"leaderboard.json"}

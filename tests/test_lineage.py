@@ -1,4 +1,4 @@
-"""`dmat runs lineage`: the whole chain behind a result, and where it is broken.
+"""`dmat runs lineage`: the whole chain of stages behind a result, and where it is broken.
 
 Run alone: pytest tests/test_lineage.py
 """
@@ -11,7 +11,7 @@ import pytest
 from dmat import files
 from dmat.report import lineage
 from tests import forked
-from tests.projects import IN_ORDER, Project
+from tests.projects import STAGE_OPTIONS, Project
 
 
 @pytest.fixture
@@ -21,27 +21,27 @@ def project(finished, tmp_path):
     return Project(folder, finished.params)
 
 
-def _lineage(project, *words, code=0):
-    found, text = forked.Command(project.folder, "runs", "lineage", *words).wait()
-    assert found == code, text
+def _lineage(project, *arguments, code=0):
+    exit_code, text = forked.Command(project.folder, "runs", "lineage", *arguments).wait()
+    assert exit_code == code, text
     return text
 
 
 def test_the_chain_holds_every_stage_behind_an_evaluation(project):
-    found = json.loads(_lineage(project, "generated-1", "--json"))
-    stages = [step["stage"] for step in found["steps"]]
-    assert stages == [word for word in IN_ORDER if word != "measure_images"]
-    assert found["broken"] == []
-    steps = {step["stage"]: step for step in found["steps"]}
+    chain = json.loads(_lineage(project, "generated-1", "--json"))
+    stages = [step["stage"] for step in chain["steps"]]
+    assert stages == [stage_name for stage_name in STAGE_OPTIONS if stage_name != "measure_images"]
+    assert chain["broken"] == []
+    steps = {step["stage"]: step for step in chain["steps"]}
     assert steps["select_images"]["inputs"]["images"]["from"] == ["generate_images edm18"]
     assert steps["evaluate_robust"]["inputs"]["classifier"]["from"] == ["train_robust generated-1"]
-    for step in found["steps"]:
+    for step in chain["steps"]:
         for link in step["inputs"].values():
             assert link["sha256"] == files.checksum(project.folder / link["path"])
 
 
 @pytest.mark.parametrize(
-    ("wanted", "first"),
+    ("name", "first"),
     [
         ("generated-1", "evaluate_robust generated-1"),
         ("train_robust/generated-1", "train_robust generated-1"),
@@ -50,11 +50,11 @@ def test_the_chain_holds_every_stage_behind_an_evaluation(project):
         ("prepare_data/all", "prepare_data all"),
     ],
 )
-def test_a_result_is_named_in_several_ways(project, wanted, first):
-    lines = _lineage(project, wanted).splitlines()
+def test_a_result_can_be_named_in_several_ways(project, name, first):
+    lines = _lineage(project, name).splitlines()
     assert lines[0].startswith(f"{first}  fingerprint ")
-    opened = [line.split("  fing")[0].strip() for line in lines if "  fingerprint " in line]
-    assert len(opened) == len(set(opened)), "each step once"
+    headings = [line.split("  fing")[0].strip() for line in lines if "  fingerprint " in line]
+    assert len(headings) == len(set(headings)), "each step once"
 
 
 def test_a_changed_file_breaks_the_chain(project):
@@ -73,27 +73,27 @@ def test_a_changed_file_breaks_the_chain(project):
     assert len(broken) == 1
 
 
-def test_it_is_drawn(project):
+def test_the_chain_can_be_drawn(project):
     _lineage(project, "generated-1", "--draw", "chain.png")
     assert (project.folder / "chain.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_what_is_unknown_or_not_there_is_refused(project):
-    assert "'nobody' is nothing that params.yaml makes; expected stage/instance" in _lineage(project, "nobody", code=2)
+def test_unknown_or_missing_results_are_refused(project):
+    assert "'nobody' is not a result of params.yaml; expected stage/instance" in _lineage(project, "nobody", code=2)
     text = _lineage(project, "train_robust/real_only-1", code=2)
     assert "real_only-1.json does not exist; expected what train_robust real_only-1 writes" in text
 
 
-def test_a_run_that_the_store_got_later_is_found_in_what_the_work_folder_remembers(tmp_path):
-    """The store was away when the result was finished; a provenance is not changed any more."""
+def test_mlflow_runs_sent_later_are_found_in_the_work_folder(tmp_path):
+    """The store was unavailable when the result was finished; provenance files never change afterwards."""
     work = tmp_path / "runs/mix_images/one-0123456789ab"
     older, newer = ({"mlflow_run": None, "mlflow_parent": None, "work": "runs/mix_images/one-0123456789ab",
                      "finished": time} for time in ("2026-01-01", "2026-01-02"))  # fmt: skip
     for folder, run, provenance in ((work / "before-1", "first", older), (work, "second", newer)):
         files.write_json(folder / "finished.json", {"provenance": provenance})
         files.write_json(folder / "tracking.json", {"run": run, "parent": f"above {run}"})
-    assert lineage.runs_of(older, tmp_path) == ("first", "above first")
-    assert lineage.runs_of(newer, tmp_path) == ("second", "above second")
-    assert lineage.runs_of(newer | {"mlflow_run": "known"}, tmp_path) == ("known", None)
-    assert lineage.runs_of(newer | {"finished": "2026-01-03"}, tmp_path) == (None, None)
-    assert lineage.runs_of({"mlflow_run": None}, tmp_path) == (None, None), "of an earlier dmat"
+    assert lineage.mlflow_runs(older, tmp_path) == ("first", "above first")
+    assert lineage.mlflow_runs(newer, tmp_path) == ("second", "above second")
+    assert lineage.mlflow_runs(newer | {"mlflow_run": "known"}, tmp_path) == ("known", None)
+    assert lineage.mlflow_runs(newer | {"finished": "2026-01-03"}, tmp_path) == (None, None)
+    assert lineage.mlflow_runs({"mlflow_run": None}, tmp_path) == (None, None), "of an earlier dmat"

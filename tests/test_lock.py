@@ -1,4 +1,4 @@
-"""`dmat lock`: code.yaml as the code is, and code that is shown to compute the same.
+"""`dmat lock`: code.yaml names the current code, and code can be shown to compute the same.
 
 Run alone: pytest tests/test_lock.py
 """
@@ -22,11 +22,11 @@ OTHER = 32 * "0"
 
 @pytest.fixture
 def dmat(monkeypatch, capsys):
-    """`dmat <words>` in a folder, in this process -> exit code, what it printed."""
+    """Runs `dmat <arguments>` in a folder, in this process; returns exit code and output."""
 
-    def run(folder, *words):
+    def run(folder, *arguments):
         monkeypatch.chdir(folder)
-        monkeypatch.setattr("sys.argv", ["dmat", *words])
+        monkeypatch.setattr("sys.argv", ["dmat", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
         return ended.value.code, "".join(capsys.readouterr())
@@ -39,8 +39,8 @@ def project(tmp_path, tiny_params):
     return Project(tmp_path, tiny_params)
 
 
-def _name(folder, **identities):
-    """code.yaml with other identities of some stages."""
+def _set_identities(folder, **identities):
+    """Writes other identities of some stages to code.yaml."""
     locked = code_identity.read(folder)
     code_identity.write(folder, code_identity.CodeLock({**locked.identities, **identities}, locked.same))
 
@@ -54,22 +54,22 @@ def test_the_repository_is_locked(project, dmat):
     assert (project.folder / "code.yaml").read_bytes() == before
 
 
-def test_a_stage_of_other_code_is_told_and_written(project, dmat):
-    own, whole = code_identity.of_stage("mix_images"), (project.folder / "code.yaml").read_bytes()
-    _name(project.folder, mix_images=OTHER)
+def test_a_stage_with_other_code_is_reported_and_locked(project, dmat):
+    current, before = code_identity.of_stage("mix_images"), (project.folder / "code.yaml").read_bytes()
+    _set_identities(project.folder, mix_images=OTHER)
     stale = (project.folder / "code.yaml").read_bytes()
     code, text = dmat(project.folder, "lock", "--check")
     assert code == 2
-    assert f"mix_images        000000000000 -> {own[:12]} (it reruns)\n" in text
+    assert f"mix_images        000000000000 -> {current[:12]} (it reruns)\n" in text
     assert text.count("unchanged") == len(STAGES) - 1
-    assert "error: code.yaml is of other code; expected the code that is here; run `dmat lock` (the stages" in text
+    assert "error: code.yaml records other code; expected the loaded code; run `dmat lock` (the stages" in text
     assert (project.folder / "code.yaml").read_bytes() == stale
     code, text = dmat(project.folder, "lock")
     assert (code, text.count("it reruns")) == (0, 1)
-    assert (project.folder / "code.yaml").read_bytes() == whole
+    assert (project.folder / "code.yaml").read_bytes() == before
 
 
-def test_without_the_file_it_is_made_and_without_a_project_refused(project, dmat, tmp_path_factory):
+def test_lock_creates_a_missing_file_and_refuses_a_folder_without_project(project, dmat, tmp_path_factory):
     whole = (project.folder / "code.yaml").read_bytes()
     (project.folder / "code.yaml").unlink()
     code, text = dmat(project.folder, "lock", "--check")
@@ -78,11 +78,11 @@ def test_without_the_file_it_is_made_and_without_a_project_refused(project, dmat
     assert (code, text.count("none -> ")) == (0, len(STAGES))
     assert (project.folder / "code.yaml").read_bytes() == whole
     code, text = dmat(tmp_path_factory.mktemp("empty"), "lock")
-    assert (code, "is no project: it has neither params.yaml nor mlruns" in text) == (2, True)
+    assert (code, "is not a project: it has neither params.yaml nor mlruns" in text) == (2, True)
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["--same", "nobody", "--why", "x"], "--same is 'nobody'; expected one of prepare_data, train_scorer"),
         (["--same", "mix_images"], "expected --same and --why together"),
@@ -91,8 +91,8 @@ def test_without_the_file_it_is_made_and_without_a_project_refused(project, dmat
         (["--same", "mix_images", "--why", "x"], "the code of mix_images is that of code.yaml; expected other code"),
     ],
 )
-def test_words_that_do_not_fit_are_refused(project, dmat, words, sentence):
-    code, text = dmat(project.folder, "lock", *words)
+def test_inconsistent_options_are_refused(project, dmat, arguments, sentence):
+    code, text = dmat(project.folder, "lock", *arguments)
     assert (code, sentence in text) == (2, True), text
 
 
@@ -108,33 +108,33 @@ def test_words_that_do_not_fit_are_refused(project, dmat, words, sentence):
         "",
     ],
 )
-def test_a_file_that_lock_did_not_write_is_refused_by_all(project, dmat, text):
+def test_a_malformed_code_yaml_is_refused_by_all_commands(project, dmat, text):
     (project.folder / "code.yaml").write_text(text)
-    for words in (["lock"], ["mix-images", "--arm", "generated"]):
-        code, said = dmat(project.folder, *words)
+    for arguments in (["lock"], ["mix-images", "--arm", "generated"]):
+        code, output = dmat(project.folder, *arguments)
         assert code == 2
-        assert "expected what `dmat lock` wrote; take it from git, or delete it and run `dmat lock`" in said
+        assert "expected what `dmat lock` wrote; restore it from git, or delete it and run `dmat lock`" in output
     assert (project.folder / "code.yaml").read_text() == text
 
 
-def test_a_stage_that_the_file_does_not_know_is_told(project, dmat):
+def test_a_stage_missing_from_code_yaml_is_reported(project, dmat):
     text = (project.folder / "code.yaml").read_text()
     (project.folder / "code.yaml").write_text("".join(x for x in text.splitlines(True) if "mix_images" not in x))
-    code, said = dmat(project.folder, "mix-images", "--arm", "generated")
-    assert (code, "code.yaml has no mix_images; expected a line for each stage; run `dmat lock`" in said) == (2, True)
+    code, output = dmat(project.folder, "mix-images", "--arm", "generated")
+    assert (code, "code.yaml has no mix_images; expected a line for each stage; run `dmat lock`" in output) == (2, True)
 
 
 @pytest.mark.parametrize("identity", ["1" * 32, "0" * 31 + "9", "1e" + "3" * 30, "0x" + "1" * 30, "null", "0o17"])
 def test_an_identity_that_yaml_could_take_for_a_number_stays_text(project, identity):
-    """Here and where DVC reads it."""
-    _name(project.folder, mix_images=identity)
+    """In dmat's reader and in DVC's."""
+    _set_identities(project.folder, mix_images=identity)
     assert code_identity.read(project.folder).identities["mix_images"] == identity
     assert yaml.safe_load((project.folder / "code.yaml").read_text())["mix_images"] == identity
 
 
-def test_what_computes_the_same_is_written_kept_and_dropped(project, dmat):
-    own = code_identity.of_stage("mix_images")
-    entry = {"code": own, "why": 'naïve: "quotes", \\ and\nlines 🙂', "compared": "all"}
+def test_equivalent_code_is_recorded_kept_and_dropped(project, dmat):
+    current = code_identity.of_stage("mix_images")
+    entry = {"code": current, "why": 'naïve: "quotes", \\ and\nlines 🙂', "compared": "all"}
     old = code_identity.read(project.folder)
     same = code_identity.CodeLock({**old.identities, "mix_images": OTHER}, {"mix_images": [entry]})
     code_identity.write(project.folder, same)
@@ -144,7 +144,7 @@ def test_what_computes_the_same_is_written_kept_and_dropped(project, dmat):
     assert (code, text.count("unchanged")) == (0, len(STAGES))
     assert code_identity.read(project.folder) == same
     locked = code_identity.CodeLock(same.identities, {"mix_images": [{**entry, "code": 32 * "1"}]})
-    assert code_identity.up_to_date(locked) == old, "the code is neither"
+    assert code_identity.lock_current_code(locked) == old, "the code is neither of them"
 
 
 # Code that computes the same
@@ -152,7 +152,7 @@ def test_what_computes_the_same_is_written_kept_and_dropped(project, dmat):
 
 @pytest.fixture
 def edited(finished, tmp_path, monkeypatch):
-    """A finished project, and code that is another by its identity alone. With the names of some stages."""
+    """A finished project, and code that differs in its identity alone."""
     project = finished.copy_without("nothing", tmp_path / "project")
     monkeypatch.setattr(code_identity, "of_stage", lambda stage, *_: OTHER)
     return project
@@ -182,14 +182,14 @@ COMPARED = {
 
 
 @pytest.mark.parametrize("stage", COMPARED)
-def test_part_of_each_stage_is_made_again_and_nothing_published(edited, stage):
+def test_part_of_each_stage_is_recomputed_and_nothing_published(edited, stage):
     before, locked = _content(edited), code_identity.read(edited.folder)
     compared = _accept(edited, stage)
     assert compared.startswith(COMPARED[stage])
-    now = code_identity.read(edited.folder)
-    assert now.identities == locked.identities
-    assert now.same == {stage: [{"code": OTHER, "why": "only faster", "compared": compared}]}
-    assert now.accepts(stage, OTHER)
+    lock_now = code_identity.read(edited.folder)
+    assert lock_now.identities == locked.identities
+    assert lock_now.same == {stage: [{"code": OTHER, "why": "only faster", "compared": compared}]}
+    assert lock_now.accepts(stage, OTHER)
     after = _content(edited)
     changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
     assert changed == {str(edited.folder / "code.yaml")}
@@ -205,70 +205,72 @@ def test_part_of_each_stage_is_made_again_and_nothing_published(edited, stage):
         ("evaluate_robust", "of the first shard differ from the finished result"),
     ],
 )
-def test_code_that_computes_something_else_is_refused(edited, monkeypatch, stage, sentence):
-    """It draws other random numbers."""
+def test_code_with_other_results_is_refused(edited, monkeypatch, stage, sentence):
+    """The code draws other random numbers."""
     before, stream = _content(edited), seeds.stream
     monkeypatch.setattr(seeds, "stream", lambda root, purpose, index=0: stream(root + 1, purpose, index))
-    with pytest.raises(DmatError, match="the code computes something else: `dmat lock`, and the stage reruns") as told:
+    with pytest.raises(
+        DmatError, match="the code computes something else: `dmat lock`, and the stage reruns"
+    ) as refused:
         _accept(edited, stage)
-    assert str(told.value).startswith(f"{stage} ")
-    assert sentence in str(told.value)
+    assert str(refused.value).startswith(f"{stage} ")
+    assert sentence in str(refused.value)
     assert _content(edited) == before
 
 
-def _forget(project, stage):
+def _without_provenance(project, stage):
     shutil.rmtree(project.folder / "artifacts/provenance" / stage)
 
 
 def _of_other_code(project, stage):
-    _name(project.folder, **{stage: 32 * "1"})
+    _set_identities(project.folder, **{stage: 32 * "1"})
 
 
 def _without_work(project, stage):
     shutil.rmtree(project.folder / "runs" / stage)
 
 
-def _elsewhere(project, stage):
+def _from_another_device(project, stage):
     (path,) = (project.folder / "artifacts/provenance" / stage).iterdir()
-    about = json.loads(path.read_text())
-    about["compute"] |= {"device": "NVIDIA H100", "torch": "1.0"}
-    files.write_json(path, about)
+    provenance = json.loads(path.read_text())
+    provenance["compute"] |= {"device": "NVIDIA H100", "torch": "1.0"}
+    files.write_json(path, provenance)
 
 
 @pytest.mark.parametrize(
     ("harm", "sentence"),
     [
-        (_forget, "no result of that code, with these parameters and inputs, is here"),
-        (_of_other_code, "no result of that code, with these parameters and inputs, is here"),
+        (_without_provenance, "there is no result of that code with these parameters and inputs"),
+        (_of_other_code, "there is no result of that code with these parameters and inputs"),
         (_without_work, "generated-1 lacks "),
-        (_elsewhere, "generated-1 was made on device NVIDIA H100 and not cpu"),
+        (_from_another_device, "generated-1 was computed on device NVIDIA H100 and not cpu"),
     ],
 )
-def test_where_nothing_can_be_compared_it_is_refused(edited, harm, sentence):
+def test_a_stage_without_comparable_result_is_refused(edited, harm, sentence):
     harm(edited, "train_robust")
-    with pytest.raises(DmatError, match="train_robust has nothing to compare with") as told:
+    with pytest.raises(DmatError, match="train_robust has nothing to compare with") as refused:
         _accept(edited, "train_robust")
-    assert sentence in str(told.value)
-    assert "run train_robust first, with the code that code.yaml names, or `dmat lock`" in str(told.value)
+    assert sentence in str(refused.value)
+    assert "run train_robust first, with the code that code.yaml names, or `dmat lock`" in str(refused.value)
 
 
 def test_code_that_changes_while_it_is_compared_is_refused(edited, monkeypatch):
-    found = iter([OTHER, 32 * "1"])
-    monkeypatch.setattr(code_identity, "of_stage", lambda *_: next(found))
+    identities = iter([OTHER, 32 * "1"])
+    monkeypatch.setattr(code_identity, "of_stage", lambda *_: next(identities))
     before = _content(edited)
     with pytest.raises(DmatError, match="the code of mix_images changed while it was compared; expected no change"):
         _accept(edited, "mix_images")
     assert _content(edited) == before
 
 
-def test_the_command_says_what_was_compared_and_the_stage_publishes_what_was_there(edited, dmat, monkeypatch):
+def test_the_command_reports_the_comparison_and_the_stage_publishes_the_old_result(edited, dmat, monkeypatch):
     code, text = dmat(edited.folder, "lock", "--same", "mix_images", "--same", "select_images", "--why", "tidier")
     assert code == 0, text
     assert text.splitlines() == [
         "mix_images        the same: mix_images generated: all 1 files and the metrics",
         "select_images     the same: select_images edm18_best: all 2 files and the metrics",
     ]
-    monkeypatch.setattr(code_identity, "_when_loaded", lambda stage: OTHER)
+    monkeypatch.setattr(code_identity, "_loaded_identity", lambda stage: OTHER)
     (work,) = (edited.folder / "runs/mix_images").iterdir()
     stamp = (work / "finished.json").stat().st_mtime_ns
     code, text = dmat(edited.folder, "mix-images", "--arm", "generated", "--json")

@@ -1,6 +1,6 @@
-"""A step of TRADES is what Zhang et al. 2019 and Wang et al. 2023 wrote down, gradients and batch norm included.
+"""A step of TRADES equals the definition in Zhang et al. 2019 and Wang et al. 2023, gradients and batch norm included.
 
-Oracle: the whole step again in float64 with batch norm, attack and divergence spelled out. Run alone:
+Oracle: the whole step in float64 with batch norm, attack and divergence written out. Run alone:
 pytest tests/test_losses.py
 """
 
@@ -19,7 +19,7 @@ from dmat.robust.attacks import Ball
 from dmat.robust.losses import LossSettings
 
 CLASSES = 4
-RECIPES = {
+SETTINGS = {
     "linf": LossSettings(Ball("linf", 0.1), steps=4, step_size=0.03, beta=5.0, label_smoothing=0.1),
     "l2": LossSettings(Ball("l2", 0.5), steps=4, step_size=0.2, beta=6.0, label_smoothing=0.0),
 }
@@ -29,7 +29,7 @@ MEANS = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.6, 0.1, 0.2], [0.25] * 4, [0
 
 
 class Net(nn.Module):
-    """Convolution, batch norm, SiLU, average, linear: the least that has everything a step can get wrong."""
+    """Convolution, batch norm, SiLU, average, linear: the smallest network with all that a step can get wrong."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class Net(nn.Module):
         return self.logits(F.adaptive_avg_pool2d(h, 2).flatten(1))
 
 
-def a_batch(norm):
+def example_batch(norm):
     torch.manual_seed(3)
     model = Net().double()
     with torch.no_grad():
@@ -52,7 +52,7 @@ def a_batch(norm):
         model.norm.running_mean.normal_()
     images, labels = torch.rand(6, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 0])
     images[:, 0, 0], images[:, 0, -1] = 0, 1  # pixels at both ends of the range, which clipping moves
-    start = RECIPES[norm].ball.random_start(seeds.stream(1, "start"), images.shape).double()
+    start = SETTINGS[norm].ball.random_start(seeds.stream(1, "start"), images.shape).double()
     return model.train(), images, labels, start
 
 
@@ -84,22 +84,22 @@ class Slow:
 
     def divergence(self, clean_logits, adversarial_logits):
         """sum p_clean (log p_clean - log p_adversarial), [B]."""
-        natural, adversarial = self.log_softmax(clean_logits), self.log_softmax(adversarial_logits)
-        return (natural.exp() * (natural - adversarial)).sum(1)
+        clean, adversarial = self.log_softmax(clean_logits), self.log_softmax(adversarial_logits)
+        return (clean.exp() * (clean - adversarial)).sum(1)
 
-    def attack(self, images, start, recipe):
+    def attack(self, images, start, settings):
         target = self.forward(images)[0].detach()
         # published: the linf start is clipped, the l2 start is not
-        x = self.pull_back(images, start, recipe.ball) if recipe.ball.norm == "linf" else images + start
-        for _ in range(recipe.steps):
+        x = self.pull_back(images, start, settings.ball) if settings.ball.norm == "linf" else images + start
+        for _ in range(settings.steps):
             x = x.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(self.divergence(target, self.forward(x)[0]).sum(), x)
             moved = []
             for k in range(len(x)):
                 g = gradient[k]
-                unit = g.sign() if recipe.ball.norm == "linf" else g / (g**2).sum().sqrt()
-                moved.append(x[k] + recipe.step_size * unit - images[k])
-            x = self.pull_back(images, torch.stack(moved), recipe.ball)
+                unit = g.sign() if settings.ball.norm == "linf" else g / (g**2).sum().sqrt()
+                moved.append(x[k] + settings.step_size * unit - images[k])
+            x = self.pull_back(images, torch.stack(moved), settings.ball)
         return x.detach()
 
     @staticmethod
@@ -115,17 +115,22 @@ class Slow:
             rows.append(torch.clamp(image + d, 0, 1))
         return torch.stack(rows)
 
-    def trades(self, images, labels, start, recipe):
+    def trades(self, images, labels, start, settings):
         """Loss averaged over the batch, its terms per image, and the statistics of the two tracked passes in order."""
-        adversarial = self.attack(images, start, recipe)
-        clean_logits, natural_statistics = self.forward(images)
+        adversarial = self.attack(images, start, settings)
+        clean_logits, clean_statistics = self.forward(images)
         adversarial_logits, adversarial_statistics = self.forward(adversarial)
-        natural = smoothed_cross_entropy(self.log_softmax(clean_logits), labels, recipe.label_smoothing)
+        cross_entropy = smoothed_cross_entropy(self.log_softmax(clean_logits), labels, settings.label_smoothing)
         robust = self.divergence(
             clean_logits.detach() if self.detach_clean else clean_logits,
             adversarial_logits.detach() if self.detach_adversarial else adversarial_logits,
         )
-        return (natural + recipe.beta * robust).mean(), natural, robust, (natural_statistics, adversarial_statistics)
+        return (
+            (cross_entropy + settings.beta * robust).mean(),
+            cross_entropy,
+            robust,
+            (clean_statistics, adversarial_statistics),
+        )
 
 
 def smoothed_cross_entropy(log_probabilities, labels, smoothing):
@@ -142,31 +147,31 @@ def smoothed_cross_entropy(log_probabilities, labels, smoothing):
 def reference(model, *arguments, **variant):
     """Gradients by name, per-image terms, statistics and total of the slow version, from a copy of the parameters."""
     parameters = {name: p.detach().clone().requires_grad_(True) for name, p in model.named_parameters()}
-    total, natural, robust, statistics = Slow(parameters, **variant).trades(*arguments)
+    total, cross_entropy, robust, statistics = Slow(parameters, **variant).trades(*arguments)
     total.backward()
-    return {name: p.grad for name, p in parameters.items()}, natural.detach(), robust.detach(), statistics, total
+    return {name: p.grad for name, p in parameters.items()}, cross_entropy.detach(), robust.detach(), statistics, total
 
 
-def furthest(gradients, others):
+def max_difference(gradients, others):
     """Largest difference of gradients, as a share of the largest gradient of that parameter."""
     return max(((gradients[name] - others[name]).abs().max() / others[name].abs().max()).item() for name in gradients)
 
 
-@pytest.mark.parametrize("norm", RECIPES)
+@pytest.mark.parametrize("norm", SETTINGS)
 def test_trades_step_equals_the_slow_version(norm):
-    model, images, labels, start = a_batch(norm)
-    recipe, before = RECIPES[norm], copy.deepcopy(model)
-    gradients, natural, robust, statistics, total = reference(model, images, labels, start, recipe)
-    loss = losses.trades(model, images, labels, start, recipe)
+    model, images, labels, start = example_batch(norm)
+    settings, before = SETTINGS[norm], copy.deepcopy(model)
+    gradients, cross_entropy, robust, statistics, total = reference(model, images, labels, start, settings)
+    loss = losses.trades(model, images, labels, start, settings)
     loss.total.mean().backward()
     torch.testing.assert_close(loss.total.mean().double(), total, rtol=1e-5, atol=1e-6, check_dtype=False)
-    torch.testing.assert_close(loss.clean.double(), natural, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.clean.double(), cross_entropy, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss.robust.double(), robust, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(loss.total.detach(), loss.clean + recipe.beta * loss.robust)
-    assert furthest({name: p.grad for name, p in model.named_parameters()}, gradients) < 1e-5
+    torch.testing.assert_close(loss.total.detach(), loss.clean + settings.beta * loss.robust)
+    assert max_difference({name: p.grad for name, p in model.named_parameters()}, gradients) < 1e-5
     # the attack did something, and both terms matter
     assert robust.mean() > 0.03
-    # two tracked passes, natural first
+    # two tracked passes, clean first
     mean, variance = before.norm.running_mean, before.norm.running_var
     for batch_mean, batch_variance in statistics:
         mean, variance = 0.7 * mean + 0.3 * batch_mean, 0.7 * variance + 0.3 * batch_variance
@@ -175,15 +180,15 @@ def test_trades_step_equals_the_slow_version(norm):
     assert model.norm.num_batches_tracked == 2
 
 
-def test_l2_attack_of_trades_begins_outside_the_pixel_range():
+def test_l2_attack_of_trades_starts_outside_the_pixel_range():
     """Wang et al.'s code: the first gradient is taken at image + 0.001 x Gaussian, border pixels included."""
-    model, images, labels, _ = a_batch("l2")
-    start = losses.draw_start("trades", RECIPES["l2"].ball, seeds.stream(1, "attack/start"), tuple(images.shape))
-    seen = []
-    model.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().clone()))
-    losses.trades(model, images, labels, start, RECIPES["l2"])
-    natural, first, *later, adversarial = seen
-    assert torch.equal(natural, images)
+    model, images, labels, _ = example_batch("l2")
+    start = losses.draw_start("trades", SETTINGS["l2"].ball, seeds.stream(1, "attack/start"), tuple(images.shape))
+    inputs = []
+    model.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].detach().clone()))
+    losses.trades(model, images, labels, start, SETTINGS["l2"])
+    clean_input, first, *later, adversarial = inputs
+    assert torch.equal(clean_input, images)
     torch.testing.assert_close(first, images + start)
     assert first.min() < 0
     assert first.max() > 1
@@ -191,19 +196,19 @@ def test_l2_attack_of_trades_begins_outside_the_pixel_range():
         assert (x.min(), x.max()) == (0, 1)
     slow = Slow({name: p.detach() for name, p in model.named_parameters()})
     # near the images the divergence is so flat that logits in float32 turn its gradient by 1e-4
-    assert (adversarial - slow.attack(images, start, RECIPES["l2"])).abs().max() < 1e-4
-    clipped = Slow.pull_back(images, start, RECIPES["l2"].ball) - images
-    assert (adversarial - slow.attack(images, clipped, RECIPES["l2"])).abs().max() > 1e-3
+    assert (adversarial - slow.attack(images, start, SETTINGS["l2"])).abs().max() < 1e-4
+    clipped = Slow.pull_back(images, start, SETTINGS["l2"].ball) - images
+    assert (adversarial - slow.attack(images, clipped, SETTINGS["l2"])).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", losses.ADVERSARIAL)
-@pytest.mark.parametrize("norm", RECIPES)
+@pytest.mark.parametrize("norm", SETTINGS)
 def test_starts_are_those_of_the_published_code(name, norm):
     """linf: uniform in the ball. l2: 0.001 x Gaussian, but pgd_at on the sphere towards a random image."""
-    model, images, labels, _ = a_batch(norm)
-    epsilon = RECIPES[norm].ball.epsilon
+    model, images, labels, _ = example_batch(norm)
+    epsilon = SETTINGS[norm].ball.epsilon
     images = images.repeat(50, 1, 1, 1)
-    drawn = losses.draw_start(name, RECIPES[norm].ball, seeds.stream(1, "attack/start"), tuple(images.shape))
+    drawn = losses.draw_start(name, SETTINGS[norm].ball, seeds.stream(1, "attack/start"), tuple(images.shape))
     numbers = drawn.flatten().double().numpy()
     if norm == "linf":
         assert stats.kstest(numbers, "uniform", args=(-epsilon, 2 * epsilon)).pvalue > 0.001
@@ -211,36 +216,36 @@ def test_starts_are_those_of_the_published_code(name, norm):
         assert stats.kstest(numbers, "norm", args=(0, 0.001)).pvalue > 0.001
     else:
         assert stats.kstest(numbers, "uniform").pvalue > 0.001
-        seen = []
-        model.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().clone()))
-        losses.pgd_at(model, images, labels.repeat(50), drawn, RECIPES[norm])
-        moved = seen[0] - images
+        inputs = []
+        model.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].detach().clone()))
+        losses.pgd_at(model, images, labels.repeat(50), drawn, SETTINGS[norm])
+        moved = inputs[0] - images
         assert moved.flatten(1).norm(dim=1).tolist() == pytest.approx([epsilon] * 300, rel=1e-5)
         towards = (drawn - images).flatten(1)
         assert F.cosine_similarity(moved.flatten(1), towards).min() > 1 - 1e-6
-        assert 0 <= seen[0].min() <= seen[0].max() <= 1
+        assert 0 <= inputs[0].min() <= inputs[0].max() <= 1
 
 
-@pytest.mark.parametrize("norm", RECIPES)
-def test_order_of_the_tracked_passes_would_show(norm):
-    """A guard of the test above: natural and adversarial statistics differ by far more than its tolerance."""
-    model, images, labels, start = a_batch(norm)
-    *_, ((natural_mean, _), (adversarial_mean, _)), _ = reference(model, images, labels, start, RECIPES[norm])
-    assert (natural_mean - adversarial_mean).abs().max() > 1e-3
+@pytest.mark.parametrize("norm", SETTINGS)
+def test_clean_and_adversarial_statistics_differ(norm):
+    """Checks the test above: clean and adversarial statistics differ by far more than its tolerance."""
+    model, images, labels, start = example_batch(norm)
+    *_, ((clean_mean, _), (adversarial_mean, _)), _ = reference(model, images, labels, start, SETTINGS[norm])
+    assert (clean_mean - adversarial_mean).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("branch", ["clean", "adversarial"])
-@pytest.mark.parametrize("norm", RECIPES)
+@pytest.mark.parametrize("norm", SETTINGS)
 def test_gradient_flows_through_both_branches_of_the_divergence(norm, branch):
-    model, images, labels, start = a_batch(norm)
-    without, *_ = reference(model, images, labels, start, RECIPES[norm], **{f"detach_{branch}": True})
-    losses.trades(model, images, labels, start, RECIPES[norm]).total.mean().backward()
-    assert furthest({name: p.grad for name, p in model.named_parameters()}, without) > 0.05
+    model, images, labels, start = example_batch(norm)
+    without, *_ = reference(model, images, labels, start, SETTINGS[norm], **{f"detach_{branch}": True})
+    losses.trades(model, images, labels, start, SETTINGS[norm]).total.mean().backward()
+    assert max_difference({name: p.grad for name, p in model.named_parameters()}, without) > 0.05
 
 
-def test_logits_are_those_of_the_terms_and_detached():
-    model, images, labels, start = a_batch("linf")
-    loss = losses.trades(model, images, labels, start, RECIPES["linf"])
+def test_returned_logits_belong_to_the_terms_and_are_detached():
+    model, images, labels, start = example_batch("linf")
+    loss = losses.trades(model, images, labels, start, SETTINGS["linf"])
     for name in ("clean", "robust", "clean_logits", "adversarial_logits"):
         assert not getattr(loss, name).requires_grad
     assert loss.total.requires_grad
@@ -250,10 +255,10 @@ def test_logits_are_those_of_the_terms_and_detached():
     torch.testing.assert_close(expected, loss.clean)
 
 
-def test_no_radius_means_no_robust_term():
-    model, images, labels, start = a_batch("linf")
-    recipe = dataclasses.replace(RECIPES["linf"], ball=Ball("linf", 0.0))
-    loss = losses.trades(model, images, labels, start, recipe)
+def test_robust_term_is_zero_without_radius():
+    model, images, labels, start = example_batch("linf")
+    settings = dataclasses.replace(SETTINGS["linf"], ball=Ball("linf", 0.0))
+    loss = losses.trades(model, images, labels, start, settings)
     assert loss.robust.abs().max() < 1e-6
     assert torch.equal(loss.clean_logits, loss.adversarial_logits)
 
@@ -261,26 +266,29 @@ def test_no_radius_means_no_robust_term():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_label_smoothing_spreads_over_every_class(name, smoothing):
-    model, images, labels, start = a_batch("linf")
-    recipe = dataclasses.replace(RECIPES["linf"], label_smoothing=smoothing, steps=1)
-    loss = losses.LOSSES[name](model, images, labels, start, recipe, MEANS)
-    logits, found = (loss.adversarial_logits, loss.robust) if name == "pgd_at" else (loss.clean_logits, loss.clean)
+    model, images, labels, start = example_batch("linf")
+    settings = dataclasses.replace(SETTINGS["linf"], label_smoothing=smoothing, steps=1)
+    loss = losses.LOSSES[name](model, images, labels, start, settings, MEANS)
+    logits, actual = (loss.adversarial_logits, loss.robust) if name == "pgd_at" else (loss.clean_logits, loss.clean)
     expected = smoothed_cross_entropy(logits.double().log_softmax(1), labels, smoothing)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_standard_loss_is_the_cross_entropy_and_one_tracked_pass():
-    model, images, labels, _ = a_batch("linf")
+    model, images, labels, _ = example_batch("linf")
     before = copy.deepcopy(model)
     parameters = {name: p.detach().clone().requires_grad_(True) for name, p in model.named_parameters()}
     logits, (batch_mean, _) = Slow(parameters).forward(images)
     expected = smoothed_cross_entropy(Slow.log_softmax(logits), labels, 0.1)
     expected.mean().backward()
     # the start is not used: NaN would show
-    loss = losses.standard(model, images, labels, torch.full_like(images, torch.nan), RECIPES["linf"])
+    loss = losses.standard(model, images, labels, torch.full_like(images, torch.nan), SETTINGS["linf"])
     loss.total.mean().backward()
     torch.testing.assert_close(loss.total.double(), expected, rtol=1e-5, atol=1e-6)
-    assert furthest({n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in parameters.items()}) < 1e-5
+    assert (
+        max_difference({n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in parameters.items()})
+        < 1e-5
+    )
     assert torch.equal(loss.robust, torch.zeros(6))
     assert torch.equal(loss.clean, loss.total.detach())
     assert loss.adversarial_logits is None
@@ -290,7 +298,7 @@ def test_standard_loss_is_the_cross_entropy_and_one_tracked_pass():
     assert model.norm.num_batches_tracked == 1
 
 
-def state_of(model):
+def modes_of(model):
     return (
         [module.training for module in model.modules()],
         [p.requires_grad for p in model.parameters()],
@@ -299,55 +307,55 @@ def state_of(model):
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
-def test_modes_are_what_they_were(name):
-    model, images, labels, start = a_batch("linf")
+def test_modes_are_restored(name):
+    model, images, labels, start = example_batch("linf")
     model.conv.weight.requires_grad_(False)  # frozen by the caller: stays frozen
-    before = state_of(model)
-    losses.LOSSES[name](model, images, labels, start, RECIPES["linf"], MEANS)
-    assert state_of(model) == before
+    before = modes_of(model)
+    losses.LOSSES[name](model, images, labels, start, SETTINGS["linf"], MEANS)
+    assert modes_of(model) == before
 
 
 @pytest.mark.parametrize("failing", [1, 3])
-def test_modes_come_back_when_a_pass_fails(failing):
-    model, images, labels, start = a_batch("linf")
-    before, calls = state_of(model), []
+def test_modes_are_restored_when_a_pass_fails(failing):
+    model, images, labels, start = example_batch("linf")
+    before, calls = modes_of(model), []
 
-    def fail(module, given):
-        calls.append(given)
+    def fail(module, arguments):
+        calls.append(arguments)
         if len(calls) == failing:
             raise MemoryError
 
     handle = model.register_forward_pre_hook(fail)
     with pytest.raises(MemoryError):
-        losses.trades(model, images, labels, start, RECIPES["linf"])
+        losses.trades(model, images, labels, start, SETTINGS["linf"])
     handle.remove()
-    assert state_of(model) == before
+    assert modes_of(model) == before
     assert model.norm.num_batches_tracked == (failing > 1)
 
 
 def test_passes_of_a_trades_step():
-    """The natural one, which is the target too, one a step of the attack, the adversarial one: 26 of FLOPs, not 27."""
-    model, images, labels, start = a_batch("linf")
-    seen = []
+    """The clean pass, which gives the target too, one per attack step, the adversarial pass: 26 of FLOPs, not 27."""
+    model, images, labels, start = example_batch("linf")
+    passes = []
     model.register_forward_pre_hook(
-        lambda module, given: seen.append((module.norm.track_running_stats, module.conv.weight.requires_grad))
+        lambda module, arguments: passes.append((module.norm.track_running_stats, module.conv.weight.requires_grad))
     )
     with modes.mode(model, training=True):
-        losses.trades(model, images, labels, start, RECIPES["linf"])
-    assert seen == [(True, True)] + [(False, False)] * RECIPES["linf"].steps + [(True, True)]
+        losses.trades(model, images, labels, start, SETTINGS["linf"])
+    assert passes == [(True, True)] + [(False, False)] * SETTINGS["linf"].steps + [(True, True)]
 
 
 # --- other losses
 
 
-@pytest.mark.parametrize("norm", RECIPES)
-def test_ikl_is_what_cui_et_al_wrote_down(norm):
+@pytest.mark.parametrize("norm", SETTINGS)
+def test_ikl_equals_the_definition_of_cui_et_al(norm):
     """Pairs of classes one by one, in float64; the attack is that of TRADES."""
-    model, images, labels, start = a_batch(norm)
-    recipe = dataclasses.replace(RECIPES[norm], alpha=3.0)
+    model, images, labels, start = example_batch(norm)
+    settings = dataclasses.replace(SETTINGS[norm], alpha=3.0)
     parameters = {name: p.detach().clone().requires_grad_(True) for name, p in model.named_parameters()}
     slow = Slow(parameters)
-    adversarial = slow.attack(images, start, recipe)
+    adversarial = slow.attack(images, start, settings)
     (clean_logits, _), (adversarial_logits, _) = slow.forward(images), slow.forward(adversarial)
     values = []
     for n, a, label in zip(clean_logits, adversarial_logits, labels.tolist(), strict=True):
@@ -356,50 +364,50 @@ def test_ikl_is_what_cui_et_al_wrote_down(norm):
             for k in range(CLASSES):
                 squared = squared + weights[j] * weights[k] * ((n[j] - n[k]) - (a[j] - a[k])) ** 2 / 4
         soft = -(n.detach().softmax(0) * a.log_softmax(0)).sum()
-        values.append(recipe.beta * squared + 3.0 * soft)
-    natural = smoothed_cross_entropy(slow.log_softmax(clean_logits), labels, recipe.label_smoothing)
-    expected = natural + torch.stack(values)
+        values.append(settings.beta * squared + 3.0 * soft)
+    cross_entropy = smoothed_cross_entropy(slow.log_softmax(clean_logits), labels, settings.label_smoothing)
+    expected = cross_entropy + torch.stack(values)
     expected.mean().backward()
-    loss = losses.ikl(model, images, labels, start, recipe, MEANS)
+    loss = losses.ikl(model, images, labels, start, settings, MEANS)
     loss.total.mean().backward()
     torch.testing.assert_close(loss.total.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(loss.clean + recipe.beta * loss.robust, loss.total.detach())
+    torch.testing.assert_close(loss.clean + settings.beta * loss.robust, loss.total.detach())
     gradients = {name: p.grad for name, p in parameters.items()}
-    assert furthest({name: p.grad for name, p in model.named_parameters()}, gradients) < 1e-5
+    assert max_difference({name: p.grad for name, p in model.named_parameters()}, gradients) < 1e-5
 
 
 def test_ikl_weighed_with_predictions_has_the_gradient_of_the_divergence():
-    """Theorem 1 of Cui et al.: with w = p_clean, wMSE gives KL's gradient to the natural logits, and the soft
+    """Theorem 1 of Cui et al.: with w = p_clean, wMSE gives KL's gradient to the clean logits, and the soft
     cross-entropy KL's to the adversarial ones."""
     torch.manual_seed(0)
-    natural, adversarial = (torch.randn(1, CLASSES, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    clean, adversarial = (torch.randn(1, CLASSES, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     class Two(nn.Module):
-        """First the natural logits, then (the attack makes no step) the adversarial ones."""
+        """First the clean logits, then (the attack makes no step) the adversarial ones."""
 
         calls = 0
 
         def forward(self, images):
             self.calls += 1
-            return (natural if self.calls == 1 else adversarial) * 1.0
+            return (clean if self.calls == 1 else adversarial) * 1.0
 
     images, label = torch.rand(1, 1, 2, 2), torch.tensor([2])
-    recipe = LossSettings(Ball("linf", 0.1), steps=0, step_size=0.0, beta=1.0, label_smoothing=0.0, alpha=1.0)
-    means = natural.detach().softmax(1).repeat(CLASSES, 1)
-    found = losses.ikl(Two(), images, label, torch.zeros_like(images), recipe, means.float())
-    cross_entropy = F.cross_entropy(natural, label)
-    divergence = F.kl_div(adversarial.log_softmax(1), natural.log_softmax(1), log_target=True, reduction="sum")
-    ours = torch.autograd.grad(found.total.sum() - cross_entropy, [natural, adversarial], retain_graph=True)
-    theirs = torch.autograd.grad(divergence, [natural, adversarial])
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+    settings = LossSettings(Ball("linf", 0.1), steps=0, step_size=0.0, beta=1.0, label_smoothing=0.0, alpha=1.0)
+    means = clean.detach().softmax(1).repeat(CLASSES, 1)
+    loss = losses.ikl(Two(), images, label, torch.zeros_like(images), settings, means.float())
+    cross_entropy = F.cross_entropy(clean, label)
+    divergence = F.kl_div(adversarial.log_softmax(1), clean.log_softmax(1), log_target=True, reduction="sum")
+    actual = torch.autograd.grad(loss.total.sum() - cross_entropy, [clean, adversarial], retain_graph=True)
+    expected = torch.autograd.grad(divergence, [clean, adversarial])
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-6)
     # the other branch has, beyond that, what breaks the asymmetry: wMSE's own gradient with the opposite sign
-    torch.testing.assert_close(ours[1], theirs[1] - theirs[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual[1], expected[1] - expected[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", RECIPES)
+@pytest.mark.parametrize("norm", SETTINGS)
 def test_pgd_at_trains_on_the_images_that_maximise_cross_entropy_in_evaluation_mode(norm):
-    model, images, labels, start = a_batch(norm)
-    recipe, before = RECIPES[norm], copy.deepcopy(model)
+    model, images, labels, start = example_batch(norm)
+    settings, before = SETTINGS[norm], copy.deepcopy(model)
     mean, variance = before.norm.running_mean, before.norm.running_var
 
     def logits_in_evaluation(x):
@@ -410,44 +418,44 @@ def test_pgd_at_trains_on_the_images_that_maximise_cross_entropy_in_evaluation_m
 
     if norm == "l2":  # published: a random image, brought to the distance epsilon
         start = torch.rand(images.shape, dtype=torch.float64)
-        way = start - images
-        x = images + recipe.ball.epsilon * way / way.flatten(1).norm(dim=1)[:, None, None, None]
+        direction = start - images
+        x = images + settings.ball.epsilon * direction / direction.flatten(1).norm(dim=1)[:, None, None, None]
     else:
-        x = Slow.pull_back(images, start, recipe.ball)
-    for _ in range(recipe.steps):
+        x = Slow.pull_back(images, start, settings.ball)
+    for _ in range(settings.steps):
         x = x.detach().requires_grad_(True)
         (g,) = torch.autograd.grad(F.cross_entropy(logits_in_evaluation(x), labels, reduction="sum"), x)
         unit = g.sign() if norm == "linf" else g / g.flatten(1).norm(dim=1)[:, None, None, None]
-        x = Slow.pull_back(images, x.detach() + recipe.step_size * unit - images, recipe.ball)
+        x = Slow.pull_back(images, x.detach() + settings.step_size * unit - images, settings.ball)
     parameters = {name: p.detach().clone().requires_grad_(True) for name, p in model.named_parameters()}
     logits, (batch_mean, _) = Slow(parameters).forward(x.detach())
-    expected = smoothed_cross_entropy(Slow.log_softmax(logits), labels, recipe.label_smoothing)
+    expected = smoothed_cross_entropy(Slow.log_softmax(logits), labels, settings.label_smoothing)
     expected.mean().backward()
-    loss = losses.pgd_at(model, images, labels, start, recipe)
+    loss = losses.pgd_at(model, images, labels, start, settings)
     loss.total.mean().backward()
     torch.testing.assert_close(loss.total.double(), expected, rtol=1e-5, atol=1e-6)
     gradients = {name: p.grad for name, p in parameters.items()}
-    assert furthest({name: p.grad for name, p in model.named_parameters()}, gradients) < 1e-5
+    assert max_difference({name: p.grad for name, p in model.named_parameters()}, gradients) < 1e-5
     assert loss.clean_logits is None
     assert not loss.clean.any()
     torch.testing.assert_close(model.norm.running_mean, 0.7 * mean + 0.3 * batch_mean)
     assert model.norm.num_batches_tracked == 1
 
 
-def test_mixed_targets_are_what_trades_attacks_and_are_not_smoothed():
+def test_trades_attacks_mixed_targets_without_smoothing():
     """Wang et al.'s code with CutMix: the inner attack aims away from the mixed label."""
-    model, images, labels, start = a_batch("linf")
-    recipe = RECIPES["linf"]
+    model, images, labels, start = example_batch("linf")
+    settings = SETTINGS["linf"]
     mixed = 0.7 * F.one_hot(labels, CLASSES).double() + 0.3 * F.one_hot(labels.roll(1), CLASSES).double()
-    reached = []
-    model.register_forward_pre_hook(lambda module, given: reached.append(given[0].detach().clone()))
-    loss = losses.trades(model, images, mixed, start, recipe)
-    slow, x = Slow(dict(model.named_parameters())), Slow.pull_back(images, start, recipe.ball)
-    for _ in range(recipe.steps):
+    inputs = []
+    model.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].detach().clone()))
+    loss = losses.trades(model, images, mixed, start, settings)
+    slow, x = Slow(dict(model.named_parameters())), Slow.pull_back(images, start, settings.ball)
+    for _ in range(settings.steps):
         x = x.detach().requires_grad_(True)
         (g,) = torch.autograd.grad(-(mixed * slow.log_softmax(slow.forward(x)[0])).sum(), x)
-        x = Slow.pull_back(images, x.detach() + recipe.step_size * g.sign() - images, recipe.ball)
-    torch.testing.assert_close(reached[-1].double(), x.detach(), rtol=1e-6, atol=1e-7)
+        x = Slow.pull_back(images, x.detach() + settings.step_size * g.sign() - images, settings.ball)
+    torch.testing.assert_close(inputs[-1].double(), x.detach(), rtol=1e-6, atol=1e-7)
     expected = -(mixed * slow.log_softmax(slow.forward(images)[0])).sum(1)
     torch.testing.assert_close(loss.clean.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     divergence = slow.divergence(slow.forward(images)[0], slow.forward(x)[0]).detach()
@@ -459,41 +467,41 @@ def test_class_means_are_those_of_the_last_epoch():
     keeper = losses.ClassMeans(3, 2.0, torch.device("cpu"))
     assert torch.equal(keeper.means, torch.full((3, 3), 1 / 3))
     logits, labels = torch.randn(8, 3), torch.tensor([0, 0, 1, 0, 1, 1, 0, 1])
-    keeper.add(keeper.sums_of(logits[:5], labels[:5]))
-    keeper.add(keeper.sums_of(logits[5:], labels[5:]))
+    keeper.add(keeper.batch_sums(logits[:5], labels[:5]))
+    keeper.add(keeper.batch_sums(logits[5:], labels[5:]))
     assert torch.equal(keeper.means, torch.full((3, 3), 1 / 3))  # until the epoch is over
     keeper.next_epoch()
     probabilities = (logits / 2.0).softmax(1)
     torch.testing.assert_close(keeper.means[0], probabilities[labels == 0].mean(0))
     torch.testing.assert_close(keeper.means[1], probabilities[labels == 1].mean(0))
-    torch.testing.assert_close(keeper.means[2], torch.full((3,), 1 / 3))  # not shown: as before
+    torch.testing.assert_close(keeper.means[2], torch.full((3,), 1 / 3))  # no image of this class: unchanged
     again = losses.ClassMeans(3, 2.0, torch.device("cpu"))
     again.load(keeper.state())
     again.next_epoch()
     assert torch.equal(again.means, keeper.means)
 
 
-def test_a_bf16_attack_casts_weights_once_and_changes_no_number(monkeypatch):
+def test_a_bf16_attack_casts_weights_once_without_changing_results(monkeypatch):
     """The step under autocast is bit for bit the step that leaves the casting to autocast."""
     torch.manual_seed(0)
     images, labels = torch.rand(6, 2, 6, 6), torch.tensor([0, 1, 2, 3, 1, 0])
-    start = RECIPES["linf"].ball.random_start(seeds.stream(1, "start"), images.shape)
+    start = SETTINGS["linf"].ball.random_start(seeds.stream(1, "start"), images.shape)
 
     def step():
         torch.manual_seed(1)
         model = Net().train()
         with torch.autocast("cpu", torch.bfloat16):
             dtypes = []
-            model.conv.register_forward_pre_hook(lambda layer, given: dtypes.append(layer.weight.dtype))
-            loss = losses.trades(model, images, labels, start, RECIPES["linf"])
+            model.conv.register_forward_pre_hook(lambda layer, arguments: dtypes.append(layer.weight.dtype))
+            loss = losses.trades(model, images, labels, start, SETTINGS["linf"])
         loss.total.mean().backward()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         return dtypes, [loss.total.detach(), *(p.grad for p in model.parameters())]
 
-    dtypes, ours = step()
-    steps = RECIPES["linf"].steps
+    dtypes, results = step()
+    steps = SETTINGS["linf"].steps
     assert dtypes == [torch.float32, *[torch.bfloat16] * steps, torch.float32]
     monkeypatch.setattr(modes, "_cast_by_autocast", lambda model: [])
-    plain_dtypes, plain = step()
-    assert set(plain_dtypes) == {torch.float32}
-    assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+    dtypes_by_autocast, results_by_autocast = step()
+    assert set(dtypes_by_autocast) == {torch.float32}
+    assert all(torch.equal(first, second) for first, second in zip(results, results_by_autocast, strict=True))

@@ -1,8 +1,8 @@
-"""`dmat models`: published weights come in whole or not at all and run nothing, go out under the published names, and
-give the same logits everywhere. Run alone: pytest tests/test_models.py
+"""`dmat models`: published weights are imported completely or not at all, run no code, are exported under the published
+names, and give the same logits everywhere. Run alone: pytest tests/test_models.py
 
-Files are written here with the names that the publishers use; the network in the manner of TRADES and Carmon is stated
-again from those names as the oracle. The real RobustBench is tested by tests/test_robustbench.py.
+Files are written here with the names that the publishers use. As the oracle, the network of TRADES and Carmon is
+written again from those names. The real RobustBench is tested by tests/test_robustbench.py.
 """
 
 import json
@@ -61,21 +61,21 @@ def prefixed(state, prefix):
     return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
 
-def published(path, seed=0, args=ARGS, **more):
+def published(path, seed=0, args=ARGS, **entries):
     """A checkpoint of Wang et al. 2023 and its args.txt; the averaged network has the seed, the live one seed + 1."""
-    kind = {key: more.pop(key) for key in ("depth", "width", "data", "make") if key in more}
-    averaged, live = network(seed, **kind), network(seed + 1, **kind)
+    options = {key: entries.pop(key) for key in ("depth", "width", "data", "make") if key in entries}
+    ema, live = network(seed, **options), network(seed + 1, **options)
     content = {
-        "model_state_dict": prefixed(averaged.state_dict(), "module.0."),
+        "model_state_dict": prefixed(ema.state_dict(), "module.0."),
         "unaveraged_model_state_dict": prefixed(live.state_dict(), "module.0."),
     }
-    torch.save(content | more, path)
+    torch.save(content | entries, path)
     (path.parent / "args.txt").write_text(json.dumps(args, indent=4))
-    return averaged, live
+    return ema, live
 
 
 def carmon(depth=10, width=1, classes=10, unused=True, seed=0):
-    """State dict of the network of TRADES and Carmon et al. 2019, names and shapes written out again."""
+    """State dict of the network of TRADES and Carmon et al. 2019, with names and shapes written out."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
 
@@ -105,7 +105,7 @@ def carmon(depth=10, width=1, classes=10, unused=True, seed=0):
 
 
 def carmon_logits(state, images, depth):
-    """Its forward pass from the names: ReLU, and one pixel of padding on every side of each 3 x 3 convolution."""
+    """Forward pass from the tensor names: ReLU, and one pixel of padding on every side of each 3 x 3 convolution."""
 
     def active(x, name):
         s = {part: state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")}
@@ -129,14 +129,14 @@ def pixels(count=3, size=32):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """`dmat <words>` in this process -> exit code, standard output, standard error."""
+    """Runs `dmat <arguments>` in this process; returns exit code, standard output and standard error."""
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["dmat", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dmat", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
             main()
         out, err = capsys.readouterr()
-        return ended.value.code, out, err
+        return exit_info.value.code, out, err
 
     return run
 
@@ -144,42 +144,42 @@ def call(monkeypatch, capsys):
 @pytest.fixture
 def imported(tmp_path):
     """A published network that was imported: its path and the network."""
-    averaged, _ = published(tmp_path / "weights-best.pt")
-    return import_model(tmp_path / "weights-best.pt", tmp_path / "args.txt").path, averaged
+    ema, _ = published(tmp_path / "weights-best.pt")
+    return import_model(tmp_path / "weights-best.pt", tmp_path / "args.txt").path, ema
 
 
-def refused(words, *given, **named):
-    """import_model refuses with exactly this sentence."""
+def refused(message, *arguments, **options):
+    """import_model refuses with exactly this message."""
     with pytest.raises(DmatError) as error:
-        import_model(*given, **named)
-    assert str(error.value) == words
+        import_model(*arguments, **options)
+    assert str(error.value) == message
 
 
 # --- published checkpoints
 
 
-def test_published_weights_come_in_bit_for_bit(tmp_path, call):
-    averaged, live = published(tmp_path / "weights-best.pt")
-    for which, model in (("averaged", averaged), ("raw", live)):
-        to = tmp_path / f"{which}.safetensors"
-        words = ["--args", tmp_path / "args.txt", "--weights", which, "--to", to]
-        code, out, err = call("models", "import", tmp_path / "weights-best.pt", *words)
+def test_published_weights_are_imported_bit_for_bit(tmp_path, call):
+    ema, live = published(tmp_path / "weights-best.pt")
+    for which, model in (("averaged", ema), ("raw", live)):
+        target = tmp_path / f"{which}.safetensors"
+        options = ["--args", tmp_path / "args.txt", "--weights", which, "--to", target]
+        code, out, err = call("models", "import", tmp_path / "weights-best.pt", *options)
         assert (code, err) == (0, "")
-        assert out == f"{to}: WRN-10-1 silu, 10 classes, {which} weights\n"
-        found = dmat.load_model(to)
-        assert {k: v.tolist() for k, v in found.state_dict().items()} == {
+        assert out == f"{target}: WRN-10-1 silu, 10 classes, {which} weights\n"
+        loaded = dmat.load_model(target)
+        assert {k: v.tolist() for k, v in loaded.state_dict().items()} == {
             k: v.tolist() for k, v in model.state_dict().items()
         }
-        assert torch.equal(found(pixels()), model(pixels()))
-        assert json.loads(to.with_suffix(".json").read_text())["weights"] == which
+        assert torch.equal(loaded(pixels()), model(pixels()))
+        assert json.loads(target.with_suffix(".json").read_text())["weights"] == which
 
 
-def test_sidecar_says_all_that_is_known(tmp_path):
+def test_the_sidecar_records_all_that_is_known_of_a_model(tmp_path):
     published(tmp_path / "weights-best.pt")
-    done = import_model(tmp_path / "weights-best.pt", tmp_path / "args.txt", licence="MIT")
-    assert done.path == tmp_path / "weights-best.safetensors"
-    assert done.notes == []
-    sidecar = weights.read(done.path, "classifier")[1]
+    result = import_model(tmp_path / "weights-best.pt", tmp_path / "args.txt", licence="MIT")
+    assert result.path == tmp_path / "weights-best.safetensors"
+    assert result.notes == []
+    sidecar = weights.read(result.path, "classifier")[1]
     assert sidecar["network"] == {"name": "wide_resnet", "depth": 10, "width": 1, "activation": "silu"}
     assert (sidecar["classes"], sidecar["channels"], sidecar["image_shape"]) == (10, 3, [32, 32, 3])
     assert (sidecar["mean"], sidecar["std"]) == ([0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616])
@@ -202,32 +202,32 @@ def test_sidecar_says_all_that_is_known(tmp_path):
         (None, 0.5, None),
     ],
 )
-def test_threat_model_is_that_of_the_arguments(attack, epsilon, threat):
-    found = importing._threat({"attack": attack, "attack_eps": epsilon})
-    assert found == (threat and {"norm": threat[0], "epsilon": threat[1]})
+def test_the_threat_model_is_read_from_the_arguments(attack, epsilon, threat):
+    actual = importing._threat({"attack": attack, "attack_eps": epsilon})
+    assert actual == (threat and {"norm": threat[0], "epsilon": threat[1]})
 
 
 @pytest.mark.parametrize(
-    ("data", "written", "classes", "size"),
+    ("data", "data_in_args", "classes", "size"),
     [("cifar100", "cifar100s", 100, 32), ("svhn", "svhns", 10, 32), ("tinyimagenet", "tiny-imagenets", 200, 64)],
 )
-def test_every_data_set_brings_its_normalisation(tmp_path, data, written, classes, size):
-    averaged, _ = published(tmp_path / "w.pt", data=data, args=ARGS | {"data": written})
-    done = import_model(tmp_path / "w.pt", tmp_path / "args.txt")
-    assert (done.sidecar["classes"], done.sidecar["image_shape"]) == (classes, [size, size, 3])
-    assert torch.equal(dmat.load_model(done.path)(pixels(size=size)), averaged(pixels(size=size)))
+def test_every_data_set_has_its_own_normalisation(tmp_path, data, data_in_args, classes, size):
+    ema, _ = published(tmp_path / "w.pt", data=data, args=ARGS | {"data": data_in_args})
+    result = import_model(tmp_path / "w.pt", tmp_path / "args.txt")
+    assert (result.sidecar["classes"], result.sidecar["image_shape"]) == (classes, [size, size, 3])
+    assert torch.equal(dmat.load_model(result.path)(pixels(size=size)), ema(pixels(size=size)))
 
 
 @pytest.mark.parametrize(("depth", "width"), [(10, 2), (16, 1), (22, 3)])
 def test_depth_and_width_are_read_from_shapes(tmp_path, depth, width):
     published(tmp_path / "w.pt", depth=depth, width=width)
-    done = import_model(tmp_path / "w.pt", data="cifar10")
-    assert (done.sidecar["network"]["depth"], done.sidecar["network"]["width"]) == (depth, width)
-    assert done.notes == ["activation silu was assumed, because no tensor shows it: see --activation"]
-    assert done.sidecar["origin"]["notes"] == done.notes
+    result = import_model(tmp_path / "w.pt", data="cifar10")
+    assert (result.sidecar["network"]["depth"], result.sidecar["network"]["width"]) == (depth, width)
+    assert result.notes == ["activation silu was assumed, because no tensor shows it: see --activation"]
+    assert result.sidecar["origin"]["notes"] == result.notes
 
 
-def test_resume_files_and_the_same_import_again(tmp_path):
+def test_importing_a_resume_file_twice_gives_the_same_bytes(tmp_path):
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
     published(tmp_path / "state-last.pt", optimizer_state_dict=optimiser.state_dict(), epoch=3)
     first = import_model(tmp_path / "state-last.pt", tmp_path / "args.txt").path.read_bytes()
@@ -235,8 +235,8 @@ def test_resume_files_and_the_same_import_again(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_state_last_of_torch_1_holds_a_scheduler_and_comes_in(tmp_path, call, zipped):
-    """Its scheduler's state has a bound method, and with it the scheduler, the optimiser and its parameters."""
+def test_state_last_of_torch_1_with_a_scheduler_is_imported(tmp_path, call, zipped):
+    """The scheduler's state holds a bound method, and with it the scheduler, the optimiser and its parameters."""
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=0.1, total_steps=9)
     state = {**scheduler.state_dict(), "anneal_func": scheduler.step, "lr": np.float64(0.1)}
@@ -245,35 +245,35 @@ def test_state_last_of_torch_1_holds_a_scheduler_and_comes_in(tmp_path, call, zi
     content = torch.load(path, weights_only=True) | {"scheduler_state_dict": state, "epoch": 10}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     for which in ("averaged", "raw"):
-        to = tmp_path / f"{which}.safetensors"
-        words = ["--args", tmp_path / "args.txt", "--weights", which, "--to", to]
-        code, out, err = call("models", "import", path, *words)
-        assert (code, out) == (0, f"{to}: WRN-10-1 silu, 10 classes, {which} weights\n")
+        target = tmp_path / f"{which}.safetensors"
+        options = ["--args", tmp_path / "args.txt", "--weights", which, "--to", target]
+        code, out, err = call("models", "import", path, *options)
+        assert (code, out) == (0, f"{target}: WRN-10-1 silu, 10 classes, {which} weights\n")
         assert "note: the file names code, which was neither run nor read: " in err
         assert "torch.optim.lr_scheduler.OneCycleLR" in err
-        assert torch.equal(dmat.load_model(to)(pixels()), model[which](pixels()))
+        assert torch.equal(dmat.load_model(target)(pixels()), model[which](pixels()))
 
 
-def test_without_averaging_the_weights_are_live(tmp_path):
-    """--tau 0, or a training script that has no --tau, writes the live weights as model_state_dict, and them alone."""
+def test_without_averaging_the_weights_are_raw(tmp_path):
+    """With --tau 0, or in a script without --tau, a training writes only the live weights, as model_state_dict."""
     path, args = tmp_path / "weights-best.pt", tmp_path / "args.txt"
     live = network(1)
-    for said in (ARGS | {"tau": 0.0}, without(ARGS, "tau")):
+    for arguments in (ARGS | {"tau": 0.0}, without(ARGS, "tau")):
         torch.save({"model_state_dict": prefixed(live.state_dict(), "module.0.")}, path)
-        args.write_text(json.dumps(said))
+        args.write_text(json.dumps(arguments))
         assert import_model(path, args).sidecar["weights"] == "raw"
         assert import_model(path, args, which="raw").sidecar["weights"] == "raw"
         refused(
             f"{path} holds one network, model_state_dict, module.0. (raw); its args name no tau; expected averaged "
-            f"weights; leave --weights away, or give a file that has them",
+            f"weights; omit --weights, or give a file that has them",
             path,
             args,
             which="averaged",
         )
     args.write_text(json.dumps(ARGS))
     assert import_model(path, args).sidecar["weights"] == "averaged"
-    done = import_model(path, data="cifar10")
-    assert (done.sidecar["weights"], done.notes[0]) == (
+    result = import_model(path, data="cifar10")
+    assert (result.sidecar["weights"], result.notes[0]) == (
         "unknown",
         "nothing in the file says whether its weights are averages: those of Wang et al. 2023 are, unless their "
         "args.txt says tau 0",
@@ -288,21 +288,23 @@ def test_without_averaging_the_weights_are_live(tmp_path):
     )
 
 
-FRONT = {"cifar10": (0.2023, 0.1994, 0.2010), "svhn": (0.2023, 0.1994, 0.2010), "cifar100": (0.2673, 0.2564, 0.2762)}
+FRONT_STD = {
+    "cifar10": (0.2023, 0.1994, 0.2010), "svhn": (0.2023, 0.1994, 0.2010), "cifar100": (0.2673, 0.2564, 0.2762)
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("data", FRONT)
+@pytest.mark.parametrize("data", FRONT_STD)
 def test_normalize_true_is_a_second_normalisation(tmp_path, data):
-    """The layer in front and the network normalise, each by constants that are in no file."""
+    """The layer in front and the network both normalise, by constants that no file holds."""
     inner, args = network(data=data), tmp_path / "args.txt"
     mean = (0.5071, 0.4865, 0.4409) if data == "cifar100" else (0.4914, 0.4822, 0.4465)
-    whole = torch.nn.Sequential(Normalise(mean, FRONT[data]), inner)
+    whole = torch.nn.Sequential(Normalise(mean, FRONT_STD[data]), inner)
     path = tmp_path / "w.pt"
     torch.save({"model_state_dict": prefixed(whole.state_dict(), "module.")}, path)
     args.write_text(json.dumps(ARGS | {"data": f"{data}s", "normalize": True}))
-    done = import_model(path, args)
-    torch.testing.assert_close(dmat.load_model(done.path)(pixels()), whole(pixels()), rtol=1e-4, atol=1e-4)
-    assert done.notes[-1].startswith(
+    result = import_model(path, args)
+    torch.testing.assert_close(dmat.load_model(result.path)(pixels()), whole(pixels()), rtol=1e-4, atol=1e-4)
+    assert result.notes[-1].startswith(
         "its images are normalised twice and the sidecar has both as one: in front by mean"
     )
     assert not torch.allclose(inner(pixels()), whole(pixels()), atol=0.01)
@@ -312,7 +314,7 @@ def normaliser(mean, std, names=("mean", "std")):
     return {name: torch.tensor(value).reshape(1, -1, 1, 1) for name, value in zip(names, (mean, std), strict=True)}
 
 
-def test_normalisation_among_the_tensors_is_used(tmp_path):
+def test_normalisation_stored_among_the_tensors_is_used(tmp_path):
     mean, std, path = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), tmp_path / "w.pt"
     state = network().state_dict()
     inside = wide_resnet(DataSpec(10, 3, mean, std), 10, 1, "silu").eval()
@@ -327,16 +329,16 @@ def test_normalisation_among_the_tensors_is_used(tmp_path):
         (in_front, buffers | prefixed(state, "net.")),
     ):
         torch.save({"state_dict": content}, path)
-        found = dmat.load_model(import_model(path, data="cifar10").path)
-        torch.testing.assert_close(found(pixels()), expected(pixels()), rtol=1e-4, atol=1e-4)
+        loaded = dmat.load_model(import_model(path, data="cifar10").path)
+        torch.testing.assert_close(loaded(pixels()), expected(pixels()), rtol=1e-4, atol=1e-4)
         path.with_suffix(".safetensors").unlink()
         path.with_suffix(".json").unlink()
     torch.save(prefixed(carmon(), "net.") | normaliser(0.5, 0.25), path)  # one number for all channels
-    done = import_model(path, data="cifar10")
-    assert (done.sidecar["mean"], done.sidecar["std"]) == ([0.5] * 3, [0.25] * 3)
+    result = import_model(path, data="cifar10")
+    assert (result.sidecar["mean"], result.sidecar["std"]) == ([0.5] * 3, [0.25] * 3)
 
 
-# ways in which others store one network, and what its weights are then
+# How others store one network, and which weights these then are
 WRAPPED = {
     "torch.compile": (lambda s: prefixed(s, "_orig_mod."), "unknown"),
     "DDP, compile, DDP": (lambda s: {"state_dict": prefixed(s, "module._orig_mod.module.")}, "unknown"),
@@ -367,57 +369,57 @@ WRAPPED = {
 
 
 def in_one_storage(state):
-    """Every float tensor as a view of one."""
-    flat, start, found = torch.cat([t.flatten() for t in state.values() if t.is_floating_point()]), 0, {}
+    """Makes every float tensor a view of one tensor."""
+    flat, start, views = torch.cat([t.flatten() for t in state.values() if t.is_floating_point()]), 0, {}
     for name, tensor in state.items():
         if tensor.is_floating_point():
-            found[name] = flat[start : start + tensor.numel()].view(tensor.shape)
+            views[name] = flat[start : start + tensor.numel()].view(tensor.shape)
             start += tensor.numel()
-    return state | found
+    return state | views
 
 
 def as_parameter(tensor):
     return torch.nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
 
 
-@pytest.mark.parametrize("way", WRAPPED)
-def test_one_network_comes_in_whatever_is_around_it(tmp_path, way):
-    store, weights_are = WRAPPED[way]
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_one_network_is_imported_whatever_wraps_it(tmp_path, wrapper):
+    store, expected_weights = WRAPPED[wrapper]
     state, path = network().state_dict(), tmp_path / "w.pt"
     torch.save(store(state), path)
-    done = import_model(path, data="cifar10")
-    found = weights.read(done.path, "classifier")[0]
-    assert [name for name in state if "num_batches" not in name and not torch.equal(found[name], state[name])] == []
-    assert done.sidecar["weights"] == weights_are
-    if "counters" in way:
-        assert "7 counters num_batches_tracked were filled in with 0: logits do not depend on them" in done.notes
+    result = import_model(path, data="cifar10")
+    loaded = weights.read(result.path, "classifier")[0]
+    assert [name for name in state if "num_batches" not in name and not torch.equal(loaded[name], state[name])] == []
+    assert result.sidecar["weights"] == expected_weights
+    if "counters" in wrapper:
+        assert "7 counters num_batches_tracked were filled in with 0: logits do not depend on them" in result.notes
 
 
 @pytest.mark.parametrize(
     "store",
     [
-        lambda averaged, live: {"state_dict": live, "state_dict_ema": averaged},
-        lambda averaged, live: {"model": live, "ema": {"module": averaged}},
-        lambda averaged, live: {"state_dict": averaged, "current_model_state": live},
-        lambda averaged, live: {"state_dict": prefixed(live, "model.") | prefixed(averaged, "ema_model.module.")},
-        lambda averaged, live: (
-            prefixed(live, "net.") | prefixed(averaged, "avg.") | {"avg.n_averaged": torch.tensor(1)}
+        lambda ema, live: {"state_dict": live, "state_dict_ema": ema},
+        lambda ema, live: {"model": live, "ema": {"module": ema}},
+        lambda ema, live: {"state_dict": ema, "current_model_state": live},
+        lambda ema, live: {"state_dict": prefixed(live, "model.") | prefixed(ema, "ema_model.module.")},
+        lambda ema, live: (
+            prefixed(live, "net.") | prefixed(ema, "avg.") | {"avg.n_averaged": torch.tensor(1)}
         ),
     ],
     ids=["timm", "ema", "Lightning", "prefixes", "AveragedModel"],
 )
-def test_of_two_networks_one_must_be_named(tmp_path, store):
+def test_of_two_networks_one_must_be_requested(tmp_path, store):
     states, path = {"averaged": network(0).state_dict(), "raw": network(1).state_dict()}, tmp_path / "w.pt"
     torch.save(store(states["averaged"], states["raw"]), path)
     with pytest.raises(DmatError, match=r"holds 2 networks: .*; expected one; say --weights averaged or --weights raw"):
         import_model(path, data="cifar10")
     for which, state in states.items():
-        done = import_model(path, data="cifar10", which=which, target=tmp_path / f"{which}.safetensors")
-        assert done.sidecar["weights"] == which
-        assert torch.equal(weights.read(done.path, "classifier")[0]["logits.weight"], state["logits.weight"])
+        result = import_model(path, data="cifar10", which=which, target=tmp_path / f"{which}.safetensors")
+        assert result.sidecar["weights"] == which
+        assert torch.equal(weights.read(result.path, "classifier")[0]["logits.weight"], state["logits.weight"])
 
 
-def test_two_networks_that_nothing_tells_apart_are_refused(tmp_path):
+def test_two_indistinguishable_networks_are_refused(tmp_path):
     path = tmp_path / "w.pt"
     torch.save({"teacher": network(0).state_dict(), "student": network(1).state_dict()}, path)
     refused(
@@ -440,37 +442,39 @@ def test_robustbench_files_with_and_without_wrapping(tmp_path, prefix, suffix):
         from safetensors.torch import save_file
 
         save_file(state, path)
-    done = import_model(path, data="cifar10", which="averaged", activation="silu", target=tmp_path / "ours.safetensors")
-    assert (done.sidecar["weights"], done.notes) == ("averaged", [])
-    assert torch.equal(dmat.load_model(done.path)(pixels()), model(pixels()))
+    result = import_model(
+        path, data="cifar10", which="averaged", activation="silu", target=tmp_path / "ours.safetensors"
+    )
+    assert (result.sidecar["weights"], result.notes) == ("averaged", [])
+    assert torch.equal(dmat.load_model(result.path)(pixels()), model(pixels()))
 
 
 def test_half_precision_is_stored_as_float32(tmp_path):
     state = {k: v.half() if v.is_floating_point() else v for k, v in network().state_dict().items()}
     torch.save(state, tmp_path / "half.pt")
-    done = import_model(tmp_path / "half.pt", data="cifar10", activation="relu")
-    assert done.notes == ["float16 tensors are stored as float32"]
-    assert done.sidecar["network"]["activation"] == "relu"
-    assert dmat.load_model(done.path).init_conv.weight.dtype == torch.float32
+    result = import_model(tmp_path / "half.pt", data="cifar10", activation="relu")
+    assert result.notes == ["float16 tensors are stored as float32"]
+    assert result.sidecar["network"]["activation"] == "relu"
+    assert dmat.load_model(result.path).init_conv.weight.dtype == torch.float32
 
 
 # --- networks in the manner of TRADES and Carmon et al. 2019
 
 
 @pytest.mark.parametrize(("depth", "width"), [(10, 1), (16, 2)])
-def test_scorers_give_the_logits_of_their_own_layout(tmp_path, depth, width):
+def test_carmon_networks_give_the_logits_of_their_own_layout(tmp_path, depth, width):
     state = carmon(depth, width)
     torch.save(
         {"state_dict": prefixed(state, "module."), "num_classes": 10, "normalize_input": False}, tmp_path / "s.pt"
     )
-    done = import_model(tmp_path / "s.pt", data="cifar10")
+    result = import_model(tmp_path / "s.pt", data="cifar10")
     unused = sum(name.startswith("sub_block1.") for name in state)
-    assert done.notes == [
+    assert result.notes == [
         f"{unused} tensors of sub_block1 were left out: the network never uses them",
         "its network takes pixels in [0, 1] as they are: mean 0, std 1",
     ]
-    model = dmat.load_model(done.path)
-    assert done.sidecar["network"] == {
+    model = dmat.load_model(result.path)
+    assert result.sidecar["network"] == {
         "name": "wide_resnet_symmetric",
         "depth": depth,
         "width": width,
@@ -485,34 +489,34 @@ def test_scorers_give_the_logits_of_their_own_layout(tmp_path, depth, width):
     assert (other(pixels()) - expected).abs().max() > 0.01
 
 
-def test_scorers_bring_their_own_normalisation(tmp_path):
+def test_carmon_networks_keep_their_own_normalisation(tmp_path):
     state, mean, std = carmon(unused=False), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     front = {name: torch.tensor(value).reshape(1, 3, 1, 1) for name, value in (("mean", mean), ("std", std))}
     content = {**prefixed(front, "module.0."), **prefixed(state, "module.1.")}
     torch.save({"state_dict": content, "normalize_input": True}, tmp_path / "s.pt")
-    done = import_model(tmp_path / "s.pt", data="cifar10")
-    assert done.sidecar["mean"] == pytest.approx(mean)
-    assert done.sidecar["std"] == pytest.approx(std)
+    result = import_model(tmp_path / "s.pt", data="cifar10")
+    assert result.sidecar["mean"] == pytest.approx(mean)
+    assert result.sidecar["std"] == pytest.approx(std)
     expected = carmon_logits(state, (pixels() - front["mean"]) / front["std"], 10)
-    torch.testing.assert_close(dmat.load_model(done.path)(pixels()), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dmat.load_model(result.path)(pixels()), expected, rtol=1e-5, atol=1e-4)
 
 
 # --- PreActResNet
 
 
 @pytest.mark.parametrize("depth", PREACT_BLOCKS)
-def test_preact_comes_in_bit_for_bit_and_is_named(tmp_path, call, depth):
+def test_preact_is_imported_bit_for_bit_with_its_name(tmp_path, call, depth):
     args, path = ARGS | {"model": f"preact-resnet{depth}-swish"}, tmp_path / "weights-best.safetensors"
-    averaged, _ = published(tmp_path / "weights-best.pt", args=args, depth=depth, width=0, make=preact_resnet)
+    ema, _ = published(tmp_path / "weights-best.pt", args=args, depth=depth, width=0, make=preact_resnet)
     code, out, err = call("models", "import", tmp_path / "weights-best.pt", "--args", tmp_path / "args.txt")
     assert (code, err) == (0, "")
     assert out == f"{path}: PreActResNet-{depth} silu, 10 classes, averaged weights\n"
-    named = {"name": "preact_resnet", "depth": depth, "width": 0, "activation": "silu"}
-    assert json.loads(path.with_suffix(".json").read_text())["network"] == named
-    found, expected = dmat.load_model(path), averaged.state_dict()
-    assert list(found.state_dict()) == list(expected)
-    assert [name for name, tensor in found.state_dict().items() if not torch.equal(tensor, expected[name])] == []
-    assert torch.equal(found(pixels()), averaged(pixels()))
+    expected_network = {"name": "preact_resnet", "depth": depth, "width": 0, "activation": "silu"}
+    assert json.loads(path.with_suffix(".json").read_text())["network"] == expected_network
+    loaded, expected = dmat.load_model(path), ema.state_dict()
+    assert list(loaded.state_dict()) == list(expected)
+    assert [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, expected[name])] == []
+    assert torch.equal(loaded(pixels()), ema(pixels()))
     code, out, _ = call("models", "info", path)
     assert code == 0
     assert f"network         PreActResNet-{depth} silu (preact_resnet)\n" in out
@@ -520,14 +524,14 @@ def test_preact_comes_in_bit_for_bit_and_is_named(tmp_path, call, depth):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.0."])
 @pytest.mark.parametrize(("data", "activation"), [("cifar10", None), ("cifar100", "relu")])
-def test_preact_of_robustbench_brings_the_normalisation_of_its_data(tmp_path, prefix, data, activation):
+def test_preact_of_robustbench_gets_the_normalisation_of_its_data(tmp_path, prefix, data, activation):
     model = network(depth=18, width=0, data=data, activation=activation or "silu", make=preact_resnet)
     torch.save({"state_dict": prefixed(model.state_dict(), prefix)}, tmp_path / "theirs.pt")
-    done = import_model(tmp_path / "theirs.pt", data=data, activation=activation)
-    assumed = [] if activation else ["activation silu was assumed, because no tensor shows it: see --activation"]
-    assert done.notes == assumed
-    assert (done.sidecar["mean"], done.sidecar["std"]) == (list(DATA[data].mean), list(DATA[data].std))
-    assert torch.equal(dmat.load_model(done.path)(pixels()), model(pixels()))
+    result = import_model(tmp_path / "theirs.pt", data=data, activation=activation)
+    expected_notes = [] if activation else ["activation silu was assumed, because no tensor shows it: see --activation"]
+    assert result.notes == expected_notes
+    assert (result.sidecar["mean"], result.sidecar["std"]) == (list(DATA[data].mean), list(DATA[data].std))
+    assert torch.equal(dmat.load_model(result.path)(pixels()), model(pixels()))
 
 
 @pytest.mark.parametrize("form", ["robustbench", "published"])
@@ -538,27 +542,27 @@ def test_preact_export_and_import_is_the_same_model(tmp_path, call, form):
     code, _, err = call("models", "export", path, "--to", form, tmp_path / "out.pt")
     assert (code, err) == (
         0,
-        "note: they fit DMPreActResNet(num_classes=10, depth=18, activation_fn=torch.nn.SiLU, "
+        "note: the tensors fit DMPreActResNet(num_classes=10, depth=18, activation_fn=torch.nn.SiLU, "
         "mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616), num_input_channels=3)\n",
     )
-    back = import_model(tmp_path / "out.pt", data="cifar10", target=tmp_path / "back.safetensors").path
-    assert back.read_bytes() == path.read_bytes()
+    reimported = import_model(tmp_path / "out.pt", data="cifar10", target=tmp_path / "back.safetensors").path
+    assert reimported.read_bytes() == path.read_bytes()
     sidecar = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps(sidecar | {"image_shape": [8, 8, 3]}))
     _, _, err = call("models", "export", path, "--to", form, tmp_path / "small.pt")
     assert err.splitlines()[1:] == [
-        "note: that class takes means over 4 x 4 positions, which is all of them for 32 x 32 images only; this model "
-        "is for 8 x 8"
+        "note: that class averages over 4 x 4 positions, which are all positions only for images of 32 x 32 pixels; "
+        "this model is for 8 x 8"
     ]
 
 
 def as_in_torchvision(state):
-    """Names of the other PreActResNet in public use."""
+    """Tensors under the names of the other PreActResNet in public use."""
     names = {"conv_2d.weight": "conv1.weight", "layer_0.0.conv_2d_1.weight": "layer1.0.conv1.weight"}
     return {names[name]: state[name] for name in names}
 
 
-# what is done to the tensors of a PreActResNet-18 for CIFAR-10, and the answer after the path
+# Change to the tensors of a PreActResNet-18 for CIFAR-10, and the message after the path
 PREACT_TENSORS = {
     "other PreActResNet": (
         lambda s: prefixed(as_in_torchvision(s), "module."),
@@ -573,12 +577,12 @@ PREACT_TENSORS = {
     ),
     "small shortcut": (
         lambda s: s | {"layer_1.0.shortcut.weight": torch.ones(128, 64, 1, 1)},
-        " is not a whole PreActResNet-18 (names after ''): layer_1.0.shortcut.weight is (128, 64, 1, 1), expected "
+        " does not match PreActResNet-18 (names after ''): layer_1.0.shortcut.weight is (128, 64, 1, 1), expected "
         "(128, 64, 3, 3); expected the state_dict of one network; download the file again",
     ),
     "missing": (
         lambda s: without(s, "batchnorm.running_var"),
-        " is not a whole PreActResNet-18 (names after ''): missing ['batchnorm.running_var'], unexpected []; expected "
+        " does not match PreActResNet-18 (names after ''): missing ['batchnorm.running_var'], unexpected []; expected "
         "the state_dict of one network; download the file again",
     ),
     "layer in front": (
@@ -589,12 +593,12 @@ PREACT_TENSORS = {
 }
 
 
-@pytest.mark.parametrize("how", PREACT_TENSORS)
-def test_tensors_that_are_almost_a_preact_are_refused(tmp_path, how):
-    change, answer = PREACT_TENSORS[how]
+@pytest.mark.parametrize("case", PREACT_TENSORS)
+def test_tensors_that_are_almost_a_preact_are_refused(tmp_path, case):
+    change, message = PREACT_TENSORS[case]
     state = change(network(depth=18, width=0, make=preact_resnet).state_dict())
     torch.save({"state_dict": state}, tmp_path / "w.pt")
-    refused(f"{tmp_path / 'w.pt'}{answer}", tmp_path / "w.pt", data="cifar10")
+    refused(f"{tmp_path / 'w.pt'}{message}", tmp_path / "w.pt", data="cifar10")
     assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
 
 
@@ -612,7 +616,7 @@ def test_args_must_name_the_preact_that_the_file_holds(tmp_path):
 # --- files that are not what they should be
 
 
-class Runs:
+class TouchOnUnpickle:
     """Makes a file when it is unpickled."""
 
     def __init__(self, marker):
@@ -622,15 +626,15 @@ class Runs:
         return os.system, (f"touch {self.marker}",)
 
 
-@pytest.mark.parametrize("how", ["tensor", "beside", "legacy", "protocol 5"])
-def test_code_in_a_file_does_not_run(tmp_path, call, how):
-    """It is left unread beside the weights, and named."""
+@pytest.mark.parametrize("case", ["tensor", "beside", "legacy", "protocol 5"])
+def test_code_in_a_file_does_not_run(tmp_path, call, case):
+    """The code is left unread and named in a note; the weights are imported."""
     marker, path, model = tmp_path / "marker", tmp_path / "weights.pt", network()
-    evil = Runs(marker)
+    evil = TouchOnUnpickle(marker)
     content = {"model_state_dict": prefixed(model.state_dict(), "module.0.")}
-    content |= {"epoch": evil} if how == "beside" else {"unaveraged_model_state_dict": {"w": evil}}
-    protocol = 5 if how == "protocol 5" else 2
-    torch.save(content, path, _use_new_zipfile_serialization=how != "legacy", pickle_protocol=protocol)
+    content |= {"epoch": evil} if case == "beside" else {"unaveraged_model_state_dict": {"w": evil}}
+    protocol = 5 if case == "protocol 5" else 2
+    torch.save(content, path, _use_new_zipfile_serialization=case != "legacy", pickle_protocol=protocol)
     code, _, err = call("models", "import", path, "--data", "cifar10")
     assert code == 0
     assert "note: the file names code, which was neither run nor read: posix.system\n" in err
@@ -642,17 +646,18 @@ def test_code_in_a_file_does_not_run(tmp_path, call, how):
 
 def test_code_in_place_of_weights_does_not_run(tmp_path):
     path, marker = tmp_path / "w.pt", tmp_path / "marker"
-    path.write_bytes(pickle.dumps({"state_dict": Runs(marker)}, protocol=2))
-    with pytest.raises(DmatError, match=r"no whole file of weights \(a pickle that torch.save did not write\)"):
+    path.write_bytes(pickle.dumps({"state_dict": TouchOnUnpickle(marker)}, protocol=2))
+    problem = r"is incomplete or not a file of weights \(a pickle that torch.save did not write\)"
+    with pytest.raises(DmatError, match=problem):
         import_model(path, data="cifar10")
-    torch.save({"state_dict": Runs(marker)}, path)
+    torch.save({"state_dict": TouchOnUnpickle(marker)}, path)
     refused(
         f"{path}: state_dict is a posix.system; expected a dictionary of named tensors; save the network's "
         f"state_dict()",
         path,
         data="cifar10",
     )
-    torch.save(Runs(marker), path)
+    torch.save(TouchOnUnpickle(marker), path)
     refused(
         f"{path} holds a posix.system; expected a dictionary of tensors; save the network's state_dict()",
         path,
@@ -661,7 +666,7 @@ def test_code_in_place_of_weights_does_not_run(tmp_path):
     assert not marker.exists()
 
 
-def cut(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -669,46 +674,46 @@ def cut(path):
     ("make", "problem"),
     [
         (
-            lambda path: (published(path), cut(path)),
+            lambda path: (published(path), truncate(path)),
             "BadZipFile: File is not a zip file",
         ),
         (lambda path: path.write_bytes(b""), "it is empty"),
         (lambda path: path.write_bytes(b"\x80\x02" + bytes(range(200))), "at position 2, opcode b'\\x00' unknown"),
-        (lambda path: np.save(path.open("wb"), np.zeros(9)), "it takes more from its stack than is there"),
+        (lambda path: np.save(path.open("wb"), np.zeros(9)), "it takes more from its stack than the stack holds"),
     ],
     ids=["cut", "empty", "bytes", "npy"],
 )
-def test_files_that_are_no_weights(tmp_path, make, problem):
+def test_files_without_weights_are_refused(tmp_path, make, problem):
     path = tmp_path / "w.pt"
     make(path)
     refused(
-        f"{path} is no whole file of weights ({problem}); expected what torch.save wrote; download it again and "
-        f"compare its checksum",
+        f"{path} is incomplete or not a file of weights ({problem}); expected what torch.save wrote; download it again "
+        f"and compare its checksum",
         path,
         data="cifar10",
     )
 
 
 @pytest.mark.parametrize(
-    ("head", "what"),
+    ("head", "description"),
     [(b"<!DOCTYPE html>", "a web page"), (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer")],
 )
-def test_downloads_that_failed_are_named(tmp_path, head, what):
+def test_failed_downloads_are_named(tmp_path, head, description):
     (tmp_path / "w.pt").write_bytes(head)
     refused(
-        f"{tmp_path / 'w.pt'} is {what}, not weights; expected what torch.save wrote; download the file itself and "
-        f"compare its checksum",
+        f"{tmp_path / 'w.pt'} is {description}, not weights; expected what torch.save wrote; download the file itself "
+        f"and compare its checksum",
         tmp_path / "w.pt",
         data="cifar10",
     )
 
 
-def test_cut_safetensors(tmp_path):
+def test_a_truncated_safetensors_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file(network().state_dict(), tmp_path / "w.safetensors")
-    cut(tmp_path / "w.safetensors")
-    with pytest.raises(DmatError, match=r"is not a whole \.safetensors file"):
+    truncate(tmp_path / "w.safetensors")
+    with pytest.raises(DmatError, match=r"is incomplete or not a \.safetensors file"):
         import_model(tmp_path / "w.safetensors", data="cifar10", target=tmp_path / "new.safetensors")
 
 
@@ -719,7 +724,7 @@ def without(state, *names):
 FIRST, SECOND = "layer.0.block.0.conv_1.weight", "layer.2.block.0.batchnorm_1.running_var"
 SHORTCUT, DEEPER = "layer.1.block.0.shortcut.weight", "layer.1.block.1.conv_0.weight"
 
-# what is done to the tensors of a WRN-10-1 for CIFAR-10, and the answer after the path
+# Change to the tensors of a WRN-10-1 for CIFAR-10, and the message after the path
 TENSORS = {
     "wrong prefix": (
         lambda s: prefixed(s, "backbone."),
@@ -740,7 +745,7 @@ TENSORS = {
     ),
     "missing": (
         lambda s: without(s, SECOND, SHORTCUT),
-        f" is not a whole WRN-10-1 (names after ''): missing ['{SHORTCUT}', '{SECOND}'], unexpected []; expected the "
+        f" does not match WRN-10-1 (names after ''): missing ['{SHORTCUT}', '{SECOND}'], unexpected []; expected the "
         "state_dict of one network; download the file again",
     ),
     "missing first": (
@@ -750,7 +755,7 @@ TENSORS = {
     ),
     "extra": (
         lambda s: s | {"layer.3.weight": torch.ones(2)},
-        " is not a whole WRN-10-1 (names after ''): missing [], unexpected ['layer.3.weight']; expected the "
+        " does not match WRN-10-1 (names after ''): missing [], unexpected ['layer.3.weight']; expected the "
         "state_dict of one network; download the file again",
     ),
     "stranger": (
@@ -760,7 +765,8 @@ TENSORS = {
     ),
     "uneven groups": (
         lambda s: s | {DEEPER: torch.ones(32, 32, 3, 3)},
-        " has groups of 1, 2 and 1 blocks; expected three alike; download the file again, or save the whole state_dict",
+        " has groups of 1, 2 and 1 blocks; expected three equal numbers; download the file again, or save the whole "
+        "state_dict",
     ),
     "odd width": (
         lambda s: s | {FIRST: torch.ones(20, 16, 3, 3)},
@@ -769,7 +775,7 @@ TENSORS = {
     ),
     "other shape": (
         lambda s: s | {SHORTCUT: torch.ones(32, 16, 3, 3)},
-        f" is not a whole WRN-10-1 (names after ''): {SHORTCUT} is (32, 16, 3, 3), expected (32, 16, 1, 1); expected "
+        f" does not match WRN-10-1 (names after ''): {SHORTCUT} is (32, 16, 3, 3), expected (32, 16, 1, 1); expected "
         f"the state_dict of one network; download the file again",
     ),
     "not a number": (
@@ -784,7 +790,7 @@ TENSORS = {
     ),
     "text": (
         lambda s: s | {SHORTCUT: "hello"},
-        f" is not a whole WRN-10-1 (names after ''): missing ['{SHORTCUT}'], unexpected []; expected the state_dict of "
+        f" does not match WRN-10-1 (names after ''): missing ['{SHORTCUT}'], unexpected []; expected the state_dict of "
         f"one network; download the file again",
     ),
     "sparse": (
@@ -804,8 +810,8 @@ TENSORS = {
     ),
     "one tensor twice": (
         lambda s: s | {f"_orig_mod.{SHORTCUT}": s[SHORTCUT]},
-        f" holds {SHORTCUT} and _orig_mod.{SHORTCUT}; expected one tensor of this name beside its wrappers; save the "
-        "state_dict of one network alone",
+        f" holds {SHORTCUT} and _orig_mod.{SHORTCUT}, which are equal without their wrappers; expected one tensor of "
+        "this name; save the state_dict of one network alone",
     ),
     "mean of bytes": (
         lambda s: s | {"mean": torch.full((3,), 125.0), "std": torch.full((3,), 60.0)},
@@ -815,16 +821,16 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("how", TENSORS)
-def test_tensors_of_anything_else_are_refused(tmp_path, how):
-    change, answer = TENSORS[how]
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_of_anything_else_are_refused(tmp_path, case):
+    change, message = TENSORS[case]
     torch.save({"state_dict": change(network().state_dict())}, tmp_path / "w.pt")
-    refused(f"{tmp_path / 'w.pt'}{answer}", tmp_path / "w.pt", data="cifar10")
+    refused(f"{tmp_path / 'w.pt'}{message}", tmp_path / "w.pt", data="cifar10")
     assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
 
 
-def test_a_tensor_that_claims_more_than_its_file_holds(tmp_path):
-    """A view of one number as 4 TB passes torch's reader; copying it would end the process."""
+def test_a_tensor_that_claims_more_than_its_file_holds_is_refused(tmp_path):
+    """torch's reader accepts a view of one number as 4 TB; copying it would kill the process."""
     state = network().state_dict() | {"logits.weight": torch.zeros(1).expand(10**6, 10**6)}
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(DmatError, match=r"claims tensors of 40000\d+ bytes and has \d+; expected a file that holds"):
@@ -832,14 +838,14 @@ def test_a_tensor_that_claims_more_than_its_file_holds(tmp_path):
 
 
 def archive(path, program, piece=b"\0" * 64):
-    """A file in the format of torch.save: a pickle and one piece of bytes."""
+    """Writes a file in the format of torch.save: a pickle and one piece of bytes."""
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("w/data.pkl", program)
         file.writestr("w/data/0", piece)
 
 
 def pickled_tensor(length=16, offset=0, shape=(4,), strides=(1,)):
-    """A pickle of {"w": a float tensor in the piece "0"}, with these claims."""
+    """A pickle of {"w": a float tensor in the piece "0"} that claims this length, offset, shape and strides."""
     storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpu" + number(length) + b"tQ"
     sizes = b"".join(b"(" + b"".join(map(number, values)) + b"t" for values in (shape, strides))
     arguments = b"(" + storage + number(offset) + sizes + b"t"
@@ -847,7 +853,7 @@ def pickled_tensor(length=16, offset=0, shape=(4,), strides=(1,)):
 
 
 def number(value):
-    """The instruction for it."""
+    """The pickle instruction that pushes this number."""
     content = value.to_bytes(9, "little", signed=True)
     return b"\x8a" + bytes([len(content)]) + content
 
@@ -861,40 +867,40 @@ def number(value):
         (pickled_tensor(length=17), "piece 0 has 64 bytes and claims 68"),
         (pickled_tensor(length=2**60), "a storage without key and length"),
         (pickled_tensor(strides=(-1,)), "a tensor without offset, shape and strides"),
-        (b"\x80\2" + b"h\5.", "KeyError: 5"),  # of a memory that nothing was put into
+        (b"\x80\2" + b"h\5.", "KeyError: 5"),  # reads a memo entry that was never written
         (b"\x80\2\x8a\xff\xff.", "not enough data in stream to read long1"),
         (b"\x80\2]K\1\x82\1.", "it holds the instruction EXT1"),
-        (b"\x80\2K\1K\2R.", "a call of what is no name"),
+        (b"\x80\2K\1K\2R.", "a call of something that is not a name"),
         (b"\x80\2K\1", "pickle exhausted before seeing STOP"),
-        (b"\x80\2a.", "it takes more from its stack than is there"),
-        (b"\x80\4]]\x93.", "a name that is a list"),  # writing out what may be nested would never end
+        (b"\x80\2a.", "it takes more from its stack than the stack holds"),
+        (b"\x80\4]]\x93.", "a name that is a list"),  # printing a nested object might never end
     ],
 )
-def test_a_program_that_claims_what_is_not_there_is_refused(tmp_path, program, problem):
+def test_a_pickle_program_that_claims_missing_data_is_refused(tmp_path, program, problem):
     path = tmp_path / "w.pt"
     archive(path, program)
     with pytest.raises(DmatError) as error:
         foreign.tensors(foreign.content(path)[0], path)
     assert str(error.value) == (
-        f"{path} is no whole file of weights ({problem}); expected what torch.save wrote; download it again and "
-        f"compare its checksum"
+        f"{path} is incomplete or not a file of weights ({problem}); expected what torch.save wrote; download it again "
+        f"and compare its checksum"
     )
 
 
-def test_a_program_can_be_deep_or_large_without_harm(tmp_path):
-    """Nothing recurs, hashes what it is given, or keeps room for what is not there."""
+def test_a_deep_or_large_pickle_program_does_no_harm(tmp_path):
+    """The reader does not recurse, hash what it reads, or allocate memory for what is not there."""
     path, deep = tmp_path / "w.pt", b"\x85" * 50_000  # tuples in tuples
     for program in (
         b"\x80\2}K\1" + deep + b"K\1s.",  # as the key of a dictionary
-        b"\x80\2}r\xff\xff\xff\xff.",  # at the last place of the memory
+        b"\x80\2}r\xff\xff\xff\xff.",  # at the last entry of the memo
         b"\x80\2}cbuiltins\nexec\n(X\4\0\0\0" + b"1/0#tR" + b"X\1\0\0\0xs.",
         b"\x80\2}X\1\0\0\0dcos\nsystem\nq\1(h\1tR}bs.",
         b"(lp0\ng0\na0}.",  # a list in itself
     ):
         archive(path, program)
-        found, _ = foreign.content(path)
-        assert isinstance(found, dict)
-        assert foreign.tensors(found, path) == {}
+        parsed, _ = foreign.content(path)
+        assert isinstance(parsed, dict)
+        assert foreign.tensors(parsed, path) == {}
     archive(path, pickled_tensor())
     assert torch.equal(foreign.tensors(foreign.content(path)[0], path)["w"], torch.zeros(4))
 
@@ -907,7 +913,7 @@ def test_pieces_of_a_file_must_not_overlap_nor_be_compressed(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, content in members:
             file.writestr(name, content)
-    with pytest.raises(DmatError, match=r"no whole file of weights \(.* is compressed\)"):
+    with pytest.raises(DmatError, match=r"is incomplete or not a file of weights \(.* is compressed\)"):
         foreign.content(path)
 
 
@@ -915,7 +921,7 @@ def test_pieces_of_a_file_must_not_overlap_nor_be_compressed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "named", "answer"),
+    ("args", "options", "message"),
     [
         (
             {"data": "cifar100s"},
@@ -928,7 +934,7 @@ def test_pieces_of_a_file_must_not_overlap_nor_be_compressed(tmp_path):
             "{a}: data is 'mnist'; expected one of cifar10, cifar100, svhn, tiny-imagenet, cifar10s, cifar100s, "
             "svhns, tiny-imagenets; dmat knows no other",
         ),
-        ({}, {"data": "svhn"}, "{a} says data 'cifar10s' and --data says svhn; expected the same; leave --data away"),
+        ({}, {"data": "svhn"}, "{a} says data 'cifar10s' and --data says svhn; expected the same; omit --data"),
         ({}, {"data": "mnist"}, "--data is 'mnist'; expected one of cifar10, cifar100, svhn, tinyimagenet"),
         (
             {"model": "wrn-28-10-swish"},
@@ -950,31 +956,31 @@ def test_pieces_of_a_file_must_not_overlap_nor_be_compressed(tmp_path):
         (
             {},
             {"activation": "relu"},
-            "--activation is relu; networks of this kind have silu; expected the same; leave it away",
+            "--activation is relu; networks of this kind have silu; expected the same; omit it",
         ),
         ({}, {"activation": "gelu"}, "--activation is 'gelu'; expected one of relu, silu"),
     ],
 )
-def test_contradictions_are_refused(tmp_path, args, named, answer):
+def test_contradictions_are_refused(tmp_path, args, options, message):
     path = tmp_path / "w.pt"
     published(path, args=ARGS | args)
-    refused(answer.format(w=path, a=tmp_path / "args.txt"), path, tmp_path / "args.txt", **named)
+    refused(message.format(w=path, a=tmp_path / "args.txt"), path, tmp_path / "args.txt", **options)
     assert not (tmp_path / "w.safetensors").exists()
 
 
-def test_the_files_own_entries_must_agree(tmp_path):
+def test_entries_of_a_file_must_agree_with_its_tensors(tmp_path):
     path = tmp_path / "s.pt"
-    for entry, there in (({"num_classes": 100}, 10), ({"normalize_input": True}, False)):
+    for entry, actual in (({"num_classes": 100}, 10), ({"normalize_input": True}, False)):
         torch.save({"state_dict": prefixed(carmon(), "module."), **entry}, path)
         ((key, value),) = entry.items()
         refused(
-            f"{path} says {key} {value} and its tensors say {there}; expected the same; download it again",
+            f"{path} says {key} {value} and its tensors say {actual}; expected the same; download it again",
             path,
             data="cifar10",
         )
 
 
-def test_what_is_needed_and_not_there(tmp_path):
+def test_missing_inputs_are_named(tmp_path):
     path = tmp_path / "w.pt"
     refused(f"{path} does not exist; expected a .pt, .pth or .safetensors file; give its path", path, data="cifar10")
     torch.save({"model_state_dict": network().state_dict()}, path)
@@ -984,8 +990,8 @@ def test_what_is_needed_and_not_there(tmp_path):
         path,
     )
     refused(
-        f"{path} has no unaveraged_model_state_dict; expected it beside model_state_dict for raw weights; leave "
-        f"--weights away, get the weights-best.pt that the training wrote, or give its args.txt if that says tau 0",
+        f"{path} has no unaveraged_model_state_dict; expected it beside model_state_dict for raw weights; omit "
+        f"--weights, get the weights-best.pt that the training wrote, or give its args.txt if that says tau 0",
         path,
         data="cifar10",
         which="raw",
@@ -997,7 +1003,7 @@ def test_what_is_needed_and_not_there(tmp_path):
     with pytest.raises(DmatError, match=r"args.txt is not valid JSON \(.*\); expected one object; download it again"):
         import_model(path, args)
     args.write_text('{"beta": NaN}')
-    with pytest.raises(DmatError, match=r"args.txt is not valid JSON \(NaN is no JSON number\)"):
+    with pytest.raises(DmatError, match=r"args.txt is not valid JSON \(NaN is not a JSON number\)"):
         import_model(path, args)
     args.write_text("[]")
     refused(f"{args} holds a list; expected a JSON object; give the args.txt of the training", path, args)
@@ -1014,11 +1020,11 @@ def test_what_is_needed_and_not_there(tmp_path):
     )
 
 
-def test_nothing_is_written_over(tmp_path, imported):
+def test_no_existing_file_is_overwritten(tmp_path, imported):
     path, _ = imported
     torch.save(network(9).state_dict(), tmp_path / "other.pt")
     refused(
-        f"{path} exists and is no import of other.pt; expected a new name; give one with --to",
+        f"{path} exists and is not an import of other.pt; expected a new name; give one with --to",
         tmp_path / "other.pt",
         data="cifar10",
         target=path,
@@ -1032,38 +1038,38 @@ def test_nothing_is_written_over(tmp_path, imported):
     )
 
 
-# --- out again
+# --- export
 
 
 @pytest.mark.parametrize("form", ["robustbench", "published"])
 def test_export_and_import_is_the_same_model(tmp_path, call, imported, form):
     path, model = imported
     out = tmp_path / f"{form}.pt"
-    code, said, err = call("models", "export", path, "--to", form, out)
-    assert (code, said) == (0, f"{out}\n")
+    code, output, err = call("models", "export", path, "--to", form, out)
+    assert (code, output) == (0, f"{out}\n")
     assert err == (
-        "note: they fit DMWideResNet(num_classes=10, depth=10, width=1, activation_fn=torch.nn.SiLU, "
+        "note: the tensors fit DMWideResNet(num_classes=10, depth=10, width=1, activation_fn=torch.nn.SiLU, "
         "mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616), num_input_channels=3)\n"
     )
     stored = torch.load(out, weights_only=True)
     key, prefix = {"robustbench": ("state_dict", ""), "published": ("model_state_dict", "module.0.")}[form]
     assert list(stored) == [key]
     assert list(stored[key]) == [f"{prefix}{name}" for name in model.state_dict()]
-    back = import_model(out, data="cifar10", target=tmp_path / "back.safetensors").path
-    assert torch.equal(dmat.load_model(back)(pixels()), model(pixels()))
-    assert back.read_bytes() == path.read_bytes()
+    reimported = import_model(out, data="cifar10", target=tmp_path / "back.safetensors").path
+    assert torch.equal(dmat.load_model(reimported)(pixels()), model(pixels()))
+    assert reimported.read_bytes() == path.read_bytes()
 
 
-def test_export_says_what_its_reader_must_know(tmp_path, call, imported):
+def test_export_notes_what_its_readers_must_know(tmp_path, call, imported):
     path, _ = imported
     sidecar = json.loads(path.with_suffix(".json").read_text())
     changed = sidecar | {"image_shape": [8, 8, 3], "weights": "raw"}
     path.with_suffix(".json").write_text(json.dumps(changed))
     _, _, err = call("models", "export", path, "--to", "published", tmp_path / "new.pt")
     assert err.splitlines()[1:] == [
-        "note: that class takes means over 8 x 8 positions, which is all of them for 32 x 32 images only; this model "
-        "is for 8 x 8",
-        "note: readers take model_state_dict for averaged weights; these are raw",
+        "note: that class averages over 8 x 8 positions, which are all positions only for images of 32 x 32 pixels; "
+        "this model is for 8 x 8",
+        "note: readers expect averaged weights in model_state_dict; these are raw",
     ]
     code, _, err = call("models", "export", path, "--to", "published", tmp_path / "new.pt")
     assert (code, err) == (
@@ -1088,7 +1094,7 @@ def test_export_knows_the_networks_of_its_readers(tmp_path, call):
 # --- info and load_model
 
 
-def test_info_says_what_it_is(call, imported):
+def test_info_describes_a_model(call, imported):
     path, model = imported
     code, out, _ = call("models", "info", path)
     origin = files.sha256(path.with_name("weights-best.pt"))[:12]
@@ -1107,11 +1113,11 @@ def test_info_says_what_it_is(call, imported):
         f"from            weights-best.pt (Wang et al. 2023), sha256 {origin}\n"
     )
     code, out, _ = call("models", "info", path, "--json")
-    found = json.loads(out)
-    assert (code, found["checksum_ok"], found["origin"]["args"]) == (0, True, ARGS)
+    info = json.loads(out)
+    assert (code, info["checksum_ok"], info["origin"]["args"]) == (0, True, ARGS)
 
 
-def test_info_of_a_damaged_file(call, imported):
+def test_info_reports_a_damaged_file(call, imported):
     path, _ = imported
     expected = files.sha256(path)[:12]
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
@@ -1123,39 +1129,39 @@ def test_info_of_a_damaged_file(call, imported):
     assert "its sidecar says" in err
 
 
-def test_models_that_cannot_be_opened(tmp_path, imported):
+def test_models_that_cannot_be_opened_are_refused(tmp_path, imported):
     path, _ = imported
-    answers = {}
+    messages = {}
 
-    def answer(file, **more):
+    def refusal(file, **options):
         with pytest.raises(DmatError) as error:
-            dmat.load_model(file, **more)
+            dmat.load_model(file, **options)
         return str(error.value)
 
-    assert answer(tmp_path / "none.safetensors") == (
+    assert refusal(tmp_path / "none.safetensors") == (
         f"{tmp_path / 'none.safetensors'} does not exist; expected the .safetensors file of a classifier; give its path"
     )
     foreign = tmp_path / "weights-best.pt"
-    assert answer(str(foreign)) == (
-        f"{foreign} is no .safetensors file; expected one that a training or an import wrote; call `dmat models import "
-        f"{foreign}` first"
+    assert refusal(str(foreign)) == (
+        f"{foreign} is not a .safetensors file; expected one that a training or an import wrote; call `dmat models "
+        f"import {foreign}` first"
     )
-    assert answer(path, device="tpu").startswith("device is 'tpu' (")
+    assert refusal(path, device="tpu").startswith("device is 'tpu' (")
     sidecar = json.loads(path.with_suffix(".json").read_text())
     for name, change in (("lacks", {"mean": None}), ("other", {"network": sidecar["network"] | {"name": "vit"}})):
         path.with_suffix(".json").write_text(json.dumps(sidecar | change))
-        answers[name] = answer(path)
-    assert answers["lacks"] == (
+        messages[name] = refusal(path)
+    assert messages["lacks"] == (
         f"{path.with_suffix('.json')} does not describe a network (TypeError: 'NoneType' object is not iterable); "
         f"expected network, classes, channels, mean, std and image_shape; bring back the sidecar that was written with "
         f"{path.name}"
     )
-    assert answers["other"] == (
+    assert messages["other"] == (
         f"{path.with_suffix('.json')} names the network 'vit'; this dmat has wide_resnet, wide_resnet_symmetric, "
         f"preact_resnet; use the dmat that wrote it"
     )
     path.with_suffix(".json").unlink()
-    assert answer(path) == (
+    assert refusal(path) == (
         f"{path} has no sidecar weights-best.json beside it; expected the two that were written together; bring it, or "
         f"call `dmat models import {path}` if the file is from elsewhere"
     )
@@ -1164,10 +1170,10 @@ def test_models_that_cannot_be_opened(tmp_path, imported):
 def test_load_model_is_ready_to_use(imported):
     path, model = imported
     threads = torch.get_num_threads()
-    found = dmat.load_model(str(path))
-    assert not found.training
-    assert not any(parameter.requires_grad for parameter in found.parameters())
-    assert torch.equal(found(pixels()), model(pixels()))
+    loaded = dmat.load_model(str(path))
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert torch.equal(loaded(pixels()), model(pixels()))
     assert torch.get_num_threads() == threads
 
 
@@ -1178,48 +1184,48 @@ def test_import_dmat_loads_no_torch():
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory, tiny_params_once):
-    """A classifier that a training of dmat left: 8 x 8 grey digits."""
+    """The artifacts of a training of dmat, with a classifier of 8 x 8 grey digits."""
     project = Project(tmp_path_factory.mktemp("project"), tiny_params_once)
-    for word in ("prepare_data", "train_scorer"):
-        project.run(word)
+    for stage_name in ("prepare_data", "train_scorer"):
+        project.run(stage_name)
     return project.folder / "artifacts"
 
 
-def test_models_of_trainings_are_models_too(tmp_path, call, scorer):
+def test_models_of_trainings_work_like_imported_ones(tmp_path, call, scorer):
     path, test = scorer / "train_scorer/scorer/best.safetensors", scorer / "prepare_data/test"
     images, labels = test / "images-00000.npy", test / "labels-00000.npy"
     code, out, _ = call("models", "info", path)
     assert code == 0
     assert "images          8 x 8 x 1\n" in out
     assert "from            a training here\n" in out
-    words = ["--labels", labels, "--to", tmp_path / "logits.npy", "--quiet"]
-    code, out, _ = call("models", "predict", path, images, *words)
+    options = ["--labels", labels, "--to", tmp_path / "logits.npy", "--quiet"]
+    code, out, _ = call("models", "predict", path, images, *options)
     assert code == 0
     pixels = torch.from_numpy(np.load(images)).permute(0, 3, 1, 2) / 255
     expected = dmat.load_model(path)(pixels).detach().numpy()
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=0, atol=1e-5)
-    right = int((expected.argmax(1) == np.load(labels)).sum())
-    assert out.splitlines()[1] == f"accuracy: {100 * right / 40:.2f} % ({right} of 40)"
+    correct = int((expected.argmax(1) == np.load(labels)).sum())
+    assert out.splitlines()[1] == f"accuracy: {100 * correct / 40:.2f} % ({correct} of 40)"
 
 
 # --- predict
 
 
-@pytest.mark.parametrize("kind", ["uint8 last", "float32 last", "float32 first"])
+@pytest.mark.parametrize("layout", ["uint8 last", "float32 last", "float32 first"])
 @pytest.mark.parametrize("batch", [1, 3, 100])
-def test_logits_of_images_in_every_form(tmp_path, call, imported, kind, batch):
+def test_logits_of_images_in_every_form(tmp_path, call, imported, layout, batch):
     path, model = imported
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
-    unit = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    stored = {"uint8 last": images, "float32 last": unit.permute(0, 2, 3, 1).numpy(), "float32 first": unit.numpy()}
-    np.save(tmp_path / "images.npy", stored[kind])
+    scaled = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    arrays = {"uint8 last": images, "float32 last": scaled.permute(0, 2, 3, 1).numpy(), "float32 first": scaled.numpy()}
+    np.save(tmp_path / "images.npy", arrays[layout])
     code, out, err = call("models", "predict", path, tmp_path / "images.npy", "--batch", batch, "--device", "cpu")
-    found = np.load(tmp_path / "images-logits.npy")
+    logits = np.load(tmp_path / "images-logits.npy")
     assert (code, out) == (0, f"{tmp_path / 'images-logits.npy'}: 7 x 10 logits\n")
     assert "7.00/7.00" in err  # the bar
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, model(unit).numpy(), rtol=0, atol=1e-5)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, model(scaled).numpy(), rtol=0, atol=1e-5)
 
 
 def images(*shape, dtype=np.uint8):
@@ -1227,7 +1233,7 @@ def images(*shape, dtype=np.uint8):
 
 
 @pytest.mark.parametrize(
-    ("array", "answer"),
+    ("array", "message"),
     [
         (
             images(2, 3, 32, 32),
@@ -1279,27 +1285,27 @@ def images(*shape, dtype=np.uint8):
         ),
     ],
 )
-def test_images_that_do_not_fit_are_refused(tmp_path, call, imported, array, answer):
+def test_images_that_do_not_fit_are_refused(tmp_path, call, imported, array, message):
     path, file = tmp_path / "images.npy", imported[0]
     np.save(path, array)
     code, out, err = call("models", "predict", file, path, "--batch", 2, "--quiet")
-    assert (code, out, err) == (2, "", f"error: {path}{answer}\n")
+    assert (code, out, err) == (2, "", f"error: {path}{message}\n")
     assert not list(tmp_path.glob("*logits*"))
     assert not list(tmp_path.glob(".*"))
 
 
-def test_arrays_that_are_none(tmp_path, call, imported):
+def test_files_that_are_not_arrays_are_refused(tmp_path, call, imported):
     path, marker = imported[0], tmp_path / "marker"
-    odd = np.empty(1, object)
-    odd[0] = Runs(marker)
-    np.save(tmp_path / "object.npy", odd)
-    (tmp_path / "pickle.npy").write_bytes(pickle.dumps(Runs(marker)))
+    objects = np.empty(1, object)
+    objects[0] = TouchOnUnpickle(marker)
+    np.save(tmp_path / "object.npy", objects)
+    (tmp_path / "pickle.npy").write_bytes(pickle.dumps(TouchOnUnpickle(marker)))
     np.save(tmp_path / "cut.npy", images(4, 32, 32, 3))
-    cut(tmp_path / "cut.npy")
+    truncate(tmp_path / "cut.npy")
     for name in ("object", "pickle", "cut"):
         code, _, err = call("models", "predict", path, tmp_path / f"{name}.npy")
         assert code == 2
-        assert err.startswith(f"error: {tmp_path / name}.npy is no whole .npy file of numbers (")
+        assert err.startswith(f"error: {tmp_path / name}.npy is incomplete or not a .npy file of numbers (")
         assert err.endswith("); expected images as numpy.save writes them; save them again\n")
     np.savez(tmp_path / "images.npz", image=images(4, 32, 32, 3))
     code, _, err = call("models", "predict", path, tmp_path / "images.npz")
@@ -1316,7 +1322,7 @@ def test_arrays_that_are_none(tmp_path, call, imported):
     assert not marker.exists()
 
 
-def test_labels_must_be_those_of_the_images(tmp_path, call, imported):
+def test_labels_must_fit_the_images_and_the_classes(tmp_path, call, imported):
     path, file, labels = imported[0], tmp_path / "images.npy", tmp_path / "labels.npy"
     np.save(file, images(4, 32, 32, 3))
     np.save(labels, np.array([0, 1, 99, 3]))
@@ -1334,7 +1340,7 @@ def test_labels_must_be_those_of_the_images(tmp_path, call, imported):
     )
 
 
-def test_predict_never_writes_over_what_it_reads(tmp_path, call, imported):
+def test_predict_never_overwrites_its_input(tmp_path, call, imported):
     file = tmp_path / "images.npy"
     np.save(file, images(4, 32, 32, 3))
     before = file.read_bytes()
@@ -1343,10 +1349,10 @@ def test_predict_never_writes_over_what_it_reads(tmp_path, call, imported):
     assert file.read_bytes() == before
 
 
-# --- the page that people follow
+# --- the page of the documentation
 
 
-def test_the_page_can_be_followed(tmp_path, call, root, monkeypatch):
+def test_the_commands_of_the_page_work(tmp_path, call, root, monkeypatch):
     """Every command of docs/models.md, in order, in a folder with the files that it names."""
     monkeypatch.chdir(tmp_path)
     published(tmp_path / "weights-best.pt")

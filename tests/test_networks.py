@@ -17,15 +17,15 @@ from dmat.robust.networks import ACTIVATIONS, NETWORKS, DataSpec, WideBlock, pre
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
-def metadata(classes=10, channels=3):
+def data_spec(classes=10, channels=3):
     return DataSpec(classes, channels, CIFAR_MEAN[:channels], CIFAR_STD[:channels])
 
 
-def network(depth=10, width=1, activation="silu", moved=True, **kind):
-    """moved: batch norms as after some training, so that none of their four tensors can be mixed up unseen."""
+def network(depth=10, width=1, activation="silu", random_batch_norms=True, **options):
+    """random_batch_norms: as after some training, so that a mix-up of their four tensors is noticed."""
     torch.manual_seed(0)
-    model = wide_resnet(metadata(**kind), depth, width, activation)
-    if moved:
+    model = wide_resnet(data_spec(**options), depth, width, activation)
+    if random_batch_norms:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "batchnorm" in name and tensor.is_floating_point():
                 tensor.data.uniform_(0.5, 1.5)
@@ -46,7 +46,7 @@ def network(depth=10, width=1, activation="silu", moved=True, **kind):
 )
 def test_number_of_parameters_is_the_published_one(depth, width, classes, count):
     with torch.device("meta"):  # shapes only
-        model = wide_resnet(metadata(classes), depth, width, "silu")
+        model = wide_resnet(data_spec(classes), depth, width, "silu")
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
@@ -62,13 +62,13 @@ def test_names_of_the_state_dict_are_the_published_ones(depth):
             if block == 0:
                 expected.add(f"{base}.shortcut.weight")
     with torch.device("meta"):
-        found = set(wide_resnet(metadata(), depth, 2, "silu").state_dict())
-    assert found == expected  # no mean and no std either
+        actual = set(wide_resnet(data_spec(), depth, 2, "silu").state_dict())
+    assert actual == expected  # no mean and no std either
 
 
-def test_shortcut_stands_only_where_the_width_changes():
+def test_shortcut_exists_only_where_the_width_changes():
     with torch.device("meta"):
-        names = set(wide_resnet(metadata(), 16, 1, "silu").state_dict())
+        names = set(wide_resnet(data_spec(), 16, 1, "silu").state_dict())
     assert "layer.0.block.0.shortcut.weight" not in names  # 16 channels in, 16 out
     assert "layer.1.block.0.shortcut.weight" in names
     assert "layer.1.block.1.shortcut.weight" not in names
@@ -91,8 +91,8 @@ def slow_conv(x, weight, stride, pad):
         for j in range(size):
             rows = range(i, i + stride * out_height, stride)
             columns = range(j, j + stride * out_width, stride)
-            seen = padded[:, :, list(rows)][:, :, :, list(columns)]  # [N, C, H', W']
-            total = total + torch.einsum("nchw,oc->nohw", seen, weight[:, :, i, j])
+            window = padded[:, :, list(rows)][:, :, :, list(columns)]  # [N, C, H', W']
+            total = total + torch.einsum("nchw,oc->nohw", window, weight[:, :, i, j])
     return total
 
 
@@ -135,7 +135,7 @@ def test_logits_equal_the_network_written_from_its_tensor_names(depth, width, ch
 
 
 def test_stride_two_looks_right_and_down_only():
-    """The first output pixel of a downsampling block sees the pixels 0 to 2, not a border above or left of them."""
+    """The first output pixel of a downsampling block depends on the pixels 0 to 2, not on a border above or left."""
     block = WideBlock(8, 16, stride=2, activation=torch.nn.ReLU).eval()
     torch.nn.init.zeros_(block.shortcut.weight)
     with torch.no_grad():
@@ -151,15 +151,15 @@ def test_stride_two_looks_right_and_down_only():
     assert seen.nonzero().tolist() == [[6, 6], [6, 7], [7, 6], [7, 7]]
 
 
-@pytest.mark.parametrize(("size", "last"), [(8, 2), (32, 8), (64, 16)])
-def test_any_size_gives_one_row_of_logits(size, last):
+@pytest.mark.parametrize(("size", "feature_size"), [(8, 2), (32, 8), (64, 16)])
+def test_any_size_gives_one_row_of_logits(size, feature_size):
     model = network(classes=7, channels=3)
     sizes = []
-    model.batchnorm.register_forward_hook(lambda module, given, result: sizes.append(tuple(result.shape[2:])))
+    model.batchnorm.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[2:])))
     images = torch.rand(2, 3, size, size)
     assert model(images).shape == (2, 7)
     assert model.features(images).shape == (2, 64)
-    assert sizes == [(last, last)] * 2  # halved twice
+    assert sizes == [(feature_size, feature_size)] * 2  # halved twice
 
 
 def test_normalisation_is_a_layer_of_the_network():
@@ -170,12 +170,12 @@ def test_normalisation_is_a_layer_of_the_network():
     normalised = torch.stack([(images[:, c] - CIFAR_MEAN[c]) / CIFAR_STD[c] for c in range(3)], 1)
     torch.testing.assert_close(model(images), bare(normalised))
     # another mean is another shift of the pixels
-    moved = wide_resnet(DataSpec(10, 3, tuple(m + 0.125 for m in CIFAR_MEAN), CIFAR_STD), 10, 1, "silu").eval()
-    moved.load_state_dict(model.state_dict())
-    torch.testing.assert_close(moved(images + 0.125), model(images), rtol=1e-4, atol=1e-5)
+    shifted = wide_resnet(DataSpec(10, 3, tuple(m + 0.125 for m in CIFAR_MEAN), CIFAR_STD), 10, 1, "silu").eval()
+    shifted.load_state_dict(model.state_dict())
+    torch.testing.assert_close(shifted(images + 0.125), model(images), rtol=1e-4, atol=1e-5)
 
 
-# --- the start
+# --- initialisation
 
 
 def fan_out_normal(layer):
@@ -189,7 +189,7 @@ def uniform_by_fan_in(layer):
 
 
 # network -> (depth, width), std of a convolution, whether the bias of the last layer is 0
-STARTS = {
+INITIALISATIONS = {
     "wide_resnet": ((10, 4), fan_out_normal, True),
     "wide_resnet_symmetric": ((10, 4), fan_out_normal, True),
     "preact_resnet": ((18, 0), uniform_by_fan_in, False),  # Rebuffi et al. 2021's file initialises nothing
@@ -199,9 +199,9 @@ STARTS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_initialisation_is_the_published_one(name):
     """Convolutions by the rule of the network, the last layer by torch's; batch norm 1 and 0 with momentum 0.01."""
-    size, std_of, bias_is_zero = STARTS[name]
+    size, std_of, bias_is_zero = INITIALISATIONS[name]
     torch.manual_seed(0)
-    model, kinds = NETWORKS[name](metadata(), *size, "silu"), collections.Counter()
+    model, kinds = NETWORKS[name](data_spec(), *size, "silu"), collections.Counter()
     for layer in model.modules():
         kinds[type(layer)] += 1
         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
@@ -232,7 +232,7 @@ def test_gradient_reaches_every_parameter():
 
 
 def slow_preact_features(state, images, blocks, act):
-    """He et al. 2016 as Rebuffi et al. 2021 have it: 3x3 shortcuts from the input itself, padding right and below."""
+    """He et al. 2016 as in Rebuffi et al. 2021: 3x3 shortcuts from the input itself, padding right and below."""
     x = (images - torch.tensor(CIFAR_MEAN)[:, None, None].double()) / torch.tensor(CIFAR_STD)[:, None, None].double()
     x = slow_conv(x, state["conv_2d.weight"], 1, (1, 1, 1, 1))
     for group, count in enumerate(blocks):
@@ -254,7 +254,7 @@ def slow_preact_features(state, images, blocks, act):
 @pytest.mark.parametrize(("depth", "blocks", "size"), [(18, (2, 2, 2, 2), 16), (34, (3, 4, 6, 3), 8)])
 def test_preact_logits_equal_the_network_written_from_its_tensor_names(depth, blocks, size):
     torch.manual_seed(0)
-    model = preact_resnet(metadata(), depth, 0, "silu").eval()
+    model = preact_resnet(data_spec(), depth, 0, "silu").eval()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "batchnorm" in name and tensor.is_floating_point():
             tensor.data.uniform_(0.5, 1.5)
@@ -269,7 +269,7 @@ def test_preact_logits_equal_the_network_written_from_its_tensor_names(depth, bl
 def test_preact_has_the_published_size():
     """ResNet-18 of CIFAR has 11.17 M parameters; the three 3x3 shortcuts instead of 1x1 add 8/9 of theirs."""
     with torch.device("meta"):
-        model = preact_resnet(metadata(), 18, 0, "silu")
+        model = preact_resnet(data_spec(), 18, 0, "silu")
     shortcuts = sum(p.numel() for name, p in model.named_parameters() if "shortcut" in name)
     assert shortcuts == 9 * (64 * 128 + 128 * 256 + 256 * 512)
     rest = sum(p.numel() for p in model.parameters()) - shortcuts
@@ -279,7 +279,7 @@ def test_preact_has_the_published_size():
 # --- floating-point operations
 
 
-def test_flops_of_one_layer_are_counted_by_hand():
+def test_flops_of_single_layers_equal_their_formulas():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 5, 3, stride=2, padding=1), torch.nn.Flatten(), torch.nn.Linear(5 * 16, 7)
     )
@@ -287,10 +287,10 @@ def test_flops_of_one_layer_are_counted_by_hand():
 
 
 @pytest.mark.parametrize(("depth", "width"), [(28, 10), (70, 16)])
-def test_a_step_of_trades_costs_what_the_scaling_study_says(depth, width):
+def test_a_step_of_trades_costs_what_the_scaling_study_reports(depth, width):
     """Bartoldson et al. 2024: 7822 operations for each parameter and image seen, with 10 attack steps."""
     with torch.device("meta"):
-        model = wide_resnet(metadata(), depth, width, "silu")
-    step = flops.forward(model, (3, 32, 32)) * flops.forwards_of_a_step("trades", 10)
+        model = wide_resnet(data_spec(), depth, width, "silu")
+    step = flops.forward(model, (3, 32, 32)) * flops.forward_passes_per_step("trades", 10)
     assert step / sum(p.numel() for p in model.parameters()) == pytest.approx(7822, rel=0.01)
-    assert [flops.forwards_of_a_step(loss, 10) for loss in ("standard", "pgd_at", "ikl")] == [3, 23, 27]
+    assert [flops.forward_passes_per_step(loss, 10) for loss in ("standard", "pgd_at", "ikl")] == [3, 23, 27]

@@ -1,4 +1,4 @@
-"""The run of a whole `dvc repro`: it ends by itself, soon after `dvc`, and as that ended.
+"""The run of a whole `dvc repro`: it ends by itself, soon after `dvc`, with the same outcome.
 
 Run alone: pytest tests/test_parents.py
 """
@@ -26,7 +26,7 @@ from dmat import tracking
 home = Path.cwd()
 work = home / "runs" / "one"
 work.mkdir(parents=True)
-with tracking.open_run(home, work, stage="mix_images", instance="one", settings={}, inputs={}, compute={}) as run:
+with tracking.open_run(home, work, stage="mix_images", instance_name="one", settings={}, inputs={}, compute={}) as run:
     run.provenance()
     (work / "begun").touch()
     while not (home / "end").exists():
@@ -37,7 +37,7 @@ with tracking.open_run(home, work, stage="mix_images", instance="one", settings=
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory):
-    """MLflow takes seconds to make one."""
+    """An empty store, created once because MLflow takes seconds to create one."""
     home = tmp_path_factory.mktemp("empty")
     tracking.connect(home)
     return home / "mlruns" / "mlflow.db"
@@ -53,7 +53,7 @@ def tracked(tmp_path, monkeypatch, empty_store):
 
 @pytest.fixture
 def repro(tmp_path, monkeypatch):
-    """`dvc repro` of a project with one stage, which goes on until there is a file `end`."""
+    """`dvc repro` of a project with one stage, which runs until the file `end` exists."""
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     (tmp_path / "stage.py").write_text(_STAGE)
@@ -71,8 +71,8 @@ def repro(tmp_path, monkeypatch):
 
 
 def _at_work(home):
-    """Processes of tracking that know this project, or may: they end with their `dvc` and their stage."""
-    lines = [" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
+    """Command lines of the tracking processes of this project; they end with their `dvc` and their stage."""
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
     return [line for line in lines if "dmat.tracking" in line and str(home) in line]
 
 
@@ -95,13 +95,13 @@ def test_the_run_of_a_repro_ends_by_itself_as_dvc_did(repro, tmp_path, ends):
 
 
 @pytest.fixture
-def above(tmp_path, monkeypatch):
-    """A process that is taken for `dvc repro`, above stages which are this process."""
+def fake_dvc(tmp_path, monkeypatch):
+    """A process that passes for `dvc repro`; its stages run in this process."""
     monkeypatch.setenv("DVC_STAGE", "mix_images@one")
-    monkeypatch.setattr(sender, "of_this_process", sender.in_this_process)
+    monkeypatch.setattr(sender, "shared_sender", sender.start_thread_sender)
     process = subprocess.Popen(["sleep", "600"])
-    known = liveness.identity(process.pid)
-    monkeypatch.setattr(dvc_process, "outermost", lambda: (psutil.Process(process.pid), known, ["repro"]))
+    dvc_identity = liveness.identity(process.pid)
+    monkeypatch.setattr(dvc_process, "outermost", lambda: (psutil.Process(process.pid), dvc_identity, ["repro"]))
     monkeypatch.setattr(parents, "_start_watching", lambda *_: None)
     yield process
     process.kill()
@@ -109,7 +109,7 @@ def above(tmp_path, monkeypatch):
 
 
 def _stage(home, error=None, name="one"):
-    """A stage instance to its end, with its provenance."""
+    """Runs a stage instance to its end and writes its provenance; returns the MD5 of the provenance file."""
     work = home / "runs" / name
     work.mkdir(parents=True, exist_ok=True)
     with tracking.open_run(
@@ -124,15 +124,18 @@ def _stage(home, error=None, name="one"):
 
 
 def _end(home, process, monkeypatch, status):
-    """What the waiting process does when `dvc` is gone. status: what the system says of its end."""
+    """Runs what the watching process does after `dvc` has ended; returns status and error of the run of `dvc repro`.
+
+    status: exit status of `dvc` as the system reports it.
+    """
     process.kill()
     process.wait()
     (folder,) = (home / "mlruns" / "parents").iterdir()
-    monkeypatch.setattr(liveness, "wait", lambda *_: status)
+    monkeypatch.setattr(liveness, "wait_for_end", lambda *_: status)
     monkeypatch.setattr(sys, "argv", ["", str(home), str(folder), str(process.pid), "known"])
     monkeypatch.setattr(os, "nice", lambda _: 0)
     parents.main()
-    run = queries.one(home, "dvc repro")
+    run = queries.find_run(home, "dvc repro")
     return run.status, run.tags.get("dmat.error", "")
 
 
@@ -145,27 +148,27 @@ _KILLED_BY_9, _CODE_255 = signal.SIGKILL.value, 255 << 8
         (0, ("FINISHED", "")),
         (None, ("FINISHED", "")),
         (_KILLED_BY_9, ("KILLED", "dvc was killed by signal 9")),  # between two stages, too
-        (_CODE_255, ("FAILED", "dvc ended with code 255")),  # a stage that is none of dmat's failed
+        (_CODE_255, ("FAILED", "dvc ended with code 255")),  # a stage that is not of dmat failed
     ],
 )
-def test_a_parent_of_finished_children_ends_as_its_process(tmp_path, above, monkeypatch, status, ending):
+def test_a_parent_of_finished_children_ends_as_its_process(tmp_path, fake_dvc, monkeypatch, status, ending):
     (tmp_path / "dvc.lock").write_text(_stage(tmp_path))
-    assert _end(tmp_path, above, monkeypatch, status) == ending
+    assert _end(tmp_path, fake_dvc, monkeypatch, status) == ending
 
 
-def test_where_the_system_is_silent_the_files_of_dvc_tell(tmp_path, above, monkeypatch):
+def test_without_an_exit_status_the_files_of_dvc_decide(tmp_path, fake_dvc, monkeypatch):
     (tmp_path / "dvc.lock").write_text(_stage(tmp_path))
-    entry = {"pid": above.pid, "cmd": "dvc repro"}
+    entry = {"pid": fake_dvc.pid, "cmd": "dvc repro"}
     files.write_json(tmp_path / ".dvc" / "tmp" / "rwlock", {"read": {"in": [entry]}, "write": {}})
     ending = ("KILLED", "dvc was killed while it reproduced a stage")
-    assert _end(tmp_path, above, monkeypatch, None) == ending
+    assert _end(tmp_path, fake_dvc, monkeypatch, None) == ending
 
 
-def test_a_result_that_dvc_did_not_record_is_no_good_end(tmp_path, above, monkeypatch):
+def test_a_result_that_dvc_did_not_record_is_a_failure(tmp_path, fake_dvc, monkeypatch):
     (tmp_path / "dvc.lock").write_text(f"the one before: {_stage(tmp_path)}")
     _stage(tmp_path, name="two")
     ending = ("FAILED", "dvc did not record the result of mix_images two")
-    assert _end(tmp_path, above, monkeypatch, None) == ending
+    assert _end(tmp_path, fake_dvc, monkeypatch, None) == ending
 
 
 @pytest.mark.parametrize(
@@ -175,13 +178,13 @@ def test_a_result_that_dvc_did_not_record_is_no_good_end(tmp_path, above, monkey
         (Interrupted(143, "stopped"), ("KILLED", "")),
     ],
 )
-def test_a_parent_ends_as_the_worst_of_its_children(tmp_path, above, monkeypatch, error, ending):
+def test_a_parent_ends_as_the_worst_of_its_children(tmp_path, fake_dvc, monkeypatch, error, ending):
     with pytest.raises(type(error)):
         _stage(tmp_path, error)
-    assert _end(tmp_path, above, monkeypatch, None) == ending
+    assert _end(tmp_path, fake_dvc, monkeypatch, None) == ending
 
 
-def test_a_stage_that_fails_before_it_has_a_run_fails_its_parent(tmp_path, above, monkeypatch):
+def test_a_stage_that_fails_before_it_has_a_run_fails_its_parent(tmp_path, fake_dvc, monkeypatch):
     (tmp_path / "dvc.lock").write_text(_stage(tmp_path))
     (tmp_path / "params.yaml").write_text("arms: 5")
     monkeypatch.chdir(tmp_path)
@@ -190,19 +193,19 @@ def test_a_stage_that_fails_before_it_has_a_run_fails_its_parent(tmp_path, above
 
     with pytest.raises(SystemExit):
         main()
-    status, reason = _end(tmp_path, above, monkeypatch, None)
+    status, reason = _end(tmp_path, fake_dvc, monkeypatch, None)
     assert status == "FAILED"
     assert reason.startswith("mix_images@one: params.yaml: ")
 
 
-def test_a_failure_that_another_attempt_made_good_is_none(tmp_path, above, monkeypatch):
-    """As where torchrun starts all again after one of several processes was lost."""
+def test_a_failure_that_another_attempt_fixed_does_not_count(tmp_path, fake_dvc, monkeypatch):
+    """As when torchrun restarts all processes after one was lost."""
     (tmp_path / "dvc.lock").write_text(_stage(tmp_path))
-    parents.tell(tmp_path, DmatError("process 0 of 2 lost another one"))
-    assert _end(tmp_path, above, monkeypatch, 0) == ("FINISHED", "")
+    parents.record_stage_error(tmp_path, DmatError("process 0 of 2 lost another one"))
+    assert _end(tmp_path, fake_dvc, monkeypatch, 0) == ("FINISHED", "")
 
 
-def test_a_step_of_the_clock_begins_no_second_parent(tmp_path, above, monkeypatch):
+def test_a_clock_step_starts_no_second_parent(tmp_path, fake_dvc, monkeypatch):
     linux = pytest.importorskip("psutil._pslinux")
     _stage(tmp_path)
     real = linux.boot_time
@@ -211,9 +214,9 @@ def test_a_step_of_the_clock_begins_no_second_parent(tmp_path, above, monkeypatc
     assert len(list((tmp_path / "mlruns" / "parents").iterdir())) == 1
 
 
-def test_of_a_project_that_was_deleted_nothing_is_made_again(tmp_path, monkeypatch):
+def test_a_deleted_project_is_not_recreated(tmp_path, monkeypatch):
     home = tmp_path / "gone"
-    monkeypatch.setattr(liveness, "wait", lambda *_: 0)
+    monkeypatch.setattr(liveness, "wait_for_end", lambda *_: 0)
     monkeypatch.setattr(os, "nice", lambda _: 0)
     monkeypatch.setattr(sys, "argv", ["", str(home), str(home / "mlruns" / "parents" / "1-a"), "1", "known"])
     parents.main()

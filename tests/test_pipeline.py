@@ -1,4 +1,4 @@
-"""The whole main job through `dvc repro` at a tiny size in a fresh copy of the repository, and what reruns when."""
+"""The whole pipeline by `dvc repro` at a tiny size in a fresh copy of the repository, and what reruns when."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ PIPELINE_STAGES = 14  # instances in the repository's params.yaml
 
 
 class Project:
-    """A fresh clone with parameters of its own. Its code is what runs, not that of the installed checkout."""
+    """A fresh clone with its own parameters. It runs its own code, not that of the installed checkout."""
 
     def __init__(self, folder: Path, root: Path, params: dict):
         names = subprocess.run(
@@ -43,28 +43,28 @@ class Project:
         (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False))
 
     def commit(self, message: str) -> None:
-        for words in (["add", "-A"], ["commit", "-qm", message]):
+        for arguments in (["add", "-A"], ["commit", "-qm", message]):
             subprocess.run(
-                ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words], cwd=self.folder, check=True
+                ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], cwd=self.folder, check=True
             )
 
-    def start(self, *words: str, **environment: str) -> subprocess.Popen:
+    def start(self, *command: str, **environment: str) -> subprocess.Popen:
         bin_folder = Path(sys.executable).parent
         return subprocess.Popen(
-            [str(bin_folder / words[0]), *words[1:]], cwd=self.folder, text=True,
+            [str(bin_folder / command[0]), *command[1:]], cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(self.folder),
                  "OMP_NUM_THREADS": "1", "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org",
                  "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org", **environment},
         )  # fmt: skip
 
-    def run(self, *words: str, code: int = 0, **environment: str) -> str:
-        process = self.start(*words, **environment)
+    def run(self, *command: str, code: int = 0, **environment: str) -> str:
+        process = self.start(*command, **environment)
         try:
             text, _ = process.communicate(timeout=1500)
         except subprocess.TimeoutExpired:
-            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-                one.kill()
+            for descendant in [*psutil.Process(process.pid).children(recursive=True), process]:
+                descendant.kill()
             raise
         assert process.returncode == code, text
         return text
@@ -91,7 +91,7 @@ def project(tmp_path_factory, request):
     return project
 
 
-def test_everything_runs_and_ends_with_a_comparison(project):
+def test_the_pipeline_runs_and_ends_with_a_comparison(project):
     assert len(project.first) == PIPELINE_STAGES
     comparison = project.json("artifacts/write_report/report/comparison.json")
     assert set(comparison["arms"]) == {"real_only", "generated"}
@@ -109,18 +109,18 @@ def test_everything_runs_and_ends_with_a_comparison(project):
 
 
 def test_the_table_is_made_of_per_image_results(project):
-    """A number of the report, counted again by hand from the per-image tables."""
+    """A number of the report equals a recount from the per-image tables."""
     import pyarrow.parquet
 
-    ours, theirs = (
+    generated, real_only = (
         pyarrow.parquet.read_table(project.folder / f"artifacts/evaluate_robust/{arm}-1/per_image.parquet")["best_pgd"]
         .to_numpy().astype(int) for arm in ("generated", "real_only"))  # fmt: skip
     difference = project.json("artifacts/write_report/report/comparison.json")["differences"]["generated"]["best_pgd"]
-    assert difference["value"] == pytest.approx((ours - theirs).mean())
+    assert difference["value"] == pytest.approx((generated - real_only).mean())
     assert difference["low"] <= difference["value"] <= difference["high"]
 
 
-def test_the_test_split_is_untouched_by_everything_else(project):
+def test_only_evaluations_read_the_test_split(project):
     lock = yaml.safe_load((project.folder / "dvc.lock").read_text())["stages"]
     readers = {
         name for name, entry in lock.items() if any(d["path"] == "artifacts/prepare_data/test" for d in entry["deps"])
@@ -147,7 +147,7 @@ def test_mlflow_has_one_parent_and_a_finished_run_for_each_stage(project):
     assert trained.data.tags["input.mix"]
     points = client.get_metric_history(trained.info.run_id, "validation_robust")
     assert [point.step for point in points] == [320, 640]
-    assert "accuracy.png" in [item.path for item in client.list_artifacts(trained.info.run_id)]
+    assert "accuracy.png" in [artifact.path for artifact in client.list_artifacts(trained.info.run_id)]
 
 
 @pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason="there is no Chromium here")
@@ -156,26 +156,26 @@ def test_the_mlflow_ui_shows_experiment_parent_children_charts_and_images(projec
     port = servers.free_port()
     server = project.start("dmat", "ui", "--port", str(port), DMAT_TRACKING="on")
     try:
-        said = server.stdout.readline()
-        page = re.search(r"http://127.0.0.1:\d+/#/experiments/\d+/runs\S*", said)[0]
+        first_line = server.stdout.readline()
+        page = re.search(r"http://127.0.0.1:\d+/#/experiments/\d+/runs\S*", first_line)[0]
         forked.until(lambda: servers.healthy(port), 200)
         runs = json.loads(project.run("dmat", "runs", "list", "--limit", "0", "--json"))
         ids = {run["name"]: run["id"] for run in runs}
-        at = page.partition("?")[0]
+        base_url = page.partition("?")[0]
         with browser.browser(1440, 2400) as driver:  # so tall that MLflow draws all charts at once
 
-            def shows(address: str, *words: str) -> None:
+            def shows(address: str, *texts: str) -> None:
                 driver.get(address)
-                forked.until(lambda: all(word in _text(driver) for word in words), 60)
+                forked.until(lambda: all(text in _text(driver) for text in texts), 60)
 
             shows(page, "dmat", "dvc repro")  # the parent; its children are folded
-            shows(f"{at}/{ids['dvc repro']}", "Child runs", "train_robust generated-1", "generated − real_only")
-            shows(f"{at}/{ids['train_robust generated-1']}", "Parent run", "validation_robust", "git.commit")
-            shows(f"{at}/{ids['train_robust generated-1']}/model-metrics", "validation_robust", "learning_rate")
+            shows(f"{base_url}/{ids['dvc repro']}", "Child runs", "train_robust generated-1", "generated − real_only")
+            shows(f"{base_url}/{ids['train_robust generated-1']}", "Parent run", "validation_robust", "git.commit")
+            shows(f"{base_url}/{ids['train_robust generated-1']}/model-metrics", "validation_robust", "learning_rate")
             charts = "return document.querySelectorAll('.js-plotly-plot .main-svg').length"
             forked.until(lambda: driver.execute_script(charts) >= 6, 60)
-            shows(f"{at}/{ids['evaluate_robust generated-1']}/artifacts/confusion.png", "confusion.png")
-            image = "return [...document.images].some(one => one.naturalWidth > 300)"
+            shows(f"{base_url}/{ids['evaluate_robust generated-1']}/artifacts/confusion.png", "confusion.png")
+            image = "return [...document.images].some(image => image.naturalWidth > 300)"
             forked.until(lambda: driver.execute_script(image), 60)
     finally:
         server.terminate()
@@ -186,8 +186,8 @@ def _text(driver) -> str:
     return driver.execute_script("return document.body.innerText")
 
 
-def test_a_repro_links_what_it_did_not_run_and_a_run_can_be_had_again(project, tmp_path):
-    """The report alone is made anew: its parent names the runs of all the rest. Then a training is reproduced."""
+def test_a_repro_links_restored_runs_and_a_run_can_be_reproduced(project, tmp_path):
+    """Only the report reruns; its parent links the runs of all other stages. A training is then reproduced."""
     project.params["write_report"]["title"] = "Another title"
     project.write()
     assert project.repro(DMAT_TRACKING="on") == ["write_report"]
@@ -197,10 +197,10 @@ def test_a_repro_links_what_it_did_not_run_and_a_run_can_be_had_again(project, t
     client = MlflowClient(f"sqlite:///{project.folder}/mlruns/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("dmat").experiment_id])
     newer, older = [run for run in runs if run.data.tags["dmat.stage"] == "dvc"]
-    made = {run.info.run_name: run.info.run_id for run in runs if run.data.tags["dmat.stage"] != "dvc"}
+    run_ids = {run.info.run_name: run.info.run_id for run in runs if run.data.tags["dmat.stage"] != "dvc"}
     restored = {k.removeprefix("restored."): v for k, v in newer.data.tags.items() if k.startswith("restored.")}
     assert not [name for name in older.data.tags if name.startswith("restored.")]
-    assert restored == {name: id_ for name, id_ in made.items() if name != "write_report all"}
+    assert restored == {name: id_ for name, id_ in run_ids.items() if name != "write_report all"}
     assert len(restored) == PIPELINE_STAGES - 1
     for run in (older, newer):
         page = run.data.tags["mlflow.note.content"]
@@ -210,26 +210,26 @@ def test_a_repro_links_what_it_did_not_run_and_a_run_can_be_had_again(project, t
     assert newer.data.tags["git.dirty"] == "True"
     assert older.data.tags["git.dirty"] == "False"  # what DVC writes makes no tree dirty
     report = next(run for run in runs if run.info.run_name == "write_report all")  # the newest first
-    assert {item.path for item in client.list_artifacts(report.info.run_id)} >= {"report.html", "git.patch"}
+    assert {artifact.path for artifact in client.list_artifacts(report.info.run_id)} >= {"report.html", "git.patch"}
 
     tree = tmp_path / "again"
-    said = project.run("dmat", "runs", "reproduce", "train_robust/generated-1", "--to", str(tree))
-    assert "all data are those that the run read" in said
-    assert "gives the parameters of the run" in said
-    command = re.search(r"^run it again: (.+)$", said, re.MULTILINE)[1]
+    output = project.run("dmat", "runs", "reproduce", "train_robust/generated-1", "--to", str(tree))
+    assert "all data are those that the run read" in output
+    assert "gives the parameters of the run" in output
+    command = re.search(r"^run it again: (.+)$", output, re.MULTILINE)[1]
     weights = "artifacts/train_robust/generated-1/best.safetensors"
     assert not (tree / weights).exists()
     project.run("/bin/bash", "-c", command, PYTHONPATH="")
     assert (tree / weights).read_bytes() == (project.folder / weights).read_bytes()
 
-    again = tmp_path / "report again"
-    said = project.run("dmat", "runs", "reproduce", report.info.run_id[:8], "--to", str(again))
-    assert yaml.safe_load((again / "params.yaml").read_text())["write_report"]["title"] == "Another title"
-    refused = project.run("dmat", "runs", "reproduce", report.info.run_id[:8], "--to", str(again), code=2)
-    assert f"{again} exists; expected a new folder" in refused
+    second_tree = tmp_path / "report again"
+    output = project.run("dmat", "runs", "reproduce", report.info.run_id[:8], "--to", str(second_tree))
+    assert yaml.safe_load((second_tree / "params.yaml").read_text())["write_report"]["title"] == "Another title"
+    refusal = project.run("dmat", "runs", "reproduce", report.info.run_id[:8], "--to", str(second_tree), code=2)
+    assert f"{second_tree} exists; expected a new folder" in refusal
 
 
-def test_again_runs_nothing_and_an_experiment_with_another_beta_reruns_its_arm_only(project):
+def test_a_second_repro_runs_nothing_and_an_experiment_with_another_beta_reruns_its_arm_only(project):
     assert project.repro() == []
     before = project.json("artifacts/metrics/train_robust/real_only-1.json")
     text = project.run("dvc", "exp", "run", "--name", "gentle", "-S", "+arms.generated.beta=3.0")
@@ -254,8 +254,8 @@ def test_again_runs_nothing_and_an_experiment_with_another_beta_reruns_its_arm_o
 
 
 def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
-    """The second repro names the process in the way; a stage that lost its dvc has no second writer; and the result
-    that dvc could not note any more, as after a kill before it wrote its lock, is published and not computed again."""
+    """The second repro names the process in the way. A stage that lost its dvc gets no second writer. A result that dvc
+    could not record, as after a kill before it wrote its lock, is published and not computed again."""
     project.params["arms"]["generated"] |= {"images_seen": 6400, "evaluate_every": 6400}
     project.write()
     folder, target = project.folder / "runs/train_robust", "train_robust@generated-1"
@@ -267,14 +267,14 @@ def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
     )
     (work,) = {path.parent for path in folder.glob("generated-1-*/holder.json")} - {path.parent for path in before}
     stage = psutil.Process(json.loads((work / "holder.json").read_text())["pid"])
-    stage.suspend()  # it is at work for as long as the others take
+    stage.suspend()  # it stays at work for as long as the other commands take
 
     second = project.start("dvc", "repro", target).communicate(timeout=200)[0]
     assert "is being blocked by" in second
     assert f"(PID {first.pid})" in second
 
     first.kill()
-    first.wait()  # else it stays as a zombie, which DVC takes for alive
+    first.wait()  # else it stays a zombie, which DVC treats as alive
     third = project.start("dvc", "repro", target).communicate(timeout=200)[0]
     assert f"is being computed by process {stage.pid}" in third
     assert "Traceback" not in third
@@ -297,14 +297,14 @@ def test_a_changed_generator_leaves_the_real_arm_alone(project):
     assert not [name for name in ran if "real_only" in name or name in ("prepare_data", "train_scorer")]
 
 
-def test_compute_settings_are_no_dependency(project):
+def test_compute_settings_are_not_a_dependency(project):
     project.params["compute"]["save_every_seconds"] = 1.0
     project.write()
     assert project.repro() == []
 
 
 def test_a_result_that_dvc_lost_is_published_again(project):
-    """As after a kill between the end of a stage and DVC's writing of its lock: nothing is computed twice."""
+    """As after a kill between the end of a stage and the writing of dvc.lock: nothing is computed twice."""
     weights = project.folder / "artifacts/train_robust/real_only-1/best.safetensors"
     before = weights.read_bytes()
     stamp = next((project.folder / "runs/train_robust").glob("real_only-1-*/finished.json")).stat().st_mtime_ns
@@ -314,7 +314,7 @@ def test_a_result_that_dvc_lost_is_published_again(project):
     assert next((project.folder / "runs/train_robust").glob("real_only-1-*/finished.json")).stat().st_mtime_ns == stamp
 
 
-def test_a_lost_image_set_comes_back_alone_and_identical(project):
+def test_a_lost_image_set_is_regenerated_alone_and_identical(project):
     shard = project.folder / "artifacts/generate_images/edm18/images-00000.npy"
     before = np.load(shard)
     shutil.rmtree(shard.parent)
@@ -322,7 +322,7 @@ def test_a_lost_image_set_comes_back_alone_and_identical(project):
     assert np.array_equal(np.load(shard), before)
 
 
-def test_tampered_input_is_refused_with_a_sentence(project):
+def test_tampered_input_is_refused_with_one_message(project):
     labels = project.folder / "artifacts/prepare_data/validation/labels-00000.npy"
     original = labels.read_bytes()
     labels.unlink()
@@ -349,7 +349,7 @@ def test_dry_run_plans_without_doing(project):
 
 
 def test_another_list_of_seeds_or_arms_is_another_report(project):
-    """Also where it reads the same files: a report of three seeds is not published again for one."""
+    """Also if it reads the same files: a report of three seeds is not published for one seed."""
     works = set()
     for changes in ({}, {"seeds": [1, 2]}, {"arms": {"third": project.params["arms"]["generated"]}}):
         path = project.folder / "other.yaml"
@@ -376,7 +376,7 @@ def test_the_plots_of_dvc_draw_one_line_for_each_arm_and_seed(project):
         assert {row["run"] for row in chart["data"]["values"]} == {"real_only-1", "generated-1"}
 
 
-def test_a_dvc_lock_that_a_kill_emptied_stops_nobody_for_ever(project):
+def test_a_dvc_lock_that_a_kill_emptied_can_be_repaired(project):
     path = project.folder / "dvc.lock"
     before = path.read_bytes()
     path.write_bytes(b"")
@@ -384,7 +384,7 @@ def test_a_dvc_lock_that_a_kill_emptied_stops_nobody_for_ever(project):
     process.communicate(timeout=200)
     assert process.returncode != 0  # else DVC heals itself by now, and all of this can go
     finding = project.run("dmat", "doctor", "--json", code=2)
-    assert "`dmat doctor --fix` brings back the copy" in finding
+    assert "`dmat doctor --fix` restores the copy" in finding
     assert "brought back from the copy that the last stage kept" in project.run("dmat", "doctor", "--fix")
     assert set(yaml.safe_load(path.read_text())["stages"]) <= set(yaml.safe_load(before)["stages"])
     assert "nothing to repair" in project.run("dmat", "doctor", "--fix")
@@ -392,17 +392,17 @@ def test_a_dvc_lock_that_a_kill_emptied_stops_nobody_for_ever(project):
     path.write_bytes(before)
 
 
-def test_a_result_that_dvc_recorded_under_other_parameters_is_known(project):
-    """As after an edit between the end of a stage and DVC's reading of params.yaml, which no stage can see."""
+def test_a_result_that_dvc_recorded_under_other_parameters_is_detected(project):
+    """As after an edit between the end of a stage and DVC's reading of params.yaml, which no stage can notice."""
 
     def results():
-        return [one for one in json.loads(text(project)) if one["check"] == "dvc results"]
+        return [check for check in json.loads(doctor_output(project)) if check["check"] == "dvc results"]
 
-    def text(project):
+    def doctor_output(project):
         process = project.start("dmat", "doctor", "--json")
         return process.communicate(timeout=300)[0]
 
-    assert [one["mark"] for one in results()] == ["ok"]
+    assert [check["mark"] for check in results()] == ["ok"]
     lock = project.folder / "dvc.lock"
     before = lock.read_text()
     content = yaml.safe_load(before)
@@ -426,7 +426,7 @@ def test_a_result_that_dvc_recorded_under_other_parameters_is_known(project):
     assert "run cache had a result of evaluate_robust@" in project.run("dmat", "doctor", "--fix")
     assert not entry.exists()
     assert [path.read_text() for path in (project.folder / "runs").glob("run-cache-*")] == [wrong_entry]
-    assert [one["mark"] for one in results()] == ["ok"]
+    assert [check["mark"] for check in results()] == ["ok"]
     entry.write_text(right_entry)
 
 
@@ -438,7 +438,7 @@ def test_the_study_is_a_stage_that_a_plain_repro_does_not_run(project):
     assert project.ran(project.run("dvc", "repro", "tune/dvc.yaml"))[-1:] == ["tune/dvc.yaml:tune"]
     assert project.json("artifacts/tune/generated/summary.json")["trials"] == 2
     locked = yaml.safe_load((project.folder / "tune/dvc.lock").read_text())["stages"]["tune"]
-    pinned = {one["path"]: one["md5"] for one in locked["deps"]}
+    pinned = {dependency["path"]: dependency["md5"] for dependency in locked["deps"]}
     data = {f"artifacts/{name}" for name in ("prepare_data/train", "prepare_data/validation", "mix_images/generated")}
     assert set(pinned) == data | {"plugins"}
     assert project.ran(project.run("dvc", "repro", "tune/dvc.yaml")) == []
@@ -447,18 +447,18 @@ def test_the_study_is_a_stage_that_a_plain_repro_does_not_run(project):
     (project.folder / "tune/dvc.lock").unlink()
 
 
-def test_clean_removes_what_dvc_can_bring_back_and_everything_stays_up_to_date(project):
-    """Last, because it removes what other tests look at. Nothing that a stage leaves may look strange to it."""
+def test_clean_removes_what_dvc_can_restore_and_the_pipeline_stays_up_to_date(project):
+    """Last, because it removes what other tests read. `dmat clean` must recognise everything that a stage leaves."""
     project.repro()
     shown = json.loads(project.run("dmat", "clean", "--unfinished", "--json"))
-    kept = {one["path"]: one["reason"] for one in shown["kept"]}
+    reasons = {entry["path"]: entry["reason"] for entry in shown["kept"]}
     # a direct command with --fresh made it, so DVC has no record of it
-    assert [Path(path).parent.name for path in kept] == ["generate_images"], kept
-    gone = {Path(one["paths"][0]).parent.name for one in shown["candidates"] if one["kind"] == "finished"}
-    assert len(gone | {"generate_images"}) == 11
+    assert [Path(path).parent.name for path in reasons] == ["generate_images"], reasons
+    removed = {Path(entry["paths"][0]).parent.name for entry in shown["candidates"] if entry["kind"] == "finished"}
+    assert len(removed | {"generate_images"}) == 11
     project.run("dmat", "clean", "--unfinished", "--yes")
-    left = [path for path in (project.folder / "runs").glob("*/*") if path.parent.name != "pools"]
-    assert [str(path) for path in left] == list(kept)
+    remaining = [path for path in (project.folder / "runs").glob("*/*") if path.parent.name != "pools"]
+    assert [str(path) for path in remaining] == list(reasons)
     pools = {path.name.rpartition("-")[0] for path in (project.folder / "runs/pools").iterdir()}
     assert pools == {"generate_images"}, "shards stay as long as a work folder of their stage does"
     assert project.repro() == []

@@ -1,4 +1,4 @@
-"""Code of a project by import path: what is found, what is refused, what reruns when it changes, and what never runs.
+"""Plugins, code of a project by import path: what is found or refused, what reruns after a change, what never runs.
 
 Run alone: pytest tests/test_plugins.py
 """
@@ -26,7 +26,7 @@ from dmat.tuning import trials
 from dmat.workspace import find_workspace
 from tests import forked
 from tests.conftest import ROOT
-from tests.projects import own_code
+from tests.projects import current_code_lock
 
 NETS = '''
 """A network of one layer."""
@@ -38,12 +38,12 @@ from my_parts import WIDTH
 
 
 class Flat(Classifier):
-    def __init__(self, facts, depth, width, activation):
+    def __init__(self, data_spec, depth, width, activation):
         super().__init__()
-        self.normalise = Normalise(facts.mean, facts.std)
+        self.normalise = Normalise(data_spec.mean, data_spec.std)
         self.body = nn.Sequential(nn.Flatten(), nn.LazyLinear(WIDTH * width), nn.BatchNorm1d(WIDTH * width), nn.ReLU())
-        self.body(torch.zeros(2, facts.channels, 8, 8))
-        self.logits = nn.Linear(WIDTH * width, facts.classes)
+        self.body(torch.zeros(2, data_spec.channels, 8, 8))
+        self.logits = nn.Linear(WIDTH * width, data_spec.classes)
 
     def features(self, images):
         return self.body(self.normalise(images))
@@ -65,8 +65,8 @@ LOSSES = """
 from dmat.robust.losses import trades
 
 
-def mine(model, images, targets, start, recipe, class_means=None):
-    return trades(model, images, targets, start, recipe, class_means)
+def mine(model, images, targets, start, settings, class_means=None):
+    return trades(model, images, targets, start, settings, class_means)
 """
 ATTACKS = """
 from dmat.robust import attacks
@@ -84,12 +84,12 @@ STAGES = {
 }
 
 
-class Own:
-    """A project whose network, loss, source and PGD objective are its own."""
+class PluginProject:
+    """A project whose network, loss, source and PGD objective are plugins."""
 
     def __init__(self, folder, params):
         self.folder = folder
-        code_identity.write(folder, own_code())
+        code_identity.write(folder, current_code_lock())
         (folder / "plugins").mkdir()
         for name, text in (
             *(("my_nets", NETS), ("my_parts", "WIDTH = 8\n"), ("my_data", DATA), ("my_losses", LOSSES)),
@@ -115,8 +115,8 @@ class Own:
         (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False))
 
     def run(self, command, code=0):
-        found, text = forked.Command(self.folder, command, *STAGES[command], "--json").wait()
-        assert found == code, text
+        exit_code, text = forked.Command(self.folder, command, *STAGES[command], "--json").wait()
+        assert exit_code == code, text
         return text
 
     def load(self):
@@ -128,7 +128,7 @@ class Own:
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process():
-    """Nothing is offered, and no plugin of another test is loaded."""
+    """Starts each test with no plugin offered or loaded by another test."""
     path, modules = list(sys.path), set(sys.modules)
     yield
     plugins._offered.clear()
@@ -139,29 +139,29 @@ def _as_in_a_new_process():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_params_once):
-    """After all its stages."""
-    project = Own(tmp_path_factory.mktemp("own"), tiny_params_once)
-    project.said = {command: project.run(command) for command in STAGES}
+def trained(tmp_path_factory, tiny_params_once):
+    """A project after all its stages."""
+    project = PluginProject(tmp_path_factory.mktemp("own"), tiny_params_once)
+    project.printed = {command: project.run(command) for command in STAGES}
     return project
 
 
 @pytest.fixture
-def project(made, tmp_path):
-    shutil.copytree(made.folder, tmp_path / "copy")
-    copy = object.__new__(Own)
-    copy.folder, copy.params = tmp_path / "copy", made.params
+def project(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "copy")
+    copy = object.__new__(PluginProject)
+    copy.folder, copy.params = tmp_path / "copy", trained.params
     return copy
 
 
-def test_a_project_trains_and_evaluates_with_its_own_code(made):
-    assert json.loads(made.said["train-robust"].splitlines()[0])["best_validation_robust"] > 0.8
-    assert json.loads(made.said["evaluate-robust"].splitlines()[0])["best_pgd"] > 0.8
-    provenance = json.loads((made.folder / "artifacts/provenance/train_robust/real_only-1.json").read_text())
+def test_a_project_trains_and_evaluates_with_its_plugin_identities(trained):
+    assert json.loads(trained.printed["train-robust"].splitlines()[0])["best_validation_robust"] > 0.8
+    assert json.loads(trained.printed["evaluate-robust"].splitlines()[0])["best_pgd"] > 0.8
+    provenance = json.loads((trained.folder / "artifacts/provenance/train_robust/real_only-1.json").read_text())
     assert set(provenance["plugins"]) == {"my_nets:Flat", "my_losses:mine"}
-    evaluated = json.loads((made.folder / "artifacts/provenance/evaluate_robust/real_only-1.json").read_text())
+    evaluated = json.loads((trained.folder / "artifacts/provenance/evaluate_robust/real_only-1.json").read_text())
     assert set(evaluated["plugins"]) == {"my_nets:Flat", "my_attacks:objective"}
-    assert "plugins" not in json.loads((made.folder / "artifacts/provenance/mix_images/real_only.json").read_text())
+    assert "plugins" not in json.loads((trained.folder / "artifacts/provenance/mix_images/real_only.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -175,78 +175,80 @@ def test_a_project_trains_and_evaluates_with_its_own_code(made):
         ("my_data", "150", "140", {"prepare-data"}),
     ],
 )
-def test_an_edit_makes_another_result_of_what_uses_it(project, file, old, new, rerun):
+def test_an_edit_outdates_the_results_of_what_uses_it(project, file, old, new, rerun):
     path = project.folder / f"plugins/{file}.py"
     path.write_text(path.read_text().replace(old, new, 1))
     params, workspace = project.load(), find_workspace(project.folder)
-    found = set()
+    outdated = set()
     for command in STAGES:
         stage = pipeline.STAGES[command.replace("-", "_")]
         instance = {name: {"arm": "real_only", "seed": 1}[name] for name in stage.keys}
         if planning.plan(stage, instance, params, workspace).work.name not in project.works(command):
-            found.add(command)
-    assert found == rerun
+            outdated.add(command)
+    assert outdated == rerun
 
 
 def test_a_change_while_a_stage_runs_publishes_nothing(project, monkeypatch):
-    """The training sees the plugin change after it was planned."""
+    """The plugin changes after the training was planned."""
     path = project.folder / "plugins/my_losses.py"
     text = "import pathlib\npathlib.Path(__file__).write_text(pathlib.Path(__file__).read_text() + '\\nNEW = 1\\n')\n"
     path.write_text(text + path.read_text())
     before = project.works("train-robust")
-    said = project.run("train-robust", code=2)
-    assert "the code of my_losses:mine changed" in said
+    output = project.run("train-robust", code=2)
+    assert "the code of my_losses:mine changed" in output
     assert len(project.works("train-robust") - before) == 1, "the work is kept"
 
 
-def test_a_model_from_elsewhere_runs_nothing(made, monkeypatch, tmp_path):
-    """Its sidecar names code of a project, which this process was not asked for."""
-    folder = made.folder / "artifacts/train_robust/real_only-1"
+def test_a_model_from_elsewhere_runs_nothing(trained, monkeypatch, tmp_path):
+    """Its sidecar names code of a project that this process did not offer."""
+    folder = trained.folder / "artifacts/train_robust/real_only-1"
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DmatError, match=r"'my_nets:Flat' is code of a project; expected one that the params\.yaml"):
         dmat.load_model(folder / "best.safetensors")
-    for words in (["models", "info"], ["models", "export", "--to", "robustbench"]):
-        given = [*words, str(folder / "best.safetensors"), *([str(tmp_path / "best.pt")] if "export" in words else [])]
-        code, text = forked.Command(tmp_path, *given).wait()
+    for command in (["models", "info"], ["models", "export", "--to", "robustbench"]):
+        arguments = [
+            *command, str(folder / "best.safetensors"), *([str(tmp_path / "best.pt")] if "export" in command else [])
+        ]  # fmt: skip
+        code, text = forked.Command(tmp_path, *arguments).wait()
         assert (code, "Traceback" in text) == (2, False), text
         assert "is code of a project" in text
     assert not [name for name in sys.modules if name.startswith("my_")]
-    shown = forked.Command(made.folder, "models", "info", str(folder / "best.safetensors"), "--json").wait()
+    shown = forked.Command(trained.folder, "models", "info", str(folder / "best.safetensors"), "--json").wait()
     assert (shown[0], json.loads(shown[1])["network"]["name"]) == (0, "my_nets:Flat"), "in the project it may"
-    made.load()
+    trained.load()
     assert dmat.load_model(folder / "best.safetensors")(torch.rand(3, 1, 8, 8)).shape == (3, 2)
 
 
-def test_code_that_changes_under_a_study_or_an_evaluation_is_told(project):
+def test_code_that_changes_during_a_study_or_an_evaluation_is_detected(project):
     params = project.load()
-    named = plugins.words(params.arms["real_only"].plain())
+    named = plugins.import_paths(params.arms["real_only"].plain())
     study = types.SimpleNamespace(
         settings=params.tune, trial=params.trial, plugins=trials.own_code(params.tune, params.trial)
     )
     request = types.SimpleNamespace(settings=params.evaluate_robust)
     sidecar = {"network": params.arms["real_only"].network.plain()}
     direct = types.SimpleNamespace(request=request, sidecar=sidecar)
-    direct._own_code = functools.partial(DirectEvaluation._own_code, direct)
-    direct.identity = {"plugins": direct._own_code()}
+    direct._plugin_identities = functools.partial(DirectEvaluation._plugin_identities, direct)
+    direct.identity = {"plugins": direct._plugin_identities()}
     assert set(study.plugins) >= {"my_nets:Flat"} <= named
     assert set(direct.identity["plugins"]) == {"my_nets:Flat", "my_attacks:objective"}
     trials.expect_same_plugins(study)
     DirectEvaluation._expect_same_code(direct)
     path = project.folder / "plugins/my_parts.py"
     path.write_text("WIDTH = 9\n")
-    with pytest.raises(DmatError, match=r"the code of my_nets:Flat.* changed while the study was at work"):
+    with pytest.raises(DmatError, match=r"the code of my_nets:Flat.* changed while the study was running"):
         trials.expect_same_plugins(study)
     with pytest.raises(DmatError, match="the code of my_nets:Flat changed while it was evaluated with"):
         DirectEvaluation._expect_same_code(direct)
 
 
-def test_reading_params_runs_nothing(made):
-    made.load()
+def test_reading_params_runs_nothing(trained):
+    trained.load()
     assert not [name for name in sys.modules if name.startswith("my_")]
 
 
 @pytest.mark.parametrize(
-    ("word", "sentence"),
+    ("import_path", "message"),
     [
         ("nobody:Flat", "expected a module in plugins/, which has no nobody.py"),
         ("a.b:Flat", "which has no a/b.py"),
@@ -257,17 +259,17 @@ def test_reading_params_runs_nothing(made):
         ("../x:Flat", "expected 'wide_resnet'"),
     ],
 )
-def test_what_is_not_there_is_told(project, word, sentence):
+def test_a_missing_plugin_is_refused_with_its_key(project, import_path, message):
     (project.folder / "plugins/my_broken.py").write_text("def (")
-    project.params = config.merge(project.params, {"train_robust": {"network": {"name": word}}})
+    project.params = config.merge(project.params, {"train_robust": {"network": {"name": import_path}}})
     project.write()
-    with pytest.raises(ConfigError, match=r"train_robust\.network\.name is") as found:
+    with pytest.raises(ConfigError, match=r"train_robust\.network\.name is") as error:
         project.load()
-    assert sentence in str(found.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "sentence"),
+    ("name", "text", "message"),
     [
         ("my_losses", "1 / 0\n", "ZeroDivisionError: division by zero; .*my_losses.py, line 1"),
         ("my_losses", "import nothing_of_this_name\n", "ModuleNotFoundError"),
@@ -278,19 +280,19 @@ def test_what_is_not_there_is_told(project, word, sentence):
         ("yaml/reader", "", "yaml has the name of another package"),
     ],
 )
-def test_code_that_cannot_be_loaded_is_a_sentence(project, name, text, sentence):
+def test_code_that_cannot_be_loaded_is_refused_with_one_message(project, name, text, message):
     path = project.folder / f"plugins/{name}.py"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text + (path.read_text() if path.exists() else ""))
     project.load()
-    if not sentence:
+    if not message:
         path.write_text("mine = 3\n")
-        sentence = "my_losses:mine is int; expected a function or a class"
-    with pytest.raises(DmatError, match=sentence):
+        message = "my_losses:mine is int; expected a function or a class"
+    with pytest.raises(DmatError, match=message):
         plugins.find({}, "my_losses:mine")
 
 
-def test_two_projects_with_modules_of_one_name(project, tmp_path):
+def test_two_projects_may_have_modules_of_the_same_name(project, tmp_path):
     other = tmp_path / "other" / "plugins"
     other.mkdir(parents=True)
     (other / "my_parts.py").write_text("def WIDTH(): return 3\n")
@@ -303,65 +305,65 @@ def test_two_projects_with_modules_of_one_name(project, tmp_path):
     assert plugins.find({}, "my_parts:WIDTH")() == 3
 
 
-def _offered(folder, word):
+def _load_plugin(folder, import_path):
     with plugins.of_project(folder):
-        plugins.offer(word)
-    return plugins.find({}, word)
+        plugins.offer(import_path)
+    return plugins.find({}, import_path)
 
 
-def test_what_lies_in_the_folder_now_is_what_runs(tmp_path):
-    """Also after an edit in the same process, with bytecode of the same size and time beside it, and for a package that
-    has a module of its name beside it."""
+def test_the_current_content_of_the_folder_is_what_runs(tmp_path):
+    """Also after an edit in the same process with bytecode of the same size and time beside the file, and for a package
+    with a module of the same name beside it."""
     (tmp_path / "plugins").mkdir()
     path = tmp_path / "plugins/my_x.py"
     for number in (1, 2):
         path.write_text(f"def x(): return {number}\n")
         os.utime(path, (10**9, 10**9))
         py_compile.compile(str(path)) if number == 1 else None
-        assert _offered(tmp_path, "my_x:x")() == number
+        assert _load_plugin(tmp_path, "my_x:x")() == number
     (tmp_path / "plugins/my_x").mkdir()
     (tmp_path / "plugins/my_x/__init__.py").write_text("from .inner import x\n")
     (tmp_path / "plugins/my_x/inner.py").write_text("def x(): return 3\n")
-    assert _offered(tmp_path, "my_x:x")() == 3
+    assert _load_plugin(tmp_path, "my_x:x")() == 3
     before = code_identity.of_plugins(["my_x:x"], "train_robust")
     (tmp_path / "plugins/my_x/inner.py").write_text("def x(): return 4\n")
     assert code_identity.of_plugins(["my_x:x"], "train_robust") != before
-    assert _offered(tmp_path, "my_x:x")() == 4
+    assert _load_plugin(tmp_path, "my_x:x")() == 4
 
 
-def test_files_and_modules_that_are_named_in_text_count(tmp_path):
+def test_files_and_modules_that_are_named_in_strings_count(tmp_path):
     (tmp_path / "plugins").mkdir()
     for name, text in (
         ("my_x.py", "import importlib\nOF = 'w.json', importlib.import_module('my_y')\ndef x(): pass\n"),
         *(("my_y.py", "Y = 1\n"), ("w.json", "1"), ("other.json", "1")),
     ):
         (tmp_path / "plugins" / name).write_text(text)
-    _offered(tmp_path, "my_x:x")
-    found = [code_identity.of_plugins(["my_x:x"], "train_robust")]
+    _load_plugin(tmp_path, "my_x:x")
+    identities = [code_identity.of_plugins(["my_x:x"], "train_robust")]
     for name, text in (("other.json", "2"), ("w.json", "2"), ("my_y.py", "Y = 2\n")):
         (tmp_path / "plugins" / name).write_text(text)
-        found.append(code_identity.of_plugins(["my_x:x"], "train_robust"))
-    assert [now != before for before, now in itertools.pairwise(found)] == [False, True, True]
+        identities.append(code_identity.of_plugins(["my_x:x"], "train_robust"))
+    assert [after != before for before, after in itertools.pairwise(identities)] == [False, True, True]
 
 
 def test_what_the_stage_uses_itself_is_not_hashed_twice(tmp_path, monkeypatch):
-    """So that `dmat lock --same` of a stage keeps the results of arms with code of their own too."""
+    """So that `dmat lock --same` of a stage also keeps the results of arms with plugins."""
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins/my_x.py").write_text("from dmat.robust import attacks, losses\ndef x(): pass\n")
-    _offered(tmp_path, "my_x:x")
+    _load_plugin(tmp_path, "my_x:x")
     digest = code_identity.Sources.digest
-    looked_at = []
+    hashed = []
     monkeypatch.setattr(
-        code_identity.Sources, "digest", lambda self, module: looked_at.append(module) or digest(self, module)
+        code_identity.Sources, "digest", lambda self, module: hashed.append(module) or digest(self, module)
     )
     code_identity.of_plugins(["my_x:x"], "train_robust")
-    assert looked_at == []
+    assert hashed == []
     code_identity.of_plugins(["my_x:x"], "prepare_data")
-    assert "dmat.robust.losses" in looked_at
+    assert "dmat.robust.losses" in hashed
 
 
 @pytest.mark.parametrize("name", [".#my_nets.py", "my_nets.v1.py", "__main__.py", "._my_nets.py", "README.md"])
-def test_files_that_are_no_modules_disturb_nothing(project, name):
+def test_files_that_are_not_modules_are_ignored(project, name):
     path = project.folder / "plugins" / name
     path.symlink_to("nobody@nowhere") if name.startswith(".#") else path.write_text("")
     project.load()
@@ -379,52 +381,52 @@ def test_files_that_are_no_modules_disturb_nothing(project, name):
         "x: type = int\n",
     ],
 )
-def test_whatever_defines_a_name_is_found(tmp_path, text):
+def test_every_kind_of_definition_is_found(tmp_path, text):
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins/my_x.py").write_text(text)
-    assert callable(_offered(tmp_path, "my_x:x"))
+    assert callable(_load_plugin(tmp_path, "my_x:x"))
 
 
-@pytest.mark.parametrize("word", ["my_x:x", f"{'m' * 300}:x"])
+@pytest.mark.parametrize("import_path", ["my_x:x", f"{'m' * 300}:x"])
 @pytest.mark.parametrize(
     "text", ["x: int\n", "return 1\nx = 1\n", f"x = {'+'.join(['1'] * 100_000)}\n", "x = '\x00'\n"]
 )
-def test_what_defines_nothing_is_a_sentence(tmp_path, word, text):
+def test_code_that_defines_nothing_is_refused_with_one_message(tmp_path, import_path, text):
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins/my_x.py").write_text(text)
     with plugins.of_project(tmp_path), pytest.raises(ValueError, match=r"expected|has no"):
-        plugins.offer(word)
+        plugins.offer(import_path)
 
 
-def test_activations_are_those_of_dmat_alone(project):
+def test_activations_cannot_be_plugins(project):
     project.params = config.merge(project.params, {"train_robust": {"network": {"activation": "my_parts:WIDTH"}}})
     project.write()
     with pytest.raises(ConfigError, match="activation is 'my_parts:WIDTH'; expected 'relu' or 'silu'"):
         project.load()
 
 
-def test_an_evaluation_of_a_file_goes_on_with_the_same_code_alone(project, tmp_path):
+def test_an_evaluation_of_a_file_resumes_only_with_the_same_code(project, tmp_path):
     model = "artifacts/train_robust/real_only-1/best.safetensors"
     sidecar = json.loads((project.folder / model).with_suffix(".json").read_text())
     images = np.random.default_rng(0).integers(0, 256, (20, *sidecar["image_shape"]), np.uint8)
     labels = np.arange(20) % 2
     np.savez(tmp_path / "some.npz", image=images, label=labels)
-    words = ["evaluate-robust", "--model", model, "--images", str(tmp_path / "some.npz"), "--params", "params.yaml"]
-    words += ["--to", str(tmp_path / "found"), "--json", "--classes-in-order"]
-    code, text = forked.Command(project.folder, *words).wait()
+    arguments = ["evaluate-robust", "--model", model, "--images", str(tmp_path / "some.npz"), "--params", "params.yaml"]
+    arguments += ["--to", str(tmp_path / "found"), "--json", "--classes-in-order"]
+    code, text = forked.Command(project.folder, *arguments).wait()
     assert code == 0, text
     path = project.folder / "plugins/my_attacks.py"
     path.write_text(path.read_text().replace("margin", "cross_entropy"))
-    code, text = forked.Command(project.folder, *words).wait()
+    code, text = forked.Command(project.folder, *arguments).wait()
     assert (code, "holds another evaluation (plugins differ)" in text) == (2, True), text
 
 
-def test_outside_a_project_no_path_is_taken():
+def test_outside_a_project_import_paths_are_refused():
     assert any("from the params.yaml of a project alone" in problem for problem in _problems("somewhere:Net"))
-    assert plugins.words({"a": ["somewhere:Net", {"b": "c:d"}]}) == set()
+    assert plugins.import_paths({"a": ["somewhere:Net", {"b": "c:d"}]}) == set()
 
 
-def _problems(word: str) -> list[str]:
+def _problems(import_path: str) -> list[str]:
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
-    values["train_robust"]["network"]["name"] = word
+    values["train_robust"]["network"]["name"] = import_path
     return config.check(values)[1]

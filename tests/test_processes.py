@@ -1,4 +1,4 @@
-"""Several processes compute what one does with the same global batch, and survive each other's end."""
+"""Several processes compute what one computes with the same global batch, and survive the end of one of them."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from torch import nn
 from dmat import processes
 from dmat.processes import World
 from tests import forked
-from tests.projects import IN_ORDER
+from tests.projects import STAGE_OPTIONS
 
 
 @pytest.fixture
 def project(finished, tmp_path):
-    made = finished.copy_without("train_robust", tmp_path / "project")
-    made.write({"train_robust": {"images_seen": 1280, "evaluate_every": 320, "synchronise_batch_norm": True}})
-    made.run("mix_images")
-    return made
+    copy = finished.copy_without("train_robust", tmp_path / "project")
+    copy.write({"train_robust": {"images_seen": 1280, "evaluate_every": 320, "synchronise_batch_norm": True}})
+    copy.run("mix_images")
+    return copy
 
 
 def free_port():
@@ -33,14 +33,14 @@ def free_port():
         return str(listener.getsockname()[1])
 
 
-def start(project, size, word="train_robust", ranks=None):
-    """The processes of one run, or some of them, as torchrun would start them."""
-    port, stage = free_port(), word.replace("_", "-")
+def start(project, size, stage_name="train_robust", ranks=None):
+    """Starts the processes of one run, or those of `ranks`, as torchrun would."""
+    port, stage = free_port(), stage_name.replace("_", "-")
     return [
         forked.Command(
             project.folder,
             stage,
-            *IN_ORDER[word],
+            *STAGE_OPTIONS[stage_name],
             "--json",
             output=f".output-{rank}",
             RANK=str(rank),
@@ -55,56 +55,56 @@ def start(project, size, word="train_robust", ranks=None):
 
 
 def run(project, size):
-    found = [command.wait() for command in start(project, size)]
-    assert [code for code, _ in found] == [0] * size, found
-    return found
+    results = [command.wait() for command in start(project, size)]
+    assert [code for code, _ in results] == [0] * size, results
+    return results
 
 
 def result(project):
-    """Weights by name, and the history."""
+    """The last weights by name, and the history."""
     (folder,) = (project.folder / "runs/train_robust").glob("*/result/classifier")
     history = json.loads((folder / "history.json").read_text())
     return {**load_file(folder / "last.safetensors")}, history
 
 
-def close(one, other):
-    """Sums in another order differ in the last bits, and training multiplies that: 0.3 % after 20 steps in float32."""
-    weights, others = one[0], other[0]
+def assert_close(first, second):
+    """Results agree but for rounding: sums in another order, which training amplifies to 0.3 % in 20 float32 steps."""
+    weights, others = first[0], second[0]
     assert weights.keys() == others.keys()
     for name, values in weights.items():
         if values.is_floating_point():
             scale = others[name].abs().max().clamp(min=1e-3)
             assert ((values - others[name]).abs().max() / scale) < 1e-2, name
-    for record, expected in zip(one[1], other[1], strict=True):
+    for record, expected in zip(first[1], second[1], strict=True):
         assert record == pytest.approx(expected, abs=0.021)  # one of 50 validation images, or of a batch
 
 
-def identical(one, other):
-    return one[1] == other[1] and all(torch.equal(values, other[0][name]) for name, values in one[0].items())
+def identical(first, second):
+    return first[1] == second[1] and all(torch.equal(values, second[0][name]) for name, values in first[0].items())
 
 
 @pytest.fixture
-def alone(project, tmp_path):
-    made = project.copy_without("train_robust", tmp_path / "alone")
-    made.run("train_robust")
-    return result(made)
+def single_process(project, tmp_path):
+    copy = project.copy_without("train_robust", tmp_path / "alone")
+    copy.run("train_robust")
+    return result(copy)
 
 
-def test_two_processes_equal_one(project, alone):
-    (_, text), (_, silence) = run(project, 2)
-    close(result(project), alone)
+def test_two_processes_compute_what_one_computes(project, single_process):
+    (_, text), (_, other_text) = run(project, 2)
+    assert_close(result(project), single_process)
     assert "best_validation_robust" in json.loads(text)
-    assert silence == ""  # only the leading process writes and speaks
+    assert other_text == ""  # only the main process writes and prints
     provenance = json.loads((project.folder / "artifacts/provenance/train_robust/generated-1.json").read_text())
     assert provenance["compute"]["processes"] == 2
 
 
-def test_processes_without_synchronisation_differ_from_one(project, alone):
-    """A guard of the test above: statistics of half a batch are other statistics."""
+def test_processes_without_synchronisation_differ_from_one(project, single_process):
+    """Guards the test above: half a batch has other statistics."""
     project.write({"train_robust": {"synchronise_batch_norm": False}})
     run(project, 2)
     with pytest.raises(AssertionError):
-        close(result(project), alone)
+        assert_close(result(project), single_process)
 
 
 @pytest.mark.parametrize("synchronised", [True, False])
@@ -113,54 +113,54 @@ def test_a_signal_to_one_process_stops_all_and_they_resume_bit_for_bit(project, 
     changes = {"synchronise_batch_norm": synchronised, "loss": "ikl", "alpha": 3.0, "images_seen": images}
     project.write({"train_robust": changes})
     project.run("mix_images")
-    whole = project.copy_without("train_robust", tmp_path / "whole")
-    run(whole, 2)
+    undisturbed = project.copy_without("train_robust", tmp_path / "whole")
+    run(undisturbed, 2)
     commands = start(project, 2)
-    # a checkpoint is written after a step, and a step is made by both: before, one may be alone with its signal
+    # a checkpoint follows a step, which both processes make; before that, one process alone might get the signal
     forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/checkpoint.dmat")))
     os.kill(commands[1].process.pid, signal.SIGTERM)
-    found = [command.wait() for command in commands]
-    assert [code for code, _ in found] == [143, 143], found
+    results = [command.wait() for command in commands]
+    assert [code for code, _ in results] == [143, 143], results
     run(project, 2)
-    assert identical(result(project), result(whole))
+    assert identical(result(project), result(undisturbed))
 
 
 def test_a_run_resumes_onto_another_number_of_processes(project, tmp_path):
-    """Longer than the others, so that the signal finds it at work; small steps, so that it stays comparable."""
+    """Longer than the others, so that the signal arrives during the work; a small rate keeps the runs comparable."""
     project.write({"train_robust": {"images_seen": 5120, "learning_rate": 0.01}})
     project.run("mix_images")
     undisturbed = project.copy_without("train_robust", tmp_path / "undisturbed")
     undisturbed.run("train_robust")
     commands = start(project, 2)
-    # a checkpoint is written after a step, and a step is made by both: before, one may be alone with its signal
+    # a checkpoint follows a step, which both processes make; before that, one process alone might get the signal
     forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/checkpoint.dmat")))
     os.kill(commands[0].process.pid, signal.SIGTERM)
     assert [command.wait()[0] for command in commands] == [143, 143]
     project.run("train_robust")
-    close(result(project), result(undisturbed))
+    assert_close(result(project), result(undisturbed))
 
 
 def test_torchrun_restarts_after_kill_9_of_one_process(project, tmp_path):
-    """compute.processes makes the command its own torchrun."""
-    whole = project.copy_without("train_robust", tmp_path / "whole")
-    run(whole, 2)
+    """With compute.processes the command starts torchrun itself."""
+    undisturbed = project.copy_without("train_robust", tmp_path / "whole")
+    run(undisturbed, 2)
     project.write({"compute": {"processes": 2}})
-    command = [sys.executable, "-m", "cli.main", "train-robust", *IN_ORDER["train_robust"], "--json"]
+    command = [sys.executable, "-m", "cli.main", "train-robust", *STAGE_OPTIONS["train_robust"], "--json"]
     environment = {**os.environ, "DMAT_TRACKING": "off"}
-    launched = subprocess.Popen(command, cwd=project.folder, env=environment, stdout=subprocess.PIPE, text=True)
+    torchrun = subprocess.Popen(command, cwd=project.folder, env=environment, stdout=subprocess.PIPE, text=True)
     forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/metrics.jsonl")), 120)
-    ranks = {int(p.environ()["RANK"]): p for p in psutil.Process(launched.pid).children() if "RANK" in p.environ()}
+    ranks = {int(p.environ()["RANK"]): p for p in psutil.Process(torchrun.pid).children() if "RANK" in p.environ()}
     ranks[1].kill()
-    text, _ = launched.communicate(timeout=300)
-    assert launched.returncode == 0
+    text, _ = torchrun.communicate(timeout=300)
+    assert torchrun.returncode == 0
     assert "best_validation_robust" in text
-    assert identical(result(project), result(whole))
+    assert identical(result(project), result(undisturbed))
 
 
-def test_what_does_not_compute_together_is_refused_before_the_processes_join(project):
-    """Joining needs the other process, and one that has refused and ended breaks the joining of the other."""
-    alone, *_ = start(project, 2, "score_images", ranks=[0])
-    code, text = alone.wait(60)
+def test_a_stage_of_one_process_is_refused_before_the_processes_join(project):
+    """Joining needs all processes: if one refused and ended before, the others would fail to join."""
+    command, *_ = start(project, 2, "score_images", ranks=[0])
+    code, text = command.wait(60)
     assert code == 2, text
     assert "score_images was started in 2 processes; expected one" in text
     assert "without torchrun" in text
@@ -189,16 +189,16 @@ def _normalise(rank, port, queue):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=0.3)).train()
     with torch.no_grad():
         model[1].weight.uniform_(0.5, 1.5)
-    together = processes.world()
-    processes.synchronise_batch_norm(model, together)
-    mine = together.local_rows(6)
-    part = x[mine].requires_grad_(True)
-    out = model(part)
-    (out * weight[mine]).sum().backward()
-    values = together.sum_gradients(model, torch.tensor([float(rank)]))
+    group = processes.world()
+    processes.synchronise_batch_norm(model, group)
+    rows = group.local_rows(6)
+    inputs = x[rows].requires_grad_(True)
+    out = model(inputs)
+    (out * weight[rows]).sum().backward()
+    values = group.sum_gradients(model, torch.tensor([float(rank)]))
     gradients = [p.grad for p in model.parameters()]
-    found = [out.detach(), part.grad, *gradients, model[1].running_mean, model[1].running_var, values]
-    queue.put((rank, [value.tolist() for value in found]))
+    tensors = [out.detach(), inputs.grad, *gradients, model[1].running_mean, model[1].running_var, values]
+    queue.put((rank, [value.tolist() for value in tensors]))
 
 
 def test_synchronised_batch_norm_is_that_of_the_whole_batch():
@@ -207,7 +207,7 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch():
     workers = [forked._context.Process(target=_normalise, args=(rank, port, queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    found = dict(queue.get(timeout=120) for _ in workers)
+    results = dict(queue.get(timeout=120) for _ in workers)
     for worker in workers:
         worker.join()
     torch.manual_seed(0)
@@ -220,9 +220,9 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch():
     (out * weight).sum().backward()
     expected = [*(p.grad for p in model.parameters()), model[1].running_mean, model[1].running_var]
     for rank in range(2):
-        rows, inputs, *rest, values = (torch.tensor(value) for value in found[rank])
+        rows, inputs, *rest, values = (torch.tensor(value) for value in results[rank])
         torch.testing.assert_close(rows, out.detach()[3 * rank : 3 * rank + 3], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(inputs, x.grad[3 * rank : 3 * rank + 3], rtol=1e-4, atol=1e-5)
-        for ours, theirs in zip(rest, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        for actual, reference in zip(rest, expected, strict=True):
+            torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-4)
         assert values.tolist() == [1.0]

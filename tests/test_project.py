@@ -1,4 +1,4 @@
-"""`dmat init`: what it makes, what it refuses, and that a refusal leaves nothing behind."""
+"""`dmat init`: what it creates, what it refuses, and that a refusal leaves nothing behind."""
 
 import os
 import subprocess
@@ -11,32 +11,32 @@ from cli.main import app
 from dmat import config, files, project, recipes
 from dmat.errors import DmatError
 
-MADE = {
+CREATED = {
     *("params.yaml", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots/runs.json", ".dvcignore", ".gitignore"),
     *("README.md", "code.yaml", "sources/none", "plugins/README.md", ".pre-commit-config.yaml"),
 }
 
 
-def _git(folder: Path, *words: str) -> str:
-    who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
-    return subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+def _git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    return subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 def _files(folder: Path) -> set[str]:
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    return {path for path in found if not path.startswith(".git/")}
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return {path for path in paths if not path.startswith(".git/")}
 
 
-def test_what_init_makes_and_says(tmp_path, monkeypatch):
+def test_init_creates_a_project_and_prints_the_next_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ["init", "my digits", "--recipe", "digits-3-seeds"])
-    assert done.exit_code == 0, done.output
+    result = CliRunner().invoke(app, ["init", "my digits", "--recipe", "digits-3-seeds"])
+    assert result.exit_code == 0, result.output
     folder = tmp_path / "my digits"
-    first, second, third = done.stdout.splitlines()
+    first, second, third = result.stdout.splitlines()
     assert first.endswith("cd 'my digits' && git add --all . && git commit --message 'The recipe digits-3-seeds'")
     assert second.endswith("dvc repro")
     assert str(folder / "README.md") in third
-    assert _files(folder) == MADE
+    assert _files(folder) == CREATED
     assert _git(folder, "rev-parse", "--show-toplevel").strip() == str(folder)
     assert _git(folder, "rev-list", "--all", "--count").strip() == "0"  # no commit
     assert (folder / "params.yaml").read_text() == recipes.read("digits-3-seeds")
@@ -53,16 +53,16 @@ def test_git_sees_what_decides_a_result_and_nothing_else(tmp_path):
         files.write_text(folder / path, "large")
     (folder / "sources/linked").symlink_to(tmp_path)
     _git(folder, "add", "--all", ".")
-    assert set(_git(folder, "ls-files").splitlines()) == MADE
+    assert set(_git(folder, "ls-files").splitlines()) == CREATED
 
 
 def test_the_files_are_those_of_the_repository(tmp_path, root):
-    """Each exists once: the package has links."""
+    """Each file exists once: the package holds links."""
     folder = project.make(tmp_path / "new", "digits")
-    for path in MADE - {"params.yaml", "README.md"}:
+    for path in CREATED - {"params.yaml", "README.md"}:
         assert (folder / path).read_bytes() == (root / path).read_bytes(), path
     links = [path for path in (root / "dmat/project").iterdir() if path.suffix != ".py" and path.is_file()]
-    assert {path.resolve().relative_to(root).as_posix() for path in links if path.is_symlink()} == MADE - {
+    assert {path.resolve().relative_to(root).as_posix() for path in links if path.is_symlink()} == CREATED - {
         "params.yaml",
         "README.md",
     }
@@ -74,23 +74,23 @@ def test_a_folder_with_other_files_becomes_a_project(tmp_path):
     (tmp_path / "sources").mkdir()
     (tmp_path / "sources/mine.npz").touch()
     project.make(tmp_path, "digits")
-    assert _files(tmp_path) == {*MADE, "notes.txt", "sources/mine.npz"}
+    assert _files(tmp_path) == {*CREATED, "notes.txt", "sources/mine.npz"}
 
 
-def test_a_folder_of_a_repository_gets_none_of_its_own(tmp_path):
-    """Hooks are those of git's top folder alone, so a folder below it gets no file of them."""
+def test_a_folder_inside_a_repository_gets_no_repository_of_its_own(tmp_path):
+    """git reads hooks only in its top folder, so a folder below gets no hook file."""
     _git(tmp_path, "init", "-q")
     folder = project.make(tmp_path / "a/b", "digits")
     assert not (folder / ".git").exists()
-    assert _files(folder) == MADE - {".pre-commit-config.yaml"}
+    assert _files(folder) == CREATED - {".pre-commit-config.yaml"}
     top = tmp_path / "top"
     top.mkdir()
     _git(top, "init", "-q")
-    assert _files(project.make(top, "digits")) == MADE
+    assert _files(project.make(top, "digits")) == CREATED
 
 
 @pytest.mark.parametrize(
-    ("there", "sentence"),
+    ("existing", "message"),
     [
         (
             ["README.md", ".dvc/config"],
@@ -101,17 +101,17 @@ def test_a_folder_of_a_repository_gets_none_of_its_own(tmp_path):
         (["../new"], "{folder} is not a folder; expected one, or nothing"),
     ],
 )
-def test_what_is_in_the_way_is_named_and_nothing_is_written(tmp_path, there, sentence):
+def test_files_in_the_way_are_named_and_nothing_is_written(tmp_path, existing, message):
     folder = tmp_path / "new"
-    for path in there:
-        at = Path(os.path.normpath(folder / path))
-        at.parent.mkdir(parents=True, exist_ok=True)
-        at.write_text("mine")
+    for path in existing:
+        target = Path(os.path.normpath(folder / path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("mine")
     before = _files(tmp_path)
-    with pytest.raises(DmatError) as refused:
+    with pytest.raises(DmatError) as error:
         project.make(folder, "digits")
-    assert str(refused.value).startswith(sentence.format(folder=folder))
-    assert "nothing was written" in str(refused.value)
+    assert str(error.value).startswith(message.format(folder=folder))
+    assert "nothing was written" in str(error.value)
     assert _files(tmp_path) == before
     assert not (folder / ".git").exists()
 
@@ -127,13 +127,13 @@ def test_links_in_the_way_are_not_followed(tmp_path):
     assert _files(data) == set()
 
 
-def test_a_project_is_not_made_again(tmp_path):
+def test_an_existing_project_is_refused(tmp_path):
     folder = project.make(tmp_path / "new", "digits")
     (folder / "params.yaml").write_text("mine")
-    done = CliRunner().invoke(app, ["init", str(folder)])
-    assert isinstance(done.exception, DmatError)
-    assert str(done.exception).startswith(f"{folder} is a project already: it has params.yaml, dvc.yaml, .dvc/config")
-    assert "use it as it is, or name another folder" in str(done.exception)
+    result = CliRunner().invoke(app, ["init", str(folder)])
+    assert isinstance(result.exception, DmatError)
+    assert str(result.exception).startswith(f"{folder} is a project already: it has params.yaml, dvc.yaml, .dvc/config")
+    assert "use it as it is, or name another folder" in str(result.exception)
     assert (folder / "params.yaml").read_text() == "mine"
 
 
@@ -147,16 +147,16 @@ def test_an_unknown_recipe_and_a_missing_git_leave_nothing(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_fails_half_way_is_taken_away_again(tmp_path, monkeypatch):
-    """Twice the same command must not end in "is there already"."""
+def test_a_failed_init_removes_what_it_wrote(tmp_path, monkeypatch):
+    """The same command must not be refused the second time because of leftovers."""
     write = files.write_text
 
-    def full(path: Path, text: str) -> None:
+    def full_disk(path: Path, text: str) -> None:
         if path.name == "README.md":
             raise DmatError("no space left")
         write(path, text)
 
-    monkeypatch.setattr(files, "write_text", full)
+    monkeypatch.setattr(files, "write_text", full_disk)
     (tmp_path / "there/.dvc").mkdir(parents=True)
     (tmp_path / "there/.dvc/tmp").touch()
     for name in ("new", "there"):

@@ -31,7 +31,7 @@ from dmat.redaction import RedactingStream, address, redacted
 )  # fmt: skip
 def test_an_address_keeps_all_but_its_secrets(url, shown):
     assert address(url) == shown
-    assert address(shown) == shown  # what was remembered compares
+    assert address(shown) == shown  # so stored addresses compare equal
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_sentence_keeps_all_but_its_secrets(text, shown):
         ("HTTPS_PROXY", "http://u:proxypw1@h", ["proxypw1"]),
     ],
 )  # fmt: skip
-def test_what_the_environment_keeps_secret_is_masked_wherever_it_stands(monkeypatch, variable, value, forms):
+def test_secrets_of_the_environment_are_masked_in_any_text(monkeypatch, variable, value, forms):
     monkeypatch.setenv(variable, value)
     for form in forms:
         assert (
@@ -72,7 +72,7 @@ def test_what_the_environment_keeps_secret_is_masked_wherever_it_stands(monkeypa
         )
 
 
-def test_ordinary_variables_are_no_secrets(monkeypatch):
+def test_ordinary_variables_are_not_secrets(monkeypatch):
     for name in ("PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "SSH_ASKPASS", "PGPASSFILE", "AWS_ACCESS_KEY_ID"):
         monkeypatch.setenv(name, "ordinary")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "abc")  # too short to be looked for in words
@@ -98,26 +98,26 @@ def test_a_defect_keeps_its_traceback_and_loses_the_password(monkeypatch, capsys
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:s3cret@h")
     monkeypatch.setattr(main, "app", broken)
     before = sys.stderr
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main.main()
-    said = capsys.readouterr().err
-    assert ended.value.code == 1
+    error_output = capsys.readouterr().err
+    assert exit_info.value.code == 1
     assert sys.stderr is before
-    assert "Traceback" in said
-    assert "RuntimeError: http://alice:***@h is broken" in said
-    assert "s3cret" not in said
+    assert "Traceback" in error_output
+    assert "RuntimeError: http://alice:***@h is broken" in error_output
+    assert "s3cret" not in error_output
 
 
 def test_a_stream_hides_what_libraries_write():
-    class Kept(list):
+    class ListStream(list):
         encoding = "utf-8"
 
         def write(self, text):
             self.append(text)
 
-    kept = Kept()
-    assert RedactingStream(kept).write("http://u:pw@h\n") == len("http://u:pw@h\n")
-    assert kept == ["http://u:***@h\n"]
-    RedactingStream(kept).writelines(["a\n", "password=pw\n"])
-    assert kept[1:] == ["a\n", "password=***\n"]
-    assert RedactingStream(kept).encoding == "utf-8"
+    stream = ListStream()
+    assert RedactingStream(stream).write("http://u:pw@h\n") == len("http://u:pw@h\n")
+    assert stream == ["http://u:***@h\n"]
+    RedactingStream(stream).writelines(["a\n", "password=pw\n"])
+    assert stream[1:] == ["a\n", "password=***\n"]
+    assert RedactingStream(stream).encoding == "utf-8"

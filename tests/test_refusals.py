@@ -1,4 +1,4 @@
-"""Damaged, missing and unfitting files, and places that cannot be written: exit code 2, a sentence that says what was
+"""Damaged, missing and unfitting files, and folders that cannot be written: exit code 2, a message that says what was
 found, what was expected and what to do, no traceback, nothing lost."""
 
 import contextlib
@@ -18,11 +18,11 @@ REMOVED, CUT, ALTERED, EMPTY = "removed", "cut", "altered", "an empty object"
 SPLITS, IMAGES = "artifacts/prepare_data", "artifacts/generate_images/edm18"
 DENOISER, SCORER = "artifacts/train_diffusion/edm", "artifacts/train_scorer/scorer"
 SCORES = "artifacts/score_images/edm18/*-*.npy"
-ROBUST, KEPT = "artifacts/train_robust/generated-1", "artifacts/select_images/edm18_best"
+ROBUST, SELECTION = "artifacts/train_robust/generated-1", "artifacts/select_images/edm18_best"
 
 DEEPER = {"name": "wide_resnet", "depth": 16, "width": 1, "activation": "silu"}
 
-# stage that reads it, file, what happens to it (or JSON values put into it), words of the answer
+# stage that reads the file, file, damage (or JSON values put into it), fragments of the message
 DAMAGE = [
     ("train_scorer", f"{SPLITS}/train", REMOVED, ["train does not exist", "dvc repro"]),
     ("train_scorer", f"{SPLITS}/train/manifest.json", REMOVED, ["manifest.json does not exist", "dvc repro"]),
@@ -46,17 +46,18 @@ DAMAGE = [
     ("score_images", f"{SCORER}/best.json", {"network": DEEPER}, ["does not fit the network", "one run"]),
     ("select_images", SCORES, REMOVED, [".npy does not exist", "dvc repro"]),
     ("select_images", SCORES, CUT, ["score_images/edm18/", ".npy has checksum", "its manifest says"]),
-    ("measure_images", f"{KEPT}/selection.json", CUT, ["selection.json is not valid JSON", "run its stage again"]),
-    ("measure_images", f"{KEPT}/indices.npy", CUT, ["indices.npy", "not a whole array"]),
-    ("mix_images", f"{KEPT}/selection.json", {"classes": 7}, ["of 7 classes", "of 10", "expected the same"]),
-    ("mix_images", f"{KEPT}/selection.json", {"kept": 0}, ["arm generated", "0 generated"]),
-    ("mix_images", f"{KEPT}/selection.json", EMPTY, ["selection.json lacks image_set", "dvc checkout"]),
+    ("measure_images", f"{SELECTION}/selection.json", CUT, ["selection.json is not valid JSON", "run its stage again"]),
+    ("measure_images", f"{SELECTION}/indices.npy", CUT, ["indices.npy", "is incomplete or not an array"]),
+    ("mix_images", f"{SELECTION}/selection.json", {"classes": 7}, ["of 7 classes", "of 10", "expected the same"]),
+    ("mix_images", f"{SELECTION}/selection.json", {"kept": 0}, ["arm generated", "0 generated"]),
+    ("mix_images", f"{SELECTION}/selection.json", EMPTY, ["selection.json lacks image_set", "dvc checkout"]),
     ("train_robust", "artifacts/mix_images/generated/mix.json", EMPTY, ["mix.json lacks generated_images"]),
     ("select_images", f"{IMAGES}/labels-00000.npy", ALTERED, ["labels-00000.npy has checksum", "altered or cut"]),
     ("train_robust", "artifacts/mix_images/generated/mix.json", REMOVED, ["mix.json does not exist", "dvc repro"]),
-    ("train_robust", f"{IMAGES}/manifest.json", {"seed": 2}, ["is not the set that was selected from", "dvc repro"]),
+    ("train_robust", f"{IMAGES}/manifest.json", {"seed": 2}, ["is not the image set of the selection", "dvc repro"]),
     ("train_robust", f"{IMAGES}/images-00000.npy", ALTERED, ["images-00000.npy has checksum", "altered or cut"]),
-    ("train_robust", f"{KEPT}/indices.npy", ALTERED, ["indices.npy changed after the mix was made", "dvc repro"]),
+    ("train_robust", f"{SELECTION}/indices.npy", ALTERED,
+     ["indices.npy changed after the mix was written", "dvc repro"]),
     ("evaluate_robust", f"{ROBUST}/best.safetensors", ALTERED, ["best.safetensors has checksum", "its sidecar says"]),
     ("evaluate_robust", f"{ROBUST}/last.safetensors", REMOVED, ["last.safetensors does not exist", "dvc repro"]),
     ("evaluate_robust", f"{ROBUST}/best.json", {"classes": 7}, ["of 7 classes", "of 10"]),
@@ -64,57 +65,59 @@ DAMAGE = [
 ]  # fmt: skip
 
 
-def _damage(path, how):
-    """Never through a hard link: the copy in the work folder stays as it was."""
+def _damage(path, damage):
+    """Damages the file, never through a hard link: the copy in the work folder stays as it was."""
     if path.is_dir():
         shutil.rmtree(path)
         return
     content = path.read_bytes()
     path.unlink()
-    if how == CUT:
+    if damage == CUT:
         path.write_bytes(content[: len(content) // 2])
-    elif how == ALTERED:
+    elif damage == ALTERED:
         path.write_bytes(content[:-8] + bytes(b ^ 1 for b in content[-8:]))
-    elif how == EMPTY:
+    elif damage == EMPTY:
         path.write_text("{}")
-    elif how != REMOVED:
-        path.write_text(json.dumps(json.loads(content) | how))
+    elif damage != REMOVED:
+        path.write_text(json.dumps(json.loads(content) | damage))
 
 
-def _refused(project, word, **environment):
-    text = project.run(word, code=2, **environment)
+def _refused(project, stage_name, **environment):
+    text = project.run(stage_name, code=2, **environment)
     assert "error: " in text
     assert "Traceback" not in text
     return text
 
 
 @pytest.mark.parametrize(
-    ("word", "path", "how", "words"), DAMAGE, ids=[f"{path}-{str(how)[:20]}" for _, path, how, _ in DAMAGE]
+    ("stage_name", "path", "damage", "fragments"),
+    DAMAGE,
+    ids=[f"{path}-{str(damage)[:20]}" for _, path, damage, _ in DAMAGE],
 )
-def test_damaged_input_is_refused(finished, tmp_path, word, path, how, words):
-    """By the stage that reads it, also where no record of what was written there is left."""
-    project = finished.copy_without(word, tmp_path / "damaged")
+def test_damaged_input_is_refused(finished, tmp_path, stage_name, path, damage, fragments):
+    """By the stage that reads it, also if no record of the written file is left."""
+    project = finished.copy_without(stage_name, tmp_path / "damaged")
     shutil.rmtree(project.folder / "artifacts/provenance")
-    _damage(next(project.folder.glob(path)), how)
-    text = _refused(project, word)
-    assert all(part in text for part in words), text
-    assert not _published(project, word)
+    _damage(next(project.folder.glob(path)), damage)
+    text = _refused(project, stage_name)
+    assert all(fragment in text for fragment in fragments), text
+    assert not _published(project, stage_name)
 
 
 @pytest.mark.parametrize(
-    ("word", "path", "maker"),
+    ("stage_name", "path", "maker"),
     [
-        ("mix_images", f"{KEPT}/indices.npy", "select_images"),  # read by nobody there, and yet part of its result
+        ("mix_images", f"{SELECTION}/indices.npy", "select_images"),  # not read there, yet part of the result
         ("select_images", f"{IMAGES}/images-00000.npy", "generate_images"),
         ("evaluate_robust", f"{ROBUST}/history.json", "train_robust"),
     ],
 )
-def test_a_stage_started_directly_refuses_what_was_altered_since_it_was_written(finished, tmp_path, word, path, maker):
-    project = finished.copy_without(word, tmp_path / "altered")
+def test_a_stage_started_directly_refuses_altered_inputs(finished, tmp_path, stage_name, path, maker):
+    project = finished.copy_without(stage_name, tmp_path / "altered")
     _damage(project.folder / path, ALTERED)
-    text = _refused(project, word)
+    text = _refused(project, stage_name)
     assert re.search(rf"has checksum \w+; {maker} wrote \w+: it was altered since; restore it", text), text
-    assert not _published(project, word)
+    assert not _published(project, stage_name)
 
 
 @pytest.fixture
@@ -129,8 +132,8 @@ def stopped(finished, tmp_path):
     return project, next(folder.glob("*/checkpoint.dmat"))
 
 
-def _published(project, word):
-    return [path for path in project.outputs(word) if path.startswith("artifacts/")]
+def _published(project, stage_name):
+    return [path for path in project.outputs(stage_name) if path.startswith("artifacts/")]
 
 
 def _header(path, **values):
@@ -139,7 +142,7 @@ def _header(path, **values):
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("harm", "fragments"),
     [
         (lambda path: _damage(path, CUT), ["was cut or altered", "bring back a good copy"]),
         (lambda path: _damage(path, ALTERED), ["was cut or altered", "bring back a good copy"]),
@@ -150,13 +153,13 @@ def _header(path, **values):
     ],
     ids=["cut", "altered", "empty", "other file", "newer schema", "other precision"],
 )  # fmt: skip
-def test_a_bad_checkpoint_is_refused_and_kept(finished, stopped, harm, words):
+def test_a_bad_checkpoint_is_refused_and_kept(finished, stopped, harm, fragments):
     project, checkpoint = stopped
     good = checkpoint.read_bytes()
     harm(checkpoint)
     bad = checkpoint.read_bytes()
     text = _refused(project, "train_scorer")
-    assert all(part in text for part in [str(checkpoint), *words]), text
+    assert all(fragment in text for fragment in [str(checkpoint), *fragments]), text
     assert checkpoint.read_bytes() == bad
     checkpoint.write_bytes(good)  # the advice works
     project.run("train_scorer")
@@ -165,7 +168,7 @@ def test_a_bad_checkpoint_is_refused_and_kept(finished, stopped, harm, words):
 
 @contextlib.contextmanager
 def _small_disk(folder, size):
-    """A file system of its own below `folder`; only root may make one."""
+    """Mounts a small file system on `folder`; only root may."""
     if (
         os.geteuid()
         or subprocess.run(
@@ -179,15 +182,15 @@ def _small_disk(folder, size):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("word", ["train_scorer", "train_diffusion", "generate_images", "train_robust"])
-def test_a_full_disk_loses_nothing(finished, tmp_path, word):
-    """Full while saving: a sentence, the last whole state stays, and with room again the command goes on."""
-    project = finished.copy_without(word, tmp_path / "project")
-    (project.folder / "runs" / word).mkdir(parents=True)
-    with _small_disk(project.folder / "runs" / word, "40M"):
-        ballast = project.folder / "runs" / word / "ballast"
-        command = project.command(word)
-        forked.until(lambda: list((project.folder / "runs" / word).glob("*/holder.json")))
+@pytest.mark.parametrize("stage_name", ["train_scorer", "train_diffusion", "generate_images", "train_robust"])
+def test_a_full_disk_loses_nothing(finished, tmp_path, stage_name):
+    """Full while saving: one message, the last complete state stays, and with room again the command resumes."""
+    project = finished.copy_without(stage_name, tmp_path / "project")
+    (project.folder / "runs" / stage_name).mkdir(parents=True)
+    with _small_disk(project.folder / "runs" / stage_name, "40M"):
+        ballast = project.folder / "runs" / stage_name / "ballast"
+        command = project.command(stage_name)
+        forked.until(lambda: list((project.folder / "runs" / stage_name).glob("*/holder.json")))
         with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 12))
@@ -197,19 +200,19 @@ def test_a_full_disk_loses_nothing(finished, tmp_path, word):
         assert "run the same command again" in text
         assert "Traceback" not in text
         ballast.unlink()
-        project.run(word)
-        assert project.outputs(word) == finished.outputs(word)
+        project.run(stage_name)
+        assert project.outputs(stage_name) == finished.outputs(stage_name)
 
 
-@pytest.mark.parametrize("place", ["runs", "artifacts/train_scorer"])
-def test_a_place_that_cannot_be_written_is_named(finished, tmp_path, place):
+@pytest.mark.parametrize("name", ["runs", "artifacts/train_scorer"])
+def test_a_folder_that_cannot_be_written_is_named(finished, tmp_path, name):
     project = finished.copy_without("train_scorer", tmp_path / "project")
-    shutil.rmtree(project.folder / place, ignore_errors=True)
-    (project.folder / place).write_text("a file where a folder should be")
+    shutil.rmtree(project.folder / name, ignore_errors=True)
+    (project.folder / name).write_text("a file where a folder should be")
     text = _refused(project, "train_scorer")
-    assert str(project.folder / place) in text
+    assert str(project.folder / name) in text
     assert "run the same command again" in text
-    (project.folder / place).unlink()
+    (project.folder / name).unlink()
     project.run("train_scorer")
     assert files.checksum(project.folder / "artifacts/train_scorer") == files.checksum(
         finished.folder / "artifacts/train_scorer"
@@ -227,7 +230,7 @@ def test_a_read_only_disk_is_named(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "answer"),
+    ("arguments", "fragments"),
     [
         (["train-robust", "--arm", "nobody", "--seed", "1"], ["no instance 'nobody-1'", "real_only-1, generated-1"]),
         (["train-robust", "--arm", "generated", "--seed", "7"], ["no instance 'generated-7'", "expected one of"]),
@@ -241,10 +244,10 @@ def test_a_read_only_disk_is_named(finished, tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )  # fmt: skip
-def test_a_wrong_command_is_answered(finished, words, answer):
-    code, text = forked.run(finished.folder, *words)
+def test_a_wrong_command_is_answered(finished, arguments, fragments):
+    code, text = forked.run(finished.folder, *arguments)
     assert code == 2
-    assert all(part in text for part in answer), text
+    assert all(fragment in text for fragment in fragments), text
     assert "Traceback" not in text
 
 

@@ -1,4 +1,4 @@
-"""Evaluated models in MLflow's registry, with a real embedded store: champions, fetching, what is refused.
+"""Evaluated models in MLflow's registry, with a real embedded store: champions, fetching, refusals.
 
 Run alone: pytest tests/test_registry.py
 """
@@ -21,14 +21,14 @@ NAME = "digits-3f2a91c0-linf-1_5"
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A project's store; made once, since MLflow takes seconds to make one."""
+    """A project's store; created once, because MLflow takes seconds to create one."""
     home = tmp_path_factory.mktemp("home")
     client, experiment = stores.connect(home)
     return home, client, experiment
 
 
 def _register(store, name, score, run=None, number=1.0):
-    """A run with a model of which all weights are `number`; returns the run's id."""
+    """Registers a model, all weights `number`, of a run; returns the run's id."""
     home, client, experiment = store
     run = run or client.create_run(experiment).info.run_id
     layer = nn.Linear(2, 2)
@@ -40,29 +40,36 @@ def _register(store, name, score, run=None, number=1.0):
 
 
 def _candidate(name, path, score):
-    """As if the files that lie there were evaluated."""
+    """A candidate as if the files at `path` had been evaluated."""
     sums = {"weights_sha256": files.sha256(path), "sidecar_sha256": files.sha256(path.with_suffix(".json"))}
     return RegistryCandidate(name, path, {"threat.norm": "linf"}, score, **sums)
 
 
 def _champion(store, name):
-    return next((one for one in registry.listed(store[0]) if one["name"] == name and one["champion"]), None)
+    return next(
+        (
+            version
+            for version in registry.list_versions(store[0])
+            if version["name"] == name and version["champion"]
+        ),
+        None,
+    )
 
 
 def test_names_have_no_character_that_mlflow_refuses():
-    assert registry.name_of("digits", "3f2a91c0" + 56 * "0", "linf", "1/5") == NAME
-    assert registry.name_of("a:b", 64 * "f", "l2", "128/255") == "a_b-ffffffff-l2-128_255"
+    assert registry.model_name("digits", "3f2a91c0" + 56 * "0", "linf", "1/5") == NAME
+    assert registry.model_name("a:b", 64 * "f", "l2", "128/255") == "a_b-ffffffff-l2-128_255"
 
 
 def test_the_champion_moves_only_to_a_better_and_checked_model(store):
-    """Scores in turn, None without a headline, and who is champion after each."""
+    """Scores in order, None without a headline, and the champion after each."""
     name, runs, champions = "turns", [], []
     for score in (None, 0.70, 0.65, None, 0.80, 0.80, 0.75):
         runs.append(_register(store, name, score))
-        found = _champion(store, name)
-        champions.append(runs.index(found["run"]) if found else None)
+        champion = _champion(store, name)
+        champions.append(runs.index(champion["run"]) if champion else None)
     assert champions == [None, 1, 1, 1, 4, 4, 4]
-    assert len([one for one in registry.listed(store[0]) if one["name"] == name]) == 7
+    assert len([version for version in registry.list_versions(store[0]) if version["name"] == name]) == 7
 
 
 def test_names_have_champions_of_their_own(store):
@@ -75,42 +82,42 @@ def test_registering_again_adds_nothing(store):
     """As after an outage in the middle."""
     run = _register(store, "again", 0.5)
     _register(store, "again", 0.5, run=run)
-    (only,) = [one for one in registry.listed(store[0]) if one["name"] == "again"]
-    assert (only["version"], only["champion"]) == (1, True)
+    (registered,) = [version for version in registry.list_versions(store[0]) if version["name"] == "again"]
+    assert (registered["version"], registered["champion"]) == (1, True)
 
 
-def test_a_model_comes_back_as_it_was(store, tmp_path):
+def test_a_fetched_model_is_the_registered_one(store, tmp_path):
     _register(store, NAME, 0.6, number=6.0)
     _register(store, NAME, 0.7, number=7.0)
     _register(store, NAME, None, number=8.0)
-    for wanted, number in (("champion", 7.0), ("1", 6.0), ("3", 8.0)):
-        target = tmp_path / f"{wanted}.safetensors"
-        found = registry.fetch(store[0], f"{NAME}@{wanted}", target)
+    for version, number in (("champion", 7.0), ("1", 6.0), ("3", 8.0)):
+        target = tmp_path / f"{version}.safetensors"
+        tags = registry.fetch(store[0], f"{NAME}@{version}", target)
         state, sidecar = weights.read(target, "classifier")
         assert torch.equal(state["weight"], torch.full((2, 2), number))
-        assert sidecar["sha256"] == files.sha256(target) == found["weights.sha256"]
-        assert found["threat.norm"] == "linf"
+        assert sidecar["sha256"] == files.sha256(target) == tags["weights.sha256"]
+        assert tags["threat.norm"] == "linf"
 
 
-def test_what_is_not_there_is_refused(store, tmp_path):
+def test_missing_models_and_versions_are_refused(store, tmp_path):
     _register(store, "unchecked", None)
     target = tmp_path / "x.safetensors"
-    for wanted, words in (
-        ("unchecked", r"'unchecked' is no model; expected NAME@champion or NAME@VERSION"),
+    for reference, pattern in (
+        ("unchecked", r"'unchecked' is not a model; expected NAME@champion or NAME@VERSION"),
         ("nothing@champion", r"no model 'nothing' is registered; expected one of .*unchecked"),
         ("unchecked@champion", r"unchecked has no champion: none of its 1 versions has a headline.*unchecked@1"),
         ("unchecked@7", r"unchecked has no version '7'; expected champion or one of 1"),
     ):
-        with pytest.raises(DmatError, match=words):
-            registry.fetch(store[0], wanted, target)
-    assert "nothing" not in {one["name"] for one in registry.listed(store[0])}
+        with pytest.raises(DmatError, match=pattern):
+            registry.fetch(store[0], reference, target)
+    assert "nothing" not in {version["name"] for version in registry.list_versions(store[0])}
     target.write_text("mine")
     with pytest.raises(DmatError, match="exists; expected a new name"):
         registry.fetch(store[0], "unchecked@1", target)
     assert target.read_text() == "mine"
 
 
-def test_an_altered_file_is_not_handed_out(store, tmp_path):
+def test_an_altered_file_is_not_fetched(store, tmp_path):
     run = _register(store, "altered", 0.5)
     (path,) = stores.artifact_folder(store[0]).rglob(f"{run}.safetensors")
     data = bytearray(path.read_bytes())
@@ -121,8 +128,8 @@ def test_an_altered_file_is_not_handed_out(store, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def _train(path, number):
-    """Weights of another training where an evaluated model lies."""
+def _overwrite_weights(path, number):
+    """Writes weights of another training to `path`."""
     weights.save(path, {"weight": torch.full((2, 2), number)}, {"kind": "classifier", "network": {"name": "a"}})
 
 
@@ -133,65 +140,74 @@ def _flip(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "sentence"),
+    ("name", "change", "message"),
     [
-        ("other-weights", lambda path: _train(path, 2.0), r"m\.safetensors has checksum .*; expected .* evaluated"),
+        (
+            "other-weights",
+            lambda path: _overwrite_weights(path, 2.0),
+            r"m\.safetensors has checksum .*; expected .* evaluated",
+        ),
         ("other-sidecar", lambda path: _flip(path.with_suffix(".json")), r"m\.json has checksum .*; expected .* which"),
-        ("no-weights", lambda path: path.unlink(), r"m\.safetensors is gone or cannot be read; expected"),
-        ("no-sidecar", lambda path: path.with_suffix(".json").unlink(), r"m\.json is gone or cannot be read; expected"),
+        ("no-weights", lambda path: path.unlink(), r"m\.safetensors is missing or cannot be read; expected"),
+        ("no-sidecar", lambda p: p.with_suffix(".json").unlink(), r"m\.json is missing or cannot be read; expected"),
     ],
 )
-def test_what_was_not_evaluated_is_never_registered(store, tmp_path, name, change, sentence):
-    """The store was away when the evaluation ended; the files change, then the run is sent: it ends all the same."""
+def test_files_that_were_not_evaluated_are_never_registered(store, tmp_path, name, change, message):
+    """The store was unreachable when the evaluation ended; the files changed before the run was sent; it still ends."""
     home, client, _ = store
-    _train(tmp_path / "m.safetensors", 1.0)
+    _overwrite_weights(tmp_path / "m.safetensors", 1.0)
     candidate = _candidate(name, tmp_path / "m.safetensors", 0.9)
     change(tmp_path / "m.safetensors")
-    run = _sent(home, tmp_path / "run", candidate.plain(), sentence)
+    run = _send_waiting_run(home, tmp_path / "run", candidate.plain(), message)
     assert client.get_run(run).info.status == "FINISHED"
     assert "gets no version" in client.get_run(run).data.tags["dmat.not_registered"]
-    assert name not in {one.name for one in client.search_registered_models()}
+    assert name not in {model.name for model in client.search_registered_models()}
 
 
-def test_what_an_earlier_version_remembered_without_checksums_is_not_registered(store, tmp_path):
-    _train(tmp_path / "m.safetensors", 1.0)
-    known = _candidate("old", tmp_path / "m.safetensors", 0.9).plain()
-    known = {name: value for name, value in known.items() if not name.endswith("_sha256")}
-    _sent(store[0], tmp_path / "run", known, "evaluated by an earlier version of dmat.* evaluate it again with --fresh")
-    assert "old" not in {one.name for one in store[1].search_registered_models()}
+def test_a_candidate_recorded_without_checksums_is_not_registered(store, tmp_path):
+    _overwrite_weights(tmp_path / "m.safetensors", 1.0)
+    candidate = _candidate("old", tmp_path / "m.safetensors", 0.9).plain()
+    candidate = {name: value for name, value in candidate.items() if not name.endswith("_sha256")}
+    _send_waiting_run(
+        store[0],
+        tmp_path / "run",
+        candidate,
+        "evaluated by an earlier version of dmat.* evaluate it again with --fresh",
+    )
+    assert "old" not in {model.name for model in store[1].search_registered_models()}
 
 
-def _sent(home, folder, model, sentence):
-    """Sends the end of a run that waited; returns its id."""
+def _send_waiting_run(home, folder, model, message):
+    """Sends the recorded end of a run later; returns the run's id."""
     folder.mkdir()
-    known = run_record.RunRecord(folder, stores.identity(home))
+    record = run_record.RunRecord(folder, stores.identity(home))
     about = {"name": "one", "tags": {}, "settings": {}, "started": 1.0, "parent": None}
     end = {"status": "FINISHED", "error": "", "metrics": {}, "pictures": [], "models": [model], "ended": 2.0}
-    known.update(about=about, ending=end)
-    uploader = run_record.RunUploader(home, known)
-    with uploader.turn(), pytest.warns(UserWarning, match=sentence):
+    record.update(about=about, ending=end)
+    uploader = run_record.RunUploader(home, record)
+    with uploader.exclusive(), pytest.warns(UserWarning, match=message):
         uploader.connect(live=False)
-        uploader.send_end("FINISHED", known["ending"])
-    return known["run"]
+        uploader.send_end("FINISHED", record["ending"])
+    return record["run"]
 
 
 def test_files_replaced_while_they_are_sent_make_no_version(store, tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
-    _train(path, 1.0)
-    candidate, sent = _candidate("replaced", path, 0.9), type(store[1]).log_artifact
+    _overwrite_weights(path, 1.0)
+    candidate, send = _candidate("replaced", path, 0.9), type(store[1]).log_artifact
 
     def log_artifact(client, run, file, folder):
-        sent(client, run, file, folder)
-        _train(path, 2.0)
+        send(client, run, file, folder)
+        _overwrite_weights(path, 2.0)
 
     monkeypatch.setattr(type(store[1]), "log_artifact", log_artifact)
     run = store[1].create_run(store[2]).info.run_id
     assert "has checksum" in registry.register(store[1], run, candidate)
-    assert [one for one in registry.listed(store[0]) if one["name"] == "replaced"] == []
+    assert [version for version in registry.list_versions(store[0]) if version["name"] == "replaced"] == []
 
 
 @pytest.mark.parametrize("tagged", [True, False], ids=["tagged", "of an earlier version"])
-def test_a_damaged_sidecar_is_not_handed_out(store, tmp_path, tagged):
+def test_a_damaged_sidecar_is_not_fetched(store, tmp_path, tagged):
     home, client, _ = store
     name = f"sidecar-{tagged}"
     run = _register(store, name, 0.5)
@@ -217,20 +233,20 @@ def test_a_damaged_sidecar_is_not_handed_out(store, tmp_path, tagged):
     assert (tmp_path / "x.json").read_bytes() == good
 
 
-def test_a_pair_is_written_whole_or_not_at_all(store, tmp_path, monkeypatch):
+def test_a_pair_is_written_completely_or_not_at_all(store, tmp_path, monkeypatch):
     _register(store, "pair", 0.5)
     (tmp_path / "x.json").write_text("mine")
     with pytest.raises(DmatError, match=r"x\.json exists; expected a new name"):
         registry.fetch(store[0], "pair@1", tmp_path / "x.safetensors")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
-    real = files.os.replace
+    os_replace = files.os.replace
 
-    def full(source, target):
+    def full_disk(source, target):
         if str(target).endswith("y.safetensors"):
             raise OSError(28, "No space left on device")
-        real(source, target)
+        os_replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full_disk)
     with pytest.raises(DmatError, match=r"y\.safetensors: could not be written"):
         registry.fetch(store[0], "pair@1", tmp_path / "y.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
@@ -242,10 +258,10 @@ def test_an_evaluation_registers_its_model(finished, tmp_path):
     project.write({"evaluate_robust": {"images": 10}})
     command = project.command("evaluate_robust", DMAT_TRACKING="on")
     assert command.wait()[0] == 0
-    (found,) = registry.listed(project.folder)
-    tags = found["tags"]
+    (version,) = registry.list_versions(project.folder)
+    tags = version["tags"]
     name = f"digits-{tags['data.test.sha256'][:8]}-linf-1_5"
-    assert (found["name"], found["champion"]) == (name, False)
+    assert (version["name"], version["champion"]) == (name, False)
     assert (tags["threat.norm"], tags["threat.epsilon"], tags["dmat.arm"]) == ("linf", "1/5", "generated")
     assert tags["evaluation.measure"] == "auto_attack_subset"
     assert tags["accuracy.n"] == "10"
@@ -253,14 +269,14 @@ def test_an_evaluation_registers_its_model(finished, tmp_path):
     assert tags["weights.sha256"] == files.read_json(sidecar)["sha256"]
     assert tags["sidecar.sha256"] == files.sha256(sidecar)
     assert "[" in tags["accuracy.auto_attack_subset"]
-    said = _dmat(project.folder, "list", "--json")
-    assert json.loads(said)[0]["version"] == 1
+    output = _dmat(project.folder, "list", "--json")
+    assert json.loads(output)[0]["version"] == 1
     _dmat(project.folder, "get", f"{name}@1", "--to", "back.safetensors")
     best = project.folder / "artifacts/train_robust/generated-1/best.safetensors"
     assert (project.folder / "back.safetensors").read_bytes() == best.read_bytes()
 
 
-def _dmat(folder, *words):
-    code, text = forked.Command(folder, "models", *words, DMAT_TRACKING="on").wait()
+def _dmat(folder, *arguments):
+    code, text = forked.Command(folder, "models", *arguments, DMAT_TRACKING="on").wait()
     assert code == 0, text
     return text

@@ -1,4 +1,4 @@
-"""The comparison of arms: what an arm without a headline shows, and that the rest is compared all the same."""
+"""The comparison of arms: what an arm without a headline shows, and that all other values are still compared."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ SETTINGS = WriteReport(title="t", baseline="real", bootstrap=100, seed=1)
 
 
 def _tables(**names):
-    """run -> per-image table of 40 images; `names`: what the accuracy under AutoAttack is called in it."""
+    """Per-image tables of 40 images by run. names: the column of the accuracy under AutoAttack by run."""
     rng = np.random.default_rng(0)
     columns = ("best_clean", "best_pgd", "last_clean", "last_pgd")
     return {run: {name: rng.random(40) < 0.6 for name in (*columns, measure)} for run, measure in names.items()}
@@ -22,7 +22,7 @@ GOOD, BAD = "best_auto_attack", "best_auto_attack_unchecked"
 
 
 @pytest.mark.parametrize("without", ["real-2", "mixed-1"])
-def test_an_arm_of_which_one_seed_has_no_headline_shows_none(without):
+def test_an_arm_with_a_seed_without_a_headline_shows_no_headline(without):
     names = {run: BAD if run == without else GOOD for runs in RUNS.values() for run in runs}
     tables = _tables(**{run.replace("-", "_"): measure for run, measure in names.items()})
     tables = {run.replace("_", "-"): table for run, table in tables.items()}
@@ -58,13 +58,13 @@ def _value(share, low, high, seeds=1):
 
 
 @pytest.mark.parametrize(
-    ("measure", "difference", "words"),
+    ("measure", "difference", "fragments"),
     [
         (
             GOOD,
             _value(0.05, 0.033, 0.069),
             [
-                "% of the test images stay right under AutoAttack, +5.0 [+3.3, +6.9] points",
+                "% of the test images stay correct under AutoAttack, +5.0 [+3.3, +6.9] points",
                 "points against real; it is the more robust one.",
             ],
         ),
@@ -77,7 +77,7 @@ def _value(share, low, high, seeds=1):
         ),
     ],
 )
-def test_what_came_out_is_said_in_words(measure, difference, words):
+def test_the_result_is_summarised_in_sentences(measure, difference, fragments):
     comparison = {
         "baseline": "real",
         "arms": {"mixed": {"best_pgd": _value(0.711, 0.682, 0.738), measure: _value(0.711, 0.682, 0.738)}},
@@ -85,10 +85,10 @@ def test_what_came_out_is_said_in_words(measure, difference, words):
     }
     (sentence,) = report.sentences(comparison)
     assert sentence.startswith("mixed: 71.1 [68.2, 73.8] %")
-    assert all(word in sentence for word in words), sentence
+    assert all(fragment in sentence for fragment in fragments), sentence
 
 
-def _noted(stage, seconds, device="cpu", processes=1, **measured):
+def _stage_record(stage, seconds, device="cpu", processes=1, **measured):
     return {
         "stage": stage,
         "seconds": seconds,
@@ -97,18 +97,18 @@ def _noted(stage, seconds, device="cpu", processes=1, **measured):
     }
 
 
-def test_costs_are_device_hours_of_everything_behind_an_arm():
+def test_costs_are_device_hours_of_all_ancestors_of_an_arm():
     ancestors = [
-        _noted("train_diffusion", 7200, "H100", processes=4),
-        _noted("train_robust", 1800, images_per_second=100.0, model_flops_utilisation=0.2),
-        _noted("train_robust", 3600, images_per_second=300.0, model_flops_utilisation=0.4),
+        _stage_record("train_diffusion", 7200, "H100", processes=4),
+        _stage_record("train_robust", 1800, images_per_second=100.0, model_flops_utilisation=0.2),
+        _stage_record("train_robust", 3600, images_per_second=300.0, model_flops_utilisation=0.4),
     ]
-    cost = costs.of_arm("mixed", ancestors, 2000, [1e12, 3e12])
+    cost = costs.arm_cost("mixed", ancestors, 2000, [1e12, 3e12])
     assert cost.hours == {"train_diffusion": 8.0, "train_robust": 1.5}
     assert cost.total == 9.5
     assert cost.devices == ("H100", "cpu")
     assert (cost.training_flops, cost.images_per_second, cost.utilisation) == (4e12, 200.0, pytest.approx(0.3))
-    unknown = costs.of_arm("mixed", [_noted("train_robust", 1)], 0, [None])
+    unknown = costs.arm_cost("mixed", [_stage_record("train_robust", 1)], 0, [None])
     assert (unknown.training_flops, unknown.images_per_second, unknown.utilisation) == (None, None, None)
 
 
@@ -161,49 +161,52 @@ def test_the_radius_is_in_the_unit_in_which_it_was_written(epsilon, number, radi
     assert chart["layout"]["shapes"][0]["x0"] == pytest.approx(radius)
 
 
-def test_utilisations_of_a_report_are_shares_of_one_peak():
-    """A busy machine measured half the peak beside the second training; it made as many operations a second."""
+def test_utilisations_of_a_report_are_relative_to_one_peak():
+    """During the second training a busy machine measured half the peak, at the same number of operations per second."""
     slow, quick = (
         costs.Cost(arm, ("cpu",), {}, 1000, 2e9, 100.0, utilisation) for arm, utilisation in (("a", 0.2), ("b", 0.4))
     )
     gpu = costs.Cost("c", ("gpu",), {}, 1000, 2e9, 100.0, 0.01)
     unknown = costs.Cost("d", ("cpu",), {}, 1000, None, None, None)
-    found = costs.one_peak([slow, quick, gpu, unknown])
-    assert [one.utilisation for one in found] == [pytest.approx(0.2), pytest.approx(0.2), pytest.approx(0.01), None]
+    adjusted = costs.with_common_peak([slow, quick, gpu, unknown])
+    assert [cost.utilisation for cost in adjusted] == [
+        pytest.approx(0.2), pytest.approx(0.2), pytest.approx(0.01), None
+    ]  # fmt: skip
 
 
-def _made(**metadata):
-    return {"git_commit": "c" * 40, "git_dirty": False, **metadata}
+def _provenance(**values):
+    return {"git_commit": "c" * 40, "git_dirty": False, **values}
 
 
-def test_a_commit_is_named_as_the_way_back_only_where_it_is_one():
-    """Changes that no commit has are in the run alone."""
-    clean = {"train_robust a-1": _made(), "evaluate_robust a-1": _made()}
-    assert page.again(clean)[1] == [f"git checkout {'c' * 40}", "make repro"]
-    for other, words in (
-        (_made(git_dirty=True), "at one commit with local changes"),
-        (_made(git_commit="d" * 40), "at 2 commits,"),
+def test_a_commit_is_named_for_reproduction_only_where_it_suffices():
+    """Uncommitted changes are only in the run."""
+    clean = {"train_robust a-1": _provenance(), "evaluate_robust a-1": _provenance()}
+    assert page.reproduction(clean)[1] == [f"git checkout {'c' * 40}", "make repro"]
+    for other, fragment in (
+        (_provenance(git_dirty=True), "at one commit with local changes"),
+        (_provenance(git_commit="d" * 40), "at 2 commits,"),
         ({}, "at one commit with local changes"),  # where there was no repository
     ):
-        said, commands = page.again(clean | {"train_robust a-1": other})
-        assert words in said
+        sentence, commands = page.reproduction(clean | {"train_robust a-1": other})
+        assert fragment in sentence
         assert commands == ["dmat runs reproduce evaluate_robust/a-1"]
-    assert "outside a git repository" in page.again({"evaluate_robust a-1": {}})[0]
+    assert "outside a git repository" in page.reproduction({"evaluate_robust a-1": {}})[0]
 
 
-def test_the_way_back_names_the_dmat_of_a_project_without_code():
-    """There the commit holds parameters alone."""
-    one = {"train_robust a-1": _made(dmat="0.1.0"), "evaluate_robust a-1": _made(dmat="0.1.0")}
-    said, commands = page.again(one)
-    assert said == "Every part was made at one commit without local changes, by dmat 0.1.0."
+def test_reproduction_names_the_dmat_of_a_project_without_code():
+    """In such a project the commit holds only parameters."""
+    parts = {"train_robust a-1": _provenance(dmat="0.1.0"), "evaluate_robust a-1": _provenance(dmat="0.1.0")}
+    sentence, commands = page.reproduction(parts)
+    assert sentence == "Every part was made at one commit without local changes, by dmat 0.1.0."
     assert commands == [f"git checkout {'c' * 40}", "dvc repro"]
-    for other, words in (
-        (_made(dmat="0.2.0"), "at one commit by dmat 0.1.0 and 0.2.0, so no commit"),
-        (_made(), "at one commit by dmat 0.1.0 and of the project itself, so no commit"),
+    for other, fragment in (
+        (_provenance(dmat="0.2.0"), "at one commit by dmat 0.1.0 and 0.2.0, so no commit"),
+        (_provenance(), "at one commit by dmat 0.1.0 and of the project itself, so no commit"),
     ):
-        said, commands = page.again(one | {"train_robust b-1": other})
-        assert words in said
+        sentence, commands = page.reproduction(parts | {"train_robust b-1": other})
+        assert fragment in sentence
         assert commands == ["dmat runs reproduce evaluate_robust/a-1"]
     assert (
-        "by dmat 0.1.0+gabc.changed, so no commit" in page.again({"mix_images a": _made(dmat="0.1.0+gabc.changed")})[0]
+        "by dmat 0.1.0+gabc.changed, so no commit"
+        in page.reproduction({"mix_images a": _provenance(dmat="0.1.0+gabc.changed")})[0]
     )

@@ -1,4 +1,4 @@
-"""The report in a real browser: as wide as a phone and as a desk, on paper, in the dark, without a network.
+"""The report in a real browser: at the width of a phone and of a desktop, printed, in dark mode, without a network.
 
 Run alone: pytest tests/test_report_page.py (needs chromium and chromium-driver of Debian)
 """
@@ -20,7 +20,7 @@ needs_browser = pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), re
 
 @pytest.fixture(scope="module")
 def project(finished, tmp_path_factory):
-    """With the one arm that has run."""
+    """A project with the one arm that has run, and its report."""
     folder = tmp_path_factory.mktemp("reported") / "project"
     shutil.copytree(finished.folder, folder)
     project = Project(folder, finished.params | {"arms": {"generated": finished.params["arms"]["generated"]}})
@@ -52,18 +52,18 @@ def test_the_same_files_give_the_same_page(project, page):
 
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1440])
-def test_it_opens_without_an_error_a_request_or_a_thing_that_sticks_out(page, width):
+def test_it_opens_without_errors_requests_or_overflow(page, width):
     with browser.browser(width) as driver:
         driver.get(page.as_uri())
-        assert browser.errors(driver) == []
-        assert browser.asked(driver) == [page.as_uri()]
-        assert browser.too_wide(driver) == []
-        drawn = driver.execute_script(
+        assert browser.console_errors(driver) == []
+        assert browser.requested_urls(driver) == [page.as_uri()]
+        assert browser.overflowing_elements(driver) == []
+        charts = driver.execute_script(
             "return [...document.querySelectorAll('[id^=chart-]')].map(e => [e.id.slice(6), "
             "e.querySelectorAll('.main-svg').length, e.getBoundingClientRect().width])"
         )
-        assert {name for name, _, _ in drawn} == CHARTS
-        assert all(pictures > 0 and 250 < wide <= width for _, pictures, wide in drawn), drawn
+        assert {name for name, _, _ in charts} == CHARTS
+        assert all(pictures > 0 and 250 < wide <= width for _, pictures, wide in charts), charts
         images = driver.execute_script("return [...document.images].map(e => e.naturalWidth)")
         assert len(images) >= 8
         assert min(images) > 0
@@ -72,22 +72,22 @@ def test_it_opens_without_an_error_a_request_or_a_thing_that_sticks_out(page, wi
 
 
 @needs_browser
-def test_a_thing_that_sticks_out_is_seen(page, tmp_path):
-    """That the test above can fail."""
+def test_overflow_is_detected(page, tmp_path):
+    """Shows that the test above can fail."""
     spoiled = tmp_path / "report.html"
     spoiled.write_text(page.read_text().replace("<h2 ", '<p style="width: 500px">wide</p><img src="x.png"><h2 ', 1))
     with browser.browser(390) as driver:
         driver.get(spoiled.as_uri())
-        assert browser.too_wide(driver)
-        assert browser.errors(driver)
-        assert len(browser.asked(driver)) == 2
+        assert browser.overflowing_elements(driver)
+        assert browser.console_errors(driver)
+        assert len(browser.requested_urls(driver)) == 2
 
 
 @needs_browser
-def test_charts_fit_paper_and_come_back(page):
+def test_charts_fit_the_printed_page_and_come_back(page):
     with browser.browser(1440) as driver:
         driver.get(page.as_uri())
-        pdf = browser.on_paper(driver)
+        pdf = browser.print_to_pdf(driver)
         assert pdf.startswith(b"%PDF")
         assert len(pdf) > 50_000
         script = "window.dispatchEvent(new Event('beforeprint')); return "
@@ -97,7 +97,7 @@ def test_charts_fit_paper_and_come_back(page):
 
 
 @needs_browser
-def test_in_the_dark_text_is_light(page):
+def test_text_is_light_in_dark_mode(page):
     with browser.browser(800) as driver:
         dark = {"name": "prefers-color-scheme", "value": "dark"}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [dark]})

@@ -1,6 +1,6 @@
-"""A run had again: what is refused, what is said to differ, and the patch that makes it possible.
+"""Reproducing a run: what is refused, which differences are reported, and the patch of uncommitted changes.
 
-The whole way, with DVC and a training that ends in the same bytes, is in tests/test_pipeline.py.
+The complete reproduction, with DVC and a training that gives the same bytes, is in tests/test_pipeline.py.
 """
 
 import shutil
@@ -17,10 +17,10 @@ from dmat.upkeep import reproducing
 from dmat.workspace import Workspace
 
 
-def _git(folder, *words):
-    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    answer = subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True, text=True)
-    return answer.stdout.strip()
+def _git(folder, *arguments):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    result = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return result.stdout.strip()
 
 
 @pytest.fixture
@@ -37,23 +37,23 @@ def project(tmp_path, tiny_params, monkeypatch):
 
 
 def _run(project, **tags):
-    """A run of prepare_data with the parameters that the project has."""
+    """Creates a run of prepare_data with the parameters of the project."""
     client, experiment = tracking.connect(project)
-    given = {"dmat.stage": "prepare_data", "dmat.instance": "all", "git.commit": _git(project, "rev-parse", "HEAD")}
-    kept = {name: value for name, value in (given | tags).items() if value is not None}
-    run = client.create_run(experiment, tags=kept).info.run_id
+    defaults = {"dmat.stage": "prepare_data", "dmat.instance": "all", "git.commit": _git(project, "rev-parse", "HEAD")}
+    run_tags = {name: value for name, value in (defaults | tags).items() if value is not None}
+    run = client.create_run(experiment, tags=run_tags).info.run_id
     settings = config.load(project / "params.yaml").prepare_data.plain()
     for name, value in run_record.parameters(settings).items():
         client.log_param(run, name, value)
     return client, run
 
 
-def _reproduced(project, run, to="tree"):
+def _reproduce(project, run, to="tree"):
     return reproducing.reproduce(Workspace(project, project), run, project.parent / to)
 
 
 @pytest.mark.parametrize(
-    ("tags", "sentence"),
+    ("tags", "message"),
     [
         ({"git.commit": None}, "was made outside a git repository; expected a commit"),
         ({"git.commit": 40 * "a"}, "commit aaaaaaaaaa is not in this repository"),
@@ -61,45 +61,45 @@ def _reproduced(project, run, to="tree"):
         ({"dmat.stage": "train_robust", "dmat.instance": "gone-1"}, "has no train_robust gone-1; expected one of real"),
     ],
 )
-def test_what_cannot_be_had_again_is_refused_and_leaves_nothing(project, tags, sentence):
+def test_a_run_that_cannot_be_reproduced_is_refused_and_leaves_nothing(project, tags, message):
     _, run = _run(project, **tags)
-    with pytest.raises(DmatError, match=sentence):
-        _reproduced(project, run)
+    with pytest.raises(DmatError, match=message):
+        _reproduce(project, run)
     assert not (project.parent / "tree").exists()
     assert len(_git(project, "worktree", "list").splitlines()) == 1
 
 
-def test_parameters_and_software_that_differ_are_said(project):
+def test_parameters_and_software_that_differ_are_reported(project):
     client, run = _run(project, **{"software.torch": "1.0", "compute.device": "a GPU", "git.dirty": "True"})
     client.log_param(run, "gone", "1")
-    found = _reproduced(project, run)
-    assert not found.whole
-    assert "gone is not there in params.yaml and was 1" in found.differences
-    assert "the run had uncommitted changes that were not kept" in found.differences
-    assert any(line.startswith("torch is ") and line.endswith("was 1.0") for line in found.differences)
-    assert any(line.startswith("the device is cpu") and line.endswith("was a GPU") for line in found.differences)
-    assert found.command.endswith("-m cli.main prepare-data")
+    result = _reproduce(project, run)
+    assert not result.whole
+    assert "gone is not there in params.yaml and was 1" in result.differences
+    assert "the run had uncommitted changes that were not saved" in result.differences
+    assert any(line.startswith("torch is ") and line.endswith("was 1.0") for line in result.differences)
+    assert any(line.startswith("the device is cpu") and line.endswith("was a GPU") for line in result.differences)
+    assert result.command.endswith("-m cli.main prepare-data")
     with pytest.raises(DmatError, match="tree exists; expected a new folder"):
-        _reproduced(project, run)
+        _reproduce(project, run)
 
 
-def test_another_version_of_dmat_is_told_where_the_tree_has_no_code(project, monkeypatch):
-    """There the installed dmat computes, whatever the commit."""
+def test_another_version_of_dmat_is_reported_where_the_tree_has_no_code(project, monkeypatch):
+    """In such a tree the installed dmat computes, whatever the commit."""
     _, run = _run(project, **{"software.dmat": origin.code()})
-    assert _reproduced(project, run).whole
+    assert _reproduce(project, run).whole
     monkeypatch.setattr(origin, "code", lambda: "0.2.0")
-    found = _reproduced(project, run, "second")
-    assert found.differences[0].startswith("dmat is 0.2.0 here and was ")
-    assert not found.whole
+    result = _reproduce(project, run, "second")
+    assert result.differences[0].startswith("dmat is 0.2.0 here and was ")
+    assert not result.whole
     (project / "dmat").mkdir()
     (project / "dmat/__init__.py").touch()
     _git(project, "add", "-A")
     _git(project, "commit", "-qm", "two")
     _, run = _run(project, **{"software.dmat": "0.1.0"})
-    assert _reproduced(project, run, "third").whole
+    assert _reproduce(project, run, "third").whole
 
 
-def test_a_project_below_the_top_of_its_repository(tmp_path, tiny_params, monkeypatch):
+def test_a_project_below_the_top_of_its_repository_is_reproduced(tmp_path, tiny_params, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     top = tmp_path / "top"
     folder = dmat.project.make(top / "a b", "digits")
@@ -116,13 +116,13 @@ def test_a_project_below_the_top_of_its_repository(tmp_path, tiny_params, monkey
     assert origin.git(folder)["git_dirty"] is False
     client, run = _run(folder)
     client.log_artifact(run, str(tmp_path / origin.PATCH))
-    found = _reproduced(folder, run, "../tree")
-    assert found.whole
-    assert found.tree == tmp_path / "tree/a b"
-    assert (found.tree / "dvc.lock").read_text() == "new: 1\n"
-    assert (found.tree / "sources/mine.npz").read_text() == "mine"
+    result = _reproduce(folder, run, "../tree")
+    assert result.whole
+    assert result.tree == tmp_path / "tree/a b"
+    assert (result.tree / "dvc.lock").read_text() == "new: 1\n"
+    assert (result.tree / "sources/mine.npz").read_text() == "mine"
     assert (tmp_path / "tree/other").exists()
-    assert f"cd '{found.tree}'" in found.command
+    assert f"cd '{result.tree}'" in result.command
     _git(top, "add", "-A")
     _git(top, "commit", "-qm", "two")
     (folder / "dvc.lock").write_text("new: 2\n")
@@ -131,13 +131,13 @@ def test_a_project_below_the_top_of_its_repository(tmp_path, tiny_params, monkey
     assert origin.git(folder)["git_dirty"] is True
 
 
-def test_the_code_is_known_by_its_version_and_in_a_checkout_by_its_commit(tmp_path):
+def test_the_code_is_identified_by_its_version_and_in_a_checkout_by_its_commit(tmp_path):
     package = tmp_path / "dmat"
     package.mkdir()
     (package / "__init__.py").touch()
     assert origin.code(package) == dmat.__version__
     _git(tmp_path, "init", "-q")
-    assert origin.code(package) == dmat.__version__  # an environment below somebody's repository
+    assert origin.code(package) == dmat.__version__  # as for an environment inside another repository
     _git(tmp_path, "add", "-A")
     _git(tmp_path, "commit", "-qm", "one")
     commit = _git(tmp_path, "rev-parse", "HEAD")[:12]
@@ -146,14 +146,14 @@ def test_the_code_is_known_by_its_version_and_in_a_checkout_by_its_commit(tmp_pa
     assert origin.code(package) == f"{dmat.__version__}+g{commit}.changed"
 
 
-def test_another_machine_alone_is_no_failure(project):
+def test_another_machine_alone_is_not_a_failure(project):
     _, run = _run(project, **{"software.torch": "1.0"})
-    found = _reproduced(project, run)
-    assert found.whole
-    assert len(found.differences) == 1
+    result = _reproduce(project, run)
+    assert result.whole
+    assert len(result.differences) == 1
 
 
-def test_a_patch_brings_back_what_was_not_committed(project, tmp_path):
+def test_a_patch_restores_uncommitted_changes(project, tmp_path):
     assert origin.git(project)["git_dirty"] is False
     (project / "dvc.lock").write_text("new: 1\n")  # git does not know it yet
     origin.write_patch(project, tmp_path)
@@ -168,13 +168,13 @@ def test_a_patch_brings_back_what_was_not_committed(project, tmp_path):
     origin.write_patch(project, tmp_path)
     client, run = _run(project, **{"git.dirty": "True"})
     client.log_artifact(run, str(tmp_path / origin.PATCH))
-    found = _reproduced(project, run)
-    assert found.whole
-    assert found.differences == ()
-    assert (found.tree / "params.yaml").read_text().startswith("# changed\n")
-    assert (found.tree / "dvc.lock").read_text() == "new: 1\n"
-    assert (found.tree / "image").read_bytes() == bytes(range(256))
-    assert (found.tree / "latin").read_bytes() == "größer\n".encode("latin-1")
+    result = _reproduce(project, run)
+    assert result.whole
+    assert result.differences == ()
+    assert (result.tree / "params.yaml").read_text().startswith("# changed\n")
+    assert (result.tree / "dvc.lock").read_text() == "new: 1\n"
+    assert (result.tree / "image").read_bytes() == bytes(range(256))
+    assert (result.tree / "latin").read_bytes() == "größer\n".encode("latin-1")
 
 
 @pytest.mark.parametrize(
@@ -189,11 +189,11 @@ def test_a_patch_brings_back_what_was_not_committed(project, tmp_path):
             ("GIT_DIFF_OPTS", "-u0"), ("GIT_EXTERNAL_DIFF", "echo"), ("GIT_LITERAL_PATHSPECS", "1"),
         )),
     ],
-    ids=lambda one: next(iter(one)),
+    ids=lambda option: next(iter(option)),
 )  # fmt: skip
-def test_a_patch_applies_whatever_git_is_told_to_show(tmp_path, monkeypatch, settings):
-    """The patch is written from a subfolder; line ends, spaces at line ends and odd names come back as bytes."""
-    project, before, after = tmp_path / "p", "".join(f"{n}\n\n" for n in range(30)), tmp_path / "t"
+def test_a_patch_applies_with_any_git_settings(tmp_path, monkeypatch, settings):
+    """The patch is written from a subfolder; line ends, trailing spaces and odd names are restored byte for byte."""
+    project, before, tree = tmp_path / "p", "".join(f"{n}\n\n" for n in range(30)), tmp_path / "t"
     (project / "below").mkdir(parents=True)
     (project / ".gitattributes").write_text("*.txt diff=upper\n")
     (project / "long.txt").write_text(before)
@@ -210,19 +210,19 @@ def test_a_patch_applies_whatever_git_is_told_to_show(tmp_path, monkeypatch, set
     _git(project, "add", "--intent-to-add", "below/new")
     (project / "dvc.lock").write_text("new: 1\n")
     origin.write_patch(project / "below", tmp_path)
-    _git(project, "worktree", "add", "--detach", str(after))
-    reproducing.apply_patch(after, tmp_path / origin.PATCH)
+    _git(project, "worktree", "add", "--detach", str(tree))
+    reproducing.apply_patch(tree, tmp_path / origin.PATCH)
     for name in ("long.txt", "ä b.crlf", "below/new", "dvc.lock"):
-        assert (after / name).read_bytes() == (project / name).read_bytes(), name
-    assert not (after / "below/old").exists()
+        assert (tree / name).read_bytes() == (project / name).read_bytes(), name
+    assert not (tree / "below/old").exists()
 
 
-def test_a_patch_that_does_not_fit_is_one_sentence_and_leaves_nothing(project, tmp_path):
+def test_a_patch_that_does_not_fit_is_one_message_and_leaves_nothing(project, tmp_path):
     client, run = _run(project)
     (tmp_path / origin.PATCH).write_text("--- a/params.yaml\n+++ b/params.yaml\n@@ -1 +1 @@\n-other\n+words\n")
     client.log_artifact(run, str(tmp_path / origin.PATCH))
     with pytest.raises(DmatError, match=r"`git apply .* failed in .*patch does not apply|patch failed"):
-        _reproduced(project, run)
+        _reproduce(project, run)
     assert not (project.parent / "tree").exists()
 
 

@@ -1,4 +1,4 @@
-"""Interrupted and resumed equals undisturbed, bit for bit, for both trainings; what a resume refuses."""
+"""Both trainings, interrupted and resumed, equal an uninterrupted run, bit for bit; what a resume refuses."""
 
 import json
 import os
@@ -41,26 +41,26 @@ def shards(tmp_path):
 
 
 class _StopAt(LongRun):
-    """Interrupted by a signal at one step, as a person or a scheduler would."""
+    """A run that gets a signal at one step, as from a person or a scheduler."""
 
     stop_at = -1
 
-    def turn(self, images_seen, state, asked=None):
+    def checkpoint_if_due(self, images_seen, state, stop_requested=None):
         if images_seen == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        super().checkpoint_if_due(images_seen, state, asked)
+        super().checkpoint_if_due(images_seen, state, stop_requested)
 
 
 def _train_classifier(folder, shards, compute, settings, stop_at=-1, mix=None, spoil=None):
     torch.manual_seed(3)
     model = wide_resnet(DataSpec(4, 1, (0.4,), (0.3,)), 10, 1, "silu")
-    recipe = LossSettings(Ball("linf", 0.1), 2, 0.05, 5.0, 0.1, 3.0)
+    loss_settings = LossSettings(Ball("linf", 0.1), 2, 0.05, 5.0, 0.1, 3.0)
     mix = mix or Mix(48, 0, 16, 0.0)
     generated = (shards, np.arange(0, 48, 2)) if mix.generated else (None, None)
     batches = (spoil or MixedBatches)(mix, 1, shards, *generated)
     with _StopAt(folder, compute, settings.images_seen, quiet=True) as run:
         run.stop_at = stop_at
-        return classifier.train(model, 4, batches, load_all(shards), recipe, settings, 1, run, compute)
+        return classifier.train(model, 4, batches, load_all(shards), loss_settings, settings, 1, run, compute)
 
 
 @pytest.fixture
@@ -80,14 +80,14 @@ def test_classifier_resumes_bit_for_bit(tmp_path, shards, compute, robust_settin
     assert parts.history == whole.history
     assert len(whole.history) == 4
     assert parts.best_images_seen == whole.best_images_seen
-    for ours, theirs in ((parts.best, whole.best), (parts.last, whole.last)):
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for actual, expected in ((parts.best, whole.best), (parts.last, whole.last)):
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
 
 
-# Each value of what decides a step, once: (settings, mix)
-WAYS = {
+# Each option that affects a step, once: (settings, mix)
+STEP_VARIANTS = {
     **{f"loss {name}": ({"loss": name}, None) for name in LOSSES},
     **{f"augmentation {name}": ({"augmentation": name}, None) for name in AUGMENTATIONS},
     "cutmix": ({"cutmix": 1.0}, None),
@@ -100,10 +100,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_make_a_step_resumes_bit_for_bit(tmp_path, shards, compute, robust_settings, way):
-    """Inside an epoch of 48 images, 7 steps in."""
-    changes, mix = WAYS[way]
+@pytest.mark.parametrize("variant", STEP_VARIANTS)
+def test_every_variant_of_a_step_resumes_bit_for_bit(tmp_path, shards, compute, robust_settings, variant):
+    """Interrupted inside an epoch of 48 images, after 7 steps."""
+    changes, mix = STEP_VARIANTS[variant]
     settings = robust_settings.model_copy(update={"schedule_every": 48, **changes})
     whole = _train_classifier(tmp_path / "whole", shards, compute, settings, mix=mix)
     with pytest.raises(Interrupted):
@@ -113,10 +113,10 @@ def test_every_way_to_make_a_step_resumes_bit_for_bit(tmp_path, shards, compute,
     assert all(torch.equal(parts.last[name], whole.last[name]) for name in whole.last)
 
 
-def test_the_ways_differ(tmp_path, shards, compute, robust_settings):
-    """A guard of the test above: a switch that did nothing would pass it."""
+def test_the_variants_differ(tmp_path, shards, compute, robust_settings):
+    """Guards the test above, which an option without effect would pass."""
     ends = {}
-    for way in (
+    for variant in (
         "loss trades",
         "loss ikl",
         "loss pgd_at",
@@ -127,15 +127,15 @@ def test_the_ways_differ(tmp_path, shards, compute, robust_settings):
         "mixed with replacement",
         "mixed and reshuffled",
     ):
-        changes, mix = WAYS[way]
+        changes, mix = STEP_VARIANTS[variant]
         settings = robust_settings.model_copy(update={"schedule_every": 48, "images_seen": 96, **changes})
-        outcome = _train_classifier(tmp_path / way.replace(" ", "-"), shards, compute, settings, mix=mix)
-        ends[way] = outcome.last["logits.weight"].flatten()[:8].tolist()
+        outcome = _train_classifier(tmp_path / variant.replace(" ", "-"), shards, compute, settings, mix=mix)
+        ends[variant] = outcome.last["logits.weight"].flatten()[:8].tolist()
     assert len({tuple(values) for values in ends.values()}) == len(ends)
 
 
 class _Spoiled(MixedBatches):
-    """One step has an image that is no number, the first `times` times that it is read."""
+    """One step has a NaN image, the first `times` times that it is read."""
 
     bad_step, times = 7, 1
 
@@ -152,20 +152,20 @@ def spoiled():
     return type("Spoiled", (_Spoiled,), {})
 
 
-def test_a_loss_that_is_no_number_stops_and_names_the_images(tmp_path, shards, compute, robust_settings, spoiled):
+def test_a_nan_loss_stops_the_run_and_names_the_images(tmp_path, shards, compute, robust_settings, spoiled):
     mix = Mix(48, 24, 16, 0.75)
     with pytest.raises(Diverged, match=r"the loss is nan after 112 images; .*diverged.json names the images"):
         _train_classifier(tmp_path, shards, compute, robust_settings, mix=mix, spoil=spoiled)
-    note = json.loads((tmp_path / "diverged.json").read_text())
+    record = json.loads((tmp_path / "diverged.json").read_text())
     real, generated = BatchOrder(mix, 1).at(7)
-    assert (note["step"], note["loss"]) == (7, "nan")
-    assert note["real"] == real.tolist()
-    assert note["generated"] == (2 * generated).tolist()  # kept: every second image
-    assert not (tmp_path / "checkpoint.dmat").exists()  # nothing was saved of what is spoiled
+    assert (record["step"], record["loss"]) == (7, "nan")
+    assert record["real"] == real.tolist()
+    assert record["generated"] == (2 * generated).tolist()  # selected: every second image
+    assert not (tmp_path / "checkpoint.dmat").exists()  # no spoiled state was saved
 
 
-def test_no_checkpoint_holds_a_loss_that_is_no_number(tmp_path, shards, compute, robust_settings, spoiled):
-    """Asked to stop after the bad step and before the next look at the loss."""
+def test_no_checkpoint_holds_a_nan_loss(tmp_path, shards, compute, robust_settings, spoiled):
+    """The stop is requested after the bad step and before the next check of the loss."""
     settings = robust_settings.model_copy(update={"evaluate_every": 160})
     with pytest.raises(Diverged):
         _train_classifier(tmp_path, shards, compute, settings, stop_at=128, spoil=spoiled)
@@ -195,7 +195,7 @@ def test_it_rolls_back_the_same_way_after_an_interruption(tmp_path, shards, comp
     settings = robust_settings.model_copy(update={"on_divergence": "roll_back"})
     whole = _train_classifier(tmp_path / "whole", shards, compute, settings, spoil=spoiled)
     spoiled.times = 1
-    with pytest.raises(Interrupted):  # at 144 for the first time: after the way back
+    with pytest.raises(Interrupted):  # at 144 for the first time: after the roll-back
         _train_classifier(tmp_path / "parts", shards, compute, settings, stop_at=144, spoil=spoiled)
     parts = _train_classifier(tmp_path / "parts", shards, compute, settings, spoil=spoiled)
     assert parts.history == whole.history
@@ -232,29 +232,29 @@ def test_denoiser_resumes_bit_for_bit(tmp_path, shards, compute, tiny_params, st
     weights, history = _train_denoiser(tmp_path / "whole", shards, compute, settings)
     with pytest.raises(Interrupted):
         _train_denoiser(tmp_path / "parts", shards, compute, settings, stop_at)
-    again, again_history = _train_denoiser(tmp_path / "parts", shards, compute, settings)
-    assert again_history == history
-    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    resumed, resumed_history = _train_denoiser(tmp_path / "parts", shards, compute, settings)
+    assert resumed_history == history
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
 def test_denoiser_average_is_that_of_karras_et_al(tmp_path, shards, compute, tiny_params, monkeypatch):
-    """The half-life is 5 % of the images seen before each step until it is whole: the first average is a copy."""
-    lives, update = [], ema.update
+    """The half-life is 5 % of the images seen before each step, up to its full value: the first average is a copy."""
+    live_parameters, update = [], ema.update
 
     def record(ema_model, live, decay):
-        lives.append([p.detach().double().clone() for p in live.parameters()])
+        live_parameters.append([p.detach().double().clone() for p in live.parameters()])
         update(ema_model, live, decay)
 
     monkeypatch.setattr(ema, "update", record)
     section = tiny_params["train_diffusion"] | {"images_seen": 160, "batch": 16, "ema_half_life": 5.0}
     settings = config.Generator.model_validate(section)
     weights, _ = _train_denoiser(tmp_path, shards, compute, settings)
-    average = lives[0]
-    for step, live in enumerate(lives[1:], start=1):
+    average = live_parameters[0]
+    for step, live in enumerate(live_parameters[1:], start=1):
         half_life = min(5.0, 0.05 * 16 * step)
         decay = 0.5 ** (16 / half_life)
         average = [decay * a + (1 - decay) * p for a, p in zip(average, live, strict=True)]
-    assert len(lives) == 10
+    assert len(live_parameters) == 10
     assert half_life == 5  # both parts of the minimum were used
     model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.dropout), settings.sigma_data)
     for (name, _), expected in zip(model.named_parameters(), average, strict=True):
@@ -276,8 +276,8 @@ def test_learning_rate_of_a_run_changes_after_whole_batches(tmp_path, shards, co
         optimiser.step()
         if len(expected) < 41:
             scheduler.step()
-    found = [(record["learning_rate"], record["momentum"]) for record in history]
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    actual = [(record["learning_rate"], record["momentum"]) for record in history]
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
 
 
 def test_another_precision_is_refused(tmp_path, shards, compute, robust_settings):
@@ -293,7 +293,7 @@ def test_a_diverged_run_says_so(tmp_path, shards, compute, robust_settings):
         _train_classifier(tmp_path, shards, compute, wild)
 
 
-def test_metrics_are_finite_whole_lines_written_once(tmp_path):
+def test_metrics_are_finite_complete_lines_written_once(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write(10, {"loss": 1.0, "bad": float("nan")})
     log.write(10, {"loss": 2.0})
@@ -321,7 +321,7 @@ with LongRun(Path({str(tmp_path)!r}), devices.resolve("cpu", "fp32", 1), 10**9, 
     print("ready", flush=True)
     try:
         for images in range(10**9):
-            run.turn(images, lambda: {{"at": images}})
+            run.checkpoint_if_due(images, lambda: {{"at": images}})
             time.sleep(0.001)
     except Interrupted as stop:
         sys.exit(stop.exit_code)

@@ -41,12 +41,12 @@ def latents(*shape, seed=0):
 
 
 def named_noise(*shape):
-    """Noise of a step is named by the step."""
+    """Returns noise by step: the same step gives the same noise."""
     return lambda step: latents(*shape, seed=1000 + step)
 
 
 class Recorder:
-    """A denoiser that writes down every call."""
+    """A denoiser that records every call."""
 
     def __init__(self, denoiser):
         self.denoiser, self.calls = denoiser, []
@@ -75,11 +75,11 @@ def test_noise_levels_are_equation_5(steps, low, high, rho):
     expected = [
         (high ** (1 / rho) + i / (steps - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(steps)
     ]
-    found = noise_levels(steps, low, high, rho)
-    assert found.dtype == torch.float64
-    assert found.tolist() == pytest.approx([*expected, 0.0], rel=1e-12)
-    assert found[0].item() == pytest.approx(high)
-    assert found[-2].item() == pytest.approx(low)
+    levels = noise_levels(steps, low, high, rho)
+    assert levels.dtype == torch.float64
+    assert levels.tolist() == pytest.approx([*expected, 0.0], rel=1e-12)
+    assert levels[0].item() == pytest.approx(high)
+    assert levels[-2].item() == pytest.approx(low)
 
 
 def test_one_step_goes_from_the_highest_level_to_zero():
@@ -91,23 +91,23 @@ def test_one_step_goes_from_the_highest_level_to_zero():
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_one_image_is_where_every_path_ends(name, case):
+def test_with_one_image_every_path_ends_there(name, case):
     image = latents(1, 3, 4, 4, seed=1).double().clamp(-1, 1) / 3  # not a float32 number
     start = latents(5, 3, 4, 4, seed=2)
-    found = SAMPLERS[name](ExactDenoiser(image), start, None, CASES[case], named_noise(5, 3, 4, 4))
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, image.expand(5, -1, -1, -1), rtol=0, atol=1e-12)
+    samples = SAMPLERS[name](ExactDenoiser(image), start, None, CASES[case], named_noise(5, 3, 4, 4))
+    assert samples.dtype == torch.float64
+    torch.testing.assert_close(samples, image.expand(5, -1, -1, -1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_are_images_of_the_class_asked_for(name):
-    """Ten images in three classes are few enough to be remembered: every sample must be one of them."""
+    """The exact denoiser of ten images in three classes: every sample must be one of them."""
     data, labels = latents(10, 1, 6, 6, seed=3).clamp(-1, 1), torch.arange(10) % 3
-    asked = torch.arange(12) % 3
-    found = SAMPLERS[name](ExactDenoiser(data, labels), latents(12, 1, 6, 6, seed=4), asked, Settings(steps=18))
-    distance = (found[:, None] - data.double()[None]).flatten(2).norm(dim=2)
+    requested = torch.arange(12) % 3
+    samples = SAMPLERS[name](ExactDenoiser(data, labels), latents(12, 1, 6, 6, seed=4), requested, Settings(steps=18))
+    distance = (samples[:, None] - data.double()[None]).flatten(2).norm(dim=2)
     assert (distance.amin(1) < 0.01).all(), distance.amin(1)
-    assert torch.equal(labels[distance.argmin(1)], asked)
+    assert torch.equal(labels[distance.argmin(1)], requested)
     assert len(distance.argmin(1).unique()) > 3  # not one image per class
 
 
@@ -120,9 +120,9 @@ def test_calls_of_the_denoiser(name, calls):
     expected = levels if name == "euler" else [levels[0], *(s for level in levels[1:] for s in (level, level))]
     assert len(recorder.calls) == calls
     assert recorder.sigmas() == pytest.approx(expected)
-    for noisy, sigma, asked in recorder.calls:
+    for noisy, sigma, call_labels in recorder.calls:
         assert (noisy.dtype, sigma.dtype, sigma.shape) == (torch.float32, torch.float32, (2,))
-        assert asked is labels
+        assert call_labels is labels
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -136,8 +136,8 @@ def test_missing_labels_stay_missing(name):
 def test_sampling_keeps_no_graph_and_leaves_the_latents(name):
     weight, start = torch.nn.Parameter(torch.tensor(0.3)), latents(2, 1, 4, 4)
     before = start.clone()
-    found = SAMPLERS[name](lambda x, sigma, labels: x * weight, start, None, Settings())
-    assert not found.requires_grad
+    samples = SAMPLERS[name](lambda x, sigma, labels: x * weight, start, None, Settings())
+    assert not samples.requires_grad
     assert torch.equal(start, before)
 
 
@@ -181,9 +181,9 @@ def test_error_falls_with_the_order_of_the_method(name, order, bound):
 @pytest.mark.parametrize(("steps", "bound"), [(18, 0.06), (40, 0.012)])
 def test_heun_with_the_published_levels_is_close_to_the_solution(steps, bound):
     start = latents(50, 1, 2, 2)
-    found = SAMPLERS["heun"](gaussian(0.5), start, None, Settings(steps=steps))
+    samples = SAMPLERS["heun"](gaussian(0.5), start, None, Settings(steps=steps))
     exact = 80 * start.double() * 0.5 / math.sqrt(0.5**2 + 80**2)
-    torch.testing.assert_close(found, exact, rtol=bound, atol=0)
+    torch.testing.assert_close(samples, exact, rtol=bound, atol=0)
 
 
 # --- churn
@@ -193,37 +193,41 @@ def test_heun_with_the_published_levels_is_close_to_the_solution(steps, bound):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_churn_raises_the_level_by_gamma_inside_its_window(name, s_churn):
     settings = Settings(steps=10, sigma_min=0.02, sigma_max=10.0, s_churn=s_churn, s_min=0.1, s_max=5.0)
-    asked, recorder = [], Recorder(gaussian(0.5))
+    noise_steps, recorder = [], Recorder(gaussian(0.5))
 
     def noise(step):
-        asked.append(step)
+        noise_steps.append(step)
         return torch.zeros(1, 1, 2, 2)
 
     SAMPLERS[name](recorder, latents(1, 1, 2, 2), None, settings, noise)
     levels = noise_levels(10, 0.02, 10.0, 7.0).tolist()[:-1]
     gamma = min(s_churn / 10, math.sqrt(2) - 1)
     inside = [0.1 <= level <= 5.0 for level in levels]
-    assert 2 < sum(inside) < 9  # the window cuts both ends off
-    assert asked == [step for step in range(10) if inside[step]]
+    assert 2 < sum(inside) < 9  # the window excludes both ends
+    assert noise_steps == [step for step in range(10) if inside[step]]
     raised = [level * (1 + gamma) if within else level for level, within in zip(levels, inside, strict=True)]
     first_calls = recorder.sigmas() if name == "euler" else recorder.sigmas()[::2]
     assert first_calls == pytest.approx(raised)
 
 
 @pytest.mark.parametrize("edge", ["s_min", "s_max"])
-def test_churn_window_holds_its_edges(edge):
+def test_churn_window_includes_its_edges(edge):
     """Algorithm 2: S_tmin <= t <= S_tmax."""
     levels = noise_levels(5, 0.02, 10.0, 7.0).tolist()
     settings = Settings(steps=5, sigma_min=0.02, sigma_max=10.0, s_churn=1.0, **{edge: levels[2]})
-    asked = []
+    noise_steps = []
     SAMPLERS["heun"](
-        gaussian(0.5), latents(1, 1, 2, 2), None, settings, lambda step: asked.append(step) or torch.zeros(1, 1, 2, 2)
+        gaussian(0.5),
+        latents(1, 1, 2, 2),
+        None,
+        settings,
+        lambda step: noise_steps.append(step) or torch.zeros(1, 1, 2, 2),
     )
-    assert asked == ([0, 1, 2] if edge == "s_min" else [2, 3, 4])
+    assert noise_steps == ([0, 1, 2] if edge == "s_min" else [2, 3, 4])
 
 
 def test_churn_adds_the_noise_that_the_raised_level_lacks():
-    """One step of one pixel by hand: x + sqrt(raised^2 - sigma^2) * s_noise * noise, in what the denoiser sees."""
+    """One step of one pixel: the denoiser is given x + sqrt(raised^2 - sigma^2) * s_noise * noise."""
     settings = Settings(steps=2, sigma_min=1.0, sigma_max=3.0, s_churn=0.5, s_noise=1.5)
     recorder = Recorder(lambda noisy, sigma, labels: torch.zeros_like(noisy))
     SAMPLERS["euler"](recorder, torch.full((1, 1, 1, 1), 2.0), None, settings, lambda step: torch.ones(1, 1, 1, 1))
@@ -235,10 +239,10 @@ def test_churn_keeps_the_spread_of_the_data():
     """The noise added and the noise removed balance: samples of a Gaussian stay samples of it."""
     settings = Settings(steps=96, sigma_min=0.02, sigma_max=20.0, rho=3.0, s_churn=16.0)
     shape = (20_000, 1, 1, 1)
-    found = SAMPLERS["heun"](gaussian(0.5), latents(*shape), None, settings, named_noise(*shape))
-    assert found.std().item() == pytest.approx(0.5, abs=0.01)  # standard error 0.0025
+    samples = SAMPLERS["heun"](gaussian(0.5), latents(*shape), None, settings, named_noise(*shape))
+    assert samples.std().item() == pytest.approx(0.5, abs=0.01)  # standard error 0.0025
     # and the paths really were stirred: end points no longer follow from the latents
-    correlation = np.corrcoef(found.flatten().numpy(), latents(*shape).flatten().numpy())[0, 1]
+    correlation = np.corrcoef(samples.flatten().numpy(), latents(*shape).flatten().numpy())[0, 1]
     assert abs(correlation) < 0.1
 
 
@@ -289,7 +293,7 @@ def test_agrees_with_algorithm_2_written_line_by_line(name, case):
     # wide data, so that paths keep bending between images instead of settling at once
     data = 2 * latents(5, 1, 3, 3, seed=8)
     start, noise = latents(4, 1, 3, 3, seed=9), named_noise(4, 1, 3, 3)
-    found = SAMPLERS[name](ExactDenoiser(data), start, None, settings, noise)
+    samples = SAMPLERS[name](ExactDenoiser(data), start, None, settings, noise)
 
     def denoise(x, t):
         weights = np.array([-((x - image) ** 2).sum() / (2 * t**2) for image in data.double().numpy()])
@@ -304,7 +308,7 @@ def test_agrees_with_algorithm_2_written_line_by_line(name, case):
             lambda step, k=k: noise(step)[k].double().numpy(),
             second_order=name == "heun",
         )
-        np.testing.assert_allclose(found[k].numpy(), expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(samples[k].numpy(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["usual", "churned"])
@@ -318,7 +322,7 @@ def test_positions_are_kept_in_float64(name, case):
     def factor(sigma):
         return table[min(int(np.searchsorted(levels, sigma)), 399)]
 
-    found = SAMPLERS[name](lambda x, sigma, labels: x * factor(sigma[0].item()), start, None, CASES[case], noise)
+    samples = SAMPLERS[name](lambda x, sigma, labels: x * factor(sigma[0].item()), start, None, CASES[case], noise)
     expected = algorithm_2(
         lambda x, t: (x.astype(np.float32) * factor(np.float32(t))).astype(np.float64),
         start.double().numpy(),
@@ -326,4 +330,4 @@ def test_positions_are_kept_in_float64(name, case):
         lambda step: noise(step).double().numpy(),
         second_order=name == "heun",
     )
-    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(samples.numpy(), expected, rtol=0, atol=1e-12)

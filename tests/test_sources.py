@@ -1,5 +1,5 @@
-"""Real images come out of files as they went in, with their own test images apart; nothing in a file runs, and what is
-cut, empty or something else is refused with a sentence.
+"""Real images are read as they were written, with their own test images apart; no code in a file runs, and files that
+are cut, empty or of another format are refused with one message.
 
 Oracle: files written here byte by byte. The .npz source and splits are in test_data.py. Run alone:
 pytest tests/test_sources.py
@@ -25,18 +25,18 @@ from tests import cifar_files
 from tests.cifar_files import FOLDERS, NAMES, python2
 from tests.projects import Project
 
-EVERY = [
+VARIANTS = [
     (data, version, protocol) for data, version in FOLDERS for protocol in ((0, 2) if version == "python" else (2,))
 ]
 
 
-def equal(found, expected):
-    """Pairs of images and labels are the same in values and types."""
-    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+def equal(actual, expected):
+    """Whether pairs of images and labels are equal in values and types."""
+    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def refusal(call, *arguments):
-    """The one line that a call refuses with."""
+    """The message, one line, with which a call refuses."""
     with pytest.raises(DmatError) as refused:
         call(*arguments)
     assert "\n" not in str(refused.value)
@@ -47,7 +47,7 @@ def refusal(call, *arguments):
 
 
 @pytest.mark.parametrize("below", [False, True], ids=["the folder", "its parent"])
-@pytest.mark.parametrize(("data", "version", "protocol"), EVERY)
+@pytest.mark.parametrize(("data", "version", "protocol"), VARIANTS)
 def test_cifar_is_read_as_it_was_written(tmp_path, data, version, protocol, below):
     name = FOLDERS[data, version]
     train, test = cifar_files.write(tmp_path / name, data, version, train=200, test=40, protocol=protocol)
@@ -61,7 +61,7 @@ def test_cifar_is_read_as_it_was_written(tmp_path, data, version, protocol, belo
     assert sources.location(data, tmp_path) == tmp_path / name
 
 
-def test_cifar_folders_are_known_by_their_files_and_python_comes_first(tmp_path):
+def test_cifar_folders_are_recognised_by_their_files_and_python_comes_first(tmp_path):
     train, _ = cifar_files.write(tmp_path / "renamed", "cifar100", "binary", train=100)
     assert equal(_pair(tmp_path / "renamed"), train)
     cifar_files.write(tmp_path / "both/cifar-10-batches-bin", version="binary")
@@ -70,34 +70,35 @@ def test_cifar_folders_are_known_by_their_files_and_python_comes_first(tmp_path)
 
 
 def _pair(path):
-    found = sources.recognise(path, "train")
-    return found.images, found.labels
+    source = sources.recognise(path, "train")
+    return source.images, source.labels
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 3, 4])
 def test_pickles_of_python_3_are_read_too(tmp_path, protocol):
-    """The same dictionary, saved again by somebody with numpy 2 (bytes by _codecs.encode up to protocol 2)."""
+    """The same dictionary, saved again with numpy 2 (bytes by _codecs.encode up to protocol 2)."""
     train, _ = cifar_files.write(tmp_path / "c", protocol=protocol, pickled=pickle.dumps)
     assert equal(_pair(tmp_path / "c"), train)
 
 
 def test_columns_first_arrays_are_read(tmp_path):
-    """numpy writes an array as it lies in memory, and says how."""
-    turned = lambda value, protocol: python2(  # noqa: E731
-        {key: np.asfortranarray(one) if isinstance(one, np.ndarray) else one for key, one in value.items()}, protocol
+    """numpy writes an array in its memory order and records that order."""
+    column_major = lambda value, protocol: python2(  # noqa: E731
+        {key: np.asfortranarray(entry) if isinstance(entry, np.ndarray) else entry for key, entry in value.items()},
+        protocol,
     )
-    train, _ = cifar_files.write(tmp_path / "c", pickled=turned)
+    train, _ = cifar_files.write(tmp_path / "c", pickled=column_major)
     assert equal(_pair(tmp_path / "c"), train)
 
 
-def test_the_whole_data_set_is_called_so(tmp_path, monkeypatch):
+def test_the_complete_data_set_is_named_as_such(tmp_path, monkeypatch):
     cifar_files.write(tmp_path / "c", train=60, test=12)
     monkeypatch.setattr(cifar, "PUBLISHED", {"train": 60, "test": 12})
     assert sources.cifar10(tmp_path / "c").origin == "CIFAR-10 (Krizhevsky 2009), python version"
 
 
-class Runs:
-    """Pickled, it is a call."""
+class CallOnUnpickle:
+    """An object whose unpickling calls a function."""
 
     def __init__(self, call, *arguments):
         self.call, self.arguments = call, arguments
@@ -107,12 +108,12 @@ class Runs:
 
 
 HOSTILE = {
-    "system": lambda marker: Runs(os.system, f"touch {marker}"),
-    "eval": lambda marker: Runs(eval, f"open({str(marker)!r}, 'w')"),
-    "open": lambda marker: Runs(open, str(marker), "w"),
-    "in a list": lambda marker: [1, [Runs(os.system, f"touch {marker}")]],
-    "numpy writes": lambda marker: Runs(np.save, str(marker), 1),
-    "getattr": lambda marker: Runs(getattr, [], "append"),
+    "system": lambda marker: CallOnUnpickle(os.system, f"touch {marker}"),
+    "eval": lambda marker: CallOnUnpickle(eval, f"open({str(marker)!r}, 'w')"),
+    "open": lambda marker: CallOnUnpickle(open, str(marker), "w"),
+    "in a list": lambda marker: [1, [CallOnUnpickle(os.system, f"touch {marker}")]],
+    "numpy writes": lambda marker: CallOnUnpickle(np.save, str(marker), 1),
+    "getattr": lambda marker: CallOnUnpickle(getattr, [], "append"),
 }
 
 
@@ -142,7 +143,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, name, file, protocol):
         b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",  # a name with a dot
         b"\x80\x02\x82\x01.",  # an entry of the extension registry
         b"Pwho am I\n.",  # a persistent id
-        b"cnumpy\ndtype\n}(S'__code__'\nS'x'\ntb.",  # attributes of what was given
+        b"cnumpy\ndtype\n}(S'__code__'\nS'x'\ntb.",  # attributes of a global object
         b"cnumpy\nndarray\n(S'u1'\ntRS'x'\nb.",
         b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I99999999\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'x'\ntb.",
         b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I-1\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'x'\ntb.",
@@ -186,20 +187,23 @@ DAMAGED = {
     "a batch is missing": ("python", lambda c: (c / "data_batch_4").unlink(), "data_batch_4 does not exist"),
     "no names": ("python", lambda c: (c / "batches.meta").unlink(), "batches.meta does not exist"),
     "no binary names": ("binary", lambda c: (c / "batches.meta.txt").unlink(), "batches.meta.txt does not exist"),
-    "empty names": ("binary", _put("batches.meta.txt", b"\n\n"), "no list of different class names"),
-    "names twice": ("binary", _put("batches.meta.txt", b"cat\ncat\n"), "no list of different class names"),
-    "names are numbers": ("python", _put("batches.meta", python2({b"label_names": [1, 2]})), "no list of different"),
-    "names are not text": ("binary", _put("batches.meta.txt", b"\xff\xfe"), "no list of different class names"),
-    "cut pickle": ("python", _cut("data_batch_2", 1000), "data_batch_2 is no whole file of CIFAR's python version"),
-    "cut row": ("binary", _cut("test_batch.bin", 1), "expected a multiple of 3073: it was cut"),
+    "empty names": ("binary", _put("batches.meta.txt", b"\n\n"), "does not hold a list of distinct class names"),
+    "names twice": ("binary", _put("batches.meta.txt", b"cat\ncat\n"), "does not hold a list of distinct class names"),
+    "names are numbers": ("python", _put("batches.meta", python2({b"label_names": [1, 2]})),
+                          "does not hold a list of distinct class names"),
+    "names are not text": ("binary", _put("batches.meta.txt", b"\xff\xfe"),
+                           "does not hold a list of distinct class names"),
+    "cut pickle": ("python", _cut("data_batch_2", 1000),
+                   "data_batch_2 is incomplete or not a file of CIFAR's python version"),
+    "cut row": ("binary", _cut("test_batch.bin", 1), "expected a multiple of 3073: the file is incomplete"),
     "nothing left": ("binary", _put("data_batch_5.bin", b""), "holds 0 images; expected some"),
     "label 255": ("binary", _put("test_batch.bin", b"\xff" + bytes(3072)), "labels from 255 to 255; expected 0 to 9"),
     "label -1": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [0, -1]})), "labels from -1 to 0"),
     "label 10": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [0, 10]})), "labels from 0 to 10"),
     "label 10**30": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [0, 10**30]})), "labels from 0"),
-    "few labels": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [0]})), "no list of 2 integers"),
-    "no labels": ("python", _put("test_batch", python2({b"data": ROWS})), "`labels` is no list of 2 integers"),
-    "text labels": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [b"0", b"1"]})), "no list of 2"),
+    "few labels": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [0]})), "not a list of 2 integers"),
+    "no labels": ("python", _put("test_batch", python2({b"data": ROWS})), "`labels` is not a list of 2 integers"),
+    "text labels": ("python", _put("test_batch", python2({b"data": ROWS, b"labels": [b"0", b"1"]})), "not a list of 2"),
     "no data": ("python", _put("test_batch", python2({b"labels": [0]})), "has nothing under `data`"),
     "grey": ("python", _put("test_batch", python2({b"data": ROWS[:, :1024], b"labels": [0, 1]})), "uint8 (2, 1024)"),
     "floats": ("python", _put("test_batch", python2({b"data": ROWS / 1, b"labels": [0, 1]})), "an array of f8"),
@@ -209,15 +213,15 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_cifar_is_refused(tmp_path, name):
-    version, damage, words = DAMAGED[name]
+    version, damage, message = DAMAGED[name]
     cifar_files.write(tmp_path / "c", version=version)
     damage(tmp_path / "c")
     text = refusal(sources.cifar10, tmp_path / "c")
     assert text.startswith(str(tmp_path / "c"))
-    assert words in text
+    assert message in text
 
 
-def test_a_batch_of_another_size_than_the_metadata_says_is_refused(tmp_path):
+def test_a_batch_of_another_size_than_the_others_is_refused(tmp_path):
     cifar_files.write(tmp_path / "c", train=60, test=12)
     (tmp_path / "c/data_batch_2").write_bytes(python2({b"data": ROWS, b"labels": [0, 1]}))
     assert "data_batch_2 holds 2 images; expected 12" in refusal(sources.cifar10, tmp_path / "c")
@@ -227,37 +231,37 @@ def test_a_batch_of_another_size_than_the_metadata_says_is_refused(tmp_path):
 def test_one_cifar_is_not_the_other(tmp_path, data, other):
     cifar_files.write(tmp_path / "c", other, train=100)
     text = refusal(sources.load, data, tmp_path / "c")
-    assert text.startswith(f"{tmp_path / 'c'} is no {cifar.TITLES[data]} folder; expected {FOLDERS[data, 'python']}")
+    assert text.startswith(f"{tmp_path / 'c'} is not a {cifar.TITLES[data]} folder; expected {FOLDERS[data, 'python']}")
 
 
 # --- folders of images
 
 
 def write_images(root, counts, shape=(6, 5, 3), kind="png", seed=0):
-    """Random images in a sub-folder a class: name -> their arrays, in the order of their file names."""
-    generator, made = np.random.default_rng(seed), {}
+    """Writes random images to one sub-folder per class; returns the arrays by class, in the order of file names."""
+    generator, arrays = np.random.default_rng(seed), {}
     for name, count in counts.items():
         (root / name).mkdir(parents=True)
-        made[name] = generator.integers(0, 256, (count, *shape), dtype=np.uint8)
-        for k, image in enumerate(made[name]):
+        arrays[name] = generator.integers(0, 256, (count, *shape), dtype=np.uint8)
+        for k, image in enumerate(arrays[name]):
             Image.fromarray(image[..., 0] if shape[-1] == 1 else image).save(root / name / f"{k:03d}.{kind}")
-    return made
+    return arrays
 
 
-def together(made):
+def stacked(arrays):
     """Images and labels of `write_images`, classes in the order of their names."""
-    labels = np.concatenate([np.full(len(made[name]), k, dtype=np.int64) for k, name in enumerate(sorted(made))])
-    return np.concatenate([made[name] for name in sorted(made)]), labels
+    labels = np.concatenate([np.full(len(arrays[name]), k, dtype=np.int64) for k, name in enumerate(sorted(arrays))])
+    return np.concatenate([arrays[name] for name in sorted(arrays)]), labels
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "PNG"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_image_folders_are_read_in_the_order_of_names(tmp_path, channels, kind):
-    made = write_images(tmp_path / "pets", {"dog": 3, "cat": 2, "Ant": 1}, (6, 5, channels), kind)
+    arrays = write_images(tmp_path / "pets", {"dog": 3, "cat": 2, "Ant": 1}, (6, 5, channels), kind)
     (tmp_path / "pets/.ipynb_checkpoints").mkdir()
     (tmp_path / "pets/dog/notes.txt").write_text("no image")
     source = sources.load("folder", tmp_path / "pets")
-    assert equal((source.images, source.labels), together(made))
+    assert equal((source.images, source.labels), stacked(arrays))
     assert source.class_names == ("Ant", "cat", "dog")
     assert (source.origin, source.licence, source.test) == ("images in pets", "unknown", None)
 
@@ -281,13 +285,13 @@ def test_train_and_test_folders_stay_apart(tmp_path):
     test = write_images(tmp_path / "test", {"a": 1, "b": 2}, seed=1)
     write_images(tmp_path / "val", {"a": 1}, seed=2)  # not read
     source = sources.load("folder", tmp_path)
-    assert equal((source.images, source.labels), together(train))
-    assert equal(source.test, together(test))
+    assert equal((source.images, source.labels), stacked(train))
+    assert equal(source.test, stacked(test))
     shutil.rmtree(tmp_path / "test")
     assert sources.load("folder", tmp_path).test is None
 
 
-LAYOUTS = {  # counts below the folder -> classes and whether there are test images, or words of the refusal
+LAYOUTS = {  # counts below the folder -> classes and whether there are test images, or a part of the message
     "a train among vehicles": ({"train": 2, "ship": 1}, ("ship", "train"), False),
     "train and val": ({"train/a": 1, "val/a": 2}, ("a",), False),
     "other words": ({"Training/a": 1, "TESTING/a": 2, "Valid/a": 1}, ("a",), True),
@@ -313,19 +317,19 @@ def test_the_layout_of_a_folder_is_clear_or_refused(tmp_path, name):
     source = sources.load("folder", tmp_path)
     assert source.class_names == expected
     assert (source.test is not None) == has_test[0]
-    told = "is taken for a class" if "ship" in expected else "is not read"
-    assert told in " ".join(source.notes)
+    expected_note = "is treated as a class" if "ship" in expected else "is not read"
+    assert expected_note in " ".join(source.notes)
 
 
 def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
-    made = write_images(tmp_path, {str(k): 1 for k in range(12)})
+    arrays = write_images(tmp_path, {str(k): 1 for k in range(12)})
     source = sources.load("folder", tmp_path)
     assert source.class_names == tuple(str(k) for k in range(12))
     assert source.labels.tolist() == list(range(12))
-    assert np.array_equal(source.images[10], made["10"][0])
+    assert np.array_equal(source.images[10], arrays["10"][0])
 
 
-# --- what is read is what is hashed
+# --- exactly the files that are read are hashed
 
 
 def _link(path, target):
@@ -338,7 +342,7 @@ def _save(path, pages=1, kind=None):
     frames[0].save(path, kind, save_all=True, append_images=frames[1:]) if pages > 1 else frames[0].save(path, kind)
 
 
-ADDED = {  # something in a folder of 2 cats and 2 dogs -> images then
+ADDED = {  # addition to a folder of 2 cats and 2 dogs -> number of images then
     "hidden folder": (lambda r: _save(r / "cat/.ipynb_checkpoints/0-checkpoint.png"), 4),
     "hidden file": (lambda r: (r / "cat/._000.png").write_bytes(b"\0\5\x16\7" + bytes(99)), 4),
     "of an archive": (lambda r: (_save(r / "__MACOSX/cat/0.png"), _save(r / "cat/__MACOSX/0.png")), 4),
@@ -354,7 +358,7 @@ ADDED = {  # something in a folder of 2 cats and 2 dogs -> images then
 
 
 @pytest.mark.parametrize("name", ADDED)
-def test_what_is_read_is_what_is_hashed(tmp_path, name):
+def test_exactly_the_files_that_are_read_are_hashed(tmp_path, name):
     add, count = ADDED[name]
     root = tmp_path / "pets"
     write_images(root, {"cat": 2, "dog": 2})
@@ -363,17 +367,17 @@ def test_what_is_read_is_what_is_hashed(tmp_path, name):
     add(root)
     assert len(sources.load("folder", root).labels) == len(sources.recognise(root).labels) == count
     assert (files.checksum(root) != before) == (count != 4)
-    if count == 6:  # what lies behind a link counts
+    if count == 6:  # the target of a link counts
         _save(tmp_path / "elsewhere/a/000.png")
         assert files.checksum(root) != before
 
 
-def test_what_is_left_out_is_counted(tmp_path):
+def test_files_left_out_are_counted(tmp_path):
     write_images(tmp_path, {"train/a": 1, "test/a": 1})
     for name in ("words.txt", "train/list.csv", "train/a/1.txt", "test/a/Thumbs.db"):
         (tmp_path / name).write_bytes(b"x")
-    (told,) = sources.load("folder", tmp_path).notes
-    assert told == f"left out, as they are no images: 1 .csv, 1 .db, 2 .txt; the first is {tmp_path / 'words.txt'}"
+    (note,) = sources.load("folder", tmp_path).notes
+    assert note == f"left out because they are not images: 1 .csv, 1 .db, 2 .txt; the first is {tmp_path / 'words.txt'}"
 
 
 NOT_READ = {
@@ -389,11 +393,11 @@ NOT_READ = {
 
 
 @pytest.mark.parametrize("name", NOT_READ)
-def test_what_cannot_be_read_is_refused_by_its_name(tmp_path, name):
-    add, words = NOT_READ[name]
+def test_unreadable_files_are_refused_by_name(tmp_path, name):
+    add, message = NOT_READ[name]
     write_images(tmp_path / "pets", {"a": 2, "b": 2})
     add(tmp_path / "pets")
-    assert words in refusal(sources.load, "folder", tmp_path / "pets")
+    assert message in refusal(sources.load, "folder", tmp_path / "pets")
 
 
 def _picture(path, shape=(6, 5, 3), mode=None):
@@ -404,8 +408,8 @@ def _picture(path, shape=(6, 5, 3), mode=None):
 FOLDER_DAMAGE = {
     "other size": (lambda r: _picture(r / "b/9.png", (7, 5, 3)), "b/9.png is 5x7 in colour; expected 5x6 in colour"),
     "grey among colours": (lambda r: _picture(r / "a/9.png", (6, 5)), "a/9.png is 5x6 in grey; expected 5x6 in colour"),
-    "transparent": (lambda r: _picture(r / "a/9.png", mode="RGBA"), "a/9.png is of the kind RGBA; expected 8 bits"),
-    "one bit": (lambda r: _picture(r / "a/9.png", mode="1"), "a/9.png is of the kind 1; expected 8 bits"),
+    "transparent": (lambda r: _picture(r / "a/9.png", mode="RGBA"), "a/9.png has the colour mode RGBA; expected 8-bit"),
+    "one bit": (lambda r: _picture(r / "a/9.png", mode="1"), "a/9.png has the colour mode 1; expected 8-bit"),
     "damaged": (lambda r: (r / "a/9.png").write_bytes(b"\x89PNG\r\n"), "a/9.png cannot be read as an image"),
     "cut": (
         lambda r: (r / "a/000.png").write_bytes((r / "a/000.png").read_bytes()[:60]),
@@ -417,10 +421,10 @@ FOLDER_DAMAGE = {
 
 @pytest.mark.parametrize("name", FOLDER_DAMAGE)
 def test_unfitting_images_are_refused(tmp_path, name):
-    damage, words = FOLDER_DAMAGE[name]
+    damage, message = FOLDER_DAMAGE[name]
     write_images(tmp_path, {"a": 2, "b": 2})
     damage(tmp_path)
-    assert words in refusal(sources.load, "folder", tmp_path)
+    assert message in refusal(sources.load, "folder", tmp_path)
 
 
 def test_folders_without_classes_are_refused(tmp_path):
@@ -437,16 +441,16 @@ def test_folders_without_classes_are_refused(tmp_path):
 # --- shards and .npz
 
 
-def write_shards(folder, **metadata):
-    images, labels = cifar_files.some(6, 3, 0)
-    shards.write_set(folder, images, labels, class_names=["a", "b", "c"], metadata={"licence": "CC0", **metadata})
+def write_shards(folder, **values):
+    images, labels = cifar_files.random_images(6, 3, 0)
+    shards.write_set(folder, images, labels, class_names=["a", "b", "c"], metadata={"licence": "CC0", **values})
     return images, labels
 
 
 def test_shards_are_a_source_whose_checksums_count(tmp_path):
-    made = write_shards(tmp_path / "s", origin="made here", split="validation")
+    pair = write_shards(tmp_path / "s", origin="made here", split="validation")
     source = sources.load("shards", tmp_path / "s")
-    assert equal((source.images, source.labels), made)
+    assert equal((source.images, source.labels), pair)
     assert (source.class_names, source.licence) == (("a", "b", "c"), "CC0")
     assert source.origin == "made here, split validation"
     content = (tmp_path / "s/images-00000.npy").read_bytes()
@@ -455,25 +459,25 @@ def test_shards_are_a_source_whose_checksums_count(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"class_names": ["a", "b"]}, "has labels from 0 to 2; expected 0 to 1"),
-        ({"shards": [{}]}, "manifest.json describes no shards of dmat"),
+        ({"shards": [{}]}, "manifest.json does not describe shards of dmat"),
         ({"shards": []}, "has no images; expected at least one"),
-        ({"shape": [1]}, "manifest.json describes no shards of dmat"),
-        ({"class_names": None}, "manifest.json describes no shards of dmat"),
+        ({"shape": [1]}, "manifest.json does not describe shards of dmat"),
+        ({"class_names": None}, "manifest.json does not describe shards of dmat"),
         ({"schema": None}, "has schema None; this dmat reads 1"),
     ],
 )
-def test_manifests_that_do_not_fit_are_refused(tmp_path, change, words):
+def test_manifests_that_do_not_fit_are_refused(tmp_path, change, message):
     write_shards(tmp_path / "s")
     path = tmp_path / "s/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert words in refusal(sources.load, "shards", tmp_path / "s")
+    assert message in refusal(sources.load, "shards", tmp_path / "s")
 
 
 def test_an_npz_may_bring_test_images(tmp_path):
-    train, test = cifar_files.some(6, 3, 0), cifar_files.some(4, 2, 1)
+    train, test = cifar_files.random_images(6, 3, 0), cifar_files.random_images(4, 2, 1)
     arrays = {"image": train[0], "label": train[1], "test_image": test[0], "test_label": test[1]}
     np.savez(tmp_path / "s.npz", **arrays, other=np.zeros(3))
     source = sources.load("npz", tmp_path / "s.npz")
@@ -487,35 +491,38 @@ def test_an_npz_may_bring_test_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "words"),
+    ("arrays", "message"),
     [
         (
             {"image": np.zeros((0, 4, 4, 1), np.uint8), "label": np.zeros(0, int)},
             "has no images; expected at least one",
         ),
         ({"image": np.zeros((1, 4, 4, 1), np.uint8), "label": np.array([10**9])}, "`label` goes up to 1000000000"),
-        ({"image": np.zeros((1, 4, 4, 1), np.uint8), "label": np.array([None])}, "is not a whole .npz of numbers"),
+        (
+            {"image": np.zeros((1, 4, 4, 1), np.uint8), "label": np.array([None])},
+            "is incomplete or not an .npz of numbers",
+        ),
     ],
 )
-def test_odd_npz_files_are_refused(tmp_path, arrays, words):
+def test_odd_npz_files_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "s.npz", **arrays)
-    assert words in refusal(sources.load, "npz", tmp_path / "s.npz")
+    assert message in refusal(sources.load, "npz", tmp_path / "s.npz")
 
 
 @pytest.mark.parametrize(
-    ("labels", "test", "words"),
+    ("labels", "test", "message"),
     [
         (range(1, 11), [], "no image has the label 0, and labels go up to 10; expected images of every class from 0"),
         ([0, 255, 0], [], "no image has the label 1, 2, 3, 4, 5 and 249 more, and labels go up to 255"),
         ([0, 1, 0], [1, 2], "no image has the label 2, and labels go up to 2"),
     ],
 )
-def test_labels_with_gaps_are_refused_unless_classes_are_named(tmp_path, labels, test, words):
-    images = cifar_files.some(len(labels), 1, 0)[0]
+def test_labels_with_gaps_are_refused_unless_classes_are_named(tmp_path, labels, test, message):
+    images = cifar_files.random_images(len(labels), 1, 0)[0]
     arrays = {"image": images, "label": np.array(labels)}
     arrays |= {"test_image": images[: len(test)], "test_label": np.array(test)} if test else {}
     np.savez(tmp_path / "s.npz", **arrays)
-    assert words in refusal(sources.load, "npz", tmp_path / "s.npz")
+    assert message in refusal(sources.load, "npz", tmp_path / "s.npz")
     names = [f"class {k}" for k in range(256)]
     np.savez(tmp_path / "s.npz", **arrays, class_names=np.array(names))
     assert sources.load("npz", tmp_path / "s.npz").class_names == tuple(names)
@@ -526,35 +533,35 @@ def test_labels_with_gaps_are_refused_unless_classes_are_named(tmp_path, labels,
 
 
 def test_a_damaged_npz_is_refused(tmp_path):
-    np.savez_compressed(tmp_path / "s.npz", image=cifar_files.some(9, 3, 0)[0], label=np.arange(9))
+    np.savez_compressed(tmp_path / "s.npz", image=cifar_files.random_images(9, 3, 0)[0], label=np.arange(9))
     content = bytearray((tmp_path / "s.npz").read_bytes())
     content[200:260] = bytes(60)
     (tmp_path / "s.npz").write_bytes(content)
-    assert "s.npz is not a whole .npz of numbers" in refusal(sources.load, "npz", tmp_path / "s.npz")
+    assert "s.npz is incomplete or not an .npz of numbers" in refusal(sources.load, "npz", tmp_path / "s.npz")
 
 
-# --- what lies at a path
+# --- recognised formats
 
 
-def test_what_lies_at_a_path_is_recognised(tmp_path):
+def test_the_format_at_a_path_is_recognised(tmp_path):
     train, test = cifar_files.write(tmp_path / "c", "cifar100", train=200)
-    made = write_images(tmp_path / "pets", {"a": 2, "b": 1})
-    shard = write_shards(tmp_path / "s", split="test", origin="made here")
-    np.savez(tmp_path / "set.npz", image=shard[0], label=shard[1])
+    arrays = write_images(tmp_path / "pets", {"a": 2, "b": 1})
+    pair = write_shards(tmp_path / "s", split="test", origin="made here")
+    np.savez(tmp_path / "set.npz", image=pair[0], label=pair[1])
     part = "CIFAR-100 (Krizhevsky 2009), python version, a part of it: 200 and 40 images"
-    every = "all images, as it has no test images of its own"
-    for what, split, expected, origin in (
+    all_images = "all images, as it has no test images of its own"
+    for path, split, expected, origin in (
         (tmp_path / "c", "test", test, f"{part}: its test images"),
         (str(tmp_path / "c"), "train", train, f"{part}: its training images"),
-        (tmp_path / "pets", None, together(made), f"images in pets: {every}"),
-        (tmp_path / "pets", "train", together(made), f"images in pets: {every}; said to be of the split train"),
-        (tmp_path / "s", "test", shard, f"made here, split test: {every}"),
-        (tmp_path / "set.npz", "test", shard, f"set.npz: {every}; said to be of the split test"),
+        (tmp_path / "pets", None, stacked(arrays), f"images in pets: {all_images}"),
+        (tmp_path / "pets", "train", stacked(arrays), f"images in pets: {all_images}; said to be of the split train"),
+        (tmp_path / "s", "test", pair, f"made here, split test: {all_images}"),
+        (tmp_path / "set.npz", "test", pair, f"set.npz: {all_images}; said to be of the split test"),
     ):
-        found = sources.recognise(what, split)
-        assert found.split == (split or "")
-        assert equal((found.images, found.labels), expected)
-        assert (found.origin, found.test) == (origin, None)
+        source = sources.recognise(path, split)
+        assert source.split == (split or "")
+        assert equal((source.images, source.labels), expected)
+        assert (source.origin, source.test) == (origin, None)
     assert equal((sources.recognise(tmp_path / "c").images,), (test[0],))
     assert sources.recognise(tmp_path / "c").split == "test"
     assert sources.recognise(tmp_path / "s").split == "test"
@@ -562,17 +569,17 @@ def test_what_lies_at_a_path_is_recognised(tmp_path):
         sources.recognise(tmp_path / "s", "train")
 
 
-def test_the_word_digits_is_recognised(tmp_path, monkeypatch):
+def test_the_name_digits_is_recognised(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
-    found = sources.recognise("digits")
-    assert len(found.images) == 1797
-    assert found.origin.endswith("from scikit-learn: all images, as it has no test images of its own")
-    assert "digits is nothing that dmat reads" in refusal(sources.recognise, "./digits")
+    source = sources.recognise("digits")
+    assert len(source.images) == 1797
+    assert source.origin.endswith("from scikit-learn: all images, as it has no test images of its own")
+    assert "digits is not a format that dmat reads" in refusal(sources.recognise, "./digits")
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "no images", "splits of shards"])
-def test_what_is_not_recognised_is_refused_with_what_was_looked_for(tmp_path, kind):
+def test_an_unknown_format_is_refused_with_the_formats_looked_for(tmp_path, kind):
     path = tmp_path / "x"
     if kind == "text":
         path.write_text("hello")
@@ -583,10 +590,10 @@ def test_what_is_not_recognised_is_refused_with_what_was_looked_for(tmp_path, ki
         (path / "a" if kind == "no images" else path).mkdir(parents=True)
     text = refusal(sources.recognise, path)
     assert text.startswith(
-        f"{path} {'does not exist' if kind == 'missing' else 'is nothing that dmat reads'}; looked for"
+        f"{path} {'does not exist' if kind == 'missing' else 'is not a format that dmat reads'}; looked for"
     )
-    for word in ("digits", ".npz", "CIFAR-10", "CIFAR-100", "manifest.json", "sub-folder of images"):
-        assert word in text
+    for format_name in ("digits", ".npz", "CIFAR-10", "CIFAR-100", "manifest.json", "sub-folder of images"):
+        assert format_name in text
 
 
 def test_ambiguous_requests_are_refused(tmp_path):
@@ -602,7 +609,7 @@ def test_ambiguous_requests_are_refused(tmp_path):
 @pytest.fixture
 def project(tmp_path, tiny_params):
     """A project whose real images are a CIFAR-10 folder beside other files."""
-    made = cifar_files.write(tmp_path / "data/cifar-10-batches-py", train=200, test=60)
+    pairs = cifar_files.write(tmp_path / "data/cifar-10-batches-py", train=200, test=60)
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "sources").mkdir()
@@ -611,22 +618,22 @@ def project(tmp_path, tiny_params):
     tiny_params["train_scorer"] |= {"images_seen": 128, "evaluate_every": 128, "augmentation": "crop4_flip"}
     project = Project(folder, tiny_params)
     project.write({"prepare_data": settings})
-    return project, made
+    return project, pairs
 
 
 def _prepare(folder, source, **counts):
-    """`prepare_data.run` itself: its metrics and notes."""
+    """Calls `prepare_data.run` directly; returns its metrics and notes."""
     settings = config.PrepareData(source="shards", path=source.name, seed=1, **counts)
     job = types.SimpleNamespace(
         inputs={"source": source}, result=folder / "result", pictures=folder / "pictures"
     )
-    found = prepare_data.run(settings, job)
-    return found.metrics, found.notes
+    prepared = prepare_data.run(settings, job)
+    return prepared.metrics, prepared.notes
 
 
-def test_copies_across_the_splits_are_counted_and_told(tmp_path):
-    """All images of a class are one image, so that every split has it."""
-    images, labels = cifar_files.some(40, 2, 0)
+def test_copies_across_the_splits_are_counted_and_reported(tmp_path):
+    """All images of one class are the same image, so that every split holds it."""
+    images, labels = cifar_files.random_images(40, 2, 0)
     images[labels == 1] = images[1]
     shards.write_set(tmp_path / "s", images, labels, class_names=["a", "b"], metadata={})
     metrics, (note,) = _prepare(tmp_path, tmp_path / "s", train=16, validation=12, test=12)
@@ -641,7 +648,7 @@ def test_copies_across_the_splits_are_counted_and_told(tmp_path):
 
 
 def test_a_class_without_training_images_is_refused(tmp_path):
-    images, labels = cifar_files.some(12, 3, 0)
+    images, labels = cifar_files.random_images(12, 3, 0)
     shards.write_set(tmp_path / "s", images, labels, class_names=["a", "b", "c", "unicorn"], metadata={})
     assert len(sources.recognise(tmp_path / "s").labels) == 12  # a part of a set may be evaluated
     with pytest.raises(DmatError, match="the training split of 6 images has none of the classes unicorn; expected"):
@@ -656,20 +663,20 @@ def _split(project, name):
 def test_own_test_images_are_the_test_split(project):
     project, (train, test) = project
     project.run("prepare_data")
-    manifest, found = _split(project, "test")
-    assert equal(found, test)  # all of them, in their order
+    manifest, actual = _split(project, "test")
+    assert equal(actual, test)  # all of them, in their order
     assert manifest["source_split"] == "test"
     drawn = []
     for name in ("train", "validation"):
-        manifest, found = _split(project, name)
+        manifest, actual = _split(project, name)
         indices = np.array(manifest["source_indices"])
-        assert equal(found, (train[0][indices], train[1][indices]))
+        assert equal(actual, (train[0][indices], train[1][indices]))
         assert manifest["source_split"] == "train"
         assert manifest["class_names"] == list(cifar_files.TEN)
         assert len(set(manifest["class_counts"])) == 1  # stratified
-        unit = found[0] / 255
-        assert manifest["mean"] == pytest.approx(unit.mean((0, 1, 2)), abs=1e-6)
-        assert manifest["std"] == pytest.approx(unit.std((0, 1, 2)), abs=1e-6)
+        scaled = actual[0] / 255
+        assert manifest["mean"] == pytest.approx(scaled.mean((0, 1, 2)), abs=1e-6)
+        assert manifest["std"] == pytest.approx(scaled.std((0, 1, 2)), abs=1e-6)
         drawn += indices.tolist()
     assert len(set(drawn)) == 150
     project.write({"prepare_data": {"test": 20}})
@@ -679,23 +686,23 @@ def test_own_test_images_are_the_test_split(project):
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
-        ({"test": 61}, "prepare_data.test asks for 61 images; cifar10 brings 60 test images of its own; ask for fewer"),
+        ({"test": 61}, "prepare_data.test asks for 61 images; cifar10 has 60 test images of its own; ask for fewer"),
         ({"train": 151}, "asks for 201 training images ({'validation': 50, 'train': 151}); cifar10 has 200; ask for"),
         (
             {"normalisation": {"mean": [0.5], "std": [0.5, 0.5, 0.5]}},
-            "prepare_data.normalisation has 1 numbers of mean and 3 of std; the images have 3 channels; give one",
+            "prepare_data.normalisation has 1 values of mean and 3 of std; the images have 3 channels; give one",
         ),
         ({"path": "nowhere"}, "sources/nowhere, which does not exist; expected the images of source cifar10"),
-        ({"source": "cifar100"}, "data is no CIFAR-100 folder; expected cifar-100-python (train, test, meta) or"),
+        ({"source": "cifar100"}, "data is not a CIFAR-100 folder; expected cifar-100-python (train, test, meta) or"),
     ],
 )
-def test_what_a_source_does_not_have_is_refused(project, settings, words):
+def test_settings_that_do_not_fit_the_source_are_refused(project, settings, message):
     project, _ = project
     project.write({"prepare_data": settings})
     text = project.run("prepare_data", code=2)
-    assert words in text
+    assert message in text
     assert "Traceback" not in text
 
 
@@ -705,8 +712,8 @@ def test_validation_may_be_the_first_images_and_normalisation_the_published_one(
     project.write({"prepare_data": {"train": 150, "validation_split": "first", "normalisation": "cifar10"}})
     project.run("prepare_data")
     for name, rows in (("validation", slice(50)), ("train", slice(50, None))):
-        manifest, found = _split(project, name)
-        assert equal(found, (train[0][rows], train[1][rows]))
+        manifest, actual = _split(project, name)
+        assert equal(actual, (train[0][rows], train[1][rows]))
         assert manifest["mean"] == [0.4914, 0.4822, 0.4465]
         assert manifest["std"] == [0.2471, 0.2435, 0.2616]
     project.write({"prepare_data": {"normalisation": {"mean": [0, 0.25, 0.5], "std": [0.5, 1, 2]}}})
@@ -716,19 +723,19 @@ def test_validation_may_be_the_first_images_and_normalisation_the_published_one(
 
 
 def test_a_source_whose_bytes_changed_is_noticed(project):
-    """The result of other bytes is not published again, and no stage goes on with splits that were made of them."""
+    """A result of other bytes is not published again, and no stage uses splits that were made of them."""
     project, _ = project
     project.run("prepare_data")
-    note = json.loads((project.folder / "artifacts/provenance/prepare_data/all.json").read_text())
+    provenance = json.loads((project.folder / "artifacts/provenance/prepare_data/all.json").read_text())
     cifar_folder = project.folder.parent / "data/cifar-10-batches-py"
-    assert note["inputs"] == {"source": {"path": "sources/data", "sha256": files.checksum(cifar_folder)}}
+    assert provenance["inputs"] == {"source": {"path": "sources/data", "sha256": files.checksum(cifar_folder)}}
     first = files.checksum(project.folder / "artifacts/prepare_data")
     (cifar_folder.parent / "something else").write_text("beside it")
     project.run("prepare_data")
     assert len(list((project.folder / "runs/prepare_data").iterdir())) == 1
 
     old = (cifar_folder / "test_batch").read_bytes()
-    images, labels = cifar_files.some(60, 10, 9)
+    images, labels = cifar_files.random_images(60, 10, 9)
     rows = images.transpose(0, 3, 1, 2).reshape(60, -1)
     (cifar_folder / "test_batch").write_bytes(python2({b"data": rows, b"labels": labels.tolist()}))
     text = project.run("train_scorer", code=2)
@@ -743,5 +750,5 @@ def test_a_source_whose_bytes_changed_is_noticed(project):
     (cifar_folder / "test_batch").write_bytes(old)
     project.run("prepare_data")
     assert files.checksum(project.folder / "artifacts/prepare_data") == first
-    shutil.rmtree(cifar_folder)  # as on a machine that got the splits alone
+    shutil.rmtree(cifar_folder)  # as on a machine that has only the splits
     project.run("train_scorer")

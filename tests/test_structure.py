@@ -1,4 +1,4 @@
-"""The shape of the project: layers, one word per stage, one home per opinionated package, and files that agree."""
+"""The structure of the project: layers, one name per stage, one home per opinionated package, and files that agree."""
 
 import ast
 import functools
@@ -47,7 +47,7 @@ ROWS = (
 WITH_PLUGINS = {"prepare_data", "generate_images", *("train_scorer", "score_images", "measure_images")} | {
     *("train_robust", "evaluate_robust")
 }
-SUBJECTS = ROWS[2]  # these know nothing of each other
+SUBJECTS = ROWS[2]  # these do not import each other
 HOMES = {  # package -> the only modules that import it
     "mlflow": {"dmat.tracking.stores", "dmat.tracking.run_record", "dmat.tracking.registry"},
     "pyautoattack": {"dmat.robust.auto_attack"},
@@ -75,7 +75,7 @@ HOMES = {  # package -> the only modules that import it
     "ruamel": {"dmat.tuning.applying", "dmat.yaml_file"},
     "yaml": {"dmat.dvc_lock"},
     "PIL": {"dmat.data.sources"},
-    "pickle": {"dmat.data.cifar"},  # an unpickler that knows arrays of bytes alone
+    "pickle": {"dmat.data.cifar"},  # an unpickler that accepts only arrays of bytes
     "plotly": {"dmat.report.charts", "dmat.report.page"},
     "jinja2": {"dmat.report.page"},
     "dvc": set(),
@@ -83,8 +83,8 @@ HOMES = {  # package -> the only modules that import it
 
 
 def _modules(root: Path) -> list[str]:
-    found = [*(root / "dmat").rglob("*.py"), *(root / "cli").rglob("*.py")]
-    return sorted(".".join(f.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for f in found)
+    files = [*(root / "dmat").rglob("*.py"), *(root / "cli").rglob("*.py")]
+    return sorted(".".join(f.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for f in files)
 
 
 def _owner(module: str) -> tuple[int, str]:
@@ -105,32 +105,38 @@ def _imports(root: Path, module: str) -> set[str]:
     """Absolute names of everything a module imports, whatever the package."""
     base = root / module.replace(".", "/")
     path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} uses a relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return imported
 
 
 def _used(sources: code_identity.Sources, module: str) -> set[str]:
-    """Modules of dmat that one imports, also by name. `dmat` itself names what it offers to users, from any row."""
+    """Modules of dmat that a module imports, also by name. `dmat` itself names its public functions, from any row."""
     if not module.startswith("dmat"):
         return set()
-    return sources.imported(module) | (sources.named(module) if module != "dmat" else set())
+    return sources.imported_modules(module) | (sources.modules_in_strings(module) if module != "dmat" else set())
 
 
 def test_a_job_is_imported_by_name_in_one_place(root):
-    """So that the table of stages stays light; jobs know nothing of what runs them, nor of each other."""
+    """The table of stages then stays light; jobs import neither the pipeline that runs them nor each other."""
     sources = code_identity.Sources(root)
-    jobs = {f"dmat.jobs.{word}" for word in STAGES}
-    by_name = {module for module in _modules(root) if module.startswith("dmat") and sources.named(module) & jobs}
+    jobs = {f"dmat.jobs.{stage_name}" for stage_name in STAGES}
+    by_name = {
+        module for module in _modules(root) if module.startswith("dmat") and sources.modules_in_strings(module) & jobs
+    }
     assert by_name == {"dmat.pipeline.stages", "dmat.pipeline.code_identity"}
     assert {path.stem for path in (root / "dmat/jobs").glob("*.py")} == {*STAGES, "__init__"}
     for module in jobs:
-        assert not {one for one in sources.imported(module) if one.startswith(("dmat.pipeline", "dmat.jobs."))}
+        assert not {
+            imported
+            for imported in sources.imported_modules(module)
+            if imported.startswith(("dmat.pipeline", "dmat.jobs."))
+        }
 
 
 def test_imports_go_down_the_layers(root):
@@ -139,10 +145,10 @@ def test_imports_go_down_the_layers(root):
         row, entry = _owner(module)
         for name in _used(sources, module):
             seen += 1
-            their_row, their_entry = _owner(name)
-            assert their_row <= row, f"{module} (row {row}) imports {name} (row {their_row})"
-            if entry in SUBJECTS and their_entry in SUBJECTS:
-                assert entry == their_entry, f"{module} imports {name}: {entry} and {their_entry} are strangers"
+            imported_row, imported_entry = _owner(name)
+            assert imported_row <= row, f"{module} (row {row}) imports {name} (row {imported_row})"
+            if entry in SUBJECTS and imported_entry in SUBJECTS:
+                assert entry == imported_entry, f"{module} imports {name}: {entry} and {imported_entry} are strangers"
     assert seen > 100
 
 
@@ -154,40 +160,42 @@ def test_opinionated_packages_have_one_home(root, package):
     assert inside == HOMES[package]
 
 
-def test_every_stage_has_one_word_everywhere(root):
+def test_every_stage_has_one_name_everywhere(root):
     pipeline = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
     commands = {command.name for command in app.registered_commands}
     assert list(pipeline) == list(STAGES)
     assert len(STAGES) == 11
-    for word, stage in STAGES.items():
-        assert (root / "dmat" / "jobs" / f"{word}.py").is_file()
+    for stage_name, stage in STAGES.items():
+        assert (root / "dmat" / "jobs" / f"{stage_name}.py").is_file()
         assert stage.command in commands
-        assert word in config.SECTIONS or word == "mix_images"  # mix_images takes all it needs from its arm
+        assert stage_name in config.SECTIONS or stage_name == "mix_images"  # mix_images takes all it needs from its arm
         assert stage.example.startswith(f"dmat {stage.command}")
 
 
 def test_dvc_stages_agree_with_the_table(root):
     """Commands, dependencies and outputs that DVC resolves are those of STAGES, for every instance."""
     params = config.load(root / "params.yaml")
-    listed = {}
-    for word, entry in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].items():
+    resolved = {}
+    for stage_name, entry in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].items():
         template = entry.get("do", entry)
-        for instance in STAGES[word].choices(params):
-            listed[f"{word} {STAGES[word].instance_name(instance)}"] = _resolved(template, word, instance, params)
-    assert len(listed) == 14
-    for word, stage in STAGES.items():
-        for instance in stage.choices(params):
-            entry = listed[f"{word} {stage.instance_name(instance)}"]
+        for instance in STAGES[stage_name].all_instances(params):
+            resolved[f"{stage_name} {STAGES[stage_name].instance_name(instance)}"] = _resolved(
+                template, stage_name, instance, params
+            )
+    assert len(resolved) == 14
+    for stage_name, stage in STAGES.items():
+        for instance in stage.all_instances(params):
+            entry = resolved[f"{stage_name} {stage.instance_name(instance)}"]
             assert entry["cmd"] == " ".join(["dmat", stage.command, *stage.options(instance)])
             inputs = set(stage.inputs(params, **instance).values())
-            assert set(entry["deps"]) - {"sources/none", "plugins"} == inputs, word
-            assert ("plugins" in entry["deps"]) == (word in WITH_PLUGINS)
-            assert entry["params"].pop(0) == {"code.yaml": [word]}
+            assert set(entry["deps"]) - {"sources/none", "plugins"} == inputs, stage_name
+            assert ("plugins" in entry["deps"]) == (stage_name in WITH_PLUGINS)
+            assert entry["params"].pop(0) == {"code.yaml": [stage_name]}
             outputs = set(stage.outputs(params, **instance).values())
             outputs |= {stage.metrics_path(instance), stage.provenance_path(instance)}
-            assert set(entry["outs"]) - {stage.pictures_path(instance)} == outputs, word
+            assert set(entry["outs"]) - {stage.pictures_path(instance)} == outputs, stage_name
             assert {name.partition(".")[0] for name in entry["params"]} <= {
-                word,
+                stage_name,
                 "seeds",
                 *config.LISTS,
                 "train_robust",
@@ -198,22 +206,26 @@ def test_the_options_of_an_instance_are_those_of_its_command(root):
     params, group = config.load(root / "params.yaml"), typer.main.get_command(app)
     seen = 0
     for stage in STAGES.values():
-        known = {option for parameter in group.commands[stage.command].params for option in parameter.opts}
-        for instance in stage.choices(params):
+        accepted = {option for parameter in group.commands[stage.command].params for option in parameter.opts}
+        for instance in stage.all_instances(params):
             seen += 1
-            assert {word for word in stage.options(instance) if word.startswith("--")} <= known, stage.command
+            assert {
+                argument for argument in stage.options(instance) if argument.startswith("--")
+            } <= accepted, stage.command
     assert seen == 14
 
 
-def test_code_yaml_is_of_this_code(root):
+def test_code_yaml_matches_this_code(root):
     identities = code_identity.read(root)
-    changed = [word for word in STAGES if not identities.accepts(word, code_identity.of_stage(word))]
+    changed = [
+        stage_name for stage_name in STAGES if not identities.accepts(stage_name, code_identity.of_stage(stage_name))
+    ]
     assert changed == [], "run `dmat lock`"
     assert set(identities.identities) == set(STAGES)
     assert (root / "code.yaml").read_text().startswith("# Written by `dmat lock` alone: ")
 
 
-def test_a_commit_and_make_repro_look_at_code_yaml_first(root):
+def test_a_commit_and_make_repro_check_code_yaml_first(root):
     (repository,) = yaml.safe_load((root / ".pre-commit-config.yaml").read_text())["repos"]
     (hook,) = repository["hooks"]
     assert (repository["repo"], hook["entry"]) == ("local", "dmat lock --check")
@@ -222,34 +234,34 @@ def test_a_commit_and_make_repro_look_at_code_yaml_first(root):
     assert recipe.index("dmat lock --check") < recipe.index("dvc repro")
 
 
-def test_dvc_lock_is_of_this_code_and_these_parameters(root):
-    """What the repository ships as its last run was computed by what it ships: a fresh clone shows no changed file."""
-    here = {
+def test_dvc_lock_matches_this_code_and_these_parameters(root):
+    """The last run that the repository ships was computed by its own code: a fresh clone shows no changed file."""
+    current = {
         "params.yaml": ruamel.yaml.YAML(typ="safe").load((root / "params.yaml").read_text()),
         "code.yaml": code_identity.read(root).identities,
     }
     stages = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
-    changed, looked_at = set(), 0
+    changed, checked = set(), 0
     for name, entry in stages.items():
         stage = name.partition("@")[0]
         assert set(entry["params"].get("code.yaml", {})) == {stage}, "run `make repro` and commit dvc.lock"
         for file, recorded in entry["params"].items():
             for key, value in recorded.items():
-                looked_at += 1
-                now = here[file]
+                checked += 1
+                current_value = current[file]
                 for part in key.split("."):
-                    now = now[part]
-                changed |= {f"{key} of {name}"} if now != value else set()
+                    current_value = current_value[part]
+                changed |= {f"{key} of {name}"} if current_value != value else set()
         for dep in (dep for dep in entry.get("deps", []) if dep["path"] == "plugins"):
-            looked_at += 1
+            checked += 1
             changed |= {f"plugins of {name}"} if dep["md5"] != _md5_of_folder(root / "plugins") else set()
-    assert looked_at > 40
+    assert checked > 40
     assert changed == set(), "run `make repro` and commit dvc.lock and its results"
     assert len(stages) == 14
 
 
 def _md5_of_folder(folder: Path) -> str:
-    """As DVC names a folder: by the list of its files."""
+    """MD5 of a folder as DVC computes it: of the list of its files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     listed = [{"md5": _md5(path.read_bytes()), "relpath": path.relative_to(folder).as_posix()} for path in files]
     return f"{_md5(json.dumps(listed, sort_keys=True).encode())}.dir"
@@ -259,9 +271,9 @@ def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _resolved(template: dict, word: str, instance: dict, params: config.Params) -> dict:
-    """What DVC would fill in for one instance; ${key} and ${item...} are the only templates that dvc.yaml uses."""
-    stage = STAGES[word]
+def _resolved(template: dict, stage_name: str, instance: dict, params: config.Params) -> dict:
+    """The entry of one instance as DVC would resolve it; dvc.yaml uses only the templates ${key} and ${item...}."""
+    stage = STAGES[stage_name]
     values = {"key": stage.instance_name(instance), **{f"item.{name}": str(value) for name, value in instance.items()}}
     values["prepare_data.path"] = params.prepare_data.path
     for option, entries in (("image_set", params.image_sets), ("selection", params.selections), ("arm", params.arms)):
@@ -281,7 +293,7 @@ def test_params_are_a_recipe_and_every_recipe_is_valid(root):
         assert config.load(path).arms
 
 
-def test_settings_of_training_loops_are_met_by_the_records(root):
+def test_settings_of_training_loops_are_fields_of_the_records(root):
     """The protocols of the training loops name only fields that the records have (mypy checks their types)."""
     from dmat.diffusion.samplers import SamplerSettings
     from dmat.training import classifier, denoiser
@@ -313,11 +325,12 @@ def test_constraints_hold_every_direct_dependency(root):
 
     pinned = {line.partition("==")[0].lower() for line in (root / "constraints.txt").read_text().splitlines()}
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    wanted = [
+    requirements = [
         *project["dependencies"],
         *(line for extra in project["optional-dependencies"].values() for line in extra),
     ]
-    names = {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower() for line in wanted} - {"dmat"}  # `all` names the others
+    # `all` names the other extras by dmat[...]
+    names = {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower() for line in requirements} - {"dmat"}
     assert len(names) >= 20
     assert {name.replace(".", "-") for name in names} <= pinned  # as packaging writes names
 
@@ -335,22 +348,22 @@ def test_what_a_module_imports_is_a_dependency(root):
     outside = {*sys.stdlib_module_names, "dmat", "cli", "pydantic_core"}  # which pydantic pins
     seen = set()
     for module in _modules(root):
-        given = plain | tune if module.startswith("dmat.tuning") else plain
+        available = plain | tune if module.startswith("dmat.tuning") else plain
         for package in {name.partition(".")[0] for name in _imports(root, module)} - outside:
             distributions = {name.lower().replace("_", "-") for name in brings[package]}
-            assert distributions & given, f"{module} imports {package}, which {sorted(distributions)} brings"
-            seen |= distributions & given
+            assert distributions & available, f"{module} imports {package}, which {sorted(distributions)} brings"
+            seen |= distributions & available
     assert len(seen) >= 20
     assert {"optuna", "optuna-dashboard", "sqlalchemy"} <= seen
 
 
 def test_a_command_without_its_extra_names_it(root, monkeypatch):
-    """As after a plain install: the package is not there."""
+    """As after a plain install, without the package."""
     script = (
         "import sys; sys.modules['optuna'] = None; sys.argv = ['dmat', 'tune', 'best']; import cli.main as m; m.main()"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: dmat tune needs optuna; pip install 'dmat[tune]'\n")
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (2, "error: dmat tune needs optuna; pip install 'dmat[tune]'\n")
     monkeypatch.setattr(sys, "argv", ["dmat", "tune", "dashboard"])
     for package, sentence in (
         ("optuna_dashboard", "dmat tune needs optuna-dashboard; pip install 'dmat[tune]'"),
@@ -361,9 +374,9 @@ def test_a_command_without_its_extra_names_it(root, monkeypatch):
         assert main.needed_extra(ImportError("no such module", name=package)) == sentence
 
 
-def test_no_unsafe_reading(root):
-    """No code path runs what is in a file: the one unpickler there is finds no class but stand-ins of its own, and
-    the reader of torch's files looks nothing up."""
+def test_no_code_path_runs_what_a_file_holds(root):
+    """No code path runs what is in a file: the only unpickler finds no class but its own stand-ins, and the reader of
+    torch's files looks up no names."""
     bad = re.compile(
         r"weights_only=False|\bpickle\.load|allow_pickle=True|yaml\.load\(|\b(?:marshal|shelve|dill|joblib|cPickle|_pickle)\b"
         r"|\b(?:read_pickle|CIFAR100?)\(|(?<![.\w])(?:eval|exec)\("
@@ -372,9 +385,9 @@ def test_no_unsafe_reading(root):
     assert len(files) > 40
     assert [str(f) for f in files if bad.search(f.read_text())] == []
     assert [f.name for f in files if "Unpickler" in f.read_text()] == ["cifar.py"]
-    ours = ast.parse((root / "dmat/data/cifar.py").read_text())
+    tree = ast.parse((root / "dmat/data/cifar.py").read_text())
     (reader,) = [
-        n for n in ours.body if isinstance(n, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, n.bases)
+        n for n in tree.body if isinstance(n, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, n.bases)
     ]
     (find_class,) = [n for n in reader.body if isinstance(n, ast.FunctionDef) and n.name == "find_class"]
     assert isinstance(find_class.body[-1], ast.Raise)  # any other name is refused
@@ -412,5 +425,7 @@ def test_every_package_is_installed(root):
     import tomllib
 
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    there = [path.parent.relative_to(root) for name in ("cli", "dmat") for path in (root / name).rglob("__init__.py")]
-    assert sorted(listed) == sorted(path.as_posix().replace("/", ".") for path in there)
+    existing = [
+        path.parent.relative_to(root) for name in ("cli", "dmat") for path in (root / name).rglob("__init__.py")
+    ]
+    assert sorted(listed) == sorted(path.as_posix().replace("/", ".") for path in existing)

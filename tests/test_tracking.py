@@ -1,4 +1,4 @@
-"""MLflow: true status however a run ends, nothing sent twice or lost, and a broken store that stops nothing."""
+"""MLflow: the true status however a run ends, nothing sent twice or lost, and no run stopped by a broken store."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ from tests import forked, servers
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("DMAT_TRACKING", "on")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(runs, "_PATIENCE", 120.0)
+    monkeypatch.setattr(runs, "_SENDER_TIMEOUT", 120.0)
     return tmp_path
 
 
@@ -38,19 +38,19 @@ def _open(home, name="one", parent=None):
 
 
 @pytest.fixture
-def inside(monkeypatch):
-    """The sender is a thread of this process, so that a test may change what it meets; it sends without a pause."""
+def thread_sender(monkeypatch):
+    """Runs the sender as a thread of this process, so that a test can patch what it uses; it sends without a pause."""
     monkeypatch.setattr(sender, "SEND_EVERY", 0.05)
-    monkeypatch.setattr(sender, "of_this_process", sender.in_this_process)
+    monkeypatch.setattr(sender, "shared_sender", sender.start_thread_sender)
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """What a run warns of. A thread does that, and `pytest.warns` hears the others only as long as no library changes
-    the filters of warnings meanwhile, which are the whole process's."""
-    heard: list[str] = []
-    monkeypatch.setattr(runs, "warnings", SimpleNamespace(warn=lambda text, stacklevel: heard.append(text)))
-    return heard
+def warned(monkeypatch):
+    """Collects the warnings of a run. A thread warns, and `pytest.warns` records warnings of other threads only while
+    no library changes the warning filters, which belong to the whole process."""
+    messages: list[str] = []
+    monkeypatch.setattr(runs, "warnings", SimpleNamespace(warn=lambda text, stacklevel: messages.append(text)))
+    return messages
 
 
 def _runs(home):
@@ -58,8 +58,8 @@ def _runs(home):
     return client, client.search_runs([experiment])
 
 
-def _numbers(run):
-    """Its metrics, without the samples of the machine that a slow one has time for."""
+def _metrics(run):
+    """Metrics of a run without the system metrics, which a slow machine has time to sample."""
     return {name: value for name, value in run.data.metrics.items() if not name.startswith("system/")}
 
 
@@ -98,18 +98,18 @@ def test_inputs_are_data_sets_of_the_run(home):
     assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "train")]
 
 
-def test_processor_and_memory_are_sampled_while_a_run_goes_on(home, inside, monkeypatch):
+def test_processor_and_memory_are_sampled_during_a_run(home, thread_sender, monkeypatch):
     monkeypatch.setattr(runs, "_SAMPLE_EVERY", 0.2)
     with _open(home) as run:
         run.provenance()  # waits for the store
         ends = time.time() + 2
         while time.time() < ends:
             sum(range(1000))
-    client, (found,) = _runs(home)
-    history = client.get_metric_history(found.info.run_id, "system/process_memory_megabytes")
+    client, (stored_run,) = _runs(home)
+    history = client.get_metric_history(stored_run.info.run_id, "system/process_memory_megabytes")
     assert len(history) >= 3
     assert all(10 < point.value < 100_000 for point in history)
-    busy = client.get_metric_history(found.info.run_id, "system/process_cpu_percentage_of_a_core")
+    busy = client.get_metric_history(stored_run.info.run_id, "system/process_cpu_percentage_of_a_core")
     assert max(point.value for point in busy) > 30
 
 
@@ -123,13 +123,13 @@ def test_an_error_ends_failed(home):
 
 @pytest.fixture(scope="module")
 def dead_pid():
-    """Of a process that has ended."""
+    """The id of a process that has ended."""
     script = "import os; print(os.getpid())"
     return int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
 
 
 def _as_if_dead(home, pid):
-    """Every tracked run of this process becomes that of a process that is gone."""
+    """Turns every tracked run of this process into one of a process that has ended."""
     for path in (home / "mlruns" / "active").glob("*.json"):
         files.write_json(path, files.read_json(path) | {"pid": pid, "started": 0.0})
 
@@ -140,11 +140,12 @@ from pathlib import Path
 from dmat import tracking
 from dmat.tracking import runs
 from dmat.training.long_run import MetricsLog
-runs._PATIENCE = 300.0
+runs._SENDER_TIMEOUT = 300.0
 home = Path(sys.argv[1])
 work = home / "runs" / "one"
 work.mkdir(parents=True)
-with tracking.open_run(home, work, stage="train_robust", instance="one", settings={}, inputs={}, compute={}) as run:
+names = {"stage": "train_robust", "instance_name": "one"}
+with tracking.open_run(home, work, **names, settings={}, inputs={}, compute={}) as run:
     MetricsLog(work / "metrics.jsonl").write(10, {"loss": 2.0})
     run.provenance()
     (sender,) = psutil.Process().children()
@@ -156,7 +157,7 @@ with tracking.open_run(home, work, stage="train_robust", instance="one", setting
 
 @pytest.mark.parametrize("killed", ["training", "both"])
 def test_a_run_killed_with_9_is_ended_as_killed_with_all_its_metrics(home, killed):
-    """By its sender, which is told by nobody; if that died too, by the next command."""
+    """By its sender, which notices the end by itself; if the sender was killed too, by the next command."""
     subprocess.run([sys.executable, "-c", _KILLED, str(home), killed], check=False, timeout=400)
     if killed == "both":
         assert [run.info.status for run in _runs(home)[1]] == ["RUNNING"]
@@ -167,55 +168,55 @@ def test_a_run_killed_with_9_is_ended_as_killed_with_all_its_metrics(home, kille
     runs = {run.info.run_name: run for run in _runs(home)[1]}
     assert runs["train_robust one"].info.status == "KILLED"
     assert runs["train_robust one"].data.tags["dmat.error"] == open_runs.LOST
-    assert _numbers(runs["train_robust one"]) == {"loss": 2.0}
+    assert _metrics(runs["train_robust one"]) == {"loss": 2.0}
     assert all(run.info.status == "FINISHED" for name, run in runs.items() if name != "train_robust one")
     assert tracking.sync(home) == []
 
 
 @pytest.mark.parametrize("another_comes", ["while it goes on", "at its end"])
-def test_a_courier_that_dies_loses_nothing_and_another_takes_over(home, told, monkeypatch, another_comes):
+def test_a_sender_that_dies_loses_nothing_and_another_takes_over(home, warned, monkeypatch, another_comes):
     monkeypatch.setattr(runs, "_SAMPLE_EVERY", 0.2 if another_comes == "while it goes on" else 1000.0)
     with _open(home) as run:
         run.provenance()  # waits until it sends
-        child = next(one for one in psutil.Process().children() if "sender.main" in " ".join(one.cmdline()))
+        child = next(process for process in psutil.Process().children() if "sender.main" in " ".join(process.cmdline()))
         _log(home, 10, loss=2.0)
         os.kill(child.pid, signal.SIGKILL)
-        forked.until(lambda: bool(told), 20)
+        forked.until(lambda: bool(warned), 20)
         if another_comes == "while it goes on":
             forked.until(lambda: files.read_json(home / "runs" / "one" / "tracking.json")["sent"] > 0, 60)
-    assert ["ended with code -9" in line for line in told] == [True]
-    (found,) = _runs(home)[1]
-    assert (found.info.status, _numbers(found)) == ("FINISHED", {"loss": 2.0})
+    assert ["ended with code -9" in line for line in warned] == [True]
+    (stored_run,) = _runs(home)[1]
+    assert (stored_run.info.status, _metrics(stored_run)) == ("FINISHED", {"loss": 2.0})
 
 
 def test_where_no_process_can_be_started_a_thread_sends(home, monkeypatch):
-    def refused(*words, **options):
+    def refuse(*arguments, **options):
         raise OSError("Resource temporarily unavailable")
 
-    monkeypatch.setattr(sender, "_mine", None)
-    monkeypatch.setattr(sender.subprocess, "Popen", refused)
+    monkeypatch.setattr(sender, "_shared", None)
+    monkeypatch.setattr(sender.subprocess, "Popen", refuse)
     with _open(home):
         _log(home, 10, loss=2.0)
     monkeypatch.undo()
-    (found,) = _runs(home)[1]
-    assert (found.info.status, _numbers(found)) == ("FINISHED", {"loss": 2.0})
+    (stored_run,) = _runs(home)[1]
+    assert (stored_run.info.status, _metrics(stored_run)) == ("FINISHED", {"loss": 2.0})
 
 
-def test_a_killed_process_that_nobody_waited_for_is_not_alive(home):
+def test_a_zombie_process_is_not_alive(home):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (home / "runs" / "one").mkdir(parents=True)
     open_runs.write(home, home / "runs" / "one", child.pid)
-    ((_, note),) = open_runs.read(home)
-    assert open_runs.alive(note)
+    ((_, marker),) = open_runs.read(home)
+    assert open_runs.alive(marker)
     child.kill()
     forked.until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 20)
-    assert not open_runs.alive(note)
+    assert not open_runs.alive(marker)
     child.wait()
 
 
 @pytest.fixture
-def stepped(monkeypatch):
-    """Steps the clock by some seconds, as processes see it: Linux moves the time of its boot."""
+def step_clock(monkeypatch):
+    """Returns a function that steps the clock by some seconds as processes see it: Linux moves its boot time."""
     linux = pytest.importorskip("psutil._pslinux")
     real = linux.boot_time
 
@@ -226,56 +227,56 @@ def stepped(monkeypatch):
 
 
 @pytest.mark.parametrize("seconds", [2, -5, 3600])
-def test_a_step_of_the_clock_ends_no_living_run(home, stepped, seconds):
+def test_a_clock_step_ends_no_living_run(home, step_clock, seconds):
     open_runs.write(home, home / "runs" / "one", os.getpid())
     before = psutil.Process().create_time()
-    stepped(seconds)
+    step_clock(seconds)
     assert abs(psutil.Process().create_time() - before) > 1, "the step is one"
-    ((_, note),) = open_runs.read(home)
-    assert open_runs.alive(note)
+    ((_, marker),) = open_runs.read(home)
+    assert open_runs.alive(marker)
     assert tracking.sync(home) == []
 
 
-def test_a_note_of_an_earlier_dmat_is_judged_by_the_time_of_day(home):
+def test_a_marker_of_an_earlier_dmat_is_judged_by_the_time_of_day(home):
     open_runs.write(home, home / "runs" / "one", os.getpid())
-    ((_, note),) = open_runs.read(home)
+    ((_, marker),) = open_runs.read(home)
     started = psutil.Process().create_time()
-    assert open_runs.alive(note | {"started": started})
-    assert not open_runs.alive(note | {"started": started - 10})
+    assert open_runs.alive(marker | {"started": started})
+    assert not open_runs.alive(marker | {"started": started - 10})
 
 
-def test_a_number_means_another_process_after_a_boot_and_whatever_its_name(home, monkeypatch):
+def test_a_process_id_means_another_process_after_a_boot_whatever_the_process_name(home, monkeypatch):
     script = "open('/proc/self/comm', 'w').write(') Z (1 2'); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
         child.stdout.readline()
-        known = liveness.identity(child.pid)
-        assert liveness.lives(child.pid, known)
-        assert not liveness.lives(os.getpid(), known)
+        child_identity = liveness.identity(child.pid)
+        assert liveness.is_running(child.pid, child_identity)
+        assert not liveness.is_running(os.getpid(), child_identity)
         monkeypatch.setattr(liveness, "boot_id", lambda: "another boot")
-        assert not liveness.lives(child.pid, known)
+        assert not liveness.is_running(child.pid, child_identity)
         monkeypatch.undo()
         child.communicate("\n")
     assert liveness.identity(child.pid) == ""
-    assert not liveness.lives(child.pid, "")
+    assert not liveness.is_running(child.pid, "")
 
 
-def test_the_end_of_a_process_of_somebody_else_is_waited_for():
+def test_the_end_of_a_process_started_elsewhere_is_awaited():
     child = subprocess.Popen(["sleep", "0.3"])
-    known = liveness.identity(child.pid)
+    child_identity = liveness.identity(child.pid)
     threading.Thread(target=child.wait, daemon=True).start()
-    assert liveness.wait(child.pid, known) in (0, None)  # where the system tells its status
-    assert not liveness.lives(child.pid, known)
+    assert liveness.wait_for_end(child.pid, child_identity) in (0, None)  # where the system tells its status
+    assert not liveness.is_running(child.pid, child_identity)
 
 
 def test_a_training_does_not_import_mlflow(home):
-    """It would be the seconds and the memory of every stage."""
+    """The import would cost every stage seconds and memory."""
     script = "import sys, tests.test_tracking as t, pathlib\nwith t._open(pathlib.Path(sys.argv[1])) as run:\n"
     script += "    run.provenance()\nprint('mlflow' in sys.modules)"
-    words = [sys.executable, "-c", script, str(home)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    assert done.stdout == "False\n"
+    command = [sys.executable, "-c", script, str(home)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert result.stdout == "False\n"
 
 
 def test_a_parent_ends_as_its_children_did(home, dead_pid):
@@ -289,12 +290,14 @@ def test_a_parent_ends_as_its_children_did(home, dead_pid):
         raise DmatError("diverged")
     _as_if_dead(home, dead_pid)
     assert tracking.sync(home) == ["study: FAILED"]
-    found = _runs(home)[1]
-    ids = {run.info.run_name: run.info.run_id for run in found}
-    assert {run.data.tags.get("mlflow.parentRunId") for run in found if run.info.run_name != "study"} == {ids["study"]}
+    stored_runs = _runs(home)[1]
+    ids = {run.info.run_name: run.info.run_id for run in stored_runs}
+    assert {run.data.tags.get("mlflow.parentRunId") for run in stored_runs if run.info.run_name != "study"} == {
+        ids["study"]
+    }
 
 
-def test_notes_of_another_store_and_of_living_processes_are_left_alone(home, dead_pid, monkeypatch):
+def test_markers_of_another_store_and_of_living_processes_are_left_alone(home, dead_pid, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     (home / "runs" / "x" / "elsewhere").mkdir(parents=True)
     open_runs.write(home, home / "runs" / "x" / "elsewhere", os.getpid())
@@ -310,8 +313,8 @@ def test_notes_of_another_store_and_of_living_processes_are_left_alone(home, dea
 
 @pytest.mark.parametrize("known_before", [False, True], ids=["never reached", "lost on the way"])
 @pytest.mark.parametrize("process_ends", [False, True], ids=["in its process", "by another"])
-def test_a_server_that_is_away_costs_no_metric(home, inside, monkeypatch, told, dead_pid, known_before, process_ends):
-    """What an outage kept back arrives by `dmat runs sync`: points, final numbers, status, each once."""
+def test_an_outage_loses_no_metric(home, thread_sender, monkeypatch, warned, dead_pid, known_before, process_ends):
+    """`dmat runs sync` sends what an outage held back: points, final metrics and status, each once."""
     if known_before:
         with pytest.raises(Interrupted), _open(home):
             _log(home, 5, loss=3.0)
@@ -325,42 +328,42 @@ def test_a_server_that_is_away_costs_no_metric(home, inside, monkeypatch, told, 
             run.finish_with({"best": 1.0}, [])
         assert time.monotonic() - started < 15
         # a run does not wait for a silent server; its last attempt must fall into the outage
-        assert run._ended.wait(60)
-        assert ["cannot be reached (nobody answers); the run goes on" in line for line in told] == [True]
+        assert run._end_sent.wait(60)
+        assert ["cannot be reached (nobody answers); the run continues" in line for line in warned] == [True]
         with pytest.raises(DmatError, match=r"cannot be reached .nobody answers.; 0 of 1 runs .* run the same command"):
             tracking.sync(home, report=True)
     if process_ends:
         _as_if_dead(home, dead_pid)
     assert tracking.sync(home) == ["train_robust one: FINISHED"]
     assert tracking.sync(home, report=True) == []
-    client, found = _runs(home)
-    assert [run.info.status for run in found] == ["FINISHED"]
-    steps = [point.step for point in client.get_metric_history(found[0].info.run_id, "loss")]
+    client, stored_runs = _runs(home)
+    assert [run.info.status for run in stored_runs] == ["FINISHED"]
+    steps = [point.step for point in client.get_metric_history(stored_runs[0].info.run_id, "loss")]
     assert steps == ([5, 10] if known_before else [10])
-    assert found[0].data.metrics["best"] == 1.0
-    assert found[0].data.tags["optuna.state"] == "COMPLETE"
+    assert stored_runs[0].data.metrics["best"] == 1.0
+    assert stored_runs[0].data.tags["optuna.state"] == "COMPLETE"
 
 
 def _unreachable(home):
     raise ConnectionError("nobody answers")
 
 
-def test_a_stage_waits_for_the_answer_of_a_slow_server_and_no_longer(home, inside, monkeypatch, told):
-    """By the seconds of this constant alone it gave up on a busy machine, and its provenance had no run for ever."""
+def test_a_stage_waits_for_a_slow_server_only_until_it_answers(home, thread_sender, monkeypatch, warned):
+    """With a shorter timeout a stage gave up on a busy machine, and its provenance never had a run."""
     monkeypatch.undo()
-    assert runs._PATIENCE >= 60
+    assert runs._SENDER_TIMEOUT >= 60
     monkeypatch.setenv("DMAT_TRACKING", "on")
-    monkeypatch.setattr(sender, "of_this_process", sender.in_this_process)
-    real = stores.connect
-    monkeypatch.setattr(stores, "connect", lambda home: time.sleep(1) or real(home))
+    monkeypatch.setattr(sender, "shared_sender", sender.start_thread_sender)
+    real_connect = stores.connect
+    monkeypatch.setattr(stores, "connect", lambda home: time.sleep(1) or real_connect(home))
     with _open(home) as run:
-        known = run.provenance()
-    assert known["mlflow_run"] == _runs(home)[1][0].info.run_id
-    assert known["work"] == "runs/one"
+        recorded = run.provenance()
+    assert recorded["mlflow_run"] == _runs(home)[1][0].info.run_id
+    assert recorded["work"] == "runs/one"
 
 
-def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, inside, monkeypatch, told):
-    """The trials of a study are runs of one process."""
+def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, thread_sender, monkeypatch, warned):
+    """As for the trials of a study, which are runs of one process."""
 
     def slow(home):
         time.sleep(1.5)
@@ -375,53 +378,53 @@ def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, inside
         seconds.append(time.monotonic() - started)
     assert seconds[0] >= 1.5
     assert max(seconds[1:]) < 0.75
-    assert ["cannot be reached" in line for line in told] == [True]
+    assert ["cannot be reached" in line for line in warned] == [True]
 
 
-def test_a_server_that_comes_back_gets_everything_while_the_run_goes_on(home, inside, monkeypatch, told):
+def test_a_server_that_comes_back_gets_all_points_during_the_run(home, thread_sender, monkeypatch, warned):
     answers = iter([_unreachable, _unreachable])
-    real = stores.connect
-    monkeypatch.setattr(stores, "connect", lambda home: next(answers, real)(home))
+    real_connect = stores.connect
+    monkeypatch.setattr(stores, "connect", lambda home: next(answers, real_connect)(home))
     with _open(home):
         _log(home, 10, loss=2.0)
         deadline = time.monotonic() + 60
         while not files.read_json(home / "runs" / "one" / "tracking.json")["sent"] and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert [_numbers(run) for run in _runs(home)[1]] == [{"loss": 2.0}]
-    assert ["cannot be reached" in line for line in told] == [True]
+        assert [_metrics(run) for run in _runs(home)[1]] == [{"loss": 2.0}]
+    assert ["cannot be reached" in line for line in warned] == [True]
     assert [run.info.status for run in _runs(home)[1]] == ["FINISHED"]
 
 
-def test_a_point_that_was_sent_but_not_remembered_is_not_sent_again(home):
+def test_a_point_that_was_sent_but_not_recorded_is_not_sent_again(home):
     with pytest.raises(Interrupted), _open(home):
         _log(home, 10, loss=2.0)
         raise Interrupted(143, "stopped")
     path = home / "runs" / "one" / "tracking.json"
-    files.write_json(path, files.read_json(path) | {"sent": 0})  # killed between the two
+    files.write_json(path, files.read_json(path) | {"sent": 0})  # killed after sending and before recording
     with _open(home):
         _log(home, 20, loss=1.0)
-    client, found = _runs(home)
-    history = client.get_metric_history(found[0].info.run_id, "loss")
+    client, stored_runs = _runs(home)
+    history = client.get_metric_history(stored_runs[0].info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(10, 2.0), (20, 1.0)]
 
 
-def test_a_password_in_the_address_of_the_server_is_neither_shown_nor_kept(home, inside, monkeypatch, told):
-    """Nothing listens there, and the library repeats the address. Another user or host is another store."""
+def test_a_password_in_the_address_of_the_server_is_neither_shown_nor_stored(home, thread_sender, monkeypatch, warned):
+    """Nothing listens there, and errors of the library repeat the address. Another user or host is another store."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:s3cret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with _open(home) as run:
         run.end_as("FAILED", "refused by http://alice:s3cret@127.0.0.1:9")
-    said = [*told, *_failing_sync(home)]
-    assert any("http://alice:***@127.0.0.1:9" in line for line in said)
-    assert [line for line in said if "s3cret" in line] == []
-    kept = [path for path in home.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
-    assert kept == []
-    ours = stores.identity(home)
+    messages = [*warned, *_failing_sync(home)]
+    assert any("http://alice:***@127.0.0.1:9" in line for line in messages)
+    assert [line for line in messages if "s3cret" in line] == []
+    leaks = [path for path in home.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    assert leaks == []
+    store_identity = stores.identity(home)
     for other in ("http://bob:s3cret@127.0.0.1:9", "http://alice:s3cret@127.0.0.2:9"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
-        assert stores.identity(home) != ours
+        assert stores.identity(home) != store_identity
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:changed@127.0.0.1:9")
-    assert stores.identity(home) == ours
+    assert stores.identity(home) == store_identity
 
 
 def _failing_sync(home):
@@ -430,18 +433,18 @@ def _failing_sync(home):
     return [str(refused.value)]
 
 
-def test_what_an_earlier_version_kept_with_a_password_is_found_and_rewritten(home, monkeypatch):
+def test_a_record_with_a_password_from_an_earlier_version_is_found_and_rewritten(home, monkeypatch):
     with_password = "http://alice:s3cret@127.0.0.1:9"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", with_password)
     files.write_json(home / "runs/a/tracking.json", {"store": with_password, "run": "abc"})
-    known = runs.RunRecord(home / "runs/a", stores.identity(home))
-    assert known["run"] == "abc"
-    known.update(sent=1)
+    record = runs.RunRecord(home / "runs/a", stores.identity(home))
+    assert record["run"] == "abc"
+    record.update(sent=1)
     assert "s3cret" not in (home / "runs/a/tracking.json").read_text()
     open_runs.write(home, home / "runs/a", os.getpid())
-    ((path, note),) = open_runs.read(home)
-    files.write_json(path, note | {"store": with_password})
-    assert open_runs.read(home) == [(path, note)]
+    ((path, marker),) = open_runs.read(home)
+    files.write_json(path, marker | {"store": with_password})
+    assert open_runs.read(home) == [(path, marker)]
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (line,) = tracking.sync(home, report=True)
     assert "http://alice:***@127.0.0.1:9: set MLFLOW_TRACKING_URI to it (its password for ***)" in line
@@ -450,40 +453,40 @@ def test_what_an_earlier_version_kept_with_a_password_is_found_and_rewritten(hom
 def test_an_empty_address_is_the_embedded_store(home, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     client, experiment = tracking.connect(home)
-    assert tracking.store(home) == f"sqlite:///{home}/mlruns/mlflow.db"
+    assert tracking.store_uri(home) == f"sqlite:///{home}/mlruns/mlflow.db"
     assert client.get_experiment(experiment).artifact_location == (home / "mlruns" / "artifacts").as_uri()
 
 
-def test_two_that_remember_one_run_keep_what_the_other_learned_and_make_it_once(home):
-    """A study's own thread and its trials both may be the first to need the study's run."""
+def test_two_records_of_one_run_keep_each_others_updates_and_create_it_once(home):
+    """Both the thread of a study and its trials may be the first to need the run of the study."""
     folder = home / "runs" / "tune" / "study"
-    one, other = (runs.RunRecord(folder, stores.identity(home)) for _ in range(2))
-    one.update(about={"name": "study", "tags": {}, "settings": {}, "started": 1.0, "parent": None})
-    for record in (one, other):
+    first, second = (runs.RunRecord(folder, stores.identity(home)) for _ in range(2))
+    first.update(about={"name": "study", "tags": {}, "settings": {}, "started": 1.0, "parent": None})
+    for record in (first, second):
         uploader = sender.RunUploader(home, record)
-        with uploader.turn():
+        with uploader.exclusive():
             uploader.connect(live=False)
-    assert one["run"] == other["run"]
+    assert first["run"] == second["run"]
     assert len(_runs(home)[1]) == 1
-    one.update(seconds=5.0)
-    other.update(ending=None)
+    first.update(seconds=5.0)
+    second.update(ending=None)
     assert runs.RunRecord(folder, stores.identity(home))["seconds"] == 5.0
 
 
-def test_what_was_set_aside_is_ended_too(home):
+def test_a_run_that_was_set_aside_is_ended_too(home):
     """kill -9, then --fresh: two runs, and the first does not stay RUNNING."""
     subprocess.run([sys.executable, "-c", _KILLED, str(home), "both"], check=False, timeout=400)
     work = home / "runs" / "one"
     tracking.set_aside(home, work, work / "before-1")
     with _open(home):
         _log(home, 10, loss=1.0)
-    found = {run.info.status: _numbers(run) for run in _runs(home)[1]}
-    assert found == {"KILLED": {"loss": 2.0}, "FINISHED": {"loss": 1.0}}
+    metrics_by_status = {run.info.status: _metrics(run) for run in _runs(home)[1]}
+    assert metrics_by_status == {"KILLED": {"loss": 2.0}, "FINISHED": {"loss": 1.0}}
     assert open_runs.read(home) == []
 
 
 def test_a_study_set_aside_during_an_outage_takes_its_trials_with_it(home, dead_pid):
-    """--fresh twice while nothing could be sent: three studies with a trial each, each below its own."""
+    """--fresh twice while nothing could be sent: three studies with a trial each, each trial below its own study."""
     study = home / "runs" / "tune" / "study"
     for attempt in range(3):
         if attempt:
@@ -499,19 +502,19 @@ def test_a_study_set_aside_during_an_outage_takes_its_trials_with_it(home, dead_
     _as_if_dead(home, dead_pid)
     assert len(tracking.sync(home, report=True)) == 6
     assert open_runs.read(home) == []
-    found = _runs(home)[1]
-    studies = {run.info.run_id: run.data.metrics["best"] for run in found if "best" in run.data.metrics}
+    stored_runs = _runs(home)[1]
+    studies = {run.info.run_id: run.data.metrics["best"] for run in stored_runs if "best" in run.data.metrics}
     pairs = [
         (studies[run.data.tags["mlflow.parentRunId"]], run.data.metrics["loss"])
-        for run in found
+        for run in stored_runs
         if "loss" in run.data.metrics
     ]
     assert sorted(pairs) == [(0.0, 0.0), (1.0, 1.0), (2.0, 2.0)]
-    assert {run.info.status for run in found} == {"KILLED"}
+    assert {run.info.status for run in stored_runs} == {"KILLED"}
 
 
 def test_a_run_that_was_started_again_is_not_ended_for_its_predecessor(home, dead_pid):
-    """Somebody found its process gone; before they act it is at work again."""
+    """A sync noticed the end of its process; before it acts, the run is at work again."""
     with pytest.raises(Interrupted), _open(home):
         raise Interrupted(143, "stopped")
     work = home / "runs" / "one"
@@ -520,9 +523,9 @@ def test_a_run_that_was_started_again_is_not_ended_for_its_predecessor(home, dea
     ((path, stale),) = open_runs.read(home)
     runs.RunRecord(work, stores.EMBEDDED).update(ending=None)
     open_runs.write(home, work, os.getpid())
-    assert open_runs._catch_up(home, path, stale, ()) == []
+    assert open_runs._sync_run(home, path, stale, ()) == []
     assert path.exists()
-    open_runs._unlink_if(home, path, stale)
+    open_runs._unlink_unchanged(home, path, stale)
     assert path.exists()
 
 
@@ -536,20 +539,20 @@ def test_a_resumed_run_does_not_keep_the_reason_of_its_last_end(home):
     assert "dmat.error" not in run.data.tags
 
 
-def test_damaged_notes_and_memories_stop_nothing(home):
+def test_damaged_markers_and_records_stop_nothing(home):
     with pytest.raises(Interrupted), _open(home):
         raise Interrupted(143, "stopped")
     active = home / "mlruns" / "active"
     (active / "a-empty.json").write_text("{}")
     (active / "b-cut.json").write_text('{"folder": ')
-    tracked = home / "runs" / "one" / "tracking.json"
-    for damage in ("[]", tracked.read_text()[:40]):
-        tracked.write_text(damage)
+    record_path = home / "runs" / "one" / "tracking.json"
+    for damage in ("[]", record_path.read_text()[:40]):
+        record_path.write_text(damage)
         with pytest.warns(UserWarning, match="is damaged; MLflow gets a new run"), _open(home):
             pass
     assert sorted(run.info.status for run in _runs(home)[1]) == ["FINISHED", "FINISHED", "KILLED"]
     assert tracking.sync(home, report=True) == [
-        f"{active / name} is no note of a run; delete it" for name in ("a-empty.json", "b-cut.json")
+        f"{active / name} is not a readable marker file of a run; delete it" for name in ("a-empty.json", "b-cut.json")
     ]
 
 
@@ -563,9 +566,9 @@ def test_a_moved_project_keeps_its_run_and_gets_its_pictures_at_the_new_place(ho
         _log(new, 20, loss=1.0)
         (new / "runs" / "one" / "picture.png").write_bytes(b"a picture")
         run.finish_with({}, [new / "runs" / "one" / "picture.png"])
-    client, (found,) = _runs(new)
-    assert found.info.status == "FINISHED"
-    assert [point.step for point in client.get_metric_history(found.info.run_id, "loss")] == [10, 20]
+    client, (stored_run,) = _runs(new)
+    assert stored_run.info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(stored_run.info.run_id, "loss")] == [10, 20]
     assert len(list((new / "mlruns" / "artifacts").rglob("picture.png"))) == 1
     assert not old.exists()
 
@@ -576,8 +579,8 @@ def test_runs_of_another_machine_are_left_until_a_person_says_it_is_gone(home, d
     open_runs.write(home, home / "runs" / "one", os.getpid())
     runs.RunRecord(home / "runs" / "one", stores.EMBEDDED).update(ending=None)
     _as_if_dead(home, dead_pid)
-    ((path, note),) = open_runs.read(home)
-    files.write_json(path, note | {"host": "elsewhere"})
+    ((path, marker),) = open_runs.read(home)
+    files.write_json(path, marker | {"host": "elsewhere"})
     assert tracking.sync(home, report=True) == [
         "1 of machine elsewhere: if it is gone for good, `dmat runs reap elsewhere`"
     ]
@@ -587,11 +590,11 @@ def test_runs_of_another_machine_are_left_until_a_person_says_it_is_gone(home, d
     assert open_runs.read(home) == []
 
 
-def test_a_run_that_nobody_remembers_is_ended_by_its_id(home):
+def test_a_run_without_a_record_is_ended_by_its_id(home):
     client, experiment = tracking.connect(home)
     lost = client.create_run(experiment, run_name="a stranger").info.run_id
     assert tracking.reap(home, []) == [
-        f"a stranger ({lost[:8]}) is open and nobody here remembers it: if it died, `dmat runs reap {lost[:8]}`"
+        f"a stranger ({lost[:8]}) is open and has no record here: if it died, `dmat runs reap {lost[:8]}`"
     ]
     for name in ("gone", lost[:3]):
         with pytest.raises(DmatError, match=rf"'{name}' is neither a machine with open runs \(none\) nor the start"):
@@ -606,23 +609,23 @@ def test_a_run_that_nobody_remembers_is_ended_by_its_id(home):
 
 def test_a_run_that_is_alive_is_not_reaped(home):
     with _open(home) as run:
-        run.provenance()  # waits until the store knows it
-        mine = files.read_json(home / "runs" / "one" / "tracking.json")["run"]
-        with pytest.raises(DmatError, match=rf"is remembered as work of process {os.getpid()} on "):
-            tracking.reap(home, [mine])
-    assert [found.info.status for found in _runs(home)[1]] == ["FINISHED"]
+        run.provenance()  # waits until the store has the run
+        run_id = files.read_json(home / "runs" / "one" / "tracking.json")["run"]
+        with pytest.raises(DmatError, match=rf"is recorded as work of process {os.getpid()} on "):
+            tracking.reap(home, [run_id])
+    assert [stored_run.info.status for stored_run in _runs(home)[1]] == ["FINISHED"]
 
 
 def _server(folder, port):
-    words = ["-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
-    words += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    arguments = ["-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
+    arguments += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
     quiet = subprocess.DEVNULL
-    server = subprocess.Popen([sys.executable, *words], start_new_session=True, stdout=quiet, stderr=quiet)
+    server = subprocess.Popen([sys.executable, *arguments], start_new_session=True, stdout=quiet, stderr=quiet)
     forked.until(lambda: servers.healthy(port), 120)
     return server
 
 
-def test_a_server_that_is_killed_in_the_middle_of_a_run_lacks_nothing_after_sync(home, inside, monkeypatch, told):
+def test_a_server_killed_during_a_run_lacks_nothing_after_sync(home, thread_sender, monkeypatch, warned):
     port = servers.free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -638,29 +641,29 @@ def test_a_server_that_is_killed_in_the_middle_of_a_run_lacks_nothing_after_sync
             started = time.monotonic()
             for step in range(10, 40):
                 _log(home, step, loss=1.0 / (step + 1))
-            assert time.monotonic() - started < 5  # nobody waited
+            assert time.monotonic() - started < 5  # logging did not wait for the server
             run.finish_with({"best": 1.0}, [])
-        assert run._ended.wait(60)
-        assert len(told) == 1
+        assert run._end_sent.wait(60)
+        assert len(warned) == 1
         server = _server(home, port)
         assert tracking.sync(home, report=True) == ["train_robust one: FINISHED"]
-        client, (found,) = _runs(home)
-        points = client.get_metric_history(found.info.run_id, "loss")
+        client, (stored_run,) = _runs(home)
+        points = client.get_metric_history(stored_run.info.run_id, "loss")
         assert [(point.step, point.value) for point in points] == [(step, 1.0 / (step + 1)) for step in range(40)]
-        assert (found.info.status, found.data.metrics["best"]) == ("FINISHED", 1.0)
+        assert (stored_run.info.status, stored_run.data.metrics["best"]) == ("FINISHED", 1.0)
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
-def test_an_answer_that_was_lost_does_not_double_points(home, inside, monkeypatch, told):
-    """The server stored the points; its answer never came."""
+def test_a_lost_answer_does_not_duplicate_points(home, thread_sender, monkeypatch, warned):
+    """The server stored the points, but its answer never arrived."""
     from mlflow import MlflowClient
 
-    real, lost = MlflowClient.log_batch, []
+    send, lost = MlflowClient.log_batch, []
 
     def log_batch(self, run_id, metrics=(), params=(), tags=()):
-        real(self, run_id, metrics, params, tags)
+        send(self, run_id, metrics, params, tags)
         if metrics and not lost:
             lost.append(True)
             raise ConnectionError("the answer was lost")
@@ -671,13 +674,13 @@ def test_an_answer_that_was_lost_does_not_double_points(home, inside, monkeypatc
         deadline = time.monotonic() + 60
         while not files.read_json(home / "runs" / "one" / "tracking.json")["sent"] and time.monotonic() < deadline:
             time.sleep(0.05)
-    assert ["the answer was lost" in line for line in told] == [True]
+    assert ["the answer was lost" in line for line in warned] == [True]
     client, (run,) = _runs(home)
     assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [10]
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "arguments"),
     [
         ("dvc repro", ["repro"]),
         ("/venv/bin/python /venv/bin/dvc repro -s", ["repro", "-s"]),
@@ -691,5 +694,5 @@ def test_an_answer_that_was_lost_does_not_double_points(home, inside, monkeypatc
         ("", None),
     ],
 )
-def test_only_dvc_itself_is_taken_for_dvc(line, words):
-    assert dvc_process.after_dvc(line.split()) == words
+def test_only_dvc_itself_is_recognised_as_dvc(line, arguments):
+    assert dvc_process.dvc_arguments(line.split()) == arguments

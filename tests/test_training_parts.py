@@ -1,6 +1,6 @@
 """The parts of a long run: schedules, averages, checkpoints, weight files, named randomness, modes.
 
-Oracles: torch's OneCycleLR, the formulas of the papers by hand, round trips, and the exact text of every refusal.
+Oracles: torch's OneCycleLR, the formulas of the papers written out, round trips, and the exact text of every refusal.
 Run alone: pytest tests/test_training_parts.py
 """
 
@@ -31,20 +31,20 @@ def torch_one_cycle(steps, peak, **settings):
     """Learning rate and momentum of every step, from torch."""
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps, **settings)
-    found = []
+    values = []
     for _ in range(steps):
-        found.append((optimiser.param_groups[0]["lr"], optimiser.param_groups[0]["momentum"]))
+        values.append((optimiser.param_groups[0]["lr"], optimiser.param_groups[0]["momentum"]))
         optimiser.step()
-        if len(found) < steps:
+        if len(values) < steps:
             scheduler.step()
-    return found
+    return values
 
 
 @pytest.mark.parametrize("steps", [41, 60, 80, 100, 400, 1601, 2000])
 def test_one_cycle_equals_torch_at_every_step(steps):
     expected = torch_one_cycle(steps, 0.2, pct_start=0.025)
-    found = [schedules.one_cycle(step, steps, 0.2) for step in range(steps)]
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
+    actual = [schedules.one_cycle(step, steps, 0.2) for step in range(steps)]
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize(("warmup", "start", "end"), [(0.3, 25.0, 1e4), (0.5, 10.0, 100.0), (1.0, 25.0, 1e4)])
@@ -52,21 +52,21 @@ def test_one_cycle_takes_other_numbers(warmup, start, end):
     expected = torch_one_cycle(
         50, 0.4, pct_start=warmup, div_factor=start, final_div_factor=end, base_momentum=0.8, max_momentum=0.9
     )
-    found = [
+    actual = [
         schedules.one_cycle(step, 50, 0.4, warmup=warmup, start_divisor=start, end_divisor=end, momentum=(0.8, 0.9))
         for step in range(50)
     ]
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-15)
 
 
 def test_one_cycle_works_where_torch_divides_by_zero():
-    """40 steps with a warm-up of 0.025: exactly one step. Ours starts at the peak and falls all the way."""
+    """40 steps with a warmup of 0.025 have one warmup step. Our schedule starts at the peak and falls from there."""
     with pytest.raises(ZeroDivisionError):
         torch_one_cycle(40, 0.2, pct_start=0.025)
-    found = [schedules.one_cycle(step, 40, 0.2) for step in range(40)]
-    assert found[0] == pytest.approx((0.2, 0.85))
-    assert found[-1] == pytest.approx((0.2 / 25 / 1e4, 0.95))
-    for step, (rate, momentum) in enumerate(found):
+    actual = [schedules.one_cycle(step, 40, 0.2) for step in range(40)]
+    assert actual[0] == pytest.approx((0.2, 0.85))
+    assert actual[-1] == pytest.approx((0.2 / 25 / 1e4, 0.95))
+    for step, (rate, momentum) in enumerate(actual):
         cosine = (1 + math.cos(math.pi * step / 39)) / 2
         assert rate == pytest.approx(8e-7 + (0.2 - 8e-7) * cosine)
         assert momentum == pytest.approx(0.95 - 0.1 * cosine)
@@ -74,16 +74,16 @@ def test_one_cycle_works_where_torch_divides_by_zero():
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 39])
 def test_one_cycle_of_a_short_run_starts_at_the_peak_and_ends_at_the_end(steps):
-    found = [schedules.one_cycle(step, steps, 0.2)[0] for step in range(steps)]
-    assert found[0] == pytest.approx(0.2)
-    assert found == sorted(found, reverse=True)
+    rates = [schedules.one_cycle(step, steps, 0.2)[0] for step in range(steps)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates == sorted(rates, reverse=True)
     if steps > 1:
-        assert found[-1] == pytest.approx(8e-7)
+        assert rates[-1] == pytest.approx(8e-7)
 
 
 def test_one_cycle_without_cycled_momentum_keeps_nine_tenths():
-    found = {schedules.one_cycle(step, 100, 0.2, momentum=(0.9, 0.9))[1] for step in range(100)}
-    assert found == {0.9}
+    momenta = {schedules.one_cycle(step, 100, 0.2, momentum=(0.9, 0.9))[1] for step in range(100)}
+    assert momenta == {0.9}
     rates = [schedules.one_cycle(step, 100, 0.2, momentum=(0.9, 0.9))[0] for step in range(100)]
     assert rates == [schedules.one_cycle(step, 100, 0.2)[0] for step in range(100)]
 
@@ -93,10 +93,10 @@ def test_an_epoch_is_rounded_up_to_whole_batches(batch, epoch_steps):
     """Wang et al.'s code: the scheduler steps once after each ceil(50,000 / batch) batches, for 60 epochs."""
     expected = torch_one_cycle(60, 0.2, pct_start=0.025)
     steps = 60 * math.ceil(50_000 / batch)
-    found, count = schedules.epochs(50_000, batch, steps)
-    assert (found, count) == (epoch_steps, 60)
+    steps_per_epoch, count = schedules.epochs(50_000, batch, steps)
+    assert (steps_per_epoch, count) == (epoch_steps, 60)
     for step in range(steps):
-        rate_and_momentum = schedules.one_cycle(step // found, count, 0.2)
+        rate_and_momentum = schedules.one_cycle(step // steps_per_epoch, count, 0.2)
         assert rate_and_momentum == pytest.approx(expected[step // math.ceil(50_000 / batch)])
 
 
@@ -134,10 +134,10 @@ def test_classifier_decay_copies_first_and_then_forgets_ever_slower(steps):
 
 @pytest.mark.parametrize("batch", [64, 256])
 def test_denoiser_half_life_is_the_images_after_which_half_is_forgotten(batch):
-    half_life, seen, kept = 100 * 256, 10_000_000, 1.0
+    half_life, seen, remaining = 100 * 256, 10_000_000, 1.0
     for step in range(half_life // batch):
-        kept *= ema.half_life_decay(seen + step * batch, batch, half_life)
-    assert kept == pytest.approx(0.5)
+        remaining *= ema.half_life_decay(seen + step * batch, batch, half_life)
+    assert remaining == pytest.approx(0.5)
 
 
 def test_denoiser_half_life_grows_with_the_images_seen():
@@ -166,17 +166,17 @@ def ready_models():
 @pytest.mark.parametrize("decay", [0.0, 0.1, 0.5, 0.995, 1.0])
 def test_update_mixes_parameters_and_nothing_else(decay):
     ema_model, live = ready_models()
-    mine, theirs = ([p.detach().clone() for p in model.parameters()] for model in (ema_model, live))
+    ema_before, live_before = ([p.detach().clone() for p in model.parameters()] for model in (ema_model, live))
     buffers = [b.clone() for b in ema_model.buffers()]
     ema.update(ema_model, live, decay)
-    for found, a, b in zip(ema_model.parameters(), mine, theirs, strict=True):
-        torch.testing.assert_close(found.detach(), decay * a + (1 - decay) * b)
-        assert found.grad is None
-        assert found.requires_grad
-    assert all(torch.equal(p, b) for p, b in zip(live.parameters(), theirs, strict=True))
+    for parameter, a, b in zip(ema_model.parameters(), ema_before, live_before, strict=True):
+        torch.testing.assert_close(parameter.detach(), decay * a + (1 - decay) * b)
+        assert parameter.grad is None
+        assert parameter.requires_grad
+    assert all(torch.equal(p, b) for p, b in zip(live.parameters(), live_before, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(ema_model.buffers(), buffers, strict=True))
     if decay == 0:  # a plain copy, bit for bit
-        assert all(torch.equal(a, b) for a, b in zip(ema_model.parameters(), theirs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ema_model.parameters(), live_before, strict=True))
 
 
 def test_buffers_are_copied_and_not_shared():
@@ -185,10 +185,10 @@ def test_buffers_are_copied_and_not_shared():
     assert not torch.equal(ema_model[1].running_mean, live[1].running_mean)
     ema.copy_buffers(ema_model, live)
     assert len(expected) == 3  # mean, variance and count of one batch norm
-    for mine, theirs, value in zip(ema_model.buffers(), live.buffers(), expected, strict=True):
-        assert torch.equal(mine, value)
-        assert torch.equal(theirs, value)
-        assert mine.data_ptr() != theirs.data_ptr()
+    for ema_buffer, live_buffer, value in zip(ema_model.buffers(), live.buffers(), expected, strict=True):
+        assert torch.equal(ema_buffer, value)
+        assert torch.equal(live_buffer, value)
+        assert ema_buffer.data_ptr() != live_buffer.data_ptr()
     before = ema_model[1].running_mean.clone()
     live(torch.randn(4, 1, 5, 5) + 3)
     assert torch.equal(ema_model[1].running_mean, before)
@@ -256,9 +256,11 @@ def test_damaged_checkpoint_is_refused(checkpoint, damage):
     changed[len(changed) // 2] ^= 1
     payload = {"cut": payload[:-1], "one bit": bytes(changed), "longer": payload + b"\0", "no state": b""}[damage]
     checkpoint.write_bytes(first + b"\n" + payload)
-    found, expected = hashlib.sha256(payload).hexdigest()[:12], json.loads(first)["sha256"][:12]
-    assert found != expected
-    assert refusal(checkpoint) == (f"{checkpoint} was cut or altered (checksum {found}, expected {expected}); {ADVICE}")
+    actual, expected = hashlib.sha256(payload).hexdigest()[:12], json.loads(first)["sha256"][:12]
+    assert actual != expected
+    assert refusal(checkpoint) == (
+        f"{checkpoint} was cut or altered (checksum {actual}, expected {expected}); {ADVICE}"
+    )
 
 
 @pytest.mark.parametrize("schema", [0, 2, None])
@@ -276,7 +278,7 @@ OTHER_JSON = [b"7\nx", b"[]\n", b'{"schema": 1}\nx']
 
 
 @pytest.mark.parametrize("content", [*NO_CHECKPOINT, *OTHER_JSON])
-def test_file_that_is_no_checkpoint_is_refused(checkpoint, content):
+def test_file_that_is_not_a_checkpoint_is_refused(checkpoint, content):
     checkpoint.write_bytes(content)
     text = refusal(checkpoint)
     assert text.startswith(f"{checkpoint} is not a checkpoint of dmat (its first line is not ")
@@ -345,9 +347,9 @@ def test_weights_beside_a_foreign_sidecar_are_refused(stored):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    found = hashlib.sha256(content).hexdigest()
+    actual = hashlib.sha256(content).hexdigest()
     assert refused_weights(path) == (
-        f"{path} has checksum {found[:12]}; its sidecar says {expected[:12]}; bring back the pair that was written "
+        f"{path} has checksum {actual[:12]}; its sidecar says {expected[:12]}; bring back the pair that was written "
         f"together, or run its stage again"
     )
 
@@ -375,7 +377,7 @@ def test_half_a_pair_is_refused(stored, suffix):
     )
 
 
-def test_sidecar_that_is_no_json_is_refused(stored):
+def test_sidecar_that_is_not_json_is_refused(stored):
     path, _ = stored
     path.with_suffix(".json").write_text("{")
     assert refused_weights(path).startswith(f"{path.with_suffix('.json')} is not valid JSON (")
@@ -418,7 +420,7 @@ def test_a_name_gives_its_numbers_and_no_other():
 
 
 def test_names_keep_their_numbers_across_versions():
-    """Written down once: changing these changes every result that was ever published."""
+    """Recorded once: other numbers would change every published result."""
     assert seeds.stream(1, "order/real", 0).bit_generator.random_raw(2).tolist() == GOLDEN
     key = int.from_bytes(hashlib.blake2b(b"1/order/real/0", digest_size=16).digest(), "little")
     assert np.random.Philox(key=key).random_raw(2).tolist() == GOLDEN
@@ -481,7 +483,7 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_mode_ends_with_its_block(name, raising):
     model = ready_models()[0].train()
-    model[1].eval()  # a mixture, as a caller may have left it
+    model[1].eval()  # mixed modes, as a caller may have left them
     model[0].weight.requires_grad_(False)
     before = described(model)
     try:
@@ -527,8 +529,8 @@ def test_batch_norm_momentum_is_the_share_of_the_newest_batch():
 # --- signals
 
 
-def test_a_signal_that_a_library_made_another_error_of_is_still_one():
-    """numpy.fromfile answers an exception inside its read with a TypeError."""
+def test_a_signal_that_a_library_turned_into_another_error_still_interrupts():
+    """numpy.fromfile turns an exception inside its read into a TypeError."""
     with pytest.raises(Interrupted) as stopped, Interruption(at_once=True):
         try:
             os.kill(os.getpid(), signal.SIGINT)
@@ -540,7 +542,7 @@ def test_a_signal_that_a_library_made_another_error_of_is_still_one():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_whose_exception_was_lost_is_still_asked_inside():
+def test_a_signal_whose_exception_was_lost_is_noticed_by_an_inner_block():
     """Python drops what a handler raises inside a destructor or a callback of a library."""
 
     class Dropped:
@@ -549,9 +551,9 @@ def test_a_signal_whose_exception_was_lost_is_still_asked_inside():
 
     with pytest.raises(Interrupted) as stopped, Interruption(at_once=True):
         thing = Dropped()
-        del thing  # the handler raises Interrupted in there, and nobody hears of it
+        del thing  # the handler raises Interrupted in there, and Python drops it
         with Interruption() as inner:
-            inner.raise_if_asked()
+            inner.raise_if_received()
     assert stopped.value.exit_code == 128 + signal.SIGTERM
 
 
@@ -559,24 +561,24 @@ def test_a_signal_whose_exception_was_lost_is_still_asked_inside():
 
 
 class _Maker:
-    """Makes 10 x step and remembers what it was asked; `bad` cannot be made."""
+    """Returns 10 x step and records the steps that were requested; the step `bad` fails."""
 
     def __init__(self, bad=None):
-        self.bad, self.made, self.threads = bad, [], set()
+        self.bad, self.requested, self.threads = bad, [], set()
 
     def __call__(self, step):
-        self.made.append(step)
+        self.requested.append(step)
         self.threads.add(threading.get_ident())
         if step == self.bad:
             raise OSError(f"no step {step}")
         return 10 * step
 
 
-def test_steps_come_in_turn_and_are_made_once_by_another_thread():
+def test_steps_come_in_order_and_are_made_once_by_another_thread():
     make = _Maker()
     steps = Prefetcher(make, 6)
     assert [steps.at(step) for step in range(6)] == [0, 10, 20, 30, 40, 50]
-    assert make.made == [0, 1, 2, 3, 4, 5], "each step once, none past the end"
+    assert make.requested == [0, 1, 2, 3, 4, 5], "each step once, none past the end"
     assert threading.get_ident() not in make.threads
 
 
@@ -585,21 +587,21 @@ def test_the_next_steps_are_made_before_they_are_asked_for():
     steps = Prefetcher(make, 100)
     assert steps.at(0) == 0
     for _ in range(1000):
-        if len(make.made) == 3:
+        if len(make.requested) == 3:
             break
         time.sleep(0.005)
-    assert make.made == [0, 1, 2]
+    assert make.requested == [0, 1, 2]
 
 
-@pytest.mark.parametrize("to", [0, 2, 7, 9])
-def test_after_a_jump_what_was_made_is_dropped(to):
-    """As a roll-back does: back, the same step again, or on."""
+@pytest.mark.parametrize("target", [0, 2, 7, 9])
+def test_after_a_jump_prefetched_steps_are_dropped(target):
+    """As by a roll-back: to an earlier step, the same step or a later one."""
     steps = Prefetcher(_Maker(), 10)
     assert [steps.at(step) for step in range(3)] == [0, 10, 20]
-    assert [steps.at(step) for step in range(to, 10)] == [10 * step for step in range(to, 10)]
+    assert [steps.at(step) for step in range(target, 10)] == [10 * step for step in range(target, 10)]
 
 
-def test_what_cannot_be_made_is_raised_where_it_is_asked_for():
+def test_an_error_is_raised_where_its_step_is_asked_for():
     steps = Prefetcher(_Maker(bad=2), 10)
     assert [steps.at(step) for step in range(2)] == [0, 10]
     with pytest.raises(OSError, match="no step 2"):
@@ -610,4 +612,4 @@ def test_what_cannot_be_made_is_raised_where_it_is_asked_for():
 def test_a_step_past_the_end_is_made_when_asked_for():
     make = _Maker()
     assert Prefetcher(make, 2).at(5) == 50
-    assert make.made == [5]
+    assert make.requested == [5]

@@ -1,5 +1,5 @@
-"""Studies: trials are what training computes, bad ones stop early, a killed study ends as an undisturbed one, and any
-number of workers share one.
+"""Studies: a trial equals a training, bad trials stop early, a killed study ends as an undisturbed one, and any number
+of workers share one study.
 
 Run alone: pytest tests/test_tuning.py
 """
@@ -28,21 +28,21 @@ from dmat.pipeline import code_identity
 from dmat.tuning import leading, trials, worker
 from dmat.workspace import find_workspace
 from tests import forked
-from tests.databases import STORES, url_of
+from tests.databases import STORES, database_url
 from tests.servers import free_port
 
 TRIALS = 6
 
 
-def _start(project, trials=TRIALS, *words, output=".output", **environment):
+def _start(project, trials=TRIALS, *arguments, output=".output", **environment):
     return forked.Command(
-        project.folder, "tune", "start", "--trials", str(trials), "--json", *words, output=output, **environment
+        project.folder, "tune", "start", "--trials", str(trials), "--json", *arguments, output=output, **environment
     )
 
 
-def _study(project, trials=TRIALS, code=0, words=(), **environment):
-    found, text = _start(project, trials, *words, **environment).wait()
-    assert found == code, text
+def _study(project, trials=TRIALS, code=0, arguments=(), **environment):
+    exit_code, text = _start(project, trials, *arguments, **environment).wait()
+    assert exit_code == code, text
     return text
 
 
@@ -52,8 +52,8 @@ def _table(project):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def _unstudied(finished, folder):
-    """A project at a radius at which trials this short differ: at that of the recipe most of them read 0."""
+def _project_without_study(finished, folder):
+    """A project with a radius at which such short trials differ; at the recipe's radius most of them score 0."""
     project = finished.copy_without("nothing", folder)
     project.write({"train_robust": {"threat": {"epsilon": "1/50"}}})
     return project
@@ -61,7 +61,7 @@ def _unstudied(finished, folder):
 
 @pytest.fixture(scope="module")
 def studied(finished, tmp_path_factory):
-    project = _unstudied(finished, tmp_path_factory.mktemp("studied") / "project")
+    project = _project_without_study(finished, tmp_path_factory.mktemp("studied") / "project")
     _study(project)
     return project
 
@@ -76,7 +76,7 @@ def test_a_study_has_its_trials_its_table_and_its_pictures(studied):
     assert summary["best"]["beta"] == float(best["beta"])
     space = config.load(studied.folder / "params.yaml").tune.space
     for row in rows:
-        assert all(wanted.low <= float(row[name]) <= wanted.high for name, wanted in space.items())
+        assert all(bounds.low <= float(row[name]) <= bounds.high for name, bounds in space.items())
     pictures = {path.stem for path in (studied.folder / "artifacts/tune/generated").glob("*.png")}
     assert pictures >= {"history", "curves", "slices"}
 
@@ -86,8 +86,8 @@ def test_the_first_trial_is_the_arm_as_it_is_and_equals_a_training_of_that_lengt
     assert (first["beta"], first["learning_rate"], first["generated_share"]) == ("5.0", "0.2", "0.7")
     project = studied.copy_without("train_robust", tmp_path / "project")
     project.write({"arms": {"generated": {"images_seen": 640, "evaluate_every": 128}}})
-    for word in ("mix_images", "train_robust"):
-        project.run(word)
+    for stage_name in ("mix_images", "train_robust"):
+        project.run(stage_name)
     metrics = files.read_json(project.folder / "artifacts/metrics/train_robust/generated-1.json")
     assert float(first["validation_robust"]) == metrics["best_validation_robust"]
 
@@ -115,7 +115,7 @@ def test_trials_is_the_total(studied):
 
 
 def test_a_study_killed_at_random_moments_ends_as_if_undisturbed(finished, studied, tmp_path):
-    project = _unstudied(finished, tmp_path / "killed")
+    project = _project_without_study(finished, tmp_path / "killed")
     rng = random.Random(1)
     killed = 0
     for _ in range(5):
@@ -130,19 +130,19 @@ def test_a_study_killed_at_random_moments_ends_as_if_undisturbed(finished, studi
     assert [path.read_text() for path in curves[0]] == [path.read_text() for path in curves[1]]
 
 
-def test_a_signal_saves_the_trial_and_the_command_goes_on(finished, studied, tmp_path):
-    project = _unstudied(finished, tmp_path / "stopped")
+def test_a_signal_saves_the_trial_and_the_command_resumes_it(finished, studied, tmp_path):
+    project = _project_without_study(finished, tmp_path / "stopped")
     command = _start(project)
     forked.until(lambda: list((project.folder / "runs/tune").glob("generated-*/trial-0001/checkpoint.dmat")))
     command.signal(signal.SIGTERM)
     code, text = command.wait()
     assert code == 143
-    assert "the same command goes on from here" in text
+    assert "the same command resumes from here" in text
     _study(project)
     assert _table(project) == _table(studied)[:TRIALS]
 
 
-def test_a_diverged_trial_fails_with_its_reason_and_the_study_goes_on(finished, tmp_path):
+def test_a_diverged_trial_fails_with_its_reason_and_the_study_continues(finished, tmp_path):
     project = finished.copy_without("nothing", tmp_path / "wild")
     project.write({"tune": {"space": {"learning_rate": {"low": 1e18, "high": 1e20, "scale": "log"}}}})
     _study(project, 2, DMAT_TRACKING="on")
@@ -186,7 +186,7 @@ def test_another_space_is_another_study_and_fresh_keeps_the_old_one(studied, tmp
     project.write({"tune": {"space": {"beta": {"low": 2.0}}}})
     _study(project, 1)
     assert len([row for row in _table(project) if not row["imported_from"]]) == 1
-    _study(project, 1, words=["--fresh"])
+    _study(project, 1, arguments=["--fresh"])
     assert len(list((project.folder / "runs/tune").glob("generated-*/study.json"))) == 2
     with sqlite3.connect(project.folder / "runs/tune/studies.db") as database:
         names = [name for (name,) in database.execute("select study_name from studies")]
@@ -194,7 +194,7 @@ def test_another_space_is_another_study_and_fresh_keeps_the_old_one(studied, tmp
     assert sum("-before-" in name for name in names) == 1
 
 
-def test_a_file_without_a_study_is_answered(finished, tmp_path):
+def test_params_without_a_study_are_refused(finished, tmp_path):
     project = finished.copy_without("nothing", tmp_path / "none")
     del project.params["tune"]
     project.write({})
@@ -203,7 +203,7 @@ def test_a_file_without_a_study_is_answered(finished, tmp_path):
 
 @pytest.fixture
 def small(finished, tmp_path, monkeypatch):
-    """A study inside this process whose trials take no time: their value is made of their parameters."""
+    """A study in this process whose trials take no time: their value is computed from their parameters."""
     project = finished.copy_without("nothing", tmp_path / "small")
     project.write({"tune": {"pruner": "none"}})
 
@@ -218,7 +218,8 @@ def small(finished, tmp_path, monkeypatch):
     def run(total, fresh=False):
         params = config.load(project.folder / "params.yaml")
         workspace = find_workspace(project.folder)
-        return tuning.run(tuning.plan(params, workspace), params, workspace, tuning.StudyOptions(total, fresh=fresh, quiet=True))
+        options = tuning.StudyOptions(total, fresh=fresh, quiet=True)
+        return tuning.run(tuning.plan(params, workspace), params, workspace, options)
 
     run.project = project
     return run
@@ -230,19 +231,20 @@ def _curve(project):
 
 @pytest.mark.parametrize("trial", [0, 3, 12], ids=["known", "drawn at random", "drawn by TPE"])
 @pytest.mark.parametrize("call", ["suggest_float", "enqueue_trial", "ask"])
-def test_a_trial_that_was_half_born_is_the_same_trial(small, monkeypatch, trial, call):
+def test_a_trial_killed_while_it_is_created_stays_the_same_trial(small, monkeypatch, trial, call):
     small(14)
     undisturbed = _table(small.project), _curve(small.project)
     owner = optuna.Trial if call == "suggest_float" else optuna.Study
     real, calls = getattr(owner, call), []
 
-    def killed(self, *words, **more):
-        if not (owner is optuna.Study and "fixed_distributions" in more):  # not that of a sampler in memory
-            calls.append(words)
-        done = real(self, *words, **more)
+    def killed(self, *arguments, **options):
+        # not a call on the sampler's study in memory
+        if not (owner is optuna.Study and "fixed_distributions" in options):
+            calls.append(arguments)
+        result = real(self, *arguments, **options)
         if len(calls) == (3 * trial + 2 if call == "suggest_float" else trial + 1):
             raise SystemExit("killed")
-        return done
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, call, killed)
@@ -253,16 +255,16 @@ def test_a_trial_that_was_half_born_is_the_same_trial(small, monkeypatch, trial,
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_kill_around_the_word_that_a_trial_ended_loses_and_doubles_nothing(small, monkeypatch, when):
+def test_a_kill_around_the_report_that_a_trial_ended_loses_and_doubles_nothing(small, monkeypatch, when):
     small(5)
     undisturbed = _table(small.project), _curve(small.project)
     real, calls = optuna.Study.tell, []
 
-    def tell(self, *words):
-        calls.append(words)
+    def tell(self, *arguments):
+        calls.append(arguments)
         if len(calls) == 3 and when == "before":
             raise SystemExit("killed")
-        real(self, *words)
+        real(self, *arguments)
         if len(calls) == 3:
             raise SystemExit("killed")
 
@@ -307,7 +309,7 @@ def test_a_study_with_nothing_left_to_do_is_not_tracked_again(small, monkeypatch
 
 
 @pytest.mark.parametrize("stage", ["mix_images", "train_robust"])
-def test_a_study_is_of_its_code_and_what_other_code_found_is_not_told(small, monkeypatch, stage):
+def test_a_study_belongs_to_its_code_and_ignores_results_of_other_code(small, monkeypatch, stage):
     small(2)
     before = _table(small.project)
     real, other = code_identity.of_stage, 32 * "0"
@@ -315,12 +317,12 @@ def test_a_study_is_of_its_code_and_what_other_code_found_is_not_told(small, mon
         patch.setattr(code_identity, "of_stage", lambda name, *_: other if name == stage else real(name))
         with pytest.raises(DmatError, match=f"the code of {stage} is 000000000000; code.yaml says"):
             small(4)
-        patch.setattr(code_identity, "_when_loaded", lambda name: other if name == stage else real(name))
+        patch.setattr(code_identity, "_loaded_identity", lambda name: other if name == stage else real(name))
         with pytest.raises(DmatError, match=f"the code of {stage} is 000000000000; code.yaml says"):
             small(4)
         workspace = find_workspace(small.project.folder)
-        found = tuning.status(tuning.plan(config.load(small.project.folder / "params.yaml"), workspace))
-        assert (found["complete"], len(found["at_work"])) == (2, 1), "it can be looked at, whatever the code is"
+        study_status = tuning.status(tuning.plan(config.load(small.project.folder / "params.yaml"), workspace))
+        assert (study_status["complete"], len(study_status["at_work"])) == (2, 1), "status works with any code"
     locked = code_identity.read(small.project.folder)
     same = {stage: [{"code": real(stage), "why": "a test", "compared": "nothing"}]}
     code_identity.write(small.project.folder, code_identity.CodeLock({**locked.identities, stage: other}, same))
@@ -357,21 +359,21 @@ def test_an_exception_is_tried_again_up_to_a_limit_and_never_ends_the_study(smal
 
 
 def test_a_trial_that_kills_its_workers_ends_with_that_reason(small, monkeypatch):
-    monkeypatch.setattr(worker.Claims, "lost_workers", lambda self, item: 6 * (item == "trial-0001"))
+    monkeypatch.setattr(worker.Claims, "lost_workers", lambda self, key: 6 * (key == "trial-0001"))
     small(3)
     assert [row["state"] for row in _table(small.project)] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert _table(small.project)[1]["reason"] == "6 workers were killed in it"
 
 
 def test_a_worker_that_lost_its_trial_leaves_it_alone(small, monkeypatch):
-    """One that slept for longer than a claim lives must not report over the other's shoulder."""
+    """A worker that slept longer than its claim lasts must not report into a trial that another worker has taken."""
     real, lost = worker.Claims.holds, []
 
-    def holds(self, item, within=0.0):
-        if item == "trial-0001" and not lost:
-            lost.append(item)
+    def holds(self, key, within=0.0):
+        if key == "trial-0001" and not lost:
+            lost.append(key)
             return False
-        return real(self, item, within)
+        return real(self, key, within)
 
     monkeypatch.setattr(worker.Claims, "holds", holds)
     small(3)
@@ -381,34 +383,34 @@ def test_a_worker_that_lost_its_trial_leaves_it_alone(small, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("space", "point", "words"),
+    ("space", "point", "message"),
     [
         (
             {"batch": {"choices": [64, 4]}, "generated_share": {"low": 0.1, "high": 0.9}},
             {"batch": 4, "generated_share": 0.1},
             "leaves 0 generated ones; expected some of both kinds",
         ),
-        ({"augmentation": {"choices": ["none", "cutout18"]}}, {"augmentation": "cutout18"}, "takes up to 18 pixels"),
+        ({"augmentation": {"choices": ["none", "cutout18"]}}, {"augmentation": "cutout18"}, "removes up to 18 pixels"),
     ],
     ids=["each other", "the data"],
 )
-def test_values_that_do_not_fit_fail_their_trial_alone(small, monkeypatch, space, point, words):
+def test_values_that_do_not_fit_fail_their_trial_alone(small, monkeypatch, space, point, message):
     monkeypatch.undo()
     small.project.params["tune"]["space"] = space
     small.project.write({"tune": {"enqueue": [point]}})
     small(2)
     rows = _table(small.project)
     assert [row["state"] for row in rows] == ["COMPLETE", "FAIL"]
-    assert words in rows[1]["reason"]
+    assert message in rows[1]["reason"]
 
 
-def test_what_a_moved_storage_left_in_the_folders_is_set_aside(small):
+def test_folders_left_by_a_moved_storage_are_set_aside(small):
     small(2)
     (small.project.folder / "runs/tune/studies.db").unlink()
     small.project.write({"tune": {"enqueue": [{"beta": 3.0}]}})
     small(2)
     aside = {path.parent.name for path in (small.project.folder / "runs/tune").glob("generated-*/trial-*/before-*")}
-    assert aside == {"trial-0001"}, "the other has the values of the first study, so what it holds is its own"
+    assert aside == {"trial-0001"}, "the other trial has the values of the first study, so its folder fits"
     assert float(_table(small.project)[1]["beta"]) == 3.0
 
 
@@ -422,7 +424,7 @@ def test_a_damaged_storage_is_named_and_left_as_it_is(small):
         assert path.read_bytes() == damage
 
 
-def test_a_study_whose_space_changed_knows_the_trials_that_fit(small):
+def test_a_study_whose_space_changed_imports_the_trials_that_fit(small):
     small(8)
     old = _table(small.project)
     small.project.write({"tune": {"space": {"learning_rate": {"low": 0.1}}}})
@@ -430,10 +432,10 @@ def test_a_study_whose_space_changed_knows_the_trials_that_fit(small):
     rows = _table(small.project)
     fitting = [row for row in old if float(row["learning_rate"]) >= 0.1]
     assert 0 < len(fitting) < 8
-    taken = [row for row in rows if row["imported_from"]]
-    assert [row["beta"] for row in taken] == [row["beta"] for row in fitting]
-    assert [row["imported_from"].rpartition(" ")[2] for row in taken] == [row["trial"] for row in fitting]
-    assert len(rows) == len(taken) + 2, "--trials counts those that the study made itself"
+    imported = [row for row in rows if row["imported_from"]]
+    assert [row["beta"] for row in imported] == [row["beta"] for row in fitting]
+    assert [row["imported_from"].rpartition(" ")[2] for row in imported] == [row["trial"] for row in fitting]
+    assert len(rows) == len(imported) + 2, "--trials counts those that the study made itself"
     small.project.write({"tune": {"space": {"learning_rate": {"low": 0.02}}}})
     assert small(8)["trials"] == 8, "the old study is as it was"
 
@@ -447,23 +449,23 @@ def test_without_a_pruner_every_trial_is_complete_and_sees_all_images(studied, t
 
 @pytest.mark.parametrize("store", STORES)
 def test_workers_killed_at_random_lose_no_trial_and_double_none(finished, tmp_path, request, store):
-    """A leader and two helpers. Four times one is killed with -9 that has a trial; benchmarks/tune_workers.py has it
-    larger."""
+    """A leader and two helpers. Four times a helper with a trial is killed with -9; benchmarks/tune_workers.py does the
+    same at a larger size."""
     project = finished.copy_without("nothing", tmp_path / "many")
     project.write({"tune": {"sampler": "random"}})
-    total, rng, url = 12, random.Random(3), url_of(store, request, tmp_path)
+    total, rng, url = 12, random.Random(3), database_url(store, request, tmp_path)
     storages = {"DMAT_STUDIES": url}
     leader = _start(project, total, **storages)
     helpers = [_start(project, total, "--worker", output=f".output-{k}", **storages) for k in range(2)]
     engine, killed = sqlalchemy.create_engine(url), 0
-    held = "select count(*) from dmat_claims where pid = :pid and holder is not null and item like 'trial-%'"
+    query = "select count(*) from dmat_claims where pid = :pid and holder is not null and item like 'trial-%'"
 
     def has_a_trial_or_ended(helper):
         if helper.process.exitcode is not None:
             return True
         try:
             with engine.connect() as connection:
-                return connection.execute(sqlalchemy.text(held), {"pid": helper.process.pid}).scalar() > 0
+                return connection.execute(sqlalchemy.text(query), {"pid": helper.process.pid}).scalar() > 0
         except sqlalchemy.exc.SQLAlchemyError:  # the table is not there yet
             return False
 
@@ -471,8 +473,8 @@ def test_workers_killed_at_random_lose_no_trial_and_double_none(finished, tmp_pa
         forked.until(functools.partial(has_a_trial_or_ended, helpers[k]), 120)
         killed += helpers[k].kill_after(rng.uniform(0, 0.2))
         helpers[k] = _start(project, total, "--worker", output=f".output-{k}", **storages)
-    found = [one.wait() for one in (leader, *helpers)]
-    assert [code for code, _ in found] == [0, 0, 0], found
+    results = [command.wait() for command in (leader, *helpers)]
+    assert [code for code, _ in results] == [0, 0, 0], results
     assert killed >= 2
     study = optuna.load_study(study_name=None, storage=url)
     assert [trial.number for trial in study.trials] == list(range(total))
@@ -480,31 +482,31 @@ def test_workers_killed_at_random_lose_no_trial_and_double_none(finished, tmp_pa
     folder = next((project.folder / "runs/tune").glob("generated-*"))
     for trial in study.trials:
         lines = (folder / f"trial-{trial.number:04d}/metrics.jsonl").read_text().splitlines()
-        told = {record["images_seen"]: record["validation_robust"] for record in map(json.loads, lines)}
-        assert len(told) == len(lines), "no report twice"
-        assert trial.intermediate_values == told
-        assert trial.state.name == "PRUNED" or list(told) == [128, 256, 384, 512, 640]
+        reports = {record["images_seen"]: record["validation_robust"] for record in map(json.loads, lines)}
+        assert len(reports) == len(lines), "no report twice"
+        assert trial.intermediate_values == reports
+        assert trial.state.name == "PRUNED" or list(reports) == [128, 256, 384, 512, 640]
     assert sum(trial.user_attrs["workers_killed"] for trial in study.trials) >= 1
-    assert json.loads(found[0][1])["trials"] == total
+    assert json.loads(results[0][1])["trials"] == total
     assert len(_table(project)) == total
 
 
 def test_machines_that_share_no_folder_share_a_study(finished, tmp_path, request):
-    """Two projects of the same settings and data on one storage: what one leaves the other ends, from its beginning."""
-    url, total = url_of("sqlite", request, tmp_path), 6
-    here, there = (finished.copy_without("nothing", tmp_path / name) for name in ("here", "there"))
-    for project in (here, there):
+    """Two projects with equal settings and data on one storage: one restarts and ends the trial that the other left."""
+    url, total = database_url("sqlite", request, tmp_path), 6
+    local, remote = (finished.copy_without("nothing", tmp_path / name) for name in ("here", "there"))
+    for project in (local, remote):
         project.write({"tune": {"sampler": "random", "pruner": "none"}})
-    away = _start(there, total, "--worker", DMAT_STUDIES=url)
-    forked.until(lambda: list((there.folder / "runs/tune").glob("generated-*/trial-0001/metrics.jsonl")))
-    assert away.kill_after(0.1)
-    _study(here, total, DMAT_STUDIES=url)
+    remote_worker = _start(remote, total, "--worker", DMAT_STUDIES=url)
+    forked.until(lambda: list((remote.folder / "runs/tune").glob("generated-*/trial-0001/metrics.jsonl")))
+    assert remote_worker.kill_after(0.1)
+    _study(local, total, DMAT_STUDIES=url)
     study = optuna.load_study(study_name=None, storage=url)
     assert [(trial.number, trial.state.name) for trial in study.trials] == [(k, "COMPLETE") for k in range(total)]
     assert {tuple(trial.intermediate_values) for trial in study.trials} == {(128, 256, 384, 512, 640)}
-    made_here = {path.name for path in (here.folder / "runs/tune").glob("generated-*/trial-*")}
-    assert made_here == {f"trial-{k:04d}" for k in range(1, total)}
-    assert [int(row["trial"]) for row in _table(here)] == list(range(total))
+    made_locally = {path.name for path in (local.folder / "runs/tune").glob("generated-*/trial-*")}
+    assert made_locally == {f"trial-{k:04d}" for k in range(1, total)}
+    assert [int(row["trial"]) for row in _table(local)] == list(range(total))
 
 
 def test_real_workers_are_replaced_when_killed_and_end_with_their_leader(finished, tmp_path):
@@ -522,9 +524,10 @@ def test_real_workers_are_replaced_when_killed_and_end_with_their_leader(finishe
         forked.until(lambda: ended() >= 1, 200)
         workers = tree.children()
         assert len(workers) == 2
-        workers[1].kill()  # not the first: each is looked at
+        workers[1].kill()  # not the first, to show that every worker is watched
         forked.until(
-            lambda: len([one for one in tree.children() if one.is_running()]) == 2 and tree.children() != workers, 60
+            lambda: len([child for child in tree.children() if child.is_running()]) == 2 and tree.children() != workers,
+            60,
         )
         before = ended()
         forked.until(lambda: ended() >= before + 2, 200)
@@ -532,13 +535,13 @@ def test_real_workers_are_replaced_when_killed_and_end_with_their_leader(finishe
     finally:
         started.kill()
         started.wait()
-    forked.until(lambda: not any(one.is_running() and one.status() != "zombie" for one in workers), 120)
-    found, text = forked.run(project.folder, "tune", "status")
-    assert (found, "process" in text) == (0, False), text
+    forked.until(lambda: not any(child.is_running() and child.status() != "zombie" for child in workers), 120)
+    exit_code, text = forked.run(project.folder, "tune", "status")
+    assert (exit_code, "process" in text) == (0, False), text
 
 
 def _together(project):
-    """The study in two processes, as torchrun would start them."""
+    """Starts the study in two processes, as torchrun would."""
     port = str(free_port())
     return [
         _start(project, TRIALS, output=f".output-{rank}", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
@@ -547,7 +550,7 @@ def _together(project):
     ]  # fmt: skip
 
 
-def test_under_torchrun_the_leading_process_prunes_and_all_stop_together(finished, tmp_path):
+def test_under_torchrun_the_main_process_prunes_and_all_stop_together(finished, tmp_path):
     project = finished.copy_without("nothing", tmp_path / "together")
     (code, text), silence = (command.wait() for command in _together(project))
     assert (code, silence) == (0, (0, "")), (text, silence)
@@ -570,7 +573,7 @@ def test_a_space_of_images_is_refused_in_several_processes(finished, tmp_path):
 def test_images_that_a_trial_changes_are_made_once_for_each_value(finished, tmp_path):
     project = finished.copy_without("nothing", tmp_path / "images")
     before = {str(p): files.checksum(p) for p in (project.folder / "artifacts").iterdir()}
-    made = len(list((project.folder / "runs/generate_images").iterdir()))
+    sets_before = len(list((project.folder / "runs/generate_images").iterdir()))
     project.params["tune"]["space"] = {"image_set.sampler.steps": {"choices": [3, 2]}, "selection.keep": {"choices": [0.8, 0.5]}}  # fmt: skip # noqa: E501
     points = [
         {"image_set.sampler.steps": 2},
@@ -581,12 +584,12 @@ def test_images_that_a_trial_changes_are_made_once_for_each_value(finished, tmp_
     _study(project, 6)
     rows = _table(project)
     assert [row["state"] for row in rows] == ["COMPLETE"] * 6
-    assert len(list((project.folder / "runs/generate_images").iterdir())) == made + 1
+    assert len(list((project.folder / "runs/generate_images").iterdir())) == sets_before + 1
     assert len(list((project.folder / "runs/select_images").iterdir())) == 4
     after = {str(p): files.checksum(p) for p in (project.folder / "artifacts").iterdir() if p.name != "tune"}
     assert after == before, "what DVC knows stays as it is"
     _study(project, 8)
-    assert len(list((project.folder / "runs/generate_images").iterdir())) == made + 1
+    assert len(list((project.folder / "runs/generate_images").iterdir())) == sets_before + 1
 
 
 def test_the_best_are_ranked_by_autoattack_on_validation_and_the_first_becomes_an_arm(finished, tmp_path):
@@ -620,7 +623,7 @@ def test_the_best_are_ranked_by_autoattack_on_validation_and_the_first_becomes_a
     assert arm.beta == pytest.approx(summary["best"]["beta"])
 
 
-def test_status_says_who_is_at_work_and_what_was_not_begun(finished, tmp_path):
+def test_status_names_the_workers_and_a_study_that_was_not_begun(finished, tmp_path):
     project = finished.copy_without("nothing", tmp_path / "status")
     code, text = forked.run(project.folder, "tune", "status")
     assert code == 2
@@ -629,13 +632,13 @@ def test_status_says_who_is_at_work_and_what_was_not_begun(finished, tmp_path):
     first = _start(project, 40)
     forked.until(lambda: list((project.folder / "runs/tune").glob("generated-*/trial-0000/metrics.jsonl")))
     _, text = forked.run(project.folder, "tune", "status", "--json")
-    found = json.loads(text)
-    assert f"process {first.process.pid}" in found["at_work"][0]
-    assert "is being computed by process" in _study(project, 40, code=2, words=["--fresh"])
+    status = json.loads(text)
+    assert f"process {first.process.pid}" in status["at_work"][0]
+    assert "is being computed by process" in _study(project, 40, code=2, arguments=["--fresh"])
     first.signal(signal.SIGTERM)
     assert first.wait()[0] == 143
     _, text = forked.run(project.folder, "tune", "status", "--json")
-    assert "nobody at work; it goes on with `dmat tune start`" in json.loads(text)["at_work"][0]
+    assert "no worker; `dmat tune start` resumes it" in json.loads(text)["at_work"][0]
 
 
 def test_the_dashboard_shows_the_same_storage_on_this_machine_alone(studied):
@@ -643,30 +646,34 @@ def test_the_dashboard_shows_the_same_storage_on_this_machine_alone(studied):
     command = [sys.executable, "-m", "cli.main", "tune", "dashboard", "--port", str(port)]
     started = subprocess.Popen(command, cwd=studied.folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
-    def answer(path="", **headers):
+    def fetch(path="", **headers):
         try:
-            asked = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", headers=headers)
-            with urllib.request.urlopen(asked, timeout=5) as found:
-                return found.read().decode()
-        except urllib.error.HTTPError as refused:
-            return str(refused.code)
+            http_request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", headers=headers)
+            with urllib.request.urlopen(http_request, timeout=5) as response:
+                return response.read().decode()
+        except urllib.error.HTTPError as http_error:
+            return str(http_error.code)
         except OSError:
             return ""
 
     try:
-        forked.until(lambda: "api/studies" in answer() or "Optuna" in answer(), 120)
-        names = [one["study_name"] for one in json.loads(answer("api/studies"))["study_summaries"]]
+        forked.until(lambda: "api/studies" in fetch() or "Optuna" in fetch(), 120)
+        names = [summary["study_name"] for summary in json.loads(fetch("api/studies"))["study_summaries"]]
         assert any(name.startswith("generated-") for name in names)
-        listening = {one.laddr.ip for one in psutil.Process(started.pid).net_connections() if one.status == "LISTEN"}
+        listening = {
+            connection.laddr.ip
+            for connection in psutil.Process(started.pid).net_connections()
+            if connection.status == "LISTEN"
+        }
         assert listening == {"127.0.0.1"}
-        assert answer("api/studies", Host="elsewhere.example") == "403"
-        assert not any("sqlite" in word for word in psutil.Process(started.pid).cmdline())
+        assert fetch("api/studies", Host="elsewhere.example") == "403"
+        assert not any("sqlite" in argument for argument in psutil.Process(started.pid).cmdline())
     finally:
         started.terminate()
         started.wait(30)
 
 
 def test_the_stage_tune_lies_beside_the_pipeline(root):
-    (word,) = yaml.safe_load((root / "tune/dvc.yaml").read_text())["stages"]
-    assert word == "tune"
+    (stage_name,) = yaml.safe_load((root / "tune/dvc.yaml").read_text())["stages"]
+    assert stage_name == "tune"
     assert "tune" not in yaml.safe_load((root / "dvc.yaml").read_text())["stages"]

@@ -1,4 +1,4 @@
-"""Parts of studies without training: claims of work, spaces and known trials, what samplers see, the winner's arm.
+"""Parts of studies without training: claims of work, spaces, imported trials, what samplers see, the winner's arm.
 
 Run alone: pytest tests/test_tuning_parts.py
 """
@@ -21,87 +21,87 @@ from dmat.errors import ConfigError, DmatError
 from dmat.tuning import applying, claims, sampling, space, storage
 from dmat.tuning.claims import Claims
 from dmat.tuning.plan import Study
-from dmat.tuning.worker import _next, _whole
-from tests.databases import STORES, url_of
+from dmat.tuning.worker import _next_trial, _with_all_values
+from tests.databases import STORES, database_url
 
 
 @pytest.fixture(params=STORES)
 def engine(request, tmp_path):
-    made = sqlalchemy.create_engine(url_of(request.param, request, tmp_path))
-    yield made
-    made.dispose()
+    created = sqlalchemy.create_engine(database_url(request.param, request, tmp_path))
+    yield created
+    created.dispose()
 
 
-def _row(engine, item):
+def _row(engine, key):
     with engine.begin() as connection:
-        return connection.execute(sqlalchemy.text(f"select * from dmat_claims where item = '{item}'")).mappings().one()
+        return connection.execute(sqlalchemy.text(f"select * from dmat_claims where item = '{key}'")).mappings().one()
 
 
-def _set(engine, item, **values):
-    words = ", ".join(f"{name} = :{name}" for name in values)
+def _set(engine, key, **values):
+    assignments = ", ".join(f"{name} = :{name}" for name in values)
     with engine.begin() as connection:
-        connection.execute(sqlalchemy.text(f"update dmat_claims set {words} where item = '{item}'"), values)
+        connection.execute(sqlalchemy.text(f"update dmat_claims set {assignments} where item = '{key}'"), values)
 
 
-def test_a_claim_is_held_by_one_until_it_is_given_back(engine):
-    with Claims(engine, "study") as one, Claims(engine, "study") as two, Claims(engine, "other") as other:
-        assert one.take("a")
-        assert one.take("a"), "its own"
-        assert not two.take("a")
+def test_a_claim_has_one_holder_until_it_is_given_back(engine):
+    with Claims(engine, "study") as first, Claims(engine, "study") as second, Claims(engine, "other") as other:
+        assert first.take("a")
+        assert first.take("a"), "its own"
+        assert not second.take("a")
         assert other.take("a"), "of another study"
-        assert (one.holds("a"), two.holds("a")) == (True, False)
-        assert f"process {os.getpid()}" in two.holder("a")
-        two.give_back("a")
-        assert one.holds("a"), "nobody gives back what is not his"
-        one.give_back("a")
-        assert two.holder("a") is None
-        assert two.take("a")
-        assert two.lost_workers("a") == 0
-    with Claims(engine, "study") as three:
-        assert three.take("a"), "the end of a block gives everything back"
+        assert (first.holds("a"), second.holds("a")) == (True, False)
+        assert f"process {os.getpid()}" in second.holder("a")
+        second.give_back("a")
+        assert first.holds("a"), "only the holder can give a claim back"
+        first.give_back("a")
+        assert second.holder("a") is None
+        assert second.take("a")
+        assert second.lost_workers("a") == 0
+    with Claims(engine, "study") as third:
+        assert third.take("a"), "the end of a block gives everything back"
 
 
 def test_a_claim_of_a_process_that_is_gone_is_free_at_once_and_of_a_silent_one_after_a_minute(engine):
-    with Claims(engine, "study") as one, Claims(engine, "study") as two:
-        assert one.take("a")
+    with Claims(engine, "study") as first, Claims(engine, "study") as second:
+        assert first.take("a")
         ended = subprocess.Popen(["true"])
         ended.wait()
         _set(engine, "a", pid=ended.pid)
-        assert two.take("a")
-        assert one.holds("a", within=20), "an answer that is younger holds, as nobody takes a claim in that time"
-        assert not one.holds("a"), "whoever lost it is told"
-        assert not one.holds("a", within=20)
-        assert two.lost_workers("a") == 1
-        _set(engine, "a", workspace="another machine", pid=1, holder="x")
-        assert not one.take("a"), "what happens there is not known"
+        assert second.take("a")
+        assert first.holds("a", within=20), "a recent answer counts, because no claim is taken in that time"
+        assert not first.holds("a"), "the worker that lost it learns so"
+        assert not first.holds("a", within=20)
+        assert second.lost_workers("a") == 1
+        _set(engine, "a", place="another machine", pid=1, holder="x")
+        assert not first.take("a"), "the state of the other machine is unknown"
         _set(engine, "a", renewed=_row(engine, "a")["renewed"] - claims.STALE - 1)
-        assert one.take("a")
-        assert one.lost_workers("a") == 2
+        assert first.take("a")
+        assert first.lost_workers("a") == 2
 
 
-def test_a_process_number_that_belongs_to_another_by_now_is_no_sign_of_life(engine):
-    with Claims(engine, "study") as one, Claims(engine, "study") as two:
-        assert one.take("a")
+def test_a_process_id_that_another_process_has_now_is_no_sign_of_life(engine):
+    with Claims(engine, "study") as first, Claims(engine, "study") as second:
+        assert first.take("a")
         _set(engine, "a", born=_row(engine, "a")["born"] - 1000)
-        assert two.take("a")
+        assert second.take("a")
 
 
-def test_a_step_of_the_clock_frees_no_claim_of_a_living_process(engine, monkeypatch):
+def test_a_clock_step_frees_no_claim_of_a_living_process(engine, monkeypatch):
     linux = pytest.importorskip("psutil._pslinux")
-    with Claims(engine, "study") as one, Claims(engine, "study") as two:
-        assert one.take("a")
+    with Claims(engine, "study") as first, Claims(engine, "study") as second:
+        assert first.take("a")
         real = linux.boot_time
         monkeypatch.setattr(linux, "boot_time", lambda: real() + 5)
-        assert not two.take("a")
-        # of an earlier dmat: a time of day, and a place that did not say what it is
+        assert not second.take("a")
+        # of an earlier dmat: a time of day, and a `place` without its unit
         _set(engine, "a", born=1.8e9, place=_row(engine, "a")["place"].removesuffix("/ticks"))
-        assert not two.take("a"), "it becomes stale if nobody renews it"
+        assert not second.take("a"), "it becomes stale if it is not renewed"
 
 
-def test_claims_are_renewed_beside_the_work(engine, monkeypatch):
+def test_claims_are_renewed_during_the_work(engine, monkeypatch):
     monkeypatch.setattr(claims, "RENEW", 0.05)
-    with Claims(engine, "study") as one:
-        assert one.take("a")
+    with Claims(engine, "study") as worker_claims:
+        assert worker_claims.take("a")
         _set(engine, "a", renewed=0.0)
         deadline = time.monotonic() + 20
         while _row(engine, "a")["renewed"] == 0.0:
@@ -109,8 +109,8 @@ def test_claims_are_renewed_beside_the_work(engine, monkeypatch):
             time.sleep(0.02)
 
 
-def _at_once(count, work):
-    """Runs `work` in so many threads, each with claims of its own to make."""
+def _in_threads(count, work):
+    """Runs `work` in `count` threads and waits for all."""
     threads = [threading.Thread(target=work) for _ in range(count)]
     for thread in threads:
         thread.start()
@@ -119,37 +119,37 @@ def _at_once(count, work):
 
 
 def test_of_many_workers_at_once_each_item_has_one_holder(engine):
-    barrier, taken = threading.Barrier(4), []
+    barrier, claimed = threading.Barrier(4), []
 
     def work():
-        with Claims(engine, "study") as mine:
+        with Claims(engine, "study") as worker_claims:
             barrier.wait()
-            taken.extend(number for number in range(20) if mine.take(f"item-{number}"))
+            claimed.extend(number for number in range(20) if worker_claims.take(f"item-{number}"))
             barrier.wait()
 
-    _at_once(4, work)
-    assert sorted(taken) == list(range(20))
+    _in_threads(4, work)
+    assert sorted(claimed) == list(range(20))
 
 
-def test_a_turn_is_one_at_a_time(engine):
-    inside, most = [], []
+def test_exclusive_blocks_run_one_at_a_time(engine):
+    inside, counts = [], []
 
     def work():
-        with Claims(engine, "study") as mine:
+        with Claims(engine, "study") as worker_claims:
             for _ in range(5):
-                with mine.turn():
+                with worker_claims.exclusive():
                     inside.append(1)
-                    most.append(len(inside))
+                    counts.append(len(inside))
                     time.sleep(0.01)
                     inside.pop()
 
-    _at_once(3, work)
-    assert len(most) == 15
-    assert max(most) == 1
+    _in_threads(3, work)
+    assert len(counts) == 15
+    assert max(counts) == 1
 
 
 def _study(root, tmp_path, changes):
-    """The study of params.yaml with some of its keys changed, and the file."""
+    """The study of params.yaml with some keys of `tune` changed, the parameters and their file."""
     raw = yaml.safe_load((root / "params.yaml").read_text())
     raw["tune"] |= changes
     path = tmp_path / "params.yaml"
@@ -157,7 +157,7 @@ def _study(root, tmp_path, changes):
     params = config.load(path)
     settings, trial = params.tune, params.trial
     folder = tmp_path / "runs/tune/generated-000000000000"
-    return Study(settings, trial, {}, folder, "sqlite:///none", "kin"), params, path
+    return Study(settings, trial, {}, folder, "sqlite:///none", "transfer key"), params, path
 
 
 SPACE = {
@@ -172,8 +172,10 @@ SPACE = {
 
 def test_any_parameter_of_an_arm_or_its_images_may_be_in_a_space(root, tmp_path):
     plan, *_ = _study(root, tmp_path, {"space": SPACE})
-    wanted = space.distributions(plan)
-    kinds = {name: type(one).__name__.removesuffix("Distribution") for name, one in wanted.items()}
+    search_space = space.distributions(plan)
+    kinds = {
+        name: type(distribution).__name__.removesuffix("Distribution") for name, distribution in search_space.items()
+    }
     assert kinds == {
         "beta": "Float",
         "network.width": "Int",
@@ -182,27 +184,27 @@ def test_any_parameter_of_an_arm_or_its_images_may_be_in_a_space(root, tmp_path)
         "selection.keep": "Float",
         "attack_step_size": "Float",
     }
-    assert (wanted["beta"].log, wanted["image_set.sampler.steps"].log, wanted["selection.keep"].log) == (
-        True,
-        True,
-        False,
-    )
+    assert (
+        search_space["beta"].log,
+        search_space["image_set.sampler.steps"].log,
+        search_space["selection.keep"].log,
+    ) == (True, True, False)
     assert plan.points == [
         {"beta": 5.0, "network.width": 1, "augmentation": "none", "image_set.sampler.steps": 18, "selection.keep": 0.8,
          "attack_step_size": 0.05}
     ]  # fmt: skip
     values = plan.points[0] | {"network.width": 2, "image_set.sampler.steps": 9, "selection.keep": 0.5}
-    chosen = plan.trial.with_values(values)
-    assert (chosen.arm.network.width, chosen.image_set.sampler.steps, chosen.selection.keep) == (2, 9, 0.5)
-    assert chosen.arm.network.depth == plan.trial.arm.network.depth, "mappings are merged"
-    assert (chosen.arm.images_seen, chosen.arm.evaluate_every) == (
+    changed = plan.trial.with_values(values)
+    assert (changed.arm.network.width, changed.image_set.sampler.steps, changed.selection.keep) == (2, 9, 0.5)
+    assert changed.arm.network.depth == plan.trial.arm.network.depth, "mappings are merged"
+    assert (changed.arm.images_seen, changed.arm.evaluate_every) == (
         plan.settings.images_seen,
         plan.settings.evaluate_every,
     )
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "fragments"),
     [
         ({"space": {"bta": {"low": 1, "high": 2}}}, ["tune.space.bta is not known", "beta"]),
         ({"space": {"network": {"choices": ["a", "b"]}}}, ["network is not a single value", "dots"]),
@@ -226,55 +228,57 @@ def test_any_parameter_of_an_arm_or_its_images_may_be_in_a_space(root, tmp_path)
         ({"space": {"beta": {"low": 2.0, "high": 1.0}}}, ["low is 2.0 and high is 1.0"]),
     ],
 )
-def test_a_space_that_cannot_be_is_refused_with_its_key(root, tmp_path, changes, words):
+def test_an_invalid_space_is_refused_with_its_key(root, tmp_path, changes, fragments):
     with pytest.raises(ConfigError) as refused:
         _study(root, tmp_path, changes)
-    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert all(fragment in str(refused.value) for fragment in fragments), str(refused.value)
 
 
 def test_known_points_come_first_each_once(root, tmp_path):
-    own = {"beta": 5.0, "learning_rate": 0.2, "generated_share": 0.7}
+    arm_values = {"beta": 5.0, "learning_rate": 0.2, "generated_share": 0.7}
     plan, *_ = _study(root, tmp_path, {"enqueue": [{"beta": 3.0}, {"beta": 5.0}, {"generated_share": 0.5}]})
-    assert plan.points == [own, own | {"beta": 3.0}, own | {"generated_share": 0.5}]
+    assert plan.points == [arm_values, arm_values | {"beta": 3.0}, arm_values | {"generated_share": 0.5}]
     low = {"beta": {"low": 6.0, "high": 10.0}, "learning_rate": {"low": 0.02, "high": 0.5}}
     plan, *_ = _study(root, tmp_path, {"space": low})
     assert plan.points == [], "the arm lies outside"
 
 
 def _trial(values, state=TrialState.COMPLETE, value=None, reports=None, **attributes):
-    wanted = {name: optuna.distributions.FloatDistribution(0.0, 100.0) for name in values}
+    search_space = {name: optuna.distributions.FloatDistribution(0.0, 100.0) for name in values}
     return create_trial(
-        state=state, value=value, params=values, distributions=wanted, intermediate_values=reports or {},
+        state=state, value=value, params=values, distributions=search_space, intermediate_values=reports or {},
         user_attrs=attributes,
     )  # fmt: skip
 
 
-def test_trials_of_a_study_with_another_space_are_taken_over_where_they_fit(root, tmp_path):
-    wanted = {"beta": {"low": 2.0, "high": 8.0}, "generated_share": {"low": 0.1, "high": 0.9}}
-    plan, *_ = _study(root, tmp_path, {"space": wanted})
+def test_trials_of_a_study_with_another_space_are_imported_where_they_fit(root, tmp_path):
+    new_space = {"beta": {"low": 2.0, "high": 8.0}, "generated_share": {"low": 0.1, "high": 0.9}}
+    plan, *_ = _study(root, tmp_path, {"space": new_space})
     old = [
         _trial({"beta": 3.0, "learning_rate": 0.2, "generated_share": 0.5}, value=0.6, reports={128: 0.5}),
         _trial({"beta": 1.0, "learning_rate": 0.2, "generated_share": 0.5}, value=0.7),  # outside
         _trial(
             {"beta": 3.0, "learning_rate": 0.1, "generated_share": 0.5}, value=0.8
-        ),  # a rate that is the arm's no more
+        ),  # the arm has another learning rate now
         _trial({"beta": 4.0, "learning_rate": 0.2}, TrialState.PRUNED, reports={128: 0.2}),  # had the arm's share
         _trial({"beta": 4.0, "learning_rate": 0.2, "generated_share": 0.5}, TrialState.RUNNING),
     ]
     for number, trial in enumerate(old):
         trial.number = number
-    found = list(space.fitting(plan, "old", old))
-    assert [trial.params for trial in found] == [
+    imported = list(space.fitting(plan, "old", old))
+    assert [trial.params for trial in imported] == [
         {"beta": 3.0, "generated_share": 0.5},
         {"beta": 4.0, "generated_share": 0.7},
     ]
-    assert [trial.user_attrs[space.ORIGIN] for trial in found] == [
+    assert [trial.user_attrs[space.ORIGIN] for trial in imported] == [
         {"study": "old", "trial": 0},
         {"study": "old", "trial": 3},
     ]
-    assert (found[0].value, found[0].intermediate_values, found[1].state) == (0.6, {128: 0.5}, TrialState.PRUNED)
-    again = list(space.fitting(plan, "newer", [_number(found[0], 7)]))
-    assert again[0].user_attrs[space.ORIGIN] == {"study": "old", "trial": 0}, "where it was really computed"
+    assert (imported[0].value, imported[0].intermediate_values, imported[1].state) == (
+        0.6, {128: 0.5}, TrialState.PRUNED
+    )  # fmt: skip
+    imported_again = list(space.fitting(plan, "newer", [_number(imported[0], 7)]))
+    assert imported_again[0].user_attrs[space.ORIGIN] == {"study": "old", "trial": 0}, "the study that computed it"
 
 
 def _number(trial, number):
@@ -307,22 +311,22 @@ def test_what_samplers_are_shown_of_trials_that_did_not_finish():
 @pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
 def test_a_proposal_depends_on_seed_number_and_trials_alone(root, tmp_path, sampler):
     plan, *_ = _study(root, tmp_path, {"sampler": sampler})
-    wanted = space.distributions(plan)
+    search_space = space.distributions(plan)
     rng = np.random.default_rng(0)
-    known = []
+    trials = []
     for number in range(12):
-        values = sampling.propose(plan.settings, wanted, known, number)
-        assert values == sampling.propose(plan.settings, wanted, known, number)
-        assert list(values) == list(wanted)
-        known.append(
+        values = sampling.propose(plan.settings, search_space, trials, number)
+        assert values == sampling.propose(plan.settings, search_space, trials, number)
+        assert list(values) == list(search_space)
+        trials.append(
             create_trial(
-                params=values, distributions=wanted, value=float(-abs(values["beta"] - 3) + rng.normal(0, 0.01))
+                params=values, distributions=search_space, value=float(-abs(values["beta"] - 3) + rng.normal(0, 0.01))
             )
         )
-    assert len({trial.params["beta"] for trial in known}) == 12, "a resumed study does not repeat its start"
+    assert len({trial.params["beta"] for trial in trials}) == 12, "a resumed study does not repeat its start"
     if sampler != "random":
-        late = [sampling.propose(plan.settings, wanted, known, number)["beta"] for number in range(20, 26)]
-        assert np.median(np.abs(np.log(np.array(late) / 3))) < 0.6, "it goes where the values are"
+        late = [sampling.propose(plan.settings, search_space, trials, number)["beta"] for number in range(20, 26)]
+        assert np.median(np.abs(np.log(np.array(late) / 3))) < 0.6, "proposals move to the best values"
 
 
 @pytest.mark.parametrize("pruner", ["hyperband", "median", "none"])
@@ -368,11 +372,11 @@ def test_the_winner_is_an_arm_and_the_rest_of_the_file_stays(root, tmp_path):
     assert (loaded.arms["tuned"].beta, loaded.arms["tuned"].generated_share, loaded.seeds) == (3.25, 0.5, (1, 2, 3))
     assert loaded.arms["tuned"].batch == loaded.arms["generated"].batch, "overrides of short runs stay with them"
     old, new = before.splitlines(), path.read_text().splitlines()
-    gone = [line for line in old if line not in new]
-    assert gone == ["seeds: [1]"], gone
+    removed = [line for line in old if line not in new]
+    assert removed == ["seeds: [1]"], removed
     assert any("# written by `dmat tune apply`: study generated-000000000000, trial 5" in line for line in new)
     applying.apply(path, plan, loaded, _winner({"beta": 4.5}), "tuned", [])
-    assert config.load(path).arms["tuned"].beta == 4.5, "what a study wrote a study may write again"
+    assert config.load(path).arms["tuned"].beta == 4.5, "a study may overwrite what a study wrote"
     with pytest.raises(DmatError, match=r"has arms\.generated, which no study wrote"):
         applying.apply(path, plan, loaded, winner, "generated", [])
     text = path.read_text()
@@ -414,35 +418,35 @@ def test_a_trial_that_ended_between_look_and_claim_is_left_alone(root, tmp_path)
     study = optuna.create_study()
     study.enqueue_trial(plan.points[0])
     number = study.ask(fixed_distributions=space.distributions(plan)).number
-    assert _whole(plan, study, number).params == plan.points[0]
+    assert _with_all_values(plan, study, number).params == plan.points[0]
     study.tell(number, 0.5)
-    assert _whole(plan, study, number) is None
+    assert _with_all_values(plan, study, number) is None
 
 
-def test_a_trial_that_a_paused_process_has_open_keeps_nobody_from_the_others(root, tmp_path, engine):
+def test_a_trial_that_a_paused_process_holds_does_not_block_the_others(root, tmp_path, engine):
     plan, *_ = _study(root, tmp_path, {})
     study = optuna.create_study()
     with Claims(engine, "study") as paused, Claims(engine, "study") as live:
-        assert _next(plan, study, paused, 2).number == 0
-        paused.give_back("trial-0000")  # as if it had become stale; its file lock is the other half
-        assert _next(plan, study, live, 2).number == 0
+        assert _next_trial(plan, study, paused, 2).number == 0
+        paused.give_back("trial-0000")  # as if it had become stale; its file lock stays
+        assert _next_trial(plan, study, live, 2).number == 0
         live.give_back("trial-0000")
-        assert _next(plan, study, live, 2, avoid=[0]).number == 1
-        assert _next(plan, study, paused, 2, avoid=[0]) is True, "nothing now, and not all is done"
+        assert _next_trial(plan, study, live, 2, avoid=[0]).number == 1
+        assert _next_trial(plan, study, paused, 2, avoid=[0]) is True, "no trial is free now, but not all are done"
 
 
 @pytest.mark.parametrize(
-    ("point", "words"),
+    ("point", "fragments"),
     [
         ({"beta": "5/2"}, ["enqueue.0.beta is '5/2'", "a number from"]),
         ({"network.width": 2.5}, ["network.width is 2.5", "whole number"]),
         ({"augmentation": "crop4"}, ["augmentation is 'crop4'", "none, crop1"]),
     ],
 )
-def test_points_that_cannot_be_tried_are_refused(root, tmp_path, point, words):
+def test_points_outside_the_space_are_refused(root, tmp_path, point, fragments):
     with pytest.raises(ConfigError) as refused:
         _study(root, tmp_path, {"space": SPACE, "enqueue": [point]})
-    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert all(fragment in str(refused.value) for fragment in fragments), str(refused.value)
 
 
 def test_a_winner_with_images_of_its_own_brings_their_entries(root, tmp_path):
@@ -462,11 +466,11 @@ def test_a_winner_with_images_of_its_own_brings_their_entries(root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "fragments"),
     [
-        ("postgresql+psycopg://h:notaport/db", ["is no URL"]),
+        ("postgresql+psycopg://h:notaport/db", ["is not a URL"]),
         ("sqlite://", ["in memory"]),
-        ("nonsense", ["is no URL", "postgresql+psycopg://"]),
+        ("nonsense", ["is not a URL", "postgresql+psycopg://"]),
         ("postgresql+psycopg://someone:secret@127.0.0.1:1/studies", ["someone:***@127.0.0.1:1", "cannot be reached"]),
         ("postgresql+psycopg://127.0.0.1:1/studies?password=secret", ["?password=***", "cannot be reached"]),
         ("postgresql+psycopg://me:sec@ret@127.0.0.1:1/studies", ["me:***@127.0.0.1:1", "plain @", "expected %40"]),
@@ -474,17 +478,17 @@ def test_a_winner_with_images_of_its_own_brings_their_entries(root, tmp_path):
         ("sqlite:////proc/none/studies.db", ["/proc/none"]),
     ],
 )
-def test_a_storage_that_cannot_be_used_is_one_sentence_without_its_password(url, words):
+def test_a_storage_that_cannot_be_used_is_one_message_without_its_password(url, fragments):
     with pytest.raises((DmatError, OSError)) as refused:
         storage.connect(url)
-    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert all(fragment in str(refused.value) for fragment in fragments), str(refused.value)
     assert "secret" not in str(refused.value)
 
 
 def test_a_storage_of_a_newer_optuna_is_refused(tmp_path):
     url = f"sqlite:///{tmp_path}/studies.db"
-    made = storage.connect(url)
-    with made.engine.begin() as connection:
+    study_storage = storage.connect(url)
+    with study_storage.engine.begin() as connection:
         connection.execute(sqlalchemy.text("update alembic_version set version_num = 'v9.9.9.a'"))
         connection.execute(sqlalchemy.text("update version_info set library_version = '99.0.0', schema_version = 99"))
     with pytest.raises(DmatError, match="written by another version of Optuna"):
@@ -492,7 +496,7 @@ def test_a_storage_of_a_newer_optuna_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("headers", "ours"),
+    ("headers", "allowed"),
     [
         ({"HTTP_HOST": "127.0.0.1:8080"}, True),
         ({"HTTP_HOST": "LocalHost"}, True),
@@ -508,22 +512,22 @@ def test_a_storage_of_a_newer_optuna_is_refused(tmp_path):
         ({"HTTP_HOST": "127.0.0.1", "HTTP_ORIGIN": "null"}, False),
     ],
 )
-def test_the_dashboard_answers_to_the_names_of_this_machine_alone(headers, ours):
+def test_the_dashboard_answers_to_the_names_of_this_machine_alone(headers, allowed):
     from dmat.tuning import dashboard
 
-    said = []
+    statuses = []
     guarded = dashboard.guarded(lambda environment, start: [b"studies"])
-    answer = b"".join(guarded(headers, lambda status, headers: said.append(status)))
-    assert (answer == b"studies", said) == ((True, []) if ours else (False, ["403 Forbidden"]))
+    body = b"".join(guarded(headers, lambda status, headers: statuses.append(status)))
+    assert (body == b"studies", statuses) == ((True, []) if allowed else (False, ["403 Forbidden"]))
 
 
-def test_passwords_are_not_in_what_is_shown(root, tmp_path):
+def test_shown_addresses_hold_no_passwords(root, tmp_path):
     plan, *_ = _study(root, tmp_path, {})
     shown = [
         dataclasses.replace(plan, storage=url).describe()
         for url in ("postgresql+psycopg://me:secret@host/db", "postgresql://host/db?password=secret", "me:secret@host")
     ]
-    assert [one["storage"] for one in shown] == [
+    assert [description["storage"] for description in shown] == [
         "postgresql+psycopg://me:***@host/db", "postgresql://host/db?password=***", "me:***@host"
     ]  # fmt: skip
     assert "secret" not in str(shown)

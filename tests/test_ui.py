@@ -1,4 +1,4 @@
-"""`dmat ui`: answers on 127.0.0.1 and takes everything with it that it started."""
+"""`dmat ui` answers only on 127.0.0.1 and ends every process that it started."""
 
 import signal
 import socket
@@ -39,11 +39,12 @@ def test_a_signal_to_its_process_alone_ends_the_servers_too(root, tmp_path, monk
             time.sleep(0.2)
         children = psutil.Process(started.pid).children(recursive=True)
         assert children
-        assert not any("mlflow.db" in word for one in children for word in one.cmdline())  # may hold a password
+        # the address may hold a password
+        assert not any("mlflow.db" in argument for child in children for argument in child.cmdline())
         started.send_signal(signal.SIGTERM)
         started.wait(60)
-        _, left = psutil.wait_procs(children, timeout=30)
-        assert left == []
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert alive == []
     finally:
         for process in [*psutil.Process(started.pid).children(recursive=True)] if started.poll() is None else []:
             process.kill()

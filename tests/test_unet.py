@@ -1,4 +1,4 @@
-"""The U-Net keeps shapes, starts as zero, listens to noise level and class, and trains every parameter it has.
+"""The U-Net keeps shapes, starts at zero, depends on noise level and class, and trains every parameter it has.
 
 Run alone: pytest tests/test_unet.py
 """
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from dmat.diffusion.unet import Attention, UNet, UNetBlock
 
 
-def unet(image_channels=1, classes=10, channels=16, multipliers=(1, 2), blocks=1, dropout=0.0, moved=True):
-    """moved: every parameter shifted a little, as after a first step, since zeroed layers hide what is behind them."""
+def unet(image_channels=1, classes=10, channels=16, multipliers=(1, 2), blocks=1, dropout=0.0, perturbed=True):
+    """perturbed: shifts every parameter a little, as after a first step, because layers of zeros hide what follows."""
     torch.manual_seed(0)
     network = UNet(image_channels, classes, channels, multipliers, blocks, dropout)
-    if moved:
+    if perturbed:
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -41,22 +41,22 @@ def test_output_has_the_shape_of_the_input(channels, size, multipliers, blocks):
 
 
 def test_output_is_zero_at_initialisation():
-    """So that the denoiser starts as c_skip x."""
+    """The denoiser then starts as c_skip x."""
     x, c_noise, labels = inputs()
-    assert torch.equal(unet(moved=False)(x, c_noise, labels), torch.zeros_like(x))
+    assert torch.equal(unet(perturbed=False)(x, c_noise, labels), torch.zeros_like(x))
 
 
 def test_no_label_is_a_class_of_its_own():
     network = unet()
     x, c_noise, _ = inputs(1)
     outputs = [network(x, c_noise, torch.tensor([label])) for label in range(10)] + [network(x, c_noise, None)]
-    for k, one in enumerate(outputs):
+    for k, output in enumerate(outputs):
         for other in outputs[:k]:
-            assert (one - other).abs().max() > 1e-3
+            assert (output - other).abs().max() > 1e-3
     assert network.embed_class.num_embeddings == 11
 
 
-def test_output_follows_the_noise_level():
+def test_output_depends_on_the_noise_level():
     network = unet()
     x, c_noise, labels = inputs()
     assert (network(x, c_noise, labels) - network(x, c_noise + 0.1, labels)).abs().amax((1, 2, 3)).min() > 1e-3
@@ -65,12 +65,12 @@ def test_output_follows_the_noise_level():
 def test_noise_embedding_is_cosines_and_sines_of_frequencies_from_1_to_100():
     network = unet(channels=8)
     assert network.frequencies.tolist() == pytest.approx([1.0, 100 ** (1 / 3), 100 ** (2 / 3), 100.0], rel=1e-5)
-    seen = []
-    network.embed_noise.register_forward_hook(lambda module, given, result: seen.append(given[0]))
+    embedded = []
+    network.embed_noise.register_forward_hook(lambda module, arguments, output: embedded.append(arguments[0]))
     x, _, labels = inputs(1)
     network(x, torch.tensor([0.3]), labels)
     angles = [0.3 * f for f in network.frequencies.tolist()]
-    assert seen[0][0].tolist() == pytest.approx([*map(math.cos, angles), *map(math.sin, angles)], abs=1e-5)
+    assert embedded[0][0].tolist() == pytest.approx([*map(math.cos, angles), *map(math.sin, angles)], abs=1e-5)
 
 
 def test_an_image_does_not_depend_on_its_neighbours():
@@ -100,12 +100,12 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(network(x, c_noise, labels), network(x, c_noise, labels))
 
 
-def test_attention_stands_at_the_smallest_size_only():
+def test_attention_is_at_the_smallest_size_only():
     network = unet(multipliers=(1, 2), blocks=1)
     sizes = []
     for module in network.modules():
         if isinstance(module, Attention):
-            module.register_forward_hook(lambda module, given, result: sizes.append(given[0].shape[2]))
+            module.register_forward_hook(lambda module, arguments, output: sizes.append(arguments[0].shape[2]))
     x, c_noise, labels = inputs(1)
     network(x, c_noise, labels)
     assert sizes == [4, 4, 4, 4]  # one block down, one in the middle, two up
@@ -135,20 +135,20 @@ def slow_group_norm(x, layer):
     return grouped.reshape(x.shape) * layer.weight[:, None, None] + layer.bias[:, None, None]
 
 
-@pytest.mark.parametrize(("width", "wanted"), [(16, 16), (8, 16)])
-def test_block_scales_and_shifts_by_the_embedding_and_adds_its_input(width, wanted):
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(16, 16), (8, 16)])
+def test_block_scales_and_shifts_by_the_embedding_and_adds_its_input(in_channels, out_channels):
     """(input + conv(silu(norm(conv(silu(norm(x)))) * (1 + scale) + shift))) / sqrt(2)."""
     torch.manual_seed(3)
-    block = UNetBlock(width, wanted, embedding=6, dropout=0.0, attention=False)
+    block = UNetBlock(in_channels, out_channels, embedding=6, dropout=0.0, attention=False)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.normal_(std=0.3)
-    x, embedding = torch.randn(2, width, 4, 4), torch.randn(2, 6)
+    x, embedding = torch.randn(2, in_channels, 4, 4), torch.randn(2, 6)
     h = slow_group_norm(x, block.norm_0)
     h = F.conv2d(h * torch.sigmoid(h), block.conv_0.weight, block.conv_0.bias, padding=1)
     numbers = embedding @ block.modulate.weight.T + block.modulate.bias
-    scale, shift = numbers[:, :wanted, None, None], numbers[:, wanted:, None, None]
+    scale, shift = numbers[:, :out_channels, None, None], numbers[:, out_channels:, None, None]
     h = slow_group_norm(h, block.norm_1) * (1 + scale) + shift
     h = F.conv2d(h * torch.sigmoid(h), block.conv_1.weight, block.conv_1.bias, padding=1)
-    kept = x if width == wanted else F.conv2d(x, block.shortcut.weight, block.shortcut.bias)
-    torch.testing.assert_close(block(x, embedding), (kept + h) / math.sqrt(2), rtol=1e-4, atol=1e-5)
+    skip = x if in_channels == out_channels else F.conv2d(x, block.shortcut.weight, block.shortcut.bias)
+    torch.testing.assert_close(block(x, embedding), (skip + h) / math.sqrt(2), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""dmat as people install it: a wheel in an environment without the repository, and a project that `dmat init` made."""
+"""dmat as users install it: a wheel in an environment without the repository, and a project from `dmat init`."""
 
 import json
 import os
@@ -18,27 +18,27 @@ import dmat
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy: setuptools leaves folders beside what it builds, and takes what an earlier build left."""
+    """A wheel built from a copy: setuptools leaves folders beside the source and reuses those of an earlier build."""
     from tests.conftest import ROOT
 
     copy, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
         if os.path.lexists(ROOT / name):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
     script = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script, str(built)], cwd=copy, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    (found,) = built.glob("*.whl")
-    return found
+    assert result.returncode == 0, result.stderr
+    (wheel_path,) = built.glob("*.whl")
+    return wheel_path
 
 
 def test_the_wheel_holds_all_data_of_the_packages(wheel, root):
-    """And what is a link in the repository is a file there."""
+    """Links of the repository are files in the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
         pipeline = archive.read("dmat/project/pipeline.yaml").decode()
@@ -53,7 +53,7 @@ def test_the_wheel_holds_all_data_of_the_packages(wheel, root):
 
 
 def test_a_plain_install_is_light(wheel):
-    """Studies and database drivers come with extras; what the mission names comes always."""
+    """Studies and database drivers need extras; the core packages are always installed."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         lines = archive.read(name).decode().splitlines()
@@ -76,24 +76,29 @@ class Installed:
         # Packages of a folder that a .pth file names are found; its own .pth files, such as the editable one, are not.
         (Path(site) / "shared.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
         uv = Path(sys.executable).with_name("uv")
-        words = [uv, "pip", "install", "--quiet", "--offline", "--no-deps", "--python", self.bin / "python", wheel]
-        subprocess.run(words, check=True)
+        arguments = [uv, "pip", "install", "--quiet", "--offline", "--no-deps", "--python", self.bin / "python", wheel]
+        subprocess.run(arguments, check=True)
 
-    def start(self, *words: str, at: Path) -> subprocess.CompletedProcess[str]:
+    def start(self, *arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
         path = f"{self.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
         environment.pop("PYTHONPATH", None)
         return subprocess.run(
-            [str(self.bin / words[0]), *words[1:]], cwd=at, env=environment, capture_output=True, text=True, check=False
+            [str(self.bin / arguments[0]), *arguments[1:]],
+            cwd=directory,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
-    def run(self, *words: str, at: Path, code: int = 0) -> str:
-        done = self.start(*words, at=at)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+    def run(self, *arguments: str, directory: Path, code: int = 0) -> str:
+        result = self.start(*arguments, directory=directory)
+        assert result.returncode == code, result.stdout + result.stderr
+        return result.stdout
 
     def ask(self, script: str) -> str:
-        return self.run("python", "-c", script, at=self.bin).strip()
+        return self.run("python", "-c", script, directory=self.bin).strip()
 
 
 @pytest.fixture(scope="module")
@@ -106,34 +111,64 @@ def test_the_wheel_is_what_runs(installed, root):
     assert module.is_relative_to(installed.bin.parent)
     assert installed.ask("from dmat.tracking import origin; print(origin.code())") == dmat.__version__
     # the processes that dmat starts find it without a path that would put all packages before Python's own modules
-    script = "from dmat.tracking import sender; print([sender.python('')['env']['PYTHONPATH']])"
+    script = "from dmat.tracking import sender; print([sender.popen_options('')['env']['PYTHONPATH']])"
     assert installed.ask(script) == "['']"
+
+
+# A network of the project, which several processes train.
+NETWORK = """
+import torch
+from torch import nn
+
+from dmat.robust.networks import Classifier, Normalise
+
+
+class Small(Classifier):
+    def __init__(self, data_spec):
+        super().__init__()
+        self.normalise = Normalise(data_spec.mean, data_spec.std)
+        self.convolution = nn.Conv2d(data_spec.channels, 8, 3, padding=1)
+        self.logits = nn.Linear(8, data_spec.classes)
+
+    def features(self, images):
+        return torch.relu(self.convolution(self.normalise(images))).mean((2, 3))
+
+
+def small(data_spec, depth, width, activation):
+    return Small(data_spec)
+"""
 
 
 @pytest.fixture
 def project(installed, tmp_path, tiny_params) -> Path:
-    """Made by `dmat init`, with parameters for seconds and a folder of its owner that is called as one of dmat's, and
-    committed."""
-    said = installed.run("dmat", "init", "mine", at=tmp_path)
-    assert said.splitlines()[1].endswith("dvc repro")
+    """A committed project from `dmat init`, with parameters for seconds, its own network, and a folder of the user that
+    has the name of one of dmat's packages."""
+    output = installed.run("dmat", "init", "mine", directory=tmp_path)
+    assert output.splitlines()[1].endswith("dvc repro")
     folder = tmp_path / "mine"
     (folder / "cli").mkdir()
     (folder / "cli" / "__init__.py").write_text("raise SystemExit('the wrong cli')\n")
+    (folder / "plugins" / "my_nets.py").write_text(NETWORK)
+    for training in (tiny_params["train_scorer"], tiny_params["arms"]["generated"]):
+        training["network"] = {"name": "my_nets:small"}
     tiny_params["compute"] = {**tiny_params.get("compute", {}), "processes": 2}
     (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params, sort_keys=False))
-    for words in (["add", "--all"], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "one"]):
-        subprocess.run(["git", *words], cwd=folder, check=True)
+    for arguments in (
+        ["add", "--all"],
+        ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "one"],
+    ):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
     return folder
 
 
 def _repro(installed: Installed, project: Path, *stages: str) -> list[str]:
     """Names of the stages that ran."""
-    said = installed.run("python", "-m", "dvc", "repro", *stages, at=project)
-    return [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
+    output = installed.run("python", "-m", "dvc", "repro", *stages, directory=project)
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
 def test_stages_run_in_a_project_without_the_repository(installed, project):
-    """Once; and the project says which dmat computed."""
+    """Each stage runs once, and its provenance names the dmat that computed it."""
     stages = ["prepare_data", "train_scorer"]
     assert _repro(installed, project, *stages) == stages
     assert _repro(installed, project, *stages) == []
@@ -141,26 +176,29 @@ def test_stages_run_in_a_project_without_the_repository(installed, project):
         provenance = json.loads((project / f"artifacts/provenance/{stage}/all.json").read_text())
         assert provenance["dmat"] == dmat.__version__
         assert provenance["git_dirty"] is False
+        assert list(provenance.get("plugins", {})) == (["my_nets:small"] if stage == "train_scorer" else [])
     changed = subprocess.run(["git", "status", "--short"], cwd=project, capture_output=True, text=True, check=True)
     assert changed.stdout == "?? dvc.lock\n"
-    doctor = installed.start("dmat", "doctor", at=project).stdout
+    doctor = installed.start("dmat", "doctor", directory=project).stdout
     assert "no constraints.txt to compare with" in doctor
     assert "the check itself failed" not in doctor
     _upgrade(installed, project, stages)
 
 
 def _upgrade(installed: Installed, project: Path, stages: list[str]) -> None:
-    """Another version of dmat reruns what it computes otherwise, once its owner says so, and nothing else."""
+    """Another version of dmat reruns, after `dmat lock`, exactly the stages that it computes otherwise."""
     module = Path(installed.ask("import dmat.modes; print(dmat.modes.__file__)"))
     before = module.read_text()
     module.write_text(before + "\n# Of the next version.\n")
     assert _repro(installed, project, *stages) == []
     module.write_text(before.replace("layer.momentum = momentum", "layer.momentum = 1 - momentum"))
     assert module.read_text() != before
-    refused = installed.start("dmat", "train-scorer", at=project)
-    assert (refused.returncode, "run `dmat lock`" in refused.stderr) == (2, True), refused.stderr
+    refusal = installed.start("dmat", "train-scorer", directory=project)
+    assert (refusal.returncode, "run `dmat lock`" in refusal.stderr) == (2, True), refusal.stderr
     assert _repro(installed, project, *stages) == [], "the results are still those of the code that code.yaml names"
-    changed = [line.split()[0] for line in installed.run("dmat", "lock", at=project).splitlines() if "->" in line]
+    changed = [
+        line.split()[0] for line in installed.run("dmat", "lock", directory=project).splitlines() if "->" in line
+    ]
     assert set(changed) == {"train_scorer", "train_diffusion", "train_robust"}
     assert _repro(installed, project, *stages) == ["train_scorer"]
 
@@ -168,7 +206,7 @@ def _upgrade(installed: Installed, project: Path, stages: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_project_runs_to_its_report_without_the_repository(installed, project):
-    """The whole of `dvc repro` takes minutes; a second one runs nothing."""
+    """A complete `dvc repro` takes minutes; a second one runs nothing."""
     assert len(_repro(installed, project)) == 14
     page = (project / "artifacts/write_report/report/report.html").read_text()
     assert f"by dmat {dmat.__version__}" in page

@@ -1,6 +1,6 @@
-"""`params.yaml` as frozen, validated records: a file for each stage, `params` for the whole.
+"""`params.yaml` as frozen, validated records: one module for each stage, and `params` for the whole file.
 
-Limits stand in the records alone; messages are made from them.
+Limits are defined in the records only; messages are made from them.
 """
 
 from dmat import NONE

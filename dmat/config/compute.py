@@ -1,4 +1,4 @@
-"""How to compute: no part of the identity of any result."""
+"""Settings of how to compute, which are not part of the identity of any result."""
 
 from typing import Annotated, Literal
 
@@ -8,10 +8,10 @@ from dmat.config.fields import Positive, Record
 
 
 class ComputeSettings(Record):
-    """How to compute. Not part of any result's identity, so changing it reruns nothing."""
+    """How to compute. Not part of the identity of a result, so changing it reruns nothing."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    threads: Annotated[int, Field(ge=0, le=4096)] = 0  # of each process; 0: as many as cores
-    processes: Annotated[int, Field(ge=1, le=4096)] = 1  # on this machine, of the trainings of classifiers
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0  # per process; 0: the number of cores
+    processes: Annotated[int, Field(ge=1, le=4096)] = 1  # on this machine, for the trainings of classifiers
     save_every_seconds: Positive = 60.0  # between two checkpoints

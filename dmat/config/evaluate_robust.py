@@ -1,6 +1,6 @@
 """Settings of evaluate_robust."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
@@ -8,7 +8,7 @@ from dmat.config.fields import NOT_GIVEN, Count, Natural, Positive, Record, Seed
 from dmat.robust.step_size import default_step
 
 
-def _attacks(value: Any) -> Any:
+def _attacks(value: object) -> object:
     from dmat.robust.auto_attack import ATTACKS  # late: it loads torch
 
     if value in ("standard", "none"):
@@ -21,22 +21,22 @@ def _attacks(value: Any) -> Any:
 
 
 class EvaluateRobust(Record):
-    """Satisfies `evaluation.evaluate.EvaluationSettings`."""
+    """Settings of the evaluation. Satisfies `evaluation.evaluate.EvaluationSettings`."""
 
-    images: Natural = 0  # the first ones of the test split; 0: all
+    images: Natural = 0  # number of images, the first of the test split; 0: all
     pgd_steps: Count = 40
     pgd_step_size: StepSize = NOT_GIVEN
     pgd_loss: Annotated[str, named_in("dmat.robust.attacks", "OBJECTIVES")] = "cw"
     pgd_restarts: Count = 1
     pgd_seed: Seed = 1
-    sweep: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.25, 0.5, 0.75, 1.5, 2.0)  # x epsilon
+    sweep: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.25, 0.5, 0.75, 1.5, 2.0)  # multiples of epsilon
     auto_attack: Annotated[str | tuple[str, ...], BeforeValidator(_attacks)] = "standard"
     auto_attack_seed: Seed = 1
-    shard: Count = 250  # images with a seed of their own: the unit of resuming and of sharing
+    shard: Count = 250  # images of a shard, which has its own seed: the unit of resuming and of sharing work
     batch: Count = 250  # images at a time, within a shard
-    check_images: Count = 200  # that the checks of the model look at
+    check_images: Count = 200  # number of images that the checks of the model use
     check_queries: Count = 1000  # of the black-box attack among the checks
 
     def pgd_step(self, norm: str, epsilon: float) -> float:
-        """In pixels of [0, 1]."""
+        """The step size of PGD, in pixels of [0, 1]: `pgd_step_size`, or the default of norm, epsilon and steps."""
         return self.pgd_step_size or default_step(norm, epsilon, self.pgd_steps)

@@ -1,4 +1,4 @@
-"""Types of settings that the stages share: frozen records, numbers with limits, names."""
+"""Types of settings that several stages share: frozen records, numbers with limits, names."""
 
 import importlib
 import re
@@ -15,26 +15,26 @@ _FRACTION = re.compile(rf"(?P<top>{_NUMBER})(/(?P<bottom>{_NUMBER}))?", re.ASCII
 
 
 class WrittenNumber(float):
-    """A number that remembers how it was written, so that 8/255 stays 8/255 in every record and log."""
+    """A number that keeps the text it was written as, so that 8/255 stays 8/255 in every record and log."""
 
     text: str
 
-    def __new__(cls, value: Any) -> Self:
-        """value: a number or text such as "8/255". Raises ValueError."""
+    def __new__(cls, value: object) -> Self:
+        """value: a number, or text such as "8/255". Raises ValueError for anything else."""
         text = str(value).strip()
         parts = None if isinstance(value, bool) else _FRACTION.fullmatch(text)
         if parts is None or (bottom := float(parts["bottom"] or 1)) <= 0:
             raise ValueError("expected a number or a fraction such as 8/255")
         number = float(parts["top"]) / bottom
-        made = super().__new__(cls, number)
-        made.text = text
-        return made
+        instance = super().__new__(cls, number)
+        instance.text = text
+        return instance
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
         return type(self), (self.text,)
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: object, handler: object) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
             cls, serialization=core_schema.plain_serializer_function_ser_schema(lambda value: value.text)
         )
@@ -51,7 +51,7 @@ def _step_size(value: WrittenNumber) -> WrittenNumber:
 
 
 def name_problem(value: str) -> str | None:
-    """What is wrong with the name of an entry, if anything."""
+    """What was expected instead of this name of an entry; None if the name is valid."""
     if not value or not all(c.isalnum() or c in "_" for c in value):
         return "expected letters, digits and underscores only (it becomes a folder and a stage name)"
     return f"{NONE} says that there is none; expected another word" if value == NONE else None
@@ -63,12 +63,15 @@ def _reference(value: str) -> str:
     return value
 
 
-def named_in(module: str, table: str, own: bool = True) -> AfterValidator:
-    """Checks that a word is a key of a table or, if `own`, the import path of code of the project. What there is to
-    choose stands in the table alone; it is read when a value is checked, because tables load torch."""
+def named_in(module: str, table: str, plugins_allowed: bool = True) -> AfterValidator:
+    """A validator: a value must be a key of a table or, if `plugins_allowed`, an import path of the project's code.
+
+    module, table: import path of the module and name of the mapping. Only the table holds the choices. It is imported
+    when a value is checked, because tables load torch.
+    """
 
     def check(value: str) -> str:
-        if own and plugins.is_path(value):
+        if plugins_allowed and plugins.is_path(value):
             plugins.offer(value)
         elif value not in (names := getattr(importlib.import_module(module), table)):
             *first, last = map(repr, names)
@@ -86,18 +89,18 @@ Positive = Annotated[float, Field(gt=0, le=1e30)]  # single precision ends at 3e
 NotNegative = Annotated[float, Field(ge=0, le=1e30)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Radius = Annotated[WrittenNumber, AfterValidator(_radius)]
-NOT_GIVEN = WrittenNumber(0)  # of a StepSize: `default_step` takes its place
+NOT_GIVEN = WrittenNumber(0)  # a StepSize that is not given: `default_step` replaces it
 StepSize = Annotated[WrittenNumber, AfterValidator(_step_size)]  # pixels in [0, 1]
 Name = Annotated[str, AfterValidator(_reference)]  # of an entry of a list, or NONE
 
 
 class Record(pydantic.BaseModel):
-    """Frozen; unknown keys are refused; text is not taken for a number."""
+    """Base class of all settings: frozen; unknown keys are refused; text is not converted to a number."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def plain(self) -> dict[str, Any]:
-        """JSON values, fractions as written."""
+        """The settings as JSON values, with fractions as written."""
         return self.model_dump(mode="json")
 
 

@@ -8,7 +8,8 @@ from dmat.config.fields import Count, Name, NotNegative, Positive, Record, Seed,
 
 
 class Sampler(Record):
-    """Satisfies `diffusion.samplers.SamplerSettings`. Defaults: Karras et al. 2022, deterministic."""
+    """Settings of a sampler. Defaults: Karras et al. 2022, deterministic. Satisfies
+    `diffusion.samplers.SamplerSettings`."""
 
     name: Annotated[str, named_in("dmat.diffusion.samplers", "SAMPLERS")] = "heun"
     steps: Count = 18
@@ -21,15 +22,17 @@ class Sampler(Record):
     s_noise: Positive = 1.0
 
     @pydantic.model_validator(mode="after")
-    def _levels_fall(self) -> Self:
+    def _noise_levels_decrease(self) -> Self:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min is {self.sigma_min}; expected less than sigma_max, {self.sigma_max}")
         return self
 
 
 class GenerateImages(Record):
-    shard: Count  # images in a file
-    block: Count  # images sampled together; fixed, because sums in another order round differently
+    """How the images of all sets are generated."""
+
+    shard: Count  # images per file
+    block: Count  # images sampled together; fixed, because sums in another order are rounded differently
     seed: Seed
     sampler: Sampler
 
@@ -44,7 +47,7 @@ class GenerateImages(Record):
 
 
 class ImageSet(GenerateImages):
-    """A set of generated images: the first `images` of those that its generator makes with this seed and sampler."""
+    """A set of generated images: the first `images` that its generator makes with this seed and sampler."""
 
     generator: Name
     images: Count

@@ -4,5 +4,7 @@ from dmat.config.fields import Count, Positive, Record
 
 
 class MeasureImages(Record):
-    images: Count  # at most this many kept images are measured
-    near: Positive  # an image is near a training image below this share of the median distance of real ones
+    """How generated images are measured."""
+
+    images: Count  # maximum number of kept images that are measured
+    near: Positive  # an image is near a training image below this fraction of the median distance of real images

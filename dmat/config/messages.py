@@ -1,47 +1,51 @@
-"""Found, expected, what to do: sentences from the errors of pydantic."""
+"""Turns errors of pydantic into sentences: what was found, what was expected, what to do."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+
+from pydantic_core import ErrorDetails
 
 from dmat.config.fields import Record
 
 _YES_OR_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}  # YAML 1.1
 
 
-def sentence(where: str, item: Any, record: type[Record]) -> str:
-    """Found, expected, from a pydantic error."""
-    path = ".".join([where, *(str(part) for part in item["loc"])])
-    if item["type"] == "extra_forbidden":
-        return f"{path} is not known; expected one of {', '.join(record.model_fields)}"
-    if item["type"] == "missing":
-        return f"{path} is missing; give it a value"
-    message, found = item["msg"].removeprefix("Value error, "), item["input"]
+def sentence(name: str, error_details: ErrorDetails, record: type[Record]) -> str:
+    """A sentence for one pydantic error: what was found and what was expected.
+
+    name: dotted name of the record. error_details: an element of `ValidationError.errors()`. record: the record class.
+    """
+    key_path = ".".join([name, *(str(part) for part in error_details["loc"])])
+    if error_details["type"] == "extra_forbidden":
+        return f"{key_path} is not known; expected one of {', '.join(record.model_fields)}"
+    if error_details["type"] == "missing":
+        return f"{key_path} is missing; give it a value"
+    message, value = error_details["msg"].removeprefix("Value error, "), error_details["input"]
     message = message if message.startswith("expected") else message[0].lower() + message[1:]
     message = message.replace("input should be", "expected")
-    if item["type"] in ("model_type", "dict_type"):
+    if error_details["type"] in ("model_type", "dict_type"):
         message = "expected a mapping of keys"
-    if isinstance(found, Mapping):  # a problem between keys; most begin with the one to change
-        return f"{path}.{message}" if message.partition(" ")[0] in found else f"{path}: {message}"
-    return f"{path} is {found!r}; {message}{_advice(item['type'], found)}"
+    if isinstance(value, Mapping):  # a problem between keys; most begin with the one to change
+        return f"{key_path}.{message}" if message.partition(" ")[0] in value else f"{key_path}: {message}"
+    return f"{key_path} is {value!r}; {message}{_advice(error_details['type'], value)}"
 
 
-def _advice(problem: str, found: Any) -> str:
-    """What to write instead of a value of the wrong type, where it is clear what was meant."""
-    if problem == "bool_type" and isinstance(found, str) and found.lower() in _YES_OR_NO:
-        return f" (YAML 1.2 reads {found} as text; write {_YES_OR_NO[found.lower()]})"
-    if problem == "string_type" and isinstance(found, bool | int | float):
+def _advice(error_type: str, value: object) -> str:
+    """What to write instead of a value of the wrong type; empty if it is not clear what was meant."""
+    if error_type == "bool_type" and isinstance(value, str) and value.lower() in _YES_OR_NO:
+        return f" (YAML 1.2 reads {value} as text; write {_YES_OR_NO[value.lower()]})"
+    if error_type == "string_type" and isinstance(value, bool | int | float):
         return " (put it in quotes)"
-    number = _number(found)
-    if problem == "int_type" and number is not None and number == int(number):
+    number = _finite_number(value)
+    if error_type == "int_type" and number is not None and number == int(number):
         return f" (write {int(number)})"
-    if problem == "float_type" and number is not None:
-        return f" (YAML reads {found} as text; write {number})"
+    if error_type == "float_type" and number is not None:
+        return f" (YAML reads {value} as text; write {number})"
     return ""
 
 
-def _number(value: Any) -> float | None:
-    """A finite number of a usual size, from a number or text."""
+def _finite_number(value: object) -> float | None:
+    """A number or text as a number; None for other values, and for numbers above 1e15 or not finite."""
     try:
         number = float(value) if isinstance(value, float | str) else math.nan
     except ValueError:
@@ -49,5 +53,6 @@ def _number(value: Any) -> float | None:
     return number if abs(number) <= 1e15 else None
 
 
-def names(values: Any) -> str:
+def name_list(values: Iterable[str]) -> str:
+    """Sorted names, separated by commas, for a message."""
     return ", ".join(sorted(values)) or "(none defined)"

@@ -1,4 +1,4 @@
-"""Settings of mix_images: taken from the arm, so that nothing is written twice."""
+"""Settings of mix_images, taken from an arm so that nothing is written twice."""
 
 from typing import Self
 
@@ -7,7 +7,7 @@ from dmat.config.train_robust import Arm
 
 
 class MixImages(Record):
-    """What an arm trains on; taken from the arm, so that nothing is written twice."""
+    """What an arm trains on. Not a section of params.yaml: `from_arm` takes the values from the arm."""
 
     images: Name  # the selection
     generated_share: Share
@@ -15,10 +15,11 @@ class MixImages(Record):
     images_seen: Count  # by the whole training
     with_replacement: bool  # of generated images
     copies: Count  # of each drawn image in a batch
-    reshuffle_steps: Natural  # after which real images are shuffled anew; 0: once all were seen
+    reshuffle_steps: Natural  # training steps after which real images are reshuffled; 0: after all were seen
 
     @classmethod
-    def of(cls, arm: Arm) -> Self:
+    def from_arm(cls, arm: Arm) -> Self:
+        """The settings of an arm's mix."""
         return cls(
             images=arm.images,
             generated_share=arm.generated_share,

@@ -1,12 +1,12 @@
-"""The whole of params.yaml: sections and lists as records, with every problem of the file told at once.
+"""Reads the whole of params.yaml: sections and lists become records, and all problems are reported at once.
 
-The four lists name each other: an arm names a selection, a selection an image set, an image set a generator. An entry
-overrides the section of its stage; its record is the section with the overrides merged in.
+Entries of the four lists refer to each other: an arm names a selection, a selection an image set, an image set a
+generator. An entry overrides the section of its stage; its record is the section with the overrides merged in.
 """
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from dmat.config.evaluate_robust import EvaluateRobust
 from dmat.config.fields import AnyRecord, Record, name_problem
 from dmat.config.generate_images import GenerateImages, ImageSet
 from dmat.config.measure_images import MeasureImages
-from dmat.config.merging import merge, reaches
-from dmat.config.messages import names, sentence
+from dmat.config.merging import contains, merge
+from dmat.config.messages import name_list, sentence
 from dmat.config.prepare_data import PrepareData
 from dmat.config.renamed import renamed
 from dmat.config.score_images import ScoreImages
@@ -33,11 +33,15 @@ from dmat.errors import ConfigError, DmatError
 
 
 class EntryKind(NamedTuple):
-    """What the entries of a list are. parent: the key by which an entry names an entry of the list `parents`."""
+    """The kind of the entries of a list.
+
+    record: of an entry. section: that an entry overrides. base: record of that section. parent: the key by which an
+    entry names an entry of the list `parents`. may_have_none: whether that key may be `none`.
+    """
 
     record: type[Record]
-    section: str  # what an entry overrides
-    base: type[Record]  # of the section
+    section: str
+    base: type[Record]
     parent: str | None = None
     parents: str | None = None
     may_have_none: bool = False
@@ -53,7 +57,10 @@ LISTS = {  # a parent's list comes before its children's
 
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """The whole file. Lists hold each entry with its section merged in; trial: of the study, None without one."""
+    """The whole file. Lists hold each entry with its section merged in.
+
+    tune: the study; None without one. trial: what all trials of the study have in common; None without a study.
+    """
 
     compute: ComputeSettings
     seeds: tuple[int, ...]
@@ -68,10 +75,12 @@ class Params:
     image_sets: Mapping[str, ImageSet]
     selections: Mapping[str, Selection]
     arms: Mapping[str, Arm]
-    trial: TrialSettings | None  # the arm of the study with the study's overrides and length
+    trial: (
+        TrialSettings | None
+    )  # the study's arm with the study's overrides and length, and its image set and selection
 
 
-SECTIONS: dict[str, type[Record]] = {  # of a file: those that Params holds, and those that only entries of lists use
+SECTIONS: dict[str, type[Record]] = {  # sections of a file: those in Params, and those that only entries of lists use
     **{name: kind for name, kind in typing.get_type_hints(Params).items() if isinstance(kind, type(Record))},
     "tune": Tune,
     **{kind.section: kind.base for kind in LISTS.values()},
@@ -80,7 +89,7 @@ _OVERRIDDEN = {kind.section for kind in LISTS.values()}
 
 
 def load(path: Path) -> Params:
-    """Reads and checks a parameter file. Raises ConfigError with every problem found."""
+    """Reads and checks a parameter file. Raises ConfigError with all problems, and DmatError if there is no file."""
     try:
         document = yaml_file.read(path)
     except FileNotFoundError:
@@ -94,66 +103,70 @@ def load(path: Path) -> Params:
     with plugins.of_project(path.resolve().parent):
         params, problems = check(document.value)
     if problems or params is None:
-        places = [(document.line_of(problem), problem) for problem in problems]
-        raise ConfigError(str(path), [f"line {line}: {problem}" if line else problem for line, problem in places])
+        located = [(document.line_of(problem), problem) for problem in problems]
+        raise ConfigError(str(path), [f"line {line}: {problem}" if line else problem for line, problem in located])
     return params
 
 
-def check(values: dict[str, Any]) -> tuple[Params | None, list[str]]:
-    """What a parameter file holds as records, or None and every problem found."""
-    if problems := renamed(values):  # a file of an earlier version: what to write now comes before anything else
+def check(values: dict[str, object]) -> tuple[Params | None, list[str]]:
+    """Converts the content of a parameter file to records. Returns None and all problems if there are any."""
+    if problems := renamed(values):  # for a file of an earlier version, only the new keys are reported at first
         return None, problems
     reader = _Reader(values)
     return reader.read(), reader.problems
 
 
 def expect_name(option: str, value: str) -> None:
-    """Raises DmatError for what cannot be the name of an entry, such as one that YAML reads as something else."""
+    """Raises DmatError if the value of an option cannot be the name of an entry.
+
+    A name has letters, digits and underscores only, and YAML reads it as text. option: its name, for the message.
+    """
     if problem := name_problem(value):
         raise DmatError(f"{option} is {value!r}; {problem}")
     if not isinstance(yaml_file.parse(value).value, str):
         raise DmatError(f"{option} is {value!r}, which YAML does not read as text; expected a word; name another")
 
 
-def threat(norm: Any, epsilon: Any) -> Threat:
-    """A threat model that is in no params.yaml. Raises DmatError."""
+def threat(norm: object, epsilon: object) -> Threat:
+    """Validates a threat model that is not from a params.yaml. Raises DmatError."""
     return _validated("threat", {"norm": norm, "epsilon": epsilon}, Threat)
 
 
-def evaluation(values: Mapping[str, Any]) -> EvaluateRobust:
-    """Settings of an evaluation that belongs to no project. Raises DmatError."""
+def evaluation(values: Mapping[str, object]) -> EvaluateRobust:
+    """Validates settings of evaluate_robust that are not from a params.yaml. Raises DmatError."""
     return _validated("evaluate_robust", values, EvaluateRobust)
 
 
-def _validated(where: str, values: Mapping[str, Any], record: type[AnyRecord]) -> AnyRecord:
+def _validated(name: str, values: Mapping[str, object], record: type[AnyRecord]) -> AnyRecord:
     try:
         return record.model_validate(values)
     except pydantic.ValidationError as error:
-        raise DmatError("; ".join(sentence(where, item, record) for item in error.errors())) from None
+        raise DmatError("; ".join(sentence(name, error_details, record) for error_details in error.errors())) from None
 
 
 class _Reader:
-    """Collects problems while it builds records; owns the list of them."""
+    """Builds the records of a file and collects all problems in `problems`."""
 
-    def __init__(self, raw: dict[str, Any]):
+    def __init__(self, raw: dict[str, object]):
         self.raw, self.problems = raw, list[str]()
-        self.sound = set[str]()  # sections that are valid by themselves
+        self.valid_sections = set[str]()
 
     def read(self) -> Params | None:
-        known = {*SECTIONS, *LISTS, "seeds"}
+        """The records of the file; None if there are problems."""
+        known_keys = {*SECTIONS, *LISTS, "seeds"}
         self.problems += [
-            f"{key} is not a section; expected one of {', '.join(sorted(known))}"
+            f"{key} is not a section; expected one of {', '.join(sorted(known_keys))}"
             for key in self.raw
-            if key not in known
+            if key not in known_keys
         ]
         sections = {name: self._section(name, record) for name, record in SECTIONS.items()}
-        self.sound = {name for name, record in sections.items() if record is not None}
+        self.valid_sections = {name for name, record in sections.items() if record is not None}
         seeds = self._seeds()
         lists: dict[str, dict[str, Any]] = {}
         for key, kind in LISTS.items():
             lists[key] = {
                 name: self._entry(key, kind, name, entry, lists.get(kind.parents or "", {}))
-                for name, entry in self._entries(key)
+                for name, entry in self._named_entries(key)
             }
         arms, report, evaluation = lists["arms"], sections["write_report"], sections["evaluate_robust"]
         for name, arm in arms.items():
@@ -161,21 +174,21 @@ class _Reader:
                 self.problems += _share_problems(name, arm)
                 self.problems += _step_problems(name, arm, evaluation)
         if report is not None and arms and report.baseline not in arms:
-            self.problems.append(f"write_report.baseline is {report.baseline!r}; expected one of {names(arms)}")
+            self.problems.append(f"write_report.baseline is {report.baseline!r}; expected one of {name_list(arms)}")
         trial = self._trial(sections["tune"], lists)
         if self.problems:
             return None
         lists["arms"] = {name: arm.with_step_sizes() for name, arm in arms.items()}
-        own: dict[str, Any] = {name: record for name, record in sections.items() if name not in _OVERRIDDEN}
-        own |= lists
-        return Params(seeds=seeds, trial=trial, **own)
+        fields: dict[str, Any] = {name: record for name, record in sections.items() if name not in _OVERRIDDEN}
+        fields |= lists
+        return Params(seeds=seeds, trial=trial, **fields)
 
     def _section(self, name: str, record: type[Record]) -> Any:
-        """A validated record; None for one with problems, and for a study where none is asked for."""
-        given = self.raw.get(name)
-        if given is None and name == "tune":
+        """The validated record of a section; None for one with problems, and if the file has no study."""
+        value = self.raw.get(name)
+        if value is None and name == "tune":
             return None
-        return self._record(record, name, {} if given is None and name == "compute" else given)
+        return self._record(record, name, {} if value is None and name == "compute" else value)
 
     def _seeds(self) -> tuple[int, ...]:
         seeds = self.raw.get("seeds")
@@ -191,7 +204,7 @@ class _Reader:
         )
         return ()
 
-    def _entries(self, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _named_entries(self, key: str) -> Iterator[tuple[str, dict[str, object]]]:
         entries = self.raw.get(key, {})
         if not isinstance(entries, dict) or not entries:
             self.problems.append(f"{key} is {entries!r}; expected named entries, for example {key}: {{NAME: {{}}}}")
@@ -205,34 +218,43 @@ class _Reader:
                 yield str(name), entry or {}
 
     def _entry(
-        self, key: str, kind: EntryKind, name: str, overrides: dict[str, Any], parents: Mapping[str, Any]
-    ) -> Any:
-        """The record of an entry over its section. Of an unsound section only the problems of the entry itself are told
-        again."""
-        where = f"{key}.{name}"
+        self, key: str, kind: EntryKind, name: str, overrides: dict[str, object], parents: Iterable[str]
+    ) -> Record | None:
+        """The record of an entry, merged into its section.
+
+        If the section itself has problems, only problems at keys of the entry are reported.
+        """
+        path = f"{key}.{name}"
         if kind.parent is not None:
-            known = [*parents, *([NONE] if kind.may_have_none else [])]
+            choices = [*parents, *([NONE] if kind.may_have_none else [])]
             parent = overrides.get(kind.parent)
-            if not isinstance(parent, str) or parent not in known:
-                found = "is missing" if parent is None else f"is {parent!r}"
+            if not isinstance(parent, str) or parent not in choices:
+                state = "is missing" if parent is None else f"is {parent!r}"
                 none = f", or {NONE}" if kind.may_have_none else ""
-                self.problems.append(f"{where}.{kind.parent} {found}; expected one of {names(parents)}{none}")
-                overrides = {**overrides, kind.parent: NONE}  # so that its other problems are told too
+                self.problems.append(f"{path}.{kind.parent} {state}; expected one of {name_list(parents)}{none}")
+                overrides = {**overrides, kind.parent: NONE}  # so that its other problems are reported too
         base = self.raw.get(kind.section)
         merged = merge(base if isinstance(base, dict) else {}, overrides)
-        return self._record(kind.record, where, merged, only=None if kind.section in self.sound else overrides)
+        return self._record(
+            kind.record, path, merged, reported=None if kind.section in self.valid_sections else overrides
+        )
 
-    def _record(self, record: type[Record], where: str, value: Any, only: dict[str, Any] | None = None) -> Any:
-        """A validated record or None. `only`: report no problem but those at the keys of this mapping."""
+    def _record(
+        self, record: type[AnyRecord], path: str, value: object, reported: Mapping[str, object] | None = None
+    ) -> AnyRecord | None:
+        """A validated record, or None if there are problems. path: dotted name, for messages.
+
+        reported: report only problems at keys of this mapping; None: all problems.
+        """
         if value is None:
-            self.problems.append(f"{where} is missing; expected a section with {', '.join(record.model_fields)}")
+            self.problems.append(f"{path} is missing; expected a section with {', '.join(record.model_fields)}")
             return None
         try:
             return record.model_validate(value)
         except pydantic.ValidationError as error:
-            for item in error.errors():
-                if only is None or reaches(only, item["loc"]):
-                    self.problems.append(sentence(where, item, record))
+            for error_details in error.errors():
+                if reported is None or contains(reported, error_details["loc"]):
+                    self.problems.append(sentence(path, error_details, record))
             return None
 
     def _trial(self, study: Tune | None, lists: Mapping[str, Mapping[str, Any]]) -> TrialSettings | None:
@@ -240,24 +262,24 @@ class _Reader:
         if study is None:
             return None
         if study.arm not in lists["arms"]:
-            self.problems.append(f"tune.arm is {study.arm!r}; expected one of {names(lists['arms'])}")
+            self.problems.append(f"tune.arm is {study.arm!r}; expected one of {name_list(lists['arms'])}")
             return None
         arm = lists["arms"][study.arm]
-        if arm is None:  # its own problems are told already
+        if arm is None:  # its problems are reported already
             return None
-        both = sorted(
-            name for name in {*study.space, *NOT_IN_A_SPACE} if reaches(study.overrides, tuple(name.split(".")))
+        fixed = sorted(
+            name for name in {*study.space, *NOT_IN_A_SPACE} if contains(study.overrides, tuple(name.split(".")))
         )
-        if both:
+        if fixed:
             self.problems.append(
-                f"tune.overrides gives {', '.join(both)}, which the study itself or the arm decides; leave it out"
+                f"tune.overrides gives {', '.join(fixed)}, which the study itself or the arm decides; leave it out"
             )
         length = {"images_seen": study.images_seen, "evaluate_every": study.evaluate_every, "patience": 0}
-        made: Arm | None = self._record(Arm, "tune.overrides", merge(arm.plain(), {**study.overrides, **length}))
-        if made is None:
+        arm_record: Arm | None = self._record(Arm, "tune.overrides", merge(arm.plain(), {**study.overrides, **length}))
+        if arm_record is None:
             return None
         selection = lists["selections"].get(arm.images)
-        trial = TrialSettings(made, selection and lists["image_sets"].get(selection.image_set), selection)
+        trial = TrialSettings(arm_record, selection and lists["image_sets"].get(selection.image_set), selection)
         self.problems += study_problems(study, trial)
         return trial
 
@@ -271,6 +293,6 @@ def _share_problems(name: str, arm: Arm) -> Iterator[str]:
 
 
 def _step_problems(name: str, arm: Arm, evaluation: EvaluateRobust | None) -> Iterator[str]:
-    """The ball of an arm may be smaller than the one step that the evaluation of all arms takes."""
+    """The epsilon of an arm may be smaller than the step size, which is the same for the evaluation of all arms."""
     if evaluation is not None and (problem := step_problem(arm.threat, evaluation.pgd_step_size)) is not None:
         yield f"evaluate_robust.pgd_step_size {problem} (arm {name})"

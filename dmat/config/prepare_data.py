@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import pydantic
 from pydantic import BeforeValidator, Field
@@ -14,14 +14,14 @@ WITH_FILES = ("npz", "cifar10", "cifar100", "folder", "shards")  # sources that 
 
 
 class Normalisation(Record):
-    """What every network subtracts from each channel of the images, and what it divides by."""
+    """What every network subtracts from each channel of the images in [0, 1], and what it divides by."""
 
     mean: Annotated[tuple[Share, ...], Field(min_length=1, strict=False)]
     std: Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)]
 
 
-def _normalisation(value: Any) -> Any:
-    """Which of the two is meant, as the complaints of the other one would only confuse."""
+def _normalisation(value: object) -> object:
+    """Validates the form that is meant, because errors of the other one would only confuse."""
     if isinstance(value, Mapping):
         return Normalisation.model_validate(value)
     from dmat.data.sources import NORMALISATIONS  # late, as the other tables
@@ -32,8 +32,10 @@ def _normalisation(value: Any) -> Any:
 
 
 class PrepareData(Record):
+    """Where the real images come from and how they are split."""
+
     source: Annotated[str, named_in("dmat.data.sources", "SOURCES")]
-    path: str  # below sources/; none for digits
+    path: str  # of a file or folder below sources/; none for digits
     train: Count  # images
     validation: Count
     test: Count
@@ -43,16 +45,16 @@ class PrepareData(Record):
 
     @pydantic.model_validator(mode="after")
     def _files_lie_in_sources(self) -> Self:
-        where = PurePosixPath(self.path)
+        source_path = PurePosixPath(self.path)
         if self.source == "digits" and self.path != NONE:
             raise ValueError(f"path is {self.path!r} and source 'digits'; expected path: {NONE}, as it needs no files")
         if self.source in WITH_FILES and self.path in ("", ".", NONE):
             raise ValueError(
                 f"path is {self.path!r} and source {self.source!r}; expected the name of a file or folder in sources/"
             )
-        if where.is_absolute() or ".." in where.parts:
+        if source_path.is_absolute() or ".." in source_path.parts:
             raise ValueError(
                 f"path is {self.path!r}; expected a name below sources/, which DVC watches: "
-                f"`ln -s {self.path} sources/{where.name}`, then write path: {where.name}"
+                f"`ln -s {self.path} sources/{source_path.name}`, then write path: {source_path.name}"
             )
         return self

@@ -1,14 +1,12 @@
-"""Keys of earlier versions of params.yaml, and what to write today."""
+"""Finds keys of earlier versions of params.yaml, and says what to write today."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from dmat import NONE
 
-
 _LISTS = ("generators", "image_sets", "selections", "arms")
 
-# Old name of a setting, wherever it stands (a section, an arm, overrides or the space of a study) -> its name.
+# Old name of a setting -> its name today, in any place: a section, an arm, overrides or the space of a study.
 _NEW_NAMES = {
     "average_tau": "ema_decay",
     "average_warm_up": "ema_warmup",
@@ -18,30 +16,30 @@ _NEW_NAMES = {
 }
 
 
-def renamed(raw: Mapping[str, Any]) -> list[str]:
-    """A problem for each old key of a file, with its replacement; none for a file of today."""
+def renamed(raw: Mapping[str, object]) -> list[str]:
+    """A sentence for each old key of a file, with its replacement; empty for a file of this version."""
     return [*_chunks(raw), *_arms(raw), *_lengths(raw), *_path(raw), *_settings(raw)]
 
 
-def _mapping(raw: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """The mapping at a path of keys, empty where there is none."""
-    value: Any = raw
+def _mapping(raw: Mapping[str, object], *keys: str) -> Mapping[str, object]:
+    """The mapping at a path of keys; empty if there is none."""
+    value: object = raw
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value if isinstance(value, Mapping) else {}
 
 
-def _chunks(raw: Mapping[str, Any]) -> Iterator[str]:
+def _chunks(raw: Mapping[str, object]) -> Iterator[str]:
     size = _mapping(raw, "generate_images").get("chunk")
     if "chunks" in raw:
-        of_set: dict[str, list[str]] = {}
+        generators_by_set: dict[str, list[str]] = {}
         for entry in _mapping(raw, "chunks").values():
             if isinstance(entry, Mapping):
-                of_set.setdefault(str(entry.get("image_set")), []).append(str(entry.get("generator")))
+                generators_by_set.setdefault(str(entry.get("image_set")), []).append(str(entry.get("generator")))
         sets = []
-        for name, generators in of_set.items():
-            own = _mapping(raw, "image_sets", name).get("chunk", size)
-            images = len(generators) * own if type(own) is int else "COUNT"
+        for name, generators in generators_by_set.items():
+            chunk_size = _mapping(raw, "image_sets", name).get("chunk", size)
+            images = len(generators) * chunk_size if type(chunk_size) is int else "COUNT"
             sets.append(f"{name}: {{generator: {generators[0]}, images: {images}}}")
         yield (
             f"chunks is no longer a list: an image set names its generator and its number of images; leave it out and "
@@ -57,7 +55,7 @@ def _chunks(raw: Mapping[str, Any]) -> Iterator[str]:
             yield f"image_sets.{name}.chunk is no longer a key; write the number of images of the set as `images`"
 
 
-def _arms(raw: Mapping[str, Any]) -> Iterator[str]:
+def _arms(raw: Mapping[str, object]) -> Iterator[str]:
     for name in _mapping(raw, "arms"):
         arm = _mapping(raw, "arms", str(name))
         if "images_from" in arm:
@@ -69,8 +67,8 @@ def _arms(raw: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _lengths(raw: Mapping[str, Any]) -> Iterator[str]:
-    """`images` was the length of a training; it is what an arm trains on today."""
+def _lengths(raw: Mapping[str, object]) -> Iterator[str]:
+    """`images` was once the length of a training; today it is the selection that an arm trains on."""
     sections = [(name,) for name in ("train_scorer", "train_diffusion", "train_robust", "tune")]
     entries = [(key, str(name)) for key in ("generators", "arms") for name in _mapping(raw, key)]
     for keys in [*sections, *entries]:
@@ -79,20 +77,20 @@ def _lengths(raw: Mapping[str, Any]) -> Iterator[str]:
             yield f"{'.'.join(keys)}.images is {value}; the length of a training is called images_seen: write that"
 
 
-def _path(raw: Mapping[str, Any]) -> Iterator[str]:
+def _path(raw: Mapping[str, object]) -> Iterator[str]:
     section = _mapping(raw, "prepare_data")
     if section and section.get("path") is None and section.get("source") in ("digits", None):
         yield f"prepare_data.path is missing; write path: {NONE}, as digits need no files"
 
 
-def _settings(raw: Any, path: str = "") -> Iterator[str]:
+def _settings(raw: object, path: str = "") -> Iterator[str]:
     if isinstance(raw, Mapping):
         for key, value in raw.items():
-            where = f"{path}.{key}" if path else str(key)
+            key_path = f"{path}.{key}" if path else str(key)
             new = _NEW_NAMES.get(str(key).rpartition(".")[2])
             if new is not None and path not in _LISTS:  # an entry may have any name
-                yield f"{where} is no longer a key; the setting is called {new}: write that"
-            yield from _settings(value, where)
+                yield f"{key_path} is no longer a key; the setting is called {new}: write that"
+            yield from _settings(value, key_path)
     elif isinstance(raw, list):
         for number, value in enumerate(raw):
             yield from _settings(value, f"{path}[{number}]")

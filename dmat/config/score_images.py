@@ -4,4 +4,6 @@ from dmat.config.fields import Count, Record
 
 
 class ScoreImages(Record):
+    """How generated images are scored."""
+
     batch: Count  # images scored together

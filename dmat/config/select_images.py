@@ -8,10 +8,12 @@ from dmat.config.fields import Name, Record
 
 
 class SelectImages(Record):
+    """How many of the scored images are kept."""
+
     keep: Annotated[float, Field(gt=0, le=1)]  # best-scored share of each class; 1 keeps everything
 
 
 class Selection(SelectImages):
-    """The best images of a set."""
+    """A selection: the best-scored images of each class of one image set."""
 
     image_set: Name

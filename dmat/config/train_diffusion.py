@@ -8,11 +8,11 @@ from dmat.config.fields import Count, Positive, Record, Seed
 
 
 class Generator(Record):
-    """Satisfies `training.denoiser.DenoiserSettings`."""
+    """Settings of one diffusion model and its training. Satisfies `training.denoiser.DenoiserSettings`."""
 
     channels: Annotated[int, Field(ge=8, le=100_000, multiple_of=8)]
     multipliers: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
-    blocks: Count  # residual blocks per size
+    blocks: Count  # residual blocks per resolution
     dropout: Annotated[float, Field(ge=0, lt=1)]
     sigma_data: Positive  # standard deviation of the images in [-1, 1]
     p_mean: Annotated[float, Field(ge=-100, le=100)] = -1.2

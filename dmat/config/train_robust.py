@@ -10,6 +10,8 @@ from dmat.robust.step_size import default_step
 
 
 class Threat(Record):
+    """The threat model: perturbations of a norm up to epsilon."""
+
     norm: Literal["linf", "l2"]
     epsilon: Radius  # pixels in [0, 1], kept as written
 
@@ -24,7 +26,10 @@ class Threat(Record):
 
 
 def step_problem(threat: Threat, step: WrittenNumber) -> str | None:
-    """What is wrong with a step that leaves the ball at once; to follow the name of its key."""
+    """A phrase on a step size larger than epsilon, to follow the name of its key; None for a valid one.
+
+    A step larger than epsilon leaves the ball at once. step: pixels of [0, 1].
+    """
     if step <= threat.epsilon:
         return None
     default = "a quarter of epsilon" if threat.norm == "linf" else "2 epsilon / steps"
@@ -35,6 +40,8 @@ def step_problem(threat: Threat, step: WrittenNumber) -> str | None:
 
 
 class TrainRobust(ClassifierTraining):
+    """Settings of adversarial training."""
+
     threat: Threat
     generated_share: Share = 0.0  # of each batch
     real_sampling: Literal["without_replacement", "reshuffled"] = "without_replacement"
@@ -48,18 +55,18 @@ class TrainRobust(ClassifierTraining):
         return self
 
     def with_step_sizes(self) -> Self:
-        """The same, with the step sizes that are not given."""
-        found = {
+        """A copy with defaults for the step sizes that are not given."""
+        defaults = {
             f"{name}_size": WrittenNumber(
                 default_step(self.threat.norm, self.threat.epsilon, getattr(self, f"{name}s"))
             )
             for name in ("attack_step", "selection_step")
             if not getattr(self, f"{name}_size")
         }
-        return self.model_copy(update=found)
+        return self.model_copy(update=defaults)
 
 
 class Arm(TrainRobust):
-    """One of the trainings that are compared. images: the selection that it trains on beside the real images."""
+    """One of the trainings that are compared. images: the selection that it uses beside the real images, or none."""
 
     images: Name

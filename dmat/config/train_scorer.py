@@ -9,6 +9,8 @@ from dmat.config.fields import Seed
 
 
 class TrainScorer(ClassifierTraining):
+    """Settings of the scorer: an ordinary classifier, trained without attacks."""
+
     loss: Literal["standard"]
     seed: Seed
 

@@ -1,4 +1,4 @@
-"""Batches of a training run: what a `Mix` asks for, read from shards."""
+"""Batches of a training run: the images that a `Mix` asks for, read from shards."""
 
 import numpy as np
 import torch
@@ -10,26 +10,34 @@ from dmat.data.shards import Shards
 
 
 class MixedBatches:
-    """What every training step draws: real images first, then generated ones, float32 in [0, 1] with labels.
+    """The images and labels of every training step: real images first, then generated ones, float32 in [0, 1].
 
-    `kept` are the global indices of the generated images that may be used. Several threads may read.
+    selected: int64 [N], global indices of the generated images that may be used; None without generated images.
+    Several threads may read at the same time.
     """
 
-    def __init__(self, mix: Mix, seed: int, real: Shards, generated: Shards | None, kept: np.ndarray | None):
+    def __init__(
+        self,
+        mix: Mix,
+        seed: int,
+        real: Shards,
+        generated: Shards | None,
+        selected: np.ndarray | None,  # [N]
+    ):
         self.order = BatchOrder(mix, seed)
-        self.real, self.generated, self.kept = real, generated, kept
+        self.real, self.generated, self.selected = real, generated, selected
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """images [drawn, C, H, W] and labels int64 [drawn] of a step; drawn is batch but for several copies."""
+        """Images float32 [B, C, H, W] and labels int64 [B] of a step. B is `mix.drawn`: the batch divided by copies."""
         real, generated = self.order.at(step)
         images, labels = self.real.take(real)
-        if len(generated) and self.generated is not None and self.kept is not None:
-            more_images, more_labels = self.generated.take(self.kept[generated])
+        if len(generated) and self.generated is not None and self.selected is not None:
+            more_images, more_labels = self.generated.take(self.selected[generated])
             images, labels = np.concatenate([images, more_images]), np.concatenate([labels, more_labels])
         return to_float(images), torch.from_numpy(labels)
 
     def names(self, step: int) -> dict[str, list[int]]:
-        """Which images those are: indices of the training split, and global ones of the image set."""
+        """Indices of the images of a step: `real` in the training split, `generated` in the whole image set."""
         real, generated = self.order.at(step)
-        chosen = generated if self.kept is None else self.kept[generated]
-        return {"real": real.tolist(), "generated": chosen.tolist()}
+        indices = generated if self.selected is None else self.selected[generated]
+        return {"real": real.tolist(), "generated": indices.tolist()}

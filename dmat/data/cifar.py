@@ -1,9 +1,11 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) as they are published: the python version, pickles that Python 2 wrote, and
-the binary version.
+"""Reads CIFAR-10 and CIFAR-100 (Krizhevsky 2009) as published: the python version (pickles written by Python 2) and the
+binary version.
 
-A pickle is a program. Here it may make numbers, text, lists and dictionaries; the four names that an array of numpy
-needs lead to stand-ins of this module, and any other name is refused before it is looked up. Nothing of numpy runs
-before the bytes of an array have been found to be whole.
+A pickle is a program. Here it may make numbers, text, lists and dictionaries. The four names that a numpy array needs
+resolve to stand-ins of this module; any other name is refused before it is looked up. numpy code runs only after the
+bytes of an array were checked to be complete.
+
+Shapes: N images.
 """
 
 import dataclasses
@@ -22,8 +24,11 @@ SIDE, PIXELS = 32, 3 * 32 * 32
 
 @dataclasses.dataclass(frozen=True)
 class CifarLayout:
-    """One version of one data set on disk. names: file of the class names; key: of the names and of the labels in the
-    pickles, None in the binary version; label: position of the label among the `label_bytes` before each image."""
+    """One version of one data set on disk.
+
+    names: file of the class names. key: keys of the class names and of the labels in the pickles; None in the binary
+    version. label: position of the label among the `label_bytes` before each image.
+    """
 
     folder: str
     train: tuple[str, ...]
@@ -53,13 +58,17 @@ LAYOUTS = {
         ),
     ),
 }
-PUBLISHED = {"train": 50_000, "test": 10_000}  # images, in either data set
+PUBLISHED = {"train": 50_000, "test": 10_000}  # number of images, the same in both data sets
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cifar:
-    """train, test: images uint8 [N, 32, 32, 3] and labels int64 [N]. names: of the classes, in label order."""
+    """A whole data set in memory.
+
+    train, test: images uint8 [N, 32, 32, 3] and labels int64 [N]. names: of the classes, in label order. origin: data
+    set and version, for people.
+    """
 
     train: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
@@ -68,9 +77,10 @@ class Cifar:
 
 
 def find(data: str, path: Path) -> tuple[Path, CifarLayout] | None:
-    """The folder of a data set ("cifar10", "cifar100"), `path` itself or one in it, and its layout; None: not there.
+    """Returns the folder of a data set ("cifar10", "cifar100") and its layout, or None if there is none.
 
-    A folder is known by its files, whatever its name; where both versions are there the python one is read.
+    The folder is `path` itself or a sub-folder with the published name. A folder is recognised by its files, whatever
+    its name. If both versions exist, the python version is returned.
     """
     for layout in LAYOUTS[data]:
         for folder in (path, path / layout.folder):
@@ -79,32 +89,38 @@ def find(data: str, path: Path) -> tuple[Path, CifarLayout] | None:
     return None
 
 
-def located(data: str, path: Path) -> tuple[Path, CifarLayout]:
-    """`find`, or DmatError."""
-    found = find(data, path)
-    if found is None:
-        wanted = " or ".join(f"{one.folder} ({one.train[0]}, {one.test}, {one.names})" for one in LAYOUTS[data])
-        raise DmatError(
-            f"{path} is no {TITLES[data]} folder; expected {wanted}, or the folder that holds it; unpack it"
+def locate(data: str, path: Path) -> tuple[Path, CifarLayout]:
+    """Like `find`, but raises DmatError if there is no such folder."""
+    located = find(data, path)
+    if located is None:
+        expected = " or ".join(
+            f"{layout.folder} ({layout.train[0]}, {layout.test}, {layout.names})" for layout in LAYOUTS[data]
         )
-    return found
+        raise DmatError(
+            f"{path} is not a {TITLES[data]} folder; expected {expected}, or the folder that holds it; unpack the "
+            f"archive"
+        )
+    return located
 
 
 def read(data: str, path: Path) -> Cifar:
-    """All images of "cifar10" or "cifar100" at `path`. Raises DmatError for what is missing, cut or no CIFAR file."""
-    folder, layout = located(data, path)
-    names, count = _names(folder, layout)
-    pairs = [_file(folder / name, layout, names, count) for name in (*layout.train, layout.test)]
+    """Reads all images of "cifar10" or "cifar100" at `path`.
+
+    Raises DmatError if a file is missing, incomplete or not a CIFAR file.
+    """
+    folder, layout = locate(data, path)
+    names, count = _read_class_names(folder, layout)
+    pairs = [_read_file(folder / name, layout, names, count) for name in (*layout.train, layout.test)]
     train = tuple(np.concatenate([pair[k] for pair in pairs[:-1]]) for k in range(2))
     kind = "python" if layout.key else "binary"
     sizes = {"train": len(train[1]), "test": len(pairs[-1][1])}
-    whole = "" if sizes == PUBLISHED else f", a part of it: {sizes['train']:,} and {sizes['test']:,} images"
-    origin = f"{TITLES[data]} (Krizhevsky 2009), {kind} version{whole}"
+    extent = "" if sizes == PUBLISHED else f", a part of it: {sizes['train']:,} and {sizes['test']:,} images"
+    origin = f"{TITLES[data]} (Krizhevsky 2009), {kind} version{extent}"
     return Cifar((train[0], train[1]), pairs[-1], names, origin)
 
 
-def _names(folder: Path, layout: CifarLayout) -> tuple[tuple[str, ...], int | None]:
-    """Names of the classes, and how many images a file should hold where the data set says so."""
+def _read_class_names(folder: Path, layout: CifarLayout) -> tuple[tuple[str, ...], int | None]:
+    """Names of the classes, and the number of images per file (None if the data set does not say it)."""
     path = folder / layout.names
     if not path.is_file():
         raise DmatError(f"{path} does not exist; expected the names of the classes in it; unpack the archive again")
@@ -115,19 +131,24 @@ def _names(folder: Path, layout: CifarLayout) -> tuple[tuple[str, ...], int | No
             names = ()
         count = None
     else:
-        content = _content(path)
+        content = _read_pickle(path)
         listed, count = content.get(layout.key[0]), content.get("num_cases_per_batch")
         names = tuple(_text(name) for name in listed) if isinstance(listed, list) else ()
     if not names or not all(names) or len(set(names)) < len(names):
-        raise DmatError(f"{path} holds no list of different class names; expected one; unpack the archive again")
+        raise DmatError(
+            f"{path} does not hold a list of distinct class names; expected one name per class; unpack the archive "
+            f"again"
+        )
     return names, count if isinstance(count, int) else None
 
 
-def _file(path: Path, layout: CifarLayout, names: tuple[str, ...], count: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [n, 32, 32, 3] and labels int64 [n] of one file. count: how many there should be, if known."""
+def _read_file(
+    path: Path, layout: CifarLayout, names: tuple[str, ...], count: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, 32, 32, 3] and labels int64 [N] of one file. count: expected number of images, if known."""
     if not path.is_file():
         raise DmatError(f"{path} does not exist; expected it beside the other batches; unpack the archive again")
-    rows, labels = _pickled(path, layout.key[1]) if layout.key else _binary(path, layout)
+    rows, labels = _read_pickled(path, layout.key[1]) if layout.key else _read_binary(path, layout)
     if len(rows) == 0 or (count is not None and len(rows) != count):
         raise DmatError(f"{path} holds {len(rows)} images; expected {count or 'some'}; unpack the archive again")
     if labels.min() < 0 or labels.max() >= len(names):
@@ -135,100 +156,106 @@ def _file(path: Path, layout: CifarLayout, names: tuple[str, ...], count: int | 
             f"{path} has labels from {labels.min()} to {labels.max()}; expected 0 to {len(names) - 1}, the classes in "
             f"{layout.names}; unpack the archive again"
         )
-    images = rows.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)  # stored as a plane of each colour
+    images = rows.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)  # stored as one plane per colour
     return np.ascontiguousarray(images), labels
 
 
-def _binary(path: Path, layout: CifarLayout) -> tuple[np.ndarray, np.ndarray]:
-    """Rows uint8 [n, 3072] and labels int64 [n] of a file of the binary version."""
+def _read_binary(path: Path, layout: CifarLayout) -> tuple[np.ndarray, np.ndarray]:
+    """Rows uint8 [N, 3072] and labels int64 [N] of a file of the binary version."""
     content, length = np.fromfile(path, dtype=np.uint8), layout.label_bytes + PIXELS
     if len(content) % length:
         raise DmatError(
-            f"{path} has {len(content)} bytes; expected a multiple of {length}: it was cut; unpack the archive again"
+            f"{path} has {len(content)} bytes; expected a multiple of {length}: the file is incomplete; unpack the "
+            f"archive again"
         )
     rows = content.reshape(-1, length)
     return rows[:, layout.label_bytes :], rows[:, layout.label].astype(np.int64)
 
 
-def _pickled(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows uint8 [n, 3072] and labels int64 [n] of a file of the python version."""
-    content = _content(path)
+def _read_pickled(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows uint8 [N, 3072] and labels int64 [N] of a file of the python version."""
+    content = _read_pickle(path)
     data, labels = content.get("data"), content.get(key)
-    rows = data.value if isinstance(data, _Array) else None
+    rows = data.value if isinstance(data, _ArrayStandIn) else None
     if rows is None or rows.ndim != 2 or rows.shape[1] != PIXELS:
-        found = "nothing" if rows is None else f"uint8 {rows.shape}"
-        raise DmatError(f"{path} has {found} under `data`; expected uint8 (n, {PIXELS}); unpack the archive again")
-    if not isinstance(labels, list) or len(labels) != len(rows) or not all(type(one) is int for one in labels):
-        raise DmatError(f"{path}: `{key}` is no list of {len(rows)} integers, one an image; unpack the archive again")
-    return rows, np.array([min(max(one, -1), 2**31) for one in labels], dtype=np.int64)  # out of range stays so
+        actual = "nothing" if rows is None else f"uint8 {rows.shape}"
+        raise DmatError(f"{path} has {actual} under `data`; expected uint8 (n, {PIXELS}); unpack the archive again")
+    if not isinstance(labels, list) or len(labels) != len(rows) or not all(type(label) is int for label in labels):
+        raise DmatError(
+            f"{path}: `{key}` is not a list of {len(rows)} integers, one per image; unpack the archive again"
+        )
+    return rows, np.array(
+        [min(max(label, -1), 2**31) for label in labels], dtype=np.int64
+    )  # an integer out of range stays out of range
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """The dictionary that a pickle holds, keys as text."""
+def _read_pickle(path: Path) -> dict[str, object]:
+    """The dictionary in a pickle, with its keys as text. Raises DmatError for anything else."""
     try:
         with open(path, "rb") as file:
             content = _CifarUnpickler(file).load()
     except DmatError:
         raise
-    except Exception as error:  # hostile bytes may end in any of them, and none is a defect of dmat
+    except Exception as error:  # hostile bytes may raise any exception; none of them is a bug of dmat
         short = " ".join(f"{type(error).__name__}: {error}".split())[:100]
         raise DmatError(
-            f"{path} is no whole file of CIFAR's python version ({short}); expected the pickle of a dictionary; unpack "
-            f"the archive again"
+            f"{path} is incomplete or not a file of CIFAR's python version ({short}); expected the pickle of a "
+            f"dictionary; unpack the archive again"
         ) from None
     if not isinstance(content, dict):
         raise DmatError(f"{path} holds a {type(content).__name__}; expected a dictionary; unpack the archive again")
     return {_text(key): value for key, value in content.items()}
 
 
-def _text(value: Any) -> str:
-    """Text as Python 2 wrote it; "" for what is no text."""
+def _text(value: object) -> str:
+    """Text as Python 2 wrote it; "" for anything that is not text."""
     return value.decode("latin-1") if isinstance(value, bytes) else value if isinstance(value, str) else ""
 
 
-class _Array:
-    """What stands in for an array while a pickle is read. value: uint8, set once its state is known to be sound."""
+class _ArrayStandIn:
+    """Stands in for an array while a pickle is read. value: uint8, any shape; set once its state was checked."""
 
     value: np.ndarray | None = None
 
     def __setstate__(self, state: Any) -> None:
-        """state: version, shape, dtype, whether columns come first, bytes; as numpy has written it since 1.0."""
+        """Sets `value`. state: (version, shape, dtype, Fortran order, bytes), as numpy writes it since 1.0."""
         _, shape, dtype, fortran, content = state
-        whole = isinstance(content, bytes) and all(type(n) is int and n >= 0 for n in shape)
-        if not isinstance(dtype, _Bytes) or not whole or math.prod(shape) != len(content):
+        plausible = isinstance(content, bytes) and all(type(n) is int and n >= 0 for n in shape)
+        if not isinstance(dtype, _Uint8Dtype) or not plausible or math.prod(shape) != len(content):
             raise ValueError("an array that is not uint8, or whose bytes do not fill its shape")
         self.value = np.frombuffer(content, dtype=np.uint8).reshape(shape, order="F" if fortran else "C")
 
 
-class _Bytes:
-    """What stands in for the dtype uint8; there is no other."""
+class _Uint8Dtype:
+    """Stands in for the dtype uint8. Any other dtype is refused."""
 
-    def __init__(self, name: Any, *_: Any):
+    def __init__(self, name: object, *_: object):
         if _text(name) not in ("u1", "|u1"):
             raise ValueError(f"an array of {_text(name)[:20] or 'something else'}, not of uint8")
 
-    def __setstate__(self, state: Any) -> None:
-        """Byte order and alignment: nothing that a byte has."""
+    def __setstate__(self, state: object) -> None:
+        """Ignores byte order and alignment: single bytes have neither."""
 
 
 class _CifarUnpickler(pickle.Unpickler):
-    """Knows the names that numpy 1 and 2 write for an array, and makes stand-ins of them."""
+    """Resolves the names that numpy 1 and 2 write for an array to stand-ins, and refuses all others."""
 
     def __init__(self, file: BinaryIO):
-        super().__init__(file, encoding="bytes")  # text of Python 2 stays what it was
+        super().__init__(file, encoding="bytes")  # keeps text of Python 2 as bytes
         self.file = file
 
-    def find_class(self, module: str, name: str) -> Callable[..., Any]:
-        # lambdas of this very call: a pickle may change the attributes of what it was given
+    def find_class(self, module: str, name: str) -> Callable[..., object]:
+        """Returns a stand-in for a name that a numpy array needs. Raises DmatError for any other name."""
+        # new lambdas at each call: a pickle may change the attributes of the objects that it gets
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return lambda *_: _Array()
+            return lambda *_: _ArrayStandIn()
         if (module, name) == ("numpy", "ndarray"):
-            return lambda *_: None  # only ever an argument of _reconstruct
+            return lambda *_: None  # used only as an argument of _reconstruct
         if (module, name) == ("numpy", "dtype"):
-            return lambda *words: _Bytes(*words)
+            return lambda *arguments: _Uint8Dtype(*arguments)
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
             return lambda text, _: text.encode("latin-1")
         raise DmatError(
             f"{self.file.name} names {module}.{name}, and reading that would run code; expected arrays, numbers and "
-            f"text; take CIFAR from where its authors publish it"
+            f"text; download CIFAR from the page of its authors"
         )

@@ -1,4 +1,4 @@
-"""The mix of an arm as `mix_images` wrote it. Refuses anything that changed since it was written."""
+"""Opens the mix of an arm as `mix_images` wrote it. Refuses files that changed since then."""
 
 from pathlib import Path
 
@@ -13,7 +13,11 @@ from dmat.errors import DmatError
 
 
 def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None, np.ndarray | None]:
-    """The mix of an arm, its opened generated images and the indices kept. Refuses anything that changed since."""
+    """The mix of an arm, its opened image set, and the selected indices in that set: int64 [N].
+
+    Image set and indices are None for a mix of real images alone. real: the training split. root: of the project.
+    Raises DmatError if the selection or the image set changed after the mix was written.
+    """
     record = files.read_record(
         folder / MIX,
         generated_images=int, batch=int, generated_share=(int, float), with_replacement=bool, copies=int,
@@ -35,5 +39,5 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None
     expect_selected_from(selection, images)
     indices = root / selection["path"] / INDICES
     if files.sha256(indices) != selection["indices_sha256"]:
-        raise DmatError(f"{indices} changed after the mix was made; run `dvc repro` to bring them together")
+        raise DmatError(f"{indices} changed after the mix was written; run `dvc repro` to make them agree")
     return mix, shards.open_shards(images), files.load_array(indices)

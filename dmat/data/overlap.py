@@ -1,7 +1,7 @@
-"""Images that are there twice: in one set, or in two that should have none in common.
+"""Finds duplicate images: within one set, or between two sets that should be disjoint.
 
-Exact copies only, of the same pixels: an image that was saved again as JPEG is another one here. Sets that are compared
-have images of one shape.
+Duplicates have exactly the same pixels; an image that was saved again as JPEG counts as a different one. Sets that are
+compared must have images of the same shape. Shapes: N images of one set, M of another.
 """
 
 import hashlib
@@ -10,33 +10,40 @@ import numpy as np
 
 from dmat.data.shards import Shards
 
-BATCH = 10_000  # images read at a time
+BATCH = 10_000  # images read at a time, to limit memory
 
 
 def digests(images: np.ndarray) -> np.ndarray:
-    """A number for each image, uint64 [N]; equal for equal images. images: uint8 [N, H, W, C].
+    """A hash of each image, uint64 [N]; equal images have equal hashes. images: uint8 [N, H, W, C].
 
-    Of 64 bits: that any of 10,000 test images meets another one of 50 million by accident has a chance of 3e-8.
+    A hash has 64 bits. The probability that any of 10,000 test images collides by accident with one of 50 million
+    images is 3e-8.
     """
-    found = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images]
-    return np.frombuffer(b"".join(found), dtype="<u8")
+    hashes = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images]
+    return np.frombuffer(b"".join(hashes), dtype="<u8")
 
 
 def digests_of(opened: Shards, indices: np.ndarray | None = None) -> np.ndarray:
-    """`digests` of a set, or of the images at `indices`, read piece by piece: sets may be larger than memory."""
-    wanted = np.arange(len(opened)) if indices is None else indices
-    pieces = [digests(opened.take(wanted[k : k + BATCH])[0]) for k in range(0, len(wanted), BATCH)]
+    """`digests` of a set, or of its images at `indices`: uint64 [N]. Reads in batches: sets may be larger than memory.
+
+    indices: int64 [N], global indices in the set; None: all images.
+    """
+    positions = np.arange(len(opened)) if indices is None else indices
+    pieces = [digests(opened.take(positions[k : k + BATCH])[0]) for k in range(0, len(positions), BATCH)]
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype="<u8")
 
 
-def repeated(found: np.ndarray) -> np.ndarray:
-    """bool [N]: where an image is a copy of an earlier one of the same set. found: `digests` [N]."""
-    _, first = np.unique(found, return_index=True)
-    again = np.ones(len(found), dtype=bool)
-    again[first] = False
-    return again
+def repeated(image_digests: np.ndarray) -> np.ndarray:
+    """Whether each image is a copy of an earlier image of the same set: bool [N]. image_digests: `digests`, [N]."""
+    _, first = np.unique(image_digests, return_index=True)
+    is_repeated = np.ones(len(image_digests), dtype=bool)
+    is_repeated[first] = False
+    return is_repeated
 
 
-def shared(found: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """bool [N]: where an image is also in another set. found, others: `digests` [N], [M]."""
-    return np.isin(found, others)
+def shared(image_digests: np.ndarray, other_digests: np.ndarray) -> np.ndarray:
+    """Whether each image is also in another set: bool [N].
+
+    image_digests, other_digests: `digests` of the two sets, [N] and [M].
+    """
+    return np.isin(image_digests, other_digests)

@@ -1,80 +1,95 @@
-"""A pool of shards that sets of any size share: a set is hard links to some of them, so growing one makes only what is
-new and no byte lies on disk twice.
+"""A pool of shards that sets of any size share.
 
-The folder of a pool is named by everything that decides a byte of its shards. A shard is made by one process at a time;
-others wait for it. Its files are read-only and replaced by rename, since DVC's cache holds the same inodes.
+A set consists of hard links to shards of the pool: growing a set computes only the new shards, and no byte is stored
+twice. The name of a pool's folder depends on everything that determines the bytes of its shards. One process at a time
+computes a shard; others wait for it. The files are read-only and replaced by rename, because DVC's cache holds the same
+inodes.
 """
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
 import filelock
 import numpy as np
 from tqdm import tqdm
 
 from dmat import files
+from dmat.data.shards import ShardRecord
 from dmat.errors import DmatError
 
-_WAIT = 0.2  # s between two looks at a shard that another process makes
+_LOCK_TIMEOUT = 0.2  # seconds between two attempts to lock a shard that another process computes
+
+ArrayName = Literal["images", "labels", "scores"]
+_CHECKSUM_KEYS: dict[ArrayName, Literal["images_sha256", "labels_sha256", "scores_sha256"]] = {
+    "images": "images_sha256",
+    "labels": "labels_sha256",
+    "scores": "scores_sha256",
+}
 
 
 class ShardPool:
-    """arrays: names of the arrays of a shard, such as images and labels. fresh: make what is there anew.
+    """Gives out shards of one pool and computes the missing ones.
 
-    counts: how many shards were made, taken from the pool, and taken from a copy elsewhere.
+    identity: everything that determines the bytes of the shards; written to identity.json for people. arrays: names of
+    the arrays of a shard, such as images and labels. fresh: compute shards again even if the pool has them.
+
+    counts: number of shards computed ("made"), taken from the pool ("pooled") and taken from a copy elsewhere
+    ("copied").
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], arrays: Sequence[str], fresh: bool = False):
+    def __init__(self, folder: Path, identity: Mapping[str, object], arrays: Sequence[ArrayName], fresh: bool = False):
         self.folder, self.arrays, self.fresh = folder, tuple(arrays), fresh
         self.counts = {"made": 0, "pooled": 0, "copied": 0}
-        self._copies: dict[str, dict[str, tuple[Path, str]]] = {}
+        self._copies: dict[str, dict[ArrayName, tuple[Path, str]]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "identity.json").exists():
             files.write_json(folder / "identity.json", dict(identity))  # for people
 
     @property
     def name(self) -> str:
+        """Name of the pool's folder."""
         return self.folder.name
 
-    def offer(self, shard: str, copies: Mapping[str, tuple[Path, str]]) -> None:
-        """Says where copies of a shard's files lie, such as in DVC's cache: array -> path and SHA-256."""
+    def offer(self, shard: str, copies: Mapping[ArrayName, tuple[Path, str]]) -> None:
+        """Registers copies of a shard's files, such as those in DVC's cache: array -> (path, SHA-256)."""
         self._copies[shard] = dict(copies)
 
     def obtain(
         self, shard: str, count: int, make: Callable[[], Mapping[str, np.ndarray]], pause: Callable[[], None]
-    ) -> dict[str, Any]:
-        """The record of a shard of `count` rows: {count, array: file, array_sha256: SHA-256, ...}.
+    ) -> ShardRecord:
+        """Returns the record of a shard of `count` rows.
 
-        pause: called between two looks while another process makes the shard; may raise to stop waiting.
+        make: computes the arrays of the shard, each [N, ...] with N = `count`; called only if the pool and the copies
+        lack the shard, or if `fresh`. pause: called before each attempt to lock the shard; may raise to stop waiting.
         """
         with self._lock(shard, pause):
-            record = None if self.fresh else self._intact(shard, count)
+            record = None if self.fresh else self._intact_record(shard, count)
             if record is not None:
                 self.counts["pooled"] += 1
                 return record
-            if not self.fresh and (record := self._from_copy(shard, count)) is not None:
+            if not self.fresh and (record := self._restore_from_copy(shard, count)) is not None:
                 self.counts["copied"] += 1
                 return record
             self.counts["made"] += 1
             return self._write(shard, count, make())
 
-    def link(self, record: Mapping[str, Any], targets: Mapping[str, Path]) -> None:
-        """Makes files of a set hard links to those of a shard; copies across file systems."""
+    def link(self, record: ShardRecord, targets: Mapping[ArrayName, Path]) -> None:
+        """Makes the files of a set hard links to those of a shard; copies them across file systems."""
         for array, target in targets.items():
             source = self.folder / record[array]
             target.parent.mkdir(parents=True, exist_ok=True)
             files.link(source, target)
 
     @contextlib.contextmanager
-    def _lock(self, shard: str, pause: Callable[[], None]) -> Any:
-        lock = filelock.FileLock(self.folder / f"{shard}.lock")  # ends with its process
+    def _lock(self, shard: str, pause: Callable[[], None]) -> Iterator[None]:
+        lock = filelock.FileLock(self.folder / f"{shard}.lock")  # released when its process ends
         while True:
             pause()
             try:
-                lock.acquire(timeout=_WAIT)
+                lock.acquire(timeout=_LOCK_TIMEOUT)
                 break
             except filelock.Timeout:
                 continue
@@ -83,55 +98,54 @@ class ShardPool:
         finally:
             lock.release()
 
-    def _intact(self, shard: str, count: int) -> dict[str, Any] | None:
-        """The record of a shard whose files are those that were written; else None, and what is there is made anew."""
+    def _intact_record(self, shard: str, count: int) -> ShardRecord | None:
+        """The record of a shard whose files are intact; None if the shard must be computed."""
         path = self.folder / f"{shard}.json"
         if not path.exists():
             return None
-        kinds: dict[str, type] = {"count": int, **dict.fromkeys([*self.arrays, *map(_digest, self.arrays)], str)}
+        checksum_keys = [_CHECKSUM_KEYS[array] for array in self.arrays]
+        types: dict[str, type] = {"count": int, **dict.fromkeys([*self.arrays, *checksum_keys], str)}
         with contextlib.suppress(DmatError):
-            record = files.read_record(path, **kinds)
-            if record["count"] == count and all(self._holds(record, array, shard) for array in self.arrays):
+            record = cast(ShardRecord, files.read_record(path, **types))
+            if record["count"] == count and all(self._is_intact(record, array, shard) for array in self.arrays):
                 return record
-        tqdm.write(f"note: {path} or its shard was damaged after it was made; it is made again", file=sys.stderr)
+        tqdm.write(f"note: {path} or its shard is damaged; the shard is computed again", file=sys.stderr)
         return None
 
-    def _holds(self, record: Mapping[str, Any], array: str, shard: str) -> bool:
-        path = self.folder / _file(array, shard)
-        return record[array] == path.name and path.is_file() and files.sha256(path) == record[_digest(array)]
+    def _is_intact(self, record: ShardRecord, array: ArrayName, shard: str) -> bool:
+        """Whether the file of an array is the one in the record."""
+        path = self.folder / _file_name(array, shard)
+        return record[array] == path.name and path.is_file() and files.sha256(path) == record[_CHECKSUM_KEYS[array]]
 
-    def _from_copy(self, shard: str, count: int) -> dict[str, Any] | None:
+    def _restore_from_copy(self, shard: str, count: int) -> ShardRecord | None:
+        """Links the registered copies into the pool and returns their record; None if a copy is missing or damaged."""
         copies = self._copies.get(shard, {})
         if any(array not in copies for array in self.arrays):
             return None
-        record: dict[str, Any] = {"count": count}
+        record: ShardRecord = {"count": count}
         for array in self.arrays:
-            path, digest = copies[array]
-            if not path.is_file() or files.sha256(path) != digest:
+            path, checksum = copies[array]
+            if not path.is_file() or files.sha256(path) != checksum:
                 return None
-            name = _file(array, shard)
+            name = _file_name(array, shard)
             files.link(path, self.folder / name)
-            record |= {array: name, _digest(array): digest}
+            record[array], record[_CHECKSUM_KEYS[array]] = name, checksum
         files.write_json(self.folder / f"{shard}.json", record)
         return record
 
-    def _write(self, shard: str, count: int, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """The record comes last: a shard without one is made again."""
+    def _write(self, shard: str, count: int, arrays: Mapping[str, np.ndarray]) -> ShardRecord:
+        """Writes the arrays, each [N, ...] with N = `count`, then the record: a shard without record is incomplete."""
         (self.folder / f"{shard}.json").unlink(missing_ok=True)
-        record: dict[str, Any] = {"count": count}
+        record: ShardRecord = {"count": count}
         for array in self.arrays:
-            path = self.folder / _file(array, shard)
+            path = self.folder / _file_name(array, shard)
             with files.writing(path) as file:
                 np.save(file, np.ascontiguousarray(arrays[array]), allow_pickle=False)
             path.chmod(0o444)
-            record |= {array: path.name, _digest(array): files.sha256(path)}
+            record[array], record[_CHECKSUM_KEYS[array]] = path.name, files.sha256(path)
         files.write_json(self.folder / f"{shard}.json", record)
         return record
 
 
-def _file(array: str, shard: str) -> str:
+def _file_name(array: str, shard: str) -> str:
     return f"{array}-{shard}.npy"
-
-
-def _digest(array: str) -> str:
-    return f"{array}_sha256"

@@ -1,13 +1,15 @@
-"""Image shards: fixed-size raw .npy files of images and labels, described by a manifest with a checksum each.
+"""Image shards: fixed-size raw .npy files of images and labels, described by a manifest with one checksum per file.
 
-One format for real splits and generated sets. Shards are read by memory map, so memory does not grow with the set.
-The manifest's hash stands for the whole set. Refuses shards that are missing, altered or of another schema.
+Real splits and generated sets have the same format. Shards are read by memory map, so memory does not grow with the
+set. The hash of the manifest identifies the whole set. Refuses shards that are missing, altered or of another schema.
+
+Shapes: N images, B images of a batch, H height, W width, C channels.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, Required, TypedDict
 
 import numpy as np
 
@@ -17,12 +19,75 @@ from dmat.errors import DmatError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 
+ImageArray = Literal["images", "labels"]
+_CHECKSUM_KEYS: dict[ImageArray, Literal["images_sha256", "labels_sha256"]] = {
+    "images": "images_sha256",
+    "labels": "labels_sha256",
+}
+
+
+class ShardRecord(TypedDict, total=False):
+    """Number of rows of a shard; file name and SHA-256 in hex of each of its arrays.
+
+    A shard of images has images and labels; a shard of scores has scores.
+    """
+
+    count: Required[int]
+    images: str
+    labels: str
+    scores: str
+    images_sha256: str
+    labels_sha256: str
+    scores_sha256: str
+
+
+class ShardEntry(TypedDict):
+    """A shard in a manifest: number of images, file names and their SHA-256 in hex."""
+
+    index: int
+    count: int
+    images: str
+    labels: str
+    images_sha256: str
+    labels_sha256: str
+
+
+class SetMetadata(TypedDict, total=False):
+    """What a stage adds to a manifest. Real splits and generated sets have some keys each; `licence` is in both."""
+
+    licence: str  # of the images
+    # a split, written by prepare_data
+    split: str  # "train", "validation" or "test"
+    source: str  # name of the source in params.yaml
+    origin: str  # a description of the source, for people
+    source_indices: list[int]  # of the images in the source
+    source_split: str  # "train" or "test": what the indices count in; only for sources with test images
+    mean: list[float]  # per channel, for pixels in [0, 1]
+    std: list[float]
+    # a generated set, written by generate_images
+    generator_sha256: str  # of the denoiser's weights
+    sampler: Mapping[str, object]
+    seed: int
+    block: int  # images that are generated together
+    precision: str  # "fp32" or "bf16"
+
+
+class Manifest(SetMetadata):
+    """The manifest of an image set."""
+
+    schema: Required[int]
+    shards: Required[list[ShardEntry]]
+    count: Required[int]  # images of the set
+    shape: Required[list[int]]  # H, W, C
+    class_names: Required[list[str]]
+    class_counts: Required[list[int]]  # images per class
+
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """An opened set. images[k], labels[k]: uint8 [n, H, W, C] and int64 [n] of shard k, memory-mapped."""
+    """An opened set. images[k], labels[k]: uint8 [N, H, W, C] and int64 [N] of shard k, memory-mapped."""
 
-    manifest: dict[str, Any]
+    manifest: Manifest
     images: tuple[np.ndarray, ...]
     labels: tuple[np.ndarray, ...]
 
@@ -37,80 +102,87 @@ class Shards:
 
     @property
     def classes(self) -> int:
+        """Number of classes."""
         return len(self.manifest["class_names"])
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [B, H, W, C] and labels int64 [B] at global indices, in their order."""
+        """Images uint8 [B, H, W, C] and labels int64 [B] at global indices [B], in the order of the indices."""
         starts = np.cumsum([0, *(len(labels) for labels in self.labels)])
-        owner = np.searchsorted(starts, indices, side="right") - 1
+        shard_of_image = np.searchsorted(starts, indices, side="right") - 1
         images = np.empty((len(indices), *self.shape), dtype=np.uint8)
         labels = np.empty(len(indices), dtype=np.int64)
-        for shard in np.unique(owner):
-            here = owner == shard
-            local = indices[here] - starts[shard]
-            images[here] = self.images[shard][local]
-            labels[here] = self.labels[shard][local]
+        for shard in np.unique(shard_of_image):
+            mask = shard_of_image == shard
+            local = indices[mask] - starts[shard]
+            images[mask] = self.images[shard][local]
+            labels[mask] = self.labels[shard][local]
         return images, labels
 
     def all(self) -> tuple[np.ndarray, np.ndarray]:
-        """Everything in memory; for sets known to be small."""
+        """Reads the whole set into memory: images uint8 [N, H, W, C] and labels int64 [N]. For small sets."""
         return self.take(np.arange(len(self)))
 
 
-def entry(index: int, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's entry of a shard of which `record` has count and checksums."""
-    names = {key: _file(index, key) for key in ("images", "labels")}
+def entry(index: int, record: ShardRecord) -> ShardEntry:
+    """The manifest entry of a shard. record: its `count`, `images_sha256` and `labels_sha256`."""
     return {
         "index": index,
         "count": record["count"],
-        **names,
-        **{f"{key}_sha256": record[f"{key}_sha256"] for key in names},
+        "images": _file_name(index, "images"),
+        "labels": _file_name(index, "labels"),
+        "images_sha256": record["images_sha256"],
+        "labels_sha256": record["labels_sha256"],
     }
 
 
-def write_shard(folder: Path, index: int, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Writes one shard and returns its manifest entry. Equal arrays are equal files."""
-    record: dict[str, Any] = {"count": len(labels)}
-    for key, array in (("images", images), ("labels", labels)):
-        path = folder / _file(index, key)
+def write_shard(folder: Path, index: int, images: np.ndarray, labels: np.ndarray) -> ShardEntry:
+    """Writes one shard and returns its manifest entry. Equal arrays give equal files.
+
+    images: uint8 [N, H, W, C]. labels: int64 [N].
+    """
+    record: ShardRecord = {"count": len(labels)}
+    arrays: dict[ImageArray, np.ndarray] = {"images": images, "labels": labels}
+    for key, array in arrays.items():
+        path = folder / _file_name(index, key)
         with files.writing(path) as file:
             np.save(file, np.ascontiguousarray(array), allow_pickle=False)
-        record[f"{key}_sha256"] = files.sha256(path)
+        record[_CHECKSUM_KEYS[key]] = files.sha256(path)
     return entry(index, record)
 
 
-def _file(index: int, key: str) -> str:
+def _file_name(index: int, key: str) -> str:
     return f"{key}-{index:05d}.npy"
 
 
 def write_manifest(
     folder: Path,
-    entries: Sequence[dict[str, Any]],
+    entries: Sequence[ShardEntry],
     *,
     shape: Sequence[int],
     class_names: Sequence[str],
     class_counts: Sequence[int] | np.ndarray,
-    metadata: dict[str, Any],
+    metadata: SetMetadata,
 ) -> None:
-    """Names what the shards of a folder are. `facts`: everything else a reader should know, JSON values."""
-    files.write_json(
-        folder / MANIFEST,
-        {
-            "schema": SCHEMA,
-            "shards": list(entries),
-            "count": sum(entry["count"] for entry in entries),
-            "shape": list(shape),
-            "class_names": list(class_names),
-            "class_counts": [int(n) for n in class_counts],
-            **metadata,
-        },
-    )
+    """Writes the manifest of the shards in a folder.
+
+    shape: H, W, C. class_counts: images per class, [K] for K classes. metadata: further JSON values for readers.
+    """
+    manifest: Manifest = {
+        "schema": SCHEMA,
+        "shards": list(entries),
+        "count": sum(entry["count"] for entry in entries),
+        "shape": list(shape),
+        "class_names": list(class_names),
+        "class_counts": [int(n) for n in class_counts],
+        **metadata,
+    }
+    files.write_json(folder / MANIFEST, manifest)
 
 
 def write_set(
-    folder: Path, images: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str], metadata: dict[str, Any]
+    folder: Path, images: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str], metadata: SetMetadata
 ) -> None:
-    """A whole small set as one shard with its manifest."""
+    """Writes a small set as one shard with its manifest. images: uint8 [N, H, W, C]; labels: int64 [N]."""
     entry = write_shard(folder, 0, images, labels)
     counts = np.bincount(labels, minlength=len(class_names))
     write_manifest(
@@ -119,15 +191,19 @@ def write_set(
 
 
 def open_shards(folders: Path | Iterable[Path], verify: bool = True) -> Shards:
-    """Opens one folder, or several as one set in the order given. `verify` compares every checksum."""
+    """Opens one folder, or several folders as one set in the given order. verify: compare every checksum.
+
+    Raises DmatError if a file is missing, altered or of another schema, or if the folders differ in image shape or
+    classes.
+    """
     folders = [folders] if isinstance(folders, Path) else list(folders)
     manifests, images, labels = [], [], []
     for folder in folders:
-        manifest = files.read_json(folder / MANIFEST)
+        manifest: Manifest = files.read_json(folder / MANIFEST)
         if manifest.get("schema") != SCHEMA:
             raise DmatError(
                 f"{folder / MANIFEST} has schema {manifest.get('schema')}; this dmat reads {SCHEMA}; "
-                f"make the set again or use the dmat that wrote it"
+                f"regenerate the set or use the dmat that wrote it"
             )
         manifests.append(manifest)
         for entry in manifest["shards"]:
@@ -138,21 +214,23 @@ def open_shards(folders: Path | Iterable[Path], verify: bool = True) -> Shards:
         if (manifest["shape"], manifest["class_names"]) != (first["shape"], first["class_names"]):
             raise DmatError(
                 f"{folder} holds images {manifest['shape']} of {len(manifest['class_names'])} classes; expected "
-                f"{first['shape']} of {len(first['class_names'])} as in {folders[0]}; generate both alike"
+                f"{first['shape']} of {len(first['class_names'])} as in {folders[0]}; generate both with one image "
+                f"size and the same classes"
             )
     return Shards(first, tuple(images), tuple(labels))
 
 
-def _open(folder: Path, entry: dict[str, Any], key: str, verify: bool) -> np.ndarray:
+def _open(folder: Path, entry: ShardEntry, key: ImageArray, verify: bool) -> np.ndarray:
+    """Memory-maps one array of a shard: "images" uint8 [N, H, W, C] or "labels" int64 [N]."""
     path = folder / entry[key]
     if not path.is_file():
         raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`")
-    if verify and (found := files.sha256(path)) != entry[f"{key}_sha256"]:
+    if verify and (checksum := files.sha256(path)) != entry[_CHECKSUM_KEYS[key]]:
         raise DmatError(
-            f"{path} has checksum {found[:12]}; its manifest says {entry[f'{key}_sha256'][:12]}; the file was "
+            f"{path} has checksum {checksum[:12]}; its manifest says {entry[_CHECKSUM_KEYS[key]][:12]}; the file was "
             f"altered or cut: restore it (`dvc checkout`) or delete the folder and run its stage again"
         )
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     if len(array) != entry["count"]:
-        raise DmatError(f"{path} holds {len(array)} items; its manifest says {entry['count']}; make the set again")
+        raise DmatError(f"{path} holds {len(array)} items; its manifest says {entry['count']}; regenerate the set")
     return array

@@ -1,7 +1,8 @@
-"""Samplers: (denoiser, latents, labels, settings) -> images. All of one signature.
+"""Samplers. All have one signature: (denoiser, latents, labels, settings, noise) -> images.
 
-Noise levels follow Karras et al. 2022, equation 5; the Heun sampler is their Algorithm 2 (Algorithm 1 where
-s_churn is 0). Positions are accumulated in float64 as in the paper's experiments.
+Noise levels follow Karras et al. 2022, equation 5. The Heun sampler is their Algorithm 2, which is Algorithm 1 where
+s_churn is 0. The state x is kept in float64, as in the paper's experiments.
+Shapes: B batch, C channels, H height, W width.
 """
 
 import itertools
@@ -16,7 +17,7 @@ Noise = Callable[[int], Tensor]  # step -> fresh standard normal numbers shaped 
 
 
 class SamplerSettings(Protocol):
-    """What a sampler is told; see `config.Sampler` for ranges."""
+    """The settings of a sampler; `config.Sampler` satisfies this and has units and ranges."""
 
     steps: int
     sigma_min: float
@@ -29,7 +30,10 @@ class SamplerSettings(Protocol):
 
 
 def noise_levels(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """sigma_max ... sigma_min, 0: float64 [steps + 1] (equation 5; a single step goes from sigma_max to 0)."""
+    """Computes the noise levels sigma_max ... sigma_min, 0: float64 [T + 1] for T steps (equation 5).
+
+    A single step goes from sigma_max to 0.
+    """
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([levels, levels.new_zeros(1)])
@@ -39,9 +43,10 @@ def noise_levels(steps: int, sigma_min: float, sigma_max: float, rho: float) -> 
 def heun(
     denoiser: Denoiser, latents: Tensor, labels: Tensor | None, settings: SamplerSettings, noise: Noise | None = None
 ) -> Tensor:
-    """Algorithm 2. latents: standard normal [B, C, H, W]. 2 * steps - 1 denoiser calls.
+    """Samples images with Heun's method (Algorithm 2), in 2 * steps - 1 denoiser calls.
 
-    `noise` is needed where s_churn > 0. Returns images in about [-1, 1], float64.
+    latents: standard normal [B, C, H, W]; labels: int64 [B] or None; `noise` is required where s_churn > 0.
+    Returns images [B, C, H, W] in about [-1, 1], float64.
     """
     levels = noise_levels(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho).tolist()
     x = latents.double() * levels[0]
@@ -60,7 +65,10 @@ def heun(
 def euler(
     denoiser: Denoiser, latents: Tensor, labels: Tensor | None, settings: SamplerSettings, noise: Noise | None = None
 ) -> Tensor:
-    """First-order steps through the same levels: `steps` denoiser calls. Arguments and result as `heun`."""
+    """Samples images with Euler's method through the same noise levels, in `steps` denoiser calls.
+
+    latents [B, C, H, W] -> images [B, C, H, W]; arguments and result are those of `heun`.
+    """
     levels = noise_levels(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho).tolist()
     x = latents.double() * levels[0]
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
@@ -73,18 +81,24 @@ SAMPLERS = {"heun": heun, "euler": euler}
 
 
 def _slope(denoiser: Denoiser, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
-    """dx/dsigma of the probability-flow ODE (equation 3 with s = 1): (x - D(x; sigma)) / sigma."""
+    """Computes dx/dsigma of the probability-flow ODE: (x - D(x; sigma)) / sigma (equation 3 with s = 1).
+
+    x [B, C, H, W] float64, labels [B] -> [B, C, H, W].
+    """
     denoised = denoiser(x.float(), x.new_full((len(x),), sigma, dtype=torch.float32), labels)
     return (x - denoised.double()) / sigma
 
 
 def _churn(x: Tensor, sigma: float, step: int, settings: SamplerSettings, noise: Noise | None) -> tuple[Tensor, float]:
-    """Lines 4-6 of Algorithm 2: raises the noise level by the factor 1 + gamma before the step."""
+    """Raises the noise level by the factor 1 + gamma before a step (lines 4-6 of Algorithm 2).
+
+    x [B, C, H, W] at noise level sigma -> x [B, C, H, W] at the raised level, and that level.
+    """
     if settings.s_churn <= 0 or not settings.s_min <= sigma <= settings.s_max:
         return x, sigma
     if noise is None:
         raise ValueError("s_churn > 0 needs a source of noise")
     gamma = min(settings.s_churn / settings.steps, 2**0.5 - 1)
-    raised = sigma * (1 + gamma)
-    fresh = noise(step).to(x) * settings.s_noise
-    return x + (raised**2 - sigma**2) ** 0.5 * fresh, raised
+    sigma_hat = sigma * (1 + gamma)
+    epsilon = noise(step).to(x) * settings.s_noise
+    return x + (sigma_hat**2 - sigma**2) ** 0.5 * epsilon, sigma_hat

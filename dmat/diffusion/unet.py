@@ -1,6 +1,7 @@
 """A class-conditional U-Net F(x; c_noise, class): group norm, scale-shift embedding, attention at the lowest size.
 
 A small relative of the "DDPM++" network of Song et al. 2021 as configured in Karras et al. 2022, appendix F.
+Shapes: B batch, C channels, H height, W width, E = 4 * channels size of the embedding.
 """
 
 import math
@@ -9,11 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_GROUPS = 8  # assumed: 4 channels a group at the digits' width of 32; the paper has at least 4 too
+_GROUPS = 8  # assumed: 4 channels per group at the digits' width of 32; the paper has at least 4 too
 
 
 class UNet(nn.Module):
-    """Raw network of `Preconditioned`. Height and width must be divisible by 2 ** (len(multipliers) - 1)."""
+    """The raw network F of `Preconditioned`. Height and width must be divisible by 2 ** (len(multipliers) - 1).
+
+    Each multiplier makes a level of `blocks` residual blocks with channels * multiplier channels, at half the height
+    and width of the level before.
+    """
 
     def __init__(
         self,
@@ -33,15 +38,15 @@ class UNet(nn.Module):
         self.first = nn.Conv2d(image_channels, channels, 3, padding=1)
         widths = [channels * m for m in multipliers]
         self.down, skips, width = nn.ModuleList(), [channels], channels
-        for level, wanted in enumerate(widths):
+        for level, out_width in enumerate(widths):
             if level:
                 self.down.append(Downsample(width))
                 skips.append(width)
             for _ in range(blocks):
                 self.down.append(
-                    UNetBlock(width, wanted, embedding, dropout, attention=wanted_attention(level, widths))
+                    UNetBlock(width, out_width, embedding, dropout, attention=_has_attention(level, widths))
                 )
-                width = wanted
+                width = out_width
                 skips.append(width)
         self.middle = nn.ModuleList(
             [
@@ -50,14 +55,14 @@ class UNet(nn.Module):
             ]
         )
         self.up = nn.ModuleList()
-        for level, wanted in reversed(list(enumerate(widths))):
+        for level, out_width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
                 self.up.append(
                     UNetBlock(
-                        width + skips.pop(), wanted, embedding, dropout, attention=wanted_attention(level, widths)
+                        width + skips.pop(), out_width, embedding, dropout, attention=_has_attention(level, widths)
                     )
                 )
-                width = wanted
+                width = out_width
             if level:
                 self.up.append(Upsample(width))
         self.last = nn.Sequential(
@@ -70,7 +75,7 @@ class UNet(nn.Module):
             labels = torch.full((len(x),), self.embed_class.num_embeddings - 1, device=x.device)
         angle = c_noise[:, None] * self.frequencies  # [B, channels / 2]
         embedding = self.embed_noise(torch.cat([angle.cos(), angle.sin()], 1)) + self.embed_class(labels)
-        embedding = F.silu(embedding)  # [B, 4 channels]
+        embedding = F.silu(embedding)  # [B, E]
         h = self.first(x)
         skips = [h]
         for layer in self.down:
@@ -83,34 +88,38 @@ class UNet(nn.Module):
         return self.last(h)
 
 
-def wanted_attention(level: int, widths: list[int]) -> bool:
-    """Self-attention where images are smallest."""
+def _has_attention(level: int, widths: list[int]) -> bool:
+    """Whether the blocks of a level have self-attention: those where images are smallest."""
     return level == len(widths) - 1
 
 
 class UNetBlock(nn.Module):
-    """Residual block with a scale and shift from the embedding, then optional self-attention."""
+    """Residual block with a scale and shift from the embedding, then optional self-attention.
 
-    def __init__(self, width: int, wanted: int, embedding: int, dropout: float, attention: bool):
+    width and out_width: channels of input and output; embedding: E.
+    """
+
+    def __init__(self, width: int, out_width: int, embedding: int, dropout: float, attention: bool):
         super().__init__()
         self.norm_0 = nn.GroupNorm(_GROUPS, width)
-        self.conv_0 = nn.Conv2d(width, wanted, 3, padding=1)
-        self.modulate = nn.Linear(embedding, 2 * wanted)
-        self.norm_1 = nn.GroupNorm(_GROUPS, wanted)
+        self.conv_0 = nn.Conv2d(width, out_width, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * out_width)
+        self.norm_1 = nn.GroupNorm(_GROUPS, out_width)
         self.dropout = nn.Dropout(dropout)
-        self.conv_1 = _zeroed(nn.Conv2d(wanted, wanted, 3, padding=1))
-        self.shortcut = nn.Conv2d(width, wanted, 1) if width != wanted else nn.Identity()
-        self.attention = Attention(wanted) if attention else nn.Identity()
+        self.conv_1 = _zeroed(nn.Conv2d(out_width, out_width, 3, padding=1))
+        self.shortcut = nn.Conv2d(width, out_width, 1) if width != out_width else nn.Identity()
+        self.attention = Attention(out_width) if attention else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [B, width, H, W], embedding [B, E] -> [B, out_width, H, W]."""
         h = self.conv_0(F.silu(self.norm_0(x)))
-        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, 1)
+        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, 1)  # [B, out_width, 1, 1] each
         h = self.dropout(F.silu(self.norm_1(h) * (1 + scale) + shift))
         return self.attention((self.shortcut(x) + self.conv_1(h)) * math.sqrt(0.5))
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over pixels."""
+    """Single-head self-attention over pixels, with a residual connection."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -118,44 +127,45 @@ class Attention(nn.Module):
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.out = _zeroed(nn.Conv2d(width, width, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, 2)  # [B, H W, C] each
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         return (x + self.out(h)) * math.sqrt(0.5)
 
 
 class Downsample(nn.Module):
-    """Halves height and width."""
+    """Halves height and width with a convolution of stride 2."""
 
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # [B, C, H, W], [B, E] unused -> [B, C, H / 2, W / 2]
         return self.conv(x)
 
 
 class Upsample(nn.Module):
-    """Doubles height and width."""
+    """Doubles height and width by nearest-neighbour interpolation, then a convolution."""
 
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # [B, C, H, W], [B, E] unused -> [B, C, 2 H, 2 W]
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 def _zeroed(conv: nn.Conv2d) -> nn.Conv2d:
-    """A layer that starts as zero, so that the network starts near the identity (Ho et al. 2020's code; usual)."""
+    """Sets a layer to zero, so that the network starts near the identity (Ho et al. 2020's code; usual)."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return conv
 
 
 def _frequencies(channels: int) -> Tensor:
-    """Angular frequencies of the noise embedding, geometric from 1 to 100, for c_noise of about -1.6 to 1.1.
+    """Returns the angular frequencies of the noise embedding, [channels // 2]: geometric from 1 to 100.
 
-    c_noise = ln(sigma) / 4 is small, so frequencies above those of integer time steps are used (assumed).
+    c_noise = ln(sigma) / 4 is small, about -1.6 to 1.1, so frequencies above those of integer time steps are used
+    (assumed).
     """
     return torch.logspace(0, 2, channels // 2)

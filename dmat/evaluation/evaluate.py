@@ -1,12 +1,15 @@
-"""From shards to what people read: a row for each image, accuracies with intervals, checks, and whether the AutoAttack
-accuracy may stand as the headline."""
+"""Turns shards into results: a row per image, accuracies with intervals, checks, pictures, and the verdict whether the
+AutoAttack accuracy may be the headline.
+
+Legend: B batch, N images, C channels, H height, W width, K classes.
+"""
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, NotRequired, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -17,53 +20,129 @@ from dmat.data.pixels import iter_batches
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.evaluation import checks, measures
-from dmat.evaluation.checks import Check
+from dmat.evaluation.checks import Check, CheckRecord
 from dmat.evaluation.measures import Subject
 from dmat.evaluation.work import Columns, ShardTask
 from dmat.metrics import pictures
-from dmat.metrics.intervals import wilson
+from dmat.metrics.intervals import AccuracyRecord, wilson
 from dmat.robust import attacks, auto_attack, prediction
 
-_SHOWN = 10  # images in the picture of perturbations
-FEWEST = 20  # images of a headline: of fewer, one image is more than the 5 % of checks.GREY_ACCURACY
-TEST = "test"  # the split that headlines are about
+_MAX_PICTURED = 10  # images in the picture of perturbations
+MIN_HEADLINE_IMAGES = 20  # of fewer, one image is more than the 5 % of checks.MAX_TRIVIAL_ACCURACY
+TEST = "test"  # the only split that may have a headline
+
+# Names that the accuracy under the suite may have: "auto_attack" if nothing speaks against a headline, else by the
+# first reason. "pgd" without a suite.
+HeadlineMeasure = Literal[
+    "auto_attack",
+    "auto_attack_unchecked",
+    "auto_attack_subset",
+    "auto_attack_not_test",
+    "auto_attack_nonstandard",
+    "pgd",
+]
+
+
+class Headline(AccuracyRecord):
+    """The accuracy that may be quoted, and the name of its measure."""
+
+    measure: HeadlineMeasure
+
+
+class SweepPoint(AccuracyRecord):
+    """The PGD accuracy at one radius."""
+
+    epsilon: float  # pixels of [0, 1], by the norm of the threat model
+
+
+class Summary(TypedDict, total=False):
+    """What summary.json holds of one model. Accuracies under attack: the share that is right with and without it."""
+
+    clean: AccuracyRecord
+    fgsm: AccuracyRecord
+    pgd: AccuracyRecord
+    auto_attack: AccuracyRecord  # this key and the next four: at most one of them, by `Verdict.measure`
+    auto_attack_unchecked: AccuracyRecord
+    auto_attack_subset: AccuracyRecord
+    auto_attack_not_test: AccuracyRecord
+    auto_attack_nonstandard: AccuracyRecord
+    broken_by: dict[str, int]  # attack, "none" or "misclassified" -> number of images
+    broken_by_pgd_alone: int  # images that survived the suite
+    sweep: list[SweepPoint]  # by radius
+    headline: Headline | None
+    no_headline: list[str]  # the reasons, as sentences; empty if there is a headline
+    notes: list[str]
+    checks: list[CheckRecord]
+    # only of the stage evaluate_robust
+    train_pgd: AccuracyRecord  # on the training split
+    images_seen: int  # in training, by these weights
+    train_test_gap: float  # PGD accuracy on the training split minus that on the test split
+
+
+class EvaluationProtocol(TypedDict):
+    """What protocol.json holds: everything that is needed to repeat the measurement."""
+
+    threat: dict[str, str]  # norm, epsilon as written
+    images: int  # attacked
+    of_images: int  # size of the split
+    pgd: str
+    auto_attack: str  # name of the suite, or "none"
+    attacks: list[str]
+    targets: int  # wrong classes that a targeted attack tries
+    seeds: dict[str, int | str]
+    shard: int
+    batch: int
+    precision: str
+    computed: list[dict[str, object]]  # device, precision, versions, and the number of shards that they computed
+    images_from: NotRequired[str]  # this key and the next two: only of images and a model that no stage made
+    images_notes: NotRequired[list[str]]
+    labels_are: NotRequired[str]
 
 
 class EvaluationSettings(measures.AttackSettings, Protocol):
-    check_images: int
-    check_queries: int
+    """Settings of the attacks and the checks."""
+
+    check_images: int  # for the checks that run the model, and for the black-box attack
+    check_queries: int  # of the black-box attack, per image
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """measure: what the accuracy under the suite may be called. reasons: why it is no headline; empty: it is one."""
+    """Whether an accuracy may be the headline.
 
-    measure: str
+    measure: the name that the accuracy under the suite may have. reasons: why it is not a headline; empty: it is one.
+    """
+
+    measure: HeadlineMeasure
     reasons: tuple[str, ...]
     checks: tuple[Check, ...]
 
-    def about_model(self, summary: Mapping[str, Any], threat: Mapping[str, Any]) -> dict[str, Any]:
-        """Tags of an evaluated model: its threat model and its accuracies with intervals. summary: of `Evaluation`."""
-        found = {f"threat.{name}": threat[name] for name in ("norm", "epsilon")}
+    def model_tags(self, summary: Summary, threat: Mapping[str, str]) -> dict[str, str | int]:
+        """Registry tags of an evaluated model: its threat model and its accuracies with 95 % intervals.
+
+        summary: as from `Evaluation.summary`. threat: norm, epsilon as written.
+        """
+        result_tags: dict[str, str | int] = {f"threat.{name}": threat[name] for name in ("norm", "epsilon")}
         for name in ("clean", "pgd", self.measure):
             if name in summary:
                 value = summary[name]
-                found[f"accuracy.{name}"] = f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
-                found["accuracy.n"] = value["n"]
-        return found | self.tags
+                result_tags[f"accuracy.{name}"] = f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+                result_tags["accuracy.n"] = value["n"]
+        return result_tags | self.tags
 
     @property
     def sentences(self) -> list[str]:
-        """For who started the evaluation: why there is no headline, and the notes."""
+        """Sentences for the person who started the evaluation: why there is no headline, and the notes."""
         return [*(f"no headline: {reason}" for reason in self.reasons), *self.notes]
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know although its check passed: how many test images are copies, if any is."""
+        """What a reader must know although the check passed: how many test images are copies, if any."""
         return [check.sentence for check in self.checks if check.name == "unseen" and check.passed and check.found]
 
     @property
     def tags(self) -> dict[str, str]:
+        """MLflow tags of the evaluation: headline, measure, checks, and the reasons for no headline."""
         failed = [check.name for check in self.checks if not check.passed]
         return {
             "evaluation.headline": "no" if self.reasons else "yes",
@@ -74,7 +153,11 @@ class Verdict:
 
 
 class Evaluation:
-    """One subject in one folder. `identity` says what the files there belong to: all that decides them."""
+    """The evaluation of one subject, with its shards in one folder.
+
+    identity: everything that decides the content of the shards; shards of another identity are refused. Raises
+    DmatError for images, labels, an epsilon or a loss that do not fit the model.
+    """
 
     def __init__(
         self,
@@ -82,75 +165,87 @@ class Evaluation:
         subject: Subject,
         settings: EvaluationSettings,
         compute: Compute,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
     ):
         _refuse_bad_images(subject)
         if settings.pgd_loss == "dlr" and subject.model.logits.out_features < 3:
             raise DmatError(
                 f"pgd_loss is dlr and the model has {subject.model.logits.out_features} classes; expected 3 or more, "
-                f"as the loss compares with the third logit; say pgd_loss: cw"
+                f"as the loss compares with the third logit; set pgd_loss: cw"
             )
         self.folder, self.subject, self.settings, self.compute = folder, subject, settings, compute
         count = -(-len(subject.labels) // settings.shard)
-        sizes = [measures.shard_of(k, settings.shard, len(subject.labels)) for k in range(count)]
-        known = {**identity, "subject": subject.name, "images_attacked": len(subject.labels)}
-        # its own from its source: it may be used from a tree that was never installed
+        slices = [measures.shard_slice(k, settings.shard, len(subject.labels)) for k in range(count)]
+        shard_identity = {**identity, "subject": subject.name, "images_attacked": len(subject.labels)}
+        # dmat's version comes from its source: it may be used from a tree that was never installed
         versions = {"dmat": __version__, **{name: version(name) for name in ("torch", "pyautoattack")}}
-        by = {"device": compute.describe()["device"], "precision": compute.precision, "versions": versions}
+        computed_by = {"device": compute.describe()["device"], "precision": compute.precision, "versions": versions}
         self._shards = [
             ShardTask(
                 folder / f"shard-{number:05d}",
-                where.stop - where.start,
-                {**known, "shard": number},
-                lambda number=number: measures.of_shard(subject, settings, number, compute),  # type: ignore[misc]
-                by,
+                positions.stop - positions.start,
+                {**shard_identity, "shard": number},
+                lambda number=number: measures.measure_shard(subject, settings, number, compute),  # type: ignore[misc]
+                computed_by,
             )
-            for number, where in enumerate(sizes)
+            for number, positions in enumerate(slices)
         ]
-        self._checked = _spread(len(subject.labels), settings.check_images)
-        black_box = {**known, "shard": "black box of spread images"}
-        self._black_box = ShardTask(folder / "black-box", len(self._checked), black_box, self._square, by)
+        self._checked_positions = _evenly_spaced(len(subject.labels), settings.check_images)
+        black_box = {**shard_identity, "shard": "black box of spread images"}
+        self._black_box = ShardTask(
+            folder / "black-box", len(self._checked_positions), black_box, self._run_square, computed_by
+        )
 
     @property
     def shards(self) -> list[ShardTask]:
-        """What `columns` needs; without what only the checks need."""
+        """The shards that `columns` needs, without the one that only the checks need."""
         return self._shards
 
     @property
     def tasks(self) -> list[ShardTask]:
-        """Everything that must be computed before the rest of this class can be asked."""
+        """All that must be computed before the other methods may be called."""
         return [*self._shards, self._black_box] if self.subject.full_suite else self._shards
 
     def columns(self) -> Columns:
-        """The columns of `measures.of_shard` for all images [N]."""
-        parts = [unit.read() for unit in self._shards]
+        """The columns of `measures.measure_shard` for all images [N]. Raises DmatError where a shard is missing."""
+        parts = [task.read() for task in self._shards]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _square(self) -> Columns:
-        model, settings, found = self.subject.model, self.settings, []
-        images, labels = self.subject.images[self._checked], self.subject.labels[self._checked]
-        for _, part, of in iter_batches(images, labels, settings.batch):
-            x, y = self.compute.to_device(part), of.to(self.compute.device)
-            broken = auto_attack.square(
+    def _run_square(self) -> Columns:
+        """Robust flags under Square, a black-box attack with `check_queries` queries, of evenly spaced images."""
+        model, settings, robust_flags = self.subject.model, self.settings, []
+        images, labels = self.subject.images[self._checked_positions], self.subject.labels[self._checked_positions]
+        for _, image_batch, label_batch in iter_batches(images, labels, settings.batch):
+            x, y = self.compute.to_device(image_batch), label_batch.to(self.compute.device)
+            adversarial = auto_attack.square(
                 model, x, y, self.subject.ball, settings.check_queries, settings.auto_attack_seed
             )
             with torch.no_grad():
-                found.append((model(x).argmax(1) == y) & (model(broken).argmax(1) == y))
-        return {"robust": torch.cat(found).cpu().numpy()}
+                robust_flags.append((model(x).argmax(1) == y) & (model(adversarial).argmax(1) == y))
+        return {"robust": torch.cat(robust_flags).cpu().numpy()}
 
-    def _few(self) -> tuple[Tensor, Tensor]:
-        """The images that checks of the model look at, on the device: no more at once than an attack has there."""
-        chosen = _spread(len(self.subject.labels), min(self.settings.check_images, self.settings.batch))
-        x, y = self.subject.images[chosen], self.subject.labels[chosen]
+    def _check_batch(self) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] and labels [B] for the checks that run the model, on the device.
+
+        Not more than `check_images`, and not more than the batch of an attack, which is known to fit.
+        """
+        positions = _evenly_spaced(len(self.subject.labels), min(self.settings.check_images, self.settings.batch))
+        x, y = self.subject.images[positions], self.subject.labels[positions]
         return self.compute.to_device(x), y.to(self.compute.device)
 
     def checks(self, columns: Columns, copies: Mapping[str, np.ndarray]) -> list[Check]:
-        """All checks of a thorough subject, in the order in which they rule each other out. copies: `checks.unseen`."""
+        """Runs all checks of a subject with `full_suite`, in the order in which one explains the failure of later ones.
+
+        copies: flags [N] as `checks.unseen` takes them.
+        """
         subject, settings = self.subject, self.settings
-        x, y = self._few()
+        x, y = self._check_batch()
         adversarial = torch.from_numpy(columns["adversarial"])
         outputs = torch.cat(
-            [prediction.logits(subject.model, of, self.compute, settings.batch) for of in (subject.images, adversarial)]
+            [
+                prediction.logits(subject.model, inputs, self.compute, settings.batch)
+                for inputs in (subject.images, adversarial)
+            ]
         )
         start = subject.ball.random_start(seeds.stream(settings.pgd_seed, "evaluation/check"), tuple(x.shape))
         recorded = columns["pgd"] & columns["auto_attack"] if "auto_attack" in columns else columns["pgd"]
@@ -165,22 +260,27 @@ class Evaluation:
             checks.zero_gradients(subject.model, x, y, subject.ball, self.compute.to_device(start)),
             checks.inside_ball(subject.images, adversarial, subject.ball),
             checks.rescored(recorded, self._margins(adversarial, settings.batch), self._margins(adversarial, None)),
-            checks.more_steps(columns["pgd_few"], columns["pgd"], measures.few(settings.pgd_steps), settings.pgd_steps),
-            checks.black_box(self._black_box.read()["robust"], self._white_box(columns)[self._checked]),
-            checks.large_radius(columns["grey"], measures.large(subject.ball, shape)),
+            checks.more_steps(
+                columns["pgd_few"], columns["pgd"], measures.fewer_steps(settings.pgd_steps), settings.pgd_steps
+            ),
+            checks.black_box(self._black_box.read()["robust"], self._white_box(columns)[self._checked_positions]),
+            checks.large_radius(columns["grey"], measures.trivial_attack_radius(subject.ball, shape)),
             checks.fgsm_and_pgd(columns["fgsm"], columns["pgd"], subject.ball.norm),
             checks.unseen(copies),
         ]
 
     def _margins(self, adversarial: Tensor, batch: int | None) -> np.ndarray:
-        """Logit margins of saved images: shard by shard as they were computed, or (None) in batches of another size.
+        """Logit margins [N] of saved images [N, C, H, W].
 
-        Above 0 exactly where the prediction is right: also where the first of equal logits decides it, as in a model
-        that says one thing of everything.
+        batch: its size; the images go shard by shard, in the batches of the attack. None: batches of another size.
+        A margin is above 0 exactly where the prediction is right, also where the first of equal logits decides it, as
+        in a model with a constant output.
         """
         model, compute, shard = self.subject.model, self.compute, self.settings.shard
         if batch is None:
-            logits = prediction.logits(model, adversarial, compute, _other_size(min(self.settings.batch, shard)))
+            logits = prediction.logits(
+                model, adversarial, compute, _different_batch_size(min(self.settings.batch, shard))
+            )
         else:
             logits = torch.cat([prediction.logits(model, part, compute, batch) for part in adversarial.split(shard)])
         margins = attacks.logit_margin(logits, self.subject.labels)
@@ -188,7 +288,7 @@ class Evaluation:
         return torch.where(right & ~(margins > 0), torch.finfo(margins.dtype).tiny, margins).numpy()
 
     def _white_box(self, columns: Columns) -> np.ndarray:
-        """What PGD and the suite's attacks by gradient left right."""
+        """Flags [N] of the images that are robust to PGD and to the suite's gradient attacks."""
         robust = columns["pgd"]
         if self.subject.suite is not None:
             numbers = [k for k, name in enumerate(self.subject.suite.attacks) if name != "square"]
@@ -198,20 +298,23 @@ class Evaluation:
     def verdict(
         self, columns: Columns, all_images: int, copies: Mapping[str, np.ndarray], split: str = TEST
     ) -> Verdict:
-        """all_images: how many there are; fewer attacked are a subset. copies: as `checks.unseen` takes them. split: of
-        the images; "" if nobody knows."""
-        found, suite, count = self.checks(columns, copies), self.subject.suite, len(self.subject.labels)
-        reasons = [check.sentence for check in found if not check.passed]
-        measure = "auto_attack_unchecked" if reasons else "auto_attack"
-        if count < FEWEST:
-            reasons.insert(0, f"Only {count} images; a headline takes {FEWEST} or more.")
+        """Runs the checks and decides whether the accuracy under the suite may be the headline.
+
+        all_images: size of the split; if fewer were attacked, the result is of a subset. copies: flags [N] as
+        `checks.unseen` takes them. split: that of the images; "" if unknown.
+        """
+        checked, suite, count = self.checks(columns, copies), self.subject.suite, len(self.subject.labels)
+        reasons = [check.sentence for check in checked if not check.passed]
+        measure: HeadlineMeasure = "auto_attack_unchecked" if reasons else "auto_attack"
+        if count < MIN_HEADLINE_IMAGES:
+            reasons.insert(0, f"Only {count} images; a headline needs {MIN_HEADLINE_IMAGES} or more.")
             measure = "auto_attack_subset"
         if split != TEST:
             reasons.insert(
                 0,
                 f"The images are of the split {split}, not of test."
                 if split
-                else "Nothing says that the model was not trained on these images; if so, say `--split test`.",
+                else "It is unknown whether the model was trained on these images; if it was not, pass `--split test`.",
             )
             measure = "auto_attack_not_test"
         if count < all_images:
@@ -223,44 +326,55 @@ class Evaluation:
         elif not suite.standard:
             reasons.insert(0, f"The attacks are {suite.name}, not those of standard AutoAttack.")
             measure = "auto_attack_nonstandard"
-        return Verdict(measure, tuple(reasons), tuple(found))
+        return Verdict(measure, tuple(reasons), tuple(checked))
 
     def rows(self, columns: Columns, verdict: Verdict | None = None) -> dict[str, np.ndarray]:
-        """Columns of the per-image table."""
+        """Columns [N] of the per-image table. Without `full_suite` only clean and pgd."""
         rows = {name: columns[name] for name in ("prediction", "clean", "pgd")}
         if not self.subject.full_suite:
             return {name: rows[name] for name in ("clean", "pgd")}
         rows["fgsm"] = columns["fgsm"]
         if self.subject.suite is not None and verdict is not None:
             rows[verdict.measure] = columns["auto_attack"]
-            rows["broken_by"] = self._names(columns["broken_by"])
+            rows["broken_by"] = self._attack_names(columns["broken_by"])
         return rows | {name: columns[name] for name in ("attacked", "margin", "perturbation")}
 
-    def _names(self, broken_by: np.ndarray) -> np.ndarray:
-        """Name of the first attack that broke an image; "none" if robust, "misclassified" if none was needed."""
+    def _attack_names(self, broken_by: np.ndarray) -> np.ndarray:
+        """Names [N] of the first attack that broke an image: "none" if robust, "misclassified" if no attack was needed.
+
+        broken_by: int [N].
+        """
         assert self.subject.suite is not None
-        words = {auto_attack.ROBUST: "none", auto_attack.MISCLASSIFIED: "misclassified"}
-        words |= dict(enumerate(self.subject.suite.attacks))
-        return np.array([words[int(number)] for number in broken_by])
+        names = {auto_attack.ROBUST: "none", auto_attack.MISCLASSIFIED: "misclassified"}
+        names |= dict(enumerate(self.subject.suite.attacks))
+        return np.array([names[int(number)] for number in broken_by])
 
-    def summary(self, columns: Columns, verdict: Verdict) -> dict[str, Any]:
-        """Accuracies with Wilson intervals, who broke what, the sweep, and the headline or why there is none."""
-        found: dict[str, Any] = {name: wilson(columns[name]).plain() for name in ("clean", "fgsm", "pgd")}
+    def summary(self, columns: Columns, verdict: Verdict) -> Summary:
+        """What summary.json holds: accuracies with Wilson intervals, how many images each attack broke, the accuracies
+        of the sweep, the checks, and the headline or the reasons why there is none."""
+        entries: Summary = {
+            "clean": wilson(columns["clean"]).plain(),
+            "fgsm": wilson(columns["fgsm"]).plain(),
+            "pgd": wilson(columns["pgd"]).plain(),
+        }
         if self.subject.suite is not None:
-            found[verdict.measure] = wilson(columns["auto_attack"]).plain()
-            names, counts = np.unique(self._names(columns["broken_by"]), return_counts=True)
-            found["broken_by"] = dict(zip(names.tolist(), counts.tolist(), strict=True))
-            # Images that the whole suite left and PGD did not: more than a few say that the suite was not at its best.
-            found["broken_by_pgd_alone"] = int((columns["auto_attack"] & ~columns["pgd"]).sum())
-        found["sweep"] = [{"epsilon": radius, **wilson(flags).plain()} for radius, flags in self._sweep(columns)]
-        found["headline"] = None if verdict.reasons else {"measure": verdict.measure, **found[verdict.measure]}
-        found["no_headline"] = list(verdict.reasons)
-        found["notes"] = verdict.notes
-        found["checks"] = [check.plain() for check in verdict.checks]
-        return found
+            entries[verdict.measure] = wilson(columns["auto_attack"]).plain()
+            names, counts = np.unique(self._attack_names(columns["broken_by"]), return_counts=True)
+            entries["broken_by"] = dict(zip(names.tolist(), counts.tolist(), strict=True))
+            # Images that survived the suite but not PGD: more than a few mean that the suite was not at its strongest.
+            entries["broken_by_pgd_alone"] = int((columns["auto_attack"] & ~columns["pgd"]).sum())
+        entries["sweep"] = [{"epsilon": radius, **wilson(flags).plain()} for radius, flags in self._sweep(columns)]
+        entries["headline"] = None if verdict.reasons else {"measure": verdict.measure, **entries[verdict.measure]}
+        entries["no_headline"] = list(verdict.reasons)
+        entries["notes"] = verdict.notes
+        entries["checks"] = [check.plain() for check in verdict.checks]
+        return entries
 
-    def protocol(self, threat: Mapping[str, Any], all_images: int) -> dict[str, Any]:
-        """Everything that somebody needs who wants to measure the same. threat: norm, epsilon as written."""
+    def protocol(self, threat: Mapping[str, str], all_images: int) -> EvaluationProtocol:
+        """What protocol.json holds: everything that is needed to repeat the measurement.
+
+        threat: norm, epsilon as written. all_images: size of the split.
+        """
         settings, suite = self.settings, self.subject.suite
         step = f"step {settings.pgd_step(self.subject.ball.norm, self.subject.ball.epsilon):.6g}"
         return {
@@ -278,14 +392,14 @@ class Evaluation:
             "computed": self._computed(),
         }
 
-    def _computed(self) -> list[dict[str, Any]]:
-        """Who computed how many shards of those that are there: device, precision, versions."""
-        there = [note for unit in self.tasks if (note := unit.note()) is not None]
-        notes = [json.dumps(note.get("by", {}), sort_keys=True) for note in there]
-        return [{**json.loads(by), "shards": notes.count(by)} for by in sorted(set(notes))]
+    def _computed(self) -> list[dict[str, object]]:
+        """Device, precision and versions that computed the finished shards, with the number of shards of each."""
+        records = [record for task in self.tasks if (record := task.record()) is not None]
+        origins = [json.dumps(record.get("by", {}), sort_keys=True) for record in records]
+        return [{**json.loads(origin), "shards": origins.count(origin)} for origin in sorted(set(origins))]
 
     def _sweep(self, columns: Columns) -> list[tuple[float, np.ndarray]]:
-        """PGD's flags by radius, 0 and epsilon among them."""
+        """Pairs of radius and PGD's flags [N], by radius; 0 and epsilon are included."""
         epsilon = self.subject.ball.epsilon
         points = {0.0: columns["clean"], epsilon: columns["pgd"]}
         points |= {
@@ -296,7 +410,7 @@ class Evaluation:
         return sorted(points.items(), key=lambda point: point[0])
 
     def draw(self, folder: Path, columns: Columns, epsilon: str, class_names: Sequence[str], verdict: Verdict) -> None:
-        """Pictures as PNG files. epsilon: as people write it, such as "8/255"."""
+        """Draws the pictures of the evaluation as PNG files. epsilon: as people write it, such as "8/255"."""
         labels, classes = self.subject.labels.numpy(), len(class_names)
         by_attack = {"PGD": columns["pgd"]}
         if self.subject.suite is not None:
@@ -324,30 +438,30 @@ class Evaluation:
         self._draw_perturbations(folder / "perturbations.png", columns, epsilon, class_names)
 
     def _draw_perturbations(self, path: Path, columns: Columns, epsilon: str, class_names: Sequence[str]) -> None:
-        """Right images, preferring those that were broken."""
+        """Draws images that are classified correctly, first those that the attack broke."""
         labels, clean, after = self.subject.labels.numpy(), columns["clean"], columns["attacked"]
         broken = np.flatnonzero(clean & (after != labels))
-        chosen = np.concatenate([broken, np.flatnonzero(clean & (after == labels))])[:_SHOWN]
-        if len(chosen):
-            clean_images, worst = self.subject.images.numpy()[chosen], columns["adversarial"][chosen]
+        pictured = np.concatenate([broken, np.flatnonzero(clean & (after == labels))])[:_MAX_PICTURED]
+        if len(pictured):
+            clean_images, worst = self.subject.images.numpy()[pictured], columns["adversarial"][pictured]
             pictures.perturbations(
-                path, clean_images.transpose(0, 2, 3, 1), worst.transpose(0, 2, 3, 1), labels[chosen],
-                columns["prediction"][chosen], after[chosen], epsilon, class_names,
+                path, clean_images.transpose(0, 2, 3, 1), worst.transpose(0, 2, 3, 1), labels[pictured],
+                columns["prediction"][pictured], after[pictured], epsilon, class_names,
             )  # fmt: skip
 
 
-def _interval(flags: np.ndarray) -> tuple[float, float, float]:
-    found = wilson(flags)
-    return found.value, found.low, found.high
+def _interval(flags: np.ndarray) -> tuple[float, float, float]:  # [N] -> accuracy, low, high
+    accuracy = wilson(flags)
+    return accuracy.value, accuracy.low, accuracy.high
 
 
-def _spread(count: int, most: int) -> np.ndarray:
-    """Positions of up to `most` of `count` items at equal distances: sets may be sorted by class."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
+def _evenly_spaced(count: int, limit: int) -> np.ndarray:
+    """Positions int64 [N] of up to `limit` of `count` images, evenly spaced because sets may be sorted by class."""
+    return np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)
 
 
-def _other_size(batch: int) -> int:
-    """A batch size that cuts the images in other places."""
+def _different_batch_size(batch: int) -> int:
+    """A batch size that splits the images at other positions."""
     return max(1, batch // 2 + 1) if batch > 1 else 2
 
 
@@ -357,7 +471,7 @@ def _refuse_bad_images(subject: Subject) -> None:
     if subject.ball.norm == "l2" and subject.ball.epsilon > largest:
         raise DmatError(
             f"epsilon is {subject.ball.epsilon:g}, larger than the l2 distance from a black to a white image, "
-            f"{largest:.2f}; expected pixels of [0, 1]; for levels of 255 write {subject.ball.epsilon:g}/255"
+            f"{largest:.2f}; expected epsilon for pixels in [0, 1]; for 255 levels write {subject.ball.epsilon:g}/255"
         )
     if not len(labels):
         raise DmatError("there are 0 images to attack; expected 1 or more; name other images")

@@ -1,7 +1,8 @@
-"""What is measured on one shard of images: flags of every attack, the worst image found, its margin and size.
+"""What is measured on one shard of images: flags of every attack, the worst image, its margin and perturbation norm.
 
-A shard is the unit of everything: it has starts and a seed of its own, so its numbers do not depend on who computes it,
-when, and after which other shard.
+The shard is the unit of computation. It has its own random starts and seed, so its numbers do not depend on which
+process computes it, when, or after which other shard.
+Legend: B images of the shard, N images, C channels, H height, W width, R radii of the sweep.
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ from dmat.robust.attacks import OBJECTIVES, Ball
 from dmat.robust.auto_attack import Suite
 from dmat.robust.networks import Classifier
 
-_FEWER = 4  # times fewer steps, in the comparison of few with many
+_FEWER_STEPS_DIVISOR = 4  # the weaker PGD of `checks.more_steps` makes a quarter of the steps
 
 
 class AttackSettings(Protocol):
-    """What decides the flags (docs/parameters.md, `evaluate_robust`). Radii and steps in pixels of [0, 1]."""
+    """Settings that decide the flags (docs/parameters.md, `evaluate_robust`). Radii and steps: pixels of [0, 1]."""
 
     pgd_steps: int
     pgd_restarts: int
@@ -37,18 +38,18 @@ class AttackSettings(Protocol):
 
     @property
     def pgd_loss(self) -> str:
-        """A name in `OBJECTIVES`."""
+        """Name of the objective in `OBJECTIVES`."""
 
     def pgd_step(self, norm: str, epsilon: float) -> float:
-        """Length of a step of PGD in a ball of radius epsilon."""
+        """Step size of PGD in a ball of radius epsilon."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A classifier and what it is attacked on and by.
+    """A classifier, the images that it is attacked on, and the attacks.
 
     model: on the device, float32, in evaluation mode, frozen. images float32 [N, C, H, W] in [0, 1], labels int64 [N],
-    both on the CPU. thorough: all measures; else clean and PGD alone. suite: None for no AutoAttack.
+    both on the CPU. full_suite: all measures; else clean and PGD accuracy only. suite: None for no AutoAttack.
     """
 
     name: str
@@ -61,7 +62,10 @@ class Subject:
 
 
 def images_sha256(images: Tensor, labels: Tensor) -> str:
-    """What two evaluations must have in common before their accuracies compare: pixels, labels, and their order."""
+    """SHA-256 of pixels, labels and their order: accuracies compare only between evaluations that have it in common.
+
+    images [N, C, H, W], labels [N], both on the CPU.
+    """
     digest = hashlib.sha256()
     for tensor in (images, labels):
         digest.update(repr(tuple(tensor.shape)).encode())
@@ -69,62 +73,63 @@ def images_sha256(images: Tensor, labels: Tensor) -> str:
     return digest.hexdigest()
 
 
-def shard_of(number: int, size: int, count: int) -> slice:
-    """Positions of the images of a shard."""
+def shard_slice(number: int, size: int, count: int) -> slice:
+    """Positions of the images of shard `number`; the last shard may be short. size: images per shard. count: of all."""
     return slice(number * size, min((number + 1) * size, count))
 
 
-def of_shard(subject: Subject, settings: AttackSettings, number: int, compute: Compute) -> dict[str, np.ndarray]:
-    """Columns [B] of the images of a shard.
+def measure_shard(subject: Subject, settings: AttackSettings, number: int, compute: Compute) -> dict[str, np.ndarray]:
+    """Computes the columns [B] of one shard.
 
-    prediction int64; clean, pgd bool: right, and right also after the attack. adversarial float32 [B, C, H, W]: what
-    AutoAttack broke the model with, else PGD's last attempt; attacked int64: the prediction on it; margin and
-    perturbation float32: its logit margin (negative: broken) and its norm. Of a thorough subject also fgsm, pgd_few,
-    grey bool; sweep bool [B, R]; and with a suite auto_attack bool and broken_by int64 (`auto_attack.attack`).
+    prediction int64. clean, pgd bool: the prediction is right, and right also under PGD. adversarial float32
+    [B, C, H, W]: the image with which AutoAttack broke the model, else PGD's last attempt. attacked int64: the
+    prediction on it. margin, perturbation float32: its logit margin (negative: broken) and the perturbation's norm.
+    With `full_suite` also fgsm, pgd_few, grey bool and sweep bool [B, R]. With a suite also auto_attack bool and
+    broken_by int64 (`auto_attack.attack`).
     """
     shard = _Shard(subject, settings, number, compute)
     logits = shard.logits(shard.images)
     clean = logits.argmax(1) == shard.labels
     adversarial = shard.pgd(subject.ball, settings.pgd_steps, "")
-    robust = clean & shard.right(adversarial)
-    found = {"prediction": logits.argmax(1), "clean": clean, "pgd": robust}
+    robust = clean & shard.is_correct(adversarial)
+    columns = {"prediction": logits.argmax(1), "clean": clean, "pgd": robust}
     if subject.full_suite:
-        found |= shard.weaker_and_larger(clean)
+        columns |= shard.check_flags(clean)
     if subject.suite is not None:
         worst, broken_by = shard.auto_attack(subject.suite)
-        # What counts is the image: flags are those of its logits, computed for the whole shard as they are re-scored.
-        survived = (broken_by == auto_attack.ROBUST) | (clean & shard.right(worst))
+        # The image decides: flags are those of its logits, computed for the whole shard in the batches of re-scoring.
+        survived = (broken_by == auto_attack.ROBUST) | (clean & shard.is_correct(worst))
         broken_by[survived] = auto_attack.ROBUST
-        found |= {"auto_attack": survived, "broken_by": broken_by}
+        columns |= {"auto_attack": survived, "broken_by": broken_by}
         adversarial = torch.where(survived[:, None, None, None], adversarial, worst)
-    attacked = shard.logits(adversarial)
-    found |= {
+    attacked_logits = shard.logits(adversarial)
+    columns |= {
         "adversarial": adversarial.contiguous(),
-        "attacked": attacked.argmax(1),
-        "margin": attacks.logit_margin(attacked, shard.labels),
+        "attacked": attacked_logits.argmax(1),
+        "margin": attacks.logit_margin(attacked_logits, shard.labels),
         "perturbation": subject.ball.size(adversarial - shard.images),
     }
-    return {name: values.numpy() for name, values in found.items()}
+    return {name: values.numpy() for name, values in columns.items()}
 
 
 class _Shard:
-    """Attacks on the images of one shard, batch after batch; images and results are on the CPU."""
+    """Attacks on the images [B, C, H, W] of one shard, batch by batch. Images and results are on the CPU."""
 
     def __init__(self, subject: Subject, settings: AttackSettings, number: int, compute: Compute):
         self.subject, self.settings, self.number, self.compute = subject, settings, number, compute
-        where = shard_of(number, settings.shard, len(subject.labels))
-        self.images, self.labels = subject.images[where], subject.labels[where]
+        positions = shard_slice(number, settings.shard, len(subject.labels))
+        self.images, self.labels = subject.images[positions], subject.labels[positions]
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K]
         return prediction.logits(self.subject.model, images, self.compute, self.settings.batch)
 
-    def right(self, images: Tensor) -> Tensor:
+    def is_correct(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> bool [B]
         return self.logits(images).argmax(1) == self.labels
 
     def pgd(self, ball: Ball, steps: int, purpose: str) -> Tensor:
-        """With as many restarts as set; the step keeps its share of the radius."""
-        whole = self.subject.ball
-        step = self.settings.pgd_step(whole.norm, whole.epsilon) * ball.epsilon / whole.epsilon
+        """Adversarial images [B, C, H, W] by PGD with `pgd_restarts`. The step size scales with the ball's radius."""
+        threat_ball = self.subject.ball
+        step_size = self.settings.pgd_step(threat_ball.norm, threat_ball.epsilon) * ball.epsilon / threat_ball.epsilon
         starts = [
             ball.random_start(
                 seeds.stream(self.settings.pgd_seed, f"evaluation/start{purpose}/{restart}", self.number),
@@ -132,23 +137,23 @@ class _Shard:
             )
             for restart in range(self.settings.pgd_restarts)
         ]
-        made = [
+        adversarial = [
             attacks.pgd_with_restarts(
                 self.subject.model,
                 self.compute.to_device(x),
                 y.to(self.compute.device),
                 plugins.find(OBJECTIVES, self.settings.pgd_loss),
                 ball,
-                [self.compute.to_device(start[where]) for start in starts],
+                [self.compute.to_device(start[positions]) for start in starts],
                 steps,
-                step,
+                step_size,
             ).cpu()
-            for where, x, y in iter_batches(self.images, self.labels, self.settings.batch)
+            for positions, x, y in iter_batches(self.images, self.labels, self.settings.batch)
         ]
-        return torch.cat(made)
+        return torch.cat(adversarial)
 
-    def fgsm(self) -> Tensor:
-        made = [
+    def fgsm(self) -> Tensor:  # [B, C, H, W]
+        adversarial = [
             attacks.fgsm(
                 self.subject.model,
                 self.compute.to_device(x),
@@ -157,23 +162,27 @@ class _Shard:
             ).cpu()
             for _, x, y in iter_batches(self.images, self.labels, self.settings.batch)
         ]
-        return torch.cat(made)
+        return torch.cat(adversarial)
 
-    def weaker_and_larger(self, clean: Tensor) -> dict[str, Tensor]:
-        """Flags of one step, of fewer steps, of the radii of the sweep, and of one at which nothing can be robust."""
+    def check_flags(self, clean: Tensor) -> dict[str, Tensor]:
+        """Robust flags [B] under FGSM, PGD with fewer steps, and PGD at the large radius; [B, R] at the sweep's radii.
+
+        clean: bool [B].
+        """
         ball, steps = self.subject.ball, self.settings.pgd_steps
-        found = {
-            "fgsm": clean & self.right(self.fgsm()),
-            "pgd_few": clean & self.right(self.pgd(ball, few(steps), "")),
+        flags = {
+            "fgsm": clean & self.is_correct(self.fgsm()),
+            "pgd_few": clean & self.is_correct(self.pgd(ball, fewer_steps(steps), "")),
         }
         radii = [multiple * ball.epsilon for multiple in self.settings.sweep]
-        sweep = [clean & self.right(self.pgd(Ball(ball.norm, radius), steps, "/sweep")) for radius in radii]
-        grey = Ball(ball.norm, large(ball, tuple(self.images.shape[1:])))
-        found["sweep"] = torch.stack(sweep, 1) if sweep else torch.zeros(len(clean), 0, dtype=torch.bool)
-        found["grey"] = clean & self.right(self.pgd(grey, steps, "/grey"))
-        return found
+        sweep = [clean & self.is_correct(self.pgd(Ball(ball.norm, radius), steps, "/sweep")) for radius in radii]
+        trivial_ball = Ball(ball.norm, trivial_attack_radius(ball, tuple(self.images.shape[1:])))
+        flags["sweep"] = torch.stack(sweep, 1) if sweep else torch.zeros(len(clean), 0, dtype=torch.bool)
+        flags["grey"] = clean & self.is_correct(self.pgd(trivial_ball, steps, "/grey"))
+        return flags
 
     def auto_attack(self, suite: Suite) -> tuple[Tensor, Tensor]:
+        """Adversarial images [B, C, H, W] and `broken_by` int64 [B], as `auto_attack.attack`."""
         worst, broken_by = auto_attack.attack(
             self.subject.model,
             self.compute.to_device(self.images),
@@ -186,11 +195,11 @@ class _Shard:
         return worst.cpu(), broken_by.cpu()
 
 
-def large(ball: Ball, shape: tuple[int, ...]) -> float:
-    """The radius at which nothing can be robust: all images [C, H, W] can be the same one, or epsilon if larger."""
+def trivial_attack_radius(ball: Ball, shape: tuple[int, ...]) -> float:
+    """A radius at which nothing can be robust: all images [C, H, W] can become the same one, or epsilon if larger."""
     return max(float(ball.epsilon), trivial_radius(ball.norm, shape))
 
 
-def few(steps: int) -> int:
-    """Steps of the weaker attack that many steps are compared with."""
-    return max(1, steps // _FEWER)
+def fewer_steps(steps: int) -> int:
+    """Steps of the weaker PGD that `steps` are compared with."""
+    return max(1, steps // _FEWER_STEPS_DIVISOR)

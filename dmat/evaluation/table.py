@@ -1,4 +1,4 @@
-"""The files of an evaluation, and the per-image table as Parquet."""
+"""File names of an evaluation, and its per-image table as Parquet."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +12,17 @@ SUMMARY = "summary.json"
 PROTOCOL = "protocol.json"
 
 
-def write_table(path: Path, rows: Mapping[str, np.ndarray]) -> None:
-    """Columns [N] under their names. Equal columns are equal files."""
+def write_table(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Writes columns [N] under their names to `path`. Equal columns give equal files."""
     import pyarrow
     import pyarrow.parquet
 
     with files.writing(path) as file:
-        pyarrow.parquet.write_table(pyarrow.table(dict(rows)), file)
+        pyarrow.parquet.write_table(pyarrow.table(dict(columns)), file)
 
 
 def read_table(path: Path) -> dict[str, np.ndarray]:
+    """The columns [N] of a table that `write_table` wrote, by name."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(path)

@@ -1,8 +1,8 @@
-"""Who computes which shard: processes share a folder, and nothing else.
+"""Distribution of shards over processes, which share a folder and nothing else.
 
-Each shard is one file beside a note that says what it is (its identity, its checksum). A process claims a shard by a
-file lock, which ends with the process, so a shard of a killed worker is free at once. On one machine this always works;
-on several it needs a shared folder whose locks hold (NFS 4 or later).
+Each shard is one .npz file and one .json record with its identity and checksum. A process claims a shard by a file
+lock. The lock ends with the process, so the shard of a killed worker is free at once. This always works on one machine;
+several machines need a shared folder with working file locks (NFS 4 or later).
 """
 
 import statistics
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import filelock
 import numpy as np
@@ -19,8 +19,8 @@ from tqdm import tqdm
 from dmat import files
 from dmat.errors import DmatError
 
-_LOOK_EVERY = 0.5  # seconds between two looks at what others compute
-_NOTE: dict[str, Any] = {
+_POLL_SECONDS = 0.5  # between two looks at which shards other processes have computed
+_RECORD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "identity": dict,
     "images": int,
     "seconds": (int, float),
@@ -30,125 +30,149 @@ _NOTE: dict[str, Any] = {
 Columns = dict[str, np.ndarray]
 
 
+class AttackedShard(TypedDict):
+    """The record of a finished shard of an evaluation."""
+
+    identity: dict[str, object]  # everything that decides its content
+    images: int
+    seconds: float  # of computing it
+    sha256: str  # of its .npz file
+    by: NotRequired[dict[str, object]]  # device and versions
+
+
+class WorkEstimate(TypedDict):
+    """How much of an evaluation is done, and how long one process needs for the rest."""
+
+    shards: int
+    shards_done: int
+    seconds_left: float | None  # None where it is not known yet
+
+
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard: the path of its files without suffix, what it is, and how to compute it.
+    """One shard: the path of its files without suffix, its identity, and how to compute it.
 
-    by: who computes it, kept in its note: shards of one evaluation may be of several machines and versions.
+    images: their number. make: computes the columns. computed_by: device and versions, kept in the shard's record,
+    because shards of one evaluation may come from several machines and versions.
     """
 
     path: Path
     images: int
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     make: Callable[[], Columns]
-    by: Mapping[str, Any] = field(default_factory=dict)
+    computed_by: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
-        """Whether the shard is there as it was computed; a damaged one is not, and is computed again.
+        """Whether the shard exists and is unchanged. A damaged shard is not done, and is computed again.
 
-        Refuses, as `note` does, a shard of another evaluation: nobody computes for hours beside those.
+        Raises DmatError, as `record` does, for a shard of another evaluation: hours of computing would be lost.
         """
-        return self.note() is not None
+        return self.record() is not None
 
     def compute(self) -> None:
-        """The note comes last: without it nothing was computed."""
+        """Computes the shard and writes its files. The record comes last: without it the shard is not done."""
         started = time.monotonic()
         columns = self.make()
         with files.writing(self.path.with_suffix(".npz")) as file:
             np.savez(file, **columns)  # type: ignore[arg-type]  # its stub takes the first for allow_pickle
-        note = {
+        shard_record: AttackedShard = {
             "identity": dict(self.identity),
             "images": self.images,
             "seconds": round(time.monotonic() - started, 3),
             "sha256": files.sha256(self.path.with_suffix(".npz")),
-            "by": dict(self.by),
+            "by": dict(self.computed_by),
         }
-        files.write_json(self.path.with_suffix(".json"), note)
+        files.write_json(self.path.with_suffix(".json"), shard_record)
 
-    def note(self) -> dict[str, Any] | None:
-        """What is known of the shard; None where it is not there, or not as it was computed.
+    def record(self) -> AttackedShard | None:
+        """The record of the shard; None where the shard is missing or damaged.
 
         Raises DmatError for a shard of another model, other images or other settings.
         """
-        path, shard = self.path.with_suffix(".json"), self.path.with_suffix(".npz")
-        if not path.is_file() or not shard.is_file():
+        record_path, array_path = self.path.with_suffix(".json"), self.path.with_suffix(".npz")
+        if not record_path.is_file() or not array_path.is_file():
             return None
         try:
-            note = files.read_record(path, **_NOTE)
+            shard_record = cast(AttackedShard, files.read_record(record_path, **_RECORD_FIELDS))
         except DmatError:
             return None
-        if files.sha256(shard) != note["sha256"]:
+        if files.sha256(array_path) != shard_record["sha256"]:
             return None
-        if note["identity"] != dict(self.identity) or note["images"] != self.images:
-            other = [key for key, value in self.identity.items() if note["identity"].get(key) != value]
+        if shard_record["identity"] != dict(self.identity) or shard_record["images"] != self.images:
+            differing = [key for key, value in self.identity.items() if shard_record["identity"].get(key) != value]
             raise DmatError(
-                f"{shard} belongs to another evaluation ({', '.join(other) or 'its images'} differ); expected the same "
-                f"model, images and settings; give another folder, or start over with --fresh"
+                f"{array_path} belongs to another evaluation ({', '.join(differing) or 'its images'} differ); expected "
+                f"the same model, images and settings; give another folder, or start over with --fresh"
             )
-        return note
+        return shard_record
 
     def read(self) -> Columns:
-        """Raises DmatError where the shard is not there: it was damaged after all were computed."""
+        """The columns of the shard. Raises DmatError where it is missing: it was damaged after all were computed."""
         path = self.path.with_suffix(".npz")
         if not self.done:
             raise DmatError(
                 f"{path} is missing or was altered since it was computed; expected the file that "
-                f"{self.path.with_suffix('.json').name} describes; run the same command again: one shard is lost"
+                f"{self.path.with_suffix('.json').name} describes; run the same command again: it computes only this "
+                f"shard again"
             )
         with np.load(path, allow_pickle=False) as saved:
             return {name: saved[name] for name in saved.files}
 
 
 def compute_all(tasks: Sequence[ShardTask], *, wait: bool, quiet: bool) -> None:
-    """Computes what nobody else does, with a progress bar that also counts what others do.
+    """Computes the shards that no other process computes. The progress bar also counts those of other processes.
 
-    wait: returns when all is there, and takes over what others leave behind.
+    wait: return only when all shards are done, and take over those that other processes leave behind. Without it,
+    return as soon as no shard is free.
     """
-    for unit in tasks:
-        unit.path.parent.mkdir(parents=True, exist_ok=True)
-    total = sum(unit.images for unit in tasks)
+    for task in tasks:
+        task.path.parent.mkdir(parents=True, exist_ok=True)
+    total = sum(task.images for task in tasks)
     with tqdm(total=total, unit=" images", desc="evaluate", disable=quiet, dynamic_ncols=True) as bar:
         while True:
-            pending = [unit for unit in tasks if not unit.done]
-            bar.update(total - sum(unit.images for unit in pending) - bar.n)
+            pending = [task for task in tasks if not task.done]
+            bar.update(total - sum(task.images for task in pending) - bar.n)
             if not pending:
                 return
-            if not any(_computed(unit) for unit in pending):  # the first that is free, then a new look
+            if not any(_compute_if_free(task) for task in pending):  # the first free one, then `pending` anew
                 if not wait:
                     return
-                time.sleep(_LOOK_EVERY)
+                time.sleep(_POLL_SECONDS)
 
 
-def _computed(unit: ShardTask) -> bool:
-    """Whether this process computed the shard: nobody else was at it."""
+def _compute_if_free(task: ShardTask) -> bool:
+    """Computes the shard unless another process holds or has computed it. Returns whether this process computed it."""
     try:
-        with filelock.FileLock(unit.path.with_suffix(".lock"), timeout=0):
-            if unit.done:
+        with filelock.FileLock(task.path.with_suffix(".lock"), timeout=0):
+            if task.done:
                 return False
-            unit.compute()
+            task.compute()
     except filelock.Timeout:
         return False
     return True
 
 
-def estimate(tasks: Sequence[ShardTask]) -> dict[str, Any]:
-    """Shards done, and seconds that one process needs for the others, by the median second per image so far.
+def estimate(tasks: Sequence[ShardTask]) -> WorkEstimate:
+    """Number of shards, number done, and seconds that one process needs for the rest.
 
-    Shards of one folder count together; None where none of a folder is done.
+    The seconds come from the median seconds per image so far, taken over the shards of one folder. They are None where
+    a folder has no finished shard yet.
     """
-    left = 0.0
-    known = True
-    for folder in dict.fromkeys(unit.path.parent for unit in tasks):
-        own = [unit for unit in tasks if unit.path.parent == folder]
-        missing = sum(unit.images for unit in own if not unit.done)
-        speeds = [note["seconds"] / note["images"] for unit in own if (note := unit.note()) is not None]
-        if missing and not speeds:
-            known = False
-        elif missing:
-            left += missing * statistics.median(speeds)
+    seconds_left = 0.0
+    measurable = True
+    for folder in dict.fromkeys(task.path.parent for task in tasks):
+        folder_tasks = [task for task in tasks if task.path.parent == folder]
+        missing_images = sum(task.images for task in folder_tasks if not task.done)
+        seconds_per_image = [
+            record["seconds"] / record["images"] for task in folder_tasks if (record := task.record()) is not None
+        ]
+        if missing_images and not seconds_per_image:
+            measurable = False
+        elif missing_images:
+            seconds_left += missing_images * statistics.median(seconds_per_image)
     return {
         "shards": len(tasks),
-        "shards_done": sum(unit.done for unit in tasks),
-        "seconds_left": round(left, 1) if known else None,
+        "shards_done": sum(task.done for task in tasks),
+        "seconds_left": round(seconds_left, 1) if measurable else None,
     }

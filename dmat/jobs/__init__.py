@@ -1,4 +1,4 @@
-"""One file for each stage and nothing else: `run(settings, job) -> Result` (`dmat/job.py`).
+"""One module per stage and nothing else: `run(settings, job) -> Result` (`dmat/job.py`).
 
-What runs them is in `dmat/pipeline`; they know nothing of it, nor of each other.
+`dmat/pipeline` runs them. The modules do not import it, nor each other.
 """

@@ -1,7 +1,7 @@
-"""mix_images: train split and a selection (or none) -> what exactly an arm trains on.
+"""mix_images: train split and a selection (or none) -> exactly which images an arm trains on.
 
-The one file that `train_robust` needs to find its images. It depends on the content of the selection and not on how
-it was made, so `real_only` never depends on a generator, and an unchanged selection retrains nothing.
+Writes the one file that `train_robust` needs to find its images. It depends on the content of the selection and not on
+how it was made, so `real_only` never depends on a generator, and an unchanged selection retrains nothing.
 """
 
 from dmat import ARTIFACTS, files
@@ -14,6 +14,7 @@ from dmat.job import Job, Result
 
 
 def run(settings: MixImages, job: Job) -> Result:
+    """Writes mix.json. Raises DmatError where the selection does not fit the training images or the batch."""
     real = shards.open_shards(job.inputs["train"])
     selection = None if settings.images == NONE else read_selection(job.inputs["selection"])
     if selection is not None and (selection["shape"], selection["classes"]) != (list(real.shape), real.classes):
@@ -42,7 +43,7 @@ def run(settings: MixImages, job: Job) -> Result:
             f"{mix.generated_per_batch} generated and {mix.real_per_batch} real images; expected some of both; "
             f"change the share or the batch"
         )
-    record = {"real": mix.real_per_batch, "generated": mix.generated_per_batch}
+    per_batch = {"real": mix.real_per_batch, "generated": mix.generated_per_batch}
     files.write_json(
         job.result / "mix" / MIX,
         {
@@ -54,7 +55,7 @@ def run(settings: MixImages, job: Job) -> Result:
             "batch": mix.batch,
             "copies": mix.copies,
             "reshuffle_steps": mix.reshuffle_steps,
-            "per_batch": record,
+            "per_batch": per_batch,
             "generated_to_real": f"{mix.generated_per_batch}:{mix.real_per_batch}",
             "images_seen": settings.images_seen,
             "coverage": mix.coverage(settings.images_seen),
@@ -67,4 +68,4 @@ def run(settings: MixImages, job: Job) -> Result:
             },
         },
     )
-    return Result({**record, **mix.coverage(settings.images_seen)})
+    return Result({**per_batch, **mix.coverage(settings.images_seen)})

@@ -1,7 +1,7 @@
-"""prepare_data: a named source -> train, validation and test splits as shards, stratified unless asked otherwise.
+"""prepare_data: a named source -> train, validation and test splits as shards, stratified unless set otherwise.
 
-Test images come from those that a source brings for testing, where it brings any, and are never trained on. Exact
-copies between the splits are counted and told; `evaluate_robust` decides what they mean for a headline.
+Test images come from the source's own test images where it has any, and are never trained on. Exact copies between the
+splits are counted and reported; `evaluate_robust` decides what they mean for a headline.
 """
 
 from pathlib import Path
@@ -16,36 +16,39 @@ from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
 
-SPLITS = ("test", "validation", "train")  # drawn in this order, so that more training images keep the other splits
+SPLITS = ("test", "validation", "train")  # drawn in this order, so more training images do not change other splits
 
 
 def run(settings: PrepareData, job: Job) -> Result:
+    """Draws the splits and writes one shard set per split. Raises DmatError where the source cannot provide them."""
     source = sources.load(settings.source, job.inputs.get("source"))
-    wanted = {name: getattr(settings, name) for name in SPLITS}
-    _expect_enough(settings.source, source, wanted)
+    split_sizes = {name: getattr(settings, name) for name in SPLITS}
+    _expect_enough(settings.source, source, split_sizes)
     constants = _constants(settings.normalisation, source.images.shape[3])
-    pools = {"train": (source.images, source.labels), **({"test": source.test} if source.test else {})}
-    left = {pool: np.arange(len(labels)) for pool, (_, labels) in pools.items()}
-    hashes: dict[str, np.ndarray] = {}  # of the images of each split
-    for name, count in wanted.items():
-        pool = name if name in pools else "train"
-        images, labels = pools[pool]
+    available = {"train": (source.images, source.labels), **({"test": source.test} if source.test else {})}
+    remaining = {pool: np.arange(len(labels)) for pool, (_, labels) in available.items()}
+    split_digests: dict[str, np.ndarray] = {}  # of the images of each split
+    for name, count in split_sizes.items():
+        pool = name if name in available else "train"
+        images, labels = available[pool]
         if name == "validation" and settings.validation_split == "first":
-            chosen = left[pool][:count]
+            selected = remaining[pool][:count]
         else:
-            chosen = left[pool][stratified(labels[left[pool]], count, seeds.stream(settings.seed, f"split/{name}"))]
-        left[pool] = np.setdiff1d(left[pool], chosen)
-        images, labels = images[chosen], labels[chosen]
-        hashes[name] = overlap.digests(images)
+            selected = remaining[pool][
+                stratified(labels[remaining[pool]], count, seeds.stream(settings.seed, f"split/{name}"))
+            ]
+        remaining[pool] = np.setdiff1d(remaining[pool], selected)
+        images, labels = images[selected], labels[selected]
+        split_digests[name] = overlap.digests(images)
         if name == "train":
             _expect_every_class(labels, source.class_names)
-        mean, std = _moments(images) if constants is None else constants
-        metadata = {
+        mean, std = _channel_moments(images) if constants is None else constants
+        metadata: shards.SetMetadata = {
             "split": name,
             "source": settings.source,
             "origin": source.origin,
             "licence": source.licence,
-            "source_indices": chosen.tolist(),
+            "source_indices": selected.tolist(),
             "mean": mean,
             "std": std,
         }
@@ -53,38 +56,41 @@ def run(settings: PrepareData, job: Job) -> Result:
             metadata["source_split"] = pool  # what the indices count in
         shards.write_set(job.result / name, images, labels, class_names=source.class_names, metadata=metadata)
         if name == "train":
-            pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images, one row a class")
+            pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images, one row per class")
     files.write_text(job.result / "none", "stands for no selection: what an arm with `images: none` reads\n")
-    copies = _copies(hashes)
-    metrics = {**wanted, "classes": len(source.class_names), **copies}
-    return Result(metrics, notes=[*source.notes, *_told(copies, wanted)])
+    copies = _copies(split_digests)
+    metrics = {**split_sizes, "classes": len(source.class_names), **copies}
+    return Result(metrics, notes=[*source.notes, *_copy_notes(copies, split_sizes)])
 
 
 def location(settings: PrepareData, path: Path) -> Path:
-    """The file or folder at `path` whose bytes the result depends on."""
+    """The file or folder at `path` whose bytes determine the result."""
     return sources.location(settings.source, path)
 
 
-def _expect_enough(name: str, source: ImageSource, wanted: dict[str, int]) -> None:
+def _expect_enough(name: str, source: ImageSource, split_sizes: dict[str, int]) -> None:
     """Raises DmatError where the splits ask for more than a source has."""
-    asked, kind = dict(wanted), "images"
+    requested, kind = dict(split_sizes), "images"
     if source.test:
-        test = asked.pop("test")
+        test = requested.pop("test")
         if test > len(source.test[1]):
             raise DmatError(
-                f"prepare_data.test asks for {test} images; {name} brings {len(source.test[1])} test images of its "
-                f"own; ask for fewer"
+                f"prepare_data.test asks for {test} images; {name} has {len(source.test[1])} test images of its own; "
+                f"ask for fewer"
             )
         kind = "training images"
-    if sum(asked.values()) > len(source.labels):
+    if sum(requested.values()) > len(source.labels):
         raise DmatError(
-            f"prepare_data asks for {sum(asked.values())} {kind} ({asked}); {name} has {len(source.labels)}; "
+            f"prepare_data asks for {sum(requested.values())} {kind} ({requested}); {name} has {len(source.labels)}; "
             f"ask for fewer"
         )
 
 
 def _constants(normalisation: str | Normalisation, channels: int) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation of each channel as given or published; None where they are to be measured."""
+    """Mean and standard deviation per channel, as configured or published; None where they are to be measured.
+
+    Raises DmatError where their number is not that of the channels.
+    """
     if normalisation == "measured":
         return None
     mean, std = (
@@ -94,14 +100,17 @@ def _constants(normalisation: str | Normalisation, channels: int) -> tuple[list[
     )
     if not len(mean) == len(std) == channels:
         raise DmatError(
-            f"prepare_data.normalisation has {len(mean)} numbers of mean and {len(std)} of std; the images have "
-            f"{channels} channel{'s' if channels > 1 else ''}; give one of each for every channel, or write measured"
+            f"prepare_data.normalisation has {len(mean)} values of mean and {len(std)} of std; the images have "
+            f"{channels} channel{'s' if channels > 1 else ''}; give one of each per channel, or write measured"
         )
     return list(mean), list(std)
 
 
 def _expect_every_class(labels: np.ndarray, names: tuple[str, ...]) -> None:
-    """Raises DmatError where a class has no training image: no model learns it, and accuracy counts it as wrong."""
+    """Raises DmatError where a class has no training image: no model learns it, and its images count as wrong.
+
+    labels [N].
+    """
     missing = np.setdiff1d(np.arange(len(names)), labels)
     if len(missing):
         raise DmatError(
@@ -111,31 +120,35 @@ def _expect_every_class(labels: np.ndarray, names: tuple[str, ...]) -> None:
         )
 
 
-def _copies(hashes: dict[str, np.ndarray]) -> dict[str, int]:
-    """How many images of one split are exact copies of images of another, or of earlier ones of the test split."""
+def _copies(digests: dict[str, np.ndarray]) -> dict[str, int]:
+    """Numbers of exact copies: images of one split that are in another, and repeated images of the test split.
+
+    digests: split -> one digest per image [N].
+    """
     pairs = {"test_in_train": ("test", "train"), "test_in_validation": ("test", "validation"),
              "validation_in_train": ("validation", "train")}  # fmt: skip
-    found = {f"copies_{name}": overlap.shared(hashes[a], hashes[b]).sum() for name, (a, b) in pairs.items()}
-    found["copies_within_test"] = overlap.repeated(hashes["test"]).sum()
-    return {name: int(count) for name, count in found.items()}
+    copies = {f"copies_{name}": overlap.shared(digests[a], digests[b]).sum() for name, (a, b) in pairs.items()}
+    copies["copies_within_test"] = overlap.repeated(digests["test"]).sum()
+    return {name: int(count) for name, count in copies.items()}
 
 
-def _told(copies: dict[str, int], wanted: dict[str, int]) -> list[str]:
-    """What a reader must know of copies, if there are any."""
+def _copy_notes(copies: dict[str, int], split_sizes: dict[str, int]) -> list[str]:
+    """A note on exact copies for the reader of the result; empty if there are none."""
     if not any(copies.values()):
         return []
     return [
-        f"exact copies: of {wanted['test']:,} test images {copies['copies_within_test']:,} are copies of an earlier "
-        f"one, {copies['copies_test_in_train']:,} are also among the training images and "
-        f"{copies['copies_test_in_validation']:,} among the validation images; of {wanted['validation']:,} validation "
-        f"images {copies['copies_validation_in_train']:,} are among the training images; remove them from the source"
+        f"exact copies: of {split_sizes['test']:,} test images {copies['copies_within_test']:,} are copies of an "
+        f"earlier one, {copies['copies_test_in_train']:,} are also among the training images and "
+        f"{copies['copies_test_in_validation']:,} among the validation images; of {split_sizes['validation']:,} "
+        f"validation images {copies['copies_validation_in_train']:,} are among the training images; remove them from "
+        f"the source"
     ]
 
 
-def _moments(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, in units of [0, 1]. images: uint8 [N, H, W, C].
+def _channel_moments(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, in units of [0, 1]. images: uint8 [N, H, W, C].
 
-    From whole sums: a float64 copy of all of CIFAR would take more than a GB.
+    From integer sums: a float64 copy of all of CIFAR would take more than a GB.
     """
     count = images[..., 0].size
     total = images.sum((0, 1, 2), dtype=np.int64)

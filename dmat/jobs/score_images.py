@@ -1,6 +1,6 @@
-"""score_images: an image set and the scorer -> for each image the probability that the scorer gives to its label.
+"""score_images: an image set and the scorer -> the probability that the scorer gives to the label of each image.
 
-The rule of Wang et al. 2023 for their 1M set: softmax probability of the target class by a standard classifier.
+The score of Wang et al. 2023 for their 1M set: softmax probability of the target class by a standard classifier.
 """
 
 import functools
@@ -26,6 +26,7 @@ from dmat.training.interruption import Interruption
 
 
 def run(settings: ScoreImages, job: Job) -> Result:
+    """Scores the shards of the image set that have no scores yet, and writes the manifest of scores."""
     images = shards.open_shards(job.inputs["images"])
     model, sidecar = load_classifier(job.inputs["scorer"] / weights.BEST, images, job.compute)
     pool = job.pool(
@@ -37,40 +38,40 @@ def run(settings: ScoreImages, job: Job) -> Result:
         },
         ("scores",),
     )
-    _offer_copies(pool, job.root)
-    found, entries = [], []
+    _offer_cached_scores(pool, job.root)
+    shard_scores, entries = [], []
     bar = tqdm(total=len(images), unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
     with Interruption() as interruption, bar:
         for entry, pixels, labels in zip(images.manifest["shards"], images.images, images.labels, strict=True):
-            make = functools.partial(_score, pixels, labels, model, settings, job, interruption)
+            make = functools.partial(_score_shard, pixels, labels, model, settings, job, interruption)
             name = score_file(entry)
-            record = pool.obtain(Path(name).stem, entry["count"], make, interruption.raise_if_asked)
+            record = pool.obtain(Path(name).stem, entry["count"], make, interruption.raise_if_received)
             pool.link(record, {"scores": job.result / "scores" / name})
             entries.append({"file": name, "count": record["count"], "sha256": record["scores_sha256"]})
-            found.append(files.load_array(job.result / "scores" / name))
+            shard_scores.append(files.load_array(job.result / "scores" / name))
             bar.update(entry["count"])
     files.write_json(
         job.result / "scores" / shards.MANIFEST,
         {"schema": 1, "shards": entries, "count": len(images)},
     )
-    scores = np.concatenate(found)
+    scores = np.concatenate(shard_scores)
     title = f"{job.instance['image_set']}: how sure the scorer is of the labels"
     pictures.histogram(job.pictures / "scores.png", scores, title, "probability of the label")
     return Result(
         {"images": len(scores), "mean_score": float(scores.mean()), "share_above_half": float((scores > 0.5).mean())},
-        measured={f"shards_{how}": float(count) for how, count in pool.counts.items()},
+        measured={f"shards_{origin}": float(count) for origin, count in pool.counts.items()},
         pools=[pool.name],
     )
 
 
-def _offer_copies(pool: ShardPool, root: Path) -> None:
-    """Scores of this pool that DVC's cache has."""
+def _offer_cached_scores(pool: ShardPool, root: Path) -> None:
+    """Offers the pool its scores from DVC's cache."""
     for manifest, copies in dvc_cache.sets_of_pool(root, "score_images", pool.name):
         for entry in manifest["shards"]:
             pool.offer(Path(entry["file"]).stem, {"scores": (copies[entry["file"]], entry["sha256"])})
 
 
-def _score(
+def _score_shard(
     pixels: np.ndarray,
     labels: np.ndarray,
     model: Classifier,
@@ -78,11 +79,11 @@ def _score(
     job: Job,
     interruption: Interruption,
 ) -> dict[str, np.ndarray]:
-    """float32 [n], of uint8 images [n, H, W, C] and labels int64 [n]."""
+    """Scores float32 [N] of images uint8 [N, H, W, C] with labels int64 [N]."""
     scores = np.empty(len(labels), dtype=np.float32)
     for start in range(0, len(labels), settings.batch):
-        interruption.raise_if_asked()
-        part = slice(start, start + settings.batch)
-        probabilities = prediction.logits(model, to_float(np.array(pixels[part])), job.compute).softmax(1)
-        scores[part] = probabilities.gather(1, torch.from_numpy(np.array(labels[part]))[:, None])[:, 0].numpy()
+        interruption.raise_if_received()
+        rows = slice(start, start + settings.batch)
+        probabilities = prediction.logits(model, to_float(np.array(pixels[rows])), job.compute).softmax(1)
+        scores[rows] = probabilities.gather(1, torch.from_numpy(np.array(labels[rows]))[:, None])[:, 0].numpy()
     return {"scores": scores}

@@ -1,6 +1,7 @@
-"""select_images: scores of an image set -> sorted indices of the images that are kept. Images are never copied.
+"""select_images: scores of an image set -> sorted indices of the selected images. Images are never copied.
 
-The best `keep` share of each class stays, as Wang et al. 2023 kept the best 20 % of each class of 5M images.
+The share `keep` of each class with the best scores is selected. Wang et al. 2023 kept the best 20 % of each class of 5M
+images.
 """
 
 import numpy as np
@@ -15,36 +16,42 @@ from dmat.job import Job, Result
 
 
 def run(settings: Selection, job: Job) -> Result:
-    pool = shards.open_shards(job.inputs["images"])
-    scores = read_scores(job.inputs["scores"], pool)
-    labels = np.concatenate([np.asarray(labels) for labels in pool.labels])
-    kept = best_of_each_class(scores, labels, settings.keep)
-    if not len(kept):
+    """Selects the best-scored images of each class. Raises DmatError where none is left."""
+    candidates = shards.open_shards(job.inputs["images"])
+    scores = read_scores(job.inputs["scores"], candidates)
+    labels = np.concatenate([np.asarray(labels) for labels in candidates.labels])
+    selected = best_of_each_class(scores, labels, settings.keep)
+    if not len(selected):
         raise DmatError(
-            f"selection {job.instance['selection']}: keep {settings.keep} of {len(pool)} images leaves none; "
-            f"expected at least one of a class; keep more, or generate more images"
+            f"selection {job.instance['selection']}: keep {settings.keep} of {len(candidates)} images leaves none; "
+            f"expected at least one; keep more, or generate more images"
         )
     write_selection(
         job.result / "selection",
-        kept,
+        selected,
         {
             "image_set": settings.image_set,
-            "shape": list(pool.shape),
-            "classes": pool.classes,
+            "shape": list(candidates.shape),
+            "classes": candidates.classes,
             "manifest_sha256": files.sha256(job.inputs["images"] / shards.MANIFEST),
-            "pool": len(pool),
-            "kept": len(kept),
+            "pool": len(candidates),
+            "kept": len(selected),
             "keep": settings.keep,
-            "class_counts": np.bincount(labels[kept]).tolist(),
+            "class_counts": np.bincount(labels[selected]).tolist(),
         },
     )
-    return Result({"pool": len(pool), "kept": len(kept), "lowest_kept_score": float(scores[kept].min())})
+    return Result({"pool": len(candidates), "kept": len(selected), "lowest_kept_score": float(scores[selected].min())})
 
 
 def best_of_each_class(scores: np.ndarray, labels: np.ndarray, keep: float) -> np.ndarray:
-    """Sorted int64 indices of the round(keep * n) best-scored of each class's n images; ties go to earlier ones."""
-    kept = []
+    """Sorted indices int64 of the round(keep * n) best-scored of the n images of each class; ties go to earlier images.
+
+    scores, labels [N]. keep: share of 1.
+    """
+    selected = []
     for label in np.unique(labels):
-        mine = np.flatnonzero(labels == label)
-        kept.append(mine[np.argsort(-scores[mine], kind="stable")[: round(keep * len(mine))]])
-    return np.sort(np.concatenate(kept)).astype(np.int64)
+        class_indices = np.flatnonzero(labels == label)
+        selected.append(
+            class_indices[np.argsort(-scores[class_indices], kind="stable")[: round(keep * len(class_indices))]]
+        )
+    return np.sort(np.concatenate(selected)).astype(np.int64)

@@ -1,6 +1,9 @@
-"""train_diffusion: train split -> averaged weights of an EDM denoiser, loss curve, sample sheet."""
+"""train_diffusion: train split -> EMA weights of an EDM denoiser, loss curve, sample sheet.
 
-from typing import Any
+EMA: exponential moving average of the weights (weight averaging). Live weights: those that the optimiser updates.
+"""
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from dmat.training import HISTORY, denoiser, weights
 
 
 def run(settings: Generator, job: Job) -> Result:
+    """Trains the denoiser, or resumes its training. Raises DmatError where the network cannot halve the images."""
     real = shards.open_shards(job.inputs["train"])
     halvings = len(settings.multipliers) - 1
     if any(side % 2**halvings for side in real.shape[:2]):
@@ -37,14 +41,14 @@ def run(settings: Generator, job: Job) -> Result:
     return Result({"loss": history[-1]["loss"], "parameters": sum(p.numel() for p in model.parameters())})
 
 
-def _sample_sheet(folder: Any, seed: int, job: Job) -> None:
-    """A first look: ten images of each class by the default sampler."""
+def _sample_sheet(folder: Path, seed: int, job: Job) -> None:
+    """Draws ten images per class with the default sampler, as a first look at the denoiser."""
     model, sidecar = load_denoiser(folder / weights.DENOISER, job.compute)
     height, width, channels = sidecar["image_shape"]
     labels = np.repeat(np.arange(len(sidecar["class_names"])), 10)
     latents = seeds.normal(seeds.stream(seed, "sample sheet"), (len(labels), channels, height, width))
     with job.compute.autocast():
-        made = SAMPLERS["heun"](
+        images = SAMPLERS["heun"](
             model, job.compute.to_device(latents), torch.from_numpy(labels).to(job.compute.device), Sampler()
         )
-    pictures.sheet(job.pictures / "samples.png", to_bytes(made), labels, "Generated images, one row a class")
+    pictures.sheet(job.pictures / "samples.png", to_bytes(images), labels, "Generated images, one row per class")

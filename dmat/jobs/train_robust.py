@@ -1,6 +1,10 @@
-"""train_robust: an arm's images and a seed -> best and last averaged weights of a robust classifier, history."""
+"""train_robust: an arm's images and a seed -> best and last EMA weights of a robust classifier, history.
+
+EMA: exponential moving average of the weights (weight averaging).
+"""
 
 import math
+from typing import cast
 
 from dmat import devices, files
 from dmat.config import TrainRobust
@@ -20,9 +24,10 @@ from dmat.training import HISTORY, classifier, curves, weights
 
 
 def run(settings: TrainRobust, job: Job) -> Result:
-    seed = job.instance["seed"]
+    """Trains the classifier of one arm and seed, or resumes. Raises DmatError where settings do not fit the images."""
+    seed = cast(int, job.instance["seed"])  # a number in every instance, as `seeds` in params.yaml holds numbers alone
     real = shards.open_shards(job.inputs["train"])
-    mix, generated, kept = open_mix(job.inputs["mix"], real, job.root)
+    mix, generated, kept_indices = open_mix(job.inputs["mix"], real, job.root)
     data_spec = data_spec_of(real)
     augmentation.check(settings.augmentation, *real.shape[:2])
     largest = math.sqrt(math.prod(real.shape))
@@ -45,7 +50,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
         outcome = classifier.train(
             model,
             data_spec.classes,
-            MixedBatches(mix, seed, real, generated, kept),
+            MixedBatches(mix, seed, real, generated, kept_indices),
             load_all(shards.open_shards(job.inputs["validation"])),
             loss_settings,
             settings,
@@ -54,7 +59,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
             job.compute,
         )
     forward = flops.forward(model, (real.shape[2], *real.shape[:2]))
-    step_flops = forward * flops.forwards_of_a_step(settings.loss, settings.attack_steps)
+    step_flops = forward * flops.forward_passes_per_step(settings.loss, settings.attack_steps)
     folder = job.result / "classifier"
     sidecar = classifier_sidecar(
         settings.network,
@@ -63,13 +68,16 @@ def run(settings: TrainRobust, job: Job) -> Result:
         job.compute,
         threat=settings.threat.plain(),
         seed=seed,
-        arm=job.instance["arm"],
+        arm=cast(str, job.instance["arm"]),
         loss=settings.loss,
         beta=settings.beta,
         mix_sha256=files.sha256(job.inputs["mix"] / MIX),
     )
-    weights.save(folder / weights.BEST, outcome.best, sidecar | {"images_seen": outcome.best_images_seen})
-    weights.save(folder / weights.LAST, outcome.last, sidecar | {"images_seen": outcome.history[-1]["images_seen"]})
+    best_sidecar: weights.TrainedSidecar = {**sidecar, "images_seen": outcome.best_images_seen}
+    weights.save(folder / weights.BEST, outcome.best, best_sidecar)
+    images_seen = cast(int, outcome.history[-1]["images_seen"])  # whole, unlike other values of a history
+    last_sidecar: weights.TrainedSidecar = {**sidecar, "images_seen": images_seen}
+    weights.save(folder / weights.LAST, outcome.last, last_sidecar)
     files.write_json(folder / HISTORY, outcome.history)
     curves.draw(job.pictures, outcome, f"{job.instance['arm']}, seed {seed}")
     last = outcome.history[-1]
@@ -86,12 +94,15 @@ def run(settings: TrainRobust, job: Job) -> Result:
 
 
 def _speed(images_per_second: float, flops_per_image: int, compute: Compute) -> dict[str, float]:
-    """What a training reached: of this process."""
+    """Throughput of the training in this process; empty where it was not measured.
+
+    flops_per_image: of one image in one training step.
+    """
     if not images_per_second:
         return {}
-    done = images_per_second * flops_per_image
+    flops_per_second = images_per_second * flops_per_image
     return {
         "images_per_second": images_per_second,
-        "flops_per_second": done,
-        "model_flops_utilisation": done / devices.matrix_peak(compute),
+        "flops_per_second": flops_per_second,
+        "model_flops_utilisation": flops_per_second / devices.matrix_peak(compute),
     }

@@ -1,4 +1,4 @@
-"""train_scorer: train split -> an ordinary classifier whose confidence judges generated images."""
+"""train_scorer: train split -> a standard classifier whose confidence scores generated images."""
 
 from dmat.config import TrainScorer
 from dmat.data import augmentation, shards
@@ -13,6 +13,7 @@ from dmat.training import classifier, curves, weights
 
 
 def run(settings: TrainScorer, job: Job) -> Result:
+    """Trains the scorer, or resumes its training, without attacks."""
     real = shards.open_shards(job.inputs["train"])
     data_spec = data_spec_of(real)
     augmentation.check(settings.augmentation, *real.shape[:2])

@@ -1,13 +1,13 @@
-"""write_report: everything measured -> one self-contained HTML page, a Markdown table, and data for `dvc plots`.
+"""write_report: all measurements -> one self-contained HTML page, a Markdown table, and data for `dvc plots`.
 
-Reads per-image tables, so every comparison is paired. Provenance is read here and nowhere else.
+Reads per-image tables, so every comparison is paired. Of the stages only this one reads provenance.
 """
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -18,24 +18,36 @@ from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, read_table
 from dmat.job import Job, Result
 from dmat.metrics import pictures
 from dmat.report import charts, comparison, costs, lineage, page
+from dmat.report.comparison import ArmMeasures, Comparison
 from dmat.training import HISTORY
-from dmat.workspace import find_workspace
+from dmat.workspace import Provenance, find_workspace
+
+if TYPE_CHECKING:
+    from dmat.evaluation.evaluate import EvaluationProtocol, Summary
+
+WeightsSummaries = dict[str, "Summary"]  # best, last -> summary of these weights of a run
+Histories = Mapping[str, Sequence[dict[str, float]]]  # run -> its training history
 
 
-class Files:
-    """The files that the report reads, and which they were."""
+class ReportInputs:
+    """Reads the files of the report and records which they were.
+
+    folder: a name in `job.inputs`. name: of the file below that folder.
+    """
 
     def __init__(self, job: Job):
         self._job = job
         self.sources: list[page.SourceFile] = []
 
     def json(self, folder: str, name: str) -> Any:
-        return files.read_json(self._at(folder, name))
+        """The content of a JSON file."""
+        return files.read_json(self._path(folder, name))
 
     def table(self, folder: str, name: str) -> dict[str, np.ndarray]:
-        return read_table(self._at(folder, name))
+        """The columns [N] of a per-image table."""
+        return read_table(self._path(folder, name))
 
-    def _at(self, folder: str, name: str) -> Path:
+    def _path(self, folder: str, name: str) -> Path:
         path = self._job.inputs[folder] / name
         relative = path.relative_to(self._job.root).as_posix()
         self.sources.append(page.SourceFile(relative, files.sha256(path)))
@@ -43,62 +55,64 @@ class Files:
 
 
 def run(settings: Report, job: Job) -> Result:
-    read = Files(job)
-    names = settings.arms
-    runs = [run for own in names.values() for run in own]
-    tables = {run: read.table("evaluate_robust", f"{run}/{PER_IMAGE}") for run in runs}
-    summaries = {run: read.json("evaluate_robust", f"{run}/{SUMMARY}") for run in runs}
-    histories = {run: read.json("train_robust", f"{run}/{HISTORY}") for run in runs}
-    compared = comparison.compare(names, tables, settings)
-    for arm, own in names.items():
-        compared["arms"][arm] |= {
-            f"{which}_gap": float(np.mean([summaries[run][which]["train_test_gap"] for run in own]))
-            for which in ("best", "last")
+    """Compares the arms and writes comparison.json, history.csv, table.md and report.html."""
+    inputs = ReportInputs(job)
+    runs_by_arm = settings.arms
+    runs = [run for arm_runs in runs_by_arm.values() for run in arm_runs]
+    tables = {run: inputs.table("evaluate_robust", f"{run}/{PER_IMAGE}") for run in runs}
+    summaries: dict[str, WeightsSummaries] = {run: inputs.json("evaluate_robust", f"{run}/{SUMMARY}") for run in runs}
+    histories = {run: inputs.json("train_robust", f"{run}/{HISTORY}") for run in runs}
+    arm_comparison = comparison.compare(runs_by_arm, tables, settings)
+    for arm, arm_runs in runs_by_arm.items():
+        gaps = {
+            f"{weights_name}_gap": float(np.mean([summaries[run][weights_name]["train_test_gap"] for run in arm_runs]))
+            for weights_name in ("best", "last")
         }
+        arm_comparison["arms"][arm] |= cast(ArmMeasures, gaps)
     for key in ("no_headline", "notes"):
-        compared[key] = {run: summaries[run]["best"][key] for run in runs if summaries[run]["best"].get(key)}
+        arm_comparison[key] = {run: summaries[run]["best"][key] for run in runs if summaries[run]["best"].get(key)}
     folder = job.result / "report"
-    files.write_json(folder / "comparison.json", compared)
+    files.write_json(folder / "comparison.json", arm_comparison)
     files.write_text(folder / "history.csv", _history_csv(histories))
-    files.write_text(folder / "table.md", comparison.markdown(compared))
-    _draw(job, settings, compared, histories)
-    content = _content(settings, job, read, names, compared, summaries, histories)
+    files.write_text(folder / "table.md", comparison.markdown(arm_comparison))
+    _draw(job, settings, arm_comparison, histories)
+    content = _content(settings, job, inputs, runs_by_arm, arm_comparison, summaries, histories)
     files.write_text(folder / "report.html", page.render(content))
-    groups = compared["arms"] | {f"{arm}_minus_baseline": v for arm, v in compared["differences"].items()}
+    groups = arm_comparison["arms"] | {
+        f"{arm}_minus_baseline": difference for arm, difference in arm_comparison["differences"].items()
+    }
     return Result(
         {
             group: {measure: value["value"] for measure, value in values.items() if isinstance(value, dict)}
             for group, values in groups.items()
         },
-        description=comparison.markdown(compared),
+        description=comparison.markdown(arm_comparison),
         attachments=[folder / "report.html", folder / "table.md"],
     )
 
 
-def _history_csv(histories: Mapping[str, Sequence[dict[str, float]]]) -> str:
-    names = list(dict.fromkeys(name for history in histories.values() for row in history for name in row))
+def _history_csv(histories: Histories) -> str:
+    columns = list(dict.fromkeys(name for history in histories.values() for row in history for name in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["run", *names], lineterminator="\n")
+    writer = csv.DictWriter(text, ["run", *columns], lineterminator="\n")
     writer.writeheader()
     writer.writerows({"run": run, **row} for run, history in histories.items() for row in history)
     return text.getvalue()
 
 
-def _draw(
-    job: Job, settings: Report, compared: dict[str, Any], histories: dict[str, Sequence[dict[str, float]]]
-) -> None:
-    """Pictures for MLflow and for who looks into the folder; the page draws its own."""
+def _draw(job: Job, settings: Report, arm_comparison: Comparison, histories: Histories) -> None:
+    """Draws PNG pictures for MLflow and for readers of the folder. The page draws its own charts."""
     bars = {
         arm: {
-            heading: (values[m]["value"], values[m]["low"], values[m]["high"])
-            for m, heading in comparison.MEASURES.items()
-            if all(m in others for others in compared["arms"].values())
+            heading: (values[measure]["value"], values[measure]["low"], values[measure]["high"])
+            for measure, heading in comparison.MEASURES.items()
+            if all(measure in others for others in arm_comparison["arms"].values())
         }
-        for arm, values in compared["arms"].items()
+        for arm, values in arm_comparison["arms"].items()
     }
     pictures.bars(job.pictures / "comparison.png", bars, settings.title)
     for name, title in (
-        ("validation_robust", "PGD accuracy of the averaged weights on the validation split"),
+        ("validation_robust", "PGD accuracy of the EMA weights on the validation split"),
         ("train_robust", "Accuracy under the training attack on training batches"),
     ):
         pictures.arms(job.pictures / f"{name}.png", histories, name, title, "accuracy")
@@ -107,86 +121,102 @@ def _draw(
 def _content(
     settings: Report,
     job: Job,
-    read: Files,
-    names: dict[str, list[str]],
-    compared: dict[str, Any],
-    summaries: dict[str, Any],
-    histories: dict[str, Any],
+    inputs: ReportInputs,
+    runs_by_arm: dict[str, list[str]],
+    arm_comparison: Comparison,
+    summaries: dict[str, WeightsSummaries],
+    histories: Histories,
 ) -> page.PageContent:
-    made = [(stage, name) for stage, instances in settings.instances.items() for name in instances]
-    provenance = {f"{stage} {name}": read.json(f"provenance/{stage}", f"{name}.json") for stage, name in made}
-    quality = {
-        name: read.json("metrics/measure_images", f"{name}.json") for name in settings.instances["measure_images"]
+    stage_instances = [(stage, name) for stage, instances in settings.instances.items() for name in instances]
+    provenance: dict[str, Provenance] = {
+        f"{stage} {name}": inputs.json(f"provenance/{stage}", f"{name}.json") for stage, name in stage_instances
     }
-    mixes = {arm: read.json("mix_images", f"{arm}/{MIX}") for arm in names}
-    protocols = {run: read.json("evaluate_robust", f"{run}/{PROTOCOL}") for runs in names.values() for run in runs}
+    quality: dict[str, dict[str, float]] = {
+        name: inputs.json("metrics/measure_images", f"{name}.json") for name in settings.instances["measure_images"]
+    }
+    mixes = {arm: inputs.json("mix_images", f"{arm}/{MIX}") for arm in runs_by_arm}
+    protocols: dict[str, EvaluationProtocol] = {
+        run: inputs.json("evaluate_robust", f"{run}/{PROTOCOL}") for runs in runs_by_arm.values() for run in runs
+    }
     protocol = next(iter(protocols.values()))
-    said = [{key: value for key, value in one.items() if key != "computed"} for one in protocols.values()]
-    unlike = [] if all(one == said[0] for one in said) else ["The evaluations do not have one protocol: compare none."]
-    notes = [f"{run}: {'; '.join(own)}." for run, own in compared["notes"].items()]
-    makers = {path: (stage, name) for stage, name in made for path in provenance[f"{stage} {name}"]["outputs"]}
-    # not verified: DVC has just compared what it hands on, and images may be millions
-    steps = lineage.Chain(makers, find_workspace(job.root), verify=False)
-    results = {run: steps.step("evaluate_robust", run) for runs in names.values() for run in runs}
-    spent = []
-    for arm, runs in names.items():
-        trained = [read.json("metrics/train_robust", f"{run}.json") for run in runs]
-        ancestors = [provenance[step.title] for step in lineage.ancestors([results[run] for run in runs])]
-        seen = sum(int(summaries[run]["last"]["images_seen"]) for run in runs)
-        spent.append(costs.of_arm(arm, ancestors, seen, [one.get("training_flops") for one in trained]))
-    spent = costs.one_peak(spent)
-    chain = page.Picture(job.pictures / "lineage.png", "Each arrow goes from what was made to what read it.")
-    lineage.draw(list(results.values()), chain.path, "What the numbers of this report come from")
-    used = {arm: Path(mix["selection"]["path"]).name for arm, mix in mixes.items() if mix["selection"]}
-    drawn = charts.quality(
-        compared,
-        {arm: quality[selection]["scorer_frechet_distance"] for arm, selection in used.items()},
-        {arm: mixes[arm]["generated_images"] for arm in used},
+    comparable = [{key: value for key, value in entry.items() if key != "computed"} for entry in protocols.values()]
+    warnings = (
+        []
+        if all(entry == comparable[0] for entry in comparable)
+        else ["The evaluations have different protocols: do not compare their numbers."]
+    )
+    notes = [f"{run}: {'; '.join(notes_of_run)}." for run, notes_of_run in arm_comparison["notes"].items()]
+    makers = {
+        path: (stage, name) for stage, name in stage_instances for path in provenance[f"{stage} {name}"]["outputs"]
+    }
+    # Not verified: DVC has just compared the inputs of this stage, and there may be millions of images.
+    lineage_chain = lineage.Chain(makers, find_workspace(job.root), verify=False)
+    evaluation_steps = {
+        run: lineage_chain.step("evaluate_robust", run) for runs in runs_by_arm.values() for run in runs
+    }
+    arm_costs = []
+    for arm, runs in runs_by_arm.items():
+        training_metrics: list[dict[str, float]] = [inputs.json("metrics/train_robust", f"{run}.json") for run in runs]
+        ancestors = [provenance[step.title] for step in lineage.ancestors([evaluation_steps[run] for run in runs])]
+        total_images_seen = sum(int(summaries[run]["last"]["images_seen"]) for run in runs)
+        arm_costs.append(
+            costs.arm_cost(
+                arm, ancestors, total_images_seen, [metrics.get("training_flops") for metrics in training_metrics]
+            )
+        )
+    arm_costs = costs.with_common_peak(arm_costs)
+    chain = page.Picture(job.pictures / "lineage.png", "Each arrow points from a result to the stage that read it.")
+    lineage.draw(list(evaluation_steps.values()), chain.path, "What the numbers of this report come from")
+    selections = {arm: Path(mix["selection"]["path"]).name for arm, mix in mixes.items() if mix["selection"]}
+    quality_chart = charts.quality(
+        arm_comparison,
+        {arm: quality[selection]["scorer_frechet_distance"] for arm, selection in selections.items()},
+        {arm: mixes[arm]["generated_images"] for arm in selections},
     )
     best = {run: summary["best"]["images_seen"] for run, summary in summaries.items()}
     sweeps = {run: summary["best"]["sweep"] for run, summary in summaries.items()}
-    first_runs = [runs[0] for runs in names.values()]
+    first_runs = [runs[0] for runs in runs_by_arm.values()]
     return page.PageContent(
         title=settings.title,
-        sentences=[*unlike, *comparison.sentences(compared), *notes],
-        comparison=compared,
-        measures=comparison.measures_of(compared),
+        sentences=[*warnings, *comparison.sentences(arm_comparison), *notes],
+        comparison=arm_comparison,
+        measures=comparison.measures_of(arm_comparison),
         protocol=protocol,
         seeds=settings.seeds,
         mixes=mixes,
         quality=quality,
-        quality_measure=drawn[1] if drawn else "",
+        quality_measure=quality_chart[1] if quality_chart else "",
         checks={run: summary["best"]["checks"] for run, summary in summaries.items()},
-        costs=spent,
+        costs=arm_costs,
         charts={
-            "accuracies": charts.accuracies(compared),
-            "differences": charts.differences(compared),
-            "validation_robust": charts.curves(names, histories, "validation_robust", best),
-            "train_robust": charts.curves(names, histories, "train_robust"),
-            "validation_clean": charts.curves(names, histories, "validation_clean", best),
-            "loss": charts.curves(names, histories, "train_loss", unit="loss"),
-            "learning_rate": charts.curves(names, histories, "learning_rate", unit="learning rate"),
+            "accuracies": charts.accuracies(arm_comparison),
+            "differences": charts.differences(arm_comparison),
+            "validation_robust": charts.curves(runs_by_arm, histories, "validation_robust", best),
+            "train_robust": charts.curves(runs_by_arm, histories, "train_robust"),
+            "validation_clean": charts.curves(runs_by_arm, histories, "validation_clean", best),
+            "loss": charts.curves(runs_by_arm, histories, "train_loss", unit="loss"),
+            "learning_rate": charts.curves(runs_by_arm, histories, "learning_rate", unit="learning rate"),
             "against_epsilon": charts.against_epsilon(
-                names, sweeps, compared, protocol["threat"], WrittenNumber(protocol["threat"]["epsilon"])
+                runs_by_arm, sweeps, arm_comparison, protocol["threat"], WrittenNumber(protocol["threat"]["epsilon"])
             ),
-            "quality": drawn[0] if drawn else None,
-            "hours": charts.hours(spent, list(settings.instances)),
+            "quality": quality_chart[0] if quality_chart else None,
+            "hours": charts.hours(arm_costs, list(settings.instances)),
         },
-        sheets=_found(settings, job, "measure_images") + _found(settings, job, "train_diffusion"),
+        sheets=_pictures(settings, job, "measure_images") + _pictures(settings, job, "train_diffusion"),
         attacked=[
-            one
-            for one in _found(settings, job, "evaluate_robust")
-            if one.path.parent.name in first_runs and one.path.stem != "accuracy_against_epsilon"
+            picture
+            for picture in _pictures(settings, job, "evaluate_robust")
+            if picture.path.parent.name in first_runs and picture.path.stem != "accuracy_against_epsilon"
         ],
         chain=chain,
-        chain_lines=lineage.lines(list(results.values())),
+        chain_lines=lineage.lines(list(evaluation_steps.values())),
         provenance=provenance,
-        sources=read.sources,
+        sources=inputs.sources,
     )
 
 
-def _found(settings: Report, job: Job, word: str) -> list[page.Picture]:
-    """Pictures of a stage with their captions."""
-    folders = [job.inputs[f"pictures/{word}"] / name for name in settings.instances[word]]
+def _pictures(settings: Report, job: Job, stage: str) -> list[page.Picture]:
+    """The pictures of all instances of a stage, with captions."""
+    folders = [job.inputs[f"pictures/{stage}"] / name for name in settings.instances[stage]]
     paths = [path for folder in folders for path in sorted(folder.glob("*.png"))]
     return [page.Picture(path, f"{path.parent.name}: {path.stem.replace('_', ' ')}") for path in paths]

@@ -1,4 +1,4 @@
-"""Numbers and pictures about results: intervals of accuracies, quality of generated images, curves and sheets.
+"""Numbers and pictures of results: confidence intervals of accuracies, quality of generated images, plots.
 
-Takes arrays, knows neither where they came from nor where they go.
+Functions take arrays and know neither where these come from nor where results go.
 """

@@ -1,24 +1,29 @@
 """Pictures as PNG files: sheets of images by class, curves over images seen or over the radius of an attack, accuracies
 by class, confusion under attack, images with their perturbation.
 
-matplotlib is loaded where it is used and told to write no date or version, so equal input gives equal files.
+matplotlib is loaded where it is used and writes no date or version, so equal input gives equal files.
+Shapes: N images, H height, W width, C channels, K classes.
 """
 
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 PALETTE = ("#0b6e8f", "#d9480f", "#5f3dc4", "#2b8a3e", "#a61e4d", "#495057")
-_PLAIN = {"Software": None, "Creation Time": None}
-_COUNTED = 20  # classes up to which the cells of a confusion hold their counts
-_NAMED = 100  # class names that fit beside a picture; of more classes every second, third, ... is named
+_PNG_METADATA = {"Software": None, "Creation Time": None}
+_MAX_ROOMY_CLASSES = 20  # classes up to which rows are high and the cells of a confusion matrix hold numbers
+_MAX_CLASS_NAMES = 100  # that fit beside a picture; with more classes every second, third, ... gets its name
 
 
 def sheet(path: Path, images: np.ndarray, labels: np.ndarray, title: str, columns: int = 20) -> None:
-    """The first `columns` images of each class, one row a class. images uint8 [N, H, W, C]."""
+    """Draws the first `columns` images of each class, one row per class. images uint8 [N, H, W, C], labels [N]."""
     _, height, width, channels = images.shape
     classes = np.unique(labels)
     rows = [images[labels == label][:columns] for label in classes]
@@ -47,24 +52,30 @@ def curves(
     y_label: str,
     marks: Mapping[str, float] | None = None,
 ) -> None:
-    """Values of a history over images seen. marks: word -> images seen, as of the best and the last weights: a line,
-    and the first curve's value there, so that what was lost between two marks can be read."""
+    """Plots values of a history over images seen.
+
+    names: values to plot. marks: label -> images seen, for example of the best and the last weights. Each mark is a
+    vertical line with the first curve's value there, so that the loss between two marks can be read.
+    """
     figure, axes = new_figure(7, 3.6)
     lines = {name: [(row["images_seen"], row[name]) for row in history if name in row] for name in names}
     lines = {name: points for name, points in lines.items() if points}
     for colour, (name, points) in zip(PALETTE, lines.items(), strict=False):
         axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), color=colour, linewidth=1.6)
-    for k, (word, seen) in enumerate((marks or {}).items()):
-        axes.axvline(seen, color="#868e96", linestyle=("--", ":")[k % 2], linewidth=1)
-        value = dict(next(iter(lines.values()), [])).get(seen)
+    for k, (mark, images_seen) in enumerate((marks or {}).items()):
+        axes.axvline(images_seen, color="#868e96", linestyle=("--", ":")[k % 2], linewidth=1)
+        value = dict(next(iter(lines.values()), [])).get(images_seen)
         if value is not None:
-            axes.plot(seen, value, "o", color=PALETTE[0], markersize=5, label=f"{word}: {value:.4g}")
-    dress(axes, title, "images seen", y_label)
+            axes.plot(images_seen, value, "o", color=PALETTE[0], markersize=5, label=f"{mark}: {value:.4g}")
+    style_axes(axes, title, "images seen", y_label)
     save(figure, path)
 
 
-def arms(path: Path, histories: dict[str, Sequence[dict[str, float]]], name: str, title: str, y_label: str) -> None:
-    """One value of several runs over images seen; runs of one arm (text before the last "-") share a colour."""
+def arms(path: Path, histories: Mapping[str, Sequence[dict[str, float]]], name: str, title: str, y_label: str) -> None:
+    """Plots the value `name` of several runs over images seen.
+
+    histories: run -> its history. Runs of one arm (text before the last "-") share a colour.
+    """
     figure, axes = new_figure(7, 3.8)
     groups = list(dict.fromkeys(run.rpartition("-")[0] for run in histories))
     for run, history in histories.items():
@@ -77,12 +88,12 @@ def arms(path: Path, histories: dict[str, Sequence[dict[str, float]]], name: str
             linewidth=1.5,
             label=group.replace("_", " ") if first else None,
         )
-    dress(axes, title, "images seen", y_label)
+    style_axes(axes, title, "images seen", y_label)
     save(figure, path)
 
 
 def bars(path: Path, table: dict[str, dict[str, tuple[float, float, float]]], title: str) -> None:
-    """Accuracies with intervals: table[arm][measure] = (value, low, high) in shares of 1."""
+    """Plots accuracies with intervals as bars: table[arm][measure] = (value, low, high), in [0, 1]."""
     figure, axes = new_figure(7, 3.8)
     measures = list(next(iter(table.values())))
     width = 0.8 / len(table)
@@ -91,22 +102,22 @@ def bars(path: Path, table: dict[str, dict[str, tuple[float, float, float]]], ti
         middle, low, high = (100 * np.array([values[m][i] for m in measures]) for i in range(3))
         axes.bar(x, middle, width * 0.92, color=PALETTE[k % len(PALETTE)], label=arm.replace("_", " "))
         axes.errorbar(x, middle, [middle - low, high - middle], fmt="none", ecolor="#212529", elinewidth=1, capsize=3)
-        for at, value, top in zip(x, middle, high, strict=True):
-            axes.text(at, top + 0.8, f"{value:.1f}", ha="center", fontsize=7.5)
+        for position, value, top in zip(x, middle, high, strict=True):
+            axes.text(position, top + 0.8, f"{value:.1f}", ha="center", fontsize=7.5)
     axes.set_xticks(range(len(measures)), measures, fontsize=8)
     axes.set_ylim(0, 118)  # bars start at 0; room for the legend
     axes.set_yticks(range(0, 101, 20))
-    dress(axes, title, "", "accuracy on test, % (95 % interval)")
+    style_axes(axes, title, "", "accuracy on test, % (95 % interval)")
     save(figure, path)
 
 
 def histogram(path: Path, values: np.ndarray, title: str, x_label: str) -> None:
-    """How shares of 1 are spread [N]; the counts on a log scale, since most scores are next to 1."""
+    """Plots a histogram of values [N] in [0, 1]. Counts are on a log scale, since most scores are close to 1."""
     figure, axes = new_figure(7, 3.2)
     axes.hist(values, bins=50, range=(0, 1), color=PALETTE[0])
     axes.set_yscale("log")
     axes.set_xlim(0, 1)
-    dress(axes, title, x_label, "images", legend=False)
+    style_axes(axes, title, x_label, "images", legend=False)
     save(figure, path)
 
 
@@ -117,13 +128,14 @@ def against_epsilon(
     label: str,
     title: str,
 ) -> None:
-    """Accuracy against the radius of the attack: curves[name] = [(radius, value, low, high), ...] in shares of 1.
+    """Plots accuracy against the radius of the attack: curves[name] = [(radius, value, low, high), ...].
 
+    Radii are in pixels of [0, 1] (or their l2 norm), accuracies in [0, 1].
     epsilon: radius of the threat model, in the unit of the curves; label: how people write it, such as "8/255".
     """
     figure, axes = new_figure(7, 3.6)
-    of_255 = label.endswith("/255")  # then whole numbers of 255ths are on the axis, not 0.0314
-    unit = 255 if of_255 else 1
+    in_255ths = label.endswith("/255")  # then the axis shows whole numbers of 255ths, not 0.0314
+    unit = 255 if in_255ths else 1
     for k, (name, points) in enumerate(curves.items()):
         if not points:
             continue
@@ -136,18 +148,23 @@ def against_epsilon(
     axes.axvline(unit * epsilon, color="#868e96", linestyle="--", linewidth=1, label=f"threat model: {label}")
     axes.set_xlim(left=0)
     axes.set_ylim(0, 100)
-    dress(axes, title, f"radius of the attack{' × 255' if of_255 else ''}", "accuracy, % (95 % interval)", legend=False)
-    _legend_beside(figure, axes)
+    style_axes(
+        axes, title, f"radius of the attack{' × 255' if in_255ths else ''}", "accuracy, % (95 % interval)", legend=False
+    )
+    _legend_outside(figure, axes)
     save(figure, path)
 
 
 def per_class(
     path: Path, classes: Sequence[str], measures: dict[str, list[tuple[float, float, float]]], title: str
 ) -> None:
-    """Accuracy of each class, one row a class: measures[name][class] = (value, low, high) in shares of 1."""
+    """Plots the accuracy of each class, one row per class: measures[name][class] = (value, low, high), in [0, 1].
+
+    classes: names of the K classes.
+    """
     count = len(classes)
-    row = 0.34 if count <= _COUNTED else 0.2  # inches
-    figure, axes = new_figure(7, row * count + 1.1)
+    row_height = 0.34 if count <= _MAX_ROOMY_CLASSES else 0.2  # inches
+    figure, axes = new_figure(7, row_height * count + 1.1)
     step = 0.64 / max(len(measures), 1)  # the rest of a row is the gap to the next one
     for k, (name, values) in enumerate(measures.items()):
         y = np.arange(count) + (k - (len(measures) - 1) / 2) * step
@@ -155,49 +172,56 @@ def per_class(
         colour = PALETTE[k % len(PALETTE)]
         axes.hlines(y, low, high, color=colour, linewidth=1.2, alpha=0.6)
         axes.plot(
-            middle, y, "o", color=colour, markersize=4 if count <= _COUNTED else 2.8, label=name.replace("_", " ")
+            middle,
+            y,
+            "o",
+            color=colour,
+            markersize=4 if count <= _MAX_ROOMY_CLASSES else 2.8,
+            label=name.replace("_", " "),
         )
     axes.set_ylim(count - 0.5, -0.5)  # the first class on top
     axes.set_xlim(-1, 101)
-    dress(axes, title, "accuracy, % (95 % interval)", "", legend=False)
-    axes.set_yticks(range(count), [_short(name) for name in classes], fontsize=_type_size(count))
+    style_axes(axes, title, "accuracy, % (95 % interval)", "", legend=False)
+    axes.set_yticks(range(count), [_shorten(name) for name in classes], fontsize=_font_size(count))
     axes.set_yticks(np.arange(1, count) - 0.5, minor=True)
     axes.tick_params(axis="y", which="both", length=0)
-    axes.tick_params(axis="x", labeltop=count > _COUNTED)  # a tall picture is read from both ends
+    axes.tick_params(axis="x", labeltop=count > _MAX_ROOMY_CLASSES)  # a tall picture is read from both ends
     axes.grid(visible=False, axis="y")
     axes.grid(axis="y", which="minor", color="#dee2e6", linewidth=0.7)
     axes.grid(axis="x", color="#e9ecef", linewidth=0.7)
-    _legend_beside(figure, axes)
+    _legend_outside(figure, axes)
     save(figure, path)
 
 
 def confusion(path: Path, counts: np.ndarray, classes: Sequence[str], title: str) -> None:
-    """Rows: labels; columns: predictions under attack. counts: int64 [K, K].
+    """Plots a confusion matrix under attack. counts: int64 [K, K], rows are labels, columns are predictions.
 
-    Numbers and colours are shares of a row in per cent. Colours are spread so that a few hundredths are seen beside a
-    nearly full diagonal.
+    Numbers and colours are percentages of a row. The colour scale is a square root, so that a few per cent are visible
+    beside a nearly full diagonal.
     """
     from matplotlib.colors import PowerNorm
 
     count = len(classes)
-    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)  # [K, K]; a label without images is all 0
-    side = 0.46 * count if count <= _COUNTED else 0.1 * min(count, _NAMED)
+    percentages = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)  # [K, K]; rows without images are all 0
+    side = 0.46 * count if count <= _MAX_ROOMY_CLASSES else 0.1 * min(count, _MAX_CLASS_NAMES)  # inches
     figure, axes = new_figure(max(side + 2.2, 4.6), max(side + 1.4, 2.8))
-    shown = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
-    if count <= _COUNTED:
+    heatmap = axes.imshow(percentages, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    if count <= _MAX_ROOMY_CLASSES:
         for (row, column), number in np.ndenumerate(counts):
-            colour = "#adb5bd" if number == 0 else "white" if shares[row, column] > 35 else "#212529"
-            axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
-    dress(axes, title, "prediction under attack", "label", legend=False)
-    named = range(0, count, -(-count // _NAMED))
-    names, size = [_short(classes[k]) for k in named], _type_size(count)
-    slanted = count > _COUNTED or max(map(len, names)) > 4
-    axes.set_xticks(named, names, fontsize=size, rotation=90 if slanted else 0)
-    axes.set_yticks(named, names, fontsize=size)
+            colour = "#adb5bd" if number == 0 else "white" if percentages[row, column] > 35 else "#212529"
+            axes.text(
+                column, row, f"{percentages[row, column]:.0f}", ha="center", va="center", fontsize=7.5, color=colour
+            )
+    style_axes(axes, title, "prediction under attack", "label", legend=False)
+    tick_classes = range(0, count, -(-count // _MAX_CLASS_NAMES))
+    names, size = [_shorten(classes[k]) for k in tick_classes], _font_size(count)
+    rotated = count > _MAX_ROOMY_CLASSES or max(map(len, names)) > 4
+    axes.set_xticks(tick_classes, names, fontsize=size, rotation=90 if rotated else 0)
+    axes.set_yticks(tick_classes, names, fontsize=size)
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(shown, ax=axes, shrink=0.8, aspect=30, ticks=[0, 1, 5, 10, 25, 50, 75, 100])
+    bar = figure.colorbar(heatmap, ax=axes, shrink=0.8, aspect=30, ticks=[0, 1, 5, 10, 25, 50, 75, 100])
     bar.set_label("share of the images of a label, %", fontsize=8)
     bar.ax.tick_params(labelsize=7.5)
     bar.outline.set_visible(False)
@@ -214,10 +238,11 @@ def perturbations(
     epsilon: str,
     classes: Sequence[str] = (),
 ) -> None:
-    """Rows: image, perturbation (grey is none), adversarial image, with the predictions before and after.
+    """Draws clean images, perturbations (grey is none) and adversarial images, with the predictions before and after.
 
-    clean and adversarial: float [N, H, W, C] in [0, 1]. All perturbations are magnified by one factor, which the
-    picture says. classes: names to write in place of the numbers of the classes.
+    clean and adversarial: float [N, H, W, C] in [0, 1]; labels and the predictions before and after: int [N]. All
+    perturbations are magnified by one factor, which the picture states. epsilon: text for the title.
+    classes: class names to write instead of their numbers.
     """
     count = len(clean)
     width = max(1.05 * count + 0.35, 4)
@@ -226,12 +251,12 @@ def perturbations(
     change = adversarial - clean
     largest = float(np.abs(change).max())
     factor = 0.5 / max(largest, 1e-12)  # the largest change becomes black or white
-    magnified = np.clip(0.5 + factor * change, 0, 1)  # rounding
+    magnified = np.clip(0.5 + factor * change, 0, 1)  # against rounding
     kinds = ("image", f"perturbation\n× {factor:.3g}" if largest else "no\nperturbation", "adversarial")
     arrow = "\n→ " if classes else " → "
     for k in range(count):
-        label, was, became = (_named(numbers[k], classes) for numbers in (labels, before, after))
-        captions = (label if classes else f"label {label}", "", was + arrow + became)
+        label, prediction, attacked = (_class_label(numbers[k], classes) for numbers in (labels, before, after))
+        captions = (label if classes else f"label {label}", "", prediction + arrow + attacked)
         for row, image in enumerate((clean, magnified, adversarial)):
             axes = grid[row][k]
             axes.imshow(image[k].squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -244,27 +269,27 @@ def perturbations(
     save(figure, path)
 
 
-def _named(number: int, classes: Sequence[str]) -> str:
-    return _short(classes[int(number)], 16) if classes else str(number)
+def _class_label(number: int, classes: Sequence[str]) -> str:
+    return _shorten(classes[int(number)], 16) if classes else str(number)
 
 
-def _short(name: str, longest: int = 24) -> str:
-    return name if len(name) <= longest else name[: longest - 1] + "…"
+def _shorten(name: str, max_length: int = 24) -> str:
+    return name if len(name) <= max_length else name[: max_length - 1] + "…"
 
 
-def _type_size(count: int) -> float:
-    """Points of class names, so that as many as `count` do not touch."""
-    return 8 if count <= _COUNTED else 5.5
+def _font_size(count: int) -> float:
+    """Returns the size of class names in points, so that `count` names do not touch."""
+    return 8 if count <= _MAX_ROOMY_CLASSES else 5.5
 
 
-def _legend_beside(figure: Any, axes: Any) -> None:
-    """To the right of the axes, where it hides no point."""
+def _legend_outside(figure: "Figure", axes: "Axes") -> None:
+    """Puts the legend to the right of the axes, where it hides no point."""
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
-    """A figure of so many inches, and its axes."""
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Any]:
+    """Returns a figure of `width` (at least 4) times `height` inches, and its axes: one, or an array of several."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -273,8 +298,8 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
     return pyplot.subplots(rows, columns, figsize=(max(width, 4), height), layout="constrained")
 
 
-def dress(axes: Any, title: str, x_label: str, y_label: str, legend: bool = True) -> None:
-    """Title, labels and grid as in all pictures."""
+def style_axes(axes: "Axes", title: str, x_label: str, y_label: str, legend: bool = True) -> None:
+    """Sets title, labels and grid in the style of all pictures."""
     axes.set_title(title, fontsize=9.5, loc="left")
     axes.set_xlabel(x_label, fontsize=8.5)
     axes.set_ylabel(y_label, fontsize=8.5)
@@ -286,10 +311,10 @@ def dress(axes: Any, title: str, x_label: str, y_label: str, legend: bool = True
         axes.legend(frameon=False, fontsize=8, ncols=2)
 
 
-def save(figure: Any, path: Path) -> None:
-    """Writes the figure and lets it go."""
+def save(figure: "Figure", path: Path) -> None:
+    """Writes the figure as PNG and closes it."""
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata=_PLAIN)
+    figure.savefig(path, dpi=130, metadata=_PNG_METADATA)
     pyplot.close(figure)

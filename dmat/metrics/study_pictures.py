@@ -1,34 +1,39 @@
-"""Pictures of a tuning study: what trials reached, how they got there, where in the space they were."""
+"""Pictures of a tuning study: values of trials, their learning curves, their positions in the search space."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dmat.metrics.pictures import PALETTE, dress, new_figure, save
+from dmat.metrics.pictures import PALETTE, new_figure, save, style_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # state -> name for people, colour, marker, filled
-_LOOK = {
+_STYLES = {
     "COMPLETE": ("complete", PALETTE[0], "o", True),
     "PRUNED": ("pruned, at its last report", "#868e96", "o", False),
 }
-_ENOUGH_FOR_A_SURFACE = 6  # different points
+_MIN_SURFACE_POINTS = 6  # different points, below which no surface is interpolated
 _Y_LABEL = "PGD accuracy on validation"
 
 
 class TrialPoint(NamedTuple):
+    """A trial as the pictures need it."""
+
     number: int
     state: str  # COMPLETE, PRUNED or FAIL
     parameters: Mapping[str, Any]
-    value: float | None  # share of 1; None of a trial that failed before its first report
+    value: float | None  # in [0, 1]; None for a trial that failed before its first report
     reports: Mapping[int, float]  # images seen -> value
 
 
 def history(path: Path, trials: Sequence[TrialPoint]) -> None:
-    """Value of every trial, and the best complete one so far."""
+    """Plots the value of every trial, and the best complete one so far."""
     figure, axes = new_figure(7, 3.6)
-    for state in _LOOK:
+    for state in _STYLES:
         _dots(axes, [(t.number, t.value) for t in trials if t.state == state and t.value is not None], state)
     complete = [t for t in trials if t.state == "COMPLETE" and t.value is not None]
     if complete:
@@ -37,16 +42,16 @@ def history(path: Path, trials: Sequence[TrialPoint]) -> None:
         axes.step(end, [*best, best[-1]], where="post", color=PALETTE[1], linewidth=1.5, label="best so far")
     for k, trial in enumerate(t for t in trials if t.state == "FAIL"):
         axes.axvline(trial.number, color=PALETTE[4], linestyle=":", linewidth=1, label=None if k else "failed")
-    dress(axes, "Trials in their order", "trial", _Y_LABEL)
+    style_axes(axes, "Trials in their order", "trial", _Y_LABEL)
     save(figure, path)
 
 
 def curves(path: Path, trials: Sequence[TrialPoint]) -> None:
-    """Reports over images seen."""
+    """Plots the reports of all trials over images seen."""
     figure, axes = new_figure(7, 3.6)
     complete = [t for t in trials if t.state == "COMPLETE"]
     best = max(complete, key=lambda t: t.value or 0.0, default=None)
-    shown = set[str]()
+    labelled = set[str]()
     for trial in trials:
         if not trial.reports:
             continue
@@ -56,40 +61,45 @@ def curves(path: Path, trials: Sequence[TrialPoint]) -> None:
         if trial is best:
             name, colour, width = f"best: trial {trial.number}", PALETTE[1], 2.2
         points = sorted(trial.reports.items())
-        label = None if name in shown else name
+        label = None if name in labelled else name
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, marker=".", markersize=4, label=label)
-        shown.add(name)
-    dress(axes, "Reports of every trial", "images seen", _Y_LABEL, legend=bool(shown))
+        labelled.add(name)
+    style_axes(axes, "Reports of every trial", "images seen", _Y_LABEL, legend=bool(labelled))
     save(figure, path)
 
 
 def slices(path: Path, trials: Sequence[TrialPoint], scales: Mapping[str, str]) -> None:
-    """Value over each parameter. scales: parameter -> "linear" or "log", or "names" for values without an order."""
+    """Plots the value over each parameter.
+
+    scales: parameter -> "linear" or "log", or "names" for values without an order.
+    """
     figure, grid = new_figure(3.1 * len(scales), 3.4, columns=len(scales))
     for axes, (name, scale) in zip(np.atleast_1d(grid), scales.items(), strict=True):
-        for state in _LOOK:
+        for state in _STYLES:
             points = [(t.parameters[name], t.value) for t in trials if t.state == state and t.value is not None]
             _dots(axes, [(str(x), y) for x, y in points] if scale == "names" else points, state)
         if scale == "log":
             _log_axis(axes, [t.parameters[name] for t in trials if name in t.parameters])
         first = name == next(iter(scales))
         title = "filled: complete; hollow: pruned, at its last report" if first else ""
-        dress(axes, title, name.replace("_", " "), _Y_LABEL if first else "", legend=False)
+        style_axes(axes, title, name.replace("_", " "), _Y_LABEL if first else "", legend=False)
     save(figure, path)
 
 
 def contour(path: Path, trials: Sequence[TrialPoint], pair: tuple[str, str], scales: Mapping[str, str]) -> None:
-    """Value over two parameters: filled dots are complete trials, colours between them are interpolated where there are
-    enough; hollow dots were pruned, and their values are of shorter trainings. At least one trial must be complete.
+    """Plots the value over two parameters.
+
+    Filled dots are complete trials; with enough of them, the colours between are interpolated. Hollow dots were pruned;
+    their values are of shorter trainings. At least one trial must be complete.
     """
     figure, axes = new_figure(5.6, 4.4)
-    shown = [t for t in trials if t.value is not None and t.state == "COMPLETE"]
+    complete = [t for t in trials if t.value is not None and t.state == "COMPLETE"]
     pruned = [t for t in trials if t.state == "PRUNED"]
-    x, y = (np.array([float(t.parameters[name]) for t in shown]) for name in pair)
-    values = np.array([100 * t.value for t in shown if t.value is not None])
+    x, y = (np.array([float(t.parameters[name]) for t in complete]) for name in pair)
+    values = np.array([100 * t.value for t in complete if t.value is not None])
     u, v = (np.log(w) if scales[name] == "log" else w for name, w in zip(pair, (x, y), strict=True))
-    colours: dict[str, Any] = {"cmap": "viridis", "vmin": values.min(), "vmax": values.max()}
-    if len({*zip(u.round(9), v.round(9), strict=True)}) >= _ENOUGH_FOR_A_SURFACE:
+    colours: dict[str, object] = {"cmap": "viridis", "vmin": values.min(), "vmax": values.max()}
+    if len({*zip(u.round(9), v.round(9), strict=True)}) >= _MIN_SURFACE_POINTS:
         levels = np.linspace(values.min(), values.max() + 1e-6, 12)
         axes.tricontourf(x, y, _triangles(u, v), values, levels=levels, alpha=0.55, **colours)
     dots = axes.scatter(x, y, c=values, s=34, edgecolors="white", linewidths=0.7, **colours)
@@ -99,16 +109,16 @@ def contour(path: Path, trials: Sequence[TrialPoint], pair: tuple[str, str], sca
     bar.ax.tick_params(labelsize=8)
     axes.use_sticky_edges = False  # else dots at the edge are cut
     axes.margins(0.06)
-    for which, name in zip("xy", pair, strict=True):
+    for axis_name, name in zip("xy", pair, strict=True):
         if scales[name] == "log":
-            _log_axis(axes, [float(t.parameters[name]) for t in [*shown, *pruned]], which)
-    words = [name.replace("_", " ") for name in pair]
-    dress(axes, "Filled: complete; hollow: pruned", words[0], words[1], legend=False)
+            _log_axis(axes, [float(t.parameters[name]) for t in [*complete, *pruned]], axis_name)
+    labels = [name.replace("_", " ") for name in pair]
+    style_axes(axes, "Filled: complete; hollow: pruned", labels[0], labels[1], legend=False)
     save(figure, path)
 
 
 def _triangles(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Corners of triangles between points, in the scale that people see."""
+    """Triangulates P points (u [P], v [P]) in the plotted scale. Returns corner indices, int [triangles, 3]."""
     from matplotlib.tri import Triangulation
 
     widths = [np.ptp(w) or 1.0 for w in (u, v)]
@@ -116,7 +126,10 @@ def _triangles(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def importances(path: Path, shares: Mapping[str, float], complete: int) -> None:
-    """How much of the variance among complete trials each parameter explains. complete: their number."""
+    """Plots the fraction of the variance among complete trials that each parameter explains.
+
+    shares: parameter -> fraction, in [0, 1]; complete: number of complete trials.
+    """
     figure, axes = new_figure(6, 0.6 * len(shares) + 1.1)
     names = list(shares)[::-1]
     axes.barh(range(len(names)), [shares[name] for name in names], color=PALETTE[0], height=0.6)
@@ -124,25 +137,29 @@ def importances(path: Path, shares: Mapping[str, float], complete: int) -> None:
         axes.text(shares[name] + 0.01, k, f"{shares[name]:.2f}", va="center", fontsize=8)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.set_xlim(0, 1.1)
-    dress(axes, f"Importance for PGD accuracy among {complete} complete trials", "share", "", legend=False)
+    style_axes(axes, f"Importance for PGD accuracy among {complete} complete trials", "share", "", legend=False)
     axes.grid(visible=False)
     save(figure, path)
 
 
-def _dots(axes: Any, points: Sequence[tuple[Any, float]], state: str) -> None:
+def _dots(axes: "Axes", points: Sequence[tuple[float | str, float]], state: str) -> None:
     if not points:
         return
-    name, colour, marker, filled = _LOOK[state]
+    name, colour, marker, filled = _STYLES[state]
     face = colour if filled else "none"
-    axes.scatter(*zip(*points, strict=True), s=26, marker=marker, facecolors=face, edgecolors=colour, label=name)
+    x, y = zip(*points, strict=True)
+    axes.scatter(x, y, s=26, marker=marker, facecolors=face, edgecolors=colour, label=name)
 
 
-def _log_axis(axes: Any, values: Sequence[float], which: str = "x") -> None:
-    """Logarithmic with a few plain numbers: matplotlib's own labels run into each other within one decade."""
+def _log_axis(axes: "Axes", values: Sequence[float], axis_name: str = "x") -> None:
+    """Makes an axis, "x" or "y", logarithmic with a few plain numbers.
+
+    matplotlib's own labels overlap within one decade.
+    """
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    getattr(axes, f"set_{which}scale")("log")
-    axis = getattr(axes, f"{which}axis")
+    getattr(axes, f"set_{axis_name}scale")("log")
+    axis = getattr(axes, f"{axis_name}axis")
     steps = [digit * 10.0**power for power in range(-8, 5) for digit in (1, 2, 5)]
     axis.set_major_locator(FixedLocator([s for s in steps if min(values) / 2 <= s <= max(values) * 2]))
     axis.set_minor_locator(NullLocator())

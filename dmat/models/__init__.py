@@ -1,1 +1,1 @@
-"""A classifier as a file: opened, described, taken in from other projects, given out to them, asked for logits."""
+"""Classifiers as files: open, describe, import from other projects, export to them, predict logits."""

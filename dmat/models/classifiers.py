@@ -1,7 +1,7 @@
-"""Classifiers of the stages: new ones, what their sidecars say, and whether one fits the images it is to judge."""
+"""Classifiers of the stages: creates them, describes them in sidecars, and loads them for given images."""
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack, cast
 
 from dmat import plugins, seeds
 from dmat.config import Network
@@ -11,27 +11,28 @@ from dmat.errors import DmatError
 from dmat.models.loading import open_classifier
 from dmat.robust.networks import NETWORKS, Classifier, DataSpec
 from dmat.training import weights
+from dmat.training.weights import NetworkRecord, TrainedSidecar, TrainingRecord
 
 
 def data_spec_of(real: Shards) -> DataSpec:
-    """DataSpec of a data set from the manifest of its training split."""
+    """Returns the DataSpec of a data set: classes, channels, mean and std from the manifest of its training split."""
     return DataSpec(real.classes, real.shape[2], tuple(real.manifest["mean"]), tuple(real.manifest["std"]))
 
 
 def new_classifier(network: Network, data_spec: DataSpec, seed: int) -> Classifier:
-    """A network with initial weights named by the seed."""
+    """Returns a new network; its initial weights depend on the seed alone."""
     seeds.reseed_torch(seed, "initial weights", 0)
     return plugins.find(NETWORKS, network.name)(data_spec, network.depth, network.width, network.activation)
 
 
 def classifier_sidecar(
-    network: Network, data_spec: DataSpec, real: Shards, compute: Compute, **more: Any
-) -> dict[str, Any]:
-    """What a classifier's weights must be shipped with."""
-    return {
+    network: Network, data_spec: DataSpec, real: Shards, compute: Compute, **more: Unpack[TrainingRecord]
+) -> TrainedSidecar:
+    """Returns the sidecar that is written beside a classifier's weights."""
+    sidecar: TrainedSidecar = {
         "kind": "classifier",
         "weights": "averaged",
-        "network": network.plain(),
+        "network": cast(NetworkRecord, network.plain()),
         "classes": data_spec.classes,
         "channels": data_spec.channels,
         "mean": list(data_spec.mean),
@@ -40,20 +41,22 @@ def classifier_sidecar(
         "class_names": real.manifest["class_names"],
         "licence_of_data": real.manifest["licence"],
         "precision": compute.precision,
-        **more,
     }
+    return {**sidecar, **more}
 
 
-def load_classifier(path: Path, images: Shards, compute: Compute) -> tuple[Classifier, dict[str, Any]]:
-    """A classifier in evaluation mode without gradients, and its sidecar. Refuses one that was trained for other
-    classes or another shape than `images` have."""
+def load_classifier(path: Path, images: Shards, compute: Compute) -> tuple[Classifier, TrainedSidecar]:
+    """Loads a classifier of a stage, in evaluation mode without gradients, on the device of `compute`, and its sidecar.
+
+    Raises DmatError if the image shape or the number of classes of the classifier is not that of `images`.
+    """
     sidecar = weights.read_sidecar(path, "classifier")
-    trained, given = (sidecar["image_shape"], sidecar["classes"]), (list(images.shape), images.classes)
-    if trained != given:
+    trained_on, requested = (sidecar["image_shape"], sidecar["classes"]), (list(images.shape), images.classes)
+    if trained_on != requested:
         raise DmatError(
-            f"{path} is for images {trained[0]} of {trained[1]} classes, these images are {given[0]} of {given[1]}; "
-            f"expected the same; train a classifier on this data set, or name other images"
+            f"{path} is for images {trained_on[0]} of {trained_on[1]} classes, these images are {requested[0]} of "
+            f"{requested[1]}; expected the same; train a classifier on this data set, or name other images"
         )
     model, sidecar = open_classifier(path)
     compute.model_to_device(model)
-    return model, sidecar
+    return model, cast(TrainedSidecar, sidecar)  # a stage wrote it

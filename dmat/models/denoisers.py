@@ -1,7 +1,6 @@
-"""Denoisers of the stages: new ones, what their sidecars say, and how they are built again from them."""
+"""Denoisers of the stages: creates them, describes them in sidecars, and loads them from weights and sidecar."""
 
 from pathlib import Path
-from typing import Any
 
 from dmat import seeds
 from dmat.config import Generator
@@ -10,17 +9,18 @@ from dmat.devices import Compute
 from dmat.diffusion.edm import Preconditioned
 from dmat.diffusion.unet import UNet
 from dmat.training import weights
+from dmat.training.weights import DenoiserSidecar
 
 
 def new_denoiser(settings: Generator, channels: int, classes: int) -> Preconditioned:
-    """A denoiser with initial weights named by the seed."""
+    """Returns a new denoiser; its initial weights depend on `settings.seed` alone."""
     seeds.reseed_torch(settings.seed, "initial weights", 0)
     network = UNet(channels, classes, settings.channels, settings.multipliers, settings.blocks, settings.dropout)
     return Preconditioned(network, settings.sigma_data)
 
 
-def denoiser_sidecar(settings: Generator, real: Shards, compute: Compute) -> dict[str, Any]:
-    """What a denoiser's weights must be shipped with."""
+def denoiser_sidecar(settings: Generator, real: Shards, compute: Compute) -> DenoiserSidecar:
+    """Returns the sidecar that is written beside a denoiser's weights."""
     return {
         "kind": "denoiser",
         "weights": "averaged",
@@ -32,8 +32,8 @@ def denoiser_sidecar(settings: Generator, real: Shards, compute: Compute) -> dic
     }
 
 
-def load_denoiser(path: Path, compute: Compute) -> tuple[Preconditioned, dict[str, Any]]:
-    """A denoiser in evaluation mode without gradients, and its sidecar."""
+def load_denoiser(path: Path, compute: Compute) -> tuple[Preconditioned, DenoiserSidecar]:
+    """Loads a denoiser in evaluation mode without gradients, on the device of `compute`, and its sidecar."""
     state, sidecar = weights.read(path, "denoiser")
     settings = Generator.model_validate(sidecar["generator"])
     model = new_denoiser(settings, sidecar["image_shape"][2], len(sidecar["class_names"]))

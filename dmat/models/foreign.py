@@ -1,9 +1,9 @@
-"""Files that other projects wrote, read without running anything that is in them: weights and args.txt."""
+"""Reads files of other projects (weights and args.txt) without executing anything in them."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,73 +13,83 @@ from dmat.errors import DmatError
 from dmat.models import torch_files
 from dmat.models.torch_files import StoredTensor, UnknownObject
 
-_NAMES_TOLD = 8  # assumed: enough to know what else is in a file
+_MAX_LISTED_NAMES = 8  # assumed: enough to see what else is in a file
+
+Entries = Mapping[Any, object]  # a dictionary in a file: mostly text -> tensors, but whatever the file holds
 
 
-def content(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The dictionary that a .pt or .safetensors file holds, and notes. Tensors of a .pt file are not yet read."""
+def content(path: Path) -> tuple[Entries, list[str]]:
+    """Reads the dictionary in a .pt or .safetensors file. Returns it with notes for people.
+
+    Tensors of a .pt file are not read yet: they are `StoredTensor`s. Raises DmatError if the file is missing, damaged
+    or does not hold a dictionary.
+    """
     if not path.is_file():
         raise DmatError(f"{path} does not exist; expected a .pt, .pth or .safetensors file; give its path")
-    _expect_no_page(path)
-    unread: list[str] = []
+    _expect_no_failed_download(path)
+    unread_names: list[str] = []
     try:
-        found: Any
+        loaded: object
         if path.suffix == ".safetensors":
-            found = load_file(path)
+            loaded = load_file(path)
         else:
-            found, unread = torch_files.read(path)
+            loaded, unread_names = torch_files.read(path)
     except SafetensorError as error:
         raise DmatError(
-            f"{path} is not a whole .safetensors file ({str(error).splitlines()[0]}); expected one as it was "
-            f"published; download it again and compare its checksum"
+            f"{path} is incomplete or not a .safetensors file ({str(error).splitlines()[0]}); expected the published "
+            f"file; download it again and compare its checksum"
         ) from None
-    except Exception as error:  # hostile bytes may end in any of them, and none is a defect of dmat
+    except Exception as error:  # hostile bytes may raise any exception; none of them is a bug of dmat
         raise _incomplete(path, error) from None
-    if not isinstance(found, dict):
+    if not isinstance(loaded, dict):
         raise DmatError(
-            f"{path} holds {kind(found)}; expected a dictionary of tensors; save the network's state_dict()"
+            f"{path} holds {type_name(loaded)}; expected a dictionary of tensors; save the network's state_dict()"
         )
-    return found, [f"the file names code, which was neither run nor read: {listed(unread)}"] if unread else []
+    return loaded, [
+        f"the file names code, which was neither run nor read: {shortened_list(unread_names)}"
+    ] if unread_names else []
 
 
-def tensor_names(entries: Mapping[Any, Any]) -> list[str]:
+def tensor_names(entries: Entries) -> list[str]:
+    """Keys of the entries that are tensors and whose key is text."""
     return [
         name for name, value in entries.items() if isinstance(value, Tensor | StoredTensor) and isinstance(name, str)
     ]
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = len(names) - _NAMES_TOLD
-    return ", ".join(names[:_NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
+def shortened_list(names: Sequence[str]) -> str:
+    """The first names as text, and how many more there are: "a, b and 3 more"."""
+    remaining = len(names) - _MAX_LISTED_NAMES
+    return ", ".join(names[:_MAX_LISTED_NAMES]) + (f" and {remaining} more" if remaining > 0 else "")
 
 
-def tensors(entries: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    """Those of the entries that are tensors, as float or whole numbers on the CPU; they may share memory.
+def tensors(entries: Entries, path: Path) -> dict[str, Tensor]:
+    """Returns the entries that are tensors, of any shape, on the CPU; they may share memory.
 
-    Raises DmatError if they claim more bytes than the file has: a view may, and a copy of it would fill the memory.
+    Raises DmatError if a tensor is not dense plain numbers, or if the tensors claim more bytes than the file has: a
+    view may claim more, and a copy of it would fill the memory.
     """
-    found = {name: entries[name] for name in tensor_names(entries)}
+    stored = {name: cast(Tensor | StoredTensor, entries[name]) for name in tensor_names(entries)}
     for name, value in entries.items():
         if isinstance(value, UnknownObject) and value.name.startswith("torch._utils."):
             raise DmatError(
-                f"{path}: {name} is {kind(value)}; expected tensors of plain numbers; save them dense, on the CPU and "
-                f"not quantised"
+                f"{path}: {name} is {type_name(value)}; expected tensors of plain numbers; save them dense, on the CPU "
+                f"and not quantised"
             )
-    claimed, there = sum(value.nbytes for value in found.values()), path.stat().st_size
-    if claimed > there:
+    claimed, available = sum(value.nbytes for value in stored.values()), path.stat().st_size
+    if claimed > available:
         raise DmatError(
-            f"{path} claims tensors of {claimed} bytes and has {there}; expected a file that holds its numbers; "
+            f"{path} claims tensors of {claimed} bytes and has {available}; expected a file that holds its numbers; "
             f"download it again and compare its checksum"
         )
     try:
-        return {name: value.tensor() if isinstance(value, StoredTensor) else value for name, value in found.items()}
+        return {name: value.tensor() if isinstance(value, StoredTensor) else value for name, value in stored.items()}
     except Exception as error:
         raise _incomplete(path, error) from None
 
 
-def kind(value: Any) -> str:
-    """What a value is, for an error: "a list", "a core.models.WideResNet"."""
+def type_name(value: object) -> str:
+    """Type of a value for an error message: "a list", "a core.models.WideResNet"."""
     return f"a {value.name if isinstance(value, UnknownObject) else type(value).__name__}"
 
 
@@ -87,37 +97,37 @@ def _incomplete(path: Path, error: Exception) -> DmatError:
     text = " ".join(str(error).split())[:100]
     problem = text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
     return DmatError(
-        f"{path} is no whole file of weights ({problem}); expected what torch.save wrote; download it again and "
-        f"compare its checksum"
+        f"{path} is incomplete or not a file of weights ({problem}); expected what torch.save wrote; download it again "
+        f"and compare its checksum"
     )
 
 
-def _expect_no_page(path: Path) -> None:
-    """Downloads that a server refused are small texts with the name of the weights."""
+def _expect_no_failed_download(path: Path) -> None:
+    """Raises DmatError for the small text files that a refused download leaves under the name of the weights."""
     with open(path, "rb") as file:
         head = file.read(64).lstrip().lower()
     if head.startswith((b"<", b"version https://git-lfs")):
-        what = "a web page" if head.startswith(b"<") else "a Git LFS pointer"
+        file_type = "a web page" if head.startswith(b"<") else "a Git LFS pointer"
         raise DmatError(
-            f"{path} is {what}, not weights; expected what torch.save wrote; download the file itself and compare its "
-            f"checksum"
+            f"{path} is {file_type}, not weights; expected what torch.save wrote; download the file itself and compare "
+            f"its checksum"
         )
 
 
-def arguments(path: Path) -> dict[str, Any]:
-    """The arguments of a training of Wang et al. 2023: args.txt, one JSON object."""
+def arguments(path: Path) -> dict[str, object]:
+    """Reads the training arguments of Wang et al. 2023: args.txt, a JSON object. Raises DmatError for anything else."""
     try:
-        found = json.loads(path.read_text(), parse_constant=_no_number)
+        parsed = json.loads(path.read_text(), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise DmatError(f"{path} does not exist; expected the args.txt beside the weights; give its path") from None
     except ValueError as error:
         raise DmatError(f"{path} is not valid JSON ({error}); expected one object; download it again") from None
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise DmatError(
-            f"{path} holds a {type(found).__name__}; expected a JSON object; give the args.txt of the training"
+            f"{path} holds a {type(parsed).__name__}; expected a JSON object; give the args.txt of the training"
         )
-    return found
+    return parsed
 
 
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")

@@ -1,35 +1,42 @@
-"""Weights that others published -> weights and sidecar as dmat writes them."""
+"""Imports published weights of other projects: writes weights and sidecar in dmat's format."""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from dmat import files
 from dmat.data.sources import NORMALISATIONS
 from dmat.errors import DmatError
 from dmat.models import foreign, layouts
+from dmat.models.foreign import Entries
 from dmat.models.loading import SUFFIX
 from dmat.robust.networks import ACTIVATIONS
 from dmat.training import weights
+from dmat.training.weights import ClassifierSidecar, ThreatRecord
 
 AVERAGED, RAW, UNKNOWN = "averaged", "raw", "unknown"
-_WANG = ("model_state_dict", "unaveraged_model_state_dict")  # averages and what they are of
-_LIGHTNING = ("state_dict", "current_model_state")  # the same where its callback WeightAveraging was used
-_DEEPEST = 3  # levels of dictionaries that are searched for a network; assumed: none is deeper
+_WANG_KEYS = ("model_state_dict", "unaveraged_model_state_dict")  # averaged weights (EMA), and the raw weights
+_LIGHTNING_KEYS = ("state_dict", "current_model_state")  # the same, with the callback WeightAveraging
+TrainingArgs = Mapping[str, object]  # JSON values of args.txt
+_MAX_DEPTH = 3  # levels of nested dictionaries that are searched for a network; assumed: no network is deeper
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSetSpec:
-    """What a network must know of a data set, and what its users want to know. front: mean and std of the layer that
-    the code of Wang et al. 2023 puts before a network with --normalize True; those of SVHN are CIFAR-10's there."""
+    """What a network and its users need to know of a data set.
+
+    classes: number of classes. size: height and width in pixels. mean, std: per channel, for pixels in [0, 1].
+    front_normalisation: mean and std of the layer that the code of Wang et al. 2023 puts in front of a network with
+    --normalize True; for SVHN that code uses those of CIFAR-10.
+    """
 
     classes: int
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     class_names: tuple[str, ...]
-    front: layouts.Normalisation
+    front_normalisation: layouts.Normalisation
 
 
 def _numbered(count: int) -> tuple[str, ...]:
@@ -38,7 +45,7 @@ def _numbered(count: int) -> tuple[str, ...]:
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-# What --normalize puts in front of the published networks, where it is not the normalisation inside them.
+# Mean and std that --normalize puts in front of the published networks, where they differ from those inside them.
 _CIFAR10_IN_FRONT = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 DATA = {
     "cifar10": DataSetSpec(10, 32, *NORMALISATIONS["cifar10"], _CIFAR10, _CIFAR10_IN_FRONT),
@@ -48,32 +55,38 @@ DATA = {
         200, 64, *NORMALISATIONS["tinyimagenet"], _numbered(200), NORMALISATIONS["tinyimagenet"]
     ),
 }
-# How args.txt writes them: an s at the end means "with generated images".
+# Names of the data sets in args.txt; an s at the end means "with generated images".
 _DATA_IN_ARGS = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn", "tiny-imagenet": "tinyimagenet"}
-_DATA_IN_ARGS |= {f"{name}s": ours for name, ours in _DATA_IN_ARGS.items()}
-_LINF_ATTACKS = ("fgsm", "linf-pgd", "linf-df")  # in args.txt; every other attack there is an L2 one
+_DATA_IN_ARGS |= {f"{name}s": data_name for name, data_name in _DATA_IN_ARGS.items()}
+_LINF_ATTACKS = ("fgsm", "linf-pgd", "linf-df")  # in args.txt; all other attacks there are L2
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsCandidate:
-    """A network in a file. key: of its dictionary, "" for the file itself, "a.b" for one inside another. prefix: the
-    wrappers before its names. kind: AVERAGED, RAW or UNKNOWN."""
+    """A network in a file.
+
+    key: of its dictionary; "" for the file itself, "a.b" for a nested one. entries: that dictionary. prefix: the
+    wrappers before the names of its tensors. kind: AVERAGED, RAW or UNKNOWN.
+    """
 
     key: str
-    entries: Mapping[str, Any]
+    entries: Entries
     prefix: str
     kind: str
 
     @property
     def title(self) -> str:
+        """Description for messages: key, wrappers and kind."""
         where = self.key or "the file itself"
         return f"{where} ({self.kind})" if not self.prefix else f"{where}, {self.prefix} ({self.kind})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
+    """Result of an import: the file that was written, its sidecar, and notes for people."""
+
     path: Path
-    sidecar: dict[str, Any]
+    sidecar: ClassifierSidecar
     notes: list[str]  # what was assumed or left out
 
 
@@ -86,48 +99,49 @@ def import_model(
     licence: str | None = None,
     target: Path | None = None,
 ) -> Imported:
-    """Reads foreign weights without running anything in them and writes them to `target` (.safetensors and .json).
+    """Reads weights of another project without executing anything in them and writes them to `target`.
 
-    args: the args.txt of the training. data: a name in DATA. which: "averaged" or "raw". activation: a name in
-    ACTIVATIONS. What the file, `args` and these say must agree.
+    Writes a .safetensors file and its .json sidecar. args: the args.txt of the training. data: a name in DATA. which:
+    "averaged" or "raw". activation: a name in ACTIVATIONS. Raises DmatError if the file, `args` and the other arguments
+    contradict each other, or leave something open.
     """
     if which not in (None, AVERAGED, RAW):
         raise DmatError(f"--weights is {which!r}; expected {AVERAGED} or {RAW}")
     target = _target(file, target)
-    found, notes = foreign.content(file)
-    said = foreign.arguments(args) if args else {}
-    chosen, more = _choose(found, said, which, file)
-    network = layouts.recognise(foreign.tensors(chosen.entries, file), file, chosen.prefix)
-    notes += more + _left_out(chosen.entries)
-    name = _data(said, data, network.classes, args)
-    images = DATA[name]
-    _expect_agreement(network, images, name, said, found, file)
-    (mean, std), more = _normalisation(network, images, said, file)
-    notes += [*network.notes, *more]
-    function, note = _activation(network, said, activation)
+    checkpoint, notes = foreign.content(file)
+    training_args = foreign.arguments(args) if args else {}
+    candidate, more_notes = _select_candidate(checkpoint, training_args, which, file)
+    network = layouts.recognise(foreign.tensors(candidate.entries, file), file, candidate.prefix)
+    notes += more_notes + _left_out_notes(candidate.entries)
+    name = _data_name(training_args, data, network.classes, args)
+    data_set = DATA[name]
+    _expect_agreement(network, data_set, name, training_args, checkpoint, file)
+    (mean, std), more_notes = _normalisation(network, data_set, training_args, file)
+    notes += [*network.notes, *more_notes]
+    function, note = _activation(network, training_args, activation)
     notes += [note] if note else []
-    sidecar: dict[str, Any] = {
+    sidecar: ClassifierSidecar = {
         "kind": "classifier",
-        "weights": which if chosen.kind == UNKNOWN and which else chosen.kind,
+        "weights": which if candidate.kind == UNKNOWN and which else candidate.kind,
         "network": {"name": network.network, "depth": network.depth, "width": network.width, "activation": function},
         "classes": network.classes,
         "channels": network.channels,
         "mean": list(mean),
         "std": list(std),
-        "image_shape": [images.size, images.size, network.channels],
-        "class_names": list(images.class_names),
+        "image_shape": [data_set.size, data_set.size, network.channels],
+        "class_names": list(data_set.class_names),
         "data": name,
-        "threat": _threat(said),
-        "seed": said.get("seed"),
-        "beta": said.get("beta"),
+        "threat": _threat(training_args),
+        "seed": training_args.get("seed"),
+        "beta": training_args.get("beta"),
         "licence": licence or UNKNOWN,
         "licence_of_data": UNKNOWN,
         "origin": {
             "file": file.name,
             "sha256": files.sha256(file),
-            "format": "Wang et al. 2023" if chosen.key in _WANG else chosen.key or "bare tensors",
-            "tensors": chosen.key,
-            "args": said or None,
+            "format": "Wang et al. 2023" if candidate.key in _WANG_KEYS else candidate.key or "bare tensors",
+            "tensors": candidate.key,
+            "args": training_args or None,
             "notes": notes,
         },
     }
@@ -136,7 +150,7 @@ def import_model(
 
 
 def _target(file: Path, target: Path | None) -> Path:
-    """Where to write. Never over the file that is read, and over no other model."""
+    """The path to write. Raises DmatError if it is the file that is read, or holds another model."""
     target = target or file.with_suffix(SUFFIX)
     if target.suffix != SUFFIX:
         raise DmatError(
@@ -146,7 +160,7 @@ def _target(file: Path, target: Path | None) -> Path:
         raise DmatError(f"{target} is the file to import; expected another name to write; give one with --to")
     other = next((path for path in (target, target.with_suffix(".json")) if path.exists()), None)
     if other and not _same_origin(target, file):
-        raise DmatError(f"{other} exists and is no import of {file.name}; expected a new name; give one with --to")
+        raise DmatError(f"{other} exists and is not an import of {file.name}; expected a new name; give one with --to")
     return target
 
 
@@ -158,75 +172,87 @@ def _same_origin(target: Path, file: Path) -> bool:
         return False
 
 
-def _choose(
-    found: Mapping[str, Any], said: Mapping[str, Any], which: str | None, file: Path
+def _select_candidate(
+    checkpoint: Entries, training_args: TrainingArgs, which: str | None, file: Path
 ) -> tuple[WeightsCandidate, list[str]]:
-    """The network to read, and notes. Raises DmatError where there is none, or several and nothing says which."""
-    if set(_WANG) <= found.keys() and said.get("tau", 1) == 0:
+    """The network to read, and notes. Raises DmatError if there is none, or several and none is selected."""
+    if set(_WANG_KEYS) <= checkpoint.keys() and training_args.get("tau", 1) == 0:
         raise DmatError(
-            f"{file} holds {_WANG[1]}, which no training with tau 0 writes, and its args say tau 0; expected the same; "
-            f"give the args.txt of this file"
+            f"{file} holds {_WANG_KEYS[1]}, which no training with tau 0 writes, and its args say tau 0; expected the "
+            f"same; give the args.txt of this file"
         )
     candidates = [
-        WeightsCandidate(key, entries, prefix, _kind(key, entries, prefix, found, said, file))
-        for key, entries in _dictionaries(found)
-        for prefix in layouts.named(foreign.tensor_names(entries), file).networks()
+        WeightsCandidate(key, entries, prefix, _weights_kind(key, entries, prefix, checkpoint, training_args, file))
+        for key, entries in _dictionaries(checkpoint)
+        for prefix in layouts.group_by_wrappers(foreign.tensor_names(entries), file).networks()
     ]
     if not candidates:
-        raise _no_network(found, file)
-    if any(one.kind == AVERAGED for one in candidates):  # then those beside it are what it is an average of
-        candidates = [dataclasses.replace(one, kind=RAW) if one.kind == UNKNOWN else one for one in candidates]
+        raise _no_network_error(checkpoint, file)
+    if any(candidate.kind == AVERAGED for candidate in candidates):  # then the others are the raw weights
+        candidates = [
+            dataclasses.replace(candidate, kind=RAW) if candidate.kind == UNKNOWN else candidate
+            for candidate in candidates
+        ]
     if len(candidates) == 1:
-        _expect_kind(candidates[0], found, said, which, file)
+        _expect_kind(candidates[0], checkpoint, training_args, which, file)
         return candidates[0], _doubts(candidates[0], which)
-    wanted = which or (AVERAGED if {one.key for one in candidates} == set(_WANG) else None)
-    fits = [one for one in candidates if one.kind == wanted]
+    expected_kind = which or (AVERAGED if {candidate.key for candidate in candidates} == set(_WANG_KEYS) else None)
+    fits = [candidate for candidate in candidates if candidate.kind == expected_kind]
     if len(fits) != 1:
-        kinds = {one.kind for one in candidates}
+        kinds = {candidate.kind for candidate in candidates}
         choose = (
             f"say --weights {AVERAGED} or --weights {RAW} to `dmat models import`"
             if len(candidates) == 2 and kinds == {AVERAGED, RAW}
             else "save the state_dict of one alone"
         )
         raise DmatError(
-            f"{file} holds {len(candidates)} networks: {'; '.join(one.title for one in candidates)}; expected one; "
-            f"{choose}"
+            f"{file} holds {len(candidates)} networks: {'; '.join(candidate.title for candidate in candidates)}; "
+            f"expected one; {choose}"
         )
     return fits[0], []
 
 
-def _dictionaries(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Keys and entries of the file's dictionary, key "", and of those inside it, each once, _DEEPEST levels down."""
-    level: list[tuple[str, Mapping[str, Any]]] = [("", found)]
-    all_of_them, seen = list(level), {id(found)}
-    for _ in range(_DEEPEST):
-        inside: list[tuple[str, Mapping[str, Any]]] = []
+def _dictionaries(checkpoint: Entries) -> list[tuple[str, Entries]]:
+    """Keys and entries of the file's dictionary (key "") and of the nested ones, each once, _MAX_DEPTH levels down."""
+    level: list[tuple[str, Entries]] = [("", checkpoint)]
+    dictionaries, seen = list(level), {id(checkpoint)}
+    for _ in range(_MAX_DEPTH):
+        next_level: list[tuple[str, Entries]] = []
         for key, entries in level:
             for name, value in entries.items():
                 if isinstance(value, dict) and isinstance(name, str) and id(value) not in seen:
                     seen.add(id(value))
-                    inside.append((f"{key}.{name}" if key else name, value))
-        all_of_them += inside
-        level = inside
-    return all_of_them
+                    next_level.append((f"{key}.{name}" if key else name, value))
+        dictionaries += next_level
+        level = next_level
+    return dictionaries
 
 
-def _kind(
-    key: str, entries: Mapping[str, Any], prefix: str, found: Mapping[str, Any], said: Mapping[str, Any], file: Path
+def _weights_kind(
+    key: str,
+    entries: Entries,
+    prefix: str,
+    checkpoint: Entries,
+    training_args: TrainingArgs,
+    file: Path,
 ) -> str:
-    """What names, a counter and args.txt say of weights."""
-    averaged, live = _WANG
-    if key == averaged and (live in found or said):  # without averaging the live weights go there, and alone
-        return AVERAGED if live in found or said.get("tau") else RAW
-    if key in (live, _LIGHTNING[1]):
+    """AVERAGED, RAW or UNKNOWN, from the names in the file, a counter of updates, and args.txt."""
+    averaged_key, raw_key = _WANG_KEYS
+    if key == averaged_key and (
+        raw_key in checkpoint or training_args
+    ):  # without averaging this key holds the raw weights
+        return AVERAGED if raw_key in checkpoint or training_args.get("tau") else RAW
+    if key in (raw_key, _LIGHTNING_KEYS[1]):
         return RAW
-    if key == _LIGHTNING[0] and _LIGHTNING[1] in found:
+    if key == _LIGHTNING_KEYS[0] and _LIGHTNING_KEYS[1] in checkpoint:
         return AVERAGED
-    return AVERAGED if layouts.says_averaged(f"{key}.{prefix}") or _counted(entries, prefix, file) else UNKNOWN
+    return (
+        AVERAGED if layouts.says_averaged(f"{key}.{prefix}") or _has_counted_updates(entries, prefix, file) else UNKNOWN
+    )
 
 
-def _counted(entries: Mapping[str, Any], prefix: str, file: Path) -> bool:
-    """Whether an AveragedModel around the names after `prefix` has counted updates."""
+def _has_counted_updates(entries: Entries, prefix: str, file: Path) -> bool:
+    """Whether a torch AveragedModel that wraps the network under `prefix` has counted updates."""
     counters = {
         name: value
         for name, value in entries.items()
@@ -236,25 +262,34 @@ def _counted(entries: Mapping[str, Any], prefix: str, file: Path) -> bool:
 
 
 def _expect_kind(
-    one: WeightsCandidate, found: Mapping[str, Any], said: Mapping[str, Any], which: str | None, file: Path
+    candidate: WeightsCandidate,
+    checkpoint: Entries,
+    training_args: TrainingArgs,
+    which: str | None,
+    file: Path,
 ) -> None:
-    """The only network of a file against --weights."""
-    averaged, live = _WANG
-    if which == RAW and one.key == averaged and live not in found and one.kind != RAW:
+    """Raises DmatError if the only network of a file is not what --weights (`which`) asks for."""
+    averaged_key, raw_key = _WANG_KEYS
+    if which == RAW and candidate.key == averaged_key and raw_key not in checkpoint and candidate.kind != RAW:
         raise DmatError(
-            f"{file} has no {live}; expected it beside {averaged} for raw weights; leave --weights away, get the "
+            f"{file} has no {raw_key}; expected it beside {averaged_key} for raw weights; omit --weights, get the "
             f"weights-best.pt that the training wrote, or give its args.txt if that says tau 0"
         )
-    if which is not None and one.kind not in (which, UNKNOWN):
-        why = "; its args name no tau" if one.key == averaged and said and not said.get("tau") else ""
+    if which is not None and candidate.kind not in (which, UNKNOWN):
+        why = (
+            "; its args name no tau"
+            if candidate.key == averaged_key and training_args and not training_args.get("tau")
+            else ""
+        )
         raise DmatError(
-            f"{file} holds one network, {one.title}{why}; expected {which} weights; leave --weights away, or give a "
+            f"{file} holds one network, {candidate.title}{why}; expected {which} weights; omit --weights, or give a "
             f"file that has them"
         )
 
 
-def _doubts(one: WeightsCandidate, which: str | None) -> list[str]:
-    if one.key == _WANG[0] and one.kind == UNKNOWN and which is None:
+def _doubts(candidate: WeightsCandidate, which: str | None) -> list[str]:
+    """A note if nothing says whether weights in the format of Wang et al. 2023 are averaged."""
+    if candidate.key == _WANG_KEYS[0] and candidate.kind == UNKNOWN and which is None:
         return [
             "nothing in the file says whether its weights are averages: those of Wang et al. 2023 are, unless their "
             "args.txt says tau 0"
@@ -262,149 +297,163 @@ def _doubts(one: WeightsCandidate, which: str | None) -> list[str]:
     return []
 
 
-def _left_out(entries: Mapping[Any, Any]) -> list[str]:
-    """Of a dictionary of tensors, what is none."""
+def _left_out_notes(entries: Entries) -> list[str]:
+    """A note with the entries that are not tensors; no note if there are none."""
     names = set(foreign.tensor_names(entries))
     others = [str(name) for name in entries if name not in names]
-    return [f"left out beside the tensors: {foreign.listed(others)}"] if others else []
+    return [f"left out beside the tensors: {foreign.shortened_list(others)}"] if others else []
 
 
-def _no_network(found: Mapping[str, Any], file: Path) -> DmatError:
-    """What is there instead: of the dictionary that should hold a network, else of that with most tensors."""
-    key = next((key for key in ("model_state_dict", "state_dict") if key in found), None)
-    if key and not isinstance(found[key], dict):
+def _no_network_error(checkpoint: Entries, file: Path) -> DmatError:
+    """The error for a file without a network.
+
+    It describes the dictionary that should hold a network, or else the one with most tensors.
+    """
+    key = next((key for key in ("model_state_dict", "state_dict") if key in checkpoint), None)
+    if key and not isinstance(checkpoint[key], dict):
         return DmatError(
-            f"{file}: {key} is {foreign.kind(found[key])}; expected a dictionary of named tensors; save the network's "
-            f"state_dict()"
+            f"{file}: {key} is {foreign.type_name(checkpoint[key])}; expected a dictionary of named tensors; save the "
+            f"network's state_dict()"
         )
     entries = (
-        found[key] if key else max((e for _, e in _dictionaries(found)), key=lambda e: len(foreign.tensor_names(e)))
+        cast(Entries, checkpoint[key])
+        if key
+        else max((e for _, e in _dictionaries(checkpoint)), key=lambda e: len(foreign.tensor_names(e)))
     )
     if not key and not foreign.tensor_names(entries):
         return DmatError(
-            f"{file} holds {', '.join(map(str, list(found)[:6])) or 'nothing'}; expected model_state_dict, state_dict "
-            f"or tensors; save the state_dict of its network"
+            f"{file} holds {', '.join(map(str, list(checkpoint)[:6])) or 'nothing'}; expected model_state_dict, "
+            f"state_dict or tensors; save the state_dict of its network"
         )
-    return layouts.unknown(foreign.tensors(entries, file), file)
+    return layouts.unknown_network(foreign.tensors(entries, file), file)
 
 
-def _data(said: Mapping[str, Any], data: str | None, classes: int, args: Path | None) -> str:
-    """The data set that `args` or --data name."""
-    written = said.get("data")
-    if written is None and data is None:
-        fits = [name for name, images in DATA.items() if images.classes == classes]
+def _data_name(training_args: TrainingArgs, data: str | None, classes: int, args: Path | None) -> str:
+    """Name in DATA of the data set that args.txt or --data (`data`) names."""
+    data_in_args = training_args.get("data")
+    if data_in_args is None and data is None:
+        fits = [name for name, data_set in DATA.items() if data_set.classes == classes]
         raise DmatError(
             f"neither --args nor --data says which images the model is for; it has {classes} classes, as "
             f"{' and '.join(fits) or 'none of the known data sets'}; say --data {fits[0] if fits else 'NAME'}"
         )
-    if written is not None and written not in _DATA_IN_ARGS:
-        raise DmatError(f"{args}: data is {written!r}; expected one of {', '.join(_DATA_IN_ARGS)}; dmat knows no other")
+    if data_in_args is not None and data_in_args not in _DATA_IN_ARGS:
+        raise DmatError(
+            f"{args}: data is {data_in_args!r}; expected one of {', '.join(_DATA_IN_ARGS)}; dmat knows no other"
+        )
     if data is not None and data not in DATA:
         raise DmatError(f"--data is {data!r}; expected one of {', '.join(DATA)}")
-    if written is not None and data is not None and _DATA_IN_ARGS[written] != data:
-        raise DmatError(f"{args} says data {written!r} and --data says {data}; expected the same; leave --data away")
-    return data or _DATA_IN_ARGS[str(written)]
+    if data_in_args is not None and data is not None and _DATA_IN_ARGS[data_in_args] != data:
+        raise DmatError(f"{args} says data {data_in_args!r} and --data says {data}; expected the same; omit --data")
+    return data or _DATA_IN_ARGS[str(data_in_args)]
 
 
 def _expect_agreement(
     network: layouts.NetworkInFile,
-    images: DataSetSpec,
+    data_set: DataSetSpec,
     name: str,
-    said: Mapping[str, Any],
-    found: Mapping[str, Any],
+    training_args: TrainingArgs,
+    checkpoint: Entries,
     file: Path,
 ) -> None:
-    """Tensors against what the data set, args.txt and the file's own entries say."""
-    if network.classes != images.classes:
+    """Raises DmatError if the tensors contradict the data set, args.txt or other entries of the file."""
+    if network.classes != data_set.classes:
         raise DmatError(
-            f"{file} has {network.classes} classes; expected {images.classes}, as {name} has; give the args.txt or "
+            f"{file} has {network.classes} classes; expected {data_set.classes}, as {name} has; give the args.txt or "
             f"--data of this file"
         )
     if network.channels != 3:
         raise DmatError(
             f"{file} takes images of {network.channels} channels; expected 3, as {name} has; name other data"
         )
-    for key, there in (("num_classes", network.classes), ("normalize_input", bool(network.own or network.front))):
-        if key in found and found[key] != there:
+    for key, actual in (
+        ("num_classes", network.classes),
+        ("normalize_input", bool(network.inner_normalisation or network.front_normalisation)),
+    ):
+        if key in checkpoint and checkpoint[key] != actual:
             raise DmatError(
-                f"{file} says {key} {found[key]} and its tensors say {there}; expected the same; download it again"
+                f"{file} says {key} {checkpoint[key]} and its tensors say {actual}; expected the same; download it "
+                f"again"
             )
-    if said.get("normalize") and not network.layer_in_front:
+    if training_args.get("normalize") and not network.layer_in_front:
         raise DmatError(
             f"{file}: its args say normalize true, a layer that the tensors do not show; expected normalize false; "
             f"give the args.txt of this file"
         )
-    here = _in_args(network)
-    if said.get("model", here) != here:
+    model_name = _model_name_in_args(network)
+    if training_args.get("model", model_name) != model_name:
         raise DmatError(
-            f"{file} holds {here}; its args say model {said['model']}; expected the same; give the args.txt of this "
-            f"file"
+            f"{file} holds {model_name}; its args say model {training_args['model']}; expected the same; give the "
+            f"args.txt of this file"
         )
 
 
-def _in_args(network: layouts.NetworkInFile) -> str:
-    """How args.txt names it. The code of Wang et al. 2023 has the layouts of DeepMind with swish (SiLU) alone."""
+def _model_name_in_args(network: layouts.NetworkInFile) -> str:
+    """Name of the network in args.txt. The code of Wang et al. 2023 has DeepMind's layouts with swish (SiLU) only."""
     if network.network == "preact_resnet":
         return f"preact-resnet{network.depth}-swish"
     return f"wrn-{network.depth}-{network.width}{'-swish' if network.network == 'wide_resnet' else ''}"
 
 
 def _normalisation(
-    network: layouts.NetworkInFile, images: DataSetSpec, said: Mapping[str, Any], file: Path
+    network: layouts.NetworkInFile, data_set: DataSetSpec, training_args: TrainingArgs, file: Path
 ) -> tuple[layouts.Normalisation, list[str]]:
-    """Mean and std of all layers that normalise, as one, and notes.
+    """Mean and std of all normalising layers combined into one, and notes.
 
-    Two after each other: ((x - m) / s - m') / s' = (x - (m + s m')) / (s s').
+    Two layers in sequence: ((x - m) / s - m') / s' = (x - (m + s m')) / (s s').
     """
-    own, front = network.own, network.front
-    if own is None and layouts.LAYOUTS[network.network].normalises:
-        own = images.mean, images.std
+    inner, front = network.inner_normalisation, network.front_normalisation
+    if inner is None and layouts.LAYOUTS[network.network].normalises:
+        inner = data_set.mean, data_set.std
     if network.layer_in_front and front is None:
-        if not said.get("normalize"):
+        if not training_args.get("normalize"):
             raise DmatError(
                 f"{file} has a layer in front of its network and does not hold its mean and std; expected both, or an "
                 f"args.txt that says normalize true; give the args.txt of its training with --args"
             )
-        front = images.front
-    if own is None or front is None:
-        as_they_are = (0.0,) * network.channels, (1.0,) * network.channels
-        takes = "its network takes pixels in [0, 1] as they are: mean 0, std 1"
-        return own or front or as_they_are, [] if own or front else [takes]
-    (m, s), (mean, std) = front, own
-    both = (
+        front = data_set.front_normalisation
+    if inner is None or front is None:
+        unchanged = (0.0,) * network.channels, (1.0,) * network.channels
+        note = "its network takes pixels in [0, 1] as they are: mean 0, std 1"
+        return inner or front or unchanged, [] if inner or front else [note]
+    (m, s), (mean, std) = front, inner
+    combined = (
         tuple(m[k] + s[k] * mean[k] for k in range(network.channels)),
         tuple(s[k] * std[k] for k in range(network.channels)),
     )
-    return both, [
-        f"its images are normalised twice and the sidecar has both as one: in front by mean {_listed(m)} and std "
-        f"{_listed(s)}, in the network by mean {_listed(mean)} and std {_listed(std)}"
+    return combined, [
+        f"its images are normalised twice and the sidecar has both as one: in front by mean {_format_numbers(m)} and "
+        f"std {_format_numbers(s)}, in the network by mean {_format_numbers(mean)} and std {_format_numbers(std)}"
     ]
 
 
-def _listed(numbers: tuple[float, ...]) -> str:
+def _format_numbers(numbers: tuple[float, ...]) -> str:
     return " ".join(f"{number:.4g}" for number in numbers)
 
 
-def _activation(network: layouts.NetworkInFile, said: Mapping[str, Any], wanted: str | None) -> tuple[str, str]:
-    """No tensor shows it. The layout of TRADES has ReLU only; those of DeepMind have SiLU unless told."""
-    if wanted is not None and wanted not in ACTIVATIONS:
-        raise DmatError(f"--activation is {wanted!r}; expected one of {', '.join(ACTIVATIONS)}")
-    if network.network == "wide_resnet_symmetric" or "model" in said:
-        known = "relu" if network.network == "wide_resnet_symmetric" else "silu"
-        if wanted not in (None, known):
+def _activation(network: layouts.NetworkInFile, training_args: TrainingArgs, requested: str | None) -> tuple[str, str]:
+    """Name of the activation, and a note if it was assumed ("" otherwise). No tensor shows the activation.
+
+    The layout of TRADES has ReLU only; those of DeepMind have SiLU unless --activation (`requested`) says otherwise.
+    """
+    if requested is not None and requested not in ACTIVATIONS:
+        raise DmatError(f"--activation is {requested!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if network.network == "wide_resnet_symmetric" or "model" in training_args:
+        required = "relu" if network.network == "wide_resnet_symmetric" else "silu"
+        if requested not in (None, required):
             raise DmatError(
-                f"--activation is {wanted}; networks of this kind have {known}; expected the same; leave it away"
+                f"--activation is {requested}; networks of this kind have {required}; expected the same; omit it"
             )
-        return known, ""
+        return required, ""
     return (
-        wanted or "silu",
-        "" if wanted else "activation silu was assumed, because no tensor shows it: see --activation",
+        requested or "silu",
+        "" if requested else "activation silu was assumed, because no tensor shows it: see --activation",
     )
 
 
-def _threat(said: Mapping[str, Any]) -> dict[str, str] | None:
-    """Norm and radius that args.txt names, the radius as n/255 where it is one."""
-    attack, epsilon = said.get("attack"), said.get("attack_eps")
+def _threat(training_args: TrainingArgs) -> ThreatRecord | None:
+    """Norm and radius in args.txt, or None without them. A radius that is a multiple of 1/255 is written as n/255."""
+    attack, epsilon = training_args.get("attack"), training_args.get("attack_eps")
     if not isinstance(attack, str) or not isinstance(epsilon, int | float):
         return None
     of_255 = round(epsilon * 255)

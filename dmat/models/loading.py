@@ -1,9 +1,8 @@
-"""From weights and sidecar back to a network, and what people want to know of such a file."""
+"""Builds a network from weights and sidecar, and describes such files for people."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import torch
 
@@ -11,12 +10,25 @@ from dmat import files, plugins
 from dmat.errors import DmatError
 from dmat.robust.networks import ACTIVATIONS, NETWORKS, Classifier, DataSpec
 from dmat.training import weights
+from dmat.training.weights import ClassifierSidecar, NetworkRecord
 
 SUFFIX = ".safetensors"
 
 
-def open_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
-    """A classifier on the CPU, in evaluation mode and without gradients, and its sidecar. Both files are checked."""
+class ModelDescription(ClassifierSidecar):
+    """A sidecar and what the files themselves say."""
+
+    file: str  # path of the weights
+    parameters: int  # number of parameters
+    found_sha256: str  # actual checksum of the weights
+    checksum_ok: bool  # whether it is the one in the sidecar
+
+
+def open_classifier(path: Path) -> tuple[Classifier, ClassifierSidecar]:
+    """Loads a classifier on the CPU, in evaluation mode and without gradients, and its sidecar.
+
+    Raises DmatError if one of the two files is missing, damaged or does not fit the other.
+    """
     state, sidecar = weights.read(path, "classifier")
     model = build(sidecar, path)
     weights.fill(model, state, path)
@@ -25,7 +37,10 @@ def open_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
 
 
 def load_model(path: str | Path, device: str = "cpu") -> Classifier:
-    """What `dmat.load_model` does."""
+    """Loads a classifier for `dmat.load_model`: in evaluation mode, without gradients, on `device`.
+
+    Raises DmatError if a file is missing or damaged, or if torch does not have the device.
+    """
     path = expect_pair(Path(path))
     model, _ = open_classifier(path)
     try:
@@ -36,8 +51,11 @@ def load_model(path: str | Path, device: str = "cpu") -> Classifier:
         ) from None
 
 
-def build(sidecar: Mapping[str, Any], path: Path) -> Classifier:
-    """The network that a sidecar describes, with initial weights. Raises DmatError: sidecars are edited by hand."""
+def build(sidecar: ClassifierSidecar, path: Path) -> Classifier:
+    """Builds the network that a sidecar describes, with initial weights.
+
+    Raises DmatError if the sidecar is incomplete or has impossible values: people edit sidecars.
+    """
     try:
         spec = sidecar["network"]
         data_spec = DataSpec(sidecar["classes"], sidecar["channels"], tuple(sidecar["mean"]), tuple(sidecar["std"]))
@@ -57,58 +75,71 @@ def build(sidecar: Mapping[str, Any], path: Path) -> Classifier:
     return plugins.find(NETWORKS, name)(data_spec, *shape)
 
 
-def _expect_possible(data_spec: DataSpec, spec: Mapping[str, Any], sidecar: Mapping[str, Any]) -> None:
-    """Raises ValueError with what is found and expected of the first value that no network can have."""
+def _expect_possible(data_spec: DataSpec, spec: NetworkRecord, sidecar: ClassifierSidecar) -> None:
+    """Raises ValueError for the first value that no network can have; the message names the value and what is valid."""
     names = sidecar.get("class_names")
-    for key, value, fits, expected in (
-        ("classes", data_spec.classes, _whole(data_spec.classes, 2), "a whole number from 2"),
-        ("channels", data_spec.channels, _whole(data_spec.channels, 1), "a whole number from 1"),
-        ("depth", spec["depth"], _whole(spec["depth"], 1), "a whole number from 1"),
-        ("width", spec["width"], _whole(spec["width"], 0), "a whole number"),
+    for key, value, valid, expected in (
+        ("classes", data_spec.classes, _is_whole_number(data_spec.classes, 2), "a whole number from 2"),
+        ("channels", data_spec.channels, _is_whole_number(data_spec.channels, 1), "a whole number from 1"),
+        ("depth", spec["depth"], _is_whole_number(spec["depth"], 1), "a whole number from 1"),
+        ("width", spec["width"], _is_whole_number(spec["width"], 0), "a whole number"),
         ("activation", spec["activation"], spec["activation"] in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
-        ("mean", data_spec.mean, _numbers(data_spec.mean, data_spec.channels), f"{data_spec.channels} numbers"),
+        (
+            "mean",
+            data_spec.mean,
+            _are_finite_numbers(data_spec.mean, data_spec.channels),
+            f"{data_spec.channels} numbers",
+        ),
         (
             "std",
             data_spec.std,
-            _numbers(data_spec.std, data_spec.channels) and min(data_spec.std) > 0,
+            _are_finite_numbers(data_spec.std, data_spec.channels) and min(data_spec.std) > 0,
             "as many numbers above 0",
         ),
-        ("image_shape", sidecar["image_shape"], _shape(sidecar["image_shape"], data_spec.channels), "[H, W, channels]"),
+        (
+            "image_shape",
+            sidecar["image_shape"],
+            _is_image_shape(sidecar["image_shape"], data_spec.channels),
+            "[H, W, channels]",
+        ),
         (
             "class_names",
             names,
-            names is None or _list(names, data_spec.classes),
+            names is None or _is_list(names, data_spec.classes),
             f"a list of {data_spec.classes} names",
         ),
     ):
-        if not fits:
+        if not valid:
             raise ValueError(f"{key} is {value!r}, not {expected}")
 
 
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_whole_number(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def _numbers(values: tuple[Any, ...], count: int) -> bool:
-    return len(values) == count and all(isinstance(one, int | float) and math.isfinite(one) for one in values)
+def _are_finite_numbers(values: tuple[object, ...], count: int) -> bool:
+    return len(values) == count and all(isinstance(number, int | float) and math.isfinite(number) for number in values)
 
 
-def _shape(value: Any, channels: int) -> bool:
-    return _list(value, 3) and all(_whole(one, 1) for one in value) and value[2] == channels
+def _is_image_shape(value: object, channels: int) -> bool:
+    return _is_list(value, 3) and all(_is_whole_number(length, 1) for length in value) and value[2] == channels
 
 
-def _list(value: Any, count: int) -> bool:
+def _is_list(value: object, count: int) -> TypeGuard[list[object]]:
     return isinstance(value, list) and len(value) == count
 
 
 def expect_pair(path: Path) -> Path:
-    """The path, if weights and sidecar are there. For files that people name; a stage's inputs were checked before."""
+    """Returns the path. Raises DmatError unless it is a .safetensors file with a sidecar beside it.
+
+    For files that people name; the inputs of a stage were checked before.
+    """
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "does not exist"
         raise DmatError(f"{path} {state}; expected the {SUFFIX} file of a classifier; give its path")
     if path.suffix != SUFFIX:
         raise DmatError(
-            f"{path} is no {SUFFIX} file; expected one that a training or an import wrote; "
+            f"{path} is not a {SUFFIX} file; expected one that a training or an import wrote; "
             f"call `dmat models import {path}` first"
         )
     if not path.with_suffix(".json").is_file():
@@ -119,16 +150,16 @@ def expect_pair(path: Path) -> Path:
     return path
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """The sidecar of a classifier with `file`, `parameters`, `found_sha256` and `checksum_ok` added."""
+def describe(path: Path) -> ModelDescription:
+    """The sidecar of a classifier with the four keys of `ModelDescription` added, for people and for `--json`."""
     sidecar = weights.read_sidecar(expect_pair(path), "classifier")
-    with torch.device("meta"):  # shapes only
+    with torch.device("meta"):  # shapes only, no memory
         model = build(sidecar, path)
-    found = files.sha256(path)
+    checksum = files.sha256(path)
     return {
         **sidecar,
         "file": str(path),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "found_sha256": found,
-        "checksum_ok": found == sidecar["sha256"],
+        "found_sha256": checksum,
+        "checksum_ok": checksum == sidecar["sha256"],
     }

@@ -1,12 +1,13 @@
-"""Files that torch.save wrote, read without running anything in them.
+"""Reads files that torch.save wrote without executing anything in them.
 
 Such a file holds a pickle, which is a program, and the bytes of its tensors. The program runs here on a stack that can
 make numbers, text, tuples, lists and dictionaries. It can import nothing and call nothing: the name of a class or
-function stays a name (`Unread`), whatever the program does with it. Only the names of a tensor, of a parameter and of
-an OrderedDict have a meaning; a tensor becomes a `Stored`, whose place in the file is checked before a byte is read.
+function stays a name (`UnknownObject`), whatever the program does with it. Only the names of a tensor, of a parameter
+and of an OrderedDict have a meaning. A tensor becomes a `StoredTensor`; its position in the file is checked before a
+byte is read.
 
-Two formats: a zip archive (torch 1.6 and later), and a row of pickles followed by bytes (before). Both are read by
-memory map. Raises ValueError and others for what is no such file.
+Two formats: a zip archive (torch 1.6 and later), and a sequence of pickles followed by bytes (earlier). Both are read
+by memory map. Raises ValueError and other exceptions for files that torch.save did not write.
 """
 
 import dataclasses
@@ -48,11 +49,13 @@ _LITERAL = re.compile(  # instructions that put their own argument on the stack
     r"(BIN)?(INT[12]?|FLOAT)|LONG[14]?|(SHORT_)?(BIN)?(STRING|UNICODE8?)|(SHORT_)?BINBYTES8?|BYTEARRAY8"
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_KNOWN = {*_STORAGES, _DICTIONARY, *_TENSORS, *_PARAMETERS}
+_RECOGNISED_NAMES = {*_STORAGES, _DICTIONARY, *_TENSORS, *_PARAMETERS}
+
+Key = str | bytes | int | float | None  # of a dictionary in a file
 
 
-def _text(value: Any) -> str:
-    """Part of a name. Anything else may be nested so that writing it out never ends."""
+def _text(value: object) -> str:
+    """Returns a part of a name. Raises ValueError for anything but text: converting nested values may never end."""
     if not isinstance(value, str):
         raise ValueError(f"a name that is a {type(value).__name__}")
     return value
@@ -60,14 +63,14 @@ def _text(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class UnknownObject:
-    """A class or function that the file names, and whatever the file makes with it. name: with its module."""
+    """A class or function that the file names, or anything that the file creates with it. name: with its module."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """A piece of the file. length: numbers, not bytes."""
+    """A piece of the file that holds numbers. length: in numbers, not in bytes."""
 
     key: str
     dtype: torch.dtype
@@ -75,14 +78,18 @@ class _Storage:
 
     @property
     def nbytes(self) -> int:
+        """Length in bytes."""
         return self.length * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is still in the file: a view of one of its pieces. offset and strides count numbers."""
+    """A tensor that is still in the file: a view of one of its pieces.
 
-    file: "_File"
+    offset and strides: in numbers, not in bytes.
+    """
+
+    file: "_TorchFile"
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
@@ -90,11 +97,14 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a copy. A view that repeats numbers claims more than the file has."""
+        """Size of a copy in bytes. A view that repeats numbers claims more than the file has."""
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
     def tensor(self) -> Tensor:
-        """Shares the memory map and other views of the same piece. Raises ValueError if the piece is too small."""
+        """Reads the tensor, of any shape. It shares memory with the file and with other views of the same piece.
+
+        Raises ValueError if the piece is too small.
+        """
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.storage.dtype)
         last = self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
@@ -104,77 +114,89 @@ class StoredTensor:
         return whole.as_strided(self.shape, self.strides, self.offset)
 
 
-class _File:
-    """The bytes of a file, and where its pieces are. unread: names that the file uses and that mean nothing here."""
+class _TorchFile:
+    """The bytes of a file and the positions of its pieces.
+
+    unread_names: names that the file uses and that have no meaning here.
+    """
 
     def __init__(self, content: mmap.mmap):
         self.content = content
-        self.places: dict[str, tuple[int, int]] = {}  # key of a piece -> first byte, number of bytes
+        self.extents: dict[str, tuple[int, int]] = {}  # key of a piece -> (first byte, number of bytes)
         self.storages: dict[str, _Storage] = {}
         self.pieces: dict[str, Tensor] = {}
-        self.left = len(content)
-        self.unread: set[str] = set()
+        self.bytes_left = len(content)
+        self.unread_names: set[str] = set()
 
-    def place(self, key: str, start: int, nbytes: int) -> None:
+    def add_piece(self, key: str, start: int, nbytes: int) -> None:
+        """Records the position of a piece. Raises ValueError if it is not inside the file."""
         if not 0 <= start <= start + nbytes <= len(self.content):
             raise ValueError(f"piece {key} ends beyond the file")
-        self.places[key] = start, nbytes
+        self.extents[key] = start, nbytes
 
     def piece(self, storage: _Storage) -> Tensor:
-        """uint8 [nbytes]. Pieces cannot overlap: together they are no larger than the file."""
+        """The bytes of a storage: uint8 [N]. Raises ValueError if all pieces together are larger than the file.
+
+        So pieces cannot overlap.
+        """
         if storage.key not in self.pieces:
-            start, nbytes = self.places[storage.key]
-            self.left -= nbytes
-            if nbytes < storage.nbytes or self.left < 0:
+            start, nbytes = self.extents[storage.key]
+            self.bytes_left -= nbytes
+            if nbytes < storage.nbytes or self.bytes_left < 0:
                 raise ValueError(f"piece {storage.key} has {nbytes} bytes and claims {storage.nbytes}")
-            found = torch.frombuffer(self.content, dtype=torch.uint8, count=nbytes, offset=start)
-            self.pieces[storage.key] = found if start % 8 == 0 else found.clone()  # numbers must be aligned
+            buffer = torch.frombuffer(self.content, dtype=torch.uint8, count=nbytes, offset=start)
+            self.pieces[storage.key] = buffer if start % 8 == 0 else buffer.clone()  # tensors need aligned memory
         return self.pieces[storage.key][: storage.nbytes]
 
-    def stored(self, identity: Any) -> Any:
-        """The piece that the program asks for by a persistent identity."""
+    def resolve_storage(self, identity: object) -> _Storage | UnknownObject:
+        """The storage that the program requests by a persistent identity."""
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
             return UnknownObject("an object outside the pickle")
         _, kind, key, _, length = identity[:5]
         if not isinstance(kind, UnknownObject) or kind.name not in _STORAGES:
             return kind
-        if any(view is not None for view in identity[5:]) or not isinstance(key, str) or not _sizes((length,)):
+        if any(view is not None for view in identity[5:]) or not isinstance(key, str) or not _are_sizes((length,)):
             raise ValueError("a storage without key and length")
         return self.storages.setdefault(key, _Storage(key, _STORAGES[kind.name], length))
 
-    def named(self, name: str) -> UnknownObject:
-        if name not in _KNOWN:
-            self.unread.add(name)
+    def resolve_name(self, name: str) -> UnknownObject:
+        """A placeholder for a class or function. Records names that have no meaning here."""
+        if name not in _RECOGNISED_NAMES:
+            self.unread_names.add(name)
         return UnknownObject(name)
 
-    def made(self, maker: Any, arguments: Any) -> Any:
-        """What the program gets for a call. Nothing is called."""
+    def resolve_call(self, maker: object, arguments: object) -> object:
+        """The value that the program gets for a call. Nothing is called."""
         if not isinstance(maker, UnknownObject) or not isinstance(arguments, tuple):
-            raise ValueError("a call of what is no name")
+            raise ValueError("a call of something that is not a name")
         if maker.name == _DICTIONARY:
-            return _dictionary(pair for pairs in arguments[:1] for pair in pairs)
+            return _to_dictionary(pair for pairs in arguments[:1] for pair in pairs)
         if maker.name in _PARAMETERS and arguments:
             return arguments[0]
         if maker.name in _TENSORS and len(arguments) >= 4 and isinstance(arguments[0], _Storage):
             storage, offset, shape, strides = arguments[:4]
-            if not (_sizes((offset,)) and _sizes(shape) and _sizes(strides) and len(shape) == len(strides)):
+            if not (_are_sizes((offset,)) and _are_sizes(shape) and _are_sizes(strides) and len(shape) == len(strides)):
                 raise ValueError("a tensor without offset, shape and strides")
             return StoredTensor(self, storage, offset, shape, strides)
         return maker
 
 
-def read(path: Path) -> tuple[Any, list[str]]:
-    """What a file holds, and the names in it that were not read. Tensors are `Stored`."""
-    with open(path, "rb") as opened:
+def read(path: Path) -> tuple[object, list[str]]:
+    """Reads the value that a file holds. Returns it with the names in the file that have no meaning here.
+
+    Tensors are `StoredTensor`s.
+    """
+    with open(path, "rb") as stream:
         if not path.stat().st_size:
             raise ValueError("it is empty")
-        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    file = _File(content)
-    found = _zipped(file, path) if content[:4] == _ZIP else _in_a_row(file)
-    return found, sorted(file.unread)
+        content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    file = _TorchFile(content)
+    value = _read_zip(file, path) if content[:4] == _ZIP else _read_legacy(file)
+    return value, sorted(file.unread_names)
 
 
-def _zipped(file: _File, path: Path) -> Any:
+def _read_zip(file: _TorchFile, path: Path) -> object:
+    """Reads the format of torch 1.6 and later: a zip archive with data.pkl and one member per piece."""
     with zipfile.ZipFile(path) as archive:
         members = {member.filename: member for member in archive.infolist()}
     programs = [name for name in members if name.endswith("/data.pkl")]
@@ -183,41 +205,44 @@ def _zipped(file: _File, path: Path) -> Any:
     base = programs[0].removesuffix("data.pkl")
     for name, member in members.items():
         if name.startswith(base):
-            file.place(name.removeprefix(f"{base}data/"), _start(file.content, member), member.file_size)
-    _expect_little_endian(_bytes(file, f"{base}byteorder") in (b"", b"little"))
-    return _run(io.BytesIO(_bytes(file, programs[0])), file)
+            file.add_piece(name.removeprefix(f"{base}data/"), _first_byte(file.content, member), member.file_size)
+    _expect_little_endian(_piece_bytes(file, f"{base}byteorder") in (b"", b"little"))
+    return _run_pickle(io.BytesIO(_piece_bytes(file, programs[0])), file)
 
 
-def _bytes(file: _File, key: str) -> bytes:
-    start, nbytes = file.places.get(key, (0, 0))
+def _piece_bytes(file: _TorchFile, key: str) -> bytes:
+    start, nbytes = file.extents.get(key, (0, 0))
     return file.content[start : start + nbytes]
 
 
-def _start(content: mmap.mmap, member: zipfile.ZipInfo) -> int:
-    """First byte of a member. It stands as it is, because torch does not compress."""
+def _first_byte(content: mmap.mmap, member: zipfile.ZipInfo) -> int:
+    """Position of the first byte of a member. The bytes are stored as they are, because torch does not compress."""
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
         raise ValueError(f"{member.filename} is compressed")
     name, extra = struct.unpack_from("<HH", content, member.header_offset + 26)
     return member.header_offset + 30 + name + extra
 
 
-def _in_a_row(file: _File) -> Any:
-    """The older format: the program is the fourth of five pickles, and the pieces follow in the order of the last."""
-    content = cast(IO[bytes], file.content)  # a map reads as a file does; each pickle leaves it at its end
-    if _run(content, file) != _MAGIC:
+def _read_legacy(file: _TorchFile) -> object:
+    """Reads the older format: five pickles, then the pieces.
+
+    The program is the fourth pickle; the fifth one lists the pieces in their order.
+    """
+    content = cast(IO[bytes], file.content)  # a memory map reads like a file; each pickle leaves it at its own end
+    if _run_pickle(content, file) != _MAGIC:
         raise ValueError("a pickle that torch.save did not write")
-    _run(content, file)  # version of the format
-    system = _run(content, file)
+    _run_pickle(content, file)  # version of the format
+    system = _run_pickle(content, file)
     _expect_little_endian(isinstance(system, dict) and system.get("little_endian") is not False)
-    found, keys = _run(content, file), _run(content, file)
+    value, keys = _run_pickle(content, file), _run_pickle(content, file)
     for key in keys:
         if key not in file.storages:
             raise ValueError("a storage of a type that is not read")
         (length,) = struct.unpack("<q", content.read(8))
         nbytes = length * file.storages[key].dtype.itemsize
-        file.place(key, content.tell(), nbytes)
+        file.add_piece(key, content.tell(), nbytes)
         content.seek(nbytes, io.SEEK_CUR)
-    return found
+    return value
 
 
 def _expect_little_endian(is_little: bool) -> None:
@@ -225,40 +250,42 @@ def _expect_little_endian(is_little: bool) -> None:
         raise ValueError("its numbers are in big-endian order")
 
 
-def _sizes(numbers: Any) -> bool:
+def _are_sizes(numbers: object) -> bool:
     return isinstance(numbers, tuple) and all(type(n) is int and 0 <= n < 2**48 for n in numbers)
 
 
-def _dictionary(pairs: Iterable[Any]) -> dict[Any, Any]:
-    """Without the entries whose key is neither text nor a number: hashing anything else could be slow or deep."""
+def _to_dictionary(pairs: Iterable[tuple[object, object]]) -> dict[Key, object]:
+    """A dictionary of the pairs whose key is text or a number: hashing other keys could be slow or recurse deeply."""
     return {key: value for key, value in pairs if isinstance(key, str | bytes | int | float | None)}
 
 
-def _run(program: IO[bytes], file: _File) -> Any:
-    """Runs one pickle up to its end. An instruction that no file of weights needs is refused."""
-    stack: list[Any] = []
+def _run_pickle(program: IO[bytes], file: _TorchFile) -> Any:
+    """Runs one pickle up to its end. Raises ValueError for instructions that no file of weights needs."""
+    stack: list[object] = []
     marks: list[int] = []
-    memo: dict[Any, Any] = {}
+    memo: dict[object, object] = {}  # numbers, or whatever the program names them by
 
-    def since_mark() -> list[Any]:
+    def since_mark() -> list[object]:
+        """Takes all items above the last mark from the stack."""
         start = marks.pop()
         items = stack[start:]
         del stack[start:]
         return items
 
-    def last(count: int) -> list[Any]:
+    def last(count: int) -> list[object]:
+        """Takes the last `count` items from the stack."""
         if count > len(stack):
-            raise ValueError("it takes more from its stack than is there")
+            raise ValueError("it takes more from its stack than the stack holds")
         items = stack[len(stack) - count :]
         del stack[len(stack) - count :]
         return items
 
-    def put(items: list[Any]) -> None:
-        """Into the container on top; what goes into anything else is dropped."""
+    def put(items: list[object]) -> None:
+        """Adds items to the container on top of the stack; if it is not a container, drops them."""
         if isinstance(stack[-1], list):
             stack[-1].extend(items)
         elif isinstance(stack[-1], dict):
-            stack[-1].update(_dictionary(zip(items[::2], items[1::2], strict=True)))
+            stack[-1].update(_to_dictionary(zip(items[::2], items[1::2], strict=True)))
 
     for opcode, argument, _ in pickletools.genops(program):
         match opcode.name:
@@ -278,7 +305,7 @@ def _run(program: IO[bytes], file: _File) -> Any:
                 stack.append({})
             case "DICT":
                 items = since_mark()
-                stack.append(_dictionary(zip(items[::2], items[1::2], strict=True)))
+                stack.append(_to_dictionary(zip(items[::2], items[1::2], strict=True)))
             case "EMPTY_SET":
                 stack.append(UnknownObject("set"))
             case "FROZENSET":
@@ -307,22 +334,22 @@ def _run(program: IO[bytes], file: _File) -> Any:
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                stack.append(file.named(str(argument).replace(" ", ".")))
+                stack.append(file.resolve_name(str(argument).replace(" ", ".")))
             case "STACK_GLOBAL":
-                stack.append(file.named(".".join(map(_text, last(2)))))
+                stack.append(file.resolve_name(".".join(map(_text, last(2)))))
             case "BINPERSID":
-                stack.append(file.stored(*last(1)))
+                stack.append(file.resolve_storage(*last(1)))
             case "REDUCE" | "NEWOBJ":
-                stack.append(file.made(*last(2)))
+                stack.append(file.resolve_call(*last(2)))
             case "NEWOBJ_EX":
-                stack.append(file.made(*last(3)[:2]))
+                stack.append(file.resolve_call(*last(3)[:2]))
             case "INST":
-                stack.append(file.made(file.named(str(argument).replace(" ", ".")), tuple(since_mark())))
+                stack.append(file.resolve_call(file.resolve_name(str(argument).replace(" ", ".")), tuple(since_mark())))
             case "OBJ":
                 maker, *arguments = since_mark()
-                stack.append(file.made(maker, tuple(arguments)))
+                stack.append(file.resolve_call(maker, tuple(arguments)))
             case "BUILD":
-                last(1)  # the state of an object that is not made
+                last(1)  # the state of an object that is not created
             case "STOP":
                 return stack[-1]
             case name:

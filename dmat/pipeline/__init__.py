@@ -1,4 +1,4 @@
-"""Stages: the table of them, what an instance would do, how it is run and published, and the identity of its code."""
+"""Stages: their table, the plan of an instance, how it is run and published, and the identity of its code."""
 
 from dmat.pipeline.stages import STAGES, Stage
 

@@ -1,13 +1,13 @@
-"""`dmat evaluate-robust --model FILE --images SOURCE`: the same evaluation for what no stage made.
+"""`dmat evaluate-robust --model FILE --images SOURCE`: the evaluation of a model and images that no stage made.
 
-Everything is in one folder: shards in `work/`, and when all are done the table, the summary, the protocol and pictures.
-In a project it is tracked like a stage; elsewhere it is not.
+Everything is written to one folder: shards to `work/`, and when all are done the table, the summary, the protocol and
+pictures. In a project the evaluation is tracked like a stage; elsewhere it is not.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Final, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from dmat.data.sources import ImageSource, listing, recognise
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.evaluation import work
-from dmat.evaluation.evaluate import Evaluation, Verdict
+from dmat.evaluation.evaluate import Evaluation, EvaluationProtocol, Headline, Summary, Verdict
 from dmat.evaluation.measures import Subject, images_sha256
 from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, write_table
 from dmat.models import importing, leaderboard
@@ -33,16 +33,18 @@ from dmat.robust.attacks import Ball
 from dmat.tracking import registry
 from dmat.training import weights
 from dmat.training.interruption import Interruption
+from dmat.training.weights import ClassifierSidecar
 
-_ABOUT = "evaluation.json"
-_NETWORK = ("network", "classes", "channels", "mean", "std", "image_shape")  # what a sidecar makes of weights
+_IDENTITY_FILE = "evaluation.json"
+_NETWORK_KEYS: Final = ("network", "classes", "channels", "mean", "std", "image_shape")  # of a sidecar: the network
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to evaluate on what. norm, epsilon: None for those of the model's sidecar. folder: where all goes.
+    """Which model to evaluate on which images.
 
-    classes_in_order: somebody says that label k of the images is class k of the model, whatever the names are.
+    norm, epsilon: None for those of the model's sidecar. folder: receives all results.
+    classes_in_order: the user asserts that label k of the images is class k of the model, whatever the names are.
     """
 
     model: Path
@@ -52,21 +54,35 @@ class Request:
     epsilon: str | None
     settings: EvaluateRobust
     folder: Path
-    home: Path | None  # the project whose MLflow store is told; None: nobody is
+    home: Path | None  # the project that tracks the evaluation in MLflow; None: not tracked
     classes_in_order: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class DirectResult:
-    """summary: as in summary.json. compared: sentences about a published number, if one was asked for."""
+    """Result of an evaluation. summary, protocol: as in summary.json and protocol.json."""
 
-    summary: dict[str, Any]
+    summary: Summary
     verdict: Verdict
-    protocol: dict[str, Any]
+    protocol: EvaluationProtocol
+
+
+class EvaluationIdentity(TypedDict):
+    """What decides the content of the shards; evaluation.json holds it."""
+
+    weights: str  # SHA-256
+    network: str  # fingerprint of the sidecar's keys that describe the network
+    images: str  # SHA-256 of the attacked images and labels
+    threat: Mapping[str, str]  # norm, epsilon as written
+    settings: Mapping[str, object]
+    plugins: NotRequired[dict[str, str]]  # import path -> identity of that code of the project
 
 
 class DirectEvaluation:
-    """A request with everything loaded and checked. Raises DmatError for whatever does not fit together."""
+    """A request with its model, images and settings loaded and checked.
+
+    Raises DmatError if model, images and settings do not fit together.
+    """
 
     def __init__(self, request: Request, compute: Compute):
         self.request, self.compute = request, compute.exact()
@@ -90,24 +106,24 @@ class DirectEvaluation:
         self.compute.model_to_device(model)
         ball = Ball(self.threat.norm, float(self.threat.epsilon))
         subject = Subject("model", model, images, labels, ball, suite, full_suite=True)
-        self.identity = {
+        self.identity: EvaluationIdentity = {
             "weights": self.sidecar["sha256"],
-            "network": files.fingerprint({name: self.sidecar[name] for name in _NETWORK}),
+            "network": files.fingerprint({name: self.sidecar[name] for name in _NETWORK_KEYS}),
             "images": images_sha256(images, labels),
             "threat": self.threat.plain(),
             "settings": settings.plain() | {"pgd_step": settings.pgd_step(ball.norm, ball.epsilon)},
         }
-        if own := self._own_code():
-            self.identity["plugins"] = own
+        if plugin_identities := self._plugin_identities():
+            self.identity["plugins"] = plugin_identities
         self.evaluation = Evaluation(request.folder / "work", subject, settings, self.compute, self.identity)
 
-    def _own_code(self) -> dict[str, str]:
-        """Import path -> identity of the code of the project that computes."""
-        named = plugins.words([self.request.settings.plain(), self.sidecar["network"]])
-        return code_identity.of_plugins(named, "evaluate_robust")
+    def _plugin_identities(self) -> dict[str, str]:
+        """Import path -> identity of the project's code that the evaluation uses."""
+        paths = plugins.import_paths([self.request.settings.plain(), self.sidecar["network"]])
+        return code_identity.of_plugins(paths, "evaluate_robust")
 
-    def estimate(self) -> dict[str, Any]:
-        """What `--dry-run` says."""
+    def estimate(self) -> dict[str, object]:
+        """What `--dry-run` prints: the request, the protocol, how much is done and how long the rest takes."""
         return {
             "model": str(self.request.model),
             "images": self.source.origin,
@@ -116,8 +132,9 @@ class DirectEvaluation:
             **work.estimate(self.evaluation.tasks),
         }
 
-    def protocol(self) -> dict[str, Any]:
-        """Says also which images these are: a source without test images of its own may hold what a model saw."""
+    def protocol(self) -> EvaluationProtocol:
+        """The protocol of the evaluation, with the origin of the images: a source without test images of its own may
+        hold images that the model was trained on."""
         return {
             **self.evaluation.protocol(self.threat.plain(), self.all_images),
             "images_from": self.source.origin,
@@ -126,25 +143,28 @@ class DirectEvaluation:
         }
 
     def run_worker(self, quiet: bool) -> None:
-        """Computes shards that nobody else is computing, until none is left."""
+        """Computes shards that no other process is computing, until none is left."""
         make_folder(self.request.folder)
-        self._expect_own_folder()
+        self._expect_same_request()
         with Interruption(at_once=True):
             work.compute_all(self.evaluation.tasks, wait=False, quiet=quiet)
 
     def run(self, fresh: bool, quiet: bool) -> DirectResult:
-        """Computes what is missing and writes the results. The same request goes on, and finds a finished one."""
+        """Computes the missing shards and writes the results. The same request resumes, or returns a finished result.
+
+        fresh: sets earlier work aside and starts over. quiet: no progress bar.
+        """
         folder = self.request.folder
         make_folder(folder)
         with lock(folder), Interruption(at_once=True):
-            if fresh:  # what was imported for this very evaluation stays
+            if fresh:  # a model that was imported for this evaluation stays
                 model = self.request.model
-                own = (model.name, model.with_suffix(".json").name) if model.parent == folder else ()
-                set_aside(folder, self.request.home or folder, own)
-            self._expect_own_folder()
-            files.write_json(folder / _ABOUT, self.identity)
+                keep = (model.name, model.with_suffix(".json").name) if model.parent == folder else ()
+                set_aside(folder, self.request.home or folder, keep)
+            self._expect_same_request()
+            files.write_json(folder / _IDENTITY_FILE, self.identity)
             with self._tracked() as run:
-                with Interruption(at_once=True):  # inside, so that the run hears of the signal
+                with Interruption(at_once=True):  # inside, so that the tracked run records the signal
                     work.compute_all(self.evaluation.tasks, wait=True, quiet=quiet)
                     self._expect_same_code()
                     result = self._write(folder)
@@ -187,15 +207,15 @@ class DirectEvaluation:
         return DirectResult(summary, verdict, protocol)
 
     def _candidate(self, result: DirectResult) -> tracking.RegistryCandidate:
-        """For the registry of the project."""
+        """The evaluated model as a candidate for the project's model registry."""
         data = self.sidecar.get("data") or "images"
         headline = result.summary["headline"]
         return tracking.RegistryCandidate(
-            registry.name_of(data, self.all_sha256, self.threat.norm, self.threat.epsilon.text),
+            registry.model_name(data, self.all_sha256, self.threat.norm, self.threat.epsilon.text),
             self.request.model,
             {
                 "data.test.sha256": self.all_sha256,
-                **result.verdict.about_model(result.summary, self.threat.plain()),
+                **result.verdict.model_tags(result.summary, self.threat.plain()),
             },
             headline["value"] if headline else None,
             weights_sha256=self.sidecar["sha256"],
@@ -203,48 +223,50 @@ class DirectEvaluation:
         )
 
     def _expect_same_code(self) -> None:
-        known, now = self.identity.get("plugins", {}), self._own_code()
-        if changed := [path for path in known if now.get(path) != known[path]]:
+        before, current = self.identity.get("plugins", {}), self._plugin_identities()
+        if changed := [path for path in before if current.get(path) != before[path]]:
             raise DmatError(
                 f"the code of {', '.join(changed)} changed while it was evaluated with; expected no change until it "
                 f"ended; nothing was written; run it again with --fresh"
             )
 
-    def _expect_own_folder(self) -> None:
-        path = self.request.folder / _ABOUT
-        if path.exists() and (found := files.read_json(path)) != self.identity:
-            other = [key for key, value in self.identity.items() if found.get(key) != value]
+    def _expect_same_request(self) -> None:
+        path = self.request.folder / _IDENTITY_FILE
+        if path.exists() and (recorded := files.read_json(path)) != self.identity:
+            differing = [key for key, value in self.identity.items() if recorded.get(key) != value]
             raise DmatError(
-                f"{self.request.folder} holds another evaluation ({', '.join(other)} differ); expected an empty folder "
-                f"or the same request; give another --to, or start over with --fresh, which keeps the old one aside"
+                f"{self.request.folder} holds another evaluation ({', '.join(differing)} differ); expected an empty "
+                f"folder or the same request; give another --to, or start over with --fresh, which keeps the old one "
+                f"aside"
             )
 
 
-def safetensors(model: Path, args: Path | None, data: str | None, activation: str | None, folder: Path) -> Path:
-    """The model as dmat keeps it: itself, or what `dmat models import` makes of it in the folder of the evaluation."""
+def ensure_safetensors(model: Path, args: Path | None, data: str | None, activation: str | None, folder: Path) -> Path:
+    """Path of the model as a .safetensors file: the given one, or what `dmat models import` makes of another format in
+    the folder of the evaluation. args, data, activation: as for `dmat models import`."""
     if model.suffix == SUFFIX or not model.is_file():
         return model
-    beside = model.with_name("args.txt")
+    args_path = model.with_name("args.txt")
     target = folder / f"{model.stem}{SUFFIX}"
     make_folder(folder)
-    done = importing.import_model(
-        model, args or (beside if beside.is_file() else None), data, activation=activation, target=target
+    imported = importing.import_model(
+        model, args or (args_path if args_path.is_file() else None), data, activation=activation, target=target
     )
-    for note in done.notes:
+    for note in imported.notes:
         tqdm.write(f"note: {note}")
-    return done.path
+    return imported.path
 
 
 def make_folder(folder: Path) -> None:
-    """Raises DmatError where none can be made."""
+    """Makes a folder with its parents. Raises DmatError if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DmatError(f"--to is {folder}, where no folder can be made ({error.strerror}); give another one") from None
 
 
-def published(direct: DirectEvaluation, name: str) -> leaderboard.Entry:
-    """The entry that a request is to be compared with. Raises DmatError if there is none: ask before computing."""
+def leaderboard_entry(direct: DirectEvaluation, name: str) -> leaderboard.Entry:
+    """The RobustBench entry to compare with. Raises DmatError if there is none, so call it before computing."""
     data = direct.sidecar.get("data")
     if data is None:
         raise DmatError(
@@ -254,10 +276,11 @@ def published(direct: DirectEvaluation, name: str) -> leaderboard.Entry:
     return leaderboard.entry(data, direct.threat.norm, name)
 
 
-def against_robustbench(direct: DirectEvaluation, result: DirectResult, entry: leaderboard.Entry) -> list[str]:
-    """The published number of an entry, ours, and what makes them different measurements."""
+def compare_with_robustbench(direct: DirectEvaluation, result: DirectResult, entry: leaderboard.Entry) -> list[str]:
+    """Sentences with the published accuracies of an entry, those of this evaluation, and how the two measurements
+    differ."""
     threat, summary = direct.threat, result.summary
-    ours = {
+    measured: leaderboard.MeasurementProtocol = {
         "norm": threat.norm,
         "epsilon": threat.epsilon.text,
         "images": result.protocol["images"],
@@ -266,7 +289,7 @@ def against_robustbench(direct: DirectEvaluation, result: DirectResult, entry: l
         else "other",
         "precision": direct.compute.precision,
     }
-    said = [
+    sentences = [
         f"{entry.name} on RobustBench ({entry.snapshot}): clean {entry.clean:.2f} %, AutoAttack "
         f"{entry.auto_attack:.2f} %.",
         f"Here: clean {100 * summary['clean']['value']:.2f} %"
@@ -276,46 +299,47 @@ def against_robustbench(direct: DirectEvaluation, result: DirectResult, entry: l
             else "; AutoAttack was not run."
         ),
     ]
-    return said + leaderboard.compared(entry, ours)
+    return sentences + leaderboard.differences(entry, measured)
 
 
-def lines(result: DirectResult) -> list[str]:
-    """What people read at the end: accuracies with intervals, the headline or why there is none."""
+def result_lines(result: DirectResult) -> list[str]:
+    """Lines for the terminal: images, labels, accuracies with intervals, and the headline or why there is none."""
     n = result.protocol["images"]
-    found = [f"images: {result.protocol['images_from']}", *result.protocol["images_notes"]]
-    found += [f"labels: {result.protocol['labels_are']}"]
-    found += [
+    lines = [f"images: {result.protocol['images_from']}", *result.protocol["images_notes"]]
+    lines += [f"labels: {result.protocol['labels_are']}"]
+    lines += [
         f"{name:24s}{100 * value['value']:6.2f} %  [{100 * value['low']:.2f}, {100 * value['high']:.2f}]  n = {n:,}"
         for name, value in result.summary.items()
         if isinstance(value, dict) and "low" in value and name != "headline"
     ]
     if not result.verdict.reasons:
         threat = result.protocol["threat"]
-        value = result.summary["headline"]["value"]
-        found.append(
+        value = cast(Headline, result.summary["headline"])["value"]  # without reasons there is one
+        lines.append(
             f"headline: {100 * value:.2f} % under standard AutoAttack, {threat['norm']} {threat['epsilon']}; all "
             f"{len(result.verdict.checks)} checks passed"
         )
-    return found + result.verdict.sentences
+    return lines + result.verdict.sentences
 
 
-def compute_on(device: str) -> Compute:
+def resolve_compute(device: str) -> Compute:
+    """Resolves a device for an evaluation in single precision. device: auto, cpu or cuda."""
     return devices.resolve(device, "fp32", torch.get_num_threads())
 
 
 def is_main_process() -> bool:
-    """Whether this process publishes; under torchrun the others assist."""
+    """Whether this process writes the results; under torchrun the other processes only compute."""
     return processes.world().is_main_process
 
 
-def _threat(request: Request, sidecar: Mapping[str, Any]) -> Threat:
-    found = sidecar.get("threat") or {}
-    if not isinstance(found, dict) or not all(isinstance(found.get(key, ""), str) for key in ("norm", "epsilon")):
+def _threat(request: Request, sidecar: ClassifierSidecar) -> Threat:
+    recorded = sidecar.get("threat") or {}
+    if not isinstance(recorded, dict) or not all(isinstance(recorded.get(key, ""), str) for key in ("norm", "epsilon")):
         raise DmatError(
-            f"{request.model.with_suffix('.json')} has the threat {found!r}; expected norm and epsilon as text, for "
+            f"{request.model.with_suffix('.json')} has the threat {recorded!r}; expected norm and epsilon as text, for "
             f"example linf and 8/255; bring back the sidecar that was written with {request.model.name}"
         )
-    norm, epsilon = request.norm or found.get("norm"), request.epsilon or found.get("epsilon")
+    norm, epsilon = request.norm or recorded.get("norm"), request.epsilon or recorded.get("epsilon")
     if norm is None or epsilon is None:
         raise DmatError(
             f"{request.model.with_suffix('.json')} says no threat model; expected one; give --norm and --epsilon, for "
@@ -324,7 +348,7 @@ def _threat(request: Request, sidecar: Mapping[str, Any]) -> Threat:
     return config.threat(norm, epsilon)
 
 
-def _expect_fit(source: ImageSource, sidecar: Mapping[str, Any], request: Request) -> None:
+def _expect_fit(source: ImageSource, sidecar: ClassifierSidecar, request: Request) -> None:
     shape, classes = list(sidecar["image_shape"]), sidecar["classes"]
     if list(source.images.shape[1:]) != shape:
         raise DmatError(
@@ -338,48 +362,54 @@ def _expect_fit(source: ImageSource, sidecar: Mapping[str, Any], request: Reques
         )
 
 
-def _expect_same_classes(source: ImageSource, sidecar: Mapping[str, Any], request: Request) -> str:
-    """What label k is, in words. Raises DmatError where names say that it is not class k of the model.
+def _expect_same_classes(source: ImageSource, sidecar: ClassifierSidecar, request: Request) -> str:
+    """A sentence on what label k means. Raises DmatError if names show that it is not class k of the model.
 
-    Labels are numbers: with other names, or the same in another order, the accuracy would be that of other classes.
+    Labels are numbers: with other class names, or the same names in another order, the accuracy would be that of other
+    classes.
     """
-    ours, theirs = list(source.class_names), [str(name) for name in sidecar.get("class_names") or []]
-    place = {name.casefold(): k for k, name in enumerate(theirs)}
-    places = [place.get(name.casefold()) for name in ours]
-    if places == list(range(len(theirs))):
+    image_names, model_names = list(source.class_names), [str(name) for name in sidecar.get("class_names") or []]
+    index_of_name = {name.casefold(): k for k, name in enumerate(model_names)}
+    model_indices = [index_of_name.get(name.casefold()) for name in image_names]
+    if model_indices == list(range(len(model_names))):
         return "classes of the same names as the model's"
-    moved = [f"{name} is {k}, the model's {at}" for k, (name, at) in enumerate(zip(ours, places, strict=True))
-             if at not in (None, k)]  # fmt: skip
+    moved = [
+        f"{name} is {k}, the model's {index}"
+        for k, (name, index) in enumerate(zip(image_names, model_indices, strict=True))
+        if index not in (None, k)
+    ]
     if moved:
         raise DmatError(
             f"{request.images} and {request.model} have classes in another order ({listing(moved, 3)}); expected one "
             f"order, as labels are numbers; put the images in the order of the sidecar's class_names"
         )
-    if not (_are_names(ours) and _are_names(theirs)):
-        whose = "the model" if _are_names(ours) else "the images"
-        return f"numbers of the model's classes: names could not be compared, as {whose} came without any"
+    if not (_are_names(image_names) and _are_names(model_names)):
+        unnamed = "the model" if _are_names(image_names) else "the images"
+        return f"numbers of the model's classes: names could not be compared, as {unnamed} came without any"
     if request.classes_in_order:
-        return f"numbers of the model's classes, on the word of who asked: {ours[0]} is taken for {theirs[0]}"
-    other = [f"{k} is {a}, the model's {b}" for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+        return f"numbers of the model's classes, by --classes-in-order: {image_names[0]} is taken for {model_names[0]}"
+    differing = [
+        f"{k} is {a}, the model's {b}" for k, (a, b) in enumerate(zip(image_names, model_names, strict=True)) if a != b
+    ]
     raise DmatError(
-        f"{request.images} has other classes than {request.model} ({listing(other, 3)}); expected the same names in "
-        f"the same order, as labels are numbers; rename them as in the sidecar's class_names, or say "
+        f"{request.images} has other classes than {request.model} ({listing(differing, 3)}); expected the same names "
+        f"in the same order, as labels are numbers; rename them as in the sidecar's class_names, or give "
         f"--classes-in-order if only the names differ"
     )
 
 
-def _class_names(source: ImageSource, sidecar: Mapping[str, Any]) -> list[str]:
+def _class_names(source: ImageSource, sidecar: ClassifierSidecar) -> list[str]:
     if _are_names(source.class_names):
         return list(source.class_names)
     return [str(name) for name in sidecar.get("class_names") or range(sidecar["classes"])]
 
 
 def _are_names(classes: Sequence[str]) -> bool:
-    """Whether somebody named the classes; without names they are numbers, and the highest may just not occur."""
+    """Whether classes have names. Without names they are numbers, of which the highest may not occur in the images."""
     return list(classes) != [str(k) for k in range(len(classes))]
 
 
-def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(summary: Summary) -> dict[str, float]:
     return {
         name: value["value"]
         for name, value in summary.items()

@@ -1,29 +1,29 @@
 """Runs one instance of a stage by the contract of every job (docs/architecture.md).
 
-Inputs are hashed, the fingerprint of code, settings and inputs names the work folder, a lock keeps a second writer out,
-the job fills `result/`, and only a complete result is hard-linked to `artifacts/`. The work folder stays, so a
-result that DVC loses before it wrote its lock file is published again instead of computed again, as long as its files
-are those that were computed. Nothing is published under code, settings or inputs that are not those on disk by then.
+Inputs are hashed. The fingerprint of code, settings and inputs names the work folder. A lock keeps a second writer out.
+The job fills `result/`, and only a complete result is hard-linked to `artifacts/`. The work folder stays: a result that
+DVC lost before it wrote its lock file is published again instead of computed again, as long as its files are those that
+were computed. Nothing is published if code, settings or inputs on disk differ by then from those that were used.
 """
 
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dmat import devices, dvc_lock, files, processes, tracking
 from dmat.config import Params
 from dmat.devices import Compute
 from dmat.errors import DmatError
-from dmat.job import Job, Result
+from dmat.job import Job, Metrics, Result
 from dmat.pipeline import code_identity, planning, results, work_folder
 from dmat.pipeline.planning import Plan
 from dmat.pipeline.stages import STAGES, Stage
+from dmat.pipeline.work_folder import Finished
 from dmat.processes import World
 from dmat.training.interruption import Interruption
 from dmat.training.long_run import Watcher
-from dmat.workspace import FINISHED, METRICS, PICTURES, RESULT, Workspace
+from dmat.workspace import FINISHED, METRICS, PICTURES, RESULT, ProvenanceExtras, Workspace
 
 
 def execute(
@@ -33,89 +33,99 @@ def execute(
     *,
     fresh: bool = False,
     quiet: bool = False,
-    read_again: Callable[[], Params] | None = None,
-) -> dict[str, Any]:
-    """Runs, resumes or republishes one instance; returns its metrics. Raises DmatError and Interrupted.
+    reload_params: Callable[[], Params] | None = None,
+) -> Metrics:
+    """Runs, resumes or republishes one instance; returns its metrics.
 
-    read_again: reads the parameter file as it is by now; None where `params` are not a file's. Under `torchrun` the
-    leading process does that and the others only compute with it; they return nothing.
+    fresh: sets earlier work aside and starts over. quiet: no progress bar.
+    reload_params: reads the parameter file again, to detect changes before publishing; None if `params` does not come
+    from a file. Under `torchrun` the main process does all this. The others only take part in the computation and
+    return {}.
+    Raises DmatError, and Interrupted on a signal.
     """
-    size = processes.wanted()  # before joining: whoever refused first would break the others' joining
-    if size > 1 and plan.stage.processes == "one":
+    process_count = (
+        processes.torchrun_processes()
+    )  # before joining the group: the first process that fails would break it for the others
+    if process_count > 1 and plan.stage.processes == "one":
         raise DmatError(
-            f"{plan.stage.name} was started in {size} processes; expected one, as only "
-            f"{_words('together', 'shared')} take several; start it without torchrun"
+            f"{plan.stage.name} was started in {process_count} processes; expected one, as only "
+            f"{_stage_names('together', 'shared')} take several; start it without torchrun"
         )
     world = processes.world()
     if not world.is_main_process:
-        return _follow(plan, params, workspace, world)
+        return _run_follower(plan, params, workspace, world)
     dvc_lock.remember(workspace.root, workspace.home)
     plan.work.mkdir(parents=True, exist_ok=True)
     with Interruption(at_once=True), work_folder.lock(plan.work):
         if fresh:
             work_folder.set_aside(plan.work, workspace.home)
-        finished = work_folder.intact(plan.work)
+        finished = work_folder.verify_finished(plan.work)
         world.broadcast(None if finished else b"compute")
         if finished is None:
             finished = _compute(plan, params, workspace, quiet, fresh)
         _expect_same_code(plan, workspace)
-        if read_again is not None:
-            _expect_unchanged(plan, read_again, workspace)
+        if reload_params is not None:
+            _expect_unchanged(plan, reload_params, workspace)
         _publish(plan, finished, workspace)
-    metrics: dict[str, Any] = finished["metrics"]
-    return metrics
+    return finished["metrics"]
 
 
 def _expect_same_code(plan: Plan, workspace: Workspace) -> None:
-    """Raises DmatError if the code or code.yaml on disk is not what the result was computed with: DVC reads code.yaml
-    again when it records the stage."""
+    """Raises DmatError if the code or code.yaml on disk is not what the result was computed with.
+
+    DVC reads code.yaml again when it records the stage.
+    """
     try:
-        now = code_identity.expect(plan.stage.name, workspace.root, again=True)
-        changed = f"{code_identity.NAME} said {plan.code[:12]} and says {now[:12]}" if now != plan.code else ""
+        current = code_identity.expect(plan.stage.name, workspace.root, again=True)
+        changed = f"{code_identity.NAME} said {plan.code[:12]} and says {current[:12]}" if current != plan.code else ""
     except DmatError as error:
         changed = str(error)
     if changed:
         title = f"{plan.stage.name} {plan.stage.instance_name(plan.instance)}"
-        raise DmatError(f"while {title} was computed its code changed ({changed}); {_kept_advice(plan)}")
+        raise DmatError(f"while {title} was computed its code changed ({changed}); {_advice(plan)}")
 
 
-def _kept_advice(plan: Plan) -> str:
+def _advice(plan: Plan) -> str:
     return (
-        f"expected no change until it ended; nothing was published, the result is kept in {plan.work}: bring back what "
-        f"was there and run the same command again to publish it, or run it again for what is there now"
+        f"expected no change until it ended; nothing was published, the result is kept in {plan.work}: restore the "
+        f"earlier state and run the same command again to publish it, or run it again to compute with the current state"
     )
 
 
-def _expect_unchanged(old: Plan, read_again: Callable[[], Params], workspace: Workspace) -> None:
-    """Raises DmatError if parameters or inputs on disk are not those that were computed with.
+def _expect_unchanged(planned: Plan, reload_params: Callable[[], Params], workspace: Workspace) -> None:
+    """Raises DmatError if parameters or inputs on disk are not those of the computation.
 
-    DVC reads both again when it records the stage, so it would write this result down under what lies there now.
+    DVC reads both again when it records the stage, so it would record this result under the changed ones.
     """
-    title = f"{old.stage.name} {old.stage.instance_name(old.instance)}"
-    advice = _kept_advice(old)
+    title = f"{planned.stage.name} {planned.stage.instance_name(planned.instance)}"
+    advice = _advice(planned)
     try:
-        now = planning.plan(old.stage, old.instance, read_again(), workspace)
+        replanned = planning.plan(planned.stage, planned.instance, reload_params(), workspace)
     except DmatError as error:
         raise DmatError(f"while {title} was computed its parameters or inputs changed ({error}); {advice}") from None
-    if now.fingerprint == old.fingerprint:
+    if replanned.fingerprint == planned.fingerprint:
         return
-    before, after = (tracking.parameters(one.settings.plain()) for one in (old, now))
+    old_values, new_values = (tracking.parameters(version.settings.plain()) for version in (planned, replanned))
     changed = [
-        f"{name} was {before.get(name, 'not there')} and is {after.get(name, 'not there')}"
-        for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
+        f"{name} was {old_values.get(name, 'not there')} and is {new_values.get(name, 'not there')}"
+        for name in sorted({*old_values, *new_values})
+        if old_values.get(name) != new_values.get(name)
     ]
-    changed += [f"the code of {path} changed" for path in old.plugins if now.plugins.get(path) != old.plugins[path]]
     changed += [
-        f"{now.inputs[name]['path']} was {entry['sha256'][:12]} and is {now.inputs[name]['sha256'][:12]}"
-        for name, entry in old.inputs.items()
-        if name in now.inputs and now.inputs[name]["sha256"] != entry["sha256"]
+        f"the code of {path} changed"
+        for path in planned.plugins
+        if replanned.plugins.get(path) != planned.plugins[path]
+    ]
+    changed += [
+        f"{replanned.inputs[name]['path']} was {entry['sha256'][:12]} and is {replanned.inputs[name]['sha256'][:12]}"
+        for name, entry in planned.inputs.items()
+        if name in replanned.inputs and replanned.inputs[name]["sha256"] != entry["sha256"]
     ]
     raise DmatError(f"{'; '.join(changed) or 'what it reads changed'} while {title} was computed; {advice}")
 
 
-def _follow(plan: Plan, params: Params, workspace: Workspace, world: World) -> dict[str, Any]:
-    """What a process does that does not lead: the same computation, in a folder that nobody keeps."""
+def _run_follower(plan: Plan, params: Params, workspace: Workspace, world: World) -> Metrics:
+    """The part of every process under `torchrun` but the main one: the same computation, in a temporary folder."""
     if world.broadcast(None) is None:
         return {}
     if plan.stage.processes == "shared":
@@ -127,9 +137,12 @@ def _follow(plan: Plan, params: Params, workspace: Workspace, world: World) -> d
 
 
 def run_worker(plan: Plan, params: Params, workspace: Workspace, *, quiet: bool = False) -> None:
-    """Computes parts of a shared stage beside the process that will publish it, which may start later."""
+    """Computes parts of a shared stage beside the process that publishes it, which may start later.
+
+    Raises DmatError for a stage that several processes cannot share.
+    """
     if plan.stage.processes != "shared":
-        raise DmatError(f"{plan.stage.name} cannot be shared; expected one of {_words('shared')}; start it once")
+        raise DmatError(f"{plan.stage.name} cannot be shared; expected one of {_stage_names('shared')}; start it once")
     if (plan.work / FINISHED).exists():
         return
     plan.work.mkdir(parents=True, exist_ok=True)
@@ -137,37 +150,38 @@ def run_worker(plan: Plan, params: Params, workspace: Workspace, *, quiet: bool 
         plan.stage.job.run_worker(plan.settings, new_job(plan, params, workspace, resolve(params), plan.work, quiet))
 
 
-def estimate(plan: Plan, params: Params, workspace: Workspace) -> dict[str, Any]:
-    """How much of a shared stage is done and how long the rest takes; nothing for other stages."""
+def estimate(plan: Plan, params: Params, workspace: Workspace) -> dict[str, object]:
+    """How much of a shared stage is done and how long the rest takes; {} for other stages and finished results."""
     if plan.stage.processes != "shared" or plan.finished:
         return {}
-    found: dict[str, Any] = plan.stage.job.estimate(
+    values: dict[str, object] = plan.stage.job.estimate(
         plan.settings, new_job(plan, params, workspace, resolve(params), plan.work, quiet=True)
     )
-    return found
+    return values
 
 
-def _words(*processes: str) -> str:
+def _stage_names(*processes: str) -> str:
+    """Names of the stages of these kinds of `Stage.processes`, for a message."""
     return ", ".join(stage.name for stage in STAGES.values() if stage.processes in processes)
 
 
 def run(plan: Plan, job: Job) -> Result:
-    """The job of an instance, and nothing around it."""
-    found: Result = plan.stage.job.run(plan.settings, job)
-    return found
+    """Runs the job of an instance and nothing around it: no lock, no tracking, no publishing."""
+    result: Result = plan.stage.job.run(plan.settings, job)
+    return result
 
 
 def resolve(params: Params) -> Compute:
-    """Device, precision and threads that a parameter file asks for."""
-    wanted = params.compute
-    return devices.resolve(wanted.device, wanted.precision, wanted.threads)
+    """Resolves the device, precision and threads that a parameter file asks for."""
+    settings = params.compute
+    return devices.resolve(settings.device, settings.precision, settings.threads)
 
 
 def new_job(
     plan: Plan, params: Params, workspace: Workspace, compute: Compute, work: Path, quiet: bool,
     watcher: Watcher | None = None, fresh: bool = False,
 ) -> Job:  # fmt: skip
-    """What the job of an instance gets that works in the folder `work`."""
+    """The `Job` of an instance that works in the folder `work`."""
     return Job(
         {name: workspace.at(entry["path"]) for name, entry in plan.inputs.items()},
         plan.instance,
@@ -183,12 +197,12 @@ def new_job(
 
 
 def compute_of(stage: Stage, params: Params) -> Compute:
-    """What a stage computes on."""
+    """Device, precision and threads of a stage; single precision for a stage with `float32`."""
     compute = resolve(params)
     return compute.exact() if stage.float32 else compute
 
 
-def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fresh: bool) -> dict[str, Any]:
+def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fresh: bool) -> Finished:
     compute = compute_of(plan.stage, params)
     started = time.time()
     tracked = tracking.open_run(
@@ -208,7 +222,7 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
     )
     job = new_job(plan, params, workspace, compute, plan.work, quiet, fresh=fresh)
     with tracked:  # ends the tracked run with the status that fits what happened inside
-        with Interruption(at_once=True):  # inside, so that the run hears of the signal
+        with Interruption(at_once=True):  # inside, so that the tracked run records the signal
             result = run(plan, job)
         for name, value in result.tags.items():
             tracked.tag(name, value)
@@ -218,7 +232,12 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
             tracked.register(model)
         metrics, measured = dict(result.metrics), dict(result.measured)
         files.write_json(plan.work / METRICS, metrics)
-        finished = {
+        extras: ProvenanceExtras = {}
+        if plan.plugins:
+            extras["plugins"] = plan.plugins
+        if result.pools:
+            extras["pools"] = list(result.pools)
+        finished: Finished = {
             "metrics": metrics,
             "notes": list(result.notes),
             "code": plan.code,
@@ -229,32 +248,32 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
                 "instance": plan.stage.instance_name(plan.instance),
                 "fingerprint": plan.fingerprint,
                 "code": plan.code,
-                **({"plugins": plan.plugins} if plan.plugins else {}),
+                **extras,
                 "settings": plan.settings.plain(),
                 "inputs": plan.inputs,
                 "compute": compute.describe(),
                 "seconds": round(tracking.seconds_before(plan.work) + time.time() - started, 1),
                 "measured": measured,
-                **({"pools": list(result.pools)} if result.pools else {}),
-                "outputs": {path: files.checksum(source) for path, source in _published(plan).items()},
+                "outputs": {path: files.checksum(source) for path, source in _published_sources(plan).items()},
             },
         }
+
         work_folder.write_finished(plan.work, finished)
         tracked.finish_with(metrics | measured, [*sorted(job.pictures.glob("*.png")), *result.attachments])
     return finished
 
 
-def _publish(plan: Plan, finished: dict[str, Any], workspace: Workspace) -> None:
-    """The provenance comes last and says the checksum of everything else."""
-    for path, source in _published(plan).items():
+def _publish(plan: Plan, finished: Finished, workspace: Workspace) -> None:
+    """Publishes a result. The provenance comes last, because it holds the checksum of everything else."""
+    for path, source in _published_sources(plan).items():
         files.publish(source, workspace.at(path))
     files.write_json(workspace.at(plan.stage.provenance_path(plan.instance)), finished["provenance"])
 
 
-def _published(plan: Plan) -> dict[str, Path]:
-    """Path below the project -> the file or folder of the work folder that goes there."""
-    found = {path: plan.work / RESULT / name for name, path in plan.outputs.items()}
-    found[plan.stage.metrics_path(plan.instance)] = plan.work / METRICS
+def _published_sources(plan: Plan) -> dict[str, Path]:
+    """Path below the project -> the file or folder of the work folder that is published there."""
+    sources = {path: plan.work / RESULT / name for name, path in plan.outputs.items()}
+    sources[plan.stage.metrics_path(plan.instance)] = plan.work / METRICS
     if (plan.work / PICTURES).exists():
-        found[plan.stage.pictures_path(plan.instance)] = plan.work / PICTURES
-    return found
+        sources[plan.stage.pictures_path(plan.instance)] = plan.work / PICTURES
+    return sources

@@ -1,44 +1,47 @@
-"""What a command would do: settings, checked inputs, and the fingerprint that names the work folder of an instance."""
+"""Plans one instance of a stage: its settings, its checked inputs, and the fingerprint that names its work folder."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from dmat import ARTIFACTS, NONE, SOURCES, files, plugins
 from dmat.config import Params, Record
 from dmat.errors import DmatError
 from dmat.pipeline import code_identity, work_folder
-from dmat.pipeline.stages import STAGES, Stage
+from dmat.pipeline.stages import STAGES, Instance, Stage
+from dmat.pipeline.work_folder import Finished
 from dmat.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a command would do; `--dry-run` prints it."""
+    """What the command of one instance would do; `--dry-run` prints it. Paths in inputs and outputs are below the
+    project."""
 
     stage: Stage
-    instance: Mapping[str, Any]
+    instance: Instance
     settings: Record
     inputs: dict[str, dict[str, str]]  # name -> path, sha256
-    outputs: dict[str, str]
-    code: str  # identity, as code.yaml names it
+    outputs: dict[str, str]  # name -> path
+    code: str  # identity of the stage's code, as in code.yaml
     plugins: dict[str, str]  # import path -> identity of that code of the project
-    fingerprint: str
-    work: Path
+    fingerprint: str  # of stage, code, instance, settings, inputs and plugins
+    work: Path  # the work folder
 
     @property
-    def finished(self) -> dict[str, Any] | None:
-        """The record of a complete result."""
-        return work_folder.finished(self.work)
+    def finished(self) -> Finished | None:
+        """The record of a complete result; None without one."""
+        return work_folder.read_finished(self.work)
 
     @property
     def state(self) -> str:
+        """For people: whether the result is finished, or the computation resumes or starts."""
         if self.finished:
             return "finished: the result is published again"
-        return "resumes" if work_folder.kept(self.work) else "starts"
+        return "resumes" if work_folder.resumable_paths(self.work) else "starts"
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
+        """The plan as JSON values."""
         return {
             "stage": self.stage.name,
             "instance": self.stage.instance_name(self.instance),
@@ -52,19 +55,17 @@ class Plan:
         }
 
 
-def plan(
-    stage: Stage, instance: Mapping[str, Any], params: Params, workspace: Workspace, code: str | None = None
-) -> Plan:
-    """Resolves settings and inputs. Raises DmatError for an unknown instance, a missing input, or code that is not that
-    of the project's code.yaml.
+def plan(stage: Stage, instance: Instance, params: Params, workspace: Workspace, code: str | None = None) -> Plan:
+    """Resolves the settings of an instance and checks its inputs.
 
-    code: an identity to plan with, whatever the loaded code is.
+    code: an identity to plan with, whatever the loaded code is; None: that of the project's code.yaml.
+    Raises DmatError for an unknown instance, a missing or altered input, and code that code.yaml does not accept.
     """
-    valid = stage.choices(params)
-    if dict(instance) not in valid:
-        known = ", ".join(stage.instance_name(one) for one in valid) or "(none)"
+    instances = stage.all_instances(params)
+    if dict(instance) not in instances:
+        names = ", ".join(stage.instance_name(valid) for valid in instances) or "(none)"
         raise DmatError(
-            f"{stage.name} has no instance {stage.instance_name(instance)!r} in params.yaml; expected one of {known}"
+            f"{stage.name} has no instance {stage.instance_name(instance)!r} in params.yaml; expected one of {names}"
         )
     code = code_identity.expect(stage.name, workspace.root) if code is None else code
     settings = stage.settings(params, **instance)
@@ -82,68 +83,70 @@ def plan(
         "settings": settings.plain(),
         "inputs": {name: entry["sha256"] for name, entry in inputs.items()},
     }
-    named = plugins.words([one.plain() for one in (settings, *stage.opens(params, **instance))])
-    own = code_identity.of_plugins(named, stage.name)
-    fingerprint = files.fingerprint(identity | ({"plugins": own} if own else {}))
+    paths = plugins.import_paths([record.plain() for record in (settings, *stage.model_settings(params, **instance))])
+    plugin_identities = code_identity.of_plugins(paths, stage.name)
+    fingerprint = files.fingerprint(identity | ({"plugins": plugin_identities} if plugin_identities else {}))
     work = workspace.run_folder(stage.name, stage.instance_name(instance), fingerprint)
-    return Plan(stage, instance, settings, inputs, stage.outputs(params, **instance), code, own, fingerprint, work)
+    return Plan(
+        stage, instance, settings, inputs, stage.outputs(params, **instance), code, plugin_identities, fingerprint, work
+    )
 
 
 def _checksum(stage_name: str, settings: Record, path: Path) -> str:
-    """Of an input; of a source of real images the files that are read count, not what lies beside them."""
+    """Checksum of an input. Of a source of real images only the files that are read count, not others beside them."""
     if stage_name == "prepare_data":
         path = STAGES[stage_name].job.location(settings, path)
     return files.checksum(path)
 
 
 def _expect_known_source(params: Params, workspace: Workspace) -> None:
-    """Raises DmatError if the splits were made of other bytes than their source holds now: a stage that is started
-    directly has nobody else who would look.
+    """Raises DmatError if the splits were made of other bytes than their source holds now.
 
-    A source that is not on this machine, or of which it is not known what was read, is nobody's concern here.
+    DVC checks this before it starts a stage; a stage that is started directly is checked here. Nothing is checked if
+    the source is not on this machine, or if it was not recorded what was read.
     """
     settings = params.prepare_data
     stage = STAGES["prepare_data"]
-    note = workspace.at(stage.provenance_path({}))
-    if settings.path == NONE or not note.exists():
+    record_path = workspace.at(stage.provenance_path({}))
+    if settings.path == NONE or not record_path.exists():
         return
-    known = files.read_json(note).get("inputs", {}).get("source")
+    recorded = files.read_json(record_path).get("inputs", {}).get("source")
     try:
-        found = _checksum(stage.name, settings, workspace.at(f"{SOURCES}/{settings.path}"))
+        current = _checksum(stage.name, settings, workspace.at(f"{SOURCES}/{settings.path}"))
     except DmatError:
         return
-    if known and known["path"] == f"{SOURCES}/{settings.path}" and known["sha256"] != found:
+    if recorded and recorded["path"] == f"{SOURCES}/{settings.path}" and recorded["sha256"] != current:
         raise DmatError(
-            f"{SOURCES}/{settings.path} has checksum {found[:12]}; the splits in {ARTIFACTS}/prepare_data were made "
-            f"when it had {known['sha256'][:12]}; bring the old files back, or run `dvc repro` (without DVC: `dmat "
+            f"{SOURCES}/{settings.path} has checksum {current[:12]}; the splits in {ARTIFACTS}/prepare_data were made "
+            f"when it had {recorded['sha256'][:12]}; bring the old files back, or run `dvc repro` (without DVC: `dmat "
             f"{stage.command}` and the rest after it)"
         )
 
 
-def _expect_unaltered(read: Collection[str], params: Params, workspace: Workspace) -> None:
-    """Raises DmatError if what a stage published at or below one of these paths is not what it published.
+def _expect_unaltered(input_paths: Collection[str], params: Params, workspace: Workspace) -> None:
+    """Raises DmatError if a stage's output at or below one of the input paths changed after it was published.
 
-    DVC compares before it starts a stage; a stage that is started directly has nobody else who would.
+    DVC checks this before it starts a stage; a stage that is started directly is checked here.
     """
     for stage_name, stage in STAGES.items():
-        for instance in stage.choices(params):
-            below = [
+        for instance in stage.all_instances(params):
+            published = [
                 path
                 for path in published_paths(stage, params, instance)
-                if any(path == one or path.startswith(f"{one}/") for one in read)
+                if any(path == input_path or path.startswith(f"{input_path}/") for input_path in input_paths)
             ]
             record = workspace.at(stage.provenance_path(instance))
-            recorded = files.read_record(record).get("outputs", {}) if below and record.exists() else {}
-            for path in below:
-                if path in recorded and (found := files.checksum(workspace.at(path))) != recorded[path]:
+            recorded = files.read_record(record).get("outputs", {}) if published and record.exists() else {}
+            for path in published:
+                if path in recorded and (current := files.checksum(workspace.at(path))) != recorded[path]:
                     raise DmatError(
-                        f"{path} has checksum {found[:12]}; {stage_name} wrote {recorded[path][:12]}: it was altered since; "
-                        f"restore it (`dvc checkout`) or run that stage again"
+                        f"{path} has checksum {current[:12]}; {stage_name} wrote {recorded[path][:12]}: it was altered "
+                        f"since; restore it (`dvc checkout`) or run that stage again"
                     )
 
 
-def published_paths(stage: Stage, params: Params, instance: Mapping[str, Any]) -> list[str]:
-    """Where an instance publishes what others read; its provenance says the checksum of each."""
+def published_paths(stage: Stage, params: Params, instance: Instance) -> list[str]:
+    """Paths at which an instance publishes what others read. Its provenance holds the checksum of each."""
     return [
         *stage.outputs(params, **instance).values(),
         stage.pictures_path(instance),

@@ -1,4 +1,4 @@
-"""Results that parameters ask for, and the chain behind each."""
+"""Finds the results that parameters ask for, and the chain of steps that each result comes from."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,52 +12,57 @@ from dmat.report.lineage import Chain, LineageStep, Makers
 from dmat.workspace import Workspace, provenance_path
 
 
-def chain(wanted: str, params: Params, workspace: Workspace) -> LineageStep:
-    """The verified chain behind "stage/instance", "arm-seed" (its evaluation, else its training), or a path below
-    artifacts/. Raises DmatError for anything else, and for what is not there."""
+def chain(result: str, params: Params, workspace: Workspace) -> LineageStep:
+    """The verified chain of steps that a result comes from.
+
+    result: "stage/instance", "arm-seed" (its evaluation, else its training), or a path below artifacts/.
+    Raises DmatError for anything else, and for a result that does not exist.
+    """
     makers = _makers(params)
-    with checksum_cache.reading_anew():
-        return Chain(makers, workspace, verify=True).step(*_named(wanted, makers, workspace))
+    with checksum_cache.bypassed():
+        return Chain(makers, workspace, verify=True).step(*_resolve_result(result, makers, workspace))
 
 
 def ancestors_of_inputs(
     inputs: Mapping[str, Mapping[str, str]], params: Params, workspace: Workspace
 ) -> list[LineageStep]:
-    """All steps that inputs come from; nothing is verified. inputs: name -> path, sha256."""
-    found = Chain(_makers(params), workspace, verify=False)
-    return lineage.ancestors([maker for name, entry in inputs.items() for maker in found.link(name, **entry).makers])
+    """All steps that inputs come from, without verifying checksums. inputs: name -> {"path", "sha256"}."""
+    chain = Chain(_makers(params), workspace, verify=False)
+    return lineage.ancestors([maker for name, entry in inputs.items() for maker in chain.link(name, **entry).makers])
 
 
 def _makers(params: Params) -> Makers:
+    """Path of an output below the project -> stage and instance that write it."""
     return {
         path: (stage_name, stage.instance_name(instance))
         for stage_name, stage in STAGES.items()
-        for instance in stage.choices(params)
+        for instance in stage.all_instances(params)
         for path in stage.outputs(params, **instance).values()
     }
 
 
-def _named(wanted: str, makers: Makers, workspace: Workspace) -> tuple[str, str]:
-    known = set(makers.values())
-    stage, _, instance_name = wanted.partition("/")
-    path = Path(wanted)
-    below = (
+def _resolve_result(result: str, makers: Makers, workspace: Workspace) -> tuple[str, str]:
+    """Stage and name of the instance that `result` means. Raises DmatError as `chain` does."""
+    pairs = set(makers.values())
+    stage_name, _, instance_name = result.partition("/")
+    path = Path(result)
+    relative = (
         path.resolve().relative_to(workspace.root).as_posix()
         if path.resolve().is_relative_to(workspace.root)
-        else wanted
+        else result
     )
-    owner = next((makers[output] for output in makers if below == output or below.startswith(f"{output}/")), None)
-    candidates = [(stage, instance_name), ("evaluate_robust", wanted), ("train_robust", wanted), owner]
-    named = [one for one in candidates if one in known]
-    there = [one for one in named if one and workspace.at(provenance_path(*one)).exists()]
-    if there and there[0]:
-        return there[0]
-    if named and named[0]:
+    maker = next((makers[output] for output in makers if relative == output or relative.startswith(f"{output}/")), None)
+    candidates = [(stage_name, instance_name), ("evaluate_robust", result), ("train_robust", result), maker]
+    matches = [pair for pair in candidates if pair in pairs]
+    existing = [pair for pair in matches if pair and workspace.at(provenance_path(*pair)).exists()]
+    if existing and existing[0]:
+        return existing[0]
+    if matches and matches[0]:
         raise DmatError(
-            f"{workspace.at(provenance_path(*named[0]))} does not exist; expected what {' '.join(named[0])} writes "
+            f"{workspace.at(provenance_path(*matches[0]))} does not exist; expected what {' '.join(matches[0])} writes "
             f"when it ends; run it, or `dvc checkout`"
         )
     raise DmatError(
-        f"{wanted!r} is nothing that params.yaml makes; expected stage/instance, an arm and seed such as generated-1, "
+        f"{result!r} is not a result of params.yaml; expected stage/instance, an arm and seed such as generated-1, "
         f"or a path below {ARTIFACTS}/"
     )

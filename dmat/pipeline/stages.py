@@ -1,13 +1,16 @@
-"""The table of stages. A word here is a section of params.yaml, a stage of dvc.yaml, a file `dmat/jobs/<word>.py`, a
-command `dmat <word-with-dashes>`, a folder `artifacts/<word>/` and the MLflow tag `dmat.stage`.
+"""The table of stages.
 
-Loads neither torch nor pydantic, so that the command line starts at once.
+The name of a stage is a section of params.yaml, a stage of dvc.yaml, a module `dmat/jobs/<name>.py`, a command
+`dmat <name-with-dashes>`, a folder `artifacts/<name>/` and a value of the MLflow tag `dmat.stage`.
+
+This module loads neither torch nor pydantic, so that the command line starts at once.
 """
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
 from dmat import ARTIFACTS, NONE, SOURCES
 from dmat.workspace import provenance_path
@@ -15,16 +18,25 @@ from dmat.workspace import provenance_path
 if TYPE_CHECKING:
     from dmat.config import Params, Record
 
+Instance = Mapping[str, str | int]  # key -> value, such as {"arm": "generated", "seed": 1}
 Paths = dict[str, str]  # input or output name -> path below the project
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """keys: the options that name one instance, in the order of its name. settings and inputs: of an instance.
+    """One row of the table: a stage and what its instances read, compute with and write.
 
-    processes: whether it takes one, several that compute in step with each other, or several that divide its work.
-    float32: whatever the precision of the other stages. opens: settings beside its own that may name code of the
-    project, as those of a model that it opens do.
+    name: see the module docstring. summary: one sentence for `--help`.
+    keys: the keys of an instance, which are also options of the command, in the order of the instance's name; () for a
+    stage with one instance. An instance is the mapping of these keys to values, for example {"arm": "generated",
+    "seed": 1}; its name is the text `instance_name` makes of it, "generated-1".
+    settings, inputs, outputs, model_settings: functions of the parameters and the instance (`params, **instance`).
+    They return the record of the stage's settings, the paths read, the paths written, and the settings of the models
+    that the instance opens, which may name code of the project as its own settings may.
+    example: a command line for `--help`.
+    processes: "one" process only; "together": several that compute in step with each other; "shared": several that
+    divide the work.
+    float32: the stage computes in single precision, whatever the precision of the other stages.
     """
 
     name: str
@@ -36,47 +48,54 @@ class Stage:
     example: str
     processes: Literal["one", "together", "shared"] = "one"
     float32: bool = False
-    opens: Callable[..., "tuple[Record, ...]"] = lambda params, **instance: ()
+    model_settings: Callable[..., "tuple[Record, ...]"] = lambda params, **instance: ()
 
     @property
-    def job(self) -> Any:
-        """The module `dmat.jobs.<word>`, which loads torch."""
+    def job(self) -> ModuleType:
+        """The module `dmat.jobs.<name>`. Importing it loads torch."""
         return importlib.import_module(f"dmat.jobs.{self.name}")
 
     @property
     def command(self) -> str:
+        """Name of the command below `dmat`: the stage's name with dashes."""
         return self.name.replace("_", "-")
 
-    def instance_name(self, instance: Mapping[str, Any]) -> str:
-        """Name of an instance as in dvc.yaml (`train_robust@real_only-1`) and of folders; "all" without options."""
-        return "-".join(str(instance[option]) for option in self.keys) or "all"
+    def instance_name(self, instance: Instance) -> str:
+        """Name of an instance in dvc.yaml (`train_robust@real_only-1`) and of its folders; "all" for a stage without
+        keys."""
+        return "-".join(str(instance[key]) for key in self.keys) or "all"
 
-    def options(self, instance: Mapping[str, Any]) -> list[str]:
-        """The words after the command that name an instance."""
-        return [word for name, value in instance.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    def options(self, instance: Instance) -> list[str]:
+        """Command-line arguments that name an instance: ["--arm", "generated", "--seed", "1"]."""
+        return [
+            argument for name, value in instance.items() for argument in (f"--{name.replace('_', '-')}", str(value))
+        ]
 
-    def metrics_path(self, instance: Mapping[str, Any]) -> str:
+    def metrics_path(self, instance: Instance) -> str:
+        """Path of an instance's metrics below the project."""
         return f"{ARTIFACTS}/metrics/{self.name}/{self.instance_name(instance)}.json"
 
-    def provenance_path(self, instance: Mapping[str, Any]) -> str:
+    def provenance_path(self, instance: Instance) -> str:
+        """Path of an instance's provenance below the project."""
         return provenance_path(self.name, self.instance_name(instance))
 
-    def pictures_path(self, instance: Mapping[str, Any]) -> str:
+    def pictures_path(self, instance: Instance) -> str:
+        """Path of an instance's folder of pictures below the project."""
         return f"{ARTIFACTS}/pictures/{self.name}/{self.instance_name(instance)}"
 
-    def choices(self, params: "Params") -> list[dict[str, Any]]:
-        """Every instance that a parameter file asks for."""
-        lists: dict[str, Any] = {
+    def all_instances(self, params: "Params") -> list[dict[str, str | int]]:
+        """Every instance that a parameter file asks for: all combinations of the values of its keys."""
+        lists: dict[str, Iterable[str | int]] = {
             "generator": params.generators,
             "image_set": params.image_sets,
             "selection": params.selections,
             "arm": params.arms,
             "seed": params.seeds,
         }
-        found: list[dict[str, Any]] = [{}]
-        for option in self.keys:
-            found = [{**one, option: value} for one in found for value in lists[option]]
-        return found
+        combinations: list[dict[str, str | int]] = [{}]
+        for key in self.keys:
+            combinations = [{**combination, key: value} for combination in combinations for value in lists[key]]
+        return combinations
 
 
 def _split(name: str) -> str:
@@ -84,7 +103,7 @@ def _split(name: str) -> str:
 
 
 def _source(params: "Params") -> Paths:
-    """Where real images come from, if from files."""
+    """The file or folder of the real images; empty for a source that reads no files."""
     path = params.prepare_data.path
     return {} if path == NONE else {"source": f"{SOURCES}/{path}"}
 
@@ -92,32 +111,39 @@ def _source(params: "Params") -> Paths:
 def _mix_settings(params: "Params", arm: str) -> "Record":
     from dmat.config import MixImages  # pydantic takes a third of the command line's start
 
-    return MixImages.of(params.arms[arm])
+    return MixImages.from_arm(params.arms[arm])
 
 
 def _report_settings(params: "Params") -> "Record":
     from dmat.config import Report
 
-    made, training = [stage for stage in STAGES.values() if stage.name != "write_report"], STAGES["train_robust"]
+    earlier_stages, train_robust = (
+        [stage for stage in STAGES.values() if stage.name != "write_report"],
+        STAGES["train_robust"],
+    )
     return Report(
         **params.write_report.plain(),
         seeds=params.seeds,
         arms={
-            arm: [training.instance_name({"arm": arm, "seed": seed}) for seed in params.seeds] for arm in params.arms
+            arm: [train_robust.instance_name({"arm": arm, "seed": seed}) for seed in params.seeds]
+            for arm in params.arms
         },
-        instances={stage.name: [stage.instance_name(instance) for instance in stage.choices(params)] for stage in made},
+        instances={
+            stage.name: [stage.instance_name(instance) for instance in stage.all_instances(params)]
+            for stage in earlier_stages
+        },
     )
 
 
-# What the report reads, below artifacts/. Its own metrics and provenance stand beside those of the others, so they are
-# named one by one.
-REPORTED = (
+# Paths below artifacts/ that the report reads. They are listed one by one, because the report's own metrics and
+# provenance lie in the same folders.
+REPORT_INPUTS = (
     *("train_diffusion", "measure_images", "mix_images", "train_robust", "evaluate_robust"),
     *("metrics/measure_images", "metrics/train_robust"),
-    *(f"pictures/{word}" for word in ("train_diffusion", "measure_images", "evaluate_robust")),
+    *(f"pictures/{stage_name}" for stage_name in ("train_diffusion", "measure_images", "evaluate_robust")),
     *(
-        f"provenance/{word}"
-        for word in (
+        f"provenance/{stage_name}"
+        for stage_name in (
             *("prepare_data", "train_scorer", "train_diffusion", "generate_images", "score_images", "select_images"),
             *("measure_images", "mix_images", "train_robust", "evaluate_robust"),
         )
@@ -137,7 +163,7 @@ STAGES: dict[str, Stage] = {
             inputs=_source,
             outputs=lambda p: {
                 **{name: _split(name) for name in ("train", "validation", "test")},
-                "none": f"{ARTIFACTS}/select_images/{NONE}",  # DVC's templates know no conditions: what no images are
+                "none": f"{ARTIFACTS}/select_images/{NONE}",  # the empty selection: DVC's templates have no conditions
             },
             example="dmat prepare-data",
         ),
@@ -179,7 +205,7 @@ STAGES: dict[str, Stage] = {
             inputs=lambda p, image_set: {"images": f"{ARTIFACTS}/generate_images/{image_set}", "scorer": SCORER},
             outputs=lambda p, image_set: {"scores": f"{ARTIFACTS}/score_images/{image_set}"},
             example="dmat score-images --image-set edm18",
-            opens=lambda p, image_set: (p.train_scorer.network,),
+            model_settings=lambda p, image_set: (p.train_scorer.network,),
         ),
         Stage(
             "select_images",
@@ -207,7 +233,7 @@ STAGES: dict[str, Stage] = {
             },
             outputs=lambda p, selection: {"measures": f"{ARTIFACTS}/measure_images/{selection}"},
             example="dmat measure-images --selection edm18_best",
-            opens=lambda p, selection: (p.train_scorer.network,),
+            model_settings=lambda p, selection: (p.train_scorer.network,),
         ),
         Stage(
             "mix_images",
@@ -250,14 +276,14 @@ STAGES: dict[str, Stage] = {
             example="dmat evaluate-robust --arm generated --seed 1",
             processes="shared",
             float32=True,
-            opens=lambda p, arm, seed: (p.arms[arm].network,),
+            model_settings=lambda p, arm, seed: (p.arms[arm].network,),
         ),
         Stage(
             "write_report",
             "Compare all arms in one page.",
             (),
             settings=_report_settings,
-            inputs=lambda p: {path: f"{ARTIFACTS}/{path}" for path in REPORTED},
+            inputs=lambda p: {path: f"{ARTIFACTS}/{path}" for path in REPORT_INPUTS},
             outputs=lambda p: {"report": f"{ARTIFACTS}/write_report/report"},
             example="dmat write-report",
         ),

@@ -1,4 +1,4 @@
-"""The work folder of an instance: who is at work there, the record of a complete result, and what goes aside."""
+"""The work folder of an instance: its lock, the record of a complete result, and setting earlier state aside."""
 
 import contextlib
 import json
@@ -7,106 +7,127 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 import filelock
 from tqdm import tqdm
 
 from dmat import files, tracking
 from dmat.errors import DmatError
-from dmat.workspace import FINISHED, METRICS, PICTURES, RESULT
+from dmat.workspace import FINISHED, METRICS, PICTURES, RESULT, Provenance
+
+if TYPE_CHECKING:  # importing it loads torch
+    from dmat.job import Metrics
+
+
+class Finished(TypedDict):
+    """The record of a complete result."""
+
+    metrics: "Metrics"
+    notes: list[str]  # sentences that a reader of the result must know
+    code: str  # identity of the stage's code
+    files: dict[str, str]  # path below the work folder -> SHA-256, of every file that is published
+    provenance: Provenance
+    checksum: NotRequired[str]  # of the other keys; in the file only
 
 
 @contextlib.contextmanager
 def lock(work: Path) -> Iterator[None]:
-    """Keeps a second writer out of a work folder. Raises DmatError with the process that is at work."""
-    held = filelock.FileLock(work / "lock", timeout=0)
-    holder = work / "holder.json"
+    """Holds the lock of a work folder, so that no second process writes there.
+
+    Raises DmatError with the id of the process that holds the lock.
+    """
+    file_lock = filelock.FileLock(work / "lock", timeout=0)
+    holder_path = work / "holder.json"
     try:
-        held.acquire()
+        file_lock.acquire()
     except filelock.Timeout:
-        who = json.loads(holder.read_text())["pid"] if holder.exists() else "unknown"
+        pid = json.loads(holder_path.read_text())["pid"] if holder_path.exists() else "unknown"
         raise DmatError(
-            f"{work} is being computed by process {who}; wait for it, or stop it and run the same command "
-            f"again: it goes on from the last checkpoint"
+            f"{work} is being computed by process {pid}; wait for it, or stop it and run the same command "
+            f"again: it resumes from the last checkpoint"
         ) from None
     try:
-        files.write_json(holder, {"pid": os.getpid()})
+        files.write_json(holder_path, {"pid": os.getpid()})
         yield
     finally:
-        held.release()
+        file_lock.release()
 
 
-def kept(work: Path) -> list[Path]:
-    """State of an earlier attempt that this one goes on from."""
-    about = ("lock", "holder.json", *tracking.FILES)
-    found = sorted(work.iterdir()) if work.exists() else []
-    return [path for path in found if path.name not in about and not path.name.startswith(("before-", "."))]
+def resumable_paths(work: Path) -> list[Path]:
+    """Files and folders of an earlier attempt from which this one resumes."""
+    bookkeeping = ("lock", "holder.json", *tracking.FILES)
+    paths = sorted(work.iterdir()) if work.exists() else []
+    return [path for path in paths if path.name not in bookkeeping and not path.name.startswith(("before-", "."))]
 
 
-def _before(work: Path) -> Path:
-    """A folder for what is set aside now, which is not there yet."""
-    while (old := work / f"before-{time.strftime('%Y%m%d-%H%M%S')}").exists():  # set aside twice within a second
+def _new_archive(work: Path) -> Path:
+    """A new name `before-<time>` for what is set aside now; the folder does not exist yet."""
+    while (archive := work / f"before-{time.strftime('%Y%m%d-%H%M%S')}").exists():  # set aside twice within a second
         time.sleep(0.2)
-    return old
+    return archive
 
 
 def set_aside(work: Path, home: Path, keep: Collection[str] = ()) -> None:
-    """Earlier state moves to `before-<time>/` beside the new one; nothing is deleted. keep: names that stay."""
-    old = _before(work)
-    tracking.set_aside(home, work, old)
-    stay = {"lock", "holder.json", *tracking.FILES, *keep}
-    for path in [p for p in work.iterdir() if p.name not in stay and not p.name.startswith("before-")]:
-        old.mkdir(exist_ok=True)
-        path.rename(old / path.name)
+    """Moves earlier state to `before-<time>/` in the same work folder; nothing is deleted.
+
+    The record of the tracked run moves too. home: the folder that holds `mlruns/`. keep: names of files that stay.
+    """
+    archive = _new_archive(work)
+    tracking.set_aside(home, work, archive)
+    staying = {"lock", "holder.json", *tracking.FILES, *keep}
+    for path in [p for p in work.iterdir() if p.name not in staying and not p.name.startswith("before-")]:
+        archive.mkdir(exist_ok=True)
+        path.rename(archive / path.name)
 
 
-def finished(work: Path) -> dict[str, Any] | None:
-    """The record of a complete result in a work folder. A damaged one counts as none."""
+def read_finished(work: Path) -> Finished | None:
+    """The record of a complete result in a work folder; None without one, and for a damaged one."""
     with contextlib.suppress(DmatError):
         record = files.read_record(work / FINISHED, metrics=dict, code=str, files=dict, provenance=dict)
         if record.pop("checksum", None) == files.fingerprint(record):
-            return record
+            return cast(Finished, record)
     return None
 
 
-def write_finished(work: Path, record: dict[str, Any]) -> None:
-    """With a checksum of its own, so that no altered number is ever published."""
+def write_finished(work: Path, record: Finished) -> None:
+    """Writes the record of a complete result, with a checksum of the record, so that no altered number is ever
+    published."""
     files.write_json(work / FINISHED, record | {"checksum": files.fingerprint(record)})
 
 
-def intact(work: Path) -> dict[str, Any] | None:
-    """The record of the finished result, if each of its files still is what was computed.
+def verify_finished(work: Path) -> Finished | None:
+    """The record of the finished result if every file is still the one that was computed; None otherwise.
 
-    Otherwise what is not goes aside, and so does the record: the job then computes again what is missing, from its
-    checkpoint, shards or inputs. Files that no job wrote go aside too.
+    Sets aside damaged files together with the record, so that the job recomputes what is missing from its checkpoint,
+    shards or inputs. Sets aside files that no job wrote as well; these alone do not invalidate the record.
     """
-    path, record = work / FINISHED, finished(work)
+    path, record = work / FINISHED, read_finished(work)
     if not path.exists():
         return None
-    found, recorded = files_of(work), record["files"] if record else {}
+    checksums, recorded = files_of(work), record["files"] if record else {}
     damaged = [] if record else [FINISHED]
-    damaged += sorted(name for name, digest in recorded.items() if found.get(name) != digest)
-    strange = sorted(found.keys() - recorded.keys()) if record else []
-    aside = [*strange, *(name for name in damaged if (work / name).exists())]
+    damaged += sorted(name for name, digest in recorded.items() if checksums.get(name) != digest)
+    unrecorded = sorted(checksums.keys() - recorded.keys()) if record else []
+    to_set_aside = [*unrecorded, *(name for name in damaged if (work / name).exists())]
     if damaged:
-        aside = list(dict.fromkeys([FINISHED, *aside]))
+        to_set_aside = list(dict.fromkeys([FINISHED, *to_set_aside]))
         more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
         tqdm.write(
             f"note: {work}: {damaged[0]}{more} changed after the result was computed; it is computed again, and "
-            f"what lies there is kept in before-*/",
+            f"the changed files are kept in before-*/",
             file=sys.stderr,
         )
-    old = _before(work)
-    for name in aside:
-        (old / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(work / name, old / name)
+    archive = _new_archive(work)
+    for name in to_set_aside:
+        (archive / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(work / name, archive / name)
     return None if damaged else record
 
 
 def files_of(work: Path) -> dict[str, str]:
-    """Name below the work folder -> SHA-256 of every file that is published."""
+    """SHA-256 of every file that is published, by its path below the work folder."""
     folders = {
-        f"{part}/{name}": one for part in (RESULT, PICTURES) for name, one in files.checksums(work / part).items()
+        f"{part}/{name}": digest for part in (RESULT, PICTURES) for name, digest in files.checksums(work / part).items()
     }
     return folders | ({METRICS: files.sha256(work / METRICS)} if (work / METRICS).is_file() else {})

@@ -1,8 +1,8 @@
-"""A project of one's own: the files that make a folder one.
+"""Makes a project: the files that a folder needs to be one.
 
-The links beside this file lead to the files of dmat's repository, which is a project itself. So each exists once, and a
-checkout, an editable installation and a wheel, which holds what the links lead to, all read the same. None is called
-`.gitignore` or `dvc.yaml`, because git and DVC would obey it here.
+The links beside this file lead to files of dmat's repository, which is a project itself. So each file exists once. A
+checkout, an editable installation and a wheel, which holds copies of the linked files, all read the same content. No
+link is called `.gitignore` or `dvc.yaml`, because git and DVC would apply it here.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from dmat import files, recipes
 from dmat.errors import DmatError
 
 _HERE = Path(__file__).parent
-_COPIED = {  # path in the project -> file beside this one
+_COPIED_FILES = {  # path in the project -> file beside this one
     "dvc.yaml": "pipeline.yaml",
     ".dvc/config": "dvc-config",
     ".dvc/.gitignore": "dvc-gitignore",
@@ -34,28 +34,29 @@ _HOOKS = ".pre-commit-config.yaml"  # pre-commit looks for it in git's top folde
 def make(folder: Path, recipe: str) -> Path:
     """Makes a project in a new folder, or in one that has none of its files; returns its full path. Commits nothing.
 
-    A folder outside git becomes a repository. Raises DmatError, and then leaves nothing behind, for an unknown recipe,
-    files that are there already and a missing git.
+    recipe: name of a recipe, which becomes params.yaml. A folder outside git becomes a git repository.
+    Raises DmatError for an unknown recipe, for files that already exist and if git is missing; then nothing is left
+    behind.
     """
     folder = folder.resolve()
     params = recipes.read(recipe)
     if shutil.which("git") is None:
         raise DmatError("git is not on PATH; expected it, as a project is a git repository; install it")
-    top = _repository(folder)
+    top = _repository_top(folder)
     texts = {
         "params.yaml": params,
-        **{path: (_HERE / name).read_text() for path, name in _COPIED.items()},
+        **{path: (_HERE / name).read_text() for path, name in _COPIED_FILES.items()},
         "README.md": _readme(folder.name, recipe),
     }
     if top in (None, folder):
         texts[_HOOKS] = (_HERE / "pre-commit.yaml").read_text()
-    _expect_free(folder, [*texts])
+    _expect_no_conflicts(folder, [*texts])
     try:
         for path, text in texts.items():
             files.write_text(folder / path, text)
-        if top is None and (failed := _git(folder, "init", "--quiet")).returncode:
-            said = (failed.stderr.strip().splitlines() or [f"exit code {failed.returncode}"])[0]
-            raise DmatError(f"`git init` failed in {folder} ({said}); expected a repository; nothing was written")
+        if top is None and (init := _git(folder, "init", "--quiet")).returncode:
+            reason = (init.stderr.strip().splitlines() or [f"exit code {init.returncode}"])[0]
+            raise DmatError(f"`git init` failed in {folder} ({reason}); expected a repository; nothing was written")
     except BaseException:
         _remove(folder, [*texts])
         raise
@@ -63,45 +64,46 @@ def make(folder: Path, recipe: str) -> Path:
 
 
 def _readme(name: str, recipe: str) -> str:
+    """README.md of a project with this name."""
     text = (_HERE / "README.md").read_text()
     values: Mapping[str, str] = {"name": name, "recipe": recipe, "summary": recipes.summaries()[recipe]}
-    return re.sub(r"\{(name|recipe|summary)\}", lambda found: values[found[1]], text)
+    return re.sub(r"\{(name|recipe|summary)\}", lambda match: values[match[1]], text)
 
 
-def _expect_free(folder: Path, paths: list[str]) -> None:
-    """Raises DmatError with all that is in the way: a file of the project, or no folder where it needs one."""
-    for above in (folder, *folder.parents):
-        if os.path.lexists(above) and not above.is_dir():
-            raise DmatError(f"{above} is not a folder; expected one, or nothing; name another; nothing was written")
-    inner = {str(above) for path in paths for above in Path(path).parents} - {"."}
-    taken = [path for path in paths if os.path.lexists(folder / path)]
-    taken += sorted(path for path in inner if (folder / path).is_symlink() or (folder / path).is_file())
-    if {"params.yaml", "dvc.yaml", ".dvc/config"} <= {*taken}:
-        found, advice = f"{folder} is a project already: it has", "use it as it is"
+def _expect_no_conflicts(folder: Path, paths: list[str]) -> None:
+    """Raises DmatError that lists all conflicts: files of a project that exist, and files where it needs a folder."""
+    for ancestor in (folder, *folder.parents):
+        if os.path.lexists(ancestor) and not ancestor.is_dir():
+            raise DmatError(f"{ancestor} is not a folder; expected one, or nothing; name another; nothing was written")
+    parent_paths = {str(ancestor) for path in paths for ancestor in Path(path).parents} - {"."}
+    conflicts = [path for path in paths if os.path.lexists(folder / path)]
+    conflicts += sorted(path for path in parent_paths if (folder / path).is_symlink() or (folder / path).is_file())
+    if {"params.yaml", "dvc.yaml", ".dvc/config"} <= {*conflicts}:
+        finding, advice = f"{folder} is a project already: it has", "use it as it is"
     else:
-        found, advice = f"{folder} has", "move them away"
-    if taken:
+        finding, advice = f"{folder} has", "move them away"
+    if conflicts:
         raise DmatError(
-            f"{found} {', '.join(taken)}; expected a folder without these; {advice}, or name another folder; nothing "
-            f"was written"
+            f"{finding} {', '.join(conflicts)}; expected a folder without these; {advice}, or name another folder; "
+            f"nothing was written"
         )
 
 
-def _repository(folder: Path) -> Path | None:
-    """The top folder of the git repository that a folder, which may be still to be made, lies in."""
-    there = next(above for above in (folder, *folder.parents) if above.is_dir())
-    answer = _git(there, "rev-parse", "--show-toplevel")
-    return Path(answer.stdout.removesuffix("\n")) if answer.returncode == 0 else None
+def _repository_top(folder: Path) -> Path | None:
+    """The top folder of the git repository that contains a folder, which need not exist yet; None outside git."""
+    existing = next(ancestor for ancestor in (folder, *folder.parents) if ancestor.is_dir())
+    completed = _git(existing, "rev-parse", "--show-toplevel")
+    return Path(completed.stdout.removesuffix("\n")) if completed.returncode == 0 else None
 
 
-def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
 
 
 def _remove(folder: Path, paths: list[str]) -> None:
-    """Takes away what a failed attempt has written."""
+    """Removes what a failed attempt has written."""
     for path in paths:
         (folder / path).unlink(missing_ok=True)
     for path in (".dvc/plots", ".dvc", "sources", "plugins", "."):
-        with contextlib.suppress(OSError):  # it is not there, or it is not empty: then it was there before
+        with contextlib.suppress(OSError):  # it does not exist, or it is not empty because it existed before
             (folder / path).rmdir()

@@ -1,34 +1,42 @@
-"""Interactive charts of the report, as plotly figures in plain JSON. An arm has one colour in all of them.
+"""Interactive charts of the report, as plotly figures in plain JSON. An arm has the same colour in all charts.
 
-Colours of text and grid are the page's (it has a dark side), so they are left to `page.js`. Accuracies are in per cent.
+`page.js` sets the colours of text and grid, because the page has a dark mode. Accuracies are in per cent.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from dmat.metrics.intervals import Interval
 from dmat.metrics.pictures import PALETTE
-from dmat.report.comparison import HEADLINE, MEASURES
+from dmat.report.comparison import HEADLINE, MEASURES, ArmMeasure, Comparison
 from dmat.report.costs import Cost
 
-Chart = dict[str, Any]  # data and layout, as Plotly.newPlot takes them
+if TYPE_CHECKING:  # importing them loads plotly and torch
+    from plotly.basedatatypes import BaseTraceType
+
+    from dmat.evaluation.evaluate import SweepPoint
+
+Chart = dict[str, object]  # data and layout, the arguments of Plotly.newPlot
 History = Sequence[Mapping[str, float]]
 _DASHES = ("solid", "dot", "dash", "dashdot", "longdash")
 
 
-def accuracies(comparison: Mapping[str, Any]) -> Chart:
-    """Bars of each measure with 95 % intervals."""
+def accuracies(comparison: Comparison) -> Chart:
+    """Bar chart of the accuracy of each arm by each measure, with 95 % intervals. comparison: of `compare`."""
     import plotly.graph_objects as go
 
     arms = comparison["arms"]
     traces = []
     for arm, colour in _colours(arms).items():
-        shown = [(heading, arms[arm][m]) for m, heading in MEASURES.items() if m in arms[arm]]
+        labelled_values = [
+            (heading, arms[arm][measure]) for measure, heading in MEASURES.items() if measure in arms[arm]
+        ]
         traces.append(
             go.Bar(
                 name=arm,
-                x=[heading for heading, _ in shown],
-                y=[100 * value["value"] for _, value in shown],
-                error_y=_error([value for _, value in shown]),
+                x=[heading for heading, _ in labelled_values],
+                y=[100 * value["value"] for _, value in labelled_values],
+                error_y=_error([value for _, value in labelled_values]),
                 marker_color=colour,
                 hovertemplate="%{x}: %{y:.1f} %<extra>" + arm + "</extra>",
             )
@@ -38,20 +46,20 @@ def accuracies(comparison: Mapping[str, Any]) -> Chart:
     return _chart(traces, layout)
 
 
-def differences(comparison: Mapping[str, Any]) -> Chart | None:
-    """Paired differences from the baseline, in points; None without another arm."""
+def differences(comparison: Comparison) -> Chart | None:
+    """Chart of the paired differences from the baseline, in points; None if there is no other arm."""
     import plotly.graph_objects as go
 
     colours = _colours(comparison["arms"])
     traces = []
     for arm, values in comparison["differences"].items():
-        shown = [(MEASURES[m], value) for m, value in values.items()]
+        labelled_values = [(MEASURES[measure], value) for measure, value in values.items()]
         traces.append(
             go.Scatter(
                 name=f"{arm} − {comparison['baseline']}",
-                y=[heading for heading, _ in shown],
-                x=[100 * value["value"] for _, value in shown],
-                error_x=_error([value for _, value in shown]),
+                y=[heading for heading, _ in labelled_values],
+                x=[100 * value["value"] for _, value in labelled_values],
+                error_x=_error([value for _, value in labelled_values]),
                 mode="markers",
                 marker={"color": colours[arm], "size": 9},
                 hovertemplate="%{y}: %{x:+.1f} points<extra>" + arm + "</extra>",
@@ -69,63 +77,67 @@ def differences(comparison: Mapping[str, Any]) -> Chart | None:
 
 
 def curves(
-    names: Mapping[str, Sequence[str]],
+    runs_by_arm: Mapping[str, Sequence[str]],
     histories: Mapping[str, History],
     measure: str,
     best: Mapping[str, float] | None = None,
     unit: str = "accuracy, %",
 ) -> Chart | None:
-    """A value of each run over images seen. best: run -> images seen by its best weights; they are marked, and the last
-    ones: the way down from one to the other is what training too long took away. None if no run has the value."""
+    """Line chart of one measure of each run over images seen; None if no run has the measure.
+
+    best: run -> images seen by its best weights. With it, best and last weights are marked: the drop between them is
+    what overfitting cost. measure: a key of the history. unit: title of the axis; "%" at its end multiplies by 100.
+    """
     import plotly.graph_objects as go
 
     factor = 100 if unit.endswith("%") else 1
-    form = ".1f" if factor == 100 else ".4g"
+    number_format = ".1f" if factor == 100 else ".4g"
     traces = []
-    colours = _colours(names)
-    for arm, runs in names.items():
+    colours = _colours(runs_by_arm)
+    for arm, runs in runs_by_arm.items():
         for k, run in enumerate(runs):
             points = [(row["images_seen"], factor * row[measure]) for row in histories[run] if measure in row]
             if not points:
                 continue
             seen, values = zip(*points, strict=True)
             line = {"color": colours[arm], "width": 2, "dash": _DASHES[k % len(_DASHES)]}
-            hover = f"%{{x:,}} images: %{{y:{form}}}<extra>{run}</extra>"
+            hover = f"%{{x:,}} images: %{{y:{number_format}}}<extra>{run}</extra>"
             traces.append(go.Scatter(x=seen, y=values, name=run, legendgroup=run, line=line, hovertemplate=hover))
-            for word, at, symbol in _marks(seen, (best or {}).get(run)):
+            for weights_name, images_seen, symbol in _marks(seen, (best or {}).get(run)):
                 marker = {"color": colours[arm], "size": 12, "symbol": symbol}
-                value = values[seen.index(at)]
+                value = values[seen.index(images_seen)]
                 traces.append(
                     go.Scatter(
-                        x=[at], y=[value], mode="markers", marker=marker, legendgroup=run, showlegend=False,
-                        hovertemplate=f"{word} weights: %{{y:{form}}}<extra>{run}</extra>",
+                        x=[images_seen], y=[value], mode="markers", marker=marker, legendgroup=run, showlegend=False,
+                        hovertemplate=f"{weights_name} weights: %{{y:{number_format}}}<extra>{run}</extra>",
                     )
                 )  # fmt: skip
     return _chart(traces, {"xaxis": {"title": "images seen"}, "yaxis": {"title": unit}}) if traces else None
 
 
 def _marks(seen: Sequence[float], best: float | None) -> list[tuple[str, float, str]]:
+    """Name, images seen and marker symbol of the weights to mark; empty without `best`."""
     return [] if best is None else [("best", best, "star"), ("last", seen[-1], "circle-open")]
 
 
 def against_epsilon(
-    names: Mapping[str, Sequence[str]],
-    sweeps: Mapping[str, Sequence[Mapping[str, float]]],
-    comparison: Mapping[str, Any],
+    runs_by_arm: Mapping[str, Sequence[str]],
+    sweeps: "Mapping[str, Sequence[SweepPoint]]",
+    comparison: Comparison,
     threat: Mapping[str, str],
     epsilon: float,
 ) -> Chart:
-    """PGD accuracy of the best weights over the radius of the attack, and each arm's AutoAttack accuracy at epsilon.
+    """Chart of the PGD accuracy of the best weights against the attack radius, and of AutoAttack at epsilon.
 
-    sweeps: run -> points with epsilon, value, low, high. epsilon: as a number; threat: norm and epsilon as written.
+    sweeps: run -> points. epsilon: as a number. threat: norm and epsilon as written.
     """
     import plotly.graph_objects as go
 
-    of_255 = threat["epsilon"].endswith("/255")  # then the axis counts 255ths, as people do
-    unit = 255 if of_255 else 1
-    traces: list[Any] = []
-    colours = _colours(names)
-    for arm, runs in names.items():
+    in_255ths = threat["epsilon"].endswith("/255")  # then the axis counts in 255ths too
+    unit = 255 if in_255ths else 1
+    traces: list[BaseTraceType] = []
+    colours = _colours(runs_by_arm)
+    for arm, runs in runs_by_arm.items():
         for k, run in enumerate(runs):
             points = sorted(sweeps[run], key=lambda point: point["epsilon"])
             traces.append(
@@ -151,7 +163,7 @@ def against_epsilon(
                     hovertemplate="AutoAttack: %{y:.1f} %<extra>" + arm + "</extra>",
                 )
             )
-    title = f"radius of the attack ({threat['norm']}{', × 255' if of_255 else ''})"
+    title = f"radius of the attack ({threat['norm']}{', × 255' if in_255ths else ''})"
     layout = {
         "xaxis": {"title": title, "rangemode": "tozero"},
         "yaxis": {"title": "test images, %", "range": [0, 100]},
@@ -171,22 +183,25 @@ def against_epsilon(
 
 
 def quality(
-    comparison: Mapping[str, Any], distances: Mapping[str, float], kept: Mapping[str, int]
+    comparison: Comparison, distances: Mapping[str, float], image_counts: Mapping[str, int]
 ) -> tuple[Chart, str] | None:
-    """Robust accuracy of each arm over the distance of its generated images from real ones, and the measure's heading.
-    Arms without generated images are lines. distances, kept: arm -> Fréchet distance, number of images."""
+    """Chart of robust accuracy against the distance of generated from real images, and the heading of its measure.
+
+    Arms without generated images are horizontal lines. distances: arm -> Fréchet distance in the scorer's features.
+    image_counts: arm -> number of generated images. None if no arm has generated images.
+    """
     import plotly.graph_objects as go
 
     arms = comparison["arms"]
-    measure = HEADLINE if all(HEADLINE in values for values in arms.values()) else "best_pgd"
+    measure: ArmMeasure = HEADLINE if all(HEADLINE in values for values in arms.values()) else "best_pgd"
     if not distances:
         return None
     colours = _colours(arms)
-    across = [0.0, 1.1 * max(distances.values())]
+    x_range = [0.0, 1.1 * max(distances.values())]
     lines = [
         go.Scatter(
             name=f"{arm}: no generated images",
-            x=across,
+            x=x_range,
             y=[100 * arms[arm][measure]["value"]] * 2,
             line={"color": colours[arm], "width": 1.5, "dash": "dash"},
             mode="lines",
@@ -197,7 +212,7 @@ def quality(
     ]
     points = [
         go.Scatter(
-            name=f"{arm}: {kept[arm]:,} images",
+            name=f"{arm}: {image_counts[arm]:,} images",
             x=[distance],
             y=[100 * arms[arm][measure]["value"]],
             error_y=_error([arms[arm][measure]]),
@@ -216,7 +231,7 @@ def quality(
 
 
 def hours(costs: Sequence[Cost], order: Sequence[str]) -> Chart:
-    """Device hours of each arm, by stage. order: all stages, in theirs."""
+    """Stacked bar chart of the device hours of each arm, by stage. order: all stages, in the order of the pipeline."""
     import plotly.graph_objects as go
 
     stages = [stage for stage in order if any(cost.hours.get(stage) for cost in costs)]
@@ -242,24 +257,25 @@ def hours(costs: Sequence[Cost], order: Sequence[str]) -> Chart:
     return _chart(traces, layout)
 
 
-def _colours(arms: Mapping[str, Any]) -> dict[str, str]:
+def _colours(arms: Iterable[str]) -> dict[str, str]:
+    """Arm -> colour."""
     return {arm: PALETTE[k % len(PALETTE)] for k, arm in enumerate(arms)}
 
 
-def _error(values: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """From intervals around shares of 1, in per cent."""
+def _error(values: Sequence[Interval]) -> dict[str, object]:
+    """Plotly error bars in per cent, from accuracies or differences with intervals as shares of 1."""
     return {
         "type": "data",
         "symmetric": False,
-        "array": [100 * (one["high"] - one["value"]) for one in values],
-        "arrayminus": [100 * (one["value"] - one["low"]) for one in values],
+        "array": [100 * (value["high"] - value["value"]) for value in values],
+        "arrayminus": [100 * (value["value"] - value["low"]) for value in values],
         "thickness": 1.2,
         "width": 4,
     }
 
 
-def _chart(traces: Sequence[Any], layout: Mapping[str, Any]) -> Chart:
-    """dragmode is off, so that a finger on a chart scrolls the page."""
+def _chart(traces: "Sequence[BaseTraceType]", layout: Mapping[str, object]) -> Chart:
+    """A chart with the common layout. dragmode is off, so that a finger on a chart scrolls the page."""
     import plotly.graph_objects as go
 
     common = {

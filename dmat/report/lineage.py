@@ -1,67 +1,70 @@
-"""Where a result comes from: the chain of stage instances behind it, with the hash of everything that was handed on.
+"""Lineage of a result: the chain of stage instances that it comes from, with the hash of every input.
 
-Read from `artifacts/provenance`, which each stage writes. A link holds if what lies there now has the hash that the
-next stage read; where one does not, the chain is not the history of the result, and that is said.
+Read from `artifacts/provenance`, which each stage writes. A link holds if the file still has the hash that the next
+stage read. If a link does not hold, the chain is not the history of the result, and the link is reported as broken.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from dmat import files, tracking
 from dmat.metrics import pictures
-from dmat.workspace import FINISHED, Workspace, provenance_path
+from dmat.workspace import FINISHED, Provenance, Workspace, provenance_path
 
-_SHORT = 8  # characters of hashes and ids that people see
+_SHORT_LENGTH = 8  # characters of hashes and ids in output for people
 
 
 @dataclasses.dataclass(frozen=True)
 class LineageLink:
-    """What a stage read. makers: the instances that wrote it; empty for what no stage made."""
+    """An input of a stage. makers: the stage instances that wrote it; empty if no stage did."""
 
     name: str
     path: str
     sha256: str
-    holds: bool  # what lies at `path` is still that; True where nobody looked
+    holds: bool  # `path` still has this hash; True where it was not verified
     makers: tuple["LineageStep", ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class LineageStep:
-    """A finished stage instance and what it read."""
+    """A finished stage instance and its inputs."""
 
     stage: str
     instance_name: str
     fingerprint: str
-    run: str | None
+    run: str | None  # of MLflow
     parent: str | None  # of the run
     commit: str | None
     links: tuple[LineageLink, ...]
-    rank: int  # of its stage among the stages
+    rank: int  # position of its stage in the pipeline
 
     @property
     def title(self) -> str:
+        """Stage and instance, as in "train_robust generated-1"."""
         return f"{self.stage} {self.instance_name}"
 
     def steps(self) -> list["LineageStep"]:
-        """This one and all behind it, each once, in the order of the stages."""
+        """This step and all its ancestors, each once, in the order of the stages."""
         return ancestors([self])
 
     @property
     def broken(self) -> list[str]:
         """A sentence for each link that does not hold."""
         return [
-            f"{step.title} read {link.path} as {link.sha256[:_SHORT]}, which is not what lies there now"
+            f"{step.title} read {link.path} as {link.sha256[:_SHORT_LENGTH]}, but its content is different now"
             for step in self.steps()
             for link in step.links
             if not link.holds
         ]
 
-    def plain(self) -> list[dict[str, Any]]:
+    def plain(self) -> list[dict[str, object]]:
+        """The steps with their inputs, as JSON can hold them."""
         return [
             {
-                **{name: getattr(step, name) for name in ("stage", "instance", "fingerprint", "run", "commit")},
+                "stage": step.stage,
+                "instance": step.instance_name,
+                **{name: getattr(step, name) for name in ("fingerprint", "run", "commit")},
                 "inputs": {
                     link.name: {
                         "path": link.path,
@@ -76,42 +79,45 @@ class LineageStep:
         ]
 
 
-def runs_of(provenance: Mapping[str, Any], home: Path) -> tuple[str | None, str | None]:
-    """The MLflow run that made a result, and the parent of it. A store that was away when the result was finished got
-    its run later: then what the work folder remembers by now counts, or where that work was set aside."""
+def mlflow_runs(provenance: Provenance, home: Path) -> tuple[str | None, str | None]:
+    """The MLflow run that made a result, and its parent run; None where there is none.
+
+    If the store was unreachable when the result was finished, the run was created later. Then the ids come from the
+    record in the work folder, or in the folder to which that work was set aside.
+    """
     if provenance.get("mlflow_run") or not provenance.get("work"):
         return provenance.get("mlflow_run"), provenance.get("mlflow_parent")
     work = home / provenance["work"]
     for folder in (work, *sorted(work.glob("before-*"))):
-        note = folder / FINISHED
-        if note.exists() and files.read_json(note).get("provenance") == provenance:
-            return tracking.remembered_runs(folder)
+        finished_path = folder / FINISHED
+        if finished_path.exists() and files.read_json(finished_path).get("provenance") == provenance:
+            return tracking.recorded_runs(folder)
     return None, None
 
 
 def ancestors(results: Sequence[LineageStep]) -> list[LineageStep]:
-    """The results and all that they come from, each once, in the order of the stages."""
-    found: dict[str, LineageStep] = {}
+    """The results and all steps that they come from, each once, in the order of the stages."""
+    steps_by_title: dict[str, LineageStep] = {}
 
     def visit(step: LineageStep) -> None:
-        if step.title not in found:
-            found[step.title] = step
+        if step.title not in steps_by_title:
+            steps_by_title[step.title] = step
             for link in step.links:
                 for maker in link.makers:
                     visit(maker)
 
     for result in results:
         visit(result)
-    return sorted(found.values(), key=lambda step: (step.rank, step.instance_name))
+    return sorted(steps_by_title.values(), key=lambda step: (step.rank, step.instance_name))
 
 
 Makers = Mapping[str, tuple[str, str]]  # path of an output -> stage, instance; in the order of the stages
 
 
 class Chain:
-    """Steps by title, each read once.
+    """Reads steps and links from provenance, each step once.
 
-    verify: read everything that was handed on, millions of images too, and compare its hash.
+    verify: read every input, which may be millions of images, and compare its hash.
     """
 
     def __init__(self, makers: Makers, workspace: Workspace, verify: bool):
@@ -120,44 +126,50 @@ class Chain:
             stage_name: rank
             for rank, stage_name in enumerate(dict.fromkeys(stage_name for stage_name, _ in makers.values()))
         }
-        self._known: dict[str, LineageStep] = {}
+        self._steps: dict[str, LineageStep] = {}
 
     def step(self, stage: str, instance_name: str) -> LineageStep:
+        """The step of a stage instance, with all its ancestors. Raises DmatError where its provenance is missing."""
         title = f"{stage} {instance_name}"
-        if title not in self._known:
-            said = files.read_json(self._workspace.at(provenance_path(stage, instance_name)))
-            links = tuple(self.link(name, **entry) for name, entry in said["inputs"].items())
-            run, parent = runs_of(said, self._workspace.home)
-            self._known[title] = LineageStep(
+        if title not in self._steps:
+            provenance: Provenance = files.read_json(self._workspace.at(provenance_path(stage, instance_name)))
+            links = tuple(self.link(name, **entry) for name, entry in provenance["inputs"].items())
+            run, parent = mlflow_runs(provenance, self._workspace.home)
+            self._steps[title] = LineageStep(
                 stage,
                 instance_name,
-                said["fingerprint"],
+                provenance["fingerprint"],
                 run,
                 parent,
-                said.get("git_commit"),
+                provenance.get("git_commit"),
                 links,
                 self._ranks[stage],
             )
-        return self._known[title]
+        return self._steps[title]
 
     def link(self, name: str, path: str, sha256: str) -> LineageLink:
-        owners = dict.fromkeys(
+        """The link of an input that was read from `path` with this hash."""
+        maker_names = dict.fromkeys(
             maker for output, maker in self._makers.items() if output == path or output.startswith(f"{path}/")
         )
-        steps = tuple(self.step(*owner) for owner in owners if self._workspace.at(provenance_path(*owner)).exists())
-        at = self._workspace.at(path)
-        holds = not self._verify or (at.exists() and files.checksum(at) == sha256)
-        return LineageLink(name, path, sha256, holds, steps)
+        maker_steps = tuple(
+            self.step(*maker_name)
+            for maker_name in maker_names
+            if self._workspace.at(provenance_path(*maker_name)).exists()
+        )
+        target = self._workspace.at(path)
+        holds = not self._verify or (target.exists() and files.checksum(target) == sha256)
+        return LineageLink(name, path, sha256, holds, maker_steps)
 
 
 def lines(results: Sequence[LineageStep]) -> list[str]:
-    """Trees, the results on top. A step that was shown is not opened again."""
+    """The chain as indented lines, one tree per result. A step that occurs again is shown without its inputs."""
     shown = set[str]()
     return [line for result in results for line in _lines(result, "", shown)]
 
 
 def _lines(step: LineageStep, indent: str, shown: set[str]) -> Iterator[str]:
-    run, commit = (value[:_SHORT] if value else "–" for value in (step.run, step.commit))
+    run, commit = (value[:_SHORT_LENGTH] if value else "–" for value in (step.run, step.commit))
     if step.title in shown:
         yield f"{indent}{step.title} (above)"
         return
@@ -165,40 +177,41 @@ def _lines(step: LineageStep, indent: str, shown: set[str]) -> Iterator[str]:
     yield f"{indent}{step.title}  fingerprint {step.fingerprint}, run {run}, commit {commit}"
     for link in step.links:
         mark = "" if link.holds else "  CHANGED SINCE"
-        yield f"{indent}  {link.name}: {link.path} {link.sha256[:_SHORT]}{mark}"
+        yield f"{indent}  {link.name}: {link.path} {link.sha256[:_SHORT_LENGTH]}{mark}"
         for maker in link.makers:
             yield from _lines(maker, f"{indent}    ", shown)
 
 
 def draw(results: Sequence[LineageStep], path: Path, title: str) -> None:
-    """The chain as a picture: a column for each stage, arrows from what was made to who read it; red if changed."""
+    """Draws the chain to a PNG file: a column per stage, an arrow from each step to its readers, red if changed."""
     steps = ancestors(results)
-    columns = list(dict.fromkeys(one.stage for one in steps))
-    rows = {stage_name: [one for one in steps if one.stage == stage_name] for stage_name in columns}
-    tallest = max(len(some) for some in rows.values())
+    columns = list(dict.fromkeys(step.stage for step in steps))
+    rows = {stage_name: [step for step in steps if step.stage == stage_name] for stage_name in columns}
+    tallest = max(len(column_steps) for column_steps in rows.values())
     figure, axes = pictures.new_figure(1.75 * len(columns), 0.95 * tallest + 0.9)
-    at = {
-        one.title: (column, (tallest - 1) / 2 - row + (len(rows[stage_name]) - 1) / 2)
+    positions = {
+        step.title: (column, (tallest - 1) / 2 - row + (len(rows[stage_name]) - 1) / 2)
         for column, stage_name in enumerate(columns)
-        for row, one in enumerate(rows[stage_name])
+        for row, step in enumerate(rows[stage_name])
     }
-    for one in steps:
-        for link in one.links:
+    for step in steps:
+        for link in step.links:
             for maker in link.makers:
                 colour = pictures.PALETTE[0] if link.holds else "#c92a2a"
                 axes.annotate(
-                    "", at[one.title], at[maker.title],
+                    "", positions[step.title], positions[maker.title],
                     arrowprops={"arrowstyle": "-|>", "color": colour, "shrinkA": 36, "shrinkB": 40, "linewidth": 1,
                                 "connectionstyle": "arc3,rad=0.12"},
                 )  # fmt: skip
-    for one in steps:
+    for step in steps:
         stage_name, instance_name = (
-            one.stage.replace("_", "\n"),
-            one.instance_name if one.instance_name != "all" else "",
+            step.stage.replace("_", "\n"),
+            step.instance_name if step.instance_name != "all" else "",
         )
-        run = f"run {one.run[:_SHORT]}" if one.run else "not tracked"
+        run = f"run {step.run[:_SHORT_LENGTH]}" if step.run else "not tracked"
         axes.text(
-            *at[one.title], "\n".join(filter(None, (stage_name, instance_name, run))), ha="center", va="center", fontsize=7.5,
+            *positions[step.title], "\n".join(filter(None, (stage_name, instance_name, run))),
+            ha="center", va="center", fontsize=7.5,
             bbox={"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": "#868e96"},
         )  # fmt: skip
     axes.set_xlim(-0.6, len(columns) - 0.4)

@@ -1,8 +1,8 @@
-// Draws the charts of the page, in its colours, and again for paper and when these change.
+// Draws the charts of the page in its colours. Redraws them for printing and when the colour scheme changes.
 (function () {
   const charts = JSON.parse(document.getElementById("charts").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const PAPER = 640; // px: the width of a printed page
+  const PAPER = 640; // px: width of a printed page
 
   function coloured(layout, printing) {
     const style = getComputedStyle(document.documentElement);
@@ -21,10 +21,10 @@
 
   function draw(printing) {
     for (const [name, chart] of Object.entries(charts)) {
-      const place = document.getElementById("chart-" + name);
+      const element = document.getElementById("chart-" + name);
       const options = { responsive: !printing, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
-      if (printing) options.displayModeBar = false; // else it shows under the pointer
-      Plotly.react(place, chart.data, coloured(chart.layout, printing), options);
+      if (printing) options.displayModeBar = false; // otherwise it appears in print under the pointer
+      Plotly.react(element, chart.data, coloured(chart.layout, printing), options);
     }
   }
 

@@ -1,8 +1,11 @@
-"""AutoAttack (Croce and Hein 2020) through the authors' package, which only this file imports."""
+"""AutoAttack (Croce and Hein 2020) through the authors' package, which only this file imports.
+
+Shapes: B images, C channels, H height, W width, K classes.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,43 +14,48 @@ from torch.autograd import Function
 from dmat.errors import DmatError
 from dmat.robust.attacks import Ball
 
+if TYPE_CHECKING:
+    from pyautoattack import AutoAttack
+
 _NORMS = {"linf": "Linf", "l2": "L2"}
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 _CLASSES_NEEDED = {"apgd-dlr": 3, "apgd-t": 4}  # the loss compares with the third and the fourth logit
-_SQUARES = 5
-_TARGETS = 9  # of the targeted attacks, in the standard suite
+_MIN_HEIGHT_L2_SQUARE = 5  # pixels
+_STANDARD_TARGETS = 9  # wrong classes that the targeted attacks of the standard suite try
 
-ROBUST, MISCLASSIFIED = -1, -2  # in `broken_by`, where no attack has a number
+ROBUST, MISCLASSIFIED = -1, -2  # values of `broken_by` for images that no attack broke
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Attacks in their order, each on the images that those before it left; what a result of them may be called."""
+    """Attacks in their order; each runs on the images that are still robust to the earlier ones."""
 
     attacks: tuple[str, ...]
     targets: int  # wrong classes that a targeted attack tries
-    standard: bool
+    standard: bool  # whether a result may be called a result of standard AutoAttack
 
     @property
     def name(self) -> str:
+        """The name to report beside a result: "standard", or "nonstandard" with the attacks."""
         return "standard" if self.standard else f"nonstandard ({', '.join(self.attacks)})"
 
 
-def suite(wanted: str | Sequence[str], classes: int) -> Suite:
-    """ "standard" or names of `ATTACKS`, for a model with so many classes.
+def suite(attacks: str | Sequence[str], classes: int) -> Suite:
+    """Returns the suite of `attacks`, "standard" or names of `ATTACKS`, for a model with `classes` classes.
 
-    Below ten classes the targeted attacks try all wrong ones. Below four the standard suite has no APGD-T, whose loss
-    is not defined, and is not standard any more.
+    With fewer than ten classes the targeted attacks try all wrong classes. With fewer than four the standard suite
+    leaves out APGD-T, whose loss is not defined, and is no longer standard. Raises DmatError for an unknown attack, or
+    one that needs more classes.
     """
     if classes < 2:
         raise DmatError(f"the model has {classes} class; expected 2 or more; there is nothing to attack")
-    targets = min(_TARGETS, classes - 1)
-    if wanted == "standard":
+    targets = min(_STANDARD_TARGETS, classes - 1)
+    if attacks == "standard":
         possible = tuple(name for name in STANDARD if classes >= _CLASSES_NEEDED.get(name, 2))
         return Suite(possible, targets, standard=possible == STANDARD)
-    chosen = tuple(wanted)
-    for name in chosen:
+    names = tuple(attacks)
+    for name in names:
         if name not in ATTACKS:
             raise DmatError(f"attack {name!r} is not known; expected some of {', '.join(ATTACKS)}, or standard")
         if classes < _CLASSES_NEEDED.get(name, 2):
@@ -55,7 +63,7 @@ def suite(wanted: str | Sequence[str], classes: int) -> Suite:
                 f"{name} needs {_CLASSES_NEEDED[name]} classes, the model has {classes}; expected attacks without the "
                 f"DLR loss; leave it out, or say standard"
             )
-    return Suite(chosen, targets, standard=chosen == STANDARD)
+    return Suite(names, targets, standard=names == STANDARD)
 
 
 def attack(
@@ -63,82 +71,97 @@ def attack(
     images: Tensor,
     labels: Tensor,
     ball: Ball,
-    chosen: Suite,
+    attack_suite: Suite,
     seed: int,
     batch: int,
 ) -> tuple[Tensor, Tensor]:
-    """The image that broke the model, or the image itself, [B, C, H, W]; and who did, int64 [B].
+    """Runs the attacks of a suite. Returns adversarial images [B, C, H, W] and `broken_by`, int64 [B].
 
-    broken_by: position in `chosen.attacks`, MISCLASSIFIED (without any attack) or ROBUST. The model in evaluation mode
-    and float32, images in [0, 1] on its device. One attack of the package after the other on what is still right,
-    in batches of `batch`, each with `seed`: as one call of the package does.
+    images [B, C, H, W] in [0, 1], labels int64 [B], on the device of the model, which is in evaluation mode and
+    float32. Each attack of the package runs on the images that are still classified correctly, in batches of `batch`,
+    each with `seed`, as one call of the package does.
+    The adversarial image of an image that no attack broke is the image itself. broken_by: position in
+    `attack_suite.attacks`, MISCLASSIFIED (wrong without any attack) or ROBUST.
+    Raises DmatError if images are too small for Square in l2.
     """
-    if ball.norm == "l2" and "square" in chosen.attacks and images.shape[2] < _SQUARES:
+    if ball.norm == "l2" and "square" in attack_suite.attacks and images.shape[2] < _MIN_HEIGHT_L2_SQUARE:
         raise DmatError(
-            f"images are {images.shape[2]} pixels high; expected {_SQUARES} or more, as the l2 version of Square puts "
-            f"{_SQUARES} squares above each other; name the other attacks"
+            f"images are {images.shape[2]} pixels high; expected {_MIN_HEIGHT_L2_SQUARE} or more, because the l2 "
+            f"version of Square stacks {_MIN_HEIGHT_L2_SQUARE} squares vertically; choose the other attacks"
         )
-    package = _package(logits_of, ball, chosen, seed, images.device)
+    package = _package(logits_of, ball, attack_suite, seed, images.device)
     images = images.contiguous()
-    found = images.detach().clone()
+    adversarial = images.detach().clone()
     broken_by = torch.full_like(labels, ROBUST)
     with torch.no_grad():
-        right = torch.cat([logits_of(part).argmax(1) for part in images.split(batch)]) == labels
-    broken_by[~right] = MISCLASSIFIED
-    for number, name in enumerate(chosen.attacks):
-        left = torch.nonzero(broken_by == ROBUST)[:, 0]
-        if not len(left):
+        correct = torch.cat([logits_of(x).argmax(1) for x in images.split(batch)]) == labels  # [B]
+    broken_by[~correct] = MISCLASSIFIED
+    for number, name in enumerate(attack_suite.attacks):
+        robust = torch.nonzero(broken_by == ROBUST)[:, 0]  # indices
+        if not len(robust):
             break
         package.attacks_to_run = [name]
-        worst, prediction = package.run_standard_evaluation(images[left], labels[left], batch_size=batch)
-        broken = prediction != labels[left]
-        found[left[broken]] = worst[broken].detach()
-        broken_by[left[broken]] = number
-    return found, broken_by
+        attacked, prediction = package.run_standard_evaluation(images[robust], labels[robust], batch_size=batch)
+        broken = prediction != labels[robust]
+        adversarial[robust[broken]] = attacked[broken].detach()
+        broken_by[robust[broken]] = number
+    return adversarial, broken_by
 
 
-def _package(logits_of: Callable[[Tensor], Tensor], ball: Ball, chosen: Suite, seed: int, device: torch.device) -> Any:
-    """The package's standard version, told how many wrong classes there are and, later, which attack to run."""
+def _package(
+    logits_of: Callable[[Tensor], Tensor],  # [B, C, H, W] -> [B, K]
+    ball: Ball,
+    attack_suite: Suite,
+    seed: int,
+    device: torch.device,
+) -> "AutoAttack":
+    """Builds the package's standard version with the suite's number of targets. `attack` sets the attacks to run."""
     from pyautoattack import AutoAttack
 
-    wrapped: Any = _PackageModel(logits_of)  # the package looks for parameters of a module
-    package: Any = AutoAttack(
+    wrapped = _PackageModel(logits_of)  # the package looks for parameters of a module
+    package = AutoAttack(
         wrapped, norm=_NORMS[ball.norm], eps=float(ball.epsilon), version="standard", seed=seed, device=str(device)
     )
-    package.apgd_targeted.n_target_classes = chosen.targets
-    package.fab.n_target_classes = chosen.targets
+    package.apgd_targeted.n_target_classes = attack_suite.targets
+    package.fab.n_target_classes = attack_suite.targets
     return package
 
 
 class _PackageModel(torch.nn.Module):
-    """The model as the package sees it: images and gradients contiguous, as its `view`s need them, and the model itself
-    with channels-last images, in which convolutions are faster."""
+    """Wraps the model for the package: [B, C, H, W] -> [B, K].
 
-    def __init__(self, logits_of: Callable[[Tensor], Tensor]):
+    The package gets contiguous images and gradients, which its `view`s need. The model gets channels-last images,
+    which make convolutions faster.
+    """
+
+    def __init__(self, logits_of: Callable[[Tensor], Tensor]):  # [B, C, H, W] -> [B, K]
         super().__init__()
         self.logits_of = logits_of
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K]
         result: Tensor = self.logits_of(_ChannelsLast.apply(images))
         return result
 
 
 class _ChannelsLast(Function):
-    """The same numbers in another order in memory, and their gradients in the first one."""
+    """Converts images to channels-last memory, and their gradients back to contiguous memory."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor) -> Tensor:
+    def forward(ctx: object, images: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
         return images.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:  # one [B, C, H, W] -> [B, C, H, W]
         return gradients[0].contiguous()
 
 
 def square(
     logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, ball: Ball, queries: int, seed: int
 ) -> Tensor:
-    """Images of Square (Andriushchenko et al. 2020), a black-box attack, with so many queries: [B, C, H, W]."""
+    """Runs the black-box attack Square (Andriushchenko et al. 2020) with `queries` queries per image.
+
+    images [B, C, H, W] in [0, 1], labels int64 [B] -> adversarial images [B, C, H, W].
+    """
     package = _package(logits_of, ball, Suite(("square",), 1, standard=False), seed, images.device)
     package.square.n_queries = queries
     package.square.seed = seed

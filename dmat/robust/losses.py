@@ -1,9 +1,14 @@
-"""Training losses of a classifier, one signature: loss(model, images, targets, start, recipe, class_means) -> Loss.
+"""Training losses of a classifier. All have one signature:
 
-targets: labels int64 [B], or shares of the classes float [B, K] (mixed images; these are not smoothed, as published).
-start: where the attack begins, [B, C, H, W], as `draw_start` draws it for the loss. class_means: [K, K], what `ikl`
-weighs with; others ignore it.
-The model is in training mode; how batch norm behaves in each forward pass is part of a loss and stated in it.
+    loss(model, images, targets, start, settings, class_means) -> Loss
+
+images: [B, C, H, W] in [0, 1].
+targets: labels int64 [B], or class probabilities float [B, K] of mixed images (these are not smoothed, as published).
+start: where the attack begins, [B, C, H, W], as `draw_start` draws it for the loss.
+class_means: [K, K], the weights of `ikl`; other losses ignore it.
+
+The model is in training mode. How batch norm behaves in each forward pass is part of a loss; its docstring says it.
+Shapes: B batch, C channels, H height, W width, K classes.
 """
 
 import dataclasses
@@ -21,22 +26,22 @@ from dmat.robust.attacks import Ball
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """The numbers of a loss. step_size in pixels of [0, 1]; beta weighs robustness against clean accuracy."""
+    """The hyper-parameters of a loss."""
 
     ball: Ball
-    steps: int
-    step_size: float
-    beta: float
+    steps: int  # of the attack
+    step_size: float  # in pixels of [0, 1]
+    beta: float  # weight of the adversarial term: robustness against clean accuracy
     label_smoothing: float
-    alpha: float = 0.0  # of ikl: the weight of its cross-entropy
+    alpha: float = 0.0  # ikl only: weight of its cross-entropy
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """Per-image values [B] (the caller averages) and the logits [B, K] that made them, detached."""
+    """Per-image values [B], which the caller averages, and the logits [B, K] behind them. Detached, but for `total`."""
 
     total: Tensor
-    clean: Tensor  # label-smoothed cross-entropy on the clean images; pgd_at has none: zeros
+    clean: Tensor  # label-smoothed cross-entropy on the clean images; zeros for pgd_at, which has none
     robust: Tensor  # the adversarial term before beta; zeros for standard training
     clean_logits: Tensor | None
     adversarial_logits: Tensor | None
@@ -46,7 +51,7 @@ LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor, LossSettings, Tensor
 
 
 def draw_start(name: str, ball: Ball, generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
-    """The `start` of the loss of that name, [B, C, H, W]: perturbations, but for `pgd_at` in l2 images in [0, 1]."""
+    """Draws the `start` [B, C, H, W] of the loss `name`: perturbations, but images in [0, 1] for `pgd_at` in l2."""
     if name == "pgd_at" and ball.norm == "l2":
         return seeds.uniform(generator, shape)
     return ball.training_start(generator, shape)
@@ -62,17 +67,18 @@ def trades(
 ) -> Loss:
     """TRADES (Zhang et al. 2019) as in Wang et al. 2023's code.
 
-    Cross-entropy(clean) + beta * KL(p_clean || p_adversarial), with the gradient through both branches of the
-    KL. The inner attack maximises the KL to the detached clean prediction (of mixed images: to their targets) on
-    batch statistics without tracking. Two passes are tracked, clean first.
+    Cross-entropy(clean) + beta * KL(p_clean || p_adversarial), with the gradient through both branches of the KL.
+    The inner attack maximises the KL to the detached clean prediction (for mixed images: to their targets).
+    It uses batch statistics and does not update running statistics. Two passes update them, the clean one first.
+    images and start [B, C, H, W], targets [B] or [B, K] -> values [B].
     """
-    clean_logits, adversarial_logits = _both(model, images, targets, start, settings)
+    clean_logits, adversarial_logits = _clean_and_adversarial_logits(model, images, targets, start, settings)
     clean = _cross_entropy(clean_logits, targets, settings)
     # log_target keeps 0 * log 0 at 0; the clamped version of other implementations changes the gradient.
     robust = F.kl_div(
         adversarial_logits.log_softmax(1), clean_logits.log_softmax(1), reduction="none", log_target=True
     ).sum(1)
-    return _of(clean + settings.beta * robust, clean, robust, clean_logits, adversarial_logits)
+    return _detached(clean + settings.beta * robust, clean, robust, clean_logits, adversarial_logits)
 
 
 def ikl(
@@ -87,22 +93,23 @@ def ikl(
 
     Cross-entropy(clean) + beta * wMSE + alpha * cross-entropy(detached p_clean, p_adversarial). wMSE is a quarter
     of the squared differences between clean and adversarial logit gaps o_j - o_k over all pairs of classes, weighted
-    by w_j w_k, where w is the mean prediction for the class of the image: row of class_means [K, K]. The gradient
+    by w_j w_k, where w is the mean prediction for the class of the image: a row of class_means [K, K]. The gradient
     reaches both branches of wMSE. `robust` is (beta * wMSE + alpha * cross-entropy) / beta.
+    images and start [B, C, H, W], targets [B] or [B, K] -> values [B].
     """
     if class_means is None:
         raise TypeError("ikl needs class_means")
-    clean_logits, adversarial_logits = _both(model, images, targets, start, settings)
+    clean_logits, adversarial_logits = _clean_and_adversarial_logits(model, images, targets, start, settings)
     clean = _cross_entropy(clean_logits, targets, settings)
-    weights = class_means[targets] if targets.ndim == 1 else targets @ class_means  # [B, K], rows add up to 1
-    difference = clean_logits - adversarial_logits
+    weights = class_means[targets] if targets.ndim == 1 else targets @ class_means  # [B, K], rows sum to 1
+    difference = clean_logits - adversarial_logits  # [B, K]
     # sum_jk w_j w_k (d_j - d_k)^2 / 4 is half the variance of d under w: K terms instead of K^2
     centred = difference - (weights * difference).sum(1, keepdim=True)
-    squared = (weights * centred**2).sum(1) / 2
-    soft = -(clean_logits.detach().softmax(1) * adversarial_logits.log_softmax(1)).sum(1)
-    adversarial = settings.beta * squared + settings.alpha * soft
+    weighted_mse = (weights * centred**2).sum(1) / 2  # [B]
+    soft_cross_entropy = -(clean_logits.detach().softmax(1) * adversarial_logits.log_softmax(1)).sum(1)  # [B]
+    adversarial = settings.beta * weighted_mse + settings.alpha * soft_cross_entropy
     robust = adversarial / settings.beta if settings.beta else adversarial
-    return _of(clean + adversarial, clean, robust, clean_logits, adversarial_logits)
+    return _detached(clean + adversarial, clean, robust, clean_logits, adversarial_logits)
 
 
 def pgd_at(
@@ -113,10 +120,12 @@ def pgd_at(
     settings: LossSettings,
     class_means: Tensor | None = None,
 ) -> Loss:
-    """Adversarial training (Madry et al. 2018): cross-entropy on the images that maximise it. One tracked pass.
+    """Adversarial training (Madry et al. 2018): cross-entropy on the images that maximise it.
 
-    The attack sees the model in evaluation mode and starts, in l2, on the sphere in the direction of a random image,
-    as in Wang et al.'s code base: `start` is that image, uniform in [0, 1]. Label smoothing is the recipe's.
+    The attack sees the model in evaluation mode. One pass updates running statistics, the one on adversarial images.
+    In l2 the attack starts on the sphere in the direction of a random image, as in Wang et al.'s code base: `start` is
+    that image, uniform in [0, 1]. The loss uses settings.label_smoothing; the attack's objective does not.
+    images and start [B, C, H, W], targets [B] or [B, K] -> values [B].
     """
     if settings.ball.norm == "l2":
         start = settings.ball.project(start - images)  # inside [0, 1], as it lies between two images
@@ -137,21 +146,22 @@ def standard(
     settings: LossSettings,
     class_means: Tensor | None = None,
 ) -> Loss:
-    """Label-smoothed cross-entropy on the images as they are; `start` is not used."""
+    """Label-smoothed cross-entropy on clean images [B, C, H, W]; `start` is not used. targets [B] or [B, K] -> [B]."""
     logits = model(images).float()
     clean = _cross_entropy(logits, targets, settings)
     return Loss(clean, clean.detach(), clean.detach() * 0, logits.detach(), None)
 
 
 LOSSES: dict[str, LossFunction] = {"trades": trades, "standard": standard, "pgd_at": pgd_at, "ikl": ikl}
-ADVERSARIAL = ("trades", "pgd_at", "ikl")  # these attack
-WITH_CLASS_MEANS = ("ikl",)
+ADVERSARIAL = ("trades", "pgd_at", "ikl")  # losses that run an attack
+WITH_CLASS_MEANS = ("ikl",)  # losses that need class_means
 
 
 class ClassMeans:
-    """Mean prediction of the clean images of each class, [K, K]: that of the last epoch, while this one is summed.
+    """Mean prediction for the clean images of each class: `means` [K, K], a row per class.
 
-    Uniform in the first epoch (Cui et al. 2023 and their code). Predictions are softened by a temperature.
+    `means` is that of the last epoch while the current one is summed; uniform in the first epoch (Cui et al. 2023 and
+    their code). Predictions are softened by a temperature.
     """
 
     def __init__(self, classes: int, temperature: float, device: torch.device):
@@ -159,34 +169,41 @@ class ClassMeans:
         self.means = torch.full((classes, classes), 1 / classes, device=device)
         self._sums = torch.zeros_like(self.means)
 
-    def sums_of(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """[K, K]: what a batch adds. logits [B, K] of clean images; targets as a loss takes them."""
-        shares = F.one_hot(targets, len(self.means)).float() if targets.ndim == 1 else targets
-        return shares.T @ (logits / self.temperature).softmax(1)
+    def batch_sums(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the contribution of a batch, [K, K], for `add`.
+
+        logits [B, K] of clean images; targets [B] or [B, K], as a loss takes them.
+        """
+        probabilities = F.one_hot(targets, len(self.means)).float() if targets.ndim == 1 else targets  # [B, K]
+        return probabilities.T @ (logits / self.temperature).softmax(1)
 
     def add(self, sums: Tensor) -> None:
+        """Adds the contribution of a batch, [K, K]."""
         self._sums += sums
 
     def next_epoch(self) -> None:
-        """A class that the epoch did not show keeps its row."""
-        mass = self._sums.sum(1, keepdim=True)
+        """Turns the sums of the epoch into `means`. A class without images in the epoch keeps its row."""
+        mass = self._sums.sum(1, keepdim=True)  # [K, 1]
         self.means = torch.where(mass > 0, self._sums / mass.clamp(min=1e-12), self.means)
         self._sums = torch.zeros_like(self.means)
 
     def state(self) -> dict[str, Tensor]:
+        """Returns the state for a checkpoint: "means" and "sums", [K, K] each."""
         return {"means": self.means, "sums": self._sums}
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state` returned: "means" and "sums", [K, K] each."""
         self.means, self._sums = state["means"].to(self.means.device), state["sums"].to(self.means.device)
 
 
-def _both(
+def _clean_and_adversarial_logits(
     model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, settings: LossSettings
 ) -> tuple[Tensor, Tensor]:
-    """Natural and adversarial logits [B, K], float32, with gradients.
+    """Returns clean and adversarial logits [B, K], float32, with gradients.
 
-    The tracked clean pass comes before the attack, which needs its prediction: the same numbers as one more pass
-    without tracking, as published, and one pass of 27 less. The l2 start is not clipped to [0, 1], as published.
+    images and start [B, C, H, W], targets [B] or [B, K]. The clean pass, which updates running statistics, comes before
+    the attack, which needs its prediction. The numbers equal those of one more pass without tracking, as published, at
+    one pass of 27 less. The l2 start is not clipped to [0, 1], as published.
     """
     clean_logits = model(images).float()
     target = clean_logits.detach().log_softmax(1) if targets.ndim == 1 else targets.clamp(min=1e-30).log()
@@ -204,10 +221,11 @@ def _both(
     return clean_logits, model(adversarial).float()
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, settings: LossSettings) -> Tensor:
+def _cross_entropy(logits: Tensor, targets: Tensor, settings: LossSettings) -> Tensor:  # [B, K], [B(, K)] -> [B]
     smoothing = settings.label_smoothing if targets.ndim == 1 else 0.0
     return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
 
 
-def _of(total: Tensor, clean: Tensor, robust: Tensor, clean_logits: Tensor, adversarial_logits: Tensor) -> Loss:
+def _detached(total: Tensor, clean: Tensor, robust: Tensor, clean_logits: Tensor, adversarial_logits: Tensor) -> Loss:
+    """Detaches all but the total. total, clean and robust [B]; logits [B, K]."""
     return Loss(total, clean.detach(), robust.detach(), clean_logits.detach(), adversarial_logits.detach())

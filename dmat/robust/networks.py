@@ -1,7 +1,9 @@
-"""Classifiers: (images in [0, 1]) -> logits. Classes, channels, mean and std come from the data set's facts.
+"""Classifiers: images [B, C, H, W] in [0, 1] -> logits [B, K]. A `DataSpec` says what a network must know of its data.
 
 `WideResNet` has the layout and the parameter names of the networks that Gowal et al. 2020 and Wang et al. 2023
 published (TensorFlow-style "same" padding for stride 2: right and bottom only), so that weights can be exchanged.
+
+Shapes: B batch, C channels, H height, W width, K classes, F features; H' and W' after a stride.
 """
 
 import dataclasses
@@ -26,27 +28,27 @@ class DataSpec:
 
 
 class Classifier(nn.Module):
-    """What every network is: `features` and a last layer called `logits`, normalisation inside."""
+    """Base class of all networks: `features`, then a last layer called `logits`. Normalisation is inside."""
 
     logits: nn.Linear
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, C, H, W] in [0, 1] -> logits [B, classes]."""
+        """images [B, C, H, W] in [0, 1] -> logits [B, K]."""
         result: Tensor = self.logits(self.features(images))
         return result
 
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer sees: [B, F]."""
+        """Computes the input of the last layer: images [B, C, H, W] in [0, 1] -> [B, F]."""
         raise NotImplementedError
 
 
 def wide_resnet(data_spec: DataSpec, depth: int, width: int, activation: str) -> "WideResNet":
-    """WRN-depth-width. depth = 6 n + 4 with n >= 1."""
+    """Builds WRN-depth-width. depth = 6 n + 4 with n >= 1; activation: a name in `ACTIVATIONS`."""
     return WideResNet(data_spec, depth, width, ACTIVATIONS[activation])
 
 
 def wide_resnet_symmetric(data_spec: DataSpec, depth: int, width: int, activation: str) -> "WideResNet":
-    """`wide_resnet` with stride 2 padded on all four sides, as the networks of TRADES and Carmon et al. 2019 are."""
+    """Builds a `wide_resnet` that pads all four sides at stride 2, as the networks of TRADES and Carmon et al. 2019."""
     model = wide_resnet(data_spec, depth, width, activation)
     for group in model.layer:
         if isinstance(group, Group) and isinstance(first := group.block[0], WideBlock) and first.conv_0.stride[0] == 2:
@@ -57,7 +59,7 @@ def wide_resnet_symmetric(data_spec: DataSpec, depth: int, width: int, activatio
 
 
 def preact_resnet(data_spec: DataSpec, depth: int, width: int, activation: str) -> "PreActResNet":
-    """PreActResNet-18 or -34; width is not used."""
+    """Builds PreActResNet-18 or -34 (depth 18 or 34); width is not used. activation: a name in `ACTIVATIONS`."""
     return PreActResNet(data_spec, PREACT_BLOCKS[depth], ACTIVATIONS[activation])
 
 
@@ -69,7 +71,10 @@ NETWORKS: dict[str, Callable[[DataSpec, int, int, str], Classifier]] = {
 
 
 class Normalise(nn.Module):
-    """(x - mean) / std by channel. The constants are not part of the state dict, as in the published networks."""
+    """Computes (x - mean) / std per channel: [B, C, H, W] -> [B, C, H, W].
+
+    The constants [C, 1, 1] are not part of the state dict, as in the published networks.
+    """
 
     mean: Tensor
     std: Tensor
@@ -79,7 +84,7 @@ class Normalise(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
         return (x - self.mean) / self.std
 
 
@@ -104,8 +109,8 @@ class WideResNet(Classifier):
         self.apply(_initialise)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer sees: [B, 64 * width]."""
-        h = self.layer(self.init_conv(self.normalise(images)))
+        """Computes the input of the last layer: images [B, C, H, W] in [0, 1] -> [B, 64 * width]."""
+        h = self.layer(self.init_conv(self.normalise(images)))  # [B, 64 * width, H', W']
         return self.activation(self.batchnorm(h)).mean((2, 3))
 
 
@@ -113,9 +118,11 @@ PREACT_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # depth -> blocks of each 
 
 
 class PreActResNet(Classifier):
-    """Pre-activation residual network (He et al. 2016) as Rebuffi et al. 2021 published it: groups of 64, 128, 256 and
-    512 channels, 3x3 shortcuts from the raw input of a block, names as in their files. Their weights start as torch
-    initialises its layers, unlike those of their `WideResNet`."""
+    """Pre-activation residual network (He et al. 2016) as Rebuffi et al. 2021 published it.
+
+    Groups have 64, 128, 256 and 512 channels. 3x3 shortcuts start at the raw input of a block. Names are those of their
+    files. Weights start as torch initialises its layers, unlike those of their `WideResNet`.
+    """
 
     def __init__(self, data_spec: DataSpec, blocks: Sequence[int], activation: type[nn.Module]):
         super().__init__()
@@ -123,78 +130,86 @@ class PreActResNet(Classifier):
         self.conv_2d = nn.Conv2d(data_spec.channels, 64, 3, padding=1, bias=False)
         width = 64
         for group, count in enumerate(blocks):
-            wanted = 64 * 2**group
+            out_width = 64 * 2**group
             strides = [1 if group == 0 else 2] + [1] * (count - 1)
-            made = [PreActBlock(width if k == 0 else wanted, wanted, strides[k], activation) for k in range(count)]
-            setattr(self, f"layer_{group}", nn.Sequential(*made))
-            width = wanted
+            layers = [
+                PreActBlock(width if k == 0 else out_width, out_width, strides[k], activation) for k in range(count)
+            ]
+            setattr(self, f"layer_{group}", nn.Sequential(*layers))
+            width = out_width
         self.batchnorm = nn.BatchNorm2d(width, momentum=0.01)
         self.relu = activation()
         self.logits = nn.Linear(width, data_spec.classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer sees: [B, 512]."""
-        h = self.conv_2d(self.normalise(images))
+        """Computes the input of the last layer: images [B, C, H, W] in [0, 1] -> [B, 512]."""
+        h = self.conv_2d(self.normalise(images))  # [B, 64, H, W]
         for group in range(4):
             h = getattr(self, f"layer_{group}")(h)
         return self.relu(self.batchnorm(h)).mean((2, 3))
 
 
 class PreActBlock(nn.Module):
-    """Two convolutions, each after batch norm and activation; the shortcut sees the input without either."""
+    """Two convolutions, each after batch norm and activation; the shortcut takes the raw input of the block.
 
-    def __init__(self, width: int, wanted: int, stride: int, activation: type[nn.Module]):
+    width and out_width: channels of input and output. [B, width, H, W] -> [B, out_width, H', W'].
+    """
+
+    def __init__(self, width: int, out_width: int, stride: int, activation: type[nn.Module]):
         super().__init__()
-        inside = 1 if stride == 1 else 0  # stride 2 pads right and bottom in forward()
+        pad = 1 if stride == 1 else 0  # stride 2 pads right and bottom in forward()
         self.batchnorm_0 = nn.BatchNorm2d(width, momentum=0.01)
         self.relu_0 = activation()
-        self.conv_2d_1 = nn.Conv2d(width, wanted, 3, stride=stride, padding=inside, bias=False)
-        self.batchnorm_1 = nn.BatchNorm2d(wanted, momentum=0.01)
+        self.conv_2d_1 = nn.Conv2d(width, out_width, 3, stride=stride, padding=pad, bias=False)
+        self.batchnorm_1 = nn.BatchNorm2d(out_width, momentum=0.01)
         self.relu_1 = activation()
-        self.conv_2d_2 = nn.Conv2d(wanted, wanted, 3, padding=1, bias=False)
-        changes = stride != 1 or width != wanted
-        self.shortcut = nn.Conv2d(width, wanted, 3, stride=stride, padding=inside, bias=False) if changes else None
+        self.conv_2d_2 = nn.Conv2d(out_width, out_width, 3, padding=1, bias=False)
+        projects = stride != 1 or width != out_width
+        self.shortcut = nn.Conv2d(width, out_width, 3, stride=stride, padding=pad, bias=False) if projects else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [B, width, H, W] -> [B, out_width, H', W']
         active = self.relu_0(self.batchnorm_0(x))
         h = self.conv_2d_2(self.relu_1(self.batchnorm_1(self.conv_2d_1(self._padded(active)))))
         return h + (x if self.shortcut is None else self.shortcut(self._padded(x)))
 
-    def _padded(self, x: Tensor) -> Tensor:
+    def _padded(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> the same, or [B, C, H + 1, W + 1] before stride 2
         return x if self.conv_2d_1.stride[0] == 1 else F.pad(x, (0, 1, 0, 1))
 
 
 class Group(nn.Module):
-    """Blocks of one width; the first one changes width and size."""
+    """Blocks of one width; the first block changes width and size. [B, width, H, W] -> [B, out_width, H', W']."""
 
-    def __init__(self, width: int, wanted: int, blocks: int, stride: int, activation: type[nn.Module]):
+    def __init__(self, width: int, out_width: int, blocks: int, stride: int, activation: type[nn.Module]):
         super().__init__()
         self.block = nn.Sequential(
             *(
-                WideBlock(width if k == 0 else wanted, wanted, stride if k == 0 else 1, activation)
+                WideBlock(width if k == 0 else out_width, out_width, stride if k == 0 else 1, activation)
                 for k in range(blocks)
             )
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [B, width, H, W] -> [B, out_width, H', W']
         return self.block(x)
 
 
 class WideBlock(nn.Module):
-    """Two convolutions, each after batch norm and activation; a 1x1 shortcut only where the width changes."""
+    """Two convolutions, each after batch norm and activation; a 1x1 shortcut only where the width changes.
 
-    def __init__(self, width: int, wanted: int, stride: int, activation: type[nn.Module]):
+    width and out_width: channels of input and output. [B, width, H, W] -> [B, out_width, H', W'].
+    """
+
+    def __init__(self, width: int, out_width: int, stride: int, activation: type[nn.Module]):
         super().__init__()
         self.batchnorm_0 = nn.BatchNorm2d(width, momentum=0.01)
         self.activation_0 = activation()
         # Stride 2 pads right and bottom in forward(); stride 1 pads symmetrically inside the convolution.
-        self.conv_0 = nn.Conv2d(width, wanted, 3, stride=stride, padding=1 if stride == 1 else 0, bias=False)
-        self.batchnorm_1 = nn.BatchNorm2d(wanted, momentum=0.01)
+        self.conv_0 = nn.Conv2d(width, out_width, 3, stride=stride, padding=1 if stride == 1 else 0, bias=False)
+        self.batchnorm_1 = nn.BatchNorm2d(out_width, momentum=0.01)
         self.activation_1 = activation()
-        self.conv_1 = nn.Conv2d(wanted, wanted, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(width, wanted, 1, stride=stride, bias=False) if width != wanted else None
+        self.conv_1 = nn.Conv2d(out_width, out_width, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(width, out_width, 1, stride=stride, bias=False) if width != out_width else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [B, width, H, W] -> [B, out_width, H', W']
         active = self.activation_0(self.batchnorm_0(x))
         padded = active if self.conv_0.stride[0] == 1 else F.pad(active, (0, 1, 0, 1))
         h = self.conv_1(self.activation_1(self.batchnorm_1(self.conv_0(padded))))
@@ -202,7 +217,10 @@ class WideBlock(nn.Module):
 
 
 def _initialise(layer: nn.Module) -> None:
-    """Convolutions: normal, std sqrt(2 / (k k out)); linear bias 0 (facts of the published code)."""
+    """Initialises one layer as the published code does.
+
+    Convolutions: normal with std sqrt(2 / (k * k * out)), k the kernel size. Linear layers: bias 0.
+    """
     if isinstance(layer, nn.Conv2d):
         fan_out = layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels
         nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
@@ -211,14 +229,17 @@ def _initialise(layer: nn.Module) -> None:
 
 
 class SymmetricBlock(WideBlock):
-    """A block of stride 2 that sees one pixel beyond the image on every side; names and sizes are those of `Block`."""
+    """A block of stride 2 that pads one pixel on every side; names and sizes are those of `WideBlock`.
 
-    def __init__(self, width: int, wanted: int, activation: type[nn.Module]):
-        super().__init__(width, wanted, 2, activation)
+    [B, width, H, W] -> [B, out_width, H', W'].
+    """
+
+    def __init__(self, width: int, out_width: int, activation: type[nn.Module]):
+        super().__init__(width, out_width, 2, activation)
         self.conv_0.padding = (1, 1)
         self.apply(_initialise)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [B, width, H, W] -> [B, out_width, H', W']
         active = self.activation_0(self.batchnorm_0(x))
         h = self.conv_1(self.activation_1(self.batchnorm_1(self.conv_0(active))))
         return h + (x if self.shortcut is None else self.shortcut(active))

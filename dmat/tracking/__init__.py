@@ -1,16 +1,16 @@
-"""MLflow, and nobody else imports it: one run per stage instance, all runs of one `dvc repro` under one parent.
+"""Tracking with MLflow; the only importer of it. One run per stage instance, runs of one `dvc repro` under one parent.
 
-Training never waits for it. Metrics are in `metrics.jsonl` first; a process of its own sends what is new and remembers
-how far it came in the work folder, and ends the run of a training that was killed. What an outage kept back, and the
-end of runs whose sending process died too, is sent by the next command or by `dmat runs sync`.
+Training never waits for MLflow. Metrics are written to `metrics.jsonl` first. A separate process sends new ones and
+records its progress in the work folder; it also ends the run of a training that was killed. The next command or
+`dmat runs sync` sends what an outage delayed, and ends runs whose sending process died too.
 """
 
 from dmat.tracking.open_runs import reap, set_aside, sync
-from dmat.tracking.parents import tell
+from dmat.tracking.parents import record_stage_error
 from dmat.tracking.registry import RegistryCandidate
 from dmat.tracking.run_record import FILES, parameters
-from dmat.tracking.runs import Run, adopt, open_run, remembered_runs, seconds_before
-from dmat.tracking.stores import artifact_folder, connect, store
+from dmat.tracking.runs import Run, adopt, open_run, recorded_runs, seconds_before
+from dmat.tracking.stores import artifact_folder, connect, store_uri
 
 __all__ = [
     "FILES",
@@ -22,10 +22,10 @@ __all__ = [
     "open_run",
     "parameters",
     "reap",
-    "remembered_runs",
+    "record_stage_error",
+    "recorded_runs",
     "seconds_before",
     "set_aside",
-    "store",
+    "store_uri",
     "sync",
-    "tell",
 ]

@@ -1,4 +1,4 @@
-"""The `dvc` process above a stage, and how it ended, which it tells nobody: read from the files that it leaves."""
+"""Finds the `dvc` process that runs a stage, and how it ended. DVC reports that nowhere: its files show it."""
 
 import contextlib
 import hashlib
@@ -13,58 +13,65 @@ from dmat.errors import DmatError
 
 
 def outermost() -> tuple[psutil.Process, str, list[str]] | None:
-    """The process, its identity and the words after `dvc`; None for a direct command."""
-    found = None
+    """The outermost `dvc` process above this one, its identity and its arguments; None for a direct command."""
+    outermost_dvc = None
     for process in psutil.Process().parents():
         try:
-            words = after_dvc(process.cmdline())
-        except psutil.Error:  # ended meanwhile, or of another person
+            arguments = dvc_arguments(process.cmdline())
+        except psutil.Error:  # it ended meanwhile, or belongs to another user
             continue
-        if words is not None and (known := liveness.identity(process.pid)):
-            found = process, known, words
-    return found
+        if arguments is not None and (process_identity := liveness.identity(process.pid)):
+            outermost_dvc = process, process_identity, arguments
+    return outermost_dvc
 
 
-def after_dvc(words: list[str]) -> list[str] | None:
-    """The rest of a command line that is DVC's: `dvc ...`, or Python with that script or module. Else None."""
-    names = [Path(word).name for word in words]
+def dvc_arguments(command: list[str]) -> list[str] | None:
+    """Arguments of a command line that runs DVC: `dvc ...`, or Python with that script or module. None for others."""
+    names = [Path(argument).name for argument in command]
     if names[:1] == ["dvc"]:
-        return words[1:]
+        return command[1:]
     if not names or not names[0].startswith("python"):
         return None
-    start = next((k for k, word in enumerate(words[1:], 1) if not word.startswith("-") or word == "-m"), len(words))
-    if words[start : start + 2] == ["-m", "dvc"]:
-        return words[start + 2 :]
-    return words[start + 1 :] if names[start : start + 1] == ["dvc"] else None
+    start = next(
+        (k for k, option in enumerate(command[1:], 1) if not option.startswith("-") or option == "-m"), len(command)
+    )
+    if command[start : start + 2] == ["-m", "dvc"]:
+        return command[start + 2 :]
+    return command[start + 1 :] if names[start : start + 1] == ["dvc"] else None
 
 
 def was_killed(root: Path, pid: int) -> bool:
-    """Whether `dvc`, which is gone, was killed while it reproduced a stage of the project at `root`.
+    """Whether the ended `dvc` process `pid` was killed while it reproduced a stage of the project at `root`.
 
-    It has entries in `.dvc/tmp/rwlock` from before it looks at a stage until its outputs are in the cache, and removes
-    them whether that went well or not. So only a killed process leaves some. The next `dvc` clears them away.
+    DVC has entries in `.dvc/tmp/rwlock` from before it looks at a stage until its outputs are in the cache. It removes
+    them after a success and after a failure. So only a killed process leaves entries. The next `dvc` removes them.
     """
-    folder = next((one for one in (root, *root.parents) if (one / ".dvc").is_dir()), root)
+    dvc_root = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), root)
     try:
-        noted = json.loads((folder / ".dvc" / "tmp" / "rwlock").read_text())
-        entries = [*noted.get("write", {}).values(), *(one for many in noted.get("read", {}).values() for one in many)]
+        rwlock = json.loads((dvc_root / ".dvc" / "tmp" / "rwlock").read_text())
+        entries = [
+            *rwlock.get("write", {}).values(),
+            *(reader for readers in rwlock.get("read", {}).values() for reader in readers),
+        ]
         return any(entry["pid"] == pid for entry in entries)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or cut by the kill
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing, or incomplete because of the kill
         return False
 
 
 def unrecorded(root: Path, runs: Collection[str]) -> list[str]:
-    """Stage instances ("stage instance") whose results these runs left in the project, and which `dvc.lock` does not
-    name: `dvc` stopped, for example at a full disk, before it could."""
+    """Stage instances, as "stage instance", whose results these runs published and that `dvc.lock` does not name.
+
+    `dvc` stopped before it could record them, for example because the disk was full. runs: ids of MLflow runs.
+    """
     try:
         lock = (root / "dvc.lock").read_text()
     except OSError:
         lock = ""
-    found = []
+    instances = []
     for path in sorted((root / ARTIFACTS / "provenance").glob("*/*.json")):
         with contextlib.suppress(DmatError, OSError):
-            # a provenance holds its time and its run, so that its checksum means this result alone
+            # a provenance file holds its time and its run, so its checksum identifies this result
             md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
             if md5 not in lock and files.read_json(path).get("mlflow_run") in runs:
-                found.append(f"{path.parent.name} {path.stem}")
-    return found
+                instances.append(f"{path.parent.name} {path.stem}")
+    return instances

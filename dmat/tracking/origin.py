@@ -1,6 +1,6 @@
-"""What a run came from besides its data: the commit, what differed from it, and the software that computed.
+"""Origin of a run besides its data: the git commit, uncommitted changes, and versions of the software.
 
-The commit is of the project. Where the project holds no code, as most do not, `code` says which dmat computed.
+The commit is that of the project. Most projects hold no code; then `code` tells which dmat computed.
 """
 
 import os
@@ -14,18 +14,18 @@ import dmat
 from dmat import files
 
 PATCH = "git.patch"
-# DVC rewrites it after every stage: a patch needs it, but it makes no tree dirty. It lies in git's top folder or in the
-# project below it.
-_LOCK = "dvc.lock"
-_LARGEST = 10_000_000  # bytes of a patch
-# A patch must apply whatever a person's configuration of git and environment say of how differences are shown.
-_PLAIN = (
+# DVC rewrites it after every stage: a patch contains it, but its changes do not make a work tree dirty. It lies in the
+# top folder of the repository or in the project below it.
+_DVC_LOCK = "dvc.lock"
+_MAX_PATCH_BYTES = 10_000_000
+# Arguments of git that fix the format: a patch must apply whatever a person configured for the display of differences.
+_DIFF = (
     *("-c", "core.quotePath=true", "-c", "diff.suppressBlankEmpty=false", "diff", "--binary", "--full-index"),
     *("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/", "--no-relative"),
     *("--unified=3", "--inter-hunk-context=0", f"-O{os.devnull}", "--find-renames", "--ignore-submodules=dirty"),
     "--submodule=short",
 )
-_VARIABLES = (  # of the environment; they outrank options or take `:/` for a file's name
+_IGNORED_VARIABLES = (  # of the environment; they override options, or make git read `:/` as a file name
     *("GIT_DIFF_OPTS", "GIT_EXTERNAL_DIFF"),
     *("GIT_LITERAL_PATHSPECS", "GIT_GLOB_PATHSPECS", "GIT_NOGLOB_PATHSPECS", "GIT_ICASE_PATHSPECS"),
 )
@@ -33,75 +33,79 @@ _PACKAGES = ("numpy", "pyautoattack", "scikit-learn", "torch", "torchvision")
 
 
 def git(folder: Path) -> dict[str, Any]:
-    """git_commit and git_dirty: whether tracked files differ from it. Empty outside a repository."""
+    """git_commit, and git_dirty: whether tracked files (but dvc.lock) differ from it. Empty outside a repository."""
     try:
-        head = _ask(folder, "rev-parse", "HEAD").decode().strip()
-        locks = [f":(top,exclude){_LOCK}", f":(exclude){_LOCK}"]
-        changed = _ask(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", *locks)
+        head = _git(folder, "rev-parse", "HEAD").decode().strip()
+        locks = [f":(top,exclude){_DVC_LOCK}", f":(exclude){_DVC_LOCK}"]
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", *locks)
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"git_commit": head, "git_dirty": bool(changed.strip())}
+    return {"git_commit": head, "git_dirty": bool(changes.strip())}
 
 
-def write_patch(folder: Path, to: Path) -> None:
-    """What tracked files differ by from their commit, as `to`/git.patch, for `git apply`. With dvc.lock, which says
-    what data there was, also if it is new. No file if nothing differs, or so much that it is no patch any more."""
+def write_patch(folder: Path, target: Path) -> None:
+    """Writes `target`/git.patch for `git apply`: the differences of tracked files from their commit.
+
+    The patch contains dvc.lock, also an untracked one, because it names the data. No file is left if nothing differs or
+    if the patch is larger than 10 MB.
+    """
     try:
-        patch = _ask(folder, *_PLAIN, "HEAD", "--", ":/")
-        new = _ask(folder, "ls-files", "--others", "--full-name", "-z", "--", f":(top){_LOCK}", _LOCK)
-        for name in filter(None, os.fsdecode(new).split("\0")):
-            top = Path(os.fsdecode(_ask(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
-            patch += _ask(top, *_PLAIN, "--no-index", "--", os.devnull, name, differs=True)
+        patch = _git(folder, *_DIFF, "HEAD", "--", ":/")
+        untracked = _git(folder, "ls-files", "--others", "--full-name", "-z", "--", f":(top){_DVC_LOCK}", _DVC_LOCK)
+        for name in filter(None, os.fsdecode(untracked).split("\0")):
+            top = Path(os.fsdecode(_git(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
+            patch += _git(top, *_DIFF, "--no-index", "--", os.devnull, name, differs=True)
     except (OSError, subprocess.CalledProcessError):
         patch = b""
-    if patch and len(patch) <= _LARGEST:
-        with files.writing(to / PATCH) as file:
+    if patch and len(patch) <= _MAX_PATCH_BYTES:
+        with files.writing(target / PATCH) as file:
             file.write(patch)
     else:
-        (to / PATCH).unlink(missing_ok=True)
+        (target / PATCH).unlink(missing_ok=True)
 
 
 def below_top(folder: Path) -> str:
-    """Path of a folder below the top folder of its git repository, with a slash at its end; "" of the top itself."""
-    return os.fsdecode(_ask(folder, "rev-parse", "--show-prefix").removesuffix(b"\n"))
+    """Path of a folder relative to the top folder of its git repository, with a slash at its end; "" for the top."""
+    return os.fsdecode(_git(folder, "rev-parse", "--show-prefix").removesuffix(b"\n"))
 
 
 def holds_code(project: Path) -> bool:
-    """Whether a folder is a checkout of dmat: what is computed in it is then computed by its own modules."""
+    """Whether a folder is a checkout of dmat; computations in it use the modules of the checkout."""
     return (project / "dmat" / "__init__.py").is_file()
 
 
 def code(package: Path = Path(dmat.__file__).parent) -> str:
-    """Version of the dmat that computes; with its commit where it runs from a checkout, and `.changed` where its files
-    differ from that."""
+    """Version of the running dmat. From a checkout it ends with the commit, as "+g<commit>", and with ".changed" if
+    files differ from that commit."""
     try:
-        _ask(package, "ls-files", "--error-unmatch", "--", "__init__.py")  # else an environment below a repository
-        commit = _ask(package, "rev-parse", "--short=12", "HEAD").decode().strip()
-        changed = _ask(package, "status", "--porcelain", "--untracked-files=no", "--", ".")
+        # fails for an environment that is installed somewhere below another repository
+        _git(package, "ls-files", "--error-unmatch", "--", "__init__.py")
+        commit = _git(package, "rev-parse", "--short=12", "HEAD").decode().strip()
+        changes = _git(package, "status", "--porcelain", "--untracked-files=no", "--", ".")
     except (OSError, subprocess.CalledProcessError):
         return dmat.__version__
-    return f"{dmat.__version__}+g{commit}{'.changed' if changed else ''}"
+    return f"{dmat.__version__}+g{commit}{'.changed' if changes else ''}"
 
 
 def software() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers."""
-    found = {"python": platform.python_version(), "dmat": code()}
+    """Versions of Python, dmat and the installed packages that influence numerical results, by name."""
+    versions = {"python": platform.python_version(), "dmat": code()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # code of a path, without the record of an installation
+            versions[name] = version(name)
+        except PackageNotFoundError:  # imported from a path, without installation metadata
             continue
-    return found
+    return versions
 
 
-def _ask(folder: Path, *words: str, differs: bool = False) -> bytes:
-    """What git answers, byte for byte: a patch of a file with CRLF or in another encoding must stay as it is.
+def _git(folder: Path, *arguments: str, differs: bool = False) -> bytes:
+    """Standard output of a git command as bytes: patches of files with CRLF or other encodings must not be changed.
 
-    differs: 1 is no failure but says that files differ.
+    differs: exit code 1 is not a failure; it means that files differ. Raises CalledProcessError and OSError.
     """
-    where = next(path for path in (folder, *folder.parents) if path.is_dir())
-    environment = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
-    answer = subprocess.run(["git", *words], cwd=where, env=environment, capture_output=True, check=False)
-    if answer.returncode not in ((0, 1) if differs else (0,)):
-        raise subprocess.CalledProcessError(answer.returncode, words)
-    return answer.stdout
+    directory = next(path for path in (folder, *folder.parents) if path.is_dir())
+    environment = {name: value for name, value in os.environ.items() if name not in _IGNORED_VARIABLES}
+    result = subprocess.run(["git", *arguments], cwd=directory, env=environment, capture_output=True, check=False)
+    if result.returncode not in ((0, 1) if differs else (0,)):
+        raise subprocess.CalledProcessError(result.returncode, arguments)
+    return result.stdout

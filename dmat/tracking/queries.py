@@ -1,7 +1,7 @@
-"""Runs as people ask for them, without the seconds that MLflow's import takes.
+"""Queries for tracked runs, without the seconds that the import of MLflow takes.
 
-The embedded store is read as the SQLite file that it is, read-only; a server, and a file of another layout, through
-MLflow itself.
+The embedded store is read directly as a SQLite file, read-only. A server, and a file with another schema, are read
+through MLflow.
 """
 
 import contextlib
@@ -13,15 +13,15 @@ from typing import Any
 
 from dmat.errors import DmatError
 from dmat.tracking import stores
-from dmat.tracking.run_record import WORK, remembered
+from dmat.tracking.run_record import WORK, read_tracking
 
-_PAGE = 900  # names in one question; SQLite takes 999 at least
-_SHORT = 8  # characters of an id that people see
+_IDS_PER_QUERY = 900  # SQLite allows at least 999 parameters in one query
+_SHORT_ID_LENGTH = 8  # characters of a run id in output for people
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackedRun:
-    """started, ended: seconds since 1970; ended is None while it goes on. metrics: the last value of each."""
+    """MLflow run. started, ended: seconds since 1970; ended is None while the run is active. metrics: last values."""
 
     id: str
     name: str
@@ -49,65 +49,76 @@ class TrackedRun:
 
 
 def recent(home: Path, stage: str | None = None, status: str | None = None, limit: int = 30) -> list[TrackedRun]:
-    """The newest runs first. limit: at most so many; 0: all."""
-    wanted = {"dmat.stage": stage} if stage else {}
-    return _ask(home, wanted, status, limit)
+    """The newest runs first, of one stage or one status if these are given. limit: at most so many; 0: all."""
+    tags = {"dmat.stage": stage} if stage else {}
+    return _select_runs(home, tags, status, limit)
 
 
 def best(home: Path, metric: str, stage: str | None = None, limit: int = 30) -> list[TrackedRun]:
-    """The runs that have a metric, the largest value first."""
-    having = [run for run in recent(home, stage, limit=0) if metric in run.metrics]
-    if not having:
-        known = sorted({name for run in recent(home, stage, limit=200) for name in run.metrics})
+    """The runs that have a metric, the largest value first. limit: at most so many; 0: all.
+
+    Raises DmatError if no run has the metric.
+    """
+    candidates = [run for run in recent(home, stage, limit=0) if metric in run.metrics]
+    if not candidates:
+        metric_names = sorted({name for run in recent(home, stage, limit=200) for name in run.metrics})
         raise DmatError(
-            f"no run has the metric {metric!r}; expected one of {', '.join(known[:20]) or '(none)'}; "
+            f"no run has the metric {metric!r}; expected one of {', '.join(metric_names[:20]) or '(none)'}; "
             f"`dmat runs show RUN` lists those of a run"
         )
-    return sorted(having, key=lambda run: -run.metrics[metric])[: limit or None]
+    return sorted(candidates, key=lambda run: -run.metrics[metric])[: limit or None]
 
 
-def one(home: Path, wanted: str) -> TrackedRun:
-    """The run whose id begins so, or the newest of "stage/instance" or "instance"."""
-    if not wanted:
-        raise DmatError("a run was named by nothing; expected an id, or stage/instance; `dmat runs list` shows them")
+def find_run(home: Path, reference: str) -> TrackedRun:
+    """The run whose id begins with `reference` (four characters or more), or the newest run of that name.
+
+    reference may also be "stage/instance", "instance", or the full name of a run in MLflow. Raises DmatError if no run,
+    or more than one id, fits.
+    """
+    if not reference:
+        raise DmatError("the name of the run is empty; expected an id, or stage/instance; `dmat runs list` shows them")
     runs = recent(home, limit=0)
-    by_id = [run for run in runs if len(wanted) >= 4 and run.id.startswith(wanted)]
-    if len(by_id) == 1:
-        return by_id[0]
-    if by_id:
-        raise DmatError(f"{len(by_id)} runs begin with {wanted!r}; expected one; give more characters of its id")
-    named = [run for run in runs if wanted in (f"{run.stage}/{run.instance_name}", run.instance_name, run.name)]
-    if not named:
+    id_matches = [run for run in runs if len(reference) >= 4 and run.id.startswith(reference)]
+    if len(id_matches) == 1:
+        return id_matches[0]
+    if id_matches:
         raise DmatError(
-            f"no run {wanted!r}; expected the first four characters of an id or more, or stage/instance such as "
+            f"{len(id_matches)} runs begin with {reference!r}; expected one; give more characters of its id"
+        )
+    name_matches = [
+        run for run in runs if reference in (f"{run.stage}/{run.instance_name}", run.instance_name, run.name)
+    ]
+    if not name_matches:
+        raise DmatError(
+            f"no run {reference!r}; expected the first four characters of an id or more, or stage/instance such as "
             f"train_robust/generated-1; `dmat runs list` shows them"
         )
-    return named[0]
+    return name_matches[0]
 
 
 def work_folder(home: Path, run: TrackedRun) -> Path | None:
-    """Where a run did its work, as its tag says, if that is still there; what was set aside since is found too.
+    """The work folder of a run by its tag, if it still exists, also when it was set aside since; else None.
 
-    Runs of an earlier dmat have no such tag: those of a stage are where their fingerprint says.
+    Runs of earlier versions of dmat have no such tag: the folder of a stage's run follows from its fingerprint.
     """
-    named = home / "runs" / run.stage / f"{run.instance_name}-{run.tags.get('dmat.fingerprint', '')}"
-    work = home / run.tags[WORK] if WORK in run.tags else named
-    aside = [*work.glob("before-*"), *work.parent.glob(f"before-*/{work.name}")]
-    for folder in (work, *sorted(aside)):
-        if remembered(folder).get("run") == run.id:
+    by_fingerprint = home / "runs" / run.stage / f"{run.instance_name}-{run.tags.get('dmat.fingerprint', '')}"
+    work = home / run.tags[WORK] if WORK in run.tags else by_fingerprint
+    earlier_folders = [*work.glob("before-*"), *work.parent.glob(f"before-*/{work.name}")]
+    for folder in (work, *sorted(earlier_folders)):
+        if read_tracking(folder).get("run") == run.id:
             return folder
-    known = remembered(work)
-    another = known.get("run") is not None and known.get("store") == stores.identity(home)
-    return work if work.is_dir() and not another else None
+    tracking = read_tracking(work)
+    other_run = tracking.get("run") is not None and tracking.get("store") == stores.identity(home)
+    return work if work.is_dir() and not other_run else None
 
 
-def _ask(home: Path, tags: Mapping[str, str], status: str | None, limit: int) -> list[TrackedRun]:
-    address = stores.store(home)
+def _select_runs(home: Path, tags: Mapping[str, str], status: str | None, limit: int) -> list[TrackedRun]:
+    address = stores.store_uri(home)
     if address.startswith("sqlite:///"):
         path = Path(address.removeprefix("sqlite:///"))
         if not path.exists():
             return []
-        with contextlib.suppress(sqlite3.OperationalError):  # a layout that this file does not know
+        with contextlib.suppress(sqlite3.OperationalError):  # a schema that the queries below do not fit
             return _from_file(path, tags, status, limit)
     return _from_mlflow(home, tags, status, limit)
 
@@ -123,59 +134,63 @@ def _from_file(path: Path, tags: Mapping[str, str], status: str | None, limit: i
         if status:
             conditions.append("r.status = ?")
             values.append(status)
-        question = (
+        query = (
             "select r.run_uuid, r.name, r.status, r.start_time, r.end_time from runs r join experiments e "
             f"on e.experiment_id = r.experiment_id where {' and '.join(conditions)} order by r.start_time desc"
         )
-        rows = database.execute(f"{question} limit {int(limit)}" if limit else question, values).fetchall()
+        rows = database.execute(f"{query} limit {int(limit)}" if limit else query, values).fetchall()
         ids = [row[0] for row in rows]
-        found = {
+        tables = {
             table: _by_run(database, table, columns, ids)
             for table, columns in (("tags", "value"), ("params", "value"), ("latest_metrics", "value"))
         }
     return [
         TrackedRun(
             id_, name or "", status_, started / 1000, ended / 1000 if ended else None,
-            found["tags"].get(id_, {}), found["params"].get(id_, {}), found["latest_metrics"].get(id_, {}),
+            tables["tags"].get(id_, {}), tables["params"].get(id_, {}), tables["latest_metrics"].get(id_, {}),
         )
         for id_, name, status_, started, ended in rows
     ]  # fmt: skip
 
 
 def _by_run(database: sqlite3.Connection, table: str, column: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for some in _pages(ids):
-        marks = ",".join("?" * len(some))
+    values_by_run: dict[str, dict[str, Any]] = {}
+    for batch in _batches(ids):
+        placeholders = ",".join("?" * len(batch))
         for run, key, value in database.execute(
-            f"select run_uuid, key, {column} from {table} where run_uuid in ({marks})", some
+            f"select run_uuid, key, {column} from {table} where run_uuid in ({placeholders})", batch
         ):
-            found.setdefault(run, {})[key] = value
-    return found
+            values_by_run.setdefault(run, {})[key] = value
+    return values_by_run
 
 
-def _pages(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(ids), _PAGE):
-        yield ids[start : start + _PAGE]
+def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(ids), _IDS_PER_QUERY):
+        yield ids[start : start + _IDS_PER_QUERY]
 
 
 def _from_mlflow(home: Path, tags: Mapping[str, str], status: str | None, limit: int) -> list[TrackedRun]:
-    client, experiment = stores.reach(home)
+    client, experiment = stores.connect_or_raise(home)
     conditions = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
     conditions += [f"attributes.status = '{status}'"] if status else []
-    found: list[Any] = []
+    runs: list[Any] = []
     token = None
     while True:
-        size = min(1000, limit - len(found)) if limit else 1000
+        page_size = min(1000, limit - len(runs)) if limit else 1000
         page = client.search_runs(
-            [experiment], " and ".join(conditions), max_results=size, order_by=["start_time DESC"], page_token=token
+            [experiment],
+            " and ".join(conditions),
+            max_results=page_size,
+            order_by=["start_time DESC"],
+            page_token=token,
         )
-        found += page
+        runs += page
         token = page.token
-        if not token or (limit and len(found) >= limit):
-            return [_of_mlflow(run) for run in found]
+        if not token or (limit and len(runs) >= limit):
+            return [_convert_run(run) for run in runs]
 
 
-def _of_mlflow(run: Any) -> TrackedRun:
+def _convert_run(run: Any) -> TrackedRun:
     info, data = run.info, run.data
     ended = info.end_time / 1000 if info.end_time else None
     return TrackedRun(
@@ -190,13 +205,17 @@ def _of_mlflow(run: Any) -> TrackedRun:
     )
 
 
-def short(id_: str) -> str:
-    return id_[:_SHORT]
+def short_id(id_: str) -> str:
+    """The first characters of a run id, for output."""
+    return id_[:_SHORT_ID_LENGTH]
 
 
 def differences(runs: Sequence[TrackedRun]) -> tuple[dict[str, list[str | None]], list[str]]:
-    """What is not the same in all runs, value by value, and the names of what is. Times and ids are left out."""
-    tables = [_facts(run) for run in runs]
+    """Values that differ between the runs, and the names of those that are the same in all. Without times and ids.
+
+    Returns name -> the value of each run (None where a run has none), and names.
+    """
+    tables = [_comparable_values(run) for run in runs]
     names = list(dict.fromkeys(name for table in tables for name in table))
     differing = {name: [table.get(name) for table in tables] for name in names}
     return (
@@ -205,15 +224,15 @@ def differences(runs: Sequence[TrackedRun]) -> tuple[dict[str, list[str | None]]
     )
 
 
-def _facts(run: TrackedRun) -> dict[str, str]:
-    """Parameters, data, code, machine and metrics under the names that people see."""
-    kept = ("input.", "git.", "compute.", "evaluation.", "code.", "dvc.exp")
-    tags = {name: value for name, value in run.tags.items() if name.startswith(kept)}
-    metrics = {f"metric {name}": f"{value:.6g}" for name, value in _numbers(run.metrics.items())}
+def _comparable_values(run: TrackedRun) -> dict[str, str]:
+    """Parameters, data, code, machine and metrics of a run by the names that people see."""
+    compared = ("input.", "git.", "compute.", "evaluation.", "code.", "dvc.exp")
+    tags = {name: value for name, value in run.tags.items() if name.startswith(compared)}
+    metrics = {f"metric {name}": f"{value:.6g}" for name, value in _without_system_metrics(run.metrics.items())}
     return {"stage": run.stage, "instance": run.instance_name, "status": run.status, **run.params, **tags, **metrics}
 
 
-def _numbers(metrics: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
+def _without_system_metrics(metrics: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
     for name, value in metrics:
         if not name.startswith("system/"):
             yield name, value

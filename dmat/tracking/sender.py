@@ -1,9 +1,10 @@
-"""Carries runs to MLflow from a process of its own, so that neither MLflow's import nor its work takes time from a
-training: Python runs one thread at a time, and a sending thread would be paid by the steps beside it.
+"""Sends runs to MLflow from a separate process: the import of MLflow and its work must not slow a training down.
+A thread would slow it down, because Python runs one thread at a time.
 
-`of_this_process` is the training's end; it gives orders through a pipe and hears what became of them. `serve` is the
-other end. All that is to be sent is in the work folder (`RunRecord`), so an order is little more than a folder's name, and
-a sender that dies loses nothing: the next command sends it. One whose training dies ends its runs as KILLED.
+`shared_sender` is the side of the training: it writes orders to a pipe and reads answers. `serve` is the side of the
+sending process. All data are in the work folder (`RunRecord`), so an order holds little more than the name of a folder.
+If the sending process dies, nothing is lost: the next command sends it. If the training dies, the sending process ends
+its runs as KILLED.
 """
 
 import contextlib
@@ -27,233 +28,242 @@ from dmat.tracking import open_runs
 from dmat.tracking.run_record import RunRecord, RunUploader
 
 SEND_EVERY = 5.0  # seconds
-_LONGEST_PAUSE = 60.0  # seconds between two attempts at a store that does not answer
-_LOOK_UP = 1.0  # seconds between two looks whether the training still lives
+_MAX_RETRY_SECONDS = 60.0  # longest interval between two attempts at a store that does not answer
+_PARENT_CHECK_SECONDS = 1.0  # interval of checks whether the training still runs
 _NICENESS = 5
 Order = dict[str, Any]  # to: folder; what: open (home, store), system (values, seconds), close
-Answer = dict[str, str]  # of: folder, "" for all; what: reached, failed, ended, warned, gone; text
+# of: folder, "" for all; what: reached, failed, ended, warned, gone (the sending process has ended); text
+Answer = dict[str, str]
 
 
 class MlflowSender:
-    """The training's end: gives orders, and tells what it hears to the run that it is about."""
+    """The side of the training: sends orders, and passes each answer on to the run that it is about."""
 
-    def __init__(self, give: Callable[[Order], None]):
-        self._give = give
+    def __init__(self, write_order: Callable[[Order], None]):
+        self._write_order = write_order
         self._listeners: dict[str, Callable[[str, str], None]] = {}
-        self.gone = False
+        self.has_ended = False
         self.owner = os.getpid()
 
-    def open(self, home: Path, folder: Path, store: str, hear: Callable[[str, str], None]) -> None:
-        """Follows the run in `folder` until `close`. hear: called by another thread with what happened and a text."""
-        self._listeners[str(folder)] = hear
+    def open(self, home: Path, folder: Path, store: str, on_answer: Callable[[str, str], None]) -> None:
+        """Starts to send the run in `folder`, until `close`.
+
+        on_answer: is called from another thread with `what` and `text` of an Answer.
+        """
+        self._listeners[str(folder)] = on_answer
         self._order(folder, "open", home=str(home), store=store)
 
-    def system(self, folder: Path, values: Mapping[str, float], seconds: float) -> None:
-        """A sample of what the machine is busy with, so many seconds into the run."""
+    def send_system_metrics(self, folder: Path, values: Mapping[str, float], seconds: float) -> None:
+        """Sends a sample of system metrics. seconds: time since the start of the run."""
         self._order(folder, "system", values=dict(values), seconds=seconds)
 
     def close(self, folder: Path) -> None:
-        """The memory of the run says how it ended; `ended` is heard once it was tried to send that."""
+        """Sends the end of the run, as its record has it. The answer `ended` follows after the first attempt."""
         self._order(folder, "close")
 
-    def answer(self, answer: Answer) -> None:
-        """What the other end says."""
+    def dispatch(self, answer: Answer) -> None:
+        """Passes an answer on to the runs that it is about; a warning about all of them to one."""
         if answer["what"] == "gone":
-            self.gone = True
-        meant = [folder for folder in list(self._listeners) if answer["of"] in (folder, "")]
-        for folder in meant[:1] if answer["what"] == "warned" else meant:
+            self.has_ended = True
+        folders = [folder for folder in list(self._listeners) if answer["of"] in (folder, "")]
+        for folder in folders[:1] if answer["what"] == "warned" else folders:
             self._listeners[folder](answer["what"], answer["text"])
             if answer["what"] in ("ended", "gone"):
                 self._listeners.pop(folder, None)
 
-    def _order(self, folder: Path, what: str, **more: Any) -> None:
+    def _order(self, folder: Path, command: str, **values: Any) -> None:
         try:
-            self._give({"to": str(folder), "what": what, **more})
+            self._write_order({"to": str(folder), "what": command, **values})
         except OSError as error:  # the pipe broke
-            self.answer({"of": "", "what": "gone", "text": f"the process that sends to MLflow ended ({error})"})
+            self.dispatch({"of": "", "what": "gone", "text": f"the process that sends to MLflow ended ({error})"})
 
 
-_mine: MlflowSender | None = None
+_shared: MlflowSender | None = None
 
 
-def of_this_process() -> MlflowSender:
-    """Started by the first run of a process, and again if it died."""
-    global _mine
-    if _mine is None or _mine.gone or _mine.owner != os.getpid():
-        _mine = _start()
-    return _mine
+def shared_sender() -> MlflowSender:
+    """The sender of this process. Starts it for the first run, after its death, and after a fork."""
+    global _shared
+    if _shared is None or _shared.has_ended or _shared.owner != os.getpid():
+        _shared = _start_process_sender()
+    return _shared
 
 
-def in_this_process() -> MlflowSender:
-    """A sender that is a thread: for a machine that refuses another process, and for tests."""
+def start_thread_sender() -> MlflowSender:
+    """Starts a sender in a thread: for machines where no further process can be started, and for tests."""
     orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
-    mlflow_sender = MlflowSender(orders.put)
-    threading.Thread(target=serve, args=(orders, mlflow_sender.answer), daemon=True).start()
-    return mlflow_sender
+    thread_sender = MlflowSender(orders.put)
+    threading.Thread(target=serve, args=(orders, thread_sender.dispatch), daemon=True).start()
+    return thread_sender
 
 
-def python(statement: str, *words: str) -> dict[str, Any]:
-    """Options of `subprocess.Popen` for a statement in this interpreter with this code, whatever is installed.
+def popen_options(statement: str, *arguments: str) -> dict[str, Any]:
+    """Options of `subprocess.Popen` that run a Python statement in this interpreter with this code of dmat.
 
-    It has a session of its own: Ctrl-C is for the process that starts it.
+    The process gets its own session, so that Ctrl-C reaches only the process that starts it.
     """
     package = str(Path(__file__).parents[2])
     if package in (*site.getsitepackages(), site.getusersitepackages()):
-        package = ""  # found anyway; in PYTHONPATH, all that is installed would come before Python's own modules
+        package = ""  # importable anyway; in PYTHONPATH, installed packages would hide modules of Python itself
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     return {
-        "args": [sys.executable, "-P", "-c", statement, *words],
+        "args": [sys.executable, "-P", "-c", statement, *arguments],
         "env": os.environ | {"PYTHONPATH": path},
         "start_new_session": True,
     }
 
 
-def _start() -> MlflowSender:
+def _start_process_sender() -> MlflowSender:
     try:
         child = subprocess.Popen(
-            **python("from dmat.tracking import sender; sender.main()"),
+            **popen_options("from dmat.tracking import sender; sender.main()"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # else whoever reads all that a command prints would wait for this process too
+            stderr=subprocess.DEVNULL,  # otherwise a reader of the command's output would wait for this process too
         )
     except OSError:
-        return in_this_process()
-    orders, answers = child.stdin, child.stdout
-    assert orders is not None and answers is not None
+        return start_thread_sender()
+    order_pipe, answer_pipe = child.stdin, child.stdout
+    assert order_pipe is not None and answer_pipe is not None
 
-    def give(order: Order) -> None:
-        orders.write(json.dumps(order).encode() + b"\n")
-        orders.flush()
+    def write_order(order: Order) -> None:
+        order_pipe.write(json.dumps(order).encode() + b"\n")
+        order_pipe.flush()
 
-    mlflow_sender = MlflowSender(give)
+    process_sender = MlflowSender(write_order)
 
-    def listen() -> None:
-        for line in answers:
-            mlflow_sender.answer(json.loads(line))
+    def read_answers() -> None:
+        for line in answer_pipe:
+            process_sender.dispatch(json.loads(line))
         text = f"the process that sends to MLflow ended with code {child.wait()}"
-        mlflow_sender.answer({"of": "", "what": "gone", "text": text})
+        process_sender.dispatch({"of": "", "what": "gone", "text": text})
 
-    threading.Thread(target=listen, daemon=True).start()
-    return mlflow_sender
+    threading.Thread(target=read_answers, daemon=True).start()
+    return process_sender
 
 
 def main() -> None:
-    """The process: orders come by standard input, answers go by standard output."""
+    """The sending process: reads orders from standard input and writes answers to standard output."""
     os.nice(_NICENESS)
     orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
-    out, parent = os.dup(1), os.getppid()
-    os.dup2(2, 1)  # what a library prints is no answer
+    answer_fd, parent = os.dup(1), os.getppid()
+    os.dup2(2, 1)  # output of libraries must not mix with answers
 
-    def answer(said: Answer) -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more
-            os.write(out, json.dumps(said).encode() + b"\n")
+    def send_answer(answer: Answer) -> None:
+        with contextlib.suppress(OSError):  # the training does not read any more
+            os.write(answer_fd, json.dumps(answer).encode() + b"\n")
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        answer({"of": "", "what": "warned", "text": str(message)})
+    def forward_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+        send_answer({"of": "", "what": "warned", "text": str(message)})
 
-    def read() -> None:
+    def read_orders() -> None:
         for line in sys.stdin.buffer:
             orders.put(json.loads(line))
         orders.put(None)
 
-    warnings.showwarning = show
-    threading.Thread(target=read, daemon=True).start()
-    serve(orders, answer, parent)
+    warnings.showwarning = forward_warning
+    threading.Thread(target=read_orders, daemon=True).start()
+    serve(orders, send_answer, parent)
 
 
-def serve(orders: "queue.SimpleQueue[Order | None]", answer: Callable[[Answer], None], parent: int = 0) -> None:
-    """Follows runs until the orders end with None, or the process `parent` above this one is gone (0: nobody looks)."""
-    followed: dict[str, _Followed] = {}
+def serve(orders: "queue.SimpleQueue[Order | None]", send_answer: Callable[[Answer], None], parent: int = 0) -> None:
+    """Sends runs until the orders end with None or the parent process ends.
+
+    parent: pid of the parent process; 0: its end is not checked.
+    """
+    followed: dict[str, _FollowedRun] = {}
     while True:
-        order = _next(orders, followed, parent)
+        order = _next_order(orders, followed, parent)
         if order is None:
             break
         if order["what"] == "open":
-            followed[order["to"]] = _Followed(Path(order["home"]), Path(order["to"]), order["store"])
-        elif (one := followed.get(order["to"])) and order["what"] == "system":
-            one.samples.append((order["values"], order["seconds"]))
-        elif one and order["what"] == "close":
-            one.closing, one.due = True, 0.0
-        for folder in [folder for folder, one in followed.items() if one.due <= time.monotonic()]:
-            one = followed[folder]
-            what, text = one.step()
-            answer({"of": folder, "what": what, "text": text})
-            if one.closing:
+            followed[order["to"]] = _FollowedRun(Path(order["home"]), Path(order["to"]), order["store"])
+        elif (run := followed.get(order["to"])) and order["what"] == "system":
+            run.samples.append((order["values"], order["seconds"]))
+        elif run and order["what"] == "close":
+            run.is_closing, run.next_attempt = True, 0.0
+        for folder in [folder for folder, run in followed.items() if run.next_attempt <= time.monotonic()]:
+            run = followed[folder]
+            event, text = run.step()
+            send_answer({"of": folder, "what": event, "text": text})
+            if run.is_closing:
                 del followed[folder]
-                answer({"of": folder, "what": "ended", "text": ""})
-    for one in followed.values():  # their process ended without a word
-        _wait_for_the_end(parent)
+                send_answer({"of": folder, "what": "ended", "text": ""})
+    for run in followed.values():  # their process ended without closing them
+        _wait_for_end(parent)
         with warnings.catch_warnings(), contextlib.suppress(Exception):
-            warnings.simplefilter("ignore")  # nobody is there to read it
-            open_runs.sync(one.home)
+            warnings.simplefilter("ignore")  # nobody reads them
+            open_runs.sync(run.home)
 
 
-def _next(orders: "queue.SimpleQueue[Order | None]", followed: "Mapping[str, _Followed]", parent: int) -> Order | None:
-    """The next order; one for nobody when it is time to send."""
+def _next_order(
+    orders: "queue.SimpleQueue[Order | None]", followed: "Mapping[str, _FollowedRun]", parent: int
+) -> Order | None:
+    """The next order; an order without folder when a run is due; None at the end of the orders or of the parent."""
     while True:
-        due = min((one.due for one in followed.values()), default=float("inf"))
-        wait = max(0.0, min(due - time.monotonic(), _LOOK_UP if parent else 3600.0))
+        next_attempt = min((run.next_attempt for run in followed.values()), default=float("inf"))
+        wait = max(0.0, min(next_attempt - time.monotonic(), _PARENT_CHECK_SECONDS if parent else 3600.0))
         try:
             return orders.get(timeout=wait)
         except queue.Empty:
-            if parent and os.getppid() != parent:  # its pipe may be held open by processes that it forked
+            if parent and os.getppid() != parent:  # processes that it forked may keep its pipe open
                 return None
-            if due <= time.monotonic():
+            if next_attempt <= time.monotonic():
                 return {"to": "", "what": "send"}
 
 
-def _wait_for_the_end(parent: int) -> None:
-    """The pipe of a process that is killed closes a moment before it is gone."""
-    ends = time.monotonic() + 10
-    while parent and os.getppid() == parent and time.monotonic() < ends:
+def _wait_for_end(parent: int) -> None:
+    """Waits for the end of the parent: the pipe of a killed process closes shortly before the process ends."""
+    deadline = time.monotonic() + 10
+    while parent and os.getppid() == parent and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
 @dataclasses.dataclass
-class _Followed:
-    """One run as the sending side knows it."""
+class _FollowedRun:
+    """State of one run in the sending process."""
 
     home: Path
     folder: Path
-    store: str  # its identity
+    store: str  # see `stores.identity`
     samples: deque[tuple[dict[str, float], float]] = dataclasses.field(default_factory=lambda: deque(maxlen=1000))
-    closing: bool = False
-    due: float = 0.0  # on the monotonic clock
+    is_closing: bool = False
+    next_attempt: float = 0.0  # time on the monotonic clock
     connected: bool = False
-    owing: bool = True  # other runs may wait for the store to answer
-    pause: float = 0.0
+    sync_others: bool = True  # at the start and after an outage, other runs may have to be synced
+    interval: float = 0.0  # seconds until the next attempt
 
     def __post_init__(self) -> None:
         self.uploader = RunUploader(self.home, RunRecord(self.folder, self.store))
 
     def step(self) -> tuple[str, str]:
-        """Sends what is new, more seldom while the store does not answer. Returns what happened and a text."""
+        """Sends new data; doubles the interval while the store does not answer. Returns `what` and `text` of Answer."""
         try:
             self._send()
-            if self.owing:
+            if self.sync_others:
                 open_runs.sync(self.home)
-            self.owing, self.pause = False, SEND_EVERY
+            self.sync_others, self.interval = False, SEND_EVERY
             return "reached", ""
         except Exception as error:  # any failure of tracking must leave the run alone
-            self.owing, self.pause = True, min(max(2 * self.pause, SEND_EVERY), _LONGEST_PAUSE)
+            self.sync_others, self.interval = True, min(max(2 * self.interval, SEND_EVERY), _MAX_RETRY_SECONDS)
             return "failed", first_line(error)
         finally:
-            self.due = time.monotonic() + self.pause
+            self.next_attempt = time.monotonic() + self.interval
 
     def _send(self) -> None:
-        """One conversation with the store; raises whatever MLflow raises."""
+        """Sends new metrics, tags and samples, and the end of a closing run. Raises any exception of MLflow."""
         uploader, record = self.uploader, self.uploader.record
-        with uploader.turn():
-            if not open_runs.exists(self.home, self.folder):  # after an outage another process sent its end
+        with uploader.exclusive():
+            if not open_runs.exists(self.home, self.folder):  # another process sent its end after an outage
                 return
             if not self.connected:
                 uploader.connect(live=True)
                 self.connected = True
-            uploader.send_new()
+            uploader.send_new_metrics()
             uploader.send_tags()
             while self.samples:
-                uploader.send_system(*self.samples[0])
+                uploader.send_system_metrics(*self.samples[0])
                 self.samples.popleft()
-            if self.closing:
+            if self.is_closing:
                 uploader.send_end(record["ending"]["status"], record["ending"])
                 open_runs.remove(self.home, self.folder)

@@ -1,4 +1,4 @@
-"""What the machine is busy with while a run goes on, under the names that MLflow's page of system metrics shows."""
+"""System metrics during a run, by the names that MLflow shows on its page of system metrics."""
 
 import sys
 
@@ -8,27 +8,30 @@ _MEGABYTE = 1e6
 
 
 class SystemMonitor:
-    """Processor and memory of the machine and of this process; of the GPU too, once torch uses it."""
+    """Samples processor and memory of the machine and of this process, and GPU memory once torch uses the GPU."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        psutil.cpu_percent()  # both count from the call before
+        psutil.cpu_percent()  # both measure since their previous call
         self._process.cpu_percent()
 
     def sample(self) -> dict[str, float]:
-        """Since the last sample, or now. Percent of one core may be above 100."""
+        """Name -> value: processor use since the last sample, memory now. Megabytes are 10^6 bytes.
+
+        The percentage of a core is above 100 for a process that uses several.
+        """
         memory = psutil.virtual_memory()
-        found = {
+        metrics = {
             "system/cpu_utilization_percentage": psutil.cpu_percent(),
             "system/process_cpu_percentage_of_a_core": self._process.cpu_percent(),
             "system/process_memory_megabytes": self._process.memory_info().rss / _MEGABYTE,
             "system/system_memory_usage_megabytes": memory.used / _MEGABYTE,
             "system/system_memory_usage_percentage": memory.percent,
         }
-        return found | self._gpu()
+        return metrics | self._gpu()
 
     def _gpu(self) -> dict[str, float]:
-        torch = sys.modules.get("torch")  # never loaded for this
+        torch = sys.modules.get("torch")  # not imported for this
         if torch is None or not torch.cuda.is_initialized():
             return {}
         free, total = torch.cuda.mem_get_info()

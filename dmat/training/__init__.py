@@ -1,3 +1,3 @@
-"""What every long run needs (schedules, weight averages, checkpoints, interruption) and the two training runs."""
+"""What every long run needs (schedules, weight averaging, checkpoints, interruption) and the two training runs."""
 
-HISTORY = "history.json"  # of a training, beside the weights that it made
+HISTORY = "history.json"  # history of a training run, beside its weights

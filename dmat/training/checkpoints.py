@@ -1,14 +1,14 @@
-"""One checkpoint file: a JSON line that says what it is, then the state. Whole or absent, never half.
+"""One checkpoint file: a JSON line with its header, then the state. It is complete or absent, never half written.
 
-Loading executes nothing (torch's weights-only reader) and refuses a file that is cut, altered, of a newer schema,
-or of another precision than the run that asks.
+Loading executes no code (torch's weights-only reader) and refuses a file that is cut, altered or of another schema.
+`LongRun.resume` also refuses a checkpoint of another precision than that of the run.
 """
 
 import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 
@@ -17,9 +17,21 @@ from dmat.errors import DmatError
 
 SCHEMA = 1
 
+State = dict[str, Any]  # of a run: tensors, numbers, strings, lists, dicts
 
-def save(path: Path, header: dict[str, Any], state: dict[str, Any]) -> None:
-    """header: JSON values shown to people and checked on load; state: tensors, numbers, strings, lists, dicts."""
+
+class Header(TypedDict):
+    """The first line of a checkpoint, shown to people and checked on load."""
+
+    images_seen: int
+    precision: str  # "fp32" or "bf16"
+    threads: int
+    schema: NotRequired[int]  # this key and the next: added by `save`
+    sha256: NotRequired[str]  # of the state
+
+
+def save(path: Path, header: Header, state: State) -> None:
+    """Writes a checkpoint."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
@@ -29,17 +41,17 @@ def save(path: Path, header: dict[str, Any], state: dict[str, Any]) -> None:
         file.write(payload)
 
 
-def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Header and state of a checkpoint. Raises DmatError if the file cannot be trusted."""
+def load(path: Path) -> tuple[Header, State]:
+    """Reads header and state of a checkpoint. Raises DmatError if the file cannot be trusted."""
     return parse(path.read_bytes(), path)
 
 
-def parse(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same of what a file holds."""
-    first, _, payload = data.partition(b"\n")
+def parse(data: bytes, path: Path) -> tuple[Header, State]:
+    """Parses header and state from the bytes of a checkpoint file. path: for messages. Raises DmatError like `load`."""
+    first_line, _, payload = data.partition(b"\n")
     advice = "delete it to start this run over, or bring back a good copy"
     try:
-        header = json.loads(first)
+        header = json.loads(first_line)
     except ValueError:
         header = None
     if not isinstance(header, dict) or not {"schema", "sha256"} <= set(header):
@@ -49,9 +61,9 @@ def parse(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path} has checkpoint schema {header.get('schema')}; this dmat reads {SCHEMA}; use the dmat "
             f"that wrote it, or {advice}"
         )
-    if (found := hashlib.sha256(payload).hexdigest()) != header["sha256"]:
+    if (checksum := hashlib.sha256(payload).hexdigest()) != header["sha256"]:
         raise DmatError(
-            f"{path} was cut or altered (checksum {found[:12]}, expected {header['sha256'][:12]}); {advice}"
+            f"{path} was cut or altered (checksum {checksum[:12]}, expected {header['sha256'][:12]}); {advice}"
         )
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    return header, state
+    state: State = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return cast(Header, header), state

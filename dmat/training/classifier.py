@@ -1,14 +1,17 @@
 """Training of a classifier, standard or adversarial: one function, read from top to bottom.
 
 The recipe is that of Wang et al. 2023 (see docs/recipe.md): SGD with Nesterov momentum, one-cycle learning rate,
-weight averaging, selection of the best averaged weights by PGD accuracy on the validation split.
+exponential moving average (EMA) of the weights, selection of the best EMA weights by PGD accuracy on the validation
+split.
+
+Shapes: B batch, N images of the validation split, C channels, H height, W width, K classes. Images are in [0, 1].
 """
 
 import copy
 import dataclasses
 import math
 import time
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +26,16 @@ from dmat.errors import Diverged, UnfitError
 from dmat.robust import attacks, losses
 from dmat.robust.attacks import Ball
 from dmat.training import ema, schedules
-from dmat.training.long_run import LongRun
+from dmat.training.long_run import LongRun, State
 from dmat.training.prefetcher import Prefetcher
 
-_CHECK_EVERY = 64  # steps between two looks at the loss, which a GPU has to be waited for
-_ROLL_BACK_FACTOR = 0.5  # on the learning rate, after a divergence
-_SCHEDULED = {"learning_rate": "lr", "momentum": "momentum"}  # name in a history -> name in the optimiser
+_CHECK_EVERY = 64  # steps between two checks that the loss is finite; each waits for the GPU
+_ROLLBACK_FACTOR = 0.5  # on the learning rate, after a divergence
+_SCHEDULED = {"learning_rate": "lr", "momentum": "momentum"}  # name in the history -> name in the optimiser
 
 
 class ClassifierSettings(Protocol):
-    """Numbers of a run; units and ranges are those of `config.ClassifierTraining`, which satisfies this."""
+    """The settings of a training run; `config.ClassifierTraining` satisfies this and has units and ranges."""
 
     @property
     def loss(self) -> str: ...
@@ -70,16 +73,28 @@ class ClassifierSettings(Protocol):
     patience: int
 
 
+class ClassifierProgress(TypedDict):
+    """What a checkpoint holds of a training run, besides weights, optimiser and class means."""
+
+    step: int  # next
+    rate_factor: float  # on the learning rate; below 1 after a roll-back
+    best_accuracy: float  # in [0, 1]; -1 before the first evaluation
+    best_images_seen: int
+    best: dict[str, Tensor]  # EMA weights at the best evaluation
+    history: list[dict[str, float]]  # a record per evaluation
+    pending: list[Tensor]  # float32 [5] per step since the last evaluation, as `_step_values` gives them
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainedClassifier:
-    """Averaged weights at the best validation accuracy and at the end, and what was measured on the way."""
+    """The result of a training run: EMA weights and measurements."""
 
-    best: dict[str, Tensor]
-    last: dict[str, Tensor]
+    best: dict[str, Tensor]  # state dict at the best validation accuracy
+    last: dict[str, Tensor]  # state dict at the end
     best_images_seen: int
-    best_accuracy: float  # the selecting accuracy: robust if selection_steps > 0, else clean; share of 1
-    history: list[dict[str, float]]
-    images_per_second: float  # of training steps in this process, evaluations left out; 0 if it made none
+    best_accuracy: float  # the accuracy that selects: robust if selection_steps > 0, else clean; in [0, 1]
+    history: list[dict[str, float]]  # a record per evaluation
+    images_per_second: float  # of training steps in this process, without evaluations; 0 if it trained none
 
 
 def train(
@@ -93,12 +108,13 @@ def train(
     run: LongRun,
     compute: Compute,
 ) -> TrainedClassifier:
-    """Trains `model` in place for settings.images_seen images. validation: images in [0, 1] and labels.
+    """Trains `model` in place for settings.images_seen images.
 
-    `model` must be initialised by the caller; every random number is named by `seed`, so a resumed run continues
-    bit for bit. Raises Interrupted on a signal, after saving, and Diverged on a loss that is not finite, with the
-    batch named in `diverged.json`; on_divergence "roll_back" goes back to the last evaluation once instead, and on
-    with half the learning rate.
+    validation: images [N, C, H, W] in [0, 1] and labels int64 [N]. The caller initialises `model`.
+    Every random number is named by `seed`, so a resumed run equals an uninterrupted one bit for bit.
+    Raises Interrupted on a signal, after saving. Raises Diverged on a NaN or infinite loss; `diverged.json` names the
+    batch. With on_divergence "roll_back" the first divergence returns to the last evaluation instead, and training
+    resumes with half the learning rate.
     """
     world = compute.world
     if settings.batch % world.size:
@@ -106,19 +122,19 @@ def train(
             f"a batch of {settings.batch} images does not divide among {world.size} processes; expected a multiple; "
             f"change batch or the number of processes"
         )
-    loss_of = plugins.find(losses.LOSSES, settings.loss)
+    loss_function = plugins.find(losses.LOSSES, settings.loss)
     augment = plugins.find(AUGMENTATIONS, settings.augmentation)
     model = compute.model_to_device(model)
     if settings.synchronise_batch_norm:
         processes.synchronise_batch_norm(model, world)
     ema_model = copy.deepcopy(model)
-    optimiser = torch.optim.SGD(_groups(model, settings.weight_decay), lr=0.0, momentum=0.9, nesterov=True)
+    optimiser = torch.optim.SGD(_parameter_groups(model, settings.weight_decay), lr=0.0, momentum=0.9, nesterov=True)
     class_means = losses.ClassMeans(classes, settings.temperature, compute.device)
     steps = -(-settings.images_seen // settings.batch)
-    every = max(1, settings.evaluate_every // settings.batch)
+    evaluation_steps = max(1, settings.evaluate_every // settings.batch)  # steps between two evaluations
     epoch_steps, epochs = schedules.epochs(settings.schedule_every, settings.batch, steps)
-    check_every = _CHECK_EVERY if world.size == 1 else 1  # all processes must find the same at the same step
-    progress: dict[str, Any] = {
+    check_every = _CHECK_EVERY if world.size == 1 else 1  # all processes must reach the same result at the same step
+    progress: ClassifierProgress = {
         "step": 0,
         "rate_factor": 1.0,
         "best_accuracy": -1.0,
@@ -128,7 +144,7 @@ def train(
         "pending": [],
     }
 
-    def restore(state: dict[str, Any]) -> None:
+    def restore(state: State) -> None:
         nonlocal progress
         model.load_state_dict(state["model"])
         ema_model.load_state_dict(state["ema"])
@@ -136,7 +152,7 @@ def train(
         class_means.load(state["class_means"])
         progress = state["progress"]
 
-    def snapshot() -> dict[str, Any]:
+    def snapshot() -> State:
         _stop_if_not_finite(progress, batches, settings.batch, run)
         return {
             "model": model.state_dict(),
@@ -146,62 +162,62 @@ def train(
             "progress": progress,
         }
 
-    if (found := run.resume()) is not None:
-        restore(found)
-    clock, asked, mine = _Clock(), False, world.local_rows(settings.batch)
-    next_steps = Prefetcher(lambda step: _draw(batches, settings, loss_settings.ball, step, seed, compute), steps)
+    if (checkpoint := run.resume()) is not None:
+        restore(checkpoint)
+    throughput, stop_requested, rows = _Throughput(), False, world.local_rows(settings.batch)
+    prefetcher = Prefetcher(lambda step: _load_step(batches, settings, loss_settings.ball, step, seed, compute), steps)
     while True:
         step, images_seen = progress["step"], progress["step"] * settings.batch
-        done = step >= steps
-        evaluating = (done or (step > 0 and step % every == 0)) and not (
+        finished = step >= steps
+        evaluating = (finished or (step > 0 and step % evaluation_steps == 0)) and not (
             progress["history"] and progress["history"][-1]["images_seen"] == images_seen
         )
         try:
             if evaluating or step % check_every == 0:
                 _stop_if_not_finite(progress, batches, settings.batch, run)
-            run.checkpoint_if_due(images_seen, snapshot, asked if world.size > 1 else None)
+            run.checkpoint_if_due(images_seen, snapshot, stop_requested if world.size > 1 else None)
         except Diverged:
             if settings.on_divergence == "stop" or progress["rate_factor"] < 1:
                 raise
-            restore(run.kept())
-            progress["rate_factor"] = _ROLL_BACK_FACTOR
+            restore(run.load_rollback())
+            progress["rate_factor"] = _ROLLBACK_FACTOR
             continue
         if evaluating:
-            clock.stop()
+            throughput.stop()
             ema.copy_buffers(ema_model, model)
             measured = evaluate(ema_model, validation, loss_settings.ball, settings, seed, compute)
-            _keep_best(progress, measured, ema_model, images_seen, robust=settings.selection_steps > 0)
-            of_last_step = {name: optimiser.param_groups[0][key] for name, key in _SCHEDULED.items()}
-            record = {**measured, **_mean(progress["pending"]), **of_last_step}
+            _update_best(progress, measured, ema_model, images_seen, robust=settings.selection_steps > 0)
+            last_schedule = {name: optimiser.param_groups[0][key] for name, key in _SCHEDULED.items()}
+            record = {**measured, **_mean_values(progress["pending"]), **last_schedule}
             progress["history"].append({"images_seen": images_seen, **record})
             run.metrics.write(images_seen, record)
             run.show(**measured)
             progress["pending"] = []
         if settings.on_divergence == "roll_back" and (step == 0 or evaluating):
-            run.keep(images_seen, snapshot())
-        if done or (evaluating and _out_of_patience(progress, settings)):
+            run.save_rollback(images_seen, snapshot())
+        if finished or (evaluating and _out_of_patience(progress, settings)):
             break
-        clock.start()
+        throughput.start()
         modes.set_batch_norm_momentum(
             model, settings.first_batch_norm_momentum if step == 0 else settings.batch_norm_momentum
         )
-        _set_rate(optimiser, step // epoch_steps, epochs, settings, progress["rate_factor"])
+        _set_learning_rate(optimiser, step // epoch_steps, epochs, settings, progress["rate_factor"])
         if step % epoch_steps == 0:
             class_means.next_epoch()
-        drawn = next_steps.at(step)
-        images, targets = _inputs(drawn, augment, classes, settings, step, seed, compute)
-        images, targets, start = compute.to_device(images[mine]), targets[mine], compute.to_device(drawn.start)
+        inputs = prefetcher.at(step)
+        images, targets = _augmented(inputs, augment, classes, settings, step, seed, compute)
+        images, targets, start = compute.to_device(images[rows]), targets[rows], compute.to_device(inputs.start)
         with modes.mode(model, training=True), compute.autocast():
-            loss = loss_of(model, images, targets, start, loss_settings, class_means.means)
+            loss = loss_function(model, images, targets, start, loss_settings, class_means.means)
         if settings.loss in losses.WITH_CLASS_MEANS and loss.clean_logits is not None:
-            class_means.add(world.sum(class_means.sums_of(loss.clean_logits, targets)))
+            class_means.add(world.sum(class_means.batch_sums(loss.clean_logits, targets)))
         optimiser.zero_grad(set_to_none=True)
-        (loss.total.mean() / world.size).backward()  # of the whole batch, once gradients are summed
+        (loss.total.mean() / world.size).backward()  # the mean of the whole batch, once gradients are summed
         values = _step_values(loss, targets)
         if world.size > 1:
-            told = torch.cat([values, values.new_tensor([float(run.asked)])])
-            told = world.sum_gradients(model, told / world.size)
-            values, asked = told[:-1], float(told[-1]) > 0
+            packed = torch.cat([values, values.new_tensor([float(run.stop_requested)])])  # [6]
+            packed = world.sum_gradients(model, packed / world.size)
+            values, stop_requested = packed[:-1], float(packed[-1]) > 0
         if settings.clip_gradient > 0:
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip_gradient)
         optimiser.step()
@@ -210,7 +226,7 @@ def train(
             world.broadcast_buffers(model)
         progress["pending"].append(values)
         progress["step"] = step + 1
-        clock.count(settings.batch)
+        throughput.count(settings.batch)
 
     return TrainedClassifier(
         progress["best"],
@@ -218,7 +234,7 @@ def train(
         progress["best_images_seen"],
         progress["best_accuracy"],
         progress["history"],
-        clock.rate(),
+        throughput.images_per_second(),
     )
 
 
@@ -230,50 +246,53 @@ def evaluate(
     seed: int,
     compute: Compute,
 ) -> dict[str, float]:
-    """Clean and PGD (CW margin) accuracy of the validation split, as shares of 1; PGD is left out with 0 steps."""
+    """Measures clean and PGD (CW margin) accuracy on the validation split, in [0, 1]; no PGD with 0 selection steps.
+
+    validation: images [N, C, H, W] in [0, 1] and labels int64 [N].
+    """
     images, labels = validation
-    clean = robust = 0
+    clean = robust = 0  # images that are classified correctly
     with modes.mode(model, training=False), modes.frozen(model), compute.autocast():
-        for where, x, y in iter_batches(images, labels, 1000):
-            mine = compute.world.local_rows(len(y))
-            start = ball.random_start(seeds.stream(seed, "validation/start", where.start), tuple(x.shape))
-            x, y, start = compute.to_device(x[mine]), y[mine].to(compute.device), compute.to_device(start[mine])
+        for batch_rows, x, y in iter_batches(images, labels, 1000):
+            rows = compute.world.local_rows(len(y))
+            start = ball.random_start(seeds.stream(seed, "validation/start", batch_rows.start), tuple(x.shape))
+            x, y, start = compute.to_device(x[rows]), y[rows].to(compute.device), compute.to_device(start[rows])
             with torch.no_grad():
-                right = model(x).float().argmax(1) == y
-            clean += int(right.sum())
+                correct = model(x).float().argmax(1) == y  # [B]
+            clean += int(correct.sum())
             if settings.selection_steps:
                 adversarial = attacks.pgd(
                     model, x, attacks.margin(y), ball, start, settings.selection_steps, settings.selection_step_size
                 )
                 with torch.no_grad():
-                    robust += int(((model(adversarial).float().argmax(1) == y) & right).sum())
+                    robust += int(((model(adversarial).float().argmax(1) == y) & correct).sum())
     clean, robust = compute.world.sum(torch.tensor([clean, robust], device=compute.device)).tolist()
     measured = {"validation_clean": clean / len(labels)}
     return measured | ({"validation_robust": robust / len(labels)} if settings.selection_steps else {})
 
 
 @dataclasses.dataclass(frozen=True)
-class _Drawn:
-    """What a step starts from, on the CPU, ready to be sent: images, labels, and where this process's attack starts."""
+class _StepInputs:
+    """The inputs of a step on the CPU, in pinned memory if there is a GPU."""
 
-    images: Tensor
-    labels: Tensor
-    start: Tensor
+    images: Tensor  # [D, C, H, W], D images drawn for the whole batch, B / cutmix_copies
+    labels: Tensor  # int64 [D]
+    start: Tensor  # [B, C, H, W] start of the attack, this process's rows only
 
 
-def _draw(
+def _load_step(
     batches: MixedBatches, settings: ClassifierSettings, ball: Ball, step: int, seed: int, compute: Compute
-) -> _Drawn:
-    """Named by (seed, step), so that it may be drawn early and by another thread."""
+) -> _StepInputs:
+    """Loads and draws the inputs of a step. They depend on (seed, step) only, so another thread may do it early."""
     images, labels = batches.at(step)
     shape = (settings.batch, *images.shape[1:])
     start = losses.draw_start(settings.loss, ball, seeds.stream(seed, "attack/start", step), shape)
-    mine = compute.world.local_rows(settings.batch)
-    return _Drawn(compute.ready(images), compute.ready(labels), compute.ready(start[mine]))
+    rows = compute.world.local_rows(settings.batch)
+    return _StepInputs(compute.pin(images), compute.pin(labels), compute.pin(start[rows]))
 
 
-def _inputs(
-    drawn: _Drawn,
+def _augmented(
+    inputs: _StepInputs,
     augment: Augmentation,
     classes: int,
     settings: ClassifierSettings,
@@ -281,54 +300,62 @@ def _inputs(
     seed: int,
     compute: Compute,
 ) -> tuple[Tensor, Tensor]:
-    """Augmented images and targets of one step, on the device, named by (seed, step)."""
-    images, targets = compute.to_device(drawn.images), compute.to_device(drawn.labels)
+    """Augments the inputs of a step on the device, with randomness named by (seed, step).
+
+    Returns images [B, C, H, W] and targets: labels int64 [B] or, with CutMix, class probabilities float [B, K].
+    CutMix turns D drawn images into B = D * cutmix_copies.
+    """
+    images, targets = compute.to_device(inputs.images), compute.to_device(inputs.labels)
     images = augment(images, seeds.stream(seed, "augmentation", step))
     if settings.cutmix:
-        one_hot, generator = F.one_hot(targets, classes).float(), seeds.stream(seed, "cutmix", step)
+        one_hot, generator = F.one_hot(targets, classes).float(), seeds.stream(seed, "cutmix", step)  # [D, K]
         copies = [cutmix(images, one_hot, generator, settings.cutmix) for _ in range(settings.cutmix_copies)]
-        images, targets = (torch.cat(parts) for parts in zip(*copies, strict=True))
+        images, targets = (torch.cat(tensors) for tensors in zip(*copies, strict=True))
     return images, targets
 
 
-class _Clock:
-    """Images a second, evaluations left out. Runs from the first counted step on, whose start-up is not counted."""
+class _Throughput:
+    """Measures images per second of training steps, without evaluations and without the first step, the warm-up."""
 
     def __init__(self) -> None:
-        self._images, self._seconds, self._since = 0, 0.0, 0.0
-        self._warm = False
+        self._images, self._seconds, self._started = 0, 0.0, 0.0
+        self._warmed_up = False
 
     def start(self) -> None:
-        if self._warm and not self._since:
-            self._since = time.monotonic()
+        """Starts the clock, or leaves it running."""
+        if self._warmed_up and not self._started:
+            self._started = time.monotonic()
 
     def stop(self) -> None:
-        """After what was waited for: the values of the last step were read from the device."""
-        if self._since:
-            self._seconds += time.monotonic() - self._since
-        self._since = 0.0
+        """Stops the clock. Call it after reading the values of the last step, which waits for the device."""
+        if self._started:
+            self._seconds += time.monotonic() - self._started
+        self._started = 0.0
 
     def count(self, images: int) -> None:
-        self._images += images if self._warm else 0
-        self._warm = True
+        """Adds the images of a step; those of the first step do not count."""
+        self._images += images if self._warmed_up else 0
+        self._warmed_up = True
 
-    def rate(self) -> float:
+    def images_per_second(self) -> float:
+        """Returns the images per second so far; 0 before the clock has run."""
         return self._images / self._seconds if self._seconds else 0.0
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay everywhere but on the parameters of normalisation layers (Wang et al.'s code)."""
-    normal = {id(p) for layer in model.modules() if isinstance(layer, modes.BATCH_NORMS) for p in layer.parameters()}
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, list[nn.Parameter] | float]]:
+    """Splits parameters for the optimiser: no weight decay in normalisation layers (Wang et al.'s code)."""
+    norms = {id(p) for layer in model.modules() if isinstance(layer, modes.BATCH_NORMS) for p in layer.parameters()}
     parameters = list(model.parameters())
     return [
-        {"params": [p for p in parameters if id(p) not in normal], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) in normal], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in norms], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) in norms], "weight_decay": 0.0},
     ]
 
 
-def _set_rate(
+def _set_learning_rate(
     optimiser: torch.optim.Optimizer, epoch: int, epochs: int, settings: ClassifierSettings, factor: float
 ) -> None:
+    """Sets learning rate, times `factor`, and momentum of an epoch of the one-cycle schedule."""
     rate, momentum = schedules.one_cycle(
         epoch,
         epochs,
@@ -344,40 +371,44 @@ def _set_rate(
         group["lr"], group["momentum"] = factor * rate, momentum
 
 
-def _keep_best(
-    progress: dict[str, Any], measured: dict[str, float], ema_model: nn.Module, images_seen: int, robust: bool
+def _update_best(
+    progress: ClassifierProgress, measured: dict[str, float], ema_model: nn.Module, images_seen: int, robust: bool
 ) -> None:
-    """Later weights win ties, as in the published code."""
+    """Stores the EMA weights if they are the best so far. Later weights win ties, as in the published code."""
     accuracy = measured["validation_robust" if robust else "validation_clean"]
     if accuracy >= progress["best_accuracy"]:
-        progress |= {"best_accuracy": accuracy, "best_images_seen": images_seen, "best": _cpu_copy(ema_model)}
+        progress["best_accuracy"], progress["best_images_seen"] = accuracy, images_seen
+        progress["best"] = _cpu_copy(ema_model)
 
 
-def _out_of_patience(progress: dict[str, Any], settings: ClassifierSettings) -> bool:
+def _out_of_patience(progress: ClassifierProgress, settings: ClassifierSettings) -> bool:
     """Whether the last `patience` evaluations brought no new best."""
-    since = sum(record["images_seen"] > progress["best_images_seen"] for record in progress["history"])
-    return 0 < settings.patience <= since
+    evaluations_since_best = sum(record["images_seen"] > progress["best_images_seen"] for record in progress["history"])
+    return 0 < settings.patience <= evaluations_since_best
 
 
-def _stop_if_not_finite(progress: dict[str, Any], batches: MixedBatches, batch: int, run: LongRun) -> None:
-    """Raises Diverged at the first step since the last evaluation whose loss is not finite, and names its images."""
-    pending: list[Tensor] = progress["pending"]
+def _stop_if_not_finite(progress: ClassifierProgress, batches: MixedBatches, batch: int, run: LongRun) -> None:
+    """Raises Diverged at the first step since the last evaluation with a NaN or infinite loss, and names its images."""
+    pending = progress["pending"]
     if not pending:
         return
-    totals = torch.stack(pending)[:, 0].tolist()
-    bad = next((k for k, value in enumerate(totals) if not math.isfinite(value)), None)
-    if bad is not None:
-        step = progress["step"] - len(pending) + bad
-        path = run.note("diverged.json", {"step": step, "loss": str(totals[bad]), **batches.names(step)})
+    totals = torch.stack(pending)[:, 0].tolist()  # one loss per step
+    index = next((k for k, value in enumerate(totals) if not math.isfinite(value)), None)
+    if index is not None:
+        step = progress["step"] - len(pending) + index
+        path = run.save_json("diverged.json", {"step": step, "loss": str(totals[index]), **batches.names(step)})
         raise Diverged(
-            f"the loss is {totals[bad]} after {step * batch} images; expected a finite number; {path} names the images "
-            f"of that batch; lower the learning rate or beta, or say on_divergence: roll_back, and run again"
+            f"the loss is {totals[index]} after {step * batch} images; expected a finite number; {path} names the "
+            f"images of that batch; lower the learning rate or beta, or set on_divergence: roll_back, and run again"
         )
 
 
 def _step_values(loss: losses.Loss, targets: Tensor) -> Tensor:
-    """Loss, its two terms, and clean and robust accuracy of one batch, kept on the device: float32 [5]. Of mixed images
-    the larger share counts as the label; pgd_at sees no clean images, so its clean accuracy is NaN."""
+    """Returns loss, clean loss, robust loss, clean and robust accuracy of one batch: float32 [5], on the device.
+
+    targets [B] or [B, K]; for mixed images the class with the largest probability counts as the label. pgd_at sees no
+    clean images, so its clean accuracy is NaN.
+    """
     labels = targets if targets.ndim == 1 else targets.argmax(1)
     clean_logits = loss.adversarial_logits if loss.clean_logits is None else loss.clean_logits
     adversarial_logits = loss.clean_logits if loss.adversarial_logits is None else loss.adversarial_logits
@@ -395,7 +426,8 @@ def _step_values(loss: losses.Loss, targets: Tensor) -> Tensor:
     )
 
 
-def _mean(pending: list[Tensor]) -> dict[str, float]:
+def _mean_values(pending: list[Tensor]) -> dict[str, float]:
+    """Averages `_step_values` [5] over steps and names them. NaN values are left out."""
     if not pending:
         return {}
     names = ("train_loss", "train_natural_loss", "train_robust_loss", "train_clean", "train_robust")
@@ -403,5 +435,5 @@ def _mean(pending: list[Tensor]) -> dict[str, float]:
     return {name: value for name, value in values if math.isfinite(value)}
 
 
-def _cpu_copy(model: nn.Module) -> dict[str, Tensor]:
+def _cpu_copy(model: nn.Module) -> dict[str, Tensor]:  # any shapes
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

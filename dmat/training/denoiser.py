@@ -1,23 +1,26 @@
-"""Training of an EDM denoiser: one function, read from top to bottom (Karras et al. 2022, Table 1 and appendix F)."""
+"""Training of an EDM denoiser: one function, read from top to bottom (Karras et al. 2022, Table 1 and appendix F).
+
+Shapes: B batch, N images, C channels, H height, W width.
+"""
 
 import copy
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmat import modes, seeds
-from dmat.data.mixing import Sequence
+from dmat.data.mixing import ShuffledSequence
 from dmat.data.pixels import to_float
 from dmat.devices import Compute
 from dmat.diffusion import edm
 from dmat.training import ema, schedules
-from dmat.training.long_run import LongRun, stop_if_not_finite
+from dmat.training.long_run import LongRun, State, stop_if_not_finite
 
 
 class DenoiserSettings(Protocol):
-    """Numbers of a run; units and ranges are those of `config.Generator`, which satisfies this."""
+    """The settings of a training run; `config.Generator` satisfies this and has units and ranges."""
 
     images_seen: int
     batch: int
@@ -29,6 +32,14 @@ class DenoiserSettings(Protocol):
     log_every: int
 
 
+class DenoiserProgress(TypedDict):
+    """What a checkpoint holds of a training run, besides weights and optimiser."""
+
+    step: int  # next
+    history: list[dict[str, float]]
+    pending: list[Tensor]  # scalar losses since the last record
+
+
 def train(
     denoiser: edm.Preconditioned,
     images: np.ndarray,
@@ -38,26 +49,27 @@ def train(
     run: LongRun,
     compute: Compute,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """Trains for settings.images_seen images; images uint8 [N, H, W, C]. Returns averaged weights and the loss curve.
+    """Trains `denoiser` in place for settings.images_seen images. Returns EMA weights and the history of the loss.
 
-    Every random number is named by `seed`. Raises Diverged or Interrupted, both after saving.
+    images uint8 [N, H, W, C], labels int64 [N]. Every random number is named by `seed`. Raises Interrupted on a signal,
+    after saving, and Diverged on a NaN or infinite loss; the last good checkpoint stays.
     """
     denoiser = compute.model_to_device(denoiser)  # type: ignore[assignment]
     ema_model = copy.deepcopy(denoiser)
     optimiser = torch.optim.Adam(denoiser.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8)
-    order = Sequence(seed, "order/real", len(labels))
+    order = ShuffledSequence(seed, "order/real", len(labels))
     steps = -(-settings.images_seen // settings.batch)
     log_steps = max(1, settings.log_every // settings.batch)
-    progress: dict[str, Any] = {"step": 0, "history": [], "pending": []}
+    progress: DenoiserProgress = {"step": 0, "history": [], "pending": []}
 
     if (state := run.resume()) is not None:
         denoiser.load_state_dict(state["denoiser"])
         ema_model.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
         progress = state["progress"]
-    pending: list[Tensor] = progress["pending"]  # losses since the last record
+    pending = progress["pending"]
 
-    def snapshot() -> dict[str, Any]:
+    def snapshot() -> State:
         return {
             "denoiser": denoiser.state_dict(),
             "ema": ema_model.state_dict(),
@@ -77,12 +89,12 @@ def train(
         run.checkpoint_if_due(images_seen, snapshot)
         if step >= steps:
             break
-        chosen = order.at(images_seen, settings.batch)
-        x = compute.to_device(to_float(images[chosen]).mul_(2).sub_(1))  # [B, C, H, W] in [-1, 1]
-        y = torch.from_numpy(labels[chosen]).to(compute.device)
-        draw = seeds.stream(seed, "denoiser/noise", step)
-        sigma = edm.sample_sigma(seeds.normal(draw, (len(y),)), settings.p_mean, settings.p_std).to(compute.device)
-        noise = compute.to_device(seeds.normal(draw, tuple(x.shape)))
+        indices = order.at(images_seen, settings.batch)
+        x = compute.to_device(to_float(images[indices]).mul_(2).sub_(1))  # [B, C, H, W] in [-1, 1]
+        y = torch.from_numpy(labels[indices]).to(compute.device)  # [B]
+        rng = seeds.stream(seed, "denoiser/noise", step)
+        sigma = edm.sample_sigma(seeds.normal(rng, (len(y),)), settings.p_mean, settings.p_std).to(compute.device)
+        noise = compute.to_device(seeds.normal(rng, tuple(x.shape)))
         seeds.reseed_torch(seed, "denoiser/dropout", step)
         for group in optimiser.param_groups:
             group["lr"] = schedules.ramp_then_cosine(step / steps, settings.learning_rate, settings.ramp_up)

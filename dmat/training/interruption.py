@@ -1,4 +1,4 @@
-"""Signals as a question that a run asks between two steps, so that it stops only where its state is whole."""
+"""Signals that a run polls between two steps, so that it stops only where its state is complete."""
 
 import os
 import signal
@@ -7,58 +7,58 @@ from typing import Self
 
 from dmat.errors import Interrupted
 
-REQUEUE = 75  # exit code of SIGUSR1: the scheduler should start the same command again
-_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REQUEUE = 75  # exit code after SIGUSR1: the scheduler should start the same command again
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """Inside the block SIGINT, SIGTERM and SIGUSR1 only set `asked`; a second SIGINT acts at once.
+    """Inside the block SIGINT, SIGTERM and SIGUSR1 only set `received`; a second SIGINT raises KeyboardInterrupt.
 
-    at_once: for work that has no state to save; the first signal already raises Interrupted, whatever else a library
-    makes of it. Blocks may be nested: what an inner one was asked and did not raise, the outer one is asked too, so
-    that it stops at its next chance.
+    at_once=True is for work without state to save: the first signal raises Interrupted immediately, and again at the
+    end of the block if a library turned it into another exception. Blocks may be nested: a signal that an inner block
+    received and did not raise is passed to the outer block, which stops at its next check.
     """
 
     def __init__(self, at_once: bool = False) -> None:
-        self.asked: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self._at_once = at_once
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in _ASKING}
+        self._previous_handlers = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         outer = self._outer()
-        if outer is not None and not self._at_once:  # what the outer one raised may have been lost in a callback
-            self.asked = outer.asked
+        if outer is not None and not self._at_once:  # a callback may have swallowed what the outer block raised
+            self.received = outer.received
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
         outer = self._outer()
-        if self.asked is not None and outer is not None and kind is not Interrupted:
-            outer.asked = self.asked
-        for number, handler in self._before.items():
+        if self.received is not None and outer is not None and kind is not Interrupted:
+            outer.received = self.received
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        if self._at_once and self.asked is not None and isinstance(error, Exception):
-            self.raise_now()  # a library made another exception of the one that was raised into it
+        if self._at_once and self.received is not None and isinstance(error, Exception):
+            self.raise_now()  # a library turned the exception that was raised inside it into another one
 
     def _outer(self) -> "Interruption | None":
-        outer = getattr(self._before[signal.SIGTERM], "__self__", None)
+        outer = getattr(self._previous_handlers[signal.SIGTERM], "__self__", None)
         return outer if isinstance(outer, Interruption) else None
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is signal.SIGINT and number == signal.SIGINT:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
-        first, self.asked = self.asked is None, signal.Signals(number)
+        first, self.received = self.received is None, signal.Signals(number)
         if self._at_once:
-            self.raise_if_asked()
-        elif first:  # os.write, because print may be at work where the signal came
-            os.write(2, f"\n{self.asked.name}: saving and stopping; Ctrl-C stops without saving\n".encode())
+            self.raise_if_received()
+        elif first:  # os.write, because the signal may have interrupted a print
+            os.write(2, f"\n{self.received.name}: saving and stopping; Ctrl-C stops without saving\n".encode())
 
-    def raise_if_asked(self) -> None:
-        """Raises Interrupted; call it after saving."""
-        if self.asked is not None:
+    def raise_if_received(self) -> None:
+        """Raises Interrupted if a signal came. Call it after saving."""
+        if self.received is not None:
             self.raise_now()
 
     def raise_now(self) -> None:
-        """The same where another process was asked: as if SIGTERM had come here."""
-        self.asked = self.asked or signal.SIGTERM
-        code = REQUEUE if self.asked is signal.SIGUSR1 else 128 + self.asked
-        raise Interrupted(code, f"stopped by {self.asked.name}; the same command goes on from here")
+        """Raises Interrupted. Without a signal here, because another process received one, it is that of SIGTERM."""
+        self.received = self.received or signal.SIGTERM
+        code = REQUEUE if self.received is signal.SIGUSR1 else 128 + self.received
+        raise Interrupted(code, f"stopped by {self.received.name}; the same command resumes from here")

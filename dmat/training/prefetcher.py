@@ -1,37 +1,38 @@
-"""What the next steps need, made by a thread while the device computes this one."""
+"""A thread that prepares the inputs of the next steps while the device computes the current one."""
 
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-_DEPTH = 2  # steps ahead: one is being made, one is ready (assumed; more costs memory alone)
+_DEPTH = 2  # steps ahead: one in preparation, one ready (assumed; more only costs memory)
 
-Made = TypeVar("Made")
+Inputs = TypeVar("Inputs")
 
 
-class Prefetcher(Generic[Made]):
-    """make(step), made before it is asked for. `make` must depend on nothing but the step.
+class Prefetcher(Generic[Inputs]):
+    """Calls make(step) before the inputs of the step are needed. `make` must depend on nothing but the step.
 
-    Steps are asked for in turn; after a jump (a resumed run, a roll-back) what was made is dropped. An exception of
-    `make` is raised where its step is asked for. The thread ends with the object.
+    Steps are requested in order; after a jump (a resumed run, a roll-back) prepared inputs are dropped. An exception of
+    `make` is raised where its step is requested. The thread ends with the object.
     """
 
-    def __init__(self, make: Callable[[int], Made], end: int):
-        """end: the first step that nobody will ask for."""
+    def __init__(self, make: Callable[[int], Inputs], end: int):
+        """end: the first step that is never requested."""
         self._make, self._end = make, end
-        self._waiting: deque[tuple[int, Future[Made]]] = deque()
+        self._pending: deque[tuple[int, Future[Inputs]]] = deque()
         self._thread = ThreadPoolExecutor(1, "ahead")
 
-    def at(self, step: int) -> Made:
-        if self._waiting and self._waiting[0][0] != step:
+    def at(self, step: int) -> Inputs:
+        """Returns the inputs of a step, waiting for them if necessary, and starts on the next steps."""
+        if self._pending and self._pending[0][0] != step:
             self._drop()
-        first = self._waiting[-1][0] + 1 if self._waiting else step
-        for later in range(first, max(step + 1, min(step + 1 + _DEPTH, self._end))):
-            self._waiting.append((later, self._thread.submit(self._make, later)))
-        return self._waiting.popleft()[1].result()
+        first = self._pending[-1][0] + 1 if self._pending else step
+        for next_step in range(first, max(step + 1, min(step + 1 + _DEPTH, self._end))):
+            self._pending.append((next_step, self._thread.submit(self._make, next_step)))
+        return self._pending.popleft()[1].result()
 
     def _drop(self) -> None:
-        for _, future in self._waiting:
+        for _, future in self._pending:
             future.cancel()
-        self._waiting.clear()
+        self._pending.clear()

@@ -4,9 +4,9 @@ import math
 
 
 def epochs(every: int, batch: int, steps: int) -> tuple[int, int]:
-    """Steps of an epoch of `every` images, and how many epochs a run of `steps` steps begins.
+    """Returns the steps of an epoch of `every` images, and how many epochs a run of `steps` steps begins.
 
-    An epoch is rounded up to whole batches, as Wang et al.'s code has it: 98 steps for 50,000 images in batches of 512.
+    An epoch is rounded up to whole batches, as in Wang et al.'s code: 98 steps for 50,000 images in batches of 512.
     """
     epoch_steps = -(-every // batch)
     return epoch_steps, -(-steps // epoch_steps)
@@ -22,31 +22,36 @@ def one_cycle(
     end_divisor: float = 1e4,
     momentum: tuple[float, float] = (0.85, 0.95),
 ) -> tuple[float, float]:
-    """Learning rate and momentum of torch's OneCycleLR with cosine annealing, at step 0 .. steps - 1.
+    """Returns learning rate and momentum of torch's OneCycleLR with cosine annealing, at step 0 .. steps - 1.
 
-    Equal to torch's from 1 / warmup steps on; a run shorter than that starts at the peak (torch: just below it, or a
+    The learning rate rises from peak / start_divisor to peak during the first fraction `warmup` of the steps, then
+    falls to peak / start_divisor / end_divisor.
+
+    momentum = (at the peak, at both ends). The default is the cycling that Wang et al.'s run really had, because torch
+    overwrites the optimiser's 0.9; two equal numbers keep the momentum fixed.
+
+    Equal to torch's for runs of 1 / warmup steps or more. A shorter run starts at the peak (torch: just below it, or a
     division by zero at exactly 1 / warmup steps).
-
-    Rises from peak / start_divisor to peak during the first `warmup` share of the steps, then falls to
-    peak / start_divisor / end_divisor. momentum = (at the peak, at both ends): the cycling that Wang et al.'s run
-    really had, since torch overwrites the optimiser's 0.9; two equal numbers keep it fixed.
     """
     first, last = warmup * steps - 1, steps - 1
     start, end = peak / start_divisor, peak / start_divisor / end_divisor
     low, high = momentum
     if step < first:  # torch divides by zero where the warm-up is exactly one step; here it starts at the peak
-        share = step / first
-        return _cosine(start, peak, share), _cosine(high, low, share)
-    share = min(1.0, (step - max(first, 0)) / max(last - max(first, 0), 1))
-    return _cosine(peak, end, share), _cosine(low, high, share)
+        fraction = step / first
+        return _cosine(start, peak, fraction), _cosine(high, low, fraction)
+    fraction = min(1.0, (step - max(first, 0)) / max(last - max(first, 0), 1))
+    return _cosine(peak, end, fraction), _cosine(low, high, fraction)
 
 
 def ramp_then_cosine(progress: float, peak: float, ramp: float) -> float:
-    """Linear from 0 to peak during the first `ramp` share, then half a cosine to 0. progress in [0, 1]."""
+    """Returns the learning rate: linear from 0 to peak during the first fraction `ramp`, then half a cosine to 0.
+
+    progress: fraction of the run, in [0, 1].
+    """
     if progress < ramp:
         return peak * progress / ramp
     return _cosine(peak, 0.0, (progress - ramp) / (1 - ramp))
 
 
-def _cosine(start: float, end: float, share: float) -> float:
-    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+def _cosine(start: float, end: float, fraction: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * fraction))

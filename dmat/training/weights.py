@@ -1,11 +1,11 @@
-"""Weights that explain themselves: a safetensors file and a JSON sidecar, checked against each other."""
+"""Weights with their description: a safetensors file and a JSON sidecar, checked against each other."""
 
 import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal, NotRequired, TypedDict, cast, overload
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -18,44 +18,152 @@ SCHEMA = 1
 BEST, LAST = "best.safetensors", "last.safetensors"  # of a classifier
 DENOISER = "denoiser.safetensors"
 
+Kind = Literal["classifier", "denoiser"]
+ThreatRecord = dict[str, str]  # a threat model as JSON: norm, and epsilon as written
 
-def save(path: Path, state: dict[str, Tensor], sidecar: dict[str, Any]) -> None:
-    """Writes `path` (.safetensors) and then its sidecar (.json), which holds the checksum of the former."""
+
+class NetworkRecord(TypedDict):
+    """A network as sidecars describe it."""
+
+    name: str  # in NETWORKS, or an import path
+    depth: int
+    width: int
+    activation: str  # in ACTIVATIONS
+
+
+class ImportOrigin(TypedDict):
+    """Where imported weights are from."""
+
+    file: str
+    sha256: str  # of that file
+    format: str  # for people
+    tensors: str  # key of the dictionary that holds them; "" for the file itself
+    args: Mapping[str, object] | None  # args.txt of the training
+    notes: list[str]  # what was assumed or left out
+
+
+class Sidecar(TypedDict):
+    """What the sidecars of classifiers and denoisers have in common.
+
+    `read_sidecar` checks schema, sha256 and kind. People edit sidecars: other values are as in the file.
+    """
+
+    schema: NotRequired[int]  # added by `save`
+    sha256: NotRequired[str]  # of the weights, in hex; added by `save`
+    kind: str
+    weights: NotRequired[str]  # "averaged" (EMA), "raw" or "unknown"
+    image_shape: list[int]  # H, W, C
+    licence_of_data: NotRequired[str]
+    precision: NotRequired[str]  # of the training: "fp32" or "bf16"; missing in imports
+
+
+class NetworkSidecar(Sidecar):
+    """What the sidecars of all classifiers have in common; `models.loading.build` checks it."""
+
+    network: NetworkRecord
+    classes: int
+    channels: int
+    mean: list[float]  # per channel, for pixels in [0, 1]
+    std: list[float]
+    class_names: NotRequired[list[str] | None]
+
+
+class TrainingRecord(TypedDict, total=False):
+    """How train_robust trained a classifier. A scorer has none of these keys."""
+
+    threat: ThreatRecord
+    seed: int
+    arm: str
+    loss: str
+    beta: float
+    mix_sha256: str  # of mix.json
+    images_seen: int  # until these weights
+
+
+class TrainedSidecar(NetworkSidecar, TrainingRecord):
+    """The sidecar of a classifier that a stage trained."""
+
+
+class ClassifierSidecar(NetworkSidecar, total=False):
+    """The sidecar of any classifier, trained or imported."""
+
+    threat: ThreatRecord | None  # None for an import whose args.txt does not say it
+    seed: object  # a whole number; for an import, the JSON value in args.txt
+    beta: object  # a number; for an import, the JSON value in args.txt
+    arm: str
+    loss: str
+    mix_sha256: str
+    images_seen: int
+    # of imports alone
+    data: str  # name in DATA of `models.importing`
+    licence: str  # of the weights
+    origin: ImportOrigin
+
+
+class DenoiserSidecar(Sidecar):
+    """The sidecar of a denoiser."""
+
+    generator: Mapping[str, object]  # settings: `config.Generator` as JSON
+    class_names: list[str]
+
+
+def save(path: Path, state: dict[str, Tensor], sidecar: Sidecar) -> None:
+    """Writes `path` (.safetensors) and then its sidecar (.json), which holds the checksum of the weights.
+
+    state: names -> tensors of any shape.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with files.writing(path) as file:
         file.write(save_tensors(tensors))
     files.write_json(path.with_suffix(".json"), {"schema": SCHEMA, "sha256": files.sha256(path), **sidecar})
 
 
-def read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict and sidecar of a "classifier" or "denoiser". Raises DmatError if they do not belong together."""
+@overload
+def read(
+    path: Path, kind: Literal["classifier"]
+) -> tuple[dict[str, Tensor], ClassifierSidecar]: ...  # tensors of any shape
+@overload
+def read(
+    path: Path, kind: Literal["denoiser"]
+) -> tuple[dict[str, Tensor], DenoiserSidecar]: ...  # tensors of any shape
+def read(path: Path, kind: Kind) -> tuple[dict[str, Tensor], Sidecar]:
+    """Reads state dict (tensors of any shape) and sidecar of weights.
+
+    Raises DmatError if the two files do not belong together, or the weights are of another kind.
+    """
     sidecar = read_sidecar(path, kind)
-    if (found := files.sha256(path)) != sidecar["sha256"]:
+    if (checksum := files.sha256(path)) != sidecar["sha256"]:
         raise DmatError(
-            f"{path} has checksum {found[:12]}; its sidecar says {sidecar['sha256'][:12]}; bring back the "
+            f"{path} has checksum {checksum[:12]}; its sidecar says {sidecar['sha256'][:12]}; bring back the "
             f"pair that was written together, or run its stage again"
         )
     return load_tensors(path.read_bytes()), sidecar
 
 
-def read_sidecar(path: Path, kind: str) -> dict[str, Any]:
-    """The sidecar of the weights `path`, if it is one of this kind that this dmat can read."""
+@overload
+def read_sidecar(path: Path, kind: Literal["classifier"]) -> ClassifierSidecar: ...
+@overload
+def read_sidecar(path: Path, kind: Literal["denoiser"]) -> DenoiserSidecar: ...
+def read_sidecar(path: Path, kind: Kind) -> ClassifierSidecar | DenoiserSidecar:
+    """Reads the sidecar of the weights `path`. Raises DmatError if it is of another kind or schema."""
     sidecar = files.read_json(path.with_suffix(".json"))
     if not isinstance(sidecar, dict) or sidecar.get("schema") != SCHEMA:
-        found = sidecar.get("schema") if isinstance(sidecar, dict) else None
+        schema = sidecar.get("schema") if isinstance(sidecar, dict) else None
         raise DmatError(
-            f"{path.with_suffix('.json')} has schema {found}; this dmat reads {SCHEMA}; use the dmat that wrote it"
+            f"{path.with_suffix('.json')} has schema {schema}; this dmat reads {SCHEMA}; use the dmat that wrote it"
         )
     if not isinstance(sidecar.get("sha256"), str):
         raise DmatError(f"{path.with_suffix('.json')} has no sha256; expected the checksum of {path.name}; restore it")
     if sidecar.get("kind") != kind:
         raise DmatError(f"{path} holds a {sidecar.get('kind')}; expected a {kind}; name another file")
-    return sidecar
+    return cast(ClassifierSidecar | DenoiserSidecar, sidecar)
 
 
-def sidecar_sha256(path: Path, sidecar: Mapping[str, Any]) -> str:
-    """Hex SHA-256 of the sidecar's file of the weights `path`. Raises DmatError if it no longer holds `sidecar`, which
-    was read from it before."""
+def sidecar_sha256(path: Path, sidecar: Sidecar) -> str:
+    """Returns the SHA-256, in hex, of the sidecar file of the weights `path`.
+
+    Raises DmatError if the file no longer holds `sidecar`, which was read from it before.
+    """
     file = path.with_suffix(".json")
     data = file.read_bytes()
     with contextlib.suppress(ValueError):
@@ -65,7 +173,10 @@ def sidecar_sha256(path: Path, sidecar: Mapping[str, Any]) -> str:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
-    """Loads a state dict strictly, saying which names are too many or too few."""
+    """Loads a state dict (tensors of any shape) into the model and returns it.
+
+    Raises DmatError if names are missing or unexpected, or a shape differs.
+    """
     if problem := misfit({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, state):
         raise DmatError(
             f"{path} does not fit the network its sidecar describes: {problem}; use the file and sidecar of one run"
@@ -74,10 +185,10 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
     return model
 
 
-def misfit(wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> str:
-    """What keeps tensors from being those with the `wanted` names and shapes; empty if nothing does."""
-    if wanted.keys() != state.keys():
-        missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+def misfit(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> str:
+    """Describes how tensors (of any shape) differ from the expected names and shapes; empty if they do not."""
+    if expected.keys() != state.keys():
+        missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
         return f"missing {missing[:3]}, unexpected {extra[:3]}"
-    other = [name for name in state if tuple(state[name].shape) != wanted[name]]
-    return f"{other[0]} is {tuple(state[other[0]].shape)}, expected {wanted[other[0]]}" if other else ""
+    wrong = [name for name in state if tuple(state[name].shape) != expected[name]]
+    return f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, expected {expected[wrong[0]]}" if wrong else ""

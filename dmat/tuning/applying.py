@@ -1,4 +1,4 @@
-"""The winner of a study as an arm of params.yaml, whose comments and order stay as they are."""
+"""Writes the best trial of a study as an arm into params.yaml, and keeps comments and order of the file."""
 
 import io
 from pathlib import Path
@@ -15,10 +15,10 @@ from dmat.tuning.plan import Study
 
 
 def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: str, seeds: list[int]) -> list[str]:
-    """Writes arm `name` (and, where the winner changed them, an image set and a selection of that name),
-    and `seeds` unless empty. Returns the keys written. Nothing is written that would not be a valid file.
+    """Writes arm `name` (and an image set and a selection of that name, if the winner changed them), and `seeds` unless
+    empty. Returns the written keys. Raises ConfigError, and writes nothing, if the file would be invalid.
 
-    The arm gets the values that the study chose and not the study's `overrides`, which are for short runs.
+    The arm gets the values of the winner, but not the `overrides` of the study, which are for short runs.
     """
     document = YAML()  # keeps comments and order
     document.preserve_quotes, document.width = True, 120
@@ -52,7 +52,7 @@ def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: st
     trial = path.with_name(f".{path.name}.applied")
     files.write_text(trial, text.getvalue())
     try:
-        config.load(trial)  # every problem is told before anything is replaced
+        config.load(trial)  # reports every problem before the file is replaced
         trial.replace(path)
     except ConfigError as error:
         raise ConfigError(f"{path} with what is to be written", error.problems) from None
@@ -70,23 +70,25 @@ def _was_applied(arms: Any, name: str) -> bool:
 
 
 def _nested(values: dict[str, Any], first: str) -> dict[str, Any]:
-    """Values of one record by dotted name, as a mapping of mappings. first: "" for the arm's own."""
-    found: dict[str, Any] = {}
+    """Nested mapping of the values with dotted names that belong to `first`. first: "" for the arm itself, or
+    IMAGE_SET or SELECTION of config."""
+    nested: dict[str, Any] = {}
     for name, value in values.items():
         head, _, rest = name.partition(".")
-        part, path = (head, rest) if head in (config.IMAGE_SET, config.SELECTION) else ("", name)
-        if part != first:
+        section, path = (head, rest) if head in (config.IMAGE_SET, config.SELECTION) else ("", name)
+        if section != first:
             continue
         *above, last = path.split(".")
-        place = found
+        mapping = nested
         for key in above:
-            place = place.setdefault(key, {})
-        place[last] = value
-    return found
+            mapping = mapping.setdefault(key, {})
+        mapping[last] = value
+    return nested
 
 
 def _image_entries(raw: Any, selection: str, winner: FrozenTrial, name: str) -> dict[str, dict[str, Any]]:
-    """Entries of other lists that the winner's images need; none if it changes no images. selection: the arm's own."""
+    """Entries of the lists of image sets and selections that the winner needs; none if it changes no images.
+    selection: that of the arm."""
     of_set, of_selection = _nested(winner.params, config.IMAGE_SET), _nested(winner.params, config.SELECTION)
     if not of_set and not of_selection:
         return {}

@@ -1,9 +1,9 @@
-"""Who is at work on what, in the study's own storage: a claim is a row that one worker holds and renews.
+"""Claims in the storage of a study: rows that say which worker computes which trial. Its holder renews a claim.
 
-A trial must be computed by one worker at a time, on whichever machine, and by another as soon as that one is gone.
-Optuna's heartbeat knows the second only, for `optimize` alone, and makes a new trial of it; a file lock ends at the
-machine's edge. A claim is free when its holder gave it back, when the holder's process is gone (seen at once on the
-same machine), or when it was not renewed for `STALE` seconds by the database's own clock.
+One worker at a time may compute a trial, on any machine, and another one as soon as that worker has ended. Optuna's
+heartbeat handles only the second, only for `optimize`, and creates a new trial. A file lock works on one machine only.
+A claim is free if its holder released it, if the process of the holder has ended (detected at once on the same
+machine), or if it was not renewed for `STALE` seconds by the clock of the database.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from sqlalchemy import Column, Float, Integer, MetaData, String, Table
 
 from dmat import liveness
 
-RENEW = 10.0  # seconds
-STALE = 60.0  # seconds after which the holder counts as gone, wherever it is
-_TURN = "turn"
-_LOOK_EVERY = 0.1  # seconds between two attempts at a turn
+RENEW = 10.0  # seconds between two renewals
+STALE = 60.0  # seconds without renewal after which the holder counts as ended, on any machine
+_QUEUE_LOCK = "turn"  # key of the claim that protects the choice of the next trial
+_LOOK_EVERY = 0.1  # seconds between two attempts to take _QUEUE_LOCK
 
 _METADATA = MetaData()
 _CLAIMS = Table(
@@ -32,25 +32,25 @@ _CLAIMS = Table(
     _METADATA,
     Column("study", String(512), primary_key=True),
     Column("item", String(64), primary_key=True),
-    Column("holder", String(64)),  # NULL: nobody
-    Column("place", String(512)),  # machine and process namespace: only there the process can be looked at
+    Column("holder", String(64)),  # NULL: the claim is free
+    Column("place", String(512)),  # machine and process namespace, where the process can be checked
     Column("pid", Integer),
-    Column("born", Float),  # `liveness.started`: the number alone may belong to another process by now
-    Column("renewed", Float),  # seconds since 1970 by the database's clock
-    Column("deaths", Integer),  # holders that went without giving it back
+    Column("born", Float),  # `liveness.start_time` of the process, because pids are reused
+    Column("renewed", Float),  # seconds since 1970 by the clock of the database
+    Column("deaths", Integer),  # holders that ended without releasing the claim
 )
 
 
 class Claims:
-    """Claims of this process in one study. Use as a context: a thread renews what is held until the block ends, and
-    then everything is given back."""
+    """Claims of this process in one study. A context manager: a thread renews the held claims until the block ends;
+    then all are released."""
 
     def __init__(self, engine: sqlalchemy.Engine, study: str):
         self._engine, self._study = engine, study
         self._holder, self._machine_id = uuid.uuid4().hex, _machine_id()
-        self._born = liveness.started(os.getpid())
+        self._born = liveness.start_time(os.getpid())
         self._held: set[str] = set()
-        self._confirmed: dict[str, float] = {}  # item -> when the storage last said that it is ours
+        self._confirmed: dict[str, float] = {}  # key -> time of the last confirmation by the storage
         self._closing = threading.Event()
         self._now = (
             sqlalchemy.text("(julianday('now') - 2440587.5) * 86400.0")
@@ -59,7 +59,7 @@ class Claims:
         )
         try:
             _METADATA.create_all(engine)
-        except sqlalchemy.exc.SQLAlchemyError:  # another process makes it at this moment
+        except sqlalchemy.exc.SQLAlchemyError:  # another process is creating the table
             time.sleep(0.5)
             _METADATA.create_all(engine)
 
@@ -69,18 +69,18 @@ class Claims:
 
     def __exit__(self, *exception: object) -> None:
         self._closing.set()
-        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):  # a storage that is away: the claims become stale
-            for item in list(self._held):
-                self.give_back(item)
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):  # the storage is unreachable: the claims become stale
+            for key in list(self._held):
+                self.give_back(key)
 
-    def take(self, item: str) -> bool:
-        """Whether this process holds the item now. False: another one, which seems alive, does."""
-        mine = {"holder": self._holder, "place": self._machine_id, "pid": os.getpid(), "born": self._born}
+    def take(self, key: str) -> bool:
+        """Takes a claim if it is free. Returns whether this process holds it now; False: a running process holds it."""
+        claim = {"holder": self._holder, "place": self._machine_id, "pid": os.getpid(), "born": self._born}
         with self._engine.begin() as connection:
-            row = connection.execute(_CLAIMS.select().where(*self._key(item))).mappings().first()
+            row = connection.execute(_CLAIMS.select().where(*self._key(key))).mappings().first()
             now = connection.execute(sqlalchemy.select(self._now)).scalar_one()
             if row is None:
-                values = {"study": self._study, "item": item, "renewed": now, "deaths": 0, **mine}
+                values = {"study": self._study, "item": key, "renewed": now, "deaths": 0, **claim}
                 try:
                     with connection.begin_nested():
                         connection.execute(_CLAIMS.insert().values(values))
@@ -89,96 +89,100 @@ class Claims:
             else:
                 if not self._is_free(row, float(now)):
                     return bool(row["holder"] == self._holder)
-                left = row["holder"] is not None
-                same = _CLAIMS.c.holder == row["holder"] if left else _CLAIMS.c.holder.is_(None)
-                taken = connection.execute(
+                was_held = row["holder"] is not None
+                same_holder = _CLAIMS.c.holder == row["holder"] if was_held else _CLAIMS.c.holder.is_(None)
+                result = connection.execute(
                     _CLAIMS.update()
-                    .where(*self._key(item), same, _CLAIMS.c.renewed == row["renewed"])
-                    .values(renewed=now, deaths=row["deaths"] + int(left), **mine)
+                    .where(*self._key(key), same_holder, _CLAIMS.c.renewed == row["renewed"])
+                    .values(renewed=now, deaths=row["deaths"] + int(was_held), **claim)
                 )
-                if taken.rowcount != 1:
+                if result.rowcount != 1:
                     return False
-        self._held.add(item)
-        self._confirmed[item] = _awake_or_not()
+        self._held.add(key)
+        self._confirmed[key] = _awake_or_not()
         return True
 
-    def holds(self, item: str, within: float = 0.0) -> bool:
-        """Renews the claim, and says whether it still is this process's: one that slept for a minute may have lost
-        it. within: seconds, well below `STALE`, for which an earlier answer holds; nobody takes a claim in them."""
-        asked = _awake_or_not()
-        if asked - self._confirmed.get(item, -STALE) < within:
+    def holds(self, key: str, within: float = 0.0) -> bool:
+        """Renews a claim. Returns whether this process still holds it: after a minute asleep it may have lost it.
+
+        within: seconds, well below `STALE`, for which an earlier confirmation is enough: no process takes a claim then.
+        """
+        now = _awake_or_not()
+        if now - self._confirmed.get(key, -STALE) < within:
             return True
         with self._engine.begin() as connection:
             renewed = connection.execute(
-                _CLAIMS.update().where(*self._key(item), _CLAIMS.c.holder == self._holder).values(renewed=self._now)
+                _CLAIMS.update().where(*self._key(key), _CLAIMS.c.holder == self._holder).values(renewed=self._now)
             )
         if renewed.rowcount != 1:
-            self._confirmed.pop(item, None)
+            self._confirmed.pop(key, None)
             return False
-        self._confirmed[item] = asked
+        self._confirmed[key] = now
         return True
 
-    def give_back(self, item: str) -> None:
-        self._held.discard(item)
-        self._confirmed.pop(item, None)
+    def give_back(self, key: str) -> None:
+        self._held.discard(key)
+        self._confirmed.pop(key, None)
         with self._engine.begin() as connection:
             connection.execute(
-                _CLAIMS.update().where(*self._key(item), _CLAIMS.c.holder == self._holder).values(holder=None)
+                _CLAIMS.update().where(*self._key(key), _CLAIMS.c.holder == self._holder).values(holder=None)
             )
 
-    def lost_workers(self, item: str) -> int:
-        """Holders that went without giving the item back."""
+    def lost_workers(self, key: str) -> int:
+        """Number of holders of a claim that ended without releasing it."""
         with self._engine.begin() as connection:
-            return connection.execute(sqlalchemy.select(_CLAIMS.c.deaths).where(*self._key(item))).scalar() or 0
+            return connection.execute(sqlalchemy.select(_CLAIMS.c.deaths).where(*self._key(key))).scalar() or 0
 
-    def holder(self, item: str) -> str | None:
-        """Who holds an item, for people."""
+    def holder(self, key: str) -> str | None:
+        """The holder of a claim, for messages; None if it is free."""
         with self._engine.begin() as connection:
-            row = connection.execute(_CLAIMS.select().where(*self._key(item))).mappings().first()
+            row = connection.execute(_CLAIMS.select().where(*self._key(key))).mappings().first()
             now = connection.execute(sqlalchemy.select(self._now)).scalar_one()
         if row is None or self._is_free(row, float(now)):
             return None
         return f"process {row['pid']} of {row['place'].partition('/')[0]}"
 
     def forget(self) -> None:
-        """Of a study that is gone."""
+        """Deletes the claims of this study, but for _QUEUE_LOCK; for a study that was set aside."""
         with self._engine.begin() as connection:
-            connection.execute(_CLAIMS.delete().where(_CLAIMS.c.study == self._study, _CLAIMS.c.item != _TURN))
+            connection.execute(_CLAIMS.delete().where(_CLAIMS.c.study == self._study, _CLAIMS.c.item != _QUEUE_LOCK))
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Inside, no other process decides which trial comes next. Short: nothing is computed there."""
-        while not self.take(_TURN):
+    def exclusive(self) -> Iterator[None]:
+        """Excludes other processes from choosing the next trial. Keep the block short; compute nothing in it."""
+        while not self.take(_QUEUE_LOCK):
             time.sleep(_LOOK_EVERY)
         try:
             yield
         finally:
-            self.give_back(_TURN)
+            self.give_back(_QUEUE_LOCK)
 
-    def _key(self, item: str) -> tuple[Any, ...]:
-        return _CLAIMS.c.study == self._study, _CLAIMS.c.item == item
+    def _key(self, key: str) -> tuple[Any, ...]:
+        return _CLAIMS.c.study == self._study, _CLAIMS.c.item == key
 
     def _is_free(self, row: Any, now: float) -> bool:
         if row["holder"] is None or now - row["renewed"] > STALE:
             return True
-        return bool(row["place"] == self._machine_id and liveness.started(row["pid"]) != row["born"])
+        return bool(row["place"] == self._machine_id and liveness.start_time(row["pid"]) != row["born"])
 
     def _renew_until_closed(self) -> None:
         while not self._closing.wait(RENEW):
-            for item in list(self._held):
+            for key in list(self._held):
                 with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):  # tried again; asked before every report
-                    self.holds(item)
+                    self.holds(key)
 
 
 def _awake_or_not() -> float:
-    """Seconds of a clock that goes on while the machine sleeps."""
+    """Seconds of a clock that also runs while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _machine_id() -> str:
-    """This machine since it was started, and this namespace of processes: two containers may have one name.
+    """Identifies this machine, its boot, and this process namespace: two containers may have the same host name.
 
-    "ticks" says what `born` is. A claim of an earlier dmat has a time of day there; it counts as of another machine."""
+    "ticks" is the unit of `born`. Claims of earlier versions of dmat have a time of day there; they count as claims of
+    another machine.
+    """
     try:
         namespace = str(Path("/proc/self/ns/pid").readlink())
     except OSError:

@@ -1,8 +1,8 @@
 """optuna-dashboard on the studies, served by this process on 127.0.0.1.
 
-It has no login. The Host header is checked because a page of another site can lead its own name to 127.0.0.1 (DNS
-rebinding) and would then read and delete studies through the browser of whoever looks at it. The storage's URL may hold
-a password, so it is no word of a command, which everybody on this machine sees.
+It has no login. The Host header is checked because of DNS rebinding: a page of another site can resolve its own name to
+127.0.0.1, and would then read and delete studies through the browser of its visitor. The URL of the storage may hold a
+password, so it is not an argument of a command, which all users of this machine can see.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from dmat.tuning import storage
 from dmat.tuning.plan import Study
 
 ADDRESS = "127.0.0.1"
-_OURS = {ADDRESS, "localhost", "::1"}  # with any port: a tunnel may have another
+_OWN_HOSTS = {ADDRESS, "localhost", "::1"}  # with any port: a tunnel may have another
 _Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
@@ -31,7 +31,7 @@ class _Quiet(wsgiref.simple_server.WSGIRequestHandler):
 
 
 def serve(plan: Study, port: int, started: Callable[[], None]) -> None:
-    """Serves until Ctrl-C. started: called when the port is taken. Raises DmatError if it is taken already."""
+    """Serves until Ctrl-C. started: called once the server listens. Raises DmatError if the port is in use."""
     import optuna_dashboard  # takes seconds
 
     application = guarded(optuna_dashboard.wsgi(storage.connect(plan.storage)))
@@ -48,9 +48,9 @@ def guarded(application: _Application) -> _Application:
     """The application for requests to this machine by its own names; 403 for all others."""
 
     def answer(environment: dict[str, Any], start: Any) -> Iterable[bytes]:
-        asked = [f"//{environment.get('HTTP_HOST', '')}"]
-        asked += [environment["HTTP_ORIGIN"]] if "HTTP_ORIGIN" in environment else []
-        if all(_host(url) in _OURS for url in asked):
+        urls = [f"//{environment.get('HTTP_HOST', '')}"]
+        urls += [environment["HTTP_ORIGIN"]] if "HTTP_ORIGIN" in environment else []
+        if all(_host(url) in _OWN_HOSTS for url in urls):
             return application(environment, start)
         start("403 Forbidden", [("Content-Type", "text/plain")])
         return [

@@ -1,7 +1,7 @@
-"""Images of a trial that changes its image set: made once for each distinct value, by the jobs that make all others.
+"""Images of trials that change the image set or selection: generated once per distinct value, by the ordinary jobs.
 
-They lie in a small project of their own below the study's folder, so that the artifacts which DVC knows stay as they
-are; the work folders are the ordinary ones, so that equal settings are never computed twice.
+They lie in a small project of their own below the folder of the study, so that the artifacts of DVC do not change. The
+work folders are the ordinary ones, so that equal settings are never computed twice.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ _STAGES = ("generate_images", "score_images", "select_images")
 
 
 def workspace_of(plan: Study, trial: TrialSettings, params: Params, workspace: Workspace) -> Workspace:
-    """Where the artifacts lie that a trial trains on. Waits while another worker makes them."""
+    """The workspace with the artifacts that a trial trains on; generates them if needed. Waits while another worker
+    generates them."""
     if trial.image_set is None or trial.selection is None:
         return workspace
     if (trial.image_set, trial.selection) == (plan.trial.image_set, plan.trial.selection):
@@ -27,18 +28,18 @@ def workspace_of(plan: Study, trial: TrialSettings, params: Params, workspace: W
         "image_set": trial.image_set.plain(),
         "selection": trial.selection.plain(),
         "inputs": {name: plan.inputs[name]["sha256"] for name in ("denoiser", "scorer")},
-        "code": {stage_name: code_identity.read(workspace.root).of(stage_name) for stage_name in _STAGES},
+        "code": {stage_name: code_identity.read(workspace.root).identity_of(stage_name) for stage_name in _STAGES},
     }
-    own = Workspace(plan.folder / "images" / files.fingerprint(identity), workspace.home)
-    own.root.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(own.root / "lock"):  # ends with its process
-        if not (own.root / "made.json").exists():
-            _make(plan, trial, params, workspace, own)
-            files.write_json(own.root / "made.json", identity)
-    return own
+    trial_workspace = Workspace(plan.folder / "images" / files.fingerprint(identity), workspace.home)
+    trial_workspace.root.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(trial_workspace.root / "lock"):  # released when its process ends
+        if not (trial_workspace.root / "made.json").exists():
+            _make(plan, trial, params, workspace, trial_workspace)
+            files.write_json(trial_workspace.root / "made.json", identity)
+    return trial_workspace
 
 
-def _make(plan: Study, trial: TrialSettings, params: Params, workspace: Workspace, own: Workspace) -> None:
+def _make(plan: Study, trial: TrialSettings, params: Params, workspace: Workspace, trial_workspace: Workspace) -> None:
     assert trial.image_set is not None and trial.selection is not None
     selection, name = trial.arm.images, trial.selection.image_set
     changed = dataclasses.replace(
@@ -46,12 +47,14 @@ def _make(plan: Study, trial: TrialSettings, params: Params, workspace: Workspac
         image_sets={**params.image_sets, name: trial.image_set},
         selections={**params.selections, selection: trial.selection},
     )
-    for path in (code_identity.NAME, *(plan.inputs[wanted]["path"] for wanted in ("denoiser", "scorer"))):
-        files.publish(workspace.at(path), own.at(path))
+    for path in (code_identity.NAME, *(plan.inputs[input_name]["path"] for input_name in ("denoiser", "scorer"))):
+        files.publish(workspace.at(path), trial_workspace.at(path))
     instances: list[tuple[str, dict[str, str]]] = [
         ("generate_images", {"image_set": name}),
         ("score_images", {"image_set": name}),
         ("select_images", {"selection": selection}),
     ]
-    for stage_name, chosen in instances:
-        execution.execute(planning.plan(STAGES[stage_name], chosen, changed, own), changed, own, quiet=True)
+    for stage_name, instance in instances:
+        execution.execute(
+            planning.plan(STAGES[stage_name], instance, changed, trial_workspace), changed, trial_workspace, quiet=True
+        )

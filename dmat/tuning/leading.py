@@ -1,6 +1,6 @@
-"""Runs a study: one command leads it, any number help. The leading one has the study's MLflow run and its report.
+"""Runs a study: one command leads it, any number of others help. The leader has the MLflow run and writes the report.
 
-Leading is a claim like a trial's: where the leader is gone, a helper that finishes takes it over.
+The leader holds a claim, as for trials. If the leader has ended, a helper that finishes takes the claim over.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ from dmat.training.long_run import MetricsLog
 from dmat.tuning import applying, ranking, report, storage, worker
 from dmat.tuning.claims import Claims
 from dmat.tuning.plan import CODE, VARIABLE, WORD, Study, changes_images
-from dmat.tuning.storage import speaking
+from dmat.tuning.storage import explain_storage_errors
 from dmat.tuning.trials import TrialContext, trial_key
 from dmat.workspace import Workspace
 
 LEADER = "leader"
-_STARTED = "DMAT_WORKER_OF_LEADER"  # environment of workers whose standard input ends with who started them
-_LOOK_EVERY = 1.0  # seconds between two looks at the workers
-_SHORT, _MOST_SHORT = 20.0, 5  # a worker that ends within so many seconds, so many times in a row, will always
-_RUN = "mlflow.run"  # attribute of a study: its run in MLflow, for helpers that share no folder with the leader
+_STARTED = "DMAT_WORKER_OF_LEADER"  # environment of workers whose standard input ends when their starter ends
+_LOOK_EVERY = 1.0  # seconds between two checks of the workers
+_SHORT, _MAX_SHORT_RUNS = 20.0, 5  # seconds and times in a row: a worker that fails so fast, so often, always will
+_RUN = "mlflow.run"  # attribute of a study: id of its MLflow run, for helpers that share no folder with the leader
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyOptions:
-    """What a command asks for. total: trials in all. workers: processes on this machine; 0: help, in this process."""
+    """Options of a command. total: trials of the study. workers: processes on this machine; 0: help in this process."""
 
     total: int
     workers: int = 1
@@ -55,8 +55,8 @@ class StudyOptions:
 def run(plan: Study, params: Params, workspace: Workspace, options: StudyOptions) -> dict[str, Any]:
     """Runs or resumes a study until enough trials have ended and the best are ranked; returns its summary.
 
-    Raises Interrupted on a signal, with the trials at work saved, and DmatError on bad input and on other code than
-    code.yaml names.
+    Raises Interrupted on a signal, after saving the running trials, and DmatError on bad input or if the code is not
+    that of code.yaml.
     """
     for stage_name in CODE:
         code_identity.expect(stage_name, workspace.root)
@@ -65,7 +65,7 @@ def run(plan: Study, params: Params, workspace: Workspace, options: StudyOptions
     if compute.world.size > 1 and changes_images(plan.settings.space):
         raise DmatError(
             f"the space of study {plan.name} changes images, which one process makes, and {compute.world.size} were "
-            f"started; expected one for each worker; leave compute.processes and torchrun out"
+            f"started; expected one for each worker; remove compute.processes and torchrun"
         )
     if not compute.world.is_main_process:
         worker.follow(context)
@@ -74,36 +74,39 @@ def run(plan: Study, params: Params, workspace: Workspace, options: StudyOptions
     import torch._dynamo  # noqa: F401 - by the first optimiser; seconds that no trial should be charged with
 
     rdb = storage.connect(plan.storage)
-    with Interruption(at_once=True) as interruption, speaking(plan.storage):  # whatever speaks to it inside
+    with (
+        Interruption(at_once=True) as interruption,
+        explain_storage_errors(plan.storage),
+    ):  # for all access inside
         claims = Claims(rdb.engine, plan.name)
         with claims:
-            leads = not options.helps and claims.take(LEADER)
+            is_leader = not options.helps and claims.take(LEADER)
             if options.fresh:
-                _start_over(plan, workspace, rdb, claims, leads)
+                _start_over(plan, workspace, rdb, claims, is_leader)
             study = storage.begin(rdb, plan, claims)
             context = dataclasses.replace(context, study=study, claims=claims)
-            asked = interruption.raise_if_asked
+            check_interruption = interruption.raise_if_received
             if options.helps:
                 _adopt(context)
-                worker.work(context, options.total, asked)
+                worker.work(context, options.total, check_interruption)
                 return {}
-            if not leads:
+            if not is_leader:
                 if not options.quiet:
-                    who = claims.holder(LEADER) or "another process"
-                    tqdm.write(f"study {plan.name} is led by {who}; this command helps it")
+                    holder_name = claims.holder(LEADER) or "another process"
+                    tqdm.write(f"study {plan.name} is led by {holder_name}; this command helps it")
                 _adopt(context)
-                _work(context, options, asked, lambda: None)
-                leads = claims.take(LEADER)
-            if leads:
+                _work(context, options, check_interruption, lambda: None)
+                is_leader = claims.take(LEADER)
+            if is_leader:
                 with work_folder.lock(plan.folder):
                     if not _finished(context, options.total):
-                        _lead(context, options, asked)
+                        _lead(context, options, check_interruption)
                     files.publish(plan.folder / "result", workspace.at(f"{ARTIFACTS}/{WORD}/{plan.settings.arm}"))
             return report.summary(plan, study)
 
 
-def _lead(context: TrialContext, options: StudyOptions, asked: Callable[[], None]) -> None:
-    """Runs trials until enough have ended, and reports, as one tracked run."""
+def _lead(context: TrialContext, options: StudyOptions, check_interruption: Callable[[], None]) -> None:
+    """Runs trials until enough have ended, and writes the report, as one tracked run."""
     plan, study = context.plan, context.study
     assert study is not None
     tracked = tracking.open_run(
@@ -122,111 +125,120 @@ def _lead(context: TrialContext, options: StudyOptions, asked: Callable[[], None
     bar = tqdm(total=options.total, unit=" trials", desc=f"tune {plan.settings.arm}", disable=options.quiet)
     with tracked, bar, MetricsLog(plan.folder / "metrics.jsonl") as log:
 
-        def after() -> None:
-            """A killed process may have told the study of a trial and not this log, which drops what it has."""
+        def on_trial_end() -> None:
+            """Writes all rows again: a killed process may have reported a trial to the study but not to this log, which
+            ignores rows that it has."""
             for count, values in report.course(study):
                 log.write(count, values)
-            bar.update(len(storage.own(storage.ended(study))) - bar.n)
+            bar.update(len(storage.own_trials(storage.ended(study))) - bar.n)
             if (best := ranking.best(plan, study)) is not None:
                 bar.set_postfix_str(report.in_words(best))
 
-        after()
+        on_trial_end()
         threading.Thread(target=_tell_run, args=(context, tracked), daemon=True).start()
-        _work(context, options, asked, after)
-        after()
+        _work(context, options, check_interruption, on_trial_end)
+        on_trial_end()
         summary, attachments = report.write(plan, study)
         tracked.describe(report.markdown(plan, study))
         tracked.finish_with(summary, attachments)
     files.write_json(plan.folder / "finished.json", {"trials": summary["trials"], "ranked": summary["ranked"]})
 
 
-def _work(context: TrialContext, options: StudyOptions, asked: Callable[[], None], after: Callable[[], None]) -> None:
-    in_one = options.workers == 1 and context.params.compute.processes == 1
-    if in_one or context.compute.world.size > 1:  # already under `torchrun`
-        worker.work(context, options.total, asked, after)
+def _work(
+    context: TrialContext,
+    options: StudyOptions,
+    check_interruption: Callable[[], None],
+    on_trial_end: Callable[[], None],
+) -> None:
+    in_this_process = options.workers == 1 and context.params.compute.processes == 1
+    if in_this_process or context.compute.world.size > 1:  # already under `torchrun`
+        worker.work(context, options.total, check_interruption, on_trial_end)
     else:
-        _start_workers(context, options, asked, after)
+        _start_workers(context, options, check_interruption, on_trial_end)
 
 
 def _start_workers(
-    context: TrialContext, options: StudyOptions, asked: Callable[[], None], after: Callable[[], None]
+    context: TrialContext,
+    options: StudyOptions,
+    check_interruption: Callable[[], None],
+    on_trial_end: Callable[[], None],
 ) -> None:
-    """Keeps so many workers alive until the study is done; one that was killed is replaced."""
+    """Keeps `options.workers` workers running until the study is done; a killed one is replaced."""
     assert context.study is not None
     pool = [_Process(context, options, number) for number in range(options.workers)]
-    seen = -1
+    ended_count = -1
     try:
         while True:
-            at_work = [one.at_work() for one in pool]  # each is looked at: a killed one is started again
+            at_work = [process.at_work() for process in pool]  # a list, so that every killed one is started again
             if not any(at_work):
                 break
-            asked()
-            if (count := len(storage.ended(context.study))) != seen:
-                seen = count
-                after()
+            check_interruption()
+            if (count := len(storage.ended(context.study))) != ended_count:
+                ended_count = count
+                on_trial_end()
             time.sleep(_LOOK_EVERY)
     finally:
-        for one in pool:
-            one.stop()
-        for one in pool:
-            one.wait()
+        for process in pool:
+            process.stop()
+        for process in pool:
+            process.wait()
 
 
 class _Process:
-    """One worker: a process of its own (with several under `torchrun`), started again where it was killed."""
+    """One worker in a separate process (several under `torchrun`), which is started again after a kill."""
 
     def __init__(self, context: TrialContext, options: StudyOptions, number: int):
-        self._bench, self._number = context, number
-        together = context.params.compute.processes
-        launcher = [] if together == 1 else processes.launcher(together)
-        words = ["-m", "cli.main", WORD, "start", "--worker", "--trials", str(options.total)]
-        words += ["--params", str(context.workspace.root / "params.yaml")]
-        self._command = [sys.executable, *launcher, *words]
+        self._context, self._number = context, number
+        process_count = context.params.compute.processes
+        launcher = [] if process_count == 1 else processes.launcher(process_count)
+        arguments = ["-m", "cli.main", WORD, "start", "--worker", "--trials", str(options.total)]
+        arguments += ["--params", str(context.workspace.root / "params.yaml")]
+        self._command = [sys.executable, *launcher, *arguments]
         self._short = 0
         self._start()
 
     def _start(self) -> None:
         self._since = time.monotonic()
-        devices_of = _visible_device(self._bench.compute, self._number, self._bench.params)
+        devices_of = _visible_device(self._context.compute, self._number, self._context.params)
         self._process = subprocess.Popen(
             self._command,
-            cwd=self._bench.workspace.root,
+            cwd=self._context.workspace.root,
             env={
                 **os.environ,
                 **processes.OWN_MODULES,
-                VARIABLE: self._bench.plan.storage,
+                VARIABLE: self._context.plan.storage,
                 _STARTED: "yes",
                 **devices_of,
             },
-            stdin=subprocess.PIPE,  # its end tells the worker that nobody waits for it any more
+            stdin=subprocess.PIPE,  # its end tells the worker that this process has ended
             stderr=subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C reaches it once, from here
+            start_new_session=True,  # so that a Ctrl-C reaches it once, from this process
             text=True,
         )
-        self._said: list[str] = []
+        self._stderr_lines: list[str] = []
         self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
         self._listener.start()
 
     def _listen(self, stream: Any) -> None:
         for line in stream:
-            self._said = [*self._said[-50:], line.rstrip()]
+            self._stderr_lines = [*self._stderr_lines[-50:], line.rstrip()]
 
     def at_work(self) -> bool:
-        """Whether it computes or was just started again. Raises DmatError where that would not help."""
+        """Whether the worker runs or was just started again. Raises DmatError if another start would not help."""
         code = self._process.poll()
         if code is None:
             return True
         if code == 0:
             return False
         self._listener.join(1)
-        said = next((line for line in reversed(self._said) if line), "it said nothing")
+        last_line = next((line for line in reversed(self._stderr_lines) if line), "no message")
         if code == 2:
-            raise DmatError(said.removeprefix("error: "))
+            raise DmatError(last_line.removeprefix("error: "))
         self._short = self._short + 1 if time.monotonic() - self._since < _SHORT and code > 0 else 0
-        if self._short >= _MOST_SHORT:
+        if self._short >= _MAX_SHORT_RUNS:
             raise DmatError(
-                f"a worker ended with code {code} {self._short} times in a row within {_SHORT:.0f} s ({said}); "
-                f"expected it to work; `dmat tune start --worker --trials 1` shows what is wrong"
+                f"a worker ended with code {code} {self._short} times in a row within {_SHORT:.0f} s ({last_line}); "
+                f"expected it to run; `dmat tune start --worker --trials 1` shows what is wrong"
             )
         self._start()
         return True
@@ -241,7 +253,7 @@ class _Process:
 
 
 def end_with_starter() -> None:
-    """In a worker that a leader started: stops as by SIGTERM when that is gone, however it ended."""
+    """In a worker that a leader started: stops it as by SIGTERM when the leader has ended for any reason."""
     if _STARTED not in os.environ:
         return
 
@@ -255,28 +267,28 @@ def end_with_starter() -> None:
 
 
 def _visible_device(compute: Compute, number: int, params: Params) -> dict[str, str]:
-    """One GPU for each worker in turn; a worker of several processes sees all."""
+    """Environment that gives each worker one GPU, round robin; a worker of several processes sees all GPUs."""
     if compute.device.type != "cuda" or params.compute.processes > 1:
         return {}
     import torch
 
-    known = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = known.split(",") if known else [str(k) for k in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(k) for k in range(torch.cuda.device_count())]
     return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
 
 
-def _start_over(plan: Study, workspace: Workspace, rdb: Any, claims: Claims, leads: bool) -> None:
-    if not leads:
+def _start_over(plan: Study, workspace: Workspace, rdb: Any, claims: Claims, is_leader: bool) -> None:
+    if not is_leader:
         raise DmatError(
             f"study {plan.name} is being computed by {claims.holder(LEADER) or 'another process'}; expected nobody at "
             f"work where --fresh sets it aside; stop that command first"
         )
     if (study := storage.find(rdb, plan.name)) is not None:
         for trial in study.get_trials(deepcopy=False):
-            if (who := claims.holder(trial_key(trial.number))) is not None:
+            if (holder_name := claims.holder(trial_key(trial.number))) is not None:
                 raise DmatError(
-                    f"trial {trial.number} of study {plan.name} is being computed by {who}; expected nobody at work "
-                    f"where --fresh sets it aside; stop that worker first"
+                    f"trial {trial.number} of study {plan.name} is being computed by {holder_name}; expected "
+                    f"nobody at work where --fresh sets it aside; stop that worker first"
                 )
         with work_folder.lock(plan.folder):
             storage.set_aside(rdb, study)
@@ -286,17 +298,17 @@ def _start_over(plan: Study, workspace: Workspace, rdb: Any, claims: Claims, lea
 
 
 def _finished(context: TrialContext, total: int) -> bool:
-    """Whether a report of all trials is there already and nothing more is wanted."""
+    """Whether the report covers all trials, enough have ended, and nothing is left to rank."""
     assert context.study is not None
     path = context.plan.folder / "finished.json"
-    note = files.read_json(path) if path.exists() else {"trials": 0, "ranked": []}
+    record = files.read_json(path) if path.exists() else {"trials": 0, "ranked": []}
     ended = storage.ended(context.study)
-    reported = note["trials"] == len(ended) and note["ranked"] == sorted(ranking.found(context.study))
-    return reported and total <= len(storage.own(ended)) and not ranking.missing(context.plan, context.study)
+    reported = record["trials"] == len(ended) and record["ranked"] == sorted(ranking.auto_attack_results(context.study))
+    return reported and total <= len(storage.own_trials(ended)) and not ranking.missing(context.plan, context.study)
 
 
 def _adopt(context: TrialContext) -> None:
-    """A helper without the leader's folder puts its trials below the leader's run, if that is known."""
+    """Lets a helper without the leader's folder put its trials below the MLflow run of the leader, if that is known."""
     assert context.study is not None
     run = context.study.user_attrs.get(_RUN)
     if run:
@@ -306,34 +318,34 @@ def _adopt(context: TrialContext) -> None:
 def _tell_run(context: TrialContext, tracked: tracking.Run) -> None:
     run = tracked.provenance()["mlflow_run"]
     if run and context.study is not None:
-        with contextlib.suppress(Exception):  # for other machines alone; they wait for nothing
+        with contextlib.suppress(Exception):  # only for other machines, which do not wait for it
             context.study.set_user_attr(_RUN, run)
 
 
 def folder_of(plan: Study) -> Path:
-    """Where a study's report is published."""
+    """Folder in which the report of a study is published."""
     return Path(ARTIFACTS) / WORD / plan.settings.arm
 
 
 def status(plan: Study) -> dict[str, Any]:
-    """The summary so far, and who is at work on which trial. Raises DmatError if the study was not begun."""
+    """The summary so far, and the holder of each unfinished trial. Raises DmatError if the study does not exist."""
     rdb = storage.connect(plan.storage)
-    with speaking(plan.storage):
+    with explain_storage_errors(plan.storage):
         study = _begun(plan, rdb)
         claims = Claims(rdb.engine, plan.name)
         at_work = [
-            f"trial {one.number}: {len(one.intermediate_values)} reports, "
-            f"{claims.holder(trial_key(one.number)) or 'nobody at work; it goes on with `dmat tune start`'}"
-            for one in study.get_trials(deepcopy=False)
-            if not one.state.is_finished()
+            f"trial {trial.number}: {len(trial.intermediate_values)} reports, "
+            f"{claims.holder(trial_key(trial.number)) or 'no worker; `dmat tune start` resumes it'}"
+            for trial in study.get_trials(deepcopy=False)
+            if not trial.state.is_finished()
         ]
         return {**report.summary(plan, study), "at_work": at_work}
 
 
 def apply_best(path: Path, plan: Study, params: Params, name: str, seeds: list[int]) -> tuple[int, list[str]]:
-    """Number of the best trial, now an arm of the file, and the keys written."""
+    """Writes the best trial as an arm into the file. Returns its number and the written keys."""
     rdb = storage.connect(plan.storage)
-    with speaking(plan.storage):
+    with explain_storage_errors(plan.storage):
         winner = ranking.best(plan, _begun(plan, rdb))
     if winner is None:
         raise DmatError(f"study {plan.name} has no complete trial; expected one; `dmat tune start` runs some")

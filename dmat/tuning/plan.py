@@ -1,4 +1,4 @@
-"""What study a parameter file asks for: settings, pinned inputs, its name, where it is kept. Opens nothing."""
+"""Plans the study that a parameter file defines: settings, checksums of inputs, name, storage. Opens no storage."""
 
 import dataclasses
 import os
@@ -15,17 +15,17 @@ from dmat.workspace import Workspace
 WORD = "tune"
 CODE = ("mix_images", "train_robust")  # stages whose code a trial computes with
 DATABASE = "studies.db"  # all studies of a project, where no other storage is named
-VARIABLE = "DMAT_STUDIES"  # environment: URL of the storage, which may hold a password and so stays out of files
-# Not part of what a study is: they decide which trials it makes, never what a trial finds.
+VARIABLE = "DMAT_STUDIES"  # environment: URL of the storage; may hold a password, so it is not in a file
+# Not part of the identity of a study: they influence which trials there are, not the result of a trial.
 _FREE = ("trials", "sampler", "pruner", "startup_trials", "warmup_images", "retries", "rerank", "enqueue")
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study that a parameter file asks for; `--dry-run` prints it.
+    """The study that a parameter file defines; `--dry-run` prints it.
 
-    kin: names what trials of studies have in common that differ in their space alone, so that one may know the
-    other's trials.
+    transfer_key: fingerprint of what studies share that differ only in their space, so that one may import trials of
+    the other.
     """
 
     settings: Tune
@@ -49,17 +49,20 @@ class Study:
 
     @property
     def points(self) -> list[dict[str, Any]]:
-        """Values that are tried before anything is proposed: the arm as it is, then `enqueue`, where they lie inside
-        the space."""
-        own = {name: self.own_value(name) for name in self.settings.space}
-        found: list[dict[str, Any]] = []
-        for point in (own, *(own | dict(point) for point in self.settings.enqueue)):
-            if all(inside(self.settings.space[name], value) for name, value in point.items()) and point not in found:
-                found.append(point)
-        return found
+        """Points that are tried before the sampler proposes any: the values of the arm, then `enqueue`; only those
+        inside the space."""
+        arm_point = {name: self.own_value(name) for name in self.settings.space}
+        valid_points: list[dict[str, Any]] = []
+        for point in (arm_point, *(arm_point | dict(point) for point in self.settings.enqueue)):
+            if (
+                all(inside(self.settings.space[name], value) for name, value in point.items())
+                and point not in valid_points
+            ):
+                valid_points.append(point)
+        return valid_points
 
     def own_value(self, name: str) -> Any:
-        """The arm's value of a parameter, as a number where the space wants one."""
+        """Value of a parameter in the arm, as a number if the space has a range for it."""
         value = self.trial.value_of(name)
         number = isinstance(self.settings.space.get(name), config.Range) and isinstance(value, str)
         return float(config.WrittenNumber(value)) if number else value
@@ -75,17 +78,17 @@ class Study:
         }
 
 
-def inside(wanted: config.Dimension, value: Any) -> bool:
+def inside(dimension: config.Dimension, value: Any) -> bool:
     """Whether a value lies in a dimension of a space."""
-    if isinstance(wanted, config.Choices):
-        return any(value == choice and type(value) is type(choice) for choice in wanted.choices)
-    return isinstance(value, int | float) and wanted.low <= value <= wanted.high
+    if isinstance(dimension, config.Choices):
+        return any(value == choice and type(value) is type(choice) for choice in dimension.choices)
+    return isinstance(value, int | float) and dimension.low <= value <= dimension.high
 
 
 def plan(params: Params, workspace: Workspace, storage: str | None = None) -> Study:
-    """Resolves a study. Raises DmatError if the file asks for none, an input is missing, or code.yaml is.
+    """Plans a study. Raises DmatError if the file defines none, or if an input or code.yaml is missing.
 
-    storage: a URL as SQLAlchemy has it; else DMAT_STUDIES; else a SQLite file of the project.
+    storage: a URL for SQLAlchemy; by default DMAT_STUDIES, else a SQLite file of the project.
     """
     settings = params.tune
     if settings is None:
@@ -102,21 +105,21 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
         "settings": {name: value for name, value in settings.plain().items() if name not in (*_FREE, "space")},
         "trial": trial.plain(),
         "inputs": {name: inputs[name]["sha256"] for name in ("train", "validation", "selection")},
-        "code": {stage_name: code_identity.read(workspace.root).of(stage_name) for stage_name in CODE},
+        "code": {stage_name: code_identity.read(workspace.root).identity_of(stage_name) for stage_name in CODE},
     }
-    if own := own_code(settings, trial):
-        identity["plugins"] = own
-    space = {"space": settings.plain()["space"], "inputs": {name: one["sha256"] for name, one in inputs.items()}}
+    if plugin_identities := own_code(settings, trial):
+        identity["plugins"] = plugin_identities
+    space = {"space": settings.plain()["space"], "inputs": {name: entry["sha256"] for name, entry in inputs.items()}}
     folder = workspace.run_folder(WORD, settings.arm, files.fingerprint(identity | {"space": space}))
     url = storage or os.environ.get(VARIABLE) or f"sqlite:///{folder.parent / DATABASE}"
     if url.startswith("sqlite:///") and not url.startswith("sqlite:////") and url != "sqlite:///":
         url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).resolve()}"  # workers start in another folder
-    return Study(settings, trial, inputs, folder, url, files.fingerprint(identity), own)
+    return Study(settings, trial, inputs, folder, url, files.fingerprint(identity), plugin_identities)
 
 
 def own_code(settings: Tune, trial: TrialSettings) -> dict[str, str]:
-    """Import path -> identity of the code of the project that trials may use, as it lies there now."""
-    return code_identity.of_plugins(plugins.words([trial.plain(), settings.plain()["space"]]), *CODE)
+    """Import path -> present identity of the plugin code that trials may use."""
+    return code_identity.of_plugins(plugins.import_paths([trial.plain(), settings.plain()["space"]]), *CODE)
 
 
 def changes_images(names: Mapping[str, Any]) -> bool:
@@ -125,10 +128,10 @@ def changes_images(names: Mapping[str, Any]) -> bool:
 
 
 def _inputs(settings: Tune, params: Params) -> dict[str, str]:
-    found = STAGES["mix_images"].inputs(params, settings.arm) | STAGES["train_robust"].inputs(params, settings.arm, 0)
-    found.pop("mix")  # trials make their own
+    paths = STAGES["mix_images"].inputs(params, settings.arm) | STAGES["train_robust"].inputs(params, settings.arm, 0)
+    paths.pop("mix")  # trials make their own
     if changes_images(settings.space):
         image_set = params.selections[params.arms[settings.arm].images].image_set
-        found |= STAGES["generate_images"].inputs(params, image_set) | STAGES["score_images"].inputs(params, image_set)
-        found.pop("images")  # trials make their own
-    return found
+        paths |= STAGES["generate_images"].inputs(params, image_set) | STAGES["score_images"].inputs(params, image_set)
+        paths.pop("images")  # trials make their own
+    return paths

@@ -1,7 +1,7 @@
-"""The best trials in the order of AutoAttack on the validation split: PGD's order can be another.
+"""Ranks the best trials by AutoAttack on the validation split, because the order by PGD can differ.
 
-What was found belongs to the study (Optuna lets nobody change a trial that ended). A trial is ranked by whoever has its
-weights: the machine that computed it, or all that share the project's folder.
+The results are attributes of the study (Optuna does not allow changes of ended trials). A worker ranks a trial if it
+has the weights: on the machine that computed it, or on any that shares the folder of the project.
 """
 
 from collections.abc import Mapping
@@ -26,25 +26,25 @@ from dmat.training import weights
 from dmat.tuning import space
 from dmat.tuning.plan import Study
 from dmat.tuning.storage import ended
-from dmat.tuning.trials import NOTE, TrialContext
+from dmat.tuning.trials import VALUES_FILE, TrialContext
 from dmat.workspace import RESULT
 
-_PREFIX = "auto_attack."  # of a study's attribute; then the trial's number
+_PREFIX = "auto_attack."  # of an attribute of the study; the number of the trial follows
 
 
 def ranking_key(number: int) -> str:
-    """A trial's rank as a claim."""
+    """Key of the claim for ranking a trial."""
     return f"rank-{number:04d}"
 
 
 def candidates(plan: Study, study: optuna.Study) -> list[FrozenTrial]:
-    """The best complete trials by PGD, best first; equal ones in their order."""
+    """The best complete trials by PGD, at most `rerank`, best first; equal ones by number."""
     complete = [t for t in ended(study) if t.state == TrialState.COMPLETE and t.value is not None]
     return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))[: plan.settings.rerank]
 
 
-def found(study: optuna.Study) -> dict[int, dict[str, Any]]:
-    """AutoAttack on validation by trial: value, low, high, n, of the best averaged weights."""
+def auto_attack_results(study: optuna.Study) -> dict[int, dict[str, Any]]:
+    """Trial number -> AutoAttack accuracy on validation (value, low, high, n) of the best EMA weights."""
     return {
         int(name.removeprefix(_PREFIX)): dict(value)
         for name, value in study.user_attrs.items()
@@ -53,30 +53,31 @@ def found(study: optuna.Study) -> dict[int, dict[str, Any]]:
 
 
 def missing(plan: Study, study: optuna.Study) -> list[FrozenTrial]:
-    """Candidates without a rank whose weights are here."""
-    known = found(study)
-    return [one for one in candidates(plan, study) if one.number not in known and _has_weights(plan, one)]
+    """Candidates without a ranking whose weights this machine has."""
+    results = auto_attack_results(study)
+    return [trial for trial in candidates(plan, study) if trial.number not in results and _has_weights(plan, trial)]
 
 
 def weights_of(plan: Study, trial: FrozenTrial) -> Path:
-    """Best averaged weights of a trial, also of one that another study of this project made."""
-    made = space.origin(plan.name, trial)
-    folder = plan.folder.parent / made["study"] / f"trial-{made['trial']:04d}"
+    """Path of the best EMA weights of a trial, also of one that another study of this project computed."""
+    source = space.origin(plan.name, trial)
+    folder = plan.folder.parent / source["study"] / f"trial-{source['trial']:04d}"
     return folder / RESULT / "classifier" / weights.BEST
 
 
 def _has_weights(plan: Study, trial: FrozenTrial) -> bool:
-    """Also of an imported trial whose study was begun again meanwhile: its number belongs to another one then."""
+    """Whether the weights exist and are of this trial. If the study of an imported trial was restarted, its number
+    belongs to another trial."""
     path = weights_of(plan, trial)
-    note = path.parents[2] / NOTE
-    if not path.exists() or not note.exists():
+    values_path = path.parents[2] / VALUES_FILE
+    if not path.exists() or not values_path.exists():
         return False
-    values = files.read_json(note)["params"]
+    values = files.read_json(values_path)["params"]
     return all(values.get(name, value) == value for name, value in trial.params.items())
 
 
 def rank(context: TrialContext, trial: FrozenTrial) -> None:
-    """Attacks one trial's weights and writes the accuracy into the study. Goes on from the shards that are there."""
+    """Attacks the weights of a trial and writes the accuracy into the study. Resumes from existing shards."""
     assert context.study is not None
     plan, compute = context.plan, context.compute.exact()
     validation = shards.open_shards(context.workspace.at(plan.inputs["validation"]["path"]))
@@ -105,11 +106,11 @@ def rank(context: TrialContext, trial: FrozenTrial) -> None:
 
 
 def best(plan: Study, study: optuna.Study) -> FrozenTrial | None:
-    """The winner: by AutoAttack among the trials that have it, by PGD where nothing is ranked."""
-    known = found(study)
-    among = candidates(plan, study)
-    ranked = [one for one in among if one.number in known]
+    """The best trial: by AutoAttack among the ranked ones, by PGD if none is ranked; None without complete trials."""
+    results = auto_attack_results(study)
+    ranking_candidates = candidates(plan, study)
+    ranked = [candidate for candidate in ranking_candidates if candidate.number in results]
     if ranked:
-        return max(ranked, key=lambda trial: (known[trial.number]["value"], trial.value or 0.0, -trial.number))
+        return max(ranked, key=lambda trial: (results[trial.number]["value"], trial.value or 0.0, -trial.number))
     complete = [t for t in ended(study) if t.state == TrialState.COMPLETE]
     return max(complete, key=lambda trial: (trial.value or 0.0, -trial.number), default=None)

@@ -1,4 +1,4 @@
-"""What a study found: summary, table, pictures, and one interactive page without network."""
+"""The report of a study: summary, table, pictures, and one interactive page that needs no network."""
 
 import csv
 import io
@@ -17,21 +17,21 @@ from dmat.tuning.plan import Study
 from dmat.tuning.trials import OBJECTIVE
 
 MINIMUM_FOR_IMPORTANCES = 4  # complete trials
-_SHOWN = 10  # trials in the words of MLflow's page
+_SHOWN = 10  # trials in the description of the MLflow run
 
 
 def summary(plan: Study, study: optuna.Study) -> dict[str, Any]:
     """Counts, cost and the best trial. `trials` counts imported ones too, `imported` how many they are."""
     ended = storage.ended(study)
-    seen = sum(images_seen(trial) for trial in storage.own(ended))
-    full = sum(trial.state != TrialState.FAIL for trial in storage.own(ended)) * plan.settings.images_seen
-    seen_of_sound = sum(images_seen(trial) for trial in storage.own(ended) if trial.state != TrialState.FAIL)
+    seen = sum(images_seen(trial) for trial in storage.own_trials(ended))
+    full = sum(trial.state != TrialState.FAIL for trial in storage.own_trials(ended)) * plan.settings.images_seen
+    seen_of_sound = sum(images_seen(trial) for trial in storage.own_trials(ended) if trial.state != TrialState.FAIL)
     best = ranking.best(plan, study)
-    ranks = ranking.found(study)
+    ranks = ranking.auto_attack_results(study)
     return {
         "trials": len(ended),
         **{state.name.lower(): sum(trial.state == state for trial in ended) for state in storage.ENDED},
-        "imported": len(ended) - len(storage.own(ended)),
+        "imported": len(ended) - len(storage.own_trials(ended)),
         "images_seen": seen,
         "images_saved_by_pruning": max(0.0, 1 - seen_of_sound / full) if full else 0.0,
         "longest_trial_seconds": max((trial.user_attrs.get("seconds", 0.0) for trial in ended), default=0.0),
@@ -64,63 +64,63 @@ def in_words(trial: FrozenTrial) -> str:
 
 
 def write(plan: Study, study: optuna.Study) -> tuple[dict[str, Any], list[Path]]:
-    """Everything into the study's result folder; returns the summary and the files that people open."""
-    folder, found = plan.folder / "result", summary(plan, study)
+    """Writes the report into the result folder of the study. Returns the summary and the files for people."""
+    folder, result = plan.folder / "result", summary(plan, study)
     files.write_text(folder / "trials.csv", table(plan, study))
-    files.write_json(folder / "summary.json", {**found, **plan.describe()})
-    drawn = _pictures(plan, study, folder, found["complete"])
-    files.write_text(folder / "study.html", _page(plan, study, found["complete"]))
-    return found, [*drawn, folder / "study.html", folder / "trials.csv", folder / "summary.json"]
+    files.write_json(folder / "summary.json", {**result, **plan.describe()})
+    pictures = _pictures(plan, study, folder, result["complete"])
+    files.write_text(folder / "study.html", _page(plan, study, result["complete"]))
+    return result, [*pictures, folder / "study.html", folder / "trials.csv", folder / "summary.json"]
 
 
 def _pictures(plan: Study, study: optuna.Study, folder: Path, complete: int) -> list[Path]:
-    trials = [_seen(trial) for trial in storage.ended(study)]
-    scales = {name: wanted.scale for name, wanted in _ranges(plan).items()}
-    drawn = ["history", "curves"]
+    trials = [_plot_point(trial) for trial in storage.ended(study)]
+    scales = {name: dimension.scale for name, dimension in _ranges(plan).items()}
+    names = ["history", "curves"]
     study_pictures.history(folder / "history.png", trials)
     study_pictures.curves(folder / "curves.png", trials)
-    shown = {name: scales.get(name, "names") for name in plan.settings.space}
-    study_pictures.slices(folder / "slices.png", trials, shown)
-    drawn.append("slices")
+    parameter_scales = {name: scales.get(name, "names") for name in plan.settings.space}
+    study_pictures.slices(folder / "slices.png", trials, parameter_scales)
+    names.append("slices")
     shares = _importances(study, complete)
     if shares:
         study_pictures.importances(folder / "importances.png", shares, complete)
-        drawn.append("importances")
+        names.append("importances")
     pair = [name for name in shares or scales if name in scales][:2]
     if len(pair) == 2 and complete:
         study_pictures.contour(folder / "contour.png", trials, (pair[0], pair[1]), scales)
-        drawn.append("contour")
-    return [folder / f"{name}.png" for name in drawn]
+        names.append("contour")
+    return [folder / f"{name}.png" for name in names]
 
 
 def _ranges(plan: Study) -> dict[str, config.Range]:
-    return {name: wanted for name, wanted in plan.settings.space.items() if isinstance(wanted, config.Range)}
+    return {name: dimension for name, dimension in plan.settings.space.items() if isinstance(dimension, config.Range)}
 
 
 def _importances(study: optuna.Study, complete: int) -> dict[str, float]:
-    """By name, largest first; nothing where it would mean nothing."""
+    """Name -> importance, largest first; empty for too few trials or equal values."""
     values = {trial.value for trial in storage.ended(study) if trial.state == TrialState.COMPLETE}
     if complete < MINIMUM_FOR_IMPORTANCES or len(values) < 2:
         return {}
     return dict(optuna.importance.get_param_importances(study))
 
 
-def _seen(trial: FrozenTrial) -> study_pictures.TrialPoint:
-    """A trial as pictures show it; one that was stopped early has the value it had last."""
+def _plot_point(trial: FrozenTrial) -> study_pictures.TrialPoint:
+    """A trial for the pictures; a pruned one has its last value."""
     last = trial.intermediate_values.get(images_seen(trial))
     value = last if trial.state == TrialState.PRUNED else trial.value
     return study_pictures.TrialPoint(trial.number, trial.state.name, trial.params, value, trial.intermediate_values)
 
 
 def table(plan: Study, study: optuna.Study) -> str:
-    """One line a trial."""
-    text, ranks = io.StringIO(), ranking.found(study)
+    """CSV table with one line per trial."""
+    text, ranks = io.StringIO(), ranking.auto_attack_results(study)
     names = ["trial", "state", *plan.settings.space, OBJECTIVE, "auto_attack", "images_seen", "seconds"]
     names += ["imported_from", "reason"]
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     for trial in storage.ended(study):
-        made = trial.user_attrs.get(space.ORIGIN)
+        origin = trial.user_attrs.get(space.ORIGIN)
         writer.writerow(
             {
                 "trial": trial.number,
@@ -130,7 +130,7 @@ def table(plan: Study, study: optuna.Study) -> str:
                 "auto_attack": ranks[trial.number]["value"] if trial.number in ranks else None,
                 "images_seen": images_seen(trial),
                 "seconds": trial.user_attrs.get("seconds"),
-                "imported_from": f"{made['study']} trial {made['trial']}" if made else None,
+                "imported_from": f"{origin['study']} trial {origin['trial']}" if origin else None,
                 "reason": trial.user_attrs.get("reason"),
             }
         )
@@ -139,12 +139,12 @@ def table(plan: Study, study: optuna.Study) -> str:
 
 def markdown(plan: Study, study: optuna.Study) -> str:
     """The best trials and how the study went, for MLflow's page of the run."""
-    found, ranks = summary(plan, study), ranking.found(study)
-    saved = 100 * found["images_saved_by_pruning"]
+    result, ranks = summary(plan, study), ranking.auto_attack_results(study)
+    saved = 100 * result["images_saved_by_pruning"]
     lines = [
-        f"{found['trials']} trials of {plan.settings.images_seen:,} images from arm `{plan.settings.arm}`: "
-        f"{found['complete']} complete, {found['pruned']} pruned, {found['fail']} failed; pruning saved {saved:.0f} % "
-        f"of the images.",
+        f"{result['trials']} trials of {plan.settings.images_seen:,} images from arm `{plan.settings.arm}`: "
+        f"{result['complete']} complete, {result['pruned']} pruned, {result['fail']} failed; pruning saved "
+        f"{saved:.0f} % of the images.",
         "",
         f"| trial | {' | '.join(plan.settings.space)} | PGD, validation | AutoAttack, validation |",
         "|" + "---|" * (3 + len(plan.settings.space)),
@@ -160,18 +160,18 @@ def markdown(plan: Study, study: optuna.Study) -> str:
 
 
 def _page(plan: Study, study: optuna.Study, complete: int) -> str:
-    """Optuna's charts in one page that asks no network."""
-    visible = optuna.visualization
+    """Optuna's charts in one HTML page that needs no network."""
+    plots = optuna.visualization
     charts = [
-        visible.plot_optimization_history(study, target_name="PGD accuracy on validation"),
-        visible.plot_intermediate_values(study),
-        visible.plot_slice(study, target_name="PGD accuracy on validation"),
-        visible.plot_parallel_coordinate(study, target_name="PGD accuracy on validation"),
+        plots.plot_optimization_history(study, target_name="PGD accuracy on validation"),
+        plots.plot_intermediate_values(study),
+        plots.plot_slice(study, target_name="PGD accuracy on validation"),
+        plots.plot_parallel_coordinate(study, target_name="PGD accuracy on validation"),
     ]
     if len(plan.settings.space) > 1:
-        charts.append(visible.plot_contour(study, target_name="PGD accuracy on validation"))
+        charts.append(plots.plot_contour(study, target_name="PGD accuracy on validation"))
     if _importances(study, complete):
-        charts.append(visible.plot_param_importances(study, target_name="PGD accuracy on validation"))
+        charts.append(plots.plot_param_importances(study, target_name="PGD accuracy on validation"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         parts = [

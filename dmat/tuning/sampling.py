@@ -1,9 +1,9 @@
-"""Which values come next, and which trials stop early.
+"""Proposes the values of the next trial, and decides which trials are pruned.
 
-A proposal is a pure function of the trials so far: a sampler with a seed of its own for each trial number looks at
-them in memory, so that a resumed study does not repeat its start and nothing of a sampler is ever stored. What it is
-shown of trials that did not finish is decided here, because samplers differ in it and one (GP) would ignore them:
-docs/tuning.md has the measurement behind the choice.
+A proposal is a pure function of the trials so far: a sampler with its own seed for each trial number sees them in
+memory. So a resumed study does not repeat its start, and no state of a sampler is stored. This module decides how
+unfinished trials are presented to the sampler, because samplers differ in that and one (GP) would ignore them.
+docs/tuning.md has the measurement for this choice.
 """
 
 import statistics
@@ -19,16 +19,16 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from dmat import seeds
 from dmat.config import Tune
 
-RANDOM_FIRST = 10  # trials before a model is made of them
-# How a pruned trial is shown to a sampler: not at all, as pruned, with its last report, or with what it might have
-# reached: its last report and the median gain of complete trials from there on.
+RANDOM_FIRST = 10  # random trials before the sampler fits a model
+# How a pruned trial is presented to a sampler: not at all, as pruned, with its last report, or extrapolated: its last
+# report plus the median gain of complete trials from there on.
 PRUNED_AS = ("nothing", "pruned", "last", "extended")
 DEFAULT_PRUNED_AS = {"tpe": "extended", "gp": "extended", "random": "nothing"}
 
 
 def propose(
     settings: Tune,
-    wanted: Mapping[str, BaseDistribution],
+    distributions: Mapping[str, BaseDistribution],
     trials: Sequence[FrozenTrial],
     number: int,
     pruned_as: str | None = None,
@@ -37,8 +37,8 @@ def propose(
     seed = int(seeds.stream(settings.seed, "tune/sampler", number).integers(2**31))
     study = optuna.create_study(direction="maximize", sampler=_sampler(settings.sampler, seed))
     study.add_trials(shown(trials, pruned_as or DEFAULT_PRUNED_AS[settings.sampler]))
-    found = study.ask(fixed_distributions=dict(wanted)).params
-    return {name: found[name] for name in wanted}
+    proposed = study.ask(fixed_distributions=dict(distributions)).params
+    return {name: proposed[name] for name in distributions}
 
 
 def _sampler(name: str, seed: int) -> BaseSampler:
@@ -50,23 +50,26 @@ def _sampler(name: str, seed: int) -> BaseSampler:
 
 
 def shown(trials: Sequence[FrozenTrial], pruned_as: str) -> list[FrozenTrial]:
-    """Trials as a sampler is to see them. One that diverged or ran out of memory counts as the worst, so that its
-    neighbourhood is left; one at work as an average one, so that workers spread."""
+    """Trials as they are presented to the sampler.
+
+    A failed trial (diverged, out of memory) gets the worst value, so that the sampler leaves its neighbourhood. A
+    running one gets the median, so that workers spread.
+    """
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
     values = [trial.value for trial in complete if trial.value is not None]
-    found = []
+    trials_to_show = []
     for trial in trials:
         if not trial.params:
             continue
         if trial.state == TrialState.COMPLETE:
-            found.append(_as(trial, trial.value))
+            trials_to_show.append(_as_complete(trial, trial.value))
         elif trial.state == TrialState.PRUNED and pruned_as != "nothing" and trial.intermediate_values:
-            found.append(_pruned(trial, complete, pruned_as))
+            trials_to_show.append(_pruned(trial, complete, pruned_as))
         elif trial.state == TrialState.FAIL and values:
-            found.append(_as(trial, min(values)))
+            trials_to_show.append(_as_complete(trial, min(values)))
         elif trial.state == TrialState.RUNNING and values:
-            found.append(_as(trial, statistics.median(values)))
-    return found
+            trials_to_show.append(_as_complete(trial, statistics.median(values)))
+    return trials_to_show
 
 
 def _pruned(trial: FrozenTrial, complete: Sequence[FrozenTrial], pruned_as: str) -> FrozenTrial:
@@ -81,28 +84,28 @@ def _pruned(trial: FrozenTrial, complete: Sequence[FrozenTrial], pruned_as: str)
     last = trial.intermediate_values[step]
     if pruned_as == "extended":
         gains = [
-            one.value - one.intermediate_values[step]
-            for one in complete
-            if one.value is not None and step in one.intermediate_values
+            other.value - other.intermediate_values[step]
+            for other in complete
+            if other.value is not None and step in other.intermediate_values
         ]
         last += statistics.median(gains) if gains else 0.0
-    return _as(trial, last)
+    return _as_complete(trial, last)
 
 
-def _as(trial: FrozenTrial, value: float | None) -> FrozenTrial:
+def _as_complete(trial: FrozenTrial, value: float | None) -> FrozenTrial:
     return create_trial(state=TrialState.COMPLETE, value=value, params=trial.params, distributions=trial.distributions)
 
 
 def pruner(settings: Tune, name: str | None = None) -> BasePruner:
-    """Asked through `should_stop`, which keeps the warm-up."""
-    chosen = name or settings.pruner
-    if chosen == "hyperband":
+    """The pruner of the settings. Use it through `should_stop`, which never prunes during the warm-up."""
+    pruner_name = name or settings.pruner
+    if pruner_name == "hyperband":
         return HyperbandPruner(settings.evaluate_every, settings.images_seen, reduction_factor=3)
-    if chosen == "median":
+    if pruner_name == "median":
         return MedianPruner(settings.startup_trials, settings.warmup_images + 1)
     return NopPruner()
 
 
 def should_stop(trial: optuna.Trial, images_seen: int, settings: Tune) -> bool:
-    """Whether a trial falls behind the others after this report: never in its warm-up."""
+    """Whether to prune a trial after this report; never during its warm-up."""
     return images_seen > settings.warmup_images and trial.should_prune()

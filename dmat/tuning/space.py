@@ -1,4 +1,4 @@
-"""A study's space as Optuna's distributions, and trials of a study with another space."""
+"""The search space of a study as Optuna distributions, and the import of trials of studies with another space."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,39 +14,42 @@ ORIGIN = "imported_from"  # user attribute of a trial that another study made: {
 
 
 def distributions(plan: Study) -> dict[str, BaseDistribution]:
-    """By dotted name, in the order of the space. A range over a whole number has whole numbers."""
-    return {name: _distribution(plan, name, wanted) for name, wanted in plan.settings.space.items()}
+    """Dotted name -> distribution, in the order of the space. A range of an integer parameter gives integers."""
+    return {name: _distribution(plan, name, dimension) for name, dimension in plan.settings.space.items()}
 
 
-def _distribution(plan: Study, name: str, wanted: config.Dimension) -> BaseDistribution:
-    if isinstance(wanted, config.Choices):
-        return CategoricalDistribution(wanted.choices)
-    log = wanted.scale == "log"
+def _distribution(plan: Study, name: str, dimension: config.Dimension) -> BaseDistribution:
+    if isinstance(dimension, config.Choices):
+        return CategoricalDistribution(dimension.choices)
+    log = dimension.scale == "log"
     if type(plan.trial.value_of(name)) is int:
-        return IntDistribution(int(wanted.low), int(wanted.high), log=log)
-    return FloatDistribution(wanted.low, wanted.high, log=log)
+        return IntDistribution(int(dimension.low), int(dimension.high), log=log)
+    return FloatDistribution(dimension.low, dimension.high, log=log)
 
 
-def suggest(trial: Trial, wanted: Mapping[str, BaseDistribution]) -> None:
-    """Fixes all values of a trial; one that was begun before gets those that it lacks."""
-    for name, one in wanted.items():
-        if isinstance(one, CategoricalDistribution):
-            trial.suggest_categorical(name, one.choices)
-        elif isinstance(one, IntDistribution):
-            trial.suggest_int(name, one.low, one.high, log=one.log)
-        elif isinstance(one, FloatDistribution):
-            trial.suggest_float(name, one.low, one.high, log=one.log)
+def suggest(trial: Trial, search_space: Mapping[str, BaseDistribution]) -> None:
+    """Sets all values of a trial that it does not have yet."""
+    for name, distribution in search_space.items():
+        if isinstance(distribution, CategoricalDistribution):
+            trial.suggest_categorical(name, distribution.choices)
+        elif isinstance(distribution, IntDistribution):
+            trial.suggest_int(name, distribution.low, distribution.high, log=distribution.log)
+        elif isinstance(distribution, FloatDistribution):
+            trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
 
 
 def fitting(plan: Study, study: str, trials: Sequence[FrozenTrial]) -> Iterator[FrozenTrial]:
-    """Ended trials of a study with another space, as trials of this one: what they found holds here too if all their
-    values lie in this space. A parameter that only one of the two has must have the arm's value."""
-    wanted = distributions(plan)
+    """Ended trials of a study with another space, as trials of this study.
+
+    Their results are valid here if all their values lie in this space. A parameter that only one of the studies has
+    must have the value of the arm.
+    """
+    search_space = distributions(plan)
     for trial in trials:
         if not trial.state.is_finished():
             continue
-        values = {name: trial.params.get(name, plan.own_value(name)) for name in wanted}
-        left_out = [name for name in trial.params if name not in wanted]
+        values = {name: trial.params.get(name, plan.own_value(name)) for name in search_space}
+        left_out = [name for name in trial.params if name not in search_space]
         if all(inside(plan.settings.space[name], value) for name, value in values.items()) and all(
             trial.params[name] == plan.own_value(name) for name in left_out
         ):
@@ -54,12 +57,12 @@ def fitting(plan: Study, study: str, trials: Sequence[FrozenTrial]) -> Iterator[
                 state=trial.state,
                 value=trial.value,
                 params=values,
-                distributions=wanted,
+                distributions=search_space,
                 user_attrs={**trial.user_attrs, ORIGIN: origin(study, trial)},
                 intermediate_values=trial.intermediate_values,
             )
 
 
 def origin(study: str, trial: FrozenTrial) -> dict[str, Any]:
-    """Study and number of the trial that was really computed."""
+    """Study and number of the computed trial, also for an imported one."""
     return dict(trial.user_attrs.get(ORIGIN) or {"study": study, "trial": trial.number})

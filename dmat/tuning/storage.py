@@ -1,4 +1,4 @@
-"""A study in its storage: a SQLite file of the project, or a database server that many machines reach."""
+"""The storage of studies: a SQLite file of the project, or a database server for several machines."""
 
 import contextlib
 import time
@@ -18,13 +18,13 @@ from dmat.tuning.claims import Claims
 from dmat.tuning.plan import Study
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-_KIN, _READY = "dmat.kin", "dmat.ready"  # attributes of a study
+_TRANSFER_KEY, _READY = "dmat.kin", "dmat.ready"  # attributes of a study
 _WAIT = 60.0  # seconds for another process that writes to the same SQLite file
 
 
 @contextlib.contextmanager
-def speaking(url: str) -> Iterator[None]:
-    """What goes wrong with a storage inside the block becomes a sentence."""
+def explain_storage_errors(url: str) -> Iterator[None]:
+    """Turns errors of the storage inside the block into DmatError with a clear message."""
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
@@ -33,16 +33,16 @@ def speaking(url: str) -> Iterator[None]:
             path = url.removeprefix("sqlite:///")
             raise DmatError(
                 f"{path} cannot be used as the storage of studies ({first}); bring back a good copy, or move it away: "
-                f"a new one is made and the study begins again"
+                f"a new one is created and the study starts again"
             ) from error
         raise DmatError(
             f"the storage of studies {redaction.address(url)} cannot be reached ({first}); expected a database that "
-            f"answers; start it, or correct --storage; the same command goes on from the last checkpoints"
+            f"answers; start it, or correct --storage; the same command resumes from the last checkpoints"
         ) from error
 
 
 def connect(url: str) -> RDBStorage:
-    """Raises DmatError. Made if it is not there yet."""
+    """Opens the storage; creates it if it does not exist. Raises DmatError if that fails."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url.startswith("sqlite:///"):
         Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def connect(url: str) -> RDBStorage:
         dialect = parsed.get_backend_name()
     except (sqlalchemy.exc.ArgumentError, ValueError):
         raise DmatError(
-            "the storage of studies is no URL; expected one such as postgresql+psycopg://user@host/database"
+            "the storage of studies is not a URL; expected one such as postgresql+psycopg://user@host/database"
         ) from None
     if parsed.host and "@" in parsed.host:
         raise DmatError(
@@ -62,11 +62,11 @@ def connect(url: str) -> RDBStorage:
         raise DmatError("the storage of studies is a database in memory, which no other worker sees; expected a file")
     options = {"connect_args": {"timeout": _WAIT}} if dialect == "sqlite" else {"pool_pre_ping": True}
     try:
-        with speaking(url):
+        with explain_storage_errors(url):
             try:
                 return RDBStorage(url, engine_kwargs=options)
             except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError):
-                time.sleep(1)  # another process is just making the tables
+                time.sleep(1)  # another process is creating the tables
                 return RDBStorage(url, engine_kwargs=options)
     except RuntimeError as error:
         raise DmatError(
@@ -82,13 +82,13 @@ def connect(url: str) -> RDBStorage:
 
 
 def find(storage: RDBStorage, name: str) -> optuna.Study | None:
-    """A study that may not have been begun."""
+    """The study of this name, or None."""
     names = {summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)}
     return optuna.load_study(study_name=name, storage=storage) if name in names else None
 
 
 def begin(storage: RDBStorage, plan: Study, claims: Claims) -> optuna.Study:
-    """The study, made if it is not there yet: with the trials of its kin that fit its space."""
+    """Opens the study; creates it if needed, with the trials of related studies that fit its space."""
     study = optuna.create_study(
         storage=storage,
         study_name=plan.name,
@@ -99,39 +99,41 @@ def begin(storage: RDBStorage, plan: Study, claims: Claims) -> optuna.Study:
     )
     if study.user_attrs.get(_READY):
         return study
-    with claims.turn():
+    with claims.exclusive():
         if not study.user_attrs.get(_READY):
-            study.set_user_attr(_KIN, plan.transfer_key)
-            known = [space.origin(plan.name, trial) for trial in study.get_trials(deepcopy=False)]
-            for other in _kin(storage, plan):
+            study.set_user_attr(_TRANSFER_KEY, plan.transfer_key)
+            origins = [space.origin(plan.name, trial) for trial in study.get_trials(deepcopy=False)]
+            for other in _related_studies(storage, plan):
                 for trial in space.fitting(plan, other.study_name, other.get_trials(deepcopy=False)):
                     origin = trial.user_attrs[space.ORIGIN]
-                    if origin not in known and origin["study"] != plan.name:  # its own came back from one set aside
+                    if (
+                        origin not in origins and origin["study"] != plan.name
+                    ):  # not trials of this study from one that was set aside
                         study.add_trial(trial)
-                        known.append(origin)
+                        origins.append(origin)
             study.set_user_attr(_READY, True)
     return study
 
 
 def set_aside(storage: RDBStorage, study: optuna.Study) -> None:
-    """The study under another name. Nothing is deleted but the name."""
-    study.set_user_attr(_KIN, "set aside")
+    """Renames the study. All its trials are kept."""
+    study.set_user_attr(_TRANSFER_KEY, "set aside")
     old = f"{study.study_name}-before-{time.strftime('%Y%m%d-%H%M%S')}"
     optuna.copy_study(from_study_name=study.study_name, from_storage=storage, to_storage=storage, to_study_name=old)
     optuna.delete_study(study_name=study.study_name, storage=storage)
 
 
-def own(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Those that this study makes itself: what `--trials` counts."""
+def own_trials(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that this study computes itself, without imported ones; `--trials` counts these."""
     return [trial for trial in trials if space.ORIGIN not in trial.user_attrs]
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
-    """Imported ones included."""
+    """All ended trials, including imported ones."""
     return study.get_trials(deepcopy=False, states=ENDED)
 
 
-def _kin(storage: RDBStorage, plan: Study) -> list[optuna.Study]:
+def _related_studies(storage: RDBStorage, plan: Study) -> list[optuna.Study]:
     summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
-    transfer_key = [one.study_name for one in summaries if one.user_attrs.get(_KIN) == plan.transfer_key]
-    return [optuna.load_study(study_name=name, storage=storage) for name in sorted(transfer_key) if name != plan.name]
+    names = [summary.study_name for summary in summaries if summary.user_attrs.get(_TRANSFER_KEY) == plan.transfer_key]
+    return [optuna.load_study(study_name=name, storage=storage) for name in sorted(names) if name != plan.name]

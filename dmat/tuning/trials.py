@@ -1,7 +1,7 @@
 """One trial: a short run of `train_robust` that reports to its study, and exactly one recorded state for any outcome.
 
-Under `torchrun` all processes train; only the leading one speaks to the study, and tells the others at each report
-whether they go on, so that all stop at the same step.
+Under `torchrun` all processes train. Only the main process uses the study. At each report it tells the others whether
+to continue, so that all stop at the same step.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import filelock
 import optuna
@@ -29,21 +29,23 @@ from dmat.training.long_run import Watcher
 from dmat.tuning import images, sampling
 from dmat.tuning.claims import RENEW, Claims
 from dmat.tuning.plan import CODE, Study, own_code
-from dmat.tuning.storage import speaking
+from dmat.tuning.storage import explain_storage_errors
 from dmat.workspace import PICTURES, RESULT, Workspace
 
-NOTE = "trial.json"  # in a trial's folder: its values
-OBJECTIVE = "validation_robust"  # share of 1, of the averaged weights
-MAX_LOST_WORKERS = 5  # workers that may be killed in a trial before it is the trial's fault
-_GO_ON, _PRUNED, _STOP = "", "pruned ", "stop "  # what the leading process tells the others at a report
+VALUES_FILE = "trial.json"  # in the folder of a trial: its values
+OBJECTIVE = "validation_robust"  # accuracy in [0, 1] of the EMA weights
+MAX_LOST_WORKERS = 5  # killed workers after which a trial counts as failed
+_CONTINUE, _PRUNED, _STOP = "", "pruned ", "stop "  # messages of the main process to the others at a report
 
 
 class LostError(DmatError):
-    """Another worker has this trial by now."""
+    """Another worker has taken this trial."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialOutcome:
+    """The recorded end of a trial. value: the objective, None unless complete. reason: "" if complete."""
+
     state: TrialState
     value: float | None
     reason: str
@@ -51,7 +53,7 @@ class TrialOutcome:
 
 @dataclasses.dataclass(frozen=True)
 class TrialContext:
-    """What a worker computes trials with. study and claims: of the leading process alone."""
+    """What a worker needs to compute trials. study, claims: only in the main process."""
 
     plan: Study
     params: Params
@@ -63,20 +65,22 @@ class TrialContext:
 
 
 def trial_key(number: int) -> str:
-    """A trial as a claim."""
+    """Key of the claim for computing a trial."""
     return f"trial-{number:04d}"
 
 
 def run(context: TrialContext, trial: FrozenTrial) -> TrialOutcome | None:
-    """A trial to its end, in the study and in MLflow, from where an earlier worker left it.
+    """Computes a trial to its end and records it in the study and in MLflow; resumes the work of an earlier worker.
 
-    None: another process still computes it after all. Raises LostError if another worker took it meanwhile, Interrupted
-    on a signal (its state is saved), and DmatError where the study cannot go on.
+    Returns None if another process still computes it. Raises LostError if another worker took it meanwhile, Interrupted
+    on a signal (after saving its state), and DmatError if the study cannot continue.
     """
     assert context.study is not None and context.claims is not None
     folder = context.plan.trial_folder(trial.number)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / "lock", timeout=0)  # a holder that only slept, on this file system
+    lock = filelock.FileLock(
+        folder / "lock", timeout=0
+    )  # against an earlier holder on this file system that only slept
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -89,7 +93,7 @@ def run(context: TrialContext, trial: FrozenTrial) -> TrialOutcome | None:
 
 
 def _run(context: TrialContext, study: optuna.Study, claims: Claims, trial: FrozenTrial, folder: Path) -> TrialOutcome:
-    spent = _Spent()
+    report_time = _ReportTime()
     tracked = tracking.open_run(
         context.workspace.home,
         folder,
@@ -108,9 +112,9 @@ def _run(context: TrialContext, study: optuna.Study, claims: Claims, trial: Froz
     )
     with tracked:
         started = time.time()
-        outcome = _outcome(context, trial, folder, _watcher(context, study, claims, trial, spent))
-        for word in CODE:  # what other code found is never told
-            code_identity.expect(word, context.workspace.root, again=True)
+        outcome = _compute_outcome(context, trial, folder, _watcher(context, study, claims, trial, report_time))
+        for stage_name in CODE:  # results of other code are never reported
+            code_identity.expect(stage_name, context.workspace.root, again=True)
         expect_same_plugins(context.plan)
         if outcome.state == TrialState.COMPLETE:
             tracked.finish_with({f"best_{OBJECTIVE}": outcome.value}, sorted((folder / PICTURES).glob("*.png")))
@@ -124,34 +128,34 @@ def _run(context: TrialContext, study: optuna.Study, claims: Claims, trial: Froz
             live = optuna.Trial(study, trial._trial_id)
             live.set_user_attr("seconds", round(tracking.seconds_before(folder) + time.time() - started, 1))
             live.set_user_attr("reason", outcome.reason)
-            live.set_user_attr("report_seconds", round(spent.seconds / max(1, spent.reports), 4))
+            live.set_user_attr("report_seconds", round(report_time.seconds / max(1, report_time.reports), 4))
             live.set_user_attr("workers_killed", claims.lost_workers(trial_key(trial.number)))
-    # last, because what comes after it is lost with the process: a trial that was not told ends once more
+    # last: all else is recorded before, and a kill before this line only makes the trial end once more
     if study.get_trials(deepcopy=False)[trial.number].state.is_finished():
         raise _ended_elsewhere(trial)
     study.tell(trial.number, outcome.value, outcome.state)
-    (folder / "checkpoint.dmat").unlink(missing_ok=True)  # as large as the network and needed no more
+    (folder / "checkpoint.dmat").unlink(missing_ok=True)  # as large as the network, and not needed any more
     return outcome
 
 
 def expect_same_plugins(plan: Study) -> None:
-    """Raises DmatError if code of the project is not what the study was planned with."""
-    now = own_code(plan.settings, plan.trial)
-    if changed := [word for word, digest in plan.plugins.items() if now.get(word) != digest]:
+    """Raises DmatError if the code of a plugin changed since the study was planned."""
+    current = own_code(plan.settings, plan.trial)
+    if changed := [import_path for import_path, digest in plan.plugins.items() if current.get(import_path) != digest]:
         raise DmatError(
-            f"the code of {', '.join(changed)} changed while the study was at work; expected no change until it ended; "
-            f"bring back what was there and run the same command again, or run it for what is there now: that is "
+            f"the code of {', '.join(changed)} changed while the study was running; expected no change until it ended; "
+            f"restore the old code and run the same command again, or run it with the new code: that is "
             f"another study"
         )
 
 
 def _expect_own_files(context: TrialContext, trial: FrozenTrial, folder: Path) -> None:
-    """What lies in a trial's folder may be of a study whose storage was moved away: a checkpoint says nothing of the
-    values that it was trained with. Then it is set aside."""
-    note = folder / NOTE
-    if note.exists() and files.read_json(note) != {"params": trial.params}:
+    """Sets the folder of a trial aside if it has other values: it may be of a study whose storage was moved away, and a
+    checkpoint does not contain the values of its trial."""
+    values_path = folder / VALUES_FILE
+    if values_path.exists() and files.read_json(values_path) != {"params": trial.params}:
         work_folder.set_aside(folder, context.workspace.home)
-    files.write_json(note, {"params": trial.params})
+    files.write_json(values_path, {"params": trial.params})
 
 
 def _settings(plan: Study, trial: FrozenTrial) -> dict[str, Any]:
@@ -161,8 +165,8 @@ def _settings(plan: Study, trial: FrozenTrial) -> dict[str, Any]:
         return {**plan.trial.plain(), **trial.params}
 
 
-def _outcome(context: TrialContext, trial: FrozenTrial, folder: Path, watcher: Watcher) -> TrialOutcome:
-    """Whatever happens in a trial, as its state. Only what ends the study or the worker is raised."""
+def _compute_outcome(context: TrialContext, trial: FrozenTrial, folder: Path, watcher: Watcher) -> TrialOutcome:
+    """Computes a trial and turns its end into a state. Raises only errors that end the study or the worker."""
     assert context.claims is not None
     if (lost_workers := context.claims.lost_workers(trial_key(trial.number))) > MAX_LOST_WORKERS:
         return TrialOutcome(TrialState.FAIL, None, f"{lost_workers} workers were killed in it")
@@ -181,74 +185,77 @@ def _outcome(context: TrialContext, trial: FrozenTrial, folder: Path, watcher: W
             if is_out_of_memory(error):
                 return TrialOutcome(TrialState.FAIL, None, f"out of memory: {first_line(error)}")
             attempts += 1
-            if context.compute.world.size > 1:  # the others are still at the step: all are started again
+            if context.compute.world.size > 1:  # the other processes are still in the step: all are started again
                 raise
             if attempts > context.plan.settings.retries:
-                what = f"{type(error).__name__}: {first_line(error)}"
-                return TrialOutcome(TrialState.FAIL, None, f"ended with an exception {attempts} times, last {what}")
+                last_error = f"{type(error).__name__}: {first_line(error)}"
+                return TrialOutcome(
+                    TrialState.FAIL, None, f"ended with an exception {attempts} times, last {last_error}"
+                )
 
 
 def compute(context: TrialContext, values: Mapping[str, Any], folder: Path, watcher: Watcher) -> float:
-    """Best validation PGD accuracy of a training in its own folder; goes on from a checkpoint there."""
-    plan, chosen = context.plan, _chosen(context.plan, values)
-    own = images.workspace_of(plan, chosen, context.params, context.workspace)
+    """Trains in `folder`, resuming from a checkpoint there. Returns the best validation PGD accuracy, in [0, 1]."""
+    plan, trial_settings = context.plan, _trial_settings(context.plan, values)
+    trial_workspace = images.workspace_of(plan, trial_settings, context.params, context.workspace)
     inputs = {name: context.workspace.at(entry["path"]) for name, entry in plan.inputs.items()}
-    inputs["selection"] = own.at(plan.inputs["selection"]["path"])
+    inputs["selection"] = trial_workspace.at(plan.inputs["selection"]["path"])
     job = Job(
         inputs,
         {"arm": plan.settings.arm, "seed": plan.settings.seed},
-        own.root,
+        trial_workspace.root,
         folder,
         context.compute,
         context.save_seconds,
         quiet=True,
         watcher=watcher,
     )
-    mix_images.run(MixImages.of(chosen.arm), job)
-    found = train_robust.run(chosen.arm, dataclasses.replace(job, inputs=inputs | {"mix": folder / RESULT / "mix"}))
-    best: float = found.metrics["best_validation_robust"]
-    return best
+    mix_images.run(MixImages.from_arm(trial_settings.arm), job)
+    result = train_robust.run(
+        trial_settings.arm, dataclasses.replace(job, inputs=inputs | {"mix": folder / RESULT / "mix"})
+    )
+    return cast(float, result.metrics["best_validation_robust"])
 
 
 def follow(context: TrialContext, values: Mapping[str, Any]) -> None:
-    """What a process under `torchrun` does that does not lead: the same training, in a folder that nobody keeps."""
+    """The part of the other processes under `torchrun`: the same training, in a temporary folder."""
 
     def watch(images_seen: int, _: dict[str, float]) -> None:
-        told = (context.compute.world.broadcast(None) or b"").decode()
-        if told.startswith(_PRUNED):
-            raise Pruned(told.removeprefix(_PRUNED))
-        if told.startswith(_STOP):
-            raise DmatError(told.removeprefix(_STOP))
+        message = (context.compute.world.broadcast(None) or b"").decode()
+        if message.startswith(_PRUNED):
+            raise Pruned(message.removeprefix(_PRUNED))
+        if message.startswith(_STOP):
+            raise DmatError(message.removeprefix(_STOP))
 
     with tempfile.TemporaryDirectory() as folder:
         try:
             compute(context, values, Path(folder), watch)
         except (Pruned, Diverged, UnfitError):
-            return  # all found the same
+            return  # in all processes alike
 
 
 def _watcher(
-    context: TrialContext, study: optuna.Study, claims: Claims, frozen: FrozenTrial, spent: "_Spent"
+    context: TrialContext, study: optuna.Study, claims: Claims, frozen: FrozenTrial, report_time: "_ReportTime"
 ) -> Watcher:
     """Reports validation PGD accuracy against images seen; raises Pruned when the study says so, in all processes."""
     trial = optuna.Trial(study, frozen._trial_id)
-    known = set(frozen.intermediate_values)  # a resumed trial computes its last report again
+    reported = set(frozen.intermediate_values)  # a resumed trial repeats its last report
     world = context.compute.world
 
     def watch(images_seen: int, values: dict[str, float]) -> None:
         try:
-            with spent.counted(), speaking(context.plan.storage), _unless_ended(frozen):
+            with report_time.counted(), explain_storage_errors(context.plan.storage), _unless_ended(frozen):
                 _expect_held(claims, frozen, within=RENEW + 5)
-                if images_seen not in known:
+                if images_seen not in reported:
                     trial.report(values[OBJECTIVE], images_seen)
-                    known.add(images_seen)
+                    reported.add(images_seen)
                 stop = sampling.should_stop(trial, images_seen, context.plan.settings)
         except DmatError as error:
             world.broadcast(f"{_STOP}{error}".encode())
             raise
         pruner = context.plan.settings.pruner
         reason = f"{values[OBJECTIVE]:.4f} after {images_seen} images is behind the other trials ({pruner})"
-        world.broadcast(f"{_PRUNED}{reason}".encode() if stop else _GO_ON.encode())
+        world.broadcast(f"{_PRUNED}{reason}".encode() if stop else _CONTINUE.encode())
         if stop:
             raise Pruned(reason)
 
@@ -258,14 +265,14 @@ def _watcher(
 def _expect_held(claims: Claims, trial: FrozenTrial, within: float = 0.0) -> None:
     if not claims.holds(trial_key(trial.number), within):
         raise LostError(
-            f"trial {trial.number} was taken by another worker, because this one did not answer for a minute; it goes "
-            f"on there"
+            f"trial {trial.number} was taken by another worker, because this one did not answer for a minute; "
+            f"that worker resumes it"
         )
 
 
 @contextmanager
 def _unless_ended(trial: FrozenTrial) -> Iterator[None]:
-    """Optuna refuses to change a trial that has ended: another worker ended it."""
+    """Raises LostError if Optuna refuses a change because another worker ended the trial."""
     try:
         yield
     except optuna.exceptions.UpdateFinishedTrialError as error:
@@ -273,20 +280,20 @@ def _unless_ended(trial: FrozenTrial) -> Iterator[None]:
 
 
 def _ended_elsewhere(trial: FrozenTrial) -> LostError:
-    return LostError(f"trial {trial.number} was ended by another worker; what it found stands")
+    return LostError(f"trial {trial.number} was ended by another worker, whose result is kept")
 
 
-def _chosen(plan: Study, values: Mapping[str, Any]) -> TrialSettings:
-    """A trial's settings. Each value is possible by itself (`config` has seen to that); together they may not be."""
-    chosen = plan.trial.with_values(values)
-    drawn = chosen.arm.batch // chosen.arm.cutmix_copies
-    generated = round(drawn * chosen.arm.generated_share)
-    if chosen.selection is not None and not 0 < generated < drawn:
+def _trial_settings(plan: Study, values: Mapping[str, Any]) -> TrialSettings:
+    """Settings of a trial. `config` has checked each value alone. Raises UnfitError if they do not fit together."""
+    settings = plan.trial.with_values(values)
+    drawn = settings.arm.batch // settings.arm.cutmix_copies
+    generated = round(drawn * settings.arm.generated_share)
+    if settings.selection is not None and not 0 < generated < drawn:
         raise UnfitError(
-            f"generated_share {chosen.arm.generated_share} of {drawn} images leaves {generated} generated ones; "
+            f"generated_share {settings.arm.generated_share} of {drawn} images leaves {generated} generated ones; "
             f"expected some of both kinds"
         )
-    return chosen
+    return settings
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -295,8 +302,8 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-class _Spent:
-    """Time that reports took: what a study costs its trainings."""
+class _ReportTime:
+    """Measures the time that reports take: the cost of a study for its trainings."""
 
     def __init__(self) -> None:
         self.seconds, self.reports = 0.0, 0

@@ -1,1 +1,1 @@
-"""The state of a project and what it can do without: `dmat doctor` looks, `dmat clean` removes."""
+"""Maintenance of a project: `dmat doctor` checks it, `dmat clean` removes unneeded files; also reproduction of runs."""

@@ -1,7 +1,7 @@
-"""What a project can do without, and its removal.
+"""Finds and removes files that a project does not need.
 
-A finished result goes only if DVC can bring it back: dvc.lock or the run cache names it and DVC's cache has every file
-of it. DVC's cache and `mlruns/` are never touched, nor a folder that somebody works in or that holds what no job wrote.
+A finished result is removed only if DVC can restore it: dvc.lock or the run cache names it, and DVC's cache has every
+file of it. Never touched: DVC's cache, `mlruns/`, folders that a process works in, and folders with foreign files.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from dmat import ARTIFACTS, files
 from dmat.config import Params
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES
-from dmat.pipeline.stages import REPORTED
+from dmat.pipeline.stages import REPORT_INPUTS
 from dmat.tracking import open_runs
 from dmat.upkeep import dvc_files, work_folders
 from dmat.upkeep.dvc_files import DvcResult
@@ -38,23 +38,25 @@ KINDS = {
     "leftover": "temporary files of processes that are gone",
     "unfinished": "work that was stopped",
 }
-# `files` writes the first three; what `_discard` was removing has the last.
+# `files` writes the first three endings, `_discard` the last one.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<end>tmp|new|old|gone)")
-_OURS_IN_ROOT = re.compile(r"\.(params.*\.yaml|doctor)\.\d+\.tmp")  # the project's own folder is the user's
+_TEMPORARY_IN_ROOT = re.compile(r"\.(params.*\.yaml|doctor)\.\d+\.tmp")  # all else there is the user's
 
 
 @dataclasses.dataclass(frozen=True)
 class RemovalCandidate:
-    paths: tuple[Path, ...]  # that go together, the one to name first
+    """Paths that can be removed together."""
+
+    paths: tuple[Path, ...]  # the first one is shown
     kind: str  # one of KINDS
     reason: str
-    newest: float  # time of the last change inside
-    lock: Path | None = None  # to be held while it goes
+    newest: float  # time of the last change inside, seconds since 1970
+    lock: Path | None = None  # to hold during the removal
 
 
 @dataclasses.dataclass(frozen=True)
 class KeptPath:
-    """What stays although one might expect it to go."""
+    """A path that stays although a user might expect its removal."""
 
     path: Path
     reason: str
@@ -62,152 +64,168 @@ class KeptPath:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
+    """What can be removed and what stays."""
+
     candidates: list[RemovalCandidate]
     kept: list[KeptPath]
-    reruns_report: bool  # a folder that write_report reads would lose something
+    reruns_report: bool  # the removal changes a folder that write_report reads
 
 
 def survey(workspace: Workspace, params: Params, *, unfinished: bool = False, older_than: float = 0.0) -> Survey:
-    """What could go. older_than: days since the last change inside. Changes nothing."""
+    """Lists what can be removed; changes nothing.
+
+    unfinished: include stopped work. older_than: only what has not changed for so many days. Raises DmatError in the
+    copy of a project that DVC made for an experiment.
+    """
     if EXPERIMENT_COPIES in workspace.root.as_posix():
         raise DmatError(f"{workspace.root} is a copy that DVC made for an experiment; clean in {workspace.home}")
     current = {
-        (stage_name, stage.instance_name(one)) for stage_name, stage in STAGES.items() for one in stage.choices(params)
+        (stage_name, stage.instance_name(instance))
+        for stage_name, stage in STAGES.items()
+        for instance in stage.all_instances(params)
     }
     results = dvc_files.results(workspace.root)
-    busy = _busy(workspace)
-    found = [
-        *_in_work_folders(workspace, results, current, unfinished),
-        *_unlisted(workspace, params, results, busy),
-        *_leftovers(workspace, busy),
+    activity = _current_activity(workspace)
+    findings = [
+        *_survey_work_folders(workspace, results, current, unfinished),
+        *_unlisted(workspace, params, results, activity),
+        *_leftovers(workspace, activity),
     ]
-    candidates = [one for one in found if isinstance(one, RemovalCandidate)]
-    kept = [one for one in found if isinstance(one, KeptPath)]
+    candidates = [finding for finding in findings if isinstance(finding, RemovalCandidate)]
+    kept_paths = [finding for finding in findings if isinstance(finding, KeptPath)]
     if older_than:
         limit = time.time() - older_than * 86400
-        kept += [
-            KeptPath(one.paths[0], f"changed in the last {older_than:g} days")
-            for one in candidates
-            if one.newest > limit
+        kept_paths += [
+            KeptPath(candidate.paths[0], f"changed in the last {older_than:g} days")
+            for candidate in candidates
+            if candidate.newest > limit
         ]
-        candidates = [one for one in candidates if one.newest <= limit]
-    candidates += _pools(workspace, {one.paths[0] for one in candidates})
-    going = {path for one in candidates for path in one.paths}
-    candidates = [one for one in candidates if not going & set(one.paths[0].parents)]
-    reported = {workspace.at(f"{ARTIFACTS}/{path}") for path in REPORTED}
-    return Survey(candidates, kept, any(reported & set(path.parents) for path in going))
+        candidates = [candidate for candidate in candidates if candidate.newest <= limit]
+    candidates += _pools(workspace, {candidate.paths[0] for candidate in candidates})
+    paths_to_remove = {path for candidate in candidates for path in candidate.paths}
+    candidates = [candidate for candidate in candidates if not paths_to_remove & set(candidate.paths[0].parents)]
+    reported = {workspace.at(f"{ARTIFACTS}/{path}") for path in REPORT_INPUTS}
+    return Survey(candidates, kept_paths, any(reported & set(path.parents) for path in paths_to_remove))
 
 
 def freed(paths: Iterable[Path]) -> int:
-    """Bytes that the disk gets back when all of these go: a file counts if every name it has is among them."""
-    names = Counter[tuple[int, int]]()
+    """Bytes that the removal of all these paths frees. A file counts if all its hard links are among them."""
+    seen = Counter[tuple[int, int]]()
     links, sizes = {}, {}
     for path in paths:
         for file in _files(path):
             status = file.lstat()
-            key = (status.st_dev, status.st_ino)
-            names[key] += 1
-            links[key], sizes[key] = status.st_nlink, status.st_size
-    return sum(sizes[key] for key, count in names.items() if count == links[key])
+            inode = (status.st_dev, status.st_ino)
+            seen[inode] += 1
+            links[inode], sizes[inode] = status.st_nlink, status.st_size
+    return sum(sizes[inode] for inode, count in seen.items() if count == links[inode])
 
 
 def size(paths: Iterable[Path]) -> int:
-    """Bytes of all files below, whoever else has a name for them."""
+    """Bytes of all files below these paths, also of those with hard links elsewhere."""
     return sum(file.lstat().st_size for path in paths for file in _files(path))
 
 
 def remove(candidates: list[RemovalCandidate]) -> tuple[int, list[KeptPath]]:
-    """Removes one after the other; returns the bytes that came free and what stayed after all."""
-    before = freed(path for one in candidates for path in one.paths)
-    kept = []
-    for one in candidates:
+    """Removes the candidates one after the other. Returns the freed bytes, and the paths that could not be removed."""
+    before = freed(path for candidate in candidates for path in candidate.paths)
+    kept_paths = []
+    for candidate in candidates:
         try:
-            _remove(one)
+            _remove(candidate)
         except (DmatError, OSError) as error:
-            kept.append(KeptPath(one.paths[0], str(error)))
-    # What stayed still has its names, so nothing that is linked to it came free.
-    left = [path for one in candidates for name in one.paths for path in (name, _gone(name)) if os.path.lexists(path)]
-    return before - freed(left), kept
+            kept_paths.append(KeptPath(candidate.paths[0], str(error)))
+    # What stayed keeps its hard links, so files linked to it were not freed.
+    remaining = [
+        path
+        for candidate in candidates
+        for name in candidate.paths
+        for path in (name, _trash_path(name))
+        if os.path.lexists(path)
+    ]
+    return before - freed(remaining), kept_paths
 
 
-def _remove(one: RemovalCandidate) -> None:
-    if one.lock is None:
-        _discard(one)
+def _remove(candidate: RemovalCandidate) -> None:
+    if candidate.lock is None:
+        _discard(candidate)
         return
-    lock = filelock.FileLock(one.lock, timeout=0)
+    lock = filelock.FileLock(candidate.lock, timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise DmatError("somebody began to work in it meanwhile") from None
+        raise DmatError("a process began to work in it meanwhile") from None
     try:
-        _discard(one)
+        _discard(candidate)
     finally:
         lock.release()
 
 
-def _discard(one: RemovalCandidate) -> None:
-    """By rename first: a kill half-way leaves a hidden leftover and nothing that looks whole."""
-    if _newest(one.paths) != one.newest:
+def _discard(candidate: RemovalCandidate) -> None:
+    """Renames first, then deletes: after a kill, a hidden leftover remains, and nothing that looks complete."""
+    if _newest(candidate.paths) != candidate.newest:
         raise DmatError("it changed meanwhile; look again")
-    for path in one.paths:
-        gone = _gone(path)
-        path.rename(gone)
-        files.sync_folder(gone.parent)
-        if gone.is_dir() and not gone.is_symlink():
-            shutil.rmtree(gone)
+    for path in candidate.paths:
+        trash = _trash_path(path)
+        path.rename(trash)
+        files.sync_folder(trash.parent)
+        if trash.is_dir() and not trash.is_symlink():
+            shutil.rmtree(trash)
         else:
-            gone.unlink()
+            trash.unlink()
 
 
-def _gone(path: Path) -> Path:
+def _trash_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.gone")
 
 
-def _in_work_folders(
+def _survey_work_folders(
     workspace: Workspace, results: list[DvcResult], current: set[tuple[str, str]], unfinished: bool
 ) -> Iterator[RemovalCandidate | KeptPath]:
-    known, unsent = _by_provenance(results), _unsent(workspace.home)
-    for path in work_folders.strays(workspace.home):
+    results_by_provenance, unsynced = _by_provenance(results), _unsynced(workspace.home)
+    for path in work_folders.list_strays(workspace.home):
         yield KeptPath(path, "it is not named as work of a stage")
-    for work in work_folders.all_of(workspace.home):
+    for work in work_folders.list_work_folders(workspace.home):
         if holder := work.holder:
             yield KeptPath(work.path, f"{holder} works in it")
             continue
-        for path in work.aside:
-            if path in unsent:
+        for path in work.set_aside_folders:
+            if path in unsynced:
                 yield KeptPath(path, "MLflow lacks part of its run; `dmat runs sync` sends it")
             else:
                 yield _locked(work, path, "aside", "set aside by --fresh or as damaged")
         if work.stage_name == work_folders.STUDY:
-            yield KeptPath(work.path, "DVC has no copy of a study; delete it by hand if it is not needed")
+            yield KeptPath(work.path, "DVC has no copy of a study; delete it yourself if it is not needed")
             continue
         try:
-            note = work.finished
+            record = work.finished_record
         except DmatError as error:
             yield KeptPath(work.path, str(error))
             continue
-        if work.strangers:
-            yield KeptPath(work.path, f"no job wrote {', '.join(path.name for path in work.strangers)}")
-        elif work.path in unsent:
+        if work.foreign_paths:
+            yield KeptPath(work.path, f"no job wrote {', '.join(path.name for path in work.foreign_paths)}")
+        elif work.path in unsynced:
             yield KeptPath(work.path, "MLflow lacks part of its run; `dmat runs sync` sends it")
-        elif note is not None:
-            named = (work.stage_name, work.instance_name) in current
-            problem, reason = _finished(workspace, work, note, known, named)
+        elif record is not None:
+            is_current = (work.stage_name, work.instance_name) in current
+            problem, reason = _judge_finished(workspace, work, record, results_by_provenance, is_current)
             yield KeptPath(work.path, problem) if problem else _locked(work, work.path, "finished", reason)
         else:
-            reason = "stopped before the end" if work.progress else "stopped before anything was kept"
+            reason = "stopped before the end" if work.state_paths else "stopped before anything was saved"
             if unfinished:
                 yield _locked(work, work.path, "unfinished", reason)
             else:
-                yield KeptPath(work.path, f"{reason}; the same command goes on; --unfinished offers it")
+                yield KeptPath(work.path, f"{reason}; the same command resumes it; --unfinished offers it for removal")
 
 
-def _pools(workspace: Workspace, going: set[Path]) -> Iterator[RemovalCandidate]:
-    """Pools of the stages of which every work folder goes: DVC's cache then has their shards, and gives them back."""
-    staying = {work.stage_name for work in work_folders.all_of(workspace.home) if work.path not in going}
-    for pool in work_folders.pools(workspace.home):
+def _pools(workspace: Workspace, paths_to_remove: set[Path]) -> Iterator[RemovalCandidate]:
+    """Pools of stages of which all work folders are removed: DVC's cache then has their shards and can restore them."""
+    remaining_stages = {
+        work.stage_name for work in work_folders.list_work_folders(workspace.home) if work.path not in paths_to_remove
+    }
+    for pool in work_folders.list_pools(workspace.home):
         stage_name = pool.name.rpartition("-")[0]
-        if stage_name not in staying:
+        if stage_name not in remaining_stages:
             yield RemovalCandidate((pool,), "pool", f"no work folder of {stage_name} stays", _newest((pool,)))
 
 
@@ -215,140 +233,158 @@ def _locked(work: WorkFolder, path: Path, kind: str, reason: str) -> RemovalCand
     return RemovalCandidate((path,), kind, reason, _newest((path,)), work.path / "lock")
 
 
-def _finished(
-    workspace: Workspace, work: WorkFolder, note: dict[str, Any], known: dict[str, list[DvcResult]], named: bool
+def _judge_finished(
+    workspace: Workspace,
+    work: WorkFolder,
+    record: dict[str, Any],
+    results_by_provenance: dict[str, list[DvcResult]],
+    is_current: bool,
 ) -> tuple[str, str]:
-    """Why a finished work folder has to stay (or ""), and why it may go. named: by params.yaml."""
+    """Why a finished work folder must stay ("" if it need not), and why it can go.
+
+    is_current: params.yaml names its instance.
+    """
     provenance = _provenance_path(work.stage_name, work.instance_name)
-    result = _recorded(known.get(provenance, []), provenance, note["provenance"])
+    result = _matching_result(results_by_provenance.get(provenance, []), provenance, record["provenance"])
     if result is None:
-        return "DVC has no copy of its result; it may be the only one: delete it by hand if it is not needed", ""
-    if extra := _not_in([result], (work.path / RESULT, work.path / PICTURES)):
-        return f"DVC has no copy of {extra.relative_to(work.path)}", ""
-    if not named:
+        return "DVC has no copy of its result; it may be the only one: delete it yourself if it is not needed", ""
+    if uncached := _first_uncached([result], (work.path / RESULT, work.path / PICTURES)):
+        return f"DVC has no copy of {uncached.relative_to(work.path)}", ""
+    if not is_current:
         return "", "params.yaml no longer names its instance; DVC's cache has the result"
     if not result.locked:
         return "", "dvc.lock names another result of its instance by now; DVC's cache has this one"
     if missing := [path for path in result.outs if not workspace.at(path).exists()]:
-        return f"dvc.lock names its result but {missing[0]} is not there; `dvc checkout` brings it back", ""
+        return f"dvc.lock names its result but {missing[0]} is missing; `dvc checkout` restores it", ""
     return "", "dvc.lock names its result, and artifacts/ has it"
 
 
 def _unlisted(
-    workspace: Workspace, params: Params, results: list[DvcResult], busy: str | None
+    workspace: Workspace, params: Params, results: list[DvcResult], activity: str | None
 ) -> Iterator[RemovalCandidate | KeptPath]:
-    """Outputs of instances that params.yaml does not name, or names at another place. A stage made them: their
-    provenance says so. All files of an instance go together or stay together."""
+    """Outputs of instances that params.yaml does not name, or names with other paths.
+
+    Only instances with a provenance file, which a stage wrote. All files of an instance go together or stay together.
+    """
     current = set[Path]()
     for stage in STAGES.values():
-        for instance in stage.choices(params):
-            beside = (stage.metrics_path(instance), stage.provenance_path(instance), stage.pictures_path(instance))
-            current |= {workspace.at(path) for path in (*stage.outputs(params, **instance).values(), *beside)}
-    for stage_name, instance_name in _published(workspace):
-        paths = tuple(path for path in _places_of(workspace, stage_name, instance_name) if path not in current)
+        for instance in stage.all_instances(params):
+            published_paths = (
+                stage.metrics_path(instance),
+                stage.provenance_path(instance),
+                stage.pictures_path(instance),
+            )
+            current |= {workspace.at(path) for path in (*stage.outputs(params, **instance).values(), *published_paths)}
+    for stage_name, instance_name in _published_instances(workspace):
+        paths = tuple(path for path in _instance_paths(workspace, stage_name, instance_name) if path not in current)
         if not paths:
             continue
-        lost = [extra for path in paths if (extra := _not_in(_with(results, workspace, path), (path,)))]
-        if busy:
-            yield KeptPath(paths[0], f"params.yaml no longer names it, but {busy}")
-        elif lost:
+        uncached = [
+            file for path in paths if (file := _first_uncached(_results_with(results, workspace, path), (path,)))
+        ]
+        if activity:
+            yield KeptPath(paths[0], f"params.yaml no longer names it, but {activity}")
+        elif uncached:
             yield KeptPath(
                 paths[0],
-                f"params.yaml no longer names it, but DVC has no copy of {lost[0].relative_to(workspace.root)}",
+                f"params.yaml no longer names it, but DVC has no copy of {uncached[0].relative_to(workspace.root)}",
             )
         else:
             reason = f"params.yaml has no {stage_name} {instance_name} there; DVC's cache has it"
             yield RemovalCandidate(paths, "unlisted", reason, _newest(paths))
 
 
-def _with(results: list[DvcResult], workspace: Workspace, path: Path) -> list[DvcResult]:
+def _results_with(results: list[DvcResult], workspace: Workspace, path: Path) -> list[DvcResult]:
     relative = path.relative_to(workspace.root).as_posix()
-    return [one for one in results if relative in one.outs]
+    return [result for result in results if relative in result.outs]
 
 
-def _published(workspace: Workspace) -> list[tuple[str, str]]:
-    """Stage and instance of everything that left a provenance in artifacts/."""
+def _published_instances(workspace: Workspace) -> list[tuple[str, str]]:
+    """Stage and instance name of every provenance file in artifacts/."""
     folder = workspace.at(f"{ARTIFACTS}/provenance")
     return [
         (stage_name, path.stem) for stage_name in STAGES for path in sorted((folder / stage_name).glob("[!.]*.json"))
     ]
 
 
-def _places_of(workspace: Workspace, stage_name: str, instance_name: str) -> list[Path]:
-    """Where an instance has files, its provenance last: it is what finds the others."""
+def _instance_paths(workspace: Workspace, stage_name: str, instance_name: str) -> list[Path]:
+    """Paths with files of an instance. The provenance is last, because it leads to the others."""
     base = workspace.at(ARTIFACTS)
-    found = [
+    paths = [
         base / stage_name / instance_name,
         base / "pictures" / stage_name / instance_name,
         base / "metrics" / stage_name / f"{instance_name}.json",
     ]
     return [
-        path for path in (*found, workspace.at(_provenance_path(stage_name, instance_name))) if os.path.lexists(path)
+        path for path in (*paths, workspace.at(_provenance_path(stage_name, instance_name))) if os.path.lexists(path)
     ]
 
 
-def _leftovers(workspace: Workspace, busy: str | None) -> Iterator[RemovalCandidate | KeptPath]:
-    found = [path for path in workspace.root.iterdir() if _OURS_IN_ROOT.fullmatch(path.name)]
+def _leftovers(workspace: Workspace, activity: str | None) -> Iterator[RemovalCandidate | KeptPath]:
+    paths = [path for path in workspace.root.iterdir() if _TEMPORARY_IN_ROOT.fullmatch(path.name)]
     for folder in (*_folders(workspace.at(ARTIFACTS)), *_folders(workspace.home / "runs")):
-        found += [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
-    for path in sorted(found):
+        paths += [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
+    for path in sorted(paths):
         match = _TEMPORARY.fullmatch(path.name)
         if match is None or psutil.pid_exists(int(match["pid"])):
             continue
-        if busy:  # its process may live on another machine that shares the folder
-            yield KeptPath(path, f"a temporary file, but {busy}")
+        if activity:  # its process may run on another machine that shares the folder
+            yield KeptPath(path, f"a temporary file, but {activity}")
         elif match["end"] == "old" and not path.with_name(match["name"]).exists():
-            yield KeptPath(path, f"an earlier {match['name']} with none in its place; run its stage again first")
+            yield KeptPath(
+                path, f"an earlier {match['name']}, and the present one is missing; run its stage again first"
+            )
         else:
             yield RemovalCandidate((path,), "leftover", f"of process {match['pid']}, which is gone", _newest((path,)))
 
 
-def _busy(workspace: Workspace) -> str | None:
-    """Who may be reading or writing artifacts now."""
-    for work in work_folders.all_of(workspace.home):
+def _current_activity(workspace: Workspace) -> str | None:
+    """The process that may be reading or writing artifacts now, for messages; None if there is none."""
+    for work in work_folders.list_work_folders(workspace.home):
         if holder := work.holder:
             return f"{holder} computes {work.stage_name} {work.instance_name}"
-    alive = [claim for claim in dvc_files.claims(workspace.root) if claim.state == "alive"]
-    if alive:
-        return f"`{alive[0].command}` (process {alive[0].pid}) is running"
+    running = [process for process in dvc_files.rwlock_holders(workspace.root) if process.state == "alive"]
+    if running:
+        return f"`{running[0].command}` (process {running[0].pid}) is running"
     holder = dvc_files.repository_holder(workspace.root)
     return f"dvc ({holder}) is running" if holder else None
 
 
-def _unsent(home: Path) -> set[Path]:
-    """Work folders that `mlruns/active/` has a note of: not everything of their run is in the store."""
-    return {open_runs.folder_of(home, note) for _, note in open_runs.read(home)}
+def _unsynced(home: Path) -> set[Path]:
+    """Work folders with a marker file in `mlruns/active/`: the store lacks a part of their run."""
+    return {open_runs.folder_of(home, marker) for _, marker in open_runs.read(home)}
 
 
 def _by_provenance(results: list[DvcResult]) -> dict[str, list[DvcResult]]:
-    """Results by the path of their provenance; those of dvc.lock first."""
-    found: dict[str, list[DvcResult]] = {}
-    for result in sorted(results, key=lambda one: not one.locked):
+    """Path of the provenance -> the results that have it; those of dvc.lock first."""
+    by_provenance: dict[str, list[DvcResult]] = {}
+    for result in sorted(results, key=lambda entry: not entry.locked):
         for path in result.outs:
             if path.startswith(f"{ARTIFACTS}/provenance/"):
-                found.setdefault(path, []).append(result)
-    return found
+                by_provenance.setdefault(path, []).append(result)
+    return by_provenance
 
 
-def _recorded(results: list[DvcResult], provenance: str, about: dict[str, Any]) -> DvcResult | None:
-    """The result with exactly this provenance (it holds time, run and fingerprint), if DVC's cache has all of it."""
+def _matching_result(results: list[DvcResult], provenance: str, provenance_record: dict[str, Any]) -> DvcResult | None:
+    """The result with exactly this provenance (with time, run and fingerprint), if DVC's cache has all its files."""
     for result in results:
-        if result.copies is not None and json.loads(result.copies[provenance].read_text()) == about:
+        if result.copies is not None and json.loads(result.copies[provenance].read_text()) == provenance_record:
             return result
     return None
 
 
-def _not_in(results: list[DvcResult], paths: Iterable[Path]) -> Path | None:
-    """The first file below these that no cached copy of these results equals byte for byte; None if all have one."""
-    copies = [copy for result in results for copy in (result.copies or {}).values()]
-    inodes = {(status.st_dev, status.st_ino) for status in map(Path.stat, copies)}
-    sums = {f"{copy.parent.name}{copy.name}" for copy in copies}
+def _first_uncached(results: list[DvcResult], paths: Iterable[Path]) -> Path | None:
+    """The first file below these paths without an identical copy among the cached files of the results; None if all
+    have one."""
+    cached_copies = [copy for result in results for copy in (result.copies or {}).values()]
+    inodes = {(status.st_dev, status.st_ino) for status in map(Path.stat, cached_copies)}
+    checksums = {f"{copy.parent.name}{copy.name}" for copy in cached_copies}
     for path in paths:
         for file in _files(path):
-            if not file.is_file():  # a link to nothing or to a folder
+            if not file.is_file():  # a broken link, or a link to a folder
                 return file
             status = file.stat()
-            if (status.st_dev, status.st_ino) not in inodes and _md5(file) not in sums:
+            if (status.st_dev, status.st_ino) not in inodes and _md5(file) not in checksums:
                 return file
     return None
 
@@ -363,18 +399,18 @@ def _provenance_path(stage_name: str, instance_name: str) -> str:
 
 
 def _newest(paths: Iterable[Path]) -> float:
-    """Time of the last change of a file. A work folder's lock does not count: it is touched by whoever asks for it."""
+    """Time of the last change of a file. The lock of a work folder does not count: attempts to take it touch it."""
     times = [file.lstat().st_mtime for path in paths for file in _files(path) if file.name != "lock"]
     return max(times, default=0.0)
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Every file at or below a path, hidden ones and links too."""
+    """Every file at or below a path, including hidden files and links."""
     if path.is_symlink() or not path.is_dir():
         yield from [path] if os.path.lexists(path) else []
         return
-    for folder, inner, names in os.walk(path, onerror=_raise):
-        links = [name for name in inner if (Path(folder) / name).is_symlink()]
+    for folder, subfolders, names in os.walk(path, onerror=_raise):
+        links = [name for name in subfolders if (Path(folder) / name).is_symlink()]
         yield from (Path(folder) / name for name in (*names, *links))
 
 
@@ -384,6 +420,6 @@ def _folders(path: Path) -> Iterator[Path]:
 
 
 def _raise(error: OSError) -> None:
-    """os.walk passes over what it cannot read; nothing is removed that could not be looked at."""
+    """Raises errors that os.walk would ignore: a folder that cannot be read must not be removed."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error

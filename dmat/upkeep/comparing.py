@@ -1,4 +1,4 @@
-"""Two models evaluated on the same images: the paired difference, which the numbers of two runs do not tell."""
+"""The paired difference of two models on the same images, which the metrics of two runs do not show."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 from dmat import files, seeds
 from dmat.evaluation.table import PER_IMAGE, read_table
-from dmat.metrics.intervals import paired_difference
+from dmat.metrics.intervals import PairedDifference, paired_difference
 from dmat.tracking import queries
 from dmat.tracking.queries import TrackedRun
 from dmat.workspace import RESULT, Workspace
@@ -17,57 +17,61 @@ _RESAMPLES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """images: names the images and how they were attacked. columns [N]: bool of an accuracy, and others."""
+    """Results per image. images: identifies the images and the attack. columns: name -> [N], bool for an accuracy."""
 
     images: object
     columns: dict[str, np.ndarray]
 
 
-def paired(workspace: Workspace, first: TrackedRun, second: TrackedRun) -> dict[str, dict[str, float]]:
-    """Difference second - first of every accuracy that both evaluations have, with its 95 % interval; empty unless both
-    are evaluations of the same images whose tables are still there."""
-    one, other = (_table(workspace, run) for run in (first, second))
-    if one is None or other is None or one.images != other.images:
+def paired(workspace: Workspace, first: TrackedRun, second: TrackedRun) -> dict[str, PairedDifference]:
+    """Paired difference second - first of every accuracy that both evaluations have, with its 95 % bootstrap interval.
+
+    Empty unless both are evaluations of the same images and their tables still exist.
+    """
+    first_table, second_table = (_table(workspace, run) for run in (first, second))
+    if first_table is None or second_table is None or first_table.images != second_table.images:
         return {}
-    if not np.array_equal(one.columns.get("label", ()), other.columns.get("label", ())):
+    if not np.array_equal(first_table.columns.get("label", ()), second_table.columns.get("label", ())):
         return {}
-    draw = seeds.stream(1, "bootstrap")
-    shared = [name for name, values in one.columns.items() if values.dtype == bool and name in other.columns]
+    generator = seeds.stream(1, "bootstrap")
+    shared = [
+        name for name, values in first_table.columns.items() if values.dtype == bool and name in second_table.columns
+    ]
     return {
-        name: paired_difference([other.columns[name]], [one.columns[name]], _RESAMPLES, draw)
+        name: paired_difference([second_table.columns[name]], [first_table.columns[name]], _RESAMPLES, generator)
         for name in shared
-        if one.columns[name].shape == other.columns[name].shape
+        if first_table.columns[name].shape == second_table.columns[name].shape
     }
 
 
-def result_of(workspace: Workspace, run: TrackedRun) -> Path | None:
-    """Where the result of a run is; None if its work folder is not there any more."""
+def result_folder(workspace: Workspace, run: TrackedRun) -> Path | None:
+    """The result folder of a run; None if its work folder does not exist any more."""
     work = queries.work_folder(workspace.home, run)
     return work / RESULT if work else None
 
 
 def _table(workspace: Workspace, run: TrackedRun) -> _Table | None:
-    """Of an evaluation of a stage, of a model from elsewhere, or of a trial that AutoAttack ranked."""
-    result = result_of(workspace, run)
+    """The table of an evaluation (of a stage or a direct one), or of a trial ranked by AutoAttack; None if missing."""
+    result = result_folder(workspace, run)
     if result is None:
         return None
     if run.stage != "evaluate_robust":
-        return _of_shards(result.parent / "auto_attack")
+        return _table_of_shards(result.parent / "auto_attack")
     for path in (result / "evaluation" / PER_IMAGE, result.parent / PER_IMAGE):
         if path.is_file():
             return _Table(run.tags.get("input.test", run.tags.get("input.images")), read_table(path))
     return None
 
 
-def _of_shards(folder: Path) -> _Table | None:
-    """What a ranked trial keeps; None while shards are missing. Labels are not in it: the images' checksum stands for
-    them."""
-    notes = [files.read_json(path) for path in sorted(folder.glob("shard-*.json"))]
-    if not notes or sum(note["images"] for note in notes) != notes[0]["identity"]["images_attacked"]:
+def _table_of_shards(folder: Path) -> _Table | None:
+    """The table of a ranked trial; None while shards are missing. It has no labels: the checksum of the images
+    identifies them."""
+    records = [files.read_json(path) for path in sorted(folder.glob("shard-*.json"))]
+    if not records or sum(record["images"] for record in records) != records[0]["identity"]["images_attacked"]:
         return None
     parts = []
     for path in sorted(folder.glob("shard-*.npz")):
-        with np.load(path, allow_pickle=False) as saved:
-            parts.append({name: saved[name] for name in saved.files if saved[name].ndim == 1})
-    identity = {name: value for name, value in notes[0]["identity"].items() if name not in ("weights", "shard")}
+        with np.load(path, allow_pickle=False) as arrays:
+            parts.append({name: arrays[name] for name in arrays.files if arrays[name].ndim == 1})
+    identity = {name: value for name, value in records[0]["identity"].items() if name not in ("weights", "shard")}
     return _Table(identity, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})

@@ -1,6 +1,6 @@
-"""DVC's own files, read without starting DVC: who holds its locks, and which results it can bring back.
+"""Reads DVC's own files without starting DVC: the holders of its locks, and the results that it can restore.
 
-Formats as of DVC 3.67 (`dvc/rwlock.py`, `dvc/lock.py`, `dvc/stage/cache.py`). Changes nothing.
+Formats of DVC 3.67 (`dvc/rwlock.py`, `dvc/lock.py`, `dvc/stage/cache.py`). Changes nothing.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from dmat.upkeep import work_folders
 
 @dataclasses.dataclass(frozen=True)
 class RwlockHolder:
-    """One process's entries in `.dvc/tmp/rwlock`."""
+    """A process with entries in `.dvc/tmp/rwlock`. paths: number of its entries."""
 
     pid: int
     command: str
@@ -29,7 +29,7 @@ class RwlockHolder:
 
     @property
     def state(self) -> str:
-        """alive, gone, or reused: its number belongs to another program by now, which DVC takes for the holder."""
+        """alive, gone, or reused: the pid now belongs to another program, which DVC takes for the holder."""
         try:
             return "alive" if "dvc" in " ".join(psutil.Process(self.pid).cmdline()) else "reused"
         except psutil.NoSuchProcess:
@@ -38,72 +38,78 @@ class RwlockHolder:
             return "alive"
 
 
-def claims(root: Path) -> list[RwlockHolder]:
-    """Everyone who reads or writes stages, as DVC noted it: entries of killed processes stay."""
+def rwlock_holders(root: Path) -> list[RwlockHolder]:
+    """Processes that read or write stages, as DVC recorded them. Entries of killed processes stay.
+
+    Raises DmatError if the file is damaged.
+    """
     path = root / ".dvc" / "tmp" / "rwlock"
     if not path.exists():
         return []
     try:
-        who = _claimed(path)
+        entries = _rwlock_entries(path)
     except (ValueError, TypeError, KeyError, AttributeError):
-        time.sleep(0.2)  # DVC writes it in place, so it may have been half a file
+        time.sleep(0.2)  # DVC writes it in place, so it may have been incomplete
         try:
-            who = _claimed(path)
+            entries = _rwlock_entries(path)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DmatError(
                 f"{path} cannot be read ({type(error).__name__}: {error}), so every dvc command stops; "
                 f"delete it while no dvc runs"
             ) from None
-    return [RwlockHolder(pid, command, who.count((pid, command))) for pid, command in sorted(set(who))]
+    return [RwlockHolder(pid, command, entries.count((pid, command))) for pid, command in sorted(set(entries))]
 
 
-def _claimed(path: Path) -> list[tuple[int, str]]:
-    """Process and command of each entry."""
-    noted = json.loads(path.read_text())
-    entries = [*noted.get("write", {}).values(), *(one for many in noted.get("read", {}).values() for one in many)]
+def _rwlock_entries(path: Path) -> list[tuple[int, str]]:
+    """Pid and command of each entry."""
+    rwlock = json.loads(path.read_text())
+    entries = [
+        *rwlock.get("write", {}).values(),
+        *(reader for readers in rwlock.get("read", {}).values() for reader in readers),
+    ]
     return [(int(entry["pid"]), str(entry["cmd"])) for entry in entries]
 
 
 def repository_holder(root: Path) -> str | None:
-    """Who holds `.dvc/tmp/lock`, which DVC keeps while it plans and not while a stage runs."""
+    """The process that holds `.dvc/tmp/lock`, or None. DVC holds it while it plans, not while a stage runs."""
     lock = root / ".dvc" / "tmp" / "lock"
     return f"process {lock.read_text().strip()}" if work_folders.is_held(lock) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class DvcResult:
-    """What one run of a stage left, as DVC recorded it."""
+    """The result of one run of a stage, as DVC recorded it."""
 
-    outs: dict[str, str]  # path below the project -> md5
+    outs: dict[str, str]  # path relative to the project -> md5
     params: dict[str, Any]  # of params.yaml: dotted key -> value, numbers as text
     code: dict[str, str]  # of code.yaml: stage -> identity
-    file: Path  # that says so: dvc.lock, or an entry of the run cache
-    objects: Path
+    file: Path  # with the record: dvc.lock, or an entry of the run cache
+    objects: Path  # folder of DVC's cache with the files
 
     @property
     def locked(self) -> bool:
-        """Named by dvc.lock, not by the run cache alone."""
+        """Whether dvc.lock names the result, not only the run cache."""
         return self.file.name == dvc_lock.NAME
 
     @functools.cached_property
     def copies(self) -> dict[str, Path] | None:
-        """Path of each file below the project -> the copy in DVC's cache; None if one of them is not there."""
-        return dvc_cache.copies_of(self.objects, self.outs)
+        """Path of each file relative to the project -> its copy in DVC's cache; None if a copy is missing."""
+        return dvc_cache.cached_outputs(self.objects, self.outs)
 
-    def copy_of(self, path: str) -> Path | None:
-        """The copy of an output that is a file, if DVC's cache has it."""
-        copy = dvc_cache.copy_of(self.objects, self.outs[path])
-        return copy if copy.is_file() else None
+    def cached_copy(self, path: str) -> Path | None:
+        """The copy in DVC's cache of an output that is a file; None if it is missing."""
+        cached = dvc_cache.cached_file(self.objects, self.outs[path])
+        return cached if cached.is_file() else None
 
 
 def results(root: Path) -> list[DvcResult]:
-    """Everything that dvc.lock and the run cache name: what DVC brings back instead of computing it."""
+    """All results that dvc.lock and the run cache name, which DVC restores instead of computing them."""
     cache = dvc_cache.folder(root)
     lock = read_lock(root)
-    found = [(entry, root / dvc_lock.NAME) for entry in lock.get("stages", {}).values()]
-    for path in sorted((cache / "runs").glob("*/*/[!.]*")):  # hidden ones are being written
-        with contextlib.suppress(DmatError):  # cut by a kill: DVC does not bring that result back either
-            found.append((_recorded(path), path))
+    entries = [(entry, root / dvc_lock.NAME) for entry in lock.get("stages", {}).values()]
+    for path in sorted((cache / "runs").glob("*/*/[!.]*")):  # hidden files are being written
+        with contextlib.suppress(DmatError):  # incomplete after a kill: DVC does not restore that result either
+            entries.append((_parse(path), path))
     return [
         DvcResult(
             {out["path"]: out["md5"] for out in outs},
@@ -112,13 +118,13 @@ def results(root: Path) -> list[DvcResult]:
             file,
             cache / "files" / "md5",
         )
-        for entry, file in found
+        for entry, file in entries
         if (outs := entry.get("outs", [])) and all({"path", "md5"} <= set(out) for out in outs)
     ]
 
 
 def read_lock(root: Path) -> dict[str, Any]:
-    """dvc.lock, every value as text; empty if there is none. Raises DmatError for one that a kill left damaged."""
+    """Content of dvc.lock, every value as text; empty if it does not exist. Raises DmatError if it is damaged."""
     path = root / dvc_lock.NAME
     if not path.exists():
         return {}
@@ -126,34 +132,34 @@ def read_lock(root: Path) -> dict[str, Any]:
     if not dvc_lock.is_sound(content):
         try:
             dvc_lock.parse(content)
-            what = "holds no stages of schema 2.0"
+            problem = "holds no stages of schema 2.0"
         except ValueError as error:
-            what = f"is not valid YAML ({error})"
+            problem = f"is not valid YAML ({error})"
         raise DmatError(
-            f"{path} {what}, so every dvc command stops: a kill or a merge left it so; `dmat doctor --fix` brings back "
-            f"the copy that the last stage kept, or take it from git"
+            f"{path} {problem}, so every dvc command stops: a kill or a merge damaged it; `dmat doctor --fix` restores "
+            f"the copy that the last stage saved, or restore it from git"
         )
-    return _recorded(path)
+    return _parse(path)
 
 
 def read_pipeline(root: Path) -> dict[str, Any]:
-    """dvc.yaml. Raises DmatError if it has no stages."""
+    """Content of dvc.yaml. Raises DmatError if it cannot be read or has no stages."""
     path = root / "dvc.yaml"
     try:
         pipeline = yaml_file.read(path).value
     except DmatError as error:
-        raise DmatError(f"{path}: {error}; or bring the file back from git") from None
+        raise DmatError(f"{path}: {error}; or restore the file from git") from None
     if not isinstance(pipeline, dict) or not isinstance(pipeline.get("stages"), dict):
-        raise DmatError(f"{path} has no stages; bring the file back from git")
+        raise DmatError(f"{path} has no stages; restore the file from git")
     return pipeline
 
 
-def _recorded(path: Path) -> dict[str, Any]:
-    """What DVC wrote."""
+def _parse(path: Path) -> dict[str, Any]:
+    """Content of a YAML file that DVC wrote. Raises DmatError if it is not a mapping."""
     try:
-        value = dvc_lock.parse(path.read_bytes())
+        content = dvc_lock.parse(path.read_bytes())
     except ValueError as error:
-        raise DmatError(f"{path} is not valid YAML ({error}); bring it back from git") from None
-    if not isinstance(value, dict):
-        raise DmatError(f"{path} holds {type(value).__name__}; expected a mapping; bring it back from git")
-    return value
+        raise DmatError(f"{path} is not valid YAML ({error}); restore it from git") from None
+    if not isinstance(content, dict):
+        raise DmatError(f"{path} holds {type(content).__name__}; expected a mapping; restore it from git")
+    return content

@@ -1,7 +1,8 @@
-"""What DVC recorded of a stage against what the stage computed with.
+"""Compares the parameters that DVC recorded of a stage with those that the stage used.
 
-DVC reads params.yaml again when a stage has ended. Of an edit in between, dvc.lock and the run cache say the new values
-beside a result of the old ones, `dvc status` finds nothing, and the run cache brings the result back for ever.
+DVC reads params.yaml again when a stage has ended. After an edit in between, dvc.lock and the run cache have the new
+values beside a result of the old ones. `dvc status` then finds no difference, and the run cache restores the wrong
+result again and again.
 """
 
 import dataclasses
@@ -20,12 +21,12 @@ from dmat.workspace import Workspace
 
 _PROVENANCE = f"{ARTIFACTS}/provenance/"
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
-_WORDS = {"true": True, "false": False, "null": None, "": None}
+_CONSTANTS = {"true": True, "false": False, "null": None, "": None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Mismatch:
-    """differences: "beta is 9.0 there and was 4.5", one for each value."""
+    """A result recorded with wrong parameters. differences: such as "beta is 9.0 there and was 4.5", one per value."""
 
     result: DvcResult
     stage: str
@@ -34,75 +35,94 @@ class Mismatch:
 
     @property
     def name(self) -> str:
-        """As DVC calls the stage instance."""
+        """Name of the stage instance in DVC."""
         return self.stage if self.instance_name == "all" else f"{self.stage}@{self.instance_name}"
 
 
 def mismatches(workspace: Workspace) -> Iterator[Mismatch]:
-    """Of dvc.lock and of the run cache. Entries of other code are left out: DVC does not bring those back."""
+    """Wrong entries of dvc.lock and of the run cache. Entries of other code do not count: DVC never restores them."""
     try:
-        now = yaml_file.read(workspace.at("params.yaml")).value
+        current_params = yaml_file.read(workspace.at("params.yaml")).value
         code = code_identity.read(workspace.root).identities
     except (DmatError, FileNotFoundError):
         return
     for result in dvc_files.results(workspace.root):
         provenance = next((path for path in result.outs if path.startswith(_PROVENANCE)), None)
-        copy = result.copy_of(provenance) if provenance else None
-        if copy is None or not result.code or not result.code.items() <= code.items():
+        cached = result.cached_copy(provenance) if provenance else None
+        if cached is None or not result.code or not result.code.items() <= code.items():
             continue
         try:
-            about = files.read_record(copy, stage=str, instance_name=str, settings=dict)
+            provenance_record = files.read_record(cached, stage=str, instance=str, settings=dict)
         except DmatError:
             continue
-        recorded = _settings(now, result.params, about["stage"], about["instance"])
-        if recorded is None:
+        dvc_settings = _recorded_settings(
+            current_params, result.params, provenance_record["stage"], provenance_record["instance"]
+        )
+        if dvc_settings is None:
             continue
-        there, was = tracking.parameters(recorded), tracking.parameters(about["settings"])
+        recorded_parameters, actual_parameters = (
+            tracking.parameters(dvc_settings),
+            tracking.parameters(provenance_record["settings"]),
+        )
         differences = tuple(
-            f"{name} is {there[name]} there and was {was[name]}"
-            for name in sorted(there.keys() & was.keys())  # a later version of dmat may have more of them
-            if there[name] != was[name]
+            f"{name} is {recorded_parameters[name]} there and was {actual_parameters[name]}"
+            for name in sorted(
+                recorded_parameters.keys() & actual_parameters.keys()
+            )  # a later version of dmat may have more parameters
+            if recorded_parameters[name] != actual_parameters[name]
         )
         if differences:
-            yield Mismatch(result, about["stage"], about["instance"], differences)
+            yield Mismatch(result, provenance_record["stage"], provenance_record["instance"], differences)
 
 
 def set_aside(workspace: Workspace) -> list[str]:
-    """Takes the entries of the run cache away that give wrong results, and keeps them. Returns a sentence for each."""
-    done = []
-    for one in [one for one in mismatches(workspace) if not one.result.locked]:
-        kept = workspace.home / "runs" / f"run-cache-{one.result.file.name}"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(one.result.file, kept)
-        done.append(f"DVC's run cache had a result of {one.name} under other parameters; its entry is now {kept}")
-    return done
+    """Moves wrong entries out of the run cache into `runs/`. Returns a sentence for each."""
+    sentences = []
+    for mismatch in [mismatch for mismatch in mismatches(workspace) if not mismatch.result.locked]:
+        target = workspace.home / "runs" / f"run-cache-{mismatch.result.file.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(mismatch.result.file, target)
+        sentences.append(
+            f"DVC's run cache had a result of {mismatch.name} with wrong parameters; its entry was moved to {target}"
+        )
+    return sentences
 
 
-def _settings(
-    now: Mapping[str, Any], recorded: Mapping[str, Any], stage: str, instance_name: str
+def _recorded_settings(
+    current_params: Mapping[str, Any], recorded: Mapping[str, Any], stage: str, instance_name: str
 ) -> dict[str, Any] | None:
-    """The settings of an instance by the values that DVC recorded, those of today for all others."""
-    values: dict[str, Any] = dict(now)
+    """Settings of an instance with the values that DVC recorded, and the present values of all others.
+
+    None if these values are invalid, or if no such stage or instance exists now.
+    """
+    values: dict[str, Any] = dict(current_params)
     for key, value in recorded.items():
         head, _, name = key.partition(".")
-        typed = _typed(value)
+        typed = _parse_value(value)
         values[head] = {**(values.get(head) or {}), name: typed} if name else typed
     params, _ = config.check(values)
     if params is None or stage not in STAGES:
         return None
-    row = STAGES[stage]
-    instance = next((one for one in row.choices(params) if row.instance_name(one) == instance_name), None)
-    return None if instance is None else row.settings(params, **instance).plain()
+    definition = STAGES[stage]
+    instance = next(
+        (
+            candidate
+            for candidate in definition.all_instances(params)
+            if definition.instance_name(candidate) == instance_name
+        ),
+        None,
+    )
+    return None if instance is None else definition.settings(params, **instance).plain()
 
 
-def _typed(value: Any) -> Any:
-    """What DVC wrote, of which every value was read as text."""
+def _parse_value(value: Any) -> Any:
+    """A value of a file of DVC, which was read as text, with its type: bool, None, int, float or str; also nested."""
     if isinstance(value, dict):
-        return {key: _typed(one) for key, one in value.items()}
+        return {key: _parse_value(element) for key, element in value.items()}
     if isinstance(value, list):
-        return [_typed(one) for one in value]
-    if value in _WORDS:
-        return _WORDS[value]
+        return [_parse_value(element) for element in value]
+    if value in _CONSTANTS:
+        return _CONSTANTS[value]
     if not _NUMBER.fullmatch(value):
         return value
     return int(value) if value.lstrip("+-").isdigit() else float(value)

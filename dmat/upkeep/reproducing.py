@@ -1,8 +1,8 @@
-"""A run again: its commit, its uncommitted changes, its parameters and its data in a work tree of its own.
+"""Prepares the reproduction of a run: its commit, uncommitted changes, parameters and data in a separate work tree.
 
-The tree shares the project's git objects and DVC's cache, so nothing is copied that is there already. Nothing in the
-project changes but git's list of work trees. A tree of dmat's own repository computes with its own code; any other with
-the dmat that is installed, so a version other than the run's is told.
+The work tree shares the git objects and DVC's cache of the project, so nothing is copied that exists already. The
+project itself does not change, except for git's list of work trees. A work tree of dmat's own repository computes with
+its own code. Others compute with the installed dmat; if its version differs from that of the run, this is reported.
 """
 
 import dataclasses
@@ -26,9 +26,12 @@ from dmat.workspace import Workspace
 
 @dataclasses.dataclass(frozen=True)
 class Reproduction:
-    """tree: the project's folder in the work tree. lines: what was done, with the command last. differences: what is
-    not as it was, a sentence each. whole: the commit, the changes, the code, the parameters and all data are those of
-    the run; only the machine may differ."""
+    """A prepared work tree.
+
+    tree: folder of the project in the work tree. lines: what was done, and the commands to run. differences: what
+    differs from the run, one sentence each. whole: commit, changes, code, parameters and all data are those of the run;
+    only the machine may differ.
+    """
 
     tree: Path
     command: str
@@ -37,134 +40,156 @@ class Reproduction:
     whole: bool
 
 
-def reproduce(workspace: Workspace, wanted: str, to: Path | None = None) -> Reproduction:
-    """Makes the tree. wanted: as `queries.one` takes it.
+def reproduce(workspace: Workspace, reference: str, target: Path | None = None) -> Reproduction:
+    """Creates the work tree of a run. reference: see `queries.find_run`. target: its folder, by default beside the
+    project.
 
-    Raises DmatError if the run is of no stage, has no commit or one that is not here, or `to` exists.
+    Raises DmatError if the run is not of a stage, if its commit is unknown or not in this repository, or if `target`
+    exists.
     """
-    run = queries.one(workspace.home, wanted)
+    run = queries.find_run(workspace.home, reference)
     stage = STAGES.get(run.stage)
     if stage is None:
         raise DmatError(
-            f"run {queries.short(run.id)} is of {run.stage or 'nothing that dmat knows'!r}; expected one of a stage; "
-            f"`dmat runs list --stage train_robust` shows some"
+            f"run {queries.short_id(run.id)} is of {run.stage or 'nothing that dmat knows'!r}; expected one of a "
+            f"stage; `dmat runs list --stage train_robust` shows some"
         )
-    top = _tree(workspace, run, to)
-    tree = top / origin.below_top(workspace.root)
+    worktree = _add_worktree(workspace, run, target)
+    tree = worktree / origin.below_top(workspace.root)
     try:
-        patched = _apply_changes(workspace, run, top)
-        instance, unlike = _parameters(tree, stage, run)
+        patched = _apply_changes(workspace, run, worktree)
+        instance, differences = _compare_parameters(tree, stage, run)
     except BaseException:
-        _git(workspace.root, "worktree", "remove", "--force", str(top))
+        _git(workspace.root, "worktree", "remove", "--force", str(worktree))
         raise
-    unlike += _other_code(tree, run)
+    differences += _code_differences(tree, run)
     _link_sources(workspace, tree)
-    lacking = list(_data(workspace, tree, run, instance))
-    own = [] if (tree / "dmat").is_dir() else ["-P"]  # the code of the commit; in other projects that of this dmat
-    words = [sys.executable, *own, "-m", "cli.main", stage.command, *stage.options(instance)]
-    command = f"cd {shlex.quote(str(tree))} && {shlex.join(words)}"
+    missing = list(_restore_data(workspace, tree, run, instance))
+    path_option = (
+        [] if (tree / "dmat").is_dir() else ["-P"]
+    )  # in a checkout the code of the commit, else the installed dmat
+    arguments = [sys.executable, *path_option, "-m", "cli.main", stage.command, *stage.options(instance)]
+    command = f"cd {shlex.quote(str(tree))} && {shlex.join(arguments)}"
     lines = [
-        f"{run.stage} {run.instance_name}, run {queries.short(run.id)}, at commit {run.tags['git.commit'][:10]} in {top}",
-        _about_changes(run, patched),
-        *([] if unlike else ["params.yaml there gives the parameters of the run"]),
-        *([] if lacking else ["all data are those that the run read"]),
+        f"{run.stage} {run.instance_name}, run {queries.short_id(run.id)}, at commit {run.tags['git.commit'][:10]} in "
+        f"{worktree}",
+        _changes_sentence(run, patched),
+        *([] if differences else ["params.yaml there gives the parameters of the run"]),
+        *([] if missing else ["all data are those that the run read"]),
         f"run it again: {command}",
-        f"compare what it prints with: cd {shlex.quote(str(workspace.root))} && dmat runs show {queries.short(run.id)}",
-        f"take the tree away: git -C {shlex.quote(str(workspace.root))} worktree remove --force {shlex.quote(str(top))}",
+        f"compare its output with: cd {shlex.quote(str(workspace.root))} && dmat runs show {queries.short_id(run.id)}",
+        f"remove the work tree: git -C {shlex.quote(str(workspace.root))} worktree remove --force "
+        f"{shlex.quote(str(worktree))}",
     ]
     if run.tags.get("git.dirty") == "True" and not patched:
-        unlike.append("the run had uncommitted changes that were not kept")
-    machine = list(_machine(run))
-    return Reproduction(tree, command, tuple(lines), (*unlike, *lacking, *machine), whole=not unlike and not lacking)
+        differences.append("the run had uncommitted changes that were not saved")
+    machine_differences = list(_machine_differences(run))
+    return Reproduction(
+        tree,
+        command,
+        tuple(lines),
+        (*differences, *missing, *machine_differences),
+        whole=not differences and not missing,
+    )
 
 
-def _about_changes(run: TrackedRun, patched: bool) -> str:
+def _changes_sentence(run: TrackedRun, patched: bool) -> str:
     if not patched:
         return "it had no uncommitted changes"
     if run.tags.get("git.dirty") == "True":
         return "its uncommitted changes were applied"
-    return "its dvc.lock was taken over; it had no other uncommitted changes"
+    return "its dvc.lock was restored; it had no other uncommitted changes"
 
 
-def _tree(workspace: Workspace, run: TrackedRun, to: Path | None) -> Path:
+def _add_worktree(workspace: Workspace, run: TrackedRun, target: Path | None) -> Path:
     commit = run.tags.get("git.commit")
     if not commit:
         raise DmatError(
-            f"run {queries.short(run.id)} was made outside a git repository; expected a commit; its parameters are in "
-            f"`dmat runs show {queries.short(run.id)}`"
+            f"run {queries.short_id(run.id)} was made outside a git repository; expected a commit; its parameters are "
+            f"in `dmat runs show {queries.short_id(run.id)}`"
         )
-    tree = (
-        to or workspace.root.parent / f"{workspace.root.name}-{run.stage}-{run.instance_name}-{queries.short(run.id)}"
+    worktree = (
+        target
+        or workspace.root.parent / f"{workspace.root.name}-{run.stage}-{run.instance_name}-{queries.short_id(run.id)}"
     ).resolve()
-    if tree.exists():
-        raise DmatError(f"{tree} exists; expected a new folder; name one with --to")
-    look = ["git", "cat-file", "-e", f"{commit}^{{commit}}"]
-    if subprocess.run(look, cwd=workspace.root, capture_output=True, check=False).returncode:
+    if worktree.exists():
+        raise DmatError(f"{worktree} exists; expected a new folder; name one with --to")
+    has_commit = ["git", "cat-file", "-e", f"{commit}^{{commit}}"]
+    if subprocess.run(has_commit, cwd=workspace.root, capture_output=True, check=False).returncode:
         raise DmatError(
             f"commit {commit[:10]} is not in this repository; expected the one that the run was made at; fetch it "
             f"(`git fetch --all`) and run the same command again"
         )
-    _git(workspace.root, "worktree", "add", "--detach", str(tree), commit)
-    return tree
+    _git(workspace.root, "worktree", "add", "--detach", str(worktree), commit)
+    return worktree
 
 
-def _apply_changes(workspace: Workspace, run: TrackedRun, tree: Path) -> bool:
-    """Whether there were some."""
-    client, _ = stores.reach(workspace.home)
-    if origin.PATCH not in [one.path for one in client.list_artifacts(run.id)]:
+def _apply_changes(workspace: Workspace, run: TrackedRun, worktree: Path) -> bool:
+    """Applies the uncommitted changes of a run to its work tree. Returns whether the run has any."""
+    client, _ = stores.connect_or_raise(workspace.home)
+    if origin.PATCH not in [artifact.path for artifact in client.list_artifacts(run.id)]:
         return False
     with tempfile.TemporaryDirectory() as folder:
-        apply_patch(tree, Path(client.download_artifacts(run.id, origin.PATCH, folder)))
+        apply_patch(worktree, Path(client.download_artifacts(run.id, origin.PATCH, folder)))
     return True
 
 
-def apply_patch(tree: Path, patch: Path) -> None:
-    """Applies a git.patch to a work tree, whatever git's configuration says of spaces. Raises DmatError."""
-    _git(tree, "apply", "--whitespace=nowarn", "--no-ignore-whitespace", str(patch.resolve()))
+def apply_patch(worktree: Path, patch: Path) -> None:
+    """Applies a git.patch to a work tree, whatever git's configuration of white space. Raises DmatError if it fails."""
+    _git(worktree, "apply", "--whitespace=nowarn", "--no-ignore-whitespace", str(patch.resolve()))
 
 
-def _parameters(tree: Path, stage: Stage, run: TrackedRun) -> tuple[Mapping[str, Any], list[str]]:
-    """The options of the instance, and where params.yaml of the tree gives other values than the run had."""
+def _compare_parameters(tree: Path, stage: Stage, run: TrackedRun) -> tuple[Mapping[str, Any], list[str]]:
+    """Keys of the instance, and a sentence for each value of params.yaml in the tree that differs from the run's."""
     params = config.load(tree / "params.yaml")
-    instance = next((one for one in stage.choices(params) if stage.instance_name(one) == run.instance_name), None)
+    instance = next(
+        (candidate for candidate in stage.all_instances(params) if stage.instance_name(candidate) == run.instance_name),
+        None,
+    )
     if instance is None:
-        known = ", ".join(stage.instance_name(one) for one in stage.choices(params))
+        instance_names = ", ".join(stage.instance_name(candidate) for candidate in stage.all_instances(params))
         raise DmatError(
-            f"params.yaml at that commit has no {stage.name} {run.instance_name}; expected one of {known}; the run was made "
-            f"with another parameter file, see `dmat runs show {queries.short(run.id)}`"
+            f"params.yaml at that commit has no {stage.name} {run.instance_name}; expected one of {instance_names}; "
+            f"the run used another parameter file, see `dmat runs show {queries.short_id(run.id)}`"
         )
-    now = run_record.parameters(stage.settings(params, **instance).plain())
-    differing = [
-        f"{name} is {now.get(name, 'not there')} in params.yaml and was {run.params.get(name, 'not there')}"
-        for name in sorted(now.keys() | run.params.keys())
-        if now.get(name) != run.params.get(name)
+    current = run_record.parameters(stage.settings(params, **instance).plain())
+    differences = [
+        f"{name} is {current.get(name, 'not there')} in params.yaml and was {run.params.get(name, 'not there')}"
+        for name in sorted(current.keys() | run.params.keys())
+        if current.get(name) != run.params.get(name)
     ]
-    return instance, differing
+    return instance, differences
 
 
-def _data(workspace: Workspace, tree: Path, run: TrackedRun, instance: Mapping[str, Any]) -> Iterator[str]:
-    """Brings all that the run's inputs come from into the tree, from DVC's cache: a training reads images that its mix
-    names. Yields a sentence for each input that is not what the run read."""
+def _restore_data(workspace: Workspace, tree: Path, run: TrackedRun, instance: Mapping[str, Any]) -> Iterator[str]:
+    """Restores the inputs of the run and all that they come from into the tree, from DVC's cache.
+
+    All ancestors are needed: a training reads images that its mix names. Yields a sentence for each input that differs
+    from what the run read.
+    """
     stage = STAGES[run.stage]
     params = config.load(tree / "params.yaml")
-    cache = _cache(workspace)
+    cache = _dvc_cache(workspace)
     if cache is not None:
         _dvc(tree, "config", "--local", "cache.dir", str(cache))
         target = f"{stage.name}@{run.instance_name}" if stage.keys else stage.name
         _dvc(tree, "checkout", "--force", "--with-deps", target)
-        for path in (*stage.outputs(params, **instance).values(), stage.metrics_path(instance)):  # they are to be made
+        for path in (
+            *stage.outputs(params, **instance).values(),
+            stage.metrics_path(instance),
+        ):  # the run will write them
             _remove(tree / path)
     for name, path in stage.inputs(params, **instance).items():
         recorded = run.tags.get(f"input.{name}")
-        found = files.checksum(tree / path) if (tree / path).exists() else None
-        if found is None:
-            yield f"{path} is not in DVC's cache; `dvc pull` brings it, or `dvc repro` in {tree} makes it again"
-        elif recorded is not None and found != recorded:
-            yield f"{path} has checksum {found[:12]}; the run read {recorded[:12]}"
+        sha256 = files.checksum(tree / path) if (tree / path).exists() else None
+        if sha256 is None:
+            yield f"{path} is not in DVC's cache; `dvc pull` downloads it, or `dvc repro` in {tree} recomputes it"
+        elif recorded is not None and sha256 != recorded:
+            yield f"{path} has checksum {sha256[:12]}; the run read {recorded[:12]}"
 
 
 def _link_sources(workspace: Workspace, tree: Path) -> None:
-    """People's own files are in no commit: the tree reads those of the project."""
+    """Links the users' own files, which are in no commit, from the project into the tree."""
     for path in (workspace.root / SOURCES).glob("*"):
         link = tree / SOURCES / path.name
         if not os.path.lexists(link):
@@ -179,45 +204,47 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _cache(workspace: Workspace) -> Path | None:
-    """Where the project's DVC keeps files, by its own configuration; None without DVC."""
-    words = [sys.executable, "-m", "dvc", "cache", "dir"]
-    answer = subprocess.run(words, cwd=workspace.home, capture_output=True, text=True, check=False)
-    return Path(answer.stdout.strip()) if answer.returncode == 0 else None
+def _dvc_cache(workspace: Workspace) -> Path | None:
+    """Folder of DVC's cache by the configuration of the project; None without DVC."""
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    result = subprocess.run(command, cwd=workspace.home, capture_output=True, text=True, check=False)
+    return Path(result.stdout.strip()) if result.returncode == 0 else None
 
 
-def _other_code(tree: Path, run: TrackedRun) -> list[str]:
-    """What differs in the code that the tree is computed with, where it is not the tree's own."""
-    now, was = origin.code(), run.tags.get("software.dmat")
-    if origin.holds_code(tree) or was in (None, now):
+def _code_differences(tree: Path, run: TrackedRun) -> list[str]:
+    """A sentence if the installed dmat, with which the tree computes, differs from that of the run."""
+    current, recorded = origin.code(), run.tags.get("software.dmat")
+    if origin.holds_code(tree) or recorded in (None, current):
         return []
-    return [f"dmat is {now} here and was {was}"]
+    return [f"dmat is {current} here and was {recorded}"]
 
 
-def _machine(run: TrackedRun) -> Iterator[str]:
-    for name, now in origin.software().items():
-        was = run.tags.get(f"software.{name}") if name != "dmat" else None
-        if was is not None and was != now:
-            yield f"{name} is {now} here and was {was}"
-    was = run.tags.get("compute.device")
-    if was is not None:
+def _machine_differences(run: TrackedRun) -> Iterator[str]:
+    for name, current in origin.software().items():
+        recorded = run.tags.get(f"software.{name}") if name != "dmat" else None
+        if recorded is not None and recorded != current:
+            yield f"{name} is {current} here and was {recorded}"
+    recorded = run.tags.get("compute.device")
+    if recorded is not None:
         from dmat import devices
 
-        now = devices.resolve(threads=int(run.tags.get("compute.threads", 0))).describe()["device"]
-        if now != was:
-            yield f"the device is {now} here and was {was}"
+        current = devices.resolve(threads=int(run.tags.get("compute.threads", 0))).describe()["device"]
+        if current != recorded:
+            yield f"the device is {current} here and was {recorded}"
 
 
-def _git(folder: Path, *words: str) -> None:
-    answer = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        said = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]
+def _git(folder: Path, *arguments: str) -> None:
+    result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode:
+        messages = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         raise DmatError(
-            f"`git {' '.join(words)}` failed in {folder} ({said[0]}); expected it to work; see `git status`"
+            f"`git {' '.join(arguments)}` failed in {folder} ({messages[0]}); expected it to succeed; see `git status`"
         )
 
 
-def _dvc(folder: Path, *words: str) -> None:
-    """DVC's own exit code is not looked at: what counts is what lies there afterwards."""
+def _dvc(folder: Path, *arguments: str) -> None:
+    """Runs a DVC command. Its exit code is ignored: the caller checks the files afterwards."""
     environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
-    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, capture_output=True, env=environment, check=False)
+    subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, env=environment, check=False
+    )

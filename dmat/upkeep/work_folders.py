@@ -1,6 +1,6 @@
-"""The folders of `runs/`: whose work is in them, how far it is, who holds them. Only looks, and changes nothing.
+"""Work folders in `runs/`: their stage and instance, their state, and the process that holds them. Changes nothing.
 
-A folder is work if it lies where `dmat/pipeline` or `tuning/` puts it and is named as there; others are nobody's.
+A folder is a work folder if its place and its name are those that `dmat/pipeline` or `dmat/tuning` gives.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from dmat.pipeline import STAGES, work_folder
 from dmat.workspace import FINISHED
 
 _NAME = re.compile(r"(?P<instance>.+)-(?P<fingerprint>[0-9a-f]{12})")
-_ASIDE = re.compile(r"before-\d{8}-\d{6}")
-STUDY = "tune"  # where a stage has its word
-# What jobs write, or wrote before code.yaml (code.json), at the top of their folder. Anything else is a person's.
-_STATE = re.compile(
+_SET_ASIDE_NAME = re.compile(r"before-\d{8}-\d{6}")
+STUDY = "tune"  # in place of a stage name: a tuning study
+# Files that jobs write at the top of their folder; code.json by versions before code.yaml. All others are foreign.
+_JOB_FILES = re.compile(
     r"finished\.json|code\.json|checkpoint\.dmat|metrics\.jsonl?|result|pictures|shard-\d+\.json|shards"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkFolder:
-    """runs/<word>/<instance>-<fingerprint>/; word: of a stage, or STUDY"""
+    """The folder runs/<stage_name>/<instance_name>-<fingerprint>/. stage_name: of a stage, or STUDY."""
 
     path: Path
     stage_name: str
@@ -38,36 +38,40 @@ class WorkFolder:
     fingerprint: str
 
     @property
-    def finished(self) -> dict[str, Any] | None:
-        """The note of a complete result. Raises DmatError if it is not this folder's."""
+    def finished_record(self) -> dict[str, Any] | None:
+        """Content of finished.json; None without a finished result. Raises DmatError if it is of another folder."""
         path = self.path / FINISHED
         if not path.exists():
             return None
-        note = files.read_json(path)
-        about = note.get("provenance") if isinstance(note, dict) else None
-        names = [about.get(key) for key in ("stage", "instance", "fingerprint")] if isinstance(about, dict) else []
-        if names != [self.stage_name, self.instance_name, self.fingerprint]:
-            raise DmatError(f"{path} is not the note of {self.path.name}; look at the folder and remove it by hand")
-        return dict(note)
+        record = files.read_json(path)
+        provenance = record.get("provenance") if isinstance(record, dict) else None
+        identity = (
+            [provenance.get(key) for key in ("stage", "instance", "fingerprint")]
+            if isinstance(provenance, dict)
+            else []
+        )
+        if identity != [self.stage_name, self.instance_name, self.fingerprint]:
+            raise DmatError(f"{path} is not the record of {self.path.name}; inspect the folder and delete it")
+        return dict(record)
 
     @property
-    def progress(self) -> list[Path]:
-        """State that an unfinished run goes on from."""
-        return work_folder.kept(self.path)
+    def state_paths(self) -> list[Path]:
+        """State from which an unfinished run resumes."""
+        return work_folder.resumable_paths(self.path)
 
     @property
-    def aside(self) -> list[Path]:
+    def set_aside_folders(self) -> list[Path]:
         """`before-<time>/` folders, oldest first."""
-        return [path for path in self._visible() if _ASIDE.fullmatch(path.name) and _is_folder(path)]
+        return [path for path in self._visible() if _SET_ASIDE_NAME.fullmatch(path.name) and _is_folder(path)]
 
     @property
-    def strangers(self) -> list[Path]:
-        """What no job wrote."""
-        return [path for path in self.progress if path.is_symlink() or not _STATE.fullmatch(path.name)]
+    def foreign_paths(self) -> list[Path]:
+        """Files and folders that no job wrote."""
+        return [path for path in self.state_paths if path.is_symlink() or not _JOB_FILES.fullmatch(path.name)]
 
     @property
     def holder(self) -> str | None:
-        """Who is at work here, or None."""
+        """The process that works in the folder, for messages; None if none does."""
         if not is_held(self.path / "lock"):
             return None
         try:
@@ -80,37 +84,38 @@ class WorkFolder:
         return sorted(path for path in self.path.iterdir() if not path.name.startswith("."))
 
 
-def all_of(home: Path) -> list[WorkFolder]:
-    return [found for path in _folders(home) if (found := _known(path))]
+def list_work_folders(home: Path) -> list[WorkFolder]:
+    """All work folders of a project."""
+    return [work for path in _folders(home) if (work := _parse_name(path))]
 
 
-def strays(home: Path) -> list[Path]:
-    """Folders beside work in `runs/` that no job named so."""
-    return [path for path in _folders(home) if not _known(path)]
+def list_strays(home: Path) -> list[Path]:
+    """Folders beside work folders whose names no job gives."""
+    return [path for path in _folders(home) if not _parse_name(path)]
 
 
-def pools(home: Path) -> list[Path]:
-    """Folders of shards that several sets share."""
+def list_pools(home: Path) -> list[Path]:
+    """Pools: folders of shards that several image sets share."""
     folder = home / "runs" / POOLS
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a process holds this lock file. Asks for a shared lock, waits for nothing and gives it back at once."""
+    """Whether a process holds this lock file. Tries to take a shared lock, does not wait, and releases it at once."""
     try:
-        handle = os.open(lock, os.O_RDONLY)
+        lock_fd = os.open(lock, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:
-        os.close(handle)
+        os.close(lock_fd)
     return False
 
 
-def _known(path: Path) -> WorkFolder | None:
+def _parse_name(path: Path) -> WorkFolder | None:
     match = _NAME.fullmatch(path.name)
     if match is None or path.is_symlink():
         return None
@@ -118,7 +123,7 @@ def _known(path: Path) -> WorkFolder | None:
 
 
 def _folders(home: Path) -> Iterator[Path]:
-    """Of all stages and studies, without hidden ones: those are being made or removed."""
+    """Folders of all stages and studies, without hidden ones: those are being written or removed."""
     for parent in (home / "runs" / stage_name for stage_name in (*STAGES, STUDY)):
         if parent.is_dir() and not parent.is_symlink():
             yield from sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
