@@ -43,13 +43,13 @@ _TYPES = {
 }
 _STORAGES = {f"{module}.{name}": dtype for module in ("torch", "torch.cuda") for name, dtype in _TYPES.items()}
 _DICTIONARY = "collections.OrderedDict"
-_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
+TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _LITERAL = re.compile(  # instructions that put their own argument on the stack
     r"(BIN)?(INT[12]?|FLOAT)|LONG[14]?|(SHORT_)?(BIN)?(STRING|UNICODE8?)|(SHORT_)?BINBYTES8?|BYTEARRAY8"
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_RECOGNISED_NAMES = {*_STORAGES, _DICTIONARY, *_TENSORS, *_PARAMETERS}
+RECOGNISED_NAMES = {*_STORAGES, _DICTIONARY, *TENSORS, *_PARAMETERS}
 
 Key = str | bytes | int | float | None  # of a dictionary in a file
 
@@ -69,7 +69,7 @@ class UnknownObject:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class Storage:
     """A piece of the file that holds numbers. length: in numbers, not in bytes."""
 
     key: str
@@ -89,8 +89,8 @@ class StoredTensor:
     offset and strides: in numbers, not in bytes.
     """
 
-    file: "_TorchFile"
-    storage: _Storage
+    file: "TorchFile"
+    storage: Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -114,7 +114,7 @@ class StoredTensor:
         return whole.as_strided(self.shape, self.strides, self.offset)
 
 
-class _TorchFile:
+class TorchFile:
     """The bytes of a file and the positions of its pieces.
 
     unread_names: names that the file uses and that have no meaning here.
@@ -123,7 +123,7 @@ class _TorchFile:
     def __init__(self, content: mmap.mmap):
         self.content = content
         self.extents: dict[str, tuple[int, int]] = {}  # key of a piece -> (first byte, number of bytes)
-        self.storages: dict[str, _Storage] = {}
+        self.storages: dict[str, Storage] = {}
         self.pieces: dict[str, Tensor] = {}
         self.bytes_left = len(content)
         self.unread_names: set[str] = set()
@@ -134,7 +134,7 @@ class _TorchFile:
             raise ValueError(f"piece {key} ends beyond the file")
         self.extents[key] = start, nbytes
 
-    def piece(self, storage: _Storage) -> Tensor:
+    def piece(self, storage: Storage) -> Tensor:
         """The bytes of a storage: uint8 [N]. Raises ValueError if all pieces together are larger than the file.
 
         So pieces cannot overlap.
@@ -148,7 +148,7 @@ class _TorchFile:
             self.pieces[storage.key] = buffer if start % 8 == 0 else buffer.clone()  # tensors need aligned memory
         return self.pieces[storage.key][: storage.nbytes]
 
-    def resolve_storage(self, identity: object) -> _Storage | UnknownObject:
+    def resolve_storage(self, identity: object) -> Storage | UnknownObject:
         """The storage that the program requests by a persistent identity."""
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
             return UnknownObject("an object outside the pickle")
@@ -157,11 +157,11 @@ class _TorchFile:
             return kind
         if any(view is not None for view in identity[5:]) or not isinstance(key, str) or not _are_sizes((length,)):
             raise ValueError("a storage without key and length")
-        return self.storages.setdefault(key, _Storage(key, _STORAGES[kind.name], length))
+        return self.storages.setdefault(key, Storage(key, _STORAGES[kind.name], length))
 
     def resolve_name(self, name: str) -> UnknownObject:
         """A placeholder for a class or function. Records names that have no meaning here."""
-        if name not in _RECOGNISED_NAMES:
+        if name not in RECOGNISED_NAMES:
             self.unread_names.add(name)
         return UnknownObject(name)
 
@@ -170,15 +170,21 @@ class _TorchFile:
         if not isinstance(maker, UnknownObject) or not isinstance(arguments, tuple):
             raise ValueError("a call of something that is not a name")
         if maker.name == _DICTIONARY:
-            return _to_dictionary(pair for pairs in arguments[:1] for pair in pairs)
+            return to_dictionary(pair for pairs in arguments[:1] for pair in pairs)
         if maker.name in _PARAMETERS and arguments:
             return arguments[0]
-        if maker.name in _TENSORS and len(arguments) >= 4 and isinstance(arguments[0], _Storage):
+        if maker.name in TENSORS and len(arguments) >= 4 and isinstance(arguments[0], Storage):
             storage, offset, shape, strides = arguments[:4]
             if not (_are_sizes((offset,)) and _are_sizes(shape) and _are_sizes(strides) and len(shape) == len(strides)):
                 raise ValueError("a tensor without offset, shape and strides")
             return StoredTensor(self, storage, offset, shape, strides)
         return maker
+
+    def resolve_state(self, target: object, state: object) -> None:
+        """Receives the state of an object. Drops it, because no object was created."""
+
+    def resolve_items(self, target: object, items: list[object]) -> None:
+        """Receives items of an object that is not a list or dict, as they alternate in the pickle. Drops them."""
 
 
 def read(path: Path) -> tuple[object, list[str]]:
@@ -190,12 +196,25 @@ def read(path: Path) -> tuple[object, list[str]]:
         if not path.stat().st_size:
             raise ValueError("it is empty")
         content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    file = _TorchFile(content)
+    file = TorchFile(content)
     value = _read_zip(file, path) if content[:4] == _ZIP else _read_legacy(file)
     return value, sorted(file.unread_names)
 
 
-def _read_zip(file: _TorchFile, path: Path) -> object:
+@dataclasses.dataclass(frozen=True)
+class StorageOfFile:
+    """A storage in a file of its own, as a pickle that torch.save did not write holds each of its storages."""
+
+    file: "TorchFile"
+    storage: Storage
+
+
+def read_content(file: TorchFile) -> object:
+    """Reads the value that the bytes of a file hold, in the older format. Tensors are `StoredTensor`s."""
+    return _read_legacy(file)
+
+
+def _read_zip(file: TorchFile, path: Path) -> object:
     """Reads the format of torch 1.6 and later: a zip archive with data.pkl and one member per piece."""
     with zipfile.ZipFile(path) as archive:
         members = {member.filename: member for member in archive.infolist()}
@@ -207,10 +226,10 @@ def _read_zip(file: _TorchFile, path: Path) -> object:
         if name.startswith(base):
             file.add_piece(name.removeprefix(f"{base}data/"), _first_byte(file.content, member), member.file_size)
     _expect_little_endian(_piece_bytes(file, f"{base}byteorder") in (b"", b"little"))
-    return _run_pickle(io.BytesIO(_piece_bytes(file, programs[0])), file)
+    return run_pickle(io.BytesIO(_piece_bytes(file, programs[0])), file)
 
 
-def _piece_bytes(file: _TorchFile, key: str) -> bytes:
+def _piece_bytes(file: TorchFile, key: str) -> bytes:
     start, nbytes = file.extents.get(key, (0, 0))
     return file.content[start : start + nbytes]
 
@@ -223,18 +242,18 @@ def _first_byte(content: mmap.mmap, member: zipfile.ZipInfo) -> int:
     return member.header_offset + 30 + name + extra
 
 
-def _read_legacy(file: _TorchFile) -> object:
+def _read_legacy(file: TorchFile) -> object:
     """Reads the older format: five pickles, then the pieces.
 
     The program is the fourth pickle; the fifth one lists the pieces in their order.
     """
     content = cast(IO[bytes], file.content)  # a memory map reads like a file; each pickle leaves it at its own end
-    if _run_pickle(content, file) != _MAGIC:
+    if run_pickle(content, file) != _MAGIC:
         raise ValueError("a pickle that torch.save did not write")
-    _run_pickle(content, file)  # version of the format
-    system = _run_pickle(content, file)
+    run_pickle(content, file)  # version of the format
+    system = run_pickle(content, file)
     _expect_little_endian(isinstance(system, dict) and system.get("little_endian") is not False)
-    value, keys = _run_pickle(content, file), _run_pickle(content, file)
+    value, keys = run_pickle(content, file), run_pickle(content, file)
     for key in keys:
         if key not in file.storages:
             raise ValueError("a storage of a type that is not read")
@@ -254,12 +273,12 @@ def _are_sizes(numbers: object) -> bool:
     return isinstance(numbers, tuple) and all(type(n) is int and 0 <= n < 2**48 for n in numbers)
 
 
-def _to_dictionary(pairs: Iterable[tuple[object, object]]) -> dict[Key, object]:
+def to_dictionary(pairs: Iterable[tuple[object, object]]) -> dict[Key, object]:
     """A dictionary of the pairs whose key is text or a number: hashing other keys could be slow or recurse deeply."""
     return {key: value for key, value in pairs if isinstance(key, str | bytes | int | float | None)}
 
 
-def _run_pickle(program: IO[bytes], file: _TorchFile) -> Any:
+def run_pickle(program: IO[bytes], file: TorchFile) -> Any:
     """Runs one pickle up to its end. Raises ValueError for instructions that no file of weights needs."""
     stack: list[object] = []
     marks: list[int] = []
@@ -281,11 +300,13 @@ def _run_pickle(program: IO[bytes], file: _TorchFile) -> Any:
         return items
 
     def put(items: list[object]) -> None:
-        """Adds items to the container on top of the stack; if it is not a container, drops them."""
+        """Adds items to the container on top of the stack."""
         if isinstance(stack[-1], list):
             stack[-1].extend(items)
         elif isinstance(stack[-1], dict):
-            stack[-1].update(_to_dictionary(zip(items[::2], items[1::2], strict=True)))
+            stack[-1].update(to_dictionary(zip(items[::2], items[1::2], strict=True)))
+        else:
+            file.resolve_items(stack[-1], items)
 
     for opcode, argument, _ in pickletools.genops(program):
         match opcode.name:
@@ -305,7 +326,7 @@ def _run_pickle(program: IO[bytes], file: _TorchFile) -> Any:
                 stack.append({})
             case "DICT":
                 items = since_mark()
-                stack.append(_to_dictionary(zip(items[::2], items[1::2], strict=True)))
+                stack.append(to_dictionary(zip(items[::2], items[1::2], strict=True)))
             case "EMPTY_SET":
                 stack.append(UnknownObject("set"))
             case "FROZENSET":
@@ -349,7 +370,8 @@ def _run_pickle(program: IO[bytes], file: _TorchFile) -> Any:
                 maker, *arguments = since_mark()
                 stack.append(file.resolve_call(maker, tuple(arguments)))
             case "BUILD":
-                last(1)  # the state of an object that is not created
+                (state,) = last(1)
+                file.resolve_state(stack[-1], state)
             case "STOP":
                 return stack[-1]
             case name:

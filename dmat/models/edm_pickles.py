@@ -1,0 +1,151 @@
+"""Reads the pickles of diffusion models that the official code of Karras et al. 2022 writes, without running them.
+
+Such a file holds the source text of the network's classes, which that code executes when it loads the file. Here the
+pickle runs on the stack of `torch_files`, which can import and call nothing. What remains are the constructor
+arguments, parameters and buffers of each module.
+"""
+
+import dataclasses
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, cast
+
+from torch import Tensor
+
+from dmat.models import torch_files
+from dmat.models.torch_files import Key, StorageOfFile, StoredTensor, TorchFile, UnknownObject
+
+# The one function whose argument describes an object: its class, the text of its module, and its state.
+_PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
+_STORAGE_FROM_BYTES = "torch.storage._load_from_bytes"
+_BYTES = "_codecs.encode"  # how protocol 2 writes bytes: as text of as many characters
+_ENTRIES = ("ema", "net", "model")  # keys of a snapshot that hold a network, best first
+
+
+@dataclasses.dataclass
+class PickledObject:
+    """An object that the pickle describes. It was not created; name is its class."""
+
+    name: str
+    state: dict[Key, object] = dataclasses.field(default_factory=dict)
+    items: dict[Key, object] = dataclasses.field(default_factory=dict)  # of a class derived from dict
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedNetwork:
+    """A preconditioned network in a file.
+
+    class_name: of the preconditioning, as "EDMPrecond". arguments: of its constructor. state: names -> tensors of any
+    shape, parameters and buffers. other_names: classes and functions that the file names and that were not used.
+    """
+
+    class_name: str
+    arguments: dict[str, object]
+    state: dict[str, Tensor]
+    other_names: list[str]
+
+
+class _Reader(TorchFile):
+    """Gives meaning to the few names that describe modules. All others stay names."""
+
+    def resolve_call(self, maker: object, arguments: object) -> object:
+        if isinstance(maker, UnknownObject) and isinstance(arguments, tuple):
+            if maker.name == _PERSISTENT and len(arguments) == 1:
+                return _persistent_object(arguments[0])
+            if maker.name == _STORAGE_FROM_BYTES and len(arguments) == 1 and isinstance(arguments[0], bytes):
+                return _storage(arguments[0])
+            if maker.name == _BYTES and arguments[1:] == ("latin1",) and isinstance(arguments[0], str):
+                return arguments[0].encode("latin1")
+            if maker.name in torch_files.TENSORS and arguments and isinstance(arguments[0], StorageOfFile):
+                return arguments[0].file.resolve_call(maker, (arguments[0].storage, *arguments[1:]))
+            if maker.name not in torch_files.RECOGNISED_NAMES:
+                return PickledObject(maker.name)
+        return super().resolve_call(maker, arguments)
+
+    def resolve_name(self, name: str) -> UnknownObject:
+        if name in (_PERSISTENT, _STORAGE_FROM_BYTES, _BYTES):
+            return UnknownObject(name)
+        return super().resolve_name(name)
+
+    def resolve_state(self, target: object, state: object) -> None:
+        if isinstance(target, PickledObject) and isinstance(state, dict):
+            target.state |= state
+
+    def resolve_items(self, target: object, items: list[object]) -> None:
+        if isinstance(target, PickledObject) and len(items) % 2 == 0:
+            target.items |= torch_files.to_dictionary(zip(items[::2], items[1::2], strict=True))
+
+
+def read(path: Path) -> PublishedNetwork:
+    """Reads a network and its constructor arguments. Raises ValueError and other exceptions for any other file."""
+    with open(path, "rb") as stream:
+        content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    reader = _Reader(content)
+    value = torch_files.run_pickle(cast(IO[bytes], content), reader)
+    network = next((value[key] for key in _ENTRIES if value.get(key)), None) if isinstance(value, dict) else value
+    if not isinstance(network, PickledObject):
+        raise ValueError("it holds no network")
+    state, nbytes = dict[str, Tensor](), 0
+    for name, stored in _tensors(network, "", set()):
+        nbytes += stored.nbytes
+        if nbytes > len(content):
+            raise ValueError("its tensors claim more bytes than it has")
+        state[name] = stored.tensor()
+    return PublishedNetwork(network.name, _arguments(network), state, sorted(reader.unread_names))
+
+
+def _persistent_object(description: object) -> PickledObject:
+    """The object that `_reconstruct_persistent_obj` would create. Raises ValueError for another kind of object."""
+    values = description.items if isinstance(description, PickledObject) else description
+    if not isinstance(values, dict) or values.get("type") != "class":
+        raise ValueError("a persistent object that is not of a class")
+    name, state = values.get("class_name"), values.get("state")
+    if not isinstance(name, str) or not isinstance(state, dict):
+        raise ValueError("a persistent object without class_name and state")
+    return PickledObject(name, dict(state))
+
+
+def _storage(data: bytes) -> StorageOfFile:
+    """The storage in bytes that torch.save wrote. It stays in them."""
+    content = mmap.mmap(-1, max(1, len(data)))
+    content.write(data)
+    content.seek(0)
+    file = TorchFile(content)
+    value = torch_files.read_content(file)
+    if not isinstance(value, torch_files.Storage):
+        raise ValueError("bytes that are not a storage")
+    return StorageOfFile(file, value)
+
+
+def _tensors(module: object, prefix: str, visited: set[int]) -> Iterator[tuple[str, StoredTensor]]:
+    """Parameters and buffers of a module and its children, by dotted names. Raises ValueError for a repeated module."""
+    if not isinstance(module, PickledObject):
+        raise ValueError(f"{prefix or 'the network'} is not a module")
+    if id(module) in visited:  # shared modules could be reached on more paths than anyone can walk
+        raise ValueError(f"{prefix} is a module that appeared before")
+    visited.add(id(module))
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in _mapping(module.state.get(kind)).items():
+            if isinstance(tensor, StoredTensor):
+                yield f"{prefix}{name}", tensor
+            elif tensor is not None:
+                raise ValueError(f"{prefix}{name} is not a tensor")
+    for name, child in _mapping(module.state.get("_modules")).items():
+        if child is not None:
+            yield from _tensors(child, f"{prefix}{name}.", visited)
+
+
+def _mapping(value: object) -> dict[str, object]:
+    """The entries of a dictionary, or of an object derived from it, whose key is text."""
+    if isinstance(value, PickledObject):
+        value = value.items
+    return {name: entry for name, entry in value.items() if isinstance(name, str)} if isinstance(value, dict) else {}
+
+
+def _arguments(module: PickledObject) -> dict[str, object]:
+    """Constructor arguments by name. Positional ones get the names img_resolution, img_channels, label_dim."""
+    positional = module.state.get("_init_args")
+    names = ("img_resolution", "img_channels", "label_dim")
+    by_position = dict(zip(names, positional, strict=False)) if isinstance(positional, tuple) else {}
+    return by_position | _mapping(module.state.get("_init_kwargs"))
