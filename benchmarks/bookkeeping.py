@@ -1,10 +1,10 @@
-"""What checkpoints, metrics and tracking cost in the digits training, as fractions of its time.
+"""What checkpoints and metrics cost in the digits training, as fractions of its time.
 
     python benchmarks/bookkeeping.py --repeats 3 --images 64000
 
 Needs the artifacts of `make repro`. Trains the arm `generated` again in a temporary home with the shipped parameters.
-Sums the wall time inside checkpoint saving and metric writing, and the processor time of the tracking thread. Prints
-one JSON line per repeat and the medians.
+Sums the wall time inside checkpoint saving and metric writing. Prints one JSON line per repeat and the medians. MLflow
+is used by a process of its own; `benchmarks/logging_cost.py` measures that.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import yaml
 
 from dmat import config
 from dmat.pipeline import STAGES, execution, planning
-from dmat.tracking.runs import Run
 from dmat.training.long_run import LongRun, MetricsLog
 from dmat.workspace import Workspace
 
@@ -70,7 +69,6 @@ def main() -> None:
     arguments = parser.parse_args()
     add_timer(LongRun, "save", "checkpoints", time.perf_counter)
     add_timer(MetricsLog, "write", "metrics", time.perf_counter)
-    add_timer(Run, "_serve", "tracking", time.thread_time)
     records = []
     for _ in range(arguments.repeats):
         records.append(train_once(arguments.images))

@@ -63,7 +63,10 @@ class Recorded:
 
     def __init__(self, path: Path):
         content = json.loads(path.read_text())
-        self.settings = Tune.model_validate(content["settings"])
+        settings = config.with_new_names(content["settings"])
+        settings.setdefault("images_seen", settings.pop("images", None))  # the name of the length in the first studies
+        settings["overrides"] = config.with_new_names(settings["overrides"])
+        self.settings = Tune.model_validate(settings)
         self.images = content["validation_images"]
         self.values = [trial["values"] for trial in content["trials"]]
         self.reports = [{int(step): value for step, value in trial["reports"].items()} for trial in content["trials"]]

@@ -18,8 +18,9 @@ import pytest
 import torch
 from torch import nn
 
-from dmat import files, modes, seeds
+from dmat import config, devices, files, modes, seeds
 from dmat.errors import DmatError, Interrupted
+from dmat.models import denoisers
 from dmat.training import checkpoints, ema, schedules, weights
 from dmat.training.interruption import Interruption
 from dmat.training.prefetcher import Prefetcher
@@ -613,3 +614,14 @@ def test_a_step_past_the_end_is_made_when_asked_for():
     make = _Maker()
     assert Prefetcher(make, 2).at(5) == 50
     assert make.requested == [5]
+
+
+def test_a_denoiser_of_an_earlier_version_still_opens(tmp_path, tiny_params):
+    """Its sidecar has the old names of settings."""
+    settings = config.Generator.model_validate(tiny_params["train_diffusion"])
+    state = denoisers.new_denoiser(settings, 1, 10).state_dict()
+    generator = {"average_half_life" if name == "ema_half_life" else name: v for name, v in settings.plain().items()}
+    sidecar = {"kind": "denoiser", "generator": generator, "image_shape": [8, 8, 1], "class_names": list("0123456789")}
+    weights.save(tmp_path / "denoiser.safetensors", state, sidecar)
+    model, _ = denoisers.load_denoiser(tmp_path / "denoiser.safetensors", devices.resolve("cpu", "fp32", threads=1))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

@@ -16,6 +16,11 @@ _NEW_NAMES = {
 }
 
 
+def with_new_names(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings of an earlier version, as a sidecar holds them, under today's names. Nested mappings are left alone."""
+    return {_NEW_NAMES.get(name, name): value for name, value in settings.items()}
+
+
 def renamed(raw: Mapping[str, object]) -> list[str]:
     """A sentence for each old key of a file, with its replacement; empty for a file of this version."""
     return [*_chunks(raw), *_arms(raw), *_lengths(raw), *_path(raw), *_settings(raw)]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dmat import seeds
-from dmat.config import Generator
+from dmat.config import Generator, with_new_names
 from dmat.data.shards import Shards
 from dmat.devices import Compute
 from dmat.diffusion.edm import Preconditioned
@@ -35,7 +35,7 @@ def denoiser_sidecar(settings: Generator, real: Shards, compute: Compute) -> Den
 def load_denoiser(path: Path, compute: Compute) -> tuple[Preconditioned, DenoiserSidecar]:
     """Loads a denoiser in evaluation mode without gradients, on the device of `compute`, and its sidecar."""
     state, sidecar = weights.read(path, "denoiser")
-    settings = Generator.model_validate(sidecar["generator"])
+    settings = Generator.model_validate(with_new_names(sidecar["generator"]))
     model = new_denoiser(settings, sidecar["image_shape"][2], len(sidecar["class_names"]))
     weights.fill(model, state, path)
     compute.model_to_device(model).eval().requires_grad_(False)
