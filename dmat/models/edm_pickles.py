@@ -19,7 +19,7 @@ from dmat.models.torch_files import Key, StorageOfFile, StoredTensor, TorchFile,
 # The one function whose argument describes an object: its class, the text of its module, and its state.
 _PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 _STORAGE_FROM_BYTES = "torch.storage._load_from_bytes"
-_BYTES = "_codecs.encode"  # how protocol 2 writes bytes: as text of as many characters
+_BYTES_AS_TEXT = "_codecs.encode"  # how protocol 2 writes bytes: as text of as many characters
 _ENTRIES = ("ema", "net", "model")  # keys of a snapshot that hold a network, best first
 
 
@@ -46,7 +46,7 @@ class PublishedNetwork:
     other_names: list[str]
 
 
-class _Reader(TorchFile):
+class _SnapshotReader(TorchFile):
     """Gives meaning to the few names that describe modules. All others stay names."""
 
     def resolve_call(self, maker: object, arguments: object) -> object:
@@ -55,7 +55,7 @@ class _Reader(TorchFile):
                 return _persistent_object(arguments[0])
             if maker.name == _STORAGE_FROM_BYTES and len(arguments) == 1 and isinstance(arguments[0], bytes):
                 return _storage(arguments[0])
-            if maker.name == _BYTES and arguments[1:] == ("latin1",) and isinstance(arguments[0], str):
+            if maker.name == _BYTES_AS_TEXT and arguments[1:] == ("latin1",) and isinstance(arguments[0], str):
                 return arguments[0].encode("latin1")
             if maker.name in torch_files.TENSORS and arguments and isinstance(arguments[0], StorageOfFile):
                 return arguments[0].file.resolve_call(maker, (arguments[0].storage, *arguments[1:]))
@@ -64,7 +64,7 @@ class _Reader(TorchFile):
         return super().resolve_call(maker, arguments)
 
     def resolve_name(self, name: str) -> UnknownObject:
-        if name in (_PERSISTENT, _STORAGE_FROM_BYTES, _BYTES):
+        if name in (_PERSISTENT, _STORAGE_FROM_BYTES, _BYTES_AS_TEXT):
             return UnknownObject(name)
         return super().resolve_name(name)
 
@@ -81,7 +81,7 @@ def read(path: Path) -> PublishedNetwork:
     """Reads a network and its constructor arguments. Raises ValueError and other exceptions for any other file."""
     with open(path, "rb") as stream:
         content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    reader = _Reader(content)
+    reader = _SnapshotReader(content)
     value = torch_files.run_pickle(cast(IO[bytes], content), reader)
     network = next((value[key] for key in _ENTRIES if value.get(key)), None) if isinstance(value, dict) else value
     if not isinstance(network, PickledObject):
