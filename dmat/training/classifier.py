@@ -147,7 +147,7 @@ def train(
     def restore(state: State) -> None:
         nonlocal progress
         model.load_state_dict(state["model"])
-        ema_model.load_state_dict(state["ema"])
+        ema_model.load_state_dict(state["averaged"])
         optimiser.load_state_dict(state["optimiser"])
         class_means.load(state["class_means"])
         progress = state["progress"]
@@ -156,7 +156,7 @@ def train(
         _stop_if_not_finite(progress, batches, settings.batch, run)
         return {
             "model": model.state_dict(),
-            "ema": ema_model.state_dict(),
+            "averaged": ema_model.state_dict(),
             "optimiser": optimiser.state_dict(),
             "class_means": class_means.state(),
             "progress": progress,

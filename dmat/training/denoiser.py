@@ -64,7 +64,7 @@ def train(
 
     if (state := run.resume()) is not None:
         denoiser.load_state_dict(state["denoiser"])
-        ema_model.load_state_dict(state["ema"])
+        ema_model.load_state_dict(state["averaged"])
         optimiser.load_state_dict(state["optimiser"])
         progress = state["progress"]
     pending = progress["pending"]
@@ -72,7 +72,7 @@ def train(
     def snapshot() -> State:
         return {
             "denoiser": denoiser.state_dict(),
-            "ema": ema_model.state_dict(),
+            "averaged": ema_model.state_dict(),
             "optimiser": optimiser.state_dict(),
             "progress": progress,
         }
