@@ -14,7 +14,7 @@ repro: .venv/ready
 	@echo "The whole comparison: artifacts/write_report/report/report.html; every run: make ui"
 
 test: check
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready
 	$(BIN)/pytest -m slow

@@ -51,7 +51,7 @@ class Flat(Classifier):
 DATA = """
 import numpy as np
 
-from dmat.data.sources import Source
+from dmat.data.sources import ImageSource
 
 
 def stripes(path=None):
@@ -59,7 +59,7 @@ def stripes(path=None):
     lying = np.indices((8, 8))[0] // 2 % 2 * 150
     noise = np.random.default_rng(0).integers(0, 100, (400, 8, 8))
     images = np.where(labels[:, None, None], lying, lying.T) + noise
-    return Source(images.astype(np.uint8)[..., None], labels, ("standing", "lying"), "CC0", "made by a formula")
+    return ImageSource(images.astype(np.uint8)[..., None], labels, ("standing", "lying"), "CC0", "made by a formula")
 """
 LOSSES = """
 from dmat.robust.losses import trades

@@ -149,8 +149,8 @@ def project(installed, tmp_path, tiny_params) -> Path:
     (folder / "cli").mkdir()
     (folder / "cli" / "__init__.py").write_text("raise SystemExit('the wrong cli')\n")
     (folder / "plugins" / "my_nets.py").write_text(NETWORK)
-    for training in (tiny_params["train_scorer"], tiny_params["arms"]["generated"]):
-        training["network"] = {"name": "my_nets:small"}
+    tiny_params["train_scorer"]["network"]["name"] = "my_nets:small"
+    tiny_params["arms"]["generated"]["network"] = {"name": "my_nets:small"}
     tiny_params["compute"] = {**tiny_params.get("compute", {}), "processes": 2}
     (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params, sort_keys=False))
     for arguments in (
