@@ -32,11 +32,13 @@ def main() -> None:
         subprocess.run([sys.executable, "-c", "import time; time.sleep(2.5)"], check=True)  # file times must age
         environment = {**os.environ, "XDG_CACHE_HOME": folder}
         seconds_by_kind: dict[str, list[float]] = {}
+        digests = set[str]()
         for kind in ("first", *["later", "anew"] * 5):
             command = [sys.executable, "-c", SCRIPT, str(images), kind]
             output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
             seconds_by_kind.setdefault(kind, []).append(float(output[0]))
-            assert len({output[1]}) == 1
+            digests.add(output[1])
+        assert len(digests) == 1, digests
         print(f"{shards} files of {SHARD >> 20} MiB")
         for kind, seconds in seconds_by_kind.items():
             print(f"{kind:6s} median {statistics.median(seconds):8.3f} s of {len(seconds)}")

@@ -5,7 +5,9 @@
 
 Needs the artifacts of `make repro` (up to `mix_images`) in this project and, for the second command, PostgreSQL's
 programs: it starts a real server on a temporary folder. `dmat tune start --trials 60 --workers 4` runs in a copy of the
-project; ten times a worker is killed while it computes. Prints one JSON line; the exit code is 0 if all checks passed.
+project; ten times a worker is killed while it computes. Prints one JSON line. The exit code is 0 if the study ended
+without an error, all trials ended, none is left RUNNING, their numbers have no gap, and the reports in the storage are
+those of the trials' files. The comparison with MLflow is only printed.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from cli import stages
 from cli.models import offer_plugins
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES
-from dmat.pipeline.stages import Instance
+from dmat.workspace import Instance
 
 _STAGE = STAGES["evaluate_robust"]
 

@@ -36,8 +36,8 @@ def add_to(app: typer.Typer) -> None:
     )(_sync)
     group.command(
         "reap",
-        help="End runs of machines that are gone for good, and runs that are in MLflow but have no record here.\n\n"
-        "Example: dmat runs reap gpu-node-7",
+        help="End runs of machines that are gone for good, and runs that are in MLflow but have no marker file here."
+        "\n\nExample: dmat runs reap gpu-node-7",
     )(_reap)
     group.command(
         "list",
@@ -127,23 +127,23 @@ def _show(
     from dmat.tracking import queries
 
     home = _home()
-    record = queries.find_run(home, run)
+    tracked_run = queries.find_run(home, run)
     if as_json:
-        typer.echo(json.dumps(record.plain(), indent=2, sort_keys=True))
+        typer.echo(json.dumps(tracked_run.plain(), indent=2, sort_keys=True))
         return
-    reason = f": {record.tags['dmat.error']}" if "dmat.error" in record.tags else ""
+    reason = f": {tracked_run.tags['dmat.error']}" if "dmat.error" in tracked_run.tags else ""
     lines = {
-        "run": record.id,
-        "name": record.name,
-        "status": record.status + reason,
-        "started": _local_time(record.started),
-        "seconds": "" if record.seconds is None else f"{record.seconds:.0f}",
-        "work folder": str(queries.work_folder(home, record) or "is not here"),
+        "run": tracked_run.id,
+        "name": tracked_run.name,
+        "status": tracked_run.status + reason,
+        "started": _local_time(tracked_run.started),
+        "seconds": "" if tracked_run.seconds is None else f"{tracked_run.seconds:.0f}",
+        "work folder": str(queries.work_folder(home, tracked_run) or "is not here"),
     }
     for name, text in lines.items():
         typer.echo(f"{name:14s}{text}")
     sections: dict[str, Mapping[str, object]] = {
-        "parameters": record.params, "tags": record.tags, "metrics": record.metrics,
+        "parameters": tracked_run.params, "tags": tracked_run.tags, "metrics": tracked_run.metrics,
     }  # fmt: skip
     for title, values in sections.items():
         typer.echo(f"\n{title}")

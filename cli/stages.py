@@ -8,16 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES, Stage
-from dmat.pipeline.stages import Instance
-
-if TYPE_CHECKING:
-    from dmat.workspace import Workspace
+from dmat.workspace import Instance, Workspace
 
 _PLANNED_FINGERPRINT = "DMAT_PLANNED"  # environment variable: fingerprint of what several processes compute together
 _INSTANCE_OPTIONS = {
@@ -90,7 +87,7 @@ def run(
 
 
 def _run(
-    stage: Stage, instance: Instance, path: Path, workspace: "Workspace", fresh: bool, dry_run: bool,
+    stage: Stage, instance: Instance, path: Path, workspace: Workspace, fresh: bool, dry_run: bool,
     as_json: bool, worker: bool,
 ) -> None:  # fmt: skip
     from dmat import config, processes
@@ -111,9 +108,8 @@ def _run(
         return
     process_count = params.compute.processes
     if process_count > 1 and stage.processes == "together" and "RANK" not in os.environ:
-        os.environ[_PLANNED_FINGERPRINT] = (
-            plan.fingerprint
-        )  # torchrun restarts all if one fails: it must stay the same training
+        # torchrun restarts all if one fails: it must stay the same training.
+        os.environ[_PLANNED_FINGERPRINT] = plan.fingerprint
         _start_together(process_count)
     started = time.monotonic()
     metrics = execution.execute(

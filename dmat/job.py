@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dmat import files, tracking
-from dmat.data.shard_pool import ArrayName, ShardPool
+from dmat.data.shard_pool import ShardPool
+from dmat.data.shards import ArrayName
 from dmat.devices import Compute
 from dmat.training.long_run import LongRun, Watcher
-from dmat.workspace import PICTURES, RESULT
+from dmat.workspace import PICTURES, RESULT, Instance
 
 POOLS = "pools"  # folder in runs/ for shards that several sets share
 
@@ -20,7 +21,7 @@ class Job:
     """What a job receives besides its settings: where to read, where to write, and how to compute."""
 
     inputs: Mapping[str, Path]
-    instance: Mapping[str, str | int]  # the options that name this instance
+    instance: Instance
     root: Path  # the project's folder
     work: Path  # folder for state that a restart needs
     compute: Compute

@@ -52,8 +52,9 @@ def is_running(pid: int, process_identity: str) -> bool:
 
 
 def wait_for_end(pid: int, process_identity: str) -> int | None:
-    """Waits for the end of a process that need not be a child of this one.
+    """Waits for the end of a process that is not a child of this one.
 
+    For a child it would first wait `_REAP_TIMEOUT` in vain, because only this process can reap it.
     Returns its status as `os.wait` gives it; None where the system does not tell it (before Linux 6.15).
     """
     status = None

@@ -138,7 +138,8 @@ def world() -> World:
 
 
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes: mean and variance, and their gradients, are sums over processes.
+    """Batch norm over the batches of all processes: mean and variance, and their gradients, are computed from sums over
+    all processes.
 
     torch's own synchronised batch norm does not run on the CPU. All processes must hold equally many images.
     Statistics are float32.

@@ -18,6 +18,15 @@ RESULT, PICTURES, METRICS = "result", "pictures", "metrics.json"
 FINISHED = "finished.json"
 EXPERIMENT_COPIES = "/.dvc/tmp/exps/"  # below this folder DVC runs queued experiments in copies of the project
 
+Instance = Mapping[str, str | int]  # of a stage: key -> value, such as {"arm": "generated", "seed": 1}
+
+
+class InputRecord(TypedDict):
+    """An input as it was read."""
+
+    path: str  # below the project; of images and a model that no stage made: as the user wrote it
+    sha256: str
+
 
 class CodeOrigin(TypedDict, total=False):
     """Which code was loaded."""
@@ -52,7 +61,7 @@ class Provenance(RunOrigin, ProvenanceExtras):
     fingerprint: str
     code: str  # identity of the stage's code, as in code.yaml
     settings: Mapping[str, object]
-    inputs: dict[str, dict[str, str]]  # name -> path, sha256
+    inputs: dict[str, InputRecord]  # by name
     compute: "ComputeRecord"
     seconds: float  # of all attempts together
     measured: dict[str, float]  # what differs from run to run, such as speed
@@ -63,7 +72,7 @@ class Provenance(RunOrigin, ProvenanceExtras):
 class Workspace:
     """The folders of a project.
 
-    root: the folder of params.yaml and artifacts/. home: the main checkout, which holds runs/ and tracking/.
+    root: the folder of params.yaml and artifacts/. home: the main checkout, which holds runs/ and mlruns/.
     """
 
     root: Path
@@ -78,9 +87,9 @@ class Workspace:
         return self.home / "runs" / stage_name / f"{instance_name}-{fingerprint}"
 
 
-def provenance_path(stage: str, instance_name: str) -> str:
+def provenance_path(stage_name: str, instance_name: str) -> str:
     """Path, relative to the project, of the provenance record that a stage writes."""
-    return f"{ARTIFACTS}/provenance/{stage}/{instance_name}.json"
+    return f"{ARTIFACTS}/provenance/{stage_name}/{instance_name}.json"
 
 
 def current_workspace() -> Workspace:

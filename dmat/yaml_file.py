@@ -1,4 +1,4 @@
-"""Reads YAML files that people write with DVC's own parser (YAML 1.2), so that dmat and DVC read the same values.
+"""Reads YAML files that people write, with DVC's own parser (YAML 1.2), so that dmat and DVC read the same values.
 
 Content that DVC would drop, such as a key that is a number, is refused. Errors name the line.
 """
@@ -76,9 +76,8 @@ def parse(text: str) -> Document:
     yaml.Constructor = _Constructor
     root: Node | None = None
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # about style: an anchor used again, YAML 1.1 numbers without a dot
+        # Warnings are about style: an anchor used again, YAML 1.1 numbers without a dot.
+        with warnings.catch_warnings(action="ignore"):
             root = yaml.compose(text)
             if root is None:
                 return Document(None, None)

@@ -4,7 +4,6 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium")
@@ -43,7 +42,7 @@ def requested_urls(driver: Any) -> list[str]:
 
 
 def overflowing_elements(driver: Any) -> list[str]:
-    """Elements that are wider than the window and not inside a scrolling box. Empty: no overflow."""
+    """Elements that reach beyond the right edge of the window and are not inside a scrolling box. Empty: none."""
     script = """
         const root = document.documentElement, wide = root.clientWidth, overflow = [];
         if (root.scrollWidth > wide) overflow.push("page: " + root.scrollWidth);
@@ -55,16 +54,6 @@ def overflowing_elements(driver: Any) -> list[str]:
         }
         return overflow;"""
     return list(driver.execute_script(script))
-
-
-def save_screenshot(driver: Any, path: Path, whole: bool = True) -> None:
-    """Writes a PNG of the whole page or of the window."""
-    import base64
-
-    size = driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-    clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-    options = {"captureBeyondViewport": True, "clip": clip} if whole else {}
-    path.write_bytes(base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", options)["data"]))
 
 
 def print_to_pdf(driver: Any) -> bytes:

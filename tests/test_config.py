@@ -477,13 +477,21 @@ def test_a_file_of_an_earlier_version_is_refused_with_the_new_keys(tmp_path):
         "train_scorer.images is 64000",
         "write path: none",
         "arms.real_only.average_tau is no longer a key; the setting is called ema_decay: write that",
-        "train_scorer.warm_up is no longer a key; the setting is called warmup",
-        "train_diffusion.average_half_life is no longer a key; the setting is called ema_half_life",
-        "tune.warm_up_images is no longer a key; the setting is called warmup_images",
-        "tune.space.average_warm_up is no longer a key; the setting is called ema_warmup",
-        "tune.enqueue[0].warm_up is no longer a key; the setting is called warmup",
+        "train_scorer.warm_up is no longer a key; the setting is called warmup: write that",
+        "train_diffusion.average_half_life is no longer a key; the setting is called ema_half_life: write that",
+        "tune.warm_up_images is no longer a key; the setting is called warmup_images: write that",
+        "tune.space.average_warm_up is no longer a key; the setting is called ema_warmup: write that",
+        "tune.enqueue.0.warm_up is no longer a key; the setting is called warmup: write that",
     ):
         assert any(fragment in problem for problem in problems), (fragment, problems)
+
+
+def test_settings_of_an_earlier_version_get_their_new_names():
+    """As a sidecar holds them: every old name, and no other."""
+    old = ("average_tau", "average_warm_up", "average_half_life", "warm_up", "warm_up_images", "x")
+    settings = {name: number for number, name in enumerate(old, 1)}
+    expected = {"ema_decay": 1, "ema_warmup": 2, "ema_half_life": 3, "warmup": 4, "warmup_images": 5, "x": 6}
+    assert config.with_new_names(settings) == expected
 
 
 def test_an_arm_names_a_selection_an_image_set_and_a_generator(tmp_path, params):

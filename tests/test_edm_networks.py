@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmat.diffusion import edm_networks
 from dmat.diffusion.edm_networks import DhariwalUNet, ResampleConv2d, ResidualBlock, SongUNet
 
-# File of names and shapes -> the network, its parameters in millions, FLOPs of a forward pass (a multiplication and an
-# addition are two) in billions.
+# File of names and shapes -> the network, its parameters in millions (counted there), and FLOPs of a forward
+# pass in billions, a multiplication and an addition being two (derived from the shapes, None where nobody did it).
 PUBLISHED = {
     "ddpmpp_cifar10": (functools.partial(SongUNet, 32, 3, 10, 9, dropout=0.13), 55.7, 42.4),
     "ncsnpp_cifar10": (
@@ -131,8 +131,117 @@ def test_a_size_that_the_levels_do_not_divide_is_refused():
 
 def test_gradients_reach_every_parameter(small):
     small(*_inputs()).square().sum().backward()
-    silent = [name for name, parameter in small.named_parameters() if parameter.grad is None]
+    silent = [name for name, p in small.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
+
+
+def _convolve(state, layer, x):
+    weight = state[f"{layer}.weight"]
+    return F.conv2d(x, weight, state[f"{layer}.bias"], padding=weight.shape[-1] // 2)
+
+
+def _normalise(state, layer, x, eps):
+    channels = x.shape[1]
+    return F.group_norm(x, min(32, channels // 4), state[f"{layer}.weight"], state[f"{layer}.bias"], eps)
+
+
+def _resample(x, kind, taps):
+    """Doubles or halves [B, C, H, W] by the filter `taps`, written with zeros between or around the pixels."""
+    if kind == "same":
+        return x
+    channels, weights = x.shape[1], torch.tensor(taps, dtype=x.dtype) / sum(taps)
+    plane, margin = torch.outer(weights, weights).expand(channels, 1, -1, -1), (len(taps) - 1) // 2
+    if kind == "down":
+        return F.conv2d(F.pad(x, [margin] * 4), plane, stride=2, groups=channels)
+    spread = torch.zeros(len(x), channels, 2 * x.shape[2], 2 * x.shape[3], dtype=x.dtype)
+    spread[:, :, ::2, ::2] = x
+    after = len(taps) - 1 - margin
+    return F.conv2d(F.pad(spread, [after, margin] * 2), 4 * plane, groups=channels)
+
+
+def _block(state, name, x, embedding, song, taps):
+    """A residual block by the names of its tensors. song: DDPM++ or NCSN++, else ADM."""
+    kind = "down" if name.endswith("_down") else "up" if name.endswith("_up") else "same"
+    eps, scale = (1e-6, math.sqrt(0.5)) if song else (1e-5, 1.0)
+    h = _convolve(state, f"{name}.conv0", _resample(F.silu(_normalise(state, f"{name}.norm0", x, eps)), kind, taps))
+    condition = F.linear(embedding, state[f"{name}.affine.weight"], state[f"{name}.affine.bias"])[:, :, None, None]
+    if song:
+        h = F.silu(_normalise(state, f"{name}.norm1", h + condition, eps))
+    else:
+        factor, shift = condition.chunk(2, 1)
+        h = F.silu(_normalise(state, f"{name}.norm1", h, eps) * (1 + factor) + shift)
+    shortcut = _resample(x, kind, taps)
+    if f"{name}.skip.weight" in state:
+        shortcut = _convolve(state, f"{name}.skip", shortcut)
+    h = (_convolve(state, f"{name}.conv1", h) + shortcut) * scale
+    if f"{name}.qkv.weight" in state:
+        heads = 1 if song else h.shape[1] // 64
+        qkv = _convolve(state, f"{name}.qkv", _normalise(state, f"{name}.norm2", h, eps))
+        q, k, v = qkv.reshape(len(h), heads, -1, 3, h.shape[2] * h.shape[3]).unbind(3)  # [B, heads, C, H W] each
+        weights = (q.transpose(2, 3) @ k / math.sqrt(q.shape[2])).softmax(3)
+        h = (h + _convolve(state, f"{name}.proj", (v @ weights.transpose(2, 3)).reshape(h.shape))) * scale
+    return h
+
+
+def reference(state, x, noise, labels, augment, song, fourier, taps):
+    """The forward pass by the names of the tensors alone, in the order of the published networks."""
+    if fourier:
+        angles = torch.outer(noise, 2 * math.pi * state["map_noise.freqs"])
+        embedding = torch.cat([angles.cos(), angles.sin()], 1)
+    else:
+        half = state["map_layer0.weight"].shape[1] // 2
+        angles = torch.outer(noise, torch.tensor(1e-4, dtype=x.dtype) ** (torch.arange(half) / (half - song)))
+        embedding = torch.cat([angles.sin(), angles.cos()] if song else [angles.cos(), angles.sin()], 1)
+    embedding = embedding + augment @ state["map_augment.weight"].T
+    classes = labels @ state["map_label.weight"].T
+    if song:
+        embedding = embedding + classes * math.sqrt(labels.shape[1]) + state["map_label.bias"]
+    embedding = F.silu(F.linear(embedding, state["map_layer0.weight"], state["map_layer0.bias"]))
+    embedding = F.linear(embedding, state["map_layer1.weight"], state["map_layer1.bias"])
+    embedding = F.silu(embedding if song else embedding + classes)
+    names = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in state if name[:4] in ("enc.", "dec.")))
+    skips, residual = [], x
+    for name in [name for name in names if name.startswith("enc.")]:
+        if name.endswith("_conv"):
+            skips.append(_convolve(state, name, x))
+        elif name.endswith("_aux_residual"):  # the filter after the convolution, and one border for both
+            dense = F.conv2d(F.pad(residual, [2] * 4), state[f"{name}.weight"], state[f"{name}.bias"])
+            weights = torch.tensor(taps, dtype=x.dtype) / sum(taps)
+            plane = torch.outer(weights, weights).expand(dense.shape[1], 1, 4, 4)
+            filtered = F.conv2d(dense, plane, stride=2, groups=dense.shape[1])
+            residual = skips[-1] = (skips[-1] + filtered) / math.sqrt(2)
+        else:
+            skips.append(_block(state, name, skips[-1], embedding, song, taps))
+    h = skips[-1]
+    for name in [name for name in names if name.startswith("dec.") and "_aux_" not in name]:
+        h = _block(state, name, torch.cat([h, skips.pop()], 1) if "_block" in name else h, embedding, song, taps)
+    assert not skips
+    last = next((name.removesuffix("norm") for name in names if name.endswith("_aux_norm")), "out_")
+    return _convolve(state, f"{last}conv", F.silu(_normalise(state, f"{last}norm", h, 1e-6 if song else 1e-5)))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_network_equals_its_forward_pass_by_the_names_of_its_tensors(name):
+    """In float64, every tensor random, four heads or one, all levels."""
+    torch.manual_seed(5)
+    network = SMALL[name]().eval().double()
+    state = {key: 0.3 * torch.randn_like(tensor) for key, tensor in network.state_dict().items()}
+    state |= {key: tensor for key, tensor in network.state_dict().items() if key.endswith("resample_filter")}
+    network.load_state_dict(state)
+    inputs = [tensor.double() for tensor in _inputs()]
+    taps = (1, 3, 3, 1) if name == "ncsnpp" else (1, 1)
+    expected = reference(state, *inputs, song=name != "adm", fourier=name == "ncsnpp", taps=taps)
+    torch.testing.assert_close(network(*inputs), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_dropout_comes_before_the_second_convolution_and_in_training_alone():
+    """With all dropped, a block is its skip path and the bias of that convolution."""
+    block = ResidualBlock(8, 8, 12, dropout=1 - 1e-7)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    x, embedding = torch.randn(2, 8, 4, 4), torch.randn(2, 12)
+    torch.testing.assert_close(block.train()(x, embedding), x + block.conv1.bias[:, None, None])
+    assert (block.eval()(x, embedding) - x).abs().max() > 1
 
 
 # --- parts
@@ -158,12 +267,12 @@ def _filtered(image: np.ndarray, taps: tuple[int, ...]) -> np.ndarray:
 
 def test_four_taps_are_a_binomial_filter():
     image = torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    found = ResampleConv2d(1, 1, 0, down=True, taps=(1, 3, 3, 1))(image)[0, 0]
-    np.testing.assert_allclose(found.numpy(), _filtered(image[0, 0].numpy(), (1, 3, 3, 1)), atol=1e-7)
+    halved = ResampleConv2d(1, 1, 0, down=True, taps=(1, 3, 3, 1))(image)[0, 0]
+    np.testing.assert_allclose(halved.numpy(), _filtered(image[0, 0].numpy(), (1, 3, 3, 1)), atol=1e-7)
 
 
 def test_the_fused_convolution_comes_first_and_pads_once():
-    """In the interior, where no padding is seen, both orders are equal; at the border only one of them is fused."""
+    """A convolution with a padding of 2, then the filter without padding."""
     torch.manual_seed(0)
     fused = ResampleConv2d(2, 3, 3, down=True, taps=(1, 3, 3, 1), fused=True)
     torch.nn.init.normal_(fused.weight)
@@ -239,8 +348,8 @@ def test_labels_are_dropped_in_training_alone_and_at_their_rate():
 
 
 @pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
-def test_a_new_network_nearly_ends_in_zero(make):
-    """Residual branches and the last layer start at (nearly) zero, so the output does too."""
+def test_initial_weights_are_the_published_ones(make):
+    """Residual branches and the last layer start at (nearly) zero, so the output does too; the others by their rule."""
     torch.manual_seed(0)
     network = make()
     x, noise, labels, augment = _inputs()
@@ -249,3 +358,7 @@ def test_a_new_network_nearly_ends_in_zero(make):
     fan_in, fan_out = network.map_layer1.in_features, network.map_layer1.out_features
     bound = 1 / math.sqrt(fan_in) if isinstance(network, DhariwalUNet) else math.sqrt(6 / (fan_in + fan_out))
     assert spread == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    attention = network.dec["4x4_in0"].qkv.weight
+    fan_in, fan_out = attention.shape[1], attention.shape[0]
+    bound = 1 / math.sqrt(fan_in) if isinstance(network, DhariwalUNet) else math.sqrt(0.2 * 6 / (fan_in + fan_out))
+    assert attention.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)

@@ -154,7 +154,7 @@ def project(trained, tmp_path):
     return copy
 
 
-def test_a_project_trains_and_evaluates_with_its_plugin_identities(trained):
+def test_a_project_trains_and_evaluates_with_its_plugins(trained):
     assert json.loads(trained.printed["train-robust"].splitlines()[0])["best_validation_robust"] > 0.8
     assert json.loads(trained.printed["evaluate-robust"].splitlines()[0])["best_pgd"] > 0.8
     provenance = json.loads((trained.folder / "artifacts/provenance/train_robust/real_only-1.json").read_text())
@@ -223,7 +223,7 @@ def test_code_that_changes_during_a_study_or_an_evaluation_is_detected(project):
     params = project.load()
     named = plugins.import_paths(params.arms["real_only"].plain())
     study = types.SimpleNamespace(
-        settings=params.tune, trial=params.trial, plugins=trials.own_code(params.tune, params.trial)
+        settings=params.tune, trial=params.trial, plugins=trials.plugin_identities(params.tune, params.trial)
     )
     request = types.SimpleNamespace(settings=params.evaluate_robust)
     sidecar = {"network": params.arms["real_only"].network.plain()}

@@ -221,7 +221,7 @@ def test_damaged_cifar_is_refused(tmp_path, name):
     assert message in text
 
 
-def test_a_batch_of_another_size_than_the_others_is_refused(tmp_path):
+def test_a_batch_of_another_size_than_the_metadata_says_is_refused(tmp_path):
     cifar_files.write(tmp_path / "c", train=60, test=12)
     (tmp_path / "c/data_batch_2").write_bytes(python2({b"data": ROWS, b"labels": [0, 1]}))
     assert "data_batch_2 holds 2 images; expected 12" in refusal(sources.cifar10, tmp_path / "c")

@@ -590,11 +590,11 @@ def test_runs_of_another_machine_are_left_until_a_person_says_it_is_gone(home, d
     assert open_runs.read(home) == []
 
 
-def test_a_run_without_a_record_is_ended_by_its_id(home):
+def test_a_run_without_a_marker_file_is_ended_by_its_id(home):
     client, experiment = tracking.connect(home)
     lost = client.create_run(experiment, run_name="a stranger").info.run_id
     assert tracking.reap(home, []) == [
-        f"a stranger ({lost[:8]}) is open and has no record here: if it died, `dmat runs reap {lost[:8]}`"
+        f"a stranger ({lost[:8]}) is open and has no marker file here: if it died, `dmat runs reap {lost[:8]}`"
     ]
     for name in ("gone", lost[:3]):
         with pytest.raises(DmatError, match=rf"'{name}' is neither a machine with open runs \(none\) nor the start"):
@@ -611,7 +611,7 @@ def test_a_run_that_is_alive_is_not_reaped(home):
     with _open(home) as run:
         run.provenance()  # waits until the store has the run
         run_id = files.read_json(home / "runs" / "one" / "tracking.json")["run"]
-        with pytest.raises(DmatError, match=rf"is recorded as work of process {os.getpid()} on "):
+        with pytest.raises(DmatError, match=rf"has a marker file of process {os.getpid()} on "):
             tracking.reap(home, [run_id])
     assert [stored_run.info.status for stored_run in _runs(home)[1]] == ["FINISHED"]
 

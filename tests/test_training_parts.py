@@ -342,6 +342,17 @@ def test_weights_are_written_byte_for_byte_alike_and_from_any_layout(tmp_path):
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
 
 
+def test_a_denoiser_of_an_earlier_version_still_opens(tmp_path, tiny_params):
+    """Its sidecar has the old names of settings."""
+    settings = config.Generator.model_validate(tiny_params["train_diffusion"])
+    state = denoisers.new_denoiser(settings, 1, 10).state_dict()
+    generator = {"average_half_life" if name == "ema_half_life" else name: v for name, v in settings.plain().items()}
+    sidecar = {"kind": "denoiser", "generator": generator, "image_shape": [8, 8, 1], "class_names": list("0123456789")}
+    weights.save(tmp_path / "denoiser.safetensors", state, sidecar)
+    model, _ = denoisers.load_denoiser(tmp_path / "denoiser.safetensors", devices.resolve("cpu", "fp32", threads=1))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
 def test_weights_beside_a_foreign_sidecar_are_refused(stored):
     path, _ = stored
     expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
@@ -614,14 +625,3 @@ def test_a_step_past_the_end_is_made_when_asked_for():
     make = _Maker()
     assert Prefetcher(make, 2).at(5) == 50
     assert make.requested == [5]
-
-
-def test_a_denoiser_of_an_earlier_version_still_opens(tmp_path, tiny_params):
-    """Its sidecar has the old names of settings."""
-    settings = config.Generator.model_validate(tiny_params["train_diffusion"])
-    state = denoisers.new_denoiser(settings, 1, 10).state_dict()
-    generator = {"average_half_life" if name == "ema_half_life" else name: v for name, v in settings.plain().items()}
-    sidecar = {"kind": "denoiser", "generator": generator, "image_shape": [8, 8, 1], "class_names": list("0123456789")}
-    weights.save(tmp_path / "denoiser.safetensors", state, sidecar)
-    model, _ = denoisers.load_denoiser(tmp_path / "denoiser.safetensors", devices.resolve("cpu", "fp32", threads=1))
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

@@ -51,9 +51,9 @@ def test_a_claim_has_one_holder_until_it_is_given_back(engine):
         assert other.take("a"), "of another study"
         assert (first.holds("a"), second.holds("a")) == (True, False)
         assert f"process {os.getpid()}" in second.holder("a")
-        second.give_back("a")
+        second.release("a")
         assert first.holds("a"), "only the holder can give a claim back"
-        first.give_back("a")
+        first.release("a")
         assert second.holder("a") is None
         assert second.take("a")
         assert second.lost_workers("a") == 0
@@ -428,9 +428,9 @@ def test_a_trial_that_a_paused_process_holds_does_not_block_the_others(root, tmp
     study = optuna.create_study()
     with Claims(engine, "study") as paused, Claims(engine, "study") as live:
         assert _next_trial(plan, study, paused, 2).number == 0
-        paused.give_back("trial-0000")  # as if it had become stale; its file lock stays
+        paused.release("trial-0000")  # as if it had become stale; its file lock stays
         assert _next_trial(plan, study, live, 2).number == 0
-        live.give_back("trial-0000")
+        live.release("trial-0000")
         assert _next_trial(plan, study, live, 2, avoid=[0]).number == 1
         assert _next_trial(plan, study, paused, 2, avoid=[0]) is True, "no trial is free now, but not all are done"
 

@@ -75,9 +75,8 @@ class Params:
     image_sets: Mapping[str, ImageSet]
     selections: Mapping[str, Selection]
     arms: Mapping[str, Arm]
-    trial: (
-        TrialSettings | None
-    )  # the study's arm with the study's overrides and length, and its image set and selection
+    # The study's arm with the study's overrides and length, and its image set and selection.
+    trial: TrialSettings | None
 
 
 SECTIONS: dict[str, type[Record]] = {  # sections of a file: those in Params, and those that only entries of lists use
@@ -110,7 +109,7 @@ def load(path: Path) -> Params:
 
 def check(values: dict[str, object]) -> tuple[Params | None, list[str]]:
     """Converts the content of a parameter file to records. Returns None and all problems if there are any."""
-    if problems := renamed(values):  # for a file of an earlier version, only the new keys are reported at first
+    if problems := renamed(values, LISTS):  # for a file of an earlier version, only the new keys are reported at first
         return None, problems
     reader = _Reader(values)
     return reader.read(), reader.problems

@@ -1,10 +1,8 @@
 """Finds keys of earlier versions of params.yaml, and says what to write today."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from dmat import NONE
-
-_LISTS = ("generators", "image_sets", "selections", "arms")
 
 # Old name of a setting -> its name today, in any place: a section, an arm, overrides or the space of a study.
 _NEW_NAMES = {
@@ -21,9 +19,12 @@ def with_new_names(settings: Mapping[str, object]) -> dict[str, object]:
     return {_NEW_NAMES.get(name, name): value for name, value in settings.items()}
 
 
-def renamed(raw: Mapping[str, object]) -> list[str]:
-    """A sentence for each old key of a file, with its replacement; empty for a file of this version."""
-    return [*_chunks(raw), *_arms(raw), *_lengths(raw), *_path(raw), *_settings(raw)]
+def renamed(raw: Mapping[str, object], lists: Collection[str]) -> list[str]:
+    """A sentence for each old key of a file, with its replacement; empty for a file of this version.
+
+    lists: keys whose entries have names of their owner.
+    """
+    return [*_chunks(raw), *_arms(raw), *_lengths(raw), *_path(raw), *_settings(raw, lists)]
 
 
 def _mapping(raw: Mapping[str, object], *keys: str) -> Mapping[str, object]:
@@ -88,14 +89,14 @@ def _path(raw: Mapping[str, object]) -> Iterator[str]:
         yield f"prepare_data.path is missing; write path: {NONE}, as digits need no files"
 
 
-def _settings(raw: object, path: str = "") -> Iterator[str]:
+def _settings(raw: object, lists: Collection[str], path: str = "") -> Iterator[str]:
     if isinstance(raw, Mapping):
         for key, value in raw.items():
             key_path = f"{path}.{key}" if path else str(key)
             new = _NEW_NAMES.get(str(key).rpartition(".")[2])
-            if new is not None and path not in _LISTS:  # an entry may have any name
+            if new is not None and path not in lists:  # an entry may have any name
                 yield f"{key_path} is no longer a key; the setting is called {new}: write that"
-            yield from _settings(value, key_path)
+            yield from _settings(value, lists, key_path)
     elif isinstance(raw, list):
         for number, value in enumerate(raw):
-            yield from _settings(value, f"{path}[{number}]")
+            yield from _settings(value, lists, f"{path}.{number}")

@@ -184,9 +184,8 @@ def _read_pickled(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
         raise DmatError(
             f"{path}: `{key}` is not a list of {len(rows)} integers, one per image; unpack the archive again"
         )
-    return rows, np.array(
-        [min(max(label, -1), 2**31) for label in labels], dtype=np.int64
-    )  # an integer out of range stays out of range
+    # An integer out of range stays out of range.
+    return rows, np.array([min(max(label, -1), 2**31) for label in labels], dtype=np.int64)
 
 
 def _read_pickle(path: Path) -> dict[str, object]:

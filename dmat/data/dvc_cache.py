@@ -54,7 +54,7 @@ def cached_outputs(objects_root: Path, outs: Mapping[str, str]) -> dict[str, Pat
     return copies if all(copy.is_file() for copy in copies.values()) else None
 
 
-def cached_stage_outputs(root: Path, stage: str) -> Iterator[dict[str, Path]]:
+def cached_stage_outputs(root: Path, stage_name: str) -> Iterator[dict[str, Path]]:
     """Yields, for each instance of a stage in dvc.lock, the path of each file that it wrote -> its copy in the cache.
 
     Outputs without a copy are left out. DVC removes outputs before it starts a stage, but dvc.lock still names the
@@ -66,7 +66,7 @@ def cached_stage_outputs(root: Path, stage: str) -> Iterator[dict[str, Path]]:
         return
     objects = folder(root) / "files" / "md5"
     for name, entry in stages.items():
-        if name.partition("@")[0] == stage:
+        if name.partition("@")[0] == stage_name:
             outs = {out["path"]: out["md5"] for out in entry.get("outs", []) if {"path", "md5"} <= set(out)}
             yield {
                 path: copy
@@ -75,19 +75,19 @@ def cached_stage_outputs(root: Path, stage: str) -> Iterator[dict[str, Path]]:
             }
 
 
-def sets_of_pool(root: Path, stage: str, pool: str) -> Iterator[tuple[dict[str, Any], dict[str, Path]]]:
+def sets_of_pool(root: Path, stage_name: str, pool: str) -> Iterator[tuple[dict[str, Any], dict[str, Path]]]:
     """Yields the sets of a stage whose shards are from a pool: manifest, and file name in the set -> cached copy.
 
     The pool is named in their provenance alone. Nothing that other stages read may name the code, or every change of
     the code would make them run again.
     """
-    for copies in cached_stage_outputs(root, stage):
+    for copies in cached_stage_outputs(root, stage_name):
         files: dict[str, Path] = {}
         pools: object = None
         for name, copy in copies.items():
             if name.startswith(f"{ARTIFACTS}/provenance/"):
                 pools = (_read(copy, dict) or {}).get("pools")
-            elif name.startswith(f"{ARTIFACTS}/{stage}/"):
+            elif name.startswith(f"{ARTIFACTS}/{stage_name}/"):
                 files[Path(name).name] = copy
         manifest = _read(files[shards.MANIFEST], dict) if shards.MANIFEST in files else None
         if pools == [pool] and manifest is not None:

@@ -115,9 +115,8 @@ def smooth(levels: Tensor) -> Tensor:
     The pixel weighs five times as much as each neighbour. The border stays unchanged.
     """
     channels = levels.shape[1]
-    kernel = (
-        F.pad(torch.full((1, 1), 4.0, device=levels.device), (1, 1, 1, 1)) + 1
-    )  # kernel[1, 1] = 5 would wait for the GPU
+    # kernel[1, 1] = 5 would wait for the GPU.
+    kernel = F.pad(torch.full((1, 1), 4.0, device=levels.device), (1, 1, 1, 1)) + 1
     kernel = (kernel / kernel.sum()).expand(channels, 1, 3, 3)
     blurred = levels.clone()
     blurred[:, :, 1:-1, 1:-1] = F.conv2d(levels, kernel, groups=channels).round()

@@ -10,24 +10,17 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import filelock
 import numpy as np
 from tqdm import tqdm
 
 from dmat import files
-from dmat.data.shards import ShardRecord
+from dmat.data.shards import CHECKSUM_KEYS, ArrayName, ShardRecord
 from dmat.errors import DmatError
 
 _LOCK_TIMEOUT = 0.2  # seconds between two attempts to lock a shard that another process computes
-
-ArrayName = Literal["images", "labels", "scores"]
-_CHECKSUM_KEYS: dict[ArrayName, Literal["images_sha256", "labels_sha256", "scores_sha256"]] = {
-    "images": "images_sha256",
-    "labels": "labels_sha256",
-    "scores": "scores_sha256",
-}
 
 
 class ShardPool:
@@ -58,7 +51,7 @@ class ShardPool:
         self._copies[shard] = dict(copies)
 
     def obtain(
-        self, shard: str, count: int, make: Callable[[], Mapping[str, np.ndarray]], pause: Callable[[], None]
+        self, shard: str, count: int, make: Callable[[], Mapping[ArrayName, np.ndarray]], pause: Callable[[], None]
     ) -> ShardRecord:
         """Returns the record of a shard of `count` rows.
 
@@ -103,7 +96,7 @@ class ShardPool:
         path = self.folder / f"{shard}.json"
         if not path.exists():
             return None
-        checksum_keys = [_CHECKSUM_KEYS[array] for array in self.arrays]
+        checksum_keys = [CHECKSUM_KEYS[array] for array in self.arrays]
         types: dict[str, type] = {"count": int, **dict.fromkeys([*self.arrays, *checksum_keys], str)}
         with contextlib.suppress(DmatError):
             record = cast(ShardRecord, files.read_record(path, **types))
@@ -115,7 +108,7 @@ class ShardPool:
     def _is_intact(self, record: ShardRecord, array: ArrayName, shard: str) -> bool:
         """Whether the file of an array is the one in the record."""
         path = self.folder / _file_name(array, shard)
-        return record[array] == path.name and path.is_file() and files.sha256(path) == record[_CHECKSUM_KEYS[array]]
+        return record[array] == path.name and path.is_file() and files.sha256(path) == record[CHECKSUM_KEYS[array]]
 
     def _restore_from_copy(self, shard: str, count: int) -> ShardRecord | None:
         """Links the registered copies into the pool and returns their record; None if a copy is missing or damaged."""
@@ -129,11 +122,11 @@ class ShardPool:
                 return None
             name = _file_name(array, shard)
             files.link(path, self.folder / name)
-            record[array], record[_CHECKSUM_KEYS[array]] = name, checksum
+            record[array], record[CHECKSUM_KEYS[array]] = name, checksum
         files.write_json(self.folder / f"{shard}.json", record)
         return record
 
-    def _write(self, shard: str, count: int, arrays: Mapping[str, np.ndarray]) -> ShardRecord:
+    def _write(self, shard: str, count: int, arrays: Mapping[ArrayName, np.ndarray]) -> ShardRecord:
         """Writes the arrays, each [N, ...] with N = `count`, then the record: a shard without record is incomplete."""
         (self.folder / f"{shard}.json").unlink(missing_ok=True)
         record: ShardRecord = {"count": count}
@@ -142,7 +135,7 @@ class ShardPool:
             with files.writing(path) as file:
                 np.save(file, np.ascontiguousarray(arrays[array]), allow_pickle=False)
             path.chmod(0o444)
-            record[array], record[_CHECKSUM_KEYS[array]] = path.name, files.sha256(path)
+            record[array], record[CHECKSUM_KEYS[array]] = path.name, files.sha256(path)
         files.write_json(self.folder / f"{shard}.json", record)
         return record
 

@@ -19,10 +19,11 @@ from dmat.errors import DmatError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 
-ImageArray = Literal["images", "labels"]
-_CHECKSUM_KEYS: dict[ImageArray, Literal["images_sha256", "labels_sha256"]] = {
+ArrayName = Literal["images", "labels", "scores"]
+CHECKSUM_KEYS: dict[ArrayName, Literal["images_sha256", "labels_sha256", "scores_sha256"]] = {
     "images": "images_sha256",
     "labels": "labels_sha256",
+    "scores": "scores_sha256",
 }
 
 
@@ -141,12 +142,12 @@ def write_shard(folder: Path, index: int, images: np.ndarray, labels: np.ndarray
     images: uint8 [N, H, W, C]. labels: int64 [N].
     """
     record: ShardRecord = {"count": len(labels)}
-    arrays: dict[ImageArray, np.ndarray] = {"images": images, "labels": labels}
+    arrays: dict[ArrayName, np.ndarray] = {"images": images, "labels": labels}
     for key, array in arrays.items():
         path = folder / _file_name(index, key)
         with files.writing(path) as file:
             np.save(file, np.ascontiguousarray(array), allow_pickle=False)
-        record[_CHECKSUM_KEYS[key]] = files.sha256(path)
+        record[CHECKSUM_KEYS[key]] = files.sha256(path)
     return entry(index, record)
 
 
@@ -207,8 +208,8 @@ def open_shards(folders: Path | Iterable[Path], verify: bool = True) -> Shards:
             )
         manifests.append(manifest)
         for entry in manifest["shards"]:
-            images.append(_open(folder, entry, "images", verify))
-            labels.append(_open(folder, entry, "labels", verify))
+            images.append(_open(folder / entry["images"], entry["images_sha256"], entry["count"], verify))
+            labels.append(_open(folder / entry["labels"], entry["labels_sha256"], entry["count"], verify))
     first = manifests[0]
     for folder, manifest in zip(folders, manifests, strict=True):
         if (manifest["shape"], manifest["class_names"]) != (first["shape"], first["class_names"]):
@@ -220,17 +221,16 @@ def open_shards(folders: Path | Iterable[Path], verify: bool = True) -> Shards:
     return Shards(first, tuple(images), tuple(labels))
 
 
-def _open(folder: Path, entry: ShardEntry, key: ImageArray, verify: bool) -> np.ndarray:
-    """Memory-maps one array of a shard: "images" uint8 [N, H, W, C] or "labels" int64 [N]."""
-    path = folder / entry[key]
+def _open(path: Path, manifest_checksum: str, count: int, verify: bool) -> np.ndarray:
+    """Memory-maps one array of a shard: images uint8 [N, H, W, C] or labels int64 [N], N = `count`."""
     if not path.is_file():
         raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`")
-    if verify and (checksum := files.sha256(path)) != entry[_CHECKSUM_KEYS[key]]:
+    if verify and (checksum := files.sha256(path)) != manifest_checksum:
         raise DmatError(
-            f"{path} has checksum {checksum[:12]}; its manifest says {entry[_CHECKSUM_KEYS[key]][:12]}; the file was "
+            f"{path} has checksum {checksum[:12]}; its manifest says {manifest_checksum[:12]}; the file was "
             f"altered or cut: restore it (`dvc checkout`) or delete the folder and run its stage again"
         )
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    if len(array) != entry["count"]:
-        raise DmatError(f"{path} holds {len(array)} items; its manifest says {entry['count']}; regenerate the set")
+    if len(array) != count:
+        raise DmatError(f"{path} holds {len(array)} items; its manifest says {count}; regenerate the set")
     return array

@@ -35,16 +35,8 @@ SPLIT_FOLDERS = {  # names of sub-folders, upper or lower case -> split; the las
     **dict.fromkeys(("test", "testing"), "test"),
     **dict.fromkeys(("val", "valid", "validation"), "validation"),
 }
-FORMATS = (
-    "BMP",
-    "GIF",
-    "JPEG",
-    "JPEG2000",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # of PIL: still images; no reader of these executes code
+# Formats of PIL: still images; no reader of these executes code.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 NON_IMAGE_SUFFIXES = (".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml")
 
 
@@ -128,7 +120,8 @@ def _class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
 
 
 def _expect_no_gap(path: Path, labels: np.ndarray, classes: int) -> None:
-    """Raises DmatError if a class below the largest label has no image: the labels may not count from 0.
+    """Raises DmatError if a class below the largest label has no image: then the labels probably do not count
+    from 0.
 
     labels: int64 [N].
     """

@@ -56,7 +56,7 @@ class ResampleConv2d(nn.Module):
             x = self._filtered(x, padding=_filter_padding(self.resample_filter))
         return x if weight is None else F.conv2d(x, weight, bias, padding=padding)
 
-    def _filtered(self, x: Tensor, padding: int) -> Tensor:
+    def _filtered(self, x: Tensor, padding: int) -> Tensor:  # [B, C, H, W] -> [B, C, H', W']
         assert self.resample_filter is not None
         channels = x.shape[1]
         taps = self.resample_filter.to(x.dtype).expand(channels, 1, -1, -1)
@@ -65,7 +65,7 @@ class ResampleConv2d(nn.Module):
         return F.conv2d(x, taps, stride=2, padding=padding, groups=channels)
 
 
-def _filter_padding(resample_filter: Tensor) -> int:
+def _filter_padding(resample_filter: Tensor) -> int:  # [1, 1, K, K] for K taps
     return (resample_filter.shape[-1] - 1) // 2
 
 

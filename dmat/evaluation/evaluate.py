@@ -33,7 +33,7 @@ TEST = "test"  # the only split that may have a headline
 
 # Names that the accuracy under the suite may have: "auto_attack" if nothing speaks against a headline, else by the
 # first reason. "pgd" without a suite.
-HeadlineMeasure = Literal[
+SuiteMeasure = Literal[
     "auto_attack",
     "auto_attack_unchecked",
     "auto_attack_subset",
@@ -46,7 +46,7 @@ HeadlineMeasure = Literal[
 class Headline(AccuracyRecord):
     """The accuracy that may be quoted, and the name of its measure."""
 
-    measure: HeadlineMeasure
+    measure: Literal["auto_attack"]
 
 
 class SweepPoint(AccuracyRecord):
@@ -113,7 +113,7 @@ class Verdict:
     measure: the name that the accuracy under the suite may have. reasons: why it is not a headline; empty: it is one.
     """
 
-    measure: HeadlineMeasure
+    measure: SuiteMeasure
     reasons: tuple[str, ...]
     checks: tuple[Check, ...]
 
@@ -272,7 +272,7 @@ class Evaluation:
     def _margins(self, adversarial: Tensor, batch: int | None) -> np.ndarray:
         """Logit margins [N] of saved images [N, C, H, W].
 
-        batch: its size; the images go shard by shard, in the batches of the attack. None: batches of another size.
+        batch: batch size of the attack; shards go one by one. None: batches of another size.
         A margin is above 0 exactly where the prediction is right, also where the first of equal logits decides it, as
         in a model with a constant output.
         """
@@ -305,7 +305,7 @@ class Evaluation:
         """
         checked, suite, count = self.checks(columns, copies), self.subject.suite, len(self.subject.labels)
         reasons = [check.sentence for check in checked if not check.passed]
-        measure: HeadlineMeasure = "auto_attack_unchecked" if reasons else "auto_attack"
+        measure: SuiteMeasure = "auto_attack_unchecked" if reasons else "auto_attack"
         if count < MIN_HEADLINE_IMAGES:
             reasons.insert(0, f"Only {count} images; a headline needs {MIN_HEADLINE_IMAGES} or more.")
             measure = "auto_attack_subset"
@@ -364,7 +364,7 @@ class Evaluation:
             # Images that survived the suite but not PGD: more than a few mean that the suite was not at its strongest.
             entries["broken_by_pgd_alone"] = int((columns["auto_attack"] & ~columns["pgd"]).sum())
         entries["sweep"] = [{"epsilon": radius, **wilson(flags).plain()} for radius, flags in self._sweep(columns)]
-        entries["headline"] = None if verdict.reasons else {"measure": verdict.measure, **entries[verdict.measure]}
+        entries["headline"] = None if verdict.reasons else {"measure": "auto_attack", **entries["auto_attack"]}
         entries["no_headline"] = list(verdict.reasons)
         entries["notes"] = verdict.notes
         entries["checks"] = [check.plain() for check in verdict.checks]

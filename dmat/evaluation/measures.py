@@ -178,6 +178,7 @@ class _Shard:
         sweep = [clean & self.is_correct(self.pgd(Ball(ball.norm, radius), steps, "/sweep")) for radius in radii]
         trivial_ball = Ball(ball.norm, trivial_attack_radius(ball, tuple(self.images.shape[1:])))
         flags["sweep"] = torch.stack(sweep, 1) if sweep else torch.zeros(len(clean), 0, dtype=torch.bool)
+        # "grey", twice: names of earlier versions: a new one would change every identity (column, random start).
         flags["grey"] = clean & self.is_correct(self.pgd(trivial_ball, steps, "/grey"))
         return flags
 

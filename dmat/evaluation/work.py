@@ -30,7 +30,7 @@ _RECORD_FIELDS: dict[str, type | tuple[type, ...]] = {
 Columns = dict[str, np.ndarray]
 
 
-class AttackedShard(TypedDict):
+class AttackedShardRecord(TypedDict):
     """The record of a finished shard of an evaluation."""
 
     identity: dict[str, object]  # everything that decides its content
@@ -76,7 +76,7 @@ class ShardTask:
         columns = self.make()
         with files.writing(self.path.with_suffix(".npz")) as file:
             np.savez(file, **columns)  # type: ignore[arg-type]  # its stub takes the first for allow_pickle
-        shard_record: AttackedShard = {
+        shard_record: AttackedShardRecord = {
             "identity": dict(self.identity),
             "images": self.images,
             "seconds": round(time.monotonic() - started, 3),
@@ -85,7 +85,7 @@ class ShardTask:
         }
         files.write_json(self.path.with_suffix(".json"), shard_record)
 
-    def record(self) -> AttackedShard | None:
+    def record(self) -> AttackedShardRecord | None:
         """The record of the shard; None where the shard is missing or damaged.
 
         Raises DmatError for a shard of another model, other images or other settings.
@@ -94,7 +94,7 @@ class ShardTask:
         if not record_path.is_file() or not array_path.is_file():
             return None
         try:
-            shard_record = cast(AttackedShard, files.read_record(record_path, **_RECORD_FIELDS))
+            shard_record = cast(AttackedShardRecord, files.read_record(record_path, **_RECORD_FIELDS))
         except DmatError:
             return None
         if files.sha256(array_path) != shard_record["sha256"]:

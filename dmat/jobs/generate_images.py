@@ -116,7 +116,7 @@ def _generate_shard(
     job: Job,
     interruption: Interruption,
     bar: tqdm,
-) -> dict[str, np.ndarray]:
+) -> dict[shards.ArrayName, np.ndarray]:
     """Images uint8 [N, H, W, C] and labels int64 [N] of a shard. indices [N]: of the images in the set."""
     images = np.empty((len(indices), *sidecar["image_shape"]), dtype=np.uint8)
     for start in range(0, len(indices), settings.block):

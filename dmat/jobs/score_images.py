@@ -78,7 +78,7 @@ def _score_shard(
     settings: ScoreImages,
     job: Job,
     interruption: Interruption,
-) -> dict[str, np.ndarray]:
+) -> dict[shards.ArrayName, np.ndarray]:
     """Scores float32 [N] of images uint8 [N, H, W, C] with labels int64 [N]."""
     scores = np.empty(len(labels), dtype=np.float32)
     for start in range(0, len(labels), settings.batch):

@@ -27,7 +27,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
     """Trains the classifier of one arm and seed, or resumes. Raises DmatError where settings do not fit the images."""
     seed = cast(int, job.instance["seed"])  # a number in every instance, as `seeds` in params.yaml holds numbers alone
     real = shards.open_shards(job.inputs["train"])
-    mix, generated, kept_indices = open_mix(job.inputs["mix"], real, job.root)
+    mix, generated, selected_indices = open_mix(job.inputs["mix"], real, job.root)
     data_spec = data_spec_of(real)
     augmentation.check(settings.augmentation, *real.shape[:2])
     largest = math.sqrt(math.prod(real.shape))
@@ -50,7 +50,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
         outcome = classifier.train(
             model,
             data_spec.classes,
-            MixedBatches(mix, seed, real, generated, kept_indices),
+            MixedBatches(mix, seed, real, generated, selected_indices),
             load_all(shards.open_shards(job.inputs["validation"])),
             loss_settings,
             settings,

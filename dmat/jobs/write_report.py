@@ -5,9 +5,9 @@ Reads per-image tables, so every comparison is paired. Of the stages only this o
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, read_table
 from dmat.job import Job, Result
 from dmat.metrics import pictures
 from dmat.report import charts, comparison, costs, lineage, page
-from dmat.report.comparison import ArmMeasures, Comparison
+from dmat.report.comparison import Comparison
 from dmat.training import HISTORY
 from dmat.workspace import Provenance, find_workspace
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dmat.evaluation.evaluate import EvaluationProtocol, Summary
 
 WeightsSummaries = dict[str, "Summary"]  # best, last -> summary of these weights of a run
-Histories = Mapping[str, Sequence[dict[str, float]]]  # run -> its training history
+Histories = Mapping[str, pictures.History]  # run -> its training history
 
 
 class ReportInputs:
@@ -64,11 +64,11 @@ def run(settings: Report, job: Job) -> Result:
     histories = {run: inputs.json("train_robust", f"{run}/{HISTORY}") for run in runs}
     arm_comparison = comparison.compare(runs_by_arm, tables, settings)
     for arm, arm_runs in runs_by_arm.items():
-        gaps = {
-            f"{weights_name}_gap": float(np.mean([summaries[run][weights_name]["train_test_gap"] for run in arm_runs]))
+        best_gap, last_gap = (
+            float(np.mean([summaries[run][weights_name]["train_test_gap"] for run in arm_runs]))
             for weights_name in ("best", "last")
-        }
-        arm_comparison["arms"][arm] |= cast(ArmMeasures, gaps)
+        )
+        arm_comparison["arms"][arm] |= {"best_gap": best_gap, "last_gap": last_gap}
     for key in ("no_headline", "notes"):
         arm_comparison[key] = {run: summaries[run]["best"][key] for run in runs if summaries[run]["best"].get(key)}
     folder = job.result / "report"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+History = Sequence[Mapping[str, float]]  # of a training: a record per evaluation, with images_seen
 PALETTE = ("#0b6e8f", "#d9480f", "#5f3dc4", "#2b8a3e", "#a61e4d", "#495057")
 _PNG_METADATA = {"Software": None, "Creation Time": None}
 _MAX_ROOMY_CLASSES = 20  # classes up to which rows are high and the cells of a confusion matrix hold numbers
@@ -46,7 +47,7 @@ def sheet(path: Path, images: np.ndarray, labels: np.ndarray, title: str, column
 
 def curves(
     path: Path,
-    history: Sequence[dict[str, float]],
+    history: History,
     names: Sequence[str],
     title: str,
     y_label: str,
@@ -55,7 +56,7 @@ def curves(
     """Plots values of a history over images seen.
 
     names: values to plot. marks: label -> images seen, for example of the best and the last weights. Each mark is a
-    vertical line with the first curve's value there, so that the loss between two marks can be read.
+    vertical line with the first curve's value there, so that the drop between two marks can be read.
     """
     figure, axes = new_figure(7, 3.6)
     lines = {name: [(row["images_seen"], row[name]) for row in history if name in row] for name in names}
@@ -71,7 +72,7 @@ def curves(
     save(figure, path)
 
 
-def arms(path: Path, histories: Mapping[str, Sequence[dict[str, float]]], name: str, title: str, y_label: str) -> None:
+def arms(path: Path, histories: Mapping[str, History], name: str, title: str, y_label: str) -> None:
     """Plots the value `name` of several runs over images seen.
 
     histories: run -> its history. Runs of one arm (text before the last "-") share a colour.

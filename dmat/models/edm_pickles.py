@@ -14,18 +14,21 @@ from typing import IO, cast
 from torch import Tensor
 
 from dmat.models import torch_files
-from dmat.models.torch_files import Key, StorageOfFile, StoredTensor, TorchFile, UnknownObject
+from dmat.models.torch_files import Key, Storage, StoredTensor, TorchFile, UnknownObject
 
 # The one function whose argument describes an object: its class, the text of its module, and its state.
 _PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 _STORAGE_FROM_BYTES = "torch.storage._load_from_bytes"
 _BYTES_AS_TEXT = "_codecs.encode"  # how protocol 2 writes bytes: as text of as many characters
-_ENTRIES = ("ema", "net", "model")  # keys of a snapshot that hold a network, best first
+_NETWORK_KEYS = ("ema", "net", "model")  # keys of a snapshot that hold a network, best first
 
 
 @dataclasses.dataclass
 class PickledObject:
-    """An object that the pickle describes. It was not created; name is its class."""
+    """An object that the pickle describes. It was not created.
+
+    name: its class, without module where the official code describes it.
+    """
 
     name: str
     state: dict[Key, object] = dataclasses.field(default_factory=dict)
@@ -37,7 +40,7 @@ class PublishedNetwork:
     """A preconditioned network in a file.
 
     class_name: of the preconditioning, as "EDMPrecond". arguments: of its constructor. state: names -> tensors of any
-    shape, parameters and buffers. other_names: classes and functions that the file names and that were not used.
+    shape, parameters and buffers. other_names: classes and functions in the file that have no meaning here.
     """
 
     class_name: str
@@ -49,31 +52,38 @@ class PublishedNetwork:
 class _SnapshotReader(TorchFile):
     """Gives meaning to the few names that describe modules. All others stay names."""
 
+    recognised_names = TorchFile.recognised_names | {_PERSISTENT, _STORAGE_FROM_BYTES, _BYTES_AS_TEXT}
+
+    def __init__(self, content: mmap.mmap):
+        super().__init__(content)
+        self._bytes_left = dict[str, int]()  # by the function that copies them
+
     def resolve_call(self, maker: object, arguments: object) -> object:
         if isinstance(maker, UnknownObject) and isinstance(arguments, tuple):
             if maker.name == _PERSISTENT and len(arguments) == 1:
                 return _persistent_object(arguments[0])
             if maker.name == _STORAGE_FROM_BYTES and len(arguments) == 1 and isinstance(arguments[0], bytes):
+                self._charge(maker.name, arguments[0])
                 return _storage(arguments[0])
             if maker.name == _BYTES_AS_TEXT and arguments[1:] == ("latin1",) and isinstance(arguments[0], str):
+                self._charge(maker.name, arguments[0])
                 return arguments[0].encode("latin1")
-            if maker.name in torch_files.TENSORS and arguments and isinstance(arguments[0], StorageOfFile):
-                return arguments[0].file.resolve_call(maker, (arguments[0].storage, *arguments[1:]))
-            if maker.name not in torch_files.RECOGNISED_NAMES:
+            if maker.name not in self.recognised_names:
                 return PickledObject(maker.name)
         return super().resolve_call(maker, arguments)
 
-    def resolve_name(self, name: str) -> UnknownObject:
-        if name in (_PERSISTENT, _STORAGE_FROM_BYTES, _BYTES_AS_TEXT):
-            return UnknownObject(name)
-        return super().resolve_name(name)
+    def _charge(self, purpose: str, data: bytes | str) -> None:
+        """Counts bytes that are copied. Raises ValueError if they are more than the file has: it repeats them."""
+        self._bytes_left[purpose] = self._bytes_left.get(purpose, len(self.content)) - len(data)
+        if self._bytes_left[purpose] < 0:
+            raise ValueError("its storages claim more bytes than it has")
 
     def resolve_state(self, target: object, state: object) -> None:
         if isinstance(target, PickledObject) and isinstance(state, dict):
             target.state |= state
 
     def resolve_items(self, target: object, items: list[object]) -> None:
-        if isinstance(target, PickledObject) and len(items) % 2 == 0:
+        if isinstance(target, PickledObject):
             target.items |= torch_files.to_dictionary(zip(items[::2], items[1::2], strict=True))
 
 
@@ -83,7 +93,7 @@ def read(path: Path) -> PublishedNetwork:
         content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     reader = _SnapshotReader(content)
     value = torch_files.run_pickle(cast(IO[bytes], content), reader)
-    network = next((value[key] for key in _ENTRIES if value.get(key)), None) if isinstance(value, dict) else value
+    network = next((value[key] for key in _NETWORK_KEYS if value.get(key)), None) if isinstance(value, dict) else value
     if not isinstance(network, PickledObject):
         raise ValueError("it holds no network")
     state, nbytes = dict[str, Tensor](), 0
@@ -106,16 +116,16 @@ def _persistent_object(description: object) -> PickledObject:
     return PickledObject(name, dict(state))
 
 
-def _storage(data: bytes) -> StorageOfFile:
+def _storage(data: bytes) -> Storage:
     """The storage in bytes that torch.save wrote. It stays in them."""
     content = mmap.mmap(-1, max(1, len(data)))
     content.write(data)
     content.seek(0)
     file = TorchFile(content)
-    value = torch_files.read_content(file)
-    if not isinstance(value, torch_files.Storage):
+    value = torch_files.read_legacy(file)
+    if not isinstance(value, Storage):
         raise ValueError("bytes that are not a storage")
-    return StorageOfFile(file, value)
+    return value
 
 
 def _tensors(module: object, prefix: str, visited: set[int]) -> Iterator[tuple[str, StoredTensor]]:

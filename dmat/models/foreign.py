@@ -15,10 +15,10 @@ from dmat.models.torch_files import StoredTensor, UnknownObject
 
 _MAX_LISTED_NAMES = 8  # assumed: enough to see what else is in a file
 
-Entries = Mapping[Any, object]  # a dictionary in a file: mostly text -> tensors, but whatever the file holds
+FileDictionary = Mapping[Any, object]  # a dictionary in a file: mostly text -> tensors, but whatever the file holds
 
 
-def content(path: Path) -> tuple[Entries, list[str]]:
+def content(path: Path) -> tuple[FileDictionary, list[str]]:
     """Reads the dictionary in a .pt or .safetensors file. Returns it with notes for people.
 
     Tensors of a .pt file are not read yet: they are `StoredTensor`s. Raises DmatError if the file is missing, damaged
@@ -50,7 +50,7 @@ def content(path: Path) -> tuple[Entries, list[str]]:
     ] if unread_names else []
 
 
-def tensor_names(entries: Entries) -> list[str]:
+def tensor_names(entries: FileDictionary) -> list[str]:
     """Keys of the entries that are tensors and whose key is text."""
     return [
         name for name, value in entries.items() if isinstance(value, Tensor | StoredTensor) and isinstance(name, str)
@@ -63,7 +63,7 @@ def shortened_list(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_LISTED_NAMES]) + (f" and {remaining} more" if remaining > 0 else "")
 
 
-def tensors(entries: Entries, path: Path) -> dict[str, Tensor]:
+def tensors(entries: FileDictionary, path: Path) -> dict[str, Tensor]:
     """Returns the entries that are tensors, of any shape, on the CPU; they may share memory.
 
     Raises DmatError if a tensor is not dense plain numbers, or if the tensors claim more bytes than the file has: a

@@ -9,7 +9,7 @@ from dmat import files
 from dmat.data.sources import NORMALISATIONS
 from dmat.errors import DmatError
 from dmat.models import foreign, layouts
-from dmat.models.foreign import Entries
+from dmat.models.foreign import FileDictionary
 from dmat.models.loading import SUFFIX
 from dmat.robust.networks import ACTIVATIONS
 from dmat.training import weights
@@ -23,7 +23,7 @@ _MAX_DEPTH = 3  # levels of nested dictionaries that are searched for a network;
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSetSpec:
+class PublishedDataSet:
     """What a network and its users need to know of a data set.
 
     classes: number of classes. size: height and width in pixels. mean, std: per channel, for pixels in [0, 1].
@@ -36,7 +36,7 @@ class DataSetSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     class_names: tuple[str, ...]
-    front_normalisation: layouts.Normalisation
+    front_normalisation: layouts.MeanAndStd
 
 
 def _numbered(count: int) -> tuple[str, ...]:
@@ -48,10 +48,10 @@ _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hor
 # Mean and std that --normalize puts in front of the published networks, where they differ from those inside them.
 _CIFAR10_IN_FRONT = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 DATA = {
-    "cifar10": DataSetSpec(10, 32, *NORMALISATIONS["cifar10"], _CIFAR10, _CIFAR10_IN_FRONT),
-    "cifar100": DataSetSpec(100, 32, *NORMALISATIONS["cifar100"], _numbered(100), NORMALISATIONS["cifar100"]),
-    "svhn": DataSetSpec(10, 32, *NORMALISATIONS["svhn"], _numbered(10), _CIFAR10_IN_FRONT),
-    "tinyimagenet": DataSetSpec(
+    "cifar10": PublishedDataSet(10, 32, *NORMALISATIONS["cifar10"], _CIFAR10, _CIFAR10_IN_FRONT),
+    "cifar100": PublishedDataSet(100, 32, *NORMALISATIONS["cifar100"], _numbered(100), NORMALISATIONS["cifar100"]),
+    "svhn": PublishedDataSet(10, 32, *NORMALISATIONS["svhn"], _numbered(10), _CIFAR10_IN_FRONT),
+    "tinyimagenet": PublishedDataSet(
         200, 64, *NORMALISATIONS["tinyimagenet"], _numbered(200), NORMALISATIONS["tinyimagenet"]
     ),
 }
@@ -70,7 +70,7 @@ class WeightsCandidate:
     """
 
     key: str
-    entries: Entries
+    entries: FileDictionary
     prefix: str
     kind: str
 
@@ -173,7 +173,7 @@ def _same_origin(target: Path, file: Path) -> bool:
 
 
 def _select_candidate(
-    checkpoint: Entries, training_args: TrainingArgs, which: str | None, file: Path
+    checkpoint: FileDictionary, training_args: TrainingArgs, which: str | None, file: Path
 ) -> tuple[WeightsCandidate, list[str]]:
     """The network to read, and notes. Raises DmatError if there is none, or several and none is selected."""
     if set(_WANG_KEYS) <= checkpoint.keys() and training_args.get("tau", 1) == 0:
@@ -212,12 +212,12 @@ def _select_candidate(
     return fits[0], []
 
 
-def _dictionaries(checkpoint: Entries) -> list[tuple[str, Entries]]:
+def _dictionaries(checkpoint: FileDictionary) -> list[tuple[str, FileDictionary]]:
     """Keys and entries of the file's dictionary (key "") and of the nested ones, each once, _MAX_DEPTH levels down."""
-    level: list[tuple[str, Entries]] = [("", checkpoint)]
+    level: list[tuple[str, FileDictionary]] = [("", checkpoint)]
     dictionaries, seen = list(level), {id(checkpoint)}
     for _ in range(_MAX_DEPTH):
-        next_level: list[tuple[str, Entries]] = []
+        next_level: list[tuple[str, FileDictionary]] = []
         for key, entries in level:
             for name, value in entries.items():
                 if isinstance(value, dict) and isinstance(name, str) and id(value) not in seen:
@@ -230,17 +230,16 @@ def _dictionaries(checkpoint: Entries) -> list[tuple[str, Entries]]:
 
 def _weights_kind(
     key: str,
-    entries: Entries,
+    entries: FileDictionary,
     prefix: str,
-    checkpoint: Entries,
+    checkpoint: FileDictionary,
     training_args: TrainingArgs,
     file: Path,
 ) -> str:
     """AVERAGED, RAW or UNKNOWN, from the names in the file, a counter of updates, and args.txt."""
     averaged_key, raw_key = _WANG_KEYS
-    if key == averaged_key and (
-        raw_key in checkpoint or training_args
-    ):  # without averaging this key holds the raw weights
+    # Without averaging this key holds the raw weights.
+    if key == averaged_key and (raw_key in checkpoint or training_args):
         return AVERAGED if raw_key in checkpoint or training_args.get("tau") else RAW
     if key in (raw_key, _LIGHTNING_KEYS[1]):
         return RAW
@@ -251,7 +250,7 @@ def _weights_kind(
     )
 
 
-def _has_counted_updates(entries: Entries, prefix: str, file: Path) -> bool:
+def _has_counted_updates(entries: FileDictionary, prefix: str, file: Path) -> bool:
     """Whether a torch AveragedModel that wraps the network under `prefix` has counted updates."""
     counters = {
         name: value
@@ -263,7 +262,7 @@ def _has_counted_updates(entries: Entries, prefix: str, file: Path) -> bool:
 
 def _expect_kind(
     candidate: WeightsCandidate,
-    checkpoint: Entries,
+    checkpoint: FileDictionary,
     training_args: TrainingArgs,
     which: str | None,
     file: Path,
@@ -297,14 +296,14 @@ def _doubts(candidate: WeightsCandidate, which: str | None) -> list[str]:
     return []
 
 
-def _left_out_notes(entries: Entries) -> list[str]:
+def _left_out_notes(entries: FileDictionary) -> list[str]:
     """A note with the entries that are not tensors; no note if there are none."""
     names = set(foreign.tensor_names(entries))
     others = [str(name) for name in entries if name not in names]
     return [f"left out beside the tensors: {foreign.shortened_list(others)}"] if others else []
 
 
-def _no_network_error(checkpoint: Entries, file: Path) -> DmatError:
+def _no_network_error(checkpoint: FileDictionary, file: Path) -> DmatError:
     """The error for a file without a network.
 
     It describes the dictionary that should hold a network, or else the one with most tensors.
@@ -316,7 +315,7 @@ def _no_network_error(checkpoint: Entries, file: Path) -> DmatError:
             f"network's state_dict()"
         )
     entries = (
-        cast(Entries, checkpoint[key])
+        cast(FileDictionary, checkpoint[key])
         if key
         else max((e for _, e in _dictionaries(checkpoint)), key=lambda e: len(foreign.tensor_names(e)))
     )
@@ -350,10 +349,10 @@ def _data_name(training_args: TrainingArgs, data: str | None, classes: int, args
 
 def _expect_agreement(
     network: layouts.NetworkInFile,
-    data_set: DataSetSpec,
+    data_set: PublishedDataSet,
     name: str,
     training_args: TrainingArgs,
-    checkpoint: Entries,
+    checkpoint: FileDictionary,
     file: Path,
 ) -> None:
     """Raises DmatError if the tensors contradict the data set, args.txt or other entries of the file."""
@@ -396,8 +395,8 @@ def _model_name_in_args(network: layouts.NetworkInFile) -> str:
 
 
 def _normalisation(
-    network: layouts.NetworkInFile, data_set: DataSetSpec, training_args: TrainingArgs, file: Path
-) -> tuple[layouts.Normalisation, list[str]]:
+    network: layouts.NetworkInFile, data_set: PublishedDataSet, training_args: TrainingArgs, file: Path
+) -> tuple[layouts.MeanAndStd, list[str]]:
     """Mean and std of all normalising layers combined into one, and notes.
 
     Two layers in sequence: ((x - m) / s - m') / s' = (x - (m + s m')) / (s s').

@@ -87,7 +87,7 @@ LAYOUTS = {
 _OTHER_RESNET = "layer1.0.conv1.weight"  # in every ResNet and PreActResNet with torchvision's names
 
 
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one number per channel each
+MeanAndStd = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one number per channel each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +105,8 @@ class NetworkInFile:
     classes: int
     channels: int
     state: dict[str, Tensor]
-    inner_normalisation: Normalisation | None
-    front_normalisation: Normalisation | None
+    inner_normalisation: MeanAndStd | None
+    front_normalisation: MeanAndStd | None
     layer_in_front: bool
     notes: tuple[str, ...]
 
@@ -325,7 +325,7 @@ def _normalisation_names(names: Iterable[str]) -> tuple[str, ...]:
 
 def _read_normalisation(
     names: tuple[str, ...], tensors: Mapping[str, Tensor], channels: int, path: Path
-) -> Normalisation | None:
+) -> MeanAndStd | None:
     """Mean and std under these names, or None without names. Tensors: [C], or one number for all C channels."""
     if not names:
         return None

@@ -19,7 +19,6 @@ from dmat.errors import DmatError
 from dmat.metrics.intervals import wilson
 
 _TABLE = Path(__file__).with_name("leaderboard.json")
-_PROTOCOL_KEYS = ("norm", "epsilon", "images", "suite", "precision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +65,9 @@ class MeasurementProtocol(TypedDict):
     images: int  # number of attacked images
     suite: str  # "standard" or another name
     precision: str  # "fp32" or "bf16"
+
+
+_PROTOCOL_KEYS = tuple(MeasurementProtocol.__annotations__)
 
 
 def entries(data: str, norm: str) -> list[Entry]:

@@ -43,13 +43,13 @@ _TYPES = {
 }
 _STORAGES = {f"{module}.{name}": dtype for module in ("torch", "torch.cuda") for name, dtype in _TYPES.items()}
 _DICTIONARY = "collections.OrderedDict"
-TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
+_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _LITERAL = re.compile(  # instructions that put their own argument on the stack
     r"(BIN)?(INT[12]?|FLOAT)|LONG[14]?|(SHORT_)?(BIN)?(STRING|UNICODE8?)|(SHORT_)?BINBYTES8?|BYTEARRAY8"
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-RECOGNISED_NAMES = {*_STORAGES, _DICTIONARY, *TENSORS, *_PARAMETERS}
+_RECOGNISED_NAMES = {*_STORAGES, _DICTIONARY, *_TENSORS, *_PARAMETERS}
 
 Key = str | bytes | int | float | None  # of a dictionary in a file
 
@@ -70,8 +70,9 @@ class UnknownObject:
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A piece of the file that holds numbers. length: in numbers, not in bytes."""
+    """A piece of a file that holds numbers. length: in numbers, not in bytes."""
 
+    file: "TorchFile"
     key: str
     dtype: torch.dtype
     length: int
@@ -89,7 +90,6 @@ class StoredTensor:
     offset and strides: in numbers, not in bytes.
     """
 
-    file: "TorchFile"
     storage: Storage
     offset: int
     shape: tuple[int, ...]
@@ -110,15 +110,17 @@ class StoredTensor:
         last = self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
         if last >= self.storage.length:
             raise ValueError(f"a tensor ends at number {last} of a storage of {self.storage.length}")
-        whole = self.file.piece(self.storage).view(self.storage.dtype)
+        whole = self.storage.file.piece(self.storage).view(self.storage.dtype)
         return whole.as_strided(self.shape, self.strides, self.offset)
 
 
 class TorchFile:
-    """The bytes of a file and the positions of its pieces.
+    """The bytes of a file, the positions of its pieces, and what the names in its program mean.
 
-    unread_names: names that the file uses and that have no meaning here.
+    A subclass may give meaning to more names. unread_names: names that the file uses and that have no meaning here.
     """
+
+    recognised_names = _RECOGNISED_NAMES
 
     def __init__(self, content: mmap.mmap):
         self.content = content
@@ -148,7 +150,7 @@ class TorchFile:
             self.pieces[storage.key] = buffer if start % 8 == 0 else buffer.clone()  # tensors need aligned memory
         return self.pieces[storage.key][: storage.nbytes]
 
-    def resolve_storage(self, identity: object) -> Storage | UnknownObject:
+    def resolve_storage(self, identity: object) -> object:
         """The storage that the program requests by a persistent identity."""
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
             return UnknownObject("an object outside the pickle")
@@ -157,11 +159,11 @@ class TorchFile:
             return kind
         if any(view is not None for view in identity[5:]) or not isinstance(key, str) or not _are_sizes((length,)):
             raise ValueError("a storage without key and length")
-        return self.storages.setdefault(key, Storage(key, _STORAGES[kind.name], length))
+        return self.storages.setdefault(key, Storage(self, key, _STORAGES[kind.name], length))
 
     def resolve_name(self, name: str) -> UnknownObject:
         """A placeholder for a class or function. Records names that have no meaning here."""
-        if name not in RECOGNISED_NAMES:
+        if name not in self.recognised_names:
             self.unread_names.add(name)
         return UnknownObject(name)
 
@@ -173,18 +175,18 @@ class TorchFile:
             return to_dictionary(pair for pairs in arguments[:1] for pair in pairs)
         if maker.name in _PARAMETERS and arguments:
             return arguments[0]
-        if maker.name in TENSORS and len(arguments) >= 4 and isinstance(arguments[0], Storage):
+        if maker.name in _TENSORS and len(arguments) >= 4 and isinstance(arguments[0], Storage):
             storage, offset, shape, strides = arguments[:4]
             if not (_are_sizes((offset,)) and _are_sizes(shape) and _are_sizes(strides) and len(shape) == len(strides)):
                 raise ValueError("a tensor without offset, shape and strides")
-            return StoredTensor(self, storage, offset, shape, strides)
+            return StoredTensor(storage, offset, shape, strides)
         return maker
 
     def resolve_state(self, target: object, state: object) -> None:
         """Receives the state of an object. Drops it, because no object was created."""
 
     def resolve_items(self, target: object, items: list[object]) -> None:
-        """Receives items of an object that is not a list or dict, as they alternate in the pickle. Drops them."""
+        """Receives key, value, key, value ... of an object that is not a dictionary. Drops them."""
 
 
 def read(path: Path) -> tuple[object, list[str]]:
@@ -197,21 +199,8 @@ def read(path: Path) -> tuple[object, list[str]]:
             raise ValueError("it is empty")
         content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     file = TorchFile(content)
-    value = _read_zip(file, path) if content[:4] == _ZIP else _read_legacy(file)
+    value = _read_zip(file, path) if content[:4] == _ZIP else read_legacy(file)
     return value, sorted(file.unread_names)
-
-
-@dataclasses.dataclass(frozen=True)
-class StorageOfFile:
-    """A storage in a file of its own, as a pickle that torch.save did not write holds each of its storages."""
-
-    file: "TorchFile"
-    storage: Storage
-
-
-def read_content(file: TorchFile) -> object:
-    """Reads the value that the bytes of a file hold, in the older format. Tensors are `StoredTensor`s."""
-    return _read_legacy(file)
 
 
 def _read_zip(file: TorchFile, path: Path) -> object:
@@ -242,7 +231,7 @@ def _first_byte(content: mmap.mmap, member: zipfile.ZipInfo) -> int:
     return member.header_offset + 30 + name + extra
 
 
-def _read_legacy(file: TorchFile) -> object:
+def read_legacy(file: TorchFile) -> object:
     """Reads the older format: five pickles, then the pieces.
 
     The program is the fourth pickle; the fifth one lists the pieces in their order.
@@ -300,10 +289,13 @@ def run_pickle(program: IO[bytes], file: TorchFile) -> Any:
         return items
 
     def put(items: list[object]) -> None:
-        """Adds items to the container on top of the stack."""
+        """Adds items to the list on top of the stack; if it is not a list, drops them."""
         if isinstance(stack[-1], list):
             stack[-1].extend(items)
-        elif isinstance(stack[-1], dict):
+
+    def put_entries(items: list[object]) -> None:
+        """Adds key, value, key, value ... to the dictionary or object on top of the stack."""
+        if isinstance(stack[-1], dict):
             stack[-1].update(to_dictionary(zip(items[::2], items[1::2], strict=True)))
         else:
             file.resolve_items(stack[-1], items)
@@ -338,10 +330,12 @@ def run_pickle(program: IO[bytes], file: TorchFile) -> Any:
                 stack.append(tuple(last(int(name[-1]))))
             case "APPEND":
                 put(last(1))
-            case "SETITEM":
-                put(last(2))
-            case "APPENDS" | "SETITEMS" | "ADDITEMS":
+            case "APPENDS" | "ADDITEMS":
                 put(since_mark())
+            case "SETITEM":
+                put_entries(last(2))
+            case "SETITEMS":
+                put_entries(since_mark())
             case "DUP":
                 stack.append(stack[-1])
             case "POP":

@@ -50,13 +50,13 @@ CARRIERS = {
     "dmat.tracking": "MLflow",
     "dmat.training.curves": "pictures, which no other stage reads",
     "dmat.training.interruption": "signals",
-    "dmat.training.long_run": "checkpoints, metrics and the progress bar: a resumed run ends as an undisturbed one",
+    "dmat.training.long_run": "checkpoints, metrics and the progress bar: a resumed run ends as an uninterrupted one",
     "dmat.workspace": "where the files of a project are",
 }
-_CARRIERS_OF = {
-    "train_diffusion": {"dmat.diffusion.samplers"}
-}  # more for one stage: used for a picture of samples only
-_DECIDING = {"write_report": {"dmat.report.lineage", "dmat.metrics.pictures"}}  # carriers that the report shows
+# More carriers for one stage: used for a picture of samples only.
+_CARRIERS_OF = {"train_diffusion": {"dmat.diffusion.samplers"}}
+# Carriers that count for one stage: the report shows the pictures.
+_DECIDING = {"write_report": {"dmat.metrics.pictures"}}
 
 _PACKAGES = ("pyautoattack",)  # their versions decide results
 _WARNINGS = {"warnings.warn", "tqdm.write"}  # the texts that these functions get decide nothing
@@ -369,6 +369,7 @@ def _of_plugin(import_path: str, closure: set[str], carriers: set[str]) -> str:
         paths = {path for path in paths if path.is_relative_to(folder) and path.suffix != ".py" and path.is_file()}
         data |= {path.relative_to(folder).as_posix(): files.sha256(path) for path in paths}
     dmat_digests = {module: sources.digest(module) for module in sources.closure(dmat_modules, carriers) - closure}
+    # "word", "own": keys of earlier versions: a new name would change every identity.
     return _digest({"word": import_path, "own": modules, "files": data, "dmat": dmat_digests})
 
 

@@ -7,7 +7,7 @@ pictures. In a project the evaluation is tracked like a stage; elsewhere it is n
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NotRequired, TypedDict, cast
+from typing import Final, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from dmat.data.sources import ImageSource, listing, recognise
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.evaluation import work
-from dmat.evaluation.evaluate import Evaluation, EvaluationProtocol, Headline, Summary, Verdict
+from dmat.evaluation.evaluate import Evaluation, EvaluationProtocol, Summary, Verdict
 from dmat.evaluation.measures import Subject, images_sha256
 from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, write_table
 from dmat.models import importing, leaderboard
@@ -312,12 +312,11 @@ def result_lines(result: DirectResult) -> list[str]:
         for name, value in result.summary.items()
         if isinstance(value, dict) and "low" in value and name != "headline"
     ]
-    if not result.verdict.reasons:
+    if headline := result.summary["headline"]:
         threat = result.protocol["threat"]
-        value = cast(Headline, result.summary["headline"])["value"]  # without reasons there is one
         lines.append(
-            f"headline: {100 * value:.2f} % under standard AutoAttack, {threat['norm']} {threat['epsilon']}; all "
-            f"{len(result.verdict.checks)} checks passed"
+            f"headline: {100 * headline['value']:.2f} % under standard AutoAttack, "
+            f"{threat['norm']} {threat['epsilon']}; all {len(result.verdict.checks)} checks passed"
         )
     return lines + result.verdict.sentences
 
@@ -342,7 +341,7 @@ def _threat(request: Request, sidecar: ClassifierSidecar) -> Threat:
     norm, epsilon = request.norm or recorded.get("norm"), request.epsilon or recorded.get("epsilon")
     if norm is None or epsilon is None:
         raise DmatError(
-            f"{request.model.with_suffix('.json')} says no threat model; expected one; give --norm and --epsilon, for "
+            f"{request.model.with_suffix('.json')} has no threat model; expected one; give --norm and --epsilon, for "
             f"example --norm linf --epsilon 8/255"
         )
     return config.threat(norm, epsilon)

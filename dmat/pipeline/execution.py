@@ -43,9 +43,8 @@ def execute(
     return {}.
     Raises DmatError, and Interrupted on a signal.
     """
-    process_count = (
-        processes.torchrun_processes()
-    )  # before joining the group: the first process that fails would break it for the others
+    # Before joining the group: the first process that fails would break it for the others.
+    process_count = processes.torchrun_processes()
     if process_count > 1 and plan.stage.processes == "one":
         raise DmatError(
             f"{plan.stage.name} was started in {process_count} processes; expected one, as only "
@@ -257,7 +256,6 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
                 "outputs": {path: files.checksum(source) for path, source in _published_sources(plan).items()},
             },
         }
-
         work_folder.write_finished(plan.work, finished)
         tracked.finish_with(metrics | measured, [*sorted(job.pictures.glob("*.png")), *result.attachments])
     return finished

@@ -8,9 +8,9 @@ from dmat import ARTIFACTS, NONE, SOURCES, files, plugins
 from dmat.config import Params, Record
 from dmat.errors import DmatError
 from dmat.pipeline import code_identity, work_folder
-from dmat.pipeline.stages import STAGES, Instance, Stage
+from dmat.pipeline.stages import STAGES, Stage
 from dmat.pipeline.work_folder import Finished
-from dmat.workspace import Workspace
+from dmat.workspace import InputRecord, Instance, Workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Plan:
     stage: Stage
     instance: Instance
     settings: Record
-    inputs: dict[str, dict[str, str]]  # name -> path, sha256
+    inputs: dict[str, InputRecord]  # by name
     outputs: dict[str, str]  # name -> path
     code: str  # identity of the stage's code, as in code.yaml
     plugins: dict[str, str]  # import path -> identity of that code of the project
@@ -69,7 +69,7 @@ def plan(stage: Stage, instance: Instance, params: Params, workspace: Workspace,
         )
     code = code_identity.expect(stage.name, workspace.root) if code is None else code
     settings = stage.settings(params, **instance)
-    inputs = {
+    inputs: dict[str, InputRecord] = {
         name: {"path": path, "sha256": _checksum(stage.name, settings, workspace.at(path))}
         for name, path in stage.inputs(params, **instance).items()
     }
@@ -79,7 +79,7 @@ def plan(stage: Stage, instance: Instance, params: Params, workspace: Workspace,
     identity = {
         "stage": stage.name,
         "code": code,
-        "chosen": dict(instance),
+        "chosen": dict(instance),  # key of earlier versions: a new name would change every fingerprint
         "settings": settings.plain(),
         "inputs": {name: entry["sha256"] for name, entry in inputs.items()},
     }

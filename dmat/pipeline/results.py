@@ -9,7 +9,7 @@ from dmat.errors import DmatError
 from dmat.pipeline.stages import STAGES
 from dmat.report import lineage
 from dmat.report.lineage import Chain, LineageStep, Makers
-from dmat.workspace import Workspace, provenance_path
+from dmat.workspace import InputRecord, Workspace, provenance_path
 
 
 def chain(result: str, params: Params, workspace: Workspace) -> LineageStep:
@@ -23,12 +23,12 @@ def chain(result: str, params: Params, workspace: Workspace) -> LineageStep:
         return Chain(makers, workspace, verify=True).step(*_resolve_result(result, makers, workspace))
 
 
-def ancestors_of_inputs(
-    inputs: Mapping[str, Mapping[str, str]], params: Params, workspace: Workspace
-) -> list[LineageStep]:
-    """All steps that inputs come from, without verifying checksums. inputs: name -> {"path", "sha256"}."""
-    chain = Chain(_makers(params), workspace, verify=False)
-    return lineage.ancestors([maker for name, entry in inputs.items() for maker in chain.link(name, **entry).makers])
+def ancestors_of_inputs(inputs: Mapping[str, InputRecord], params: Params, workspace: Workspace) -> list[LineageStep]:
+    """All steps that inputs come from, without verifying checksums. inputs: by name."""
+    lineage_chain = Chain(_makers(params), workspace, verify=False)
+    return lineage.ancestors(
+        [maker for name, entry in inputs.items() for maker in lineage_chain.link(name, **entry).makers]
+    )
 
 
 def _makers(params: Params) -> Makers:

@@ -8,17 +8,16 @@ This module loads neither torch nor pydantic, so that the command line starts at
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 from dmat import ARTIFACTS, NONE, SOURCES
-from dmat.workspace import provenance_path
+from dmat.workspace import Instance, provenance_path
 
 if TYPE_CHECKING:
     from dmat.config import Params, Record
 
-Instance = Mapping[str, str | int]  # key -> value, such as {"arm": "generated", "seed": 1}
 Paths = dict[str, str]  # input or output name -> path below the project
 
 
@@ -83,7 +82,7 @@ class Stage:
         """Path of an instance's folder of pictures below the project."""
         return f"{ARTIFACTS}/pictures/{self.name}/{self.instance_name(instance)}"
 
-    def all_instances(self, params: "Params") -> list[dict[str, str | int]]:
+    def all_instances(self, params: "Params") -> list[Instance]:
         """Every instance that a parameter file asks for: all combinations of the values of its keys."""
         lists: dict[str, Iterable[str | int]] = {
             "generator": params.generators,
@@ -92,7 +91,7 @@ class Stage:
             "arm": params.arms,
             "seed": params.seeds,
         }
-        combinations: list[dict[str, str | int]] = [{}]
+        combinations: list[Instance] = [{}]
         for key in self.keys:
             combinations = [{**combination, key: value} for combination in combinations for value in lists[key]]
         return combinations

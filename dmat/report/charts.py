@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dmat.metrics.intervals import Interval
-from dmat.metrics.pictures import PALETTE
+from dmat.metrics.pictures import PALETTE, History
 from dmat.report.comparison import HEADLINE, MEASURES, ArmMeasure, Comparison
 from dmat.report.costs import Cost
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # importing them loads plotly and torch
     from dmat.evaluation.evaluate import SweepPoint
 
 Chart = dict[str, object]  # data and layout, the arguments of Plotly.newPlot
-History = Sequence[Mapping[str, float]]
 _DASHES = ("solid", "dot", "dash", "dashdot", "longdash")
 
 

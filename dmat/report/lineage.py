@@ -52,7 +52,7 @@ class LineageStep:
     def broken(self) -> list[str]:
         """A sentence for each link that does not hold."""
         return [
-            f"{step.title} read {link.path} as {link.sha256[:_SHORT_LENGTH]}, but its content is different now"
+            f"{step.title} read {link.path} as {link.sha256[:_SHORT_LENGTH]}, but it is missing or different now"
             for step in self.steps()
             for link in step.links
             if not link.holds
@@ -128,22 +128,22 @@ class Chain:
         }
         self._steps: dict[str, LineageStep] = {}
 
-    def step(self, stage: str, instance_name: str) -> LineageStep:
+    def step(self, stage_name: str, instance_name: str) -> LineageStep:
         """The step of a stage instance, with all its ancestors. Raises DmatError where its provenance is missing."""
-        title = f"{stage} {instance_name}"
+        title = f"{stage_name} {instance_name}"
         if title not in self._steps:
-            provenance: Provenance = files.read_json(self._workspace.at(provenance_path(stage, instance_name)))
+            provenance: Provenance = files.read_json(self._workspace.at(provenance_path(stage_name, instance_name)))
             links = tuple(self.link(name, **entry) for name, entry in provenance["inputs"].items())
             run, parent = mlflow_runs(provenance, self._workspace.home)
             self._steps[title] = LineageStep(
-                stage,
+                stage_name,
                 instance_name,
                 provenance["fingerprint"],
                 run,
                 parent,
                 provenance.get("git_commit"),
                 links,
-                self._ranks[stage],
+                self._ranks[stage_name],
             )
         return self._steps[title]
 

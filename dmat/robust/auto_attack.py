@@ -61,7 +61,7 @@ def suite(attacks: str | Sequence[str], classes: int) -> Suite:
         if classes < _CLASSES_NEEDED.get(name, 2):
             raise DmatError(
                 f"{name} needs {_CLASSES_NEEDED[name]} classes, the model has {classes}; expected attacks without the "
-                f"DLR loss; leave it out, or say standard"
+                f"DLR loss; leave it out, or write standard"
             )
     return Suite(names, targets, standard=names == STANDARD)
 

@@ -9,7 +9,7 @@ import platform
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import filelock
 import psutil
@@ -20,7 +20,20 @@ from dmat.tracking import stores
 from dmat.tracking.run_record import FILES, RunRecord, RunUploader, read_tracking
 
 LOST = "the process ended without a final status: it was killed, or the machine stopped"
-_KEYS = {"folder", "host", "pid", "started", "by_children", "store"}
+
+
+class Marker(TypedDict):
+    """Content of a marker file."""
+
+    folder: str  # with the record of the run, see `relative`
+    host: str  # name of the machine
+    pid: int  # of the process that executes the run
+    started: str | float  # `liveness.identity` of that process; earlier versions: its start in seconds since 1970
+    by_children: bool  # the status of the run is that of its children
+    store: str  # see `stores.identity`
+
+
+_KEYS = Marker.__required_keys__
 
 
 def write(home: Path, folder: Path, pid: int, by_children: bool = False) -> None:
@@ -28,12 +41,18 @@ def write(home: Path, folder: Path, pid: int, by_children: bool = False) -> None
 
     by_children: the status of the run is that of its children.
     """
-    process = {"pid": pid, "started": liveness.identity(pid), "host": platform.node()}
-    marker = {"folder": relative(home, folder), "by_children": by_children, "store": stores.identity(home)}
-    _write(home, folder, process | marker)
+    marker: Marker = {
+        "pid": pid,
+        "started": liveness.identity(pid),
+        "host": platform.node(),
+        "folder": relative(home, folder),
+        "by_children": by_children,
+        "store": stores.identity(home),
+    }
+    _write(home, folder, marker)
 
 
-def read(home: Path) -> list[tuple[Path, dict[str, Any]]]:
+def read(home: Path) -> list[tuple[Path, Marker]]:
     """Path and content of every marker file. Unreadable ones are left out; `damaged` lists them."""
     return [(path, marker) for path in _paths(home) if (marker := _read(path)) is not None]
 
@@ -43,12 +62,12 @@ def damaged(home: Path) -> list[Path]:
     return [path for path in _paths(home) if path.exists() and _read(path) is None]
 
 
-def folder_of(home: Path, marker: dict[str, Any]) -> Path:
+def folder_of(home: Path, marker: Marker) -> Path:
     """The folder with the record of a marker's run."""
     return home / marker["folder"]
 
 
-def alive(marker: dict[str, Any]) -> bool:
+def alive(marker: Marker) -> bool:
     """Whether the process of a marker still runs. A reused pid does not count.
 
     Processes of other machines cannot be checked and count as alive.
@@ -71,7 +90,7 @@ def _is_running_since(pid: int, start_time: float) -> bool:
         return False
 
 
-def elsewhere(marker: dict[str, Any]) -> bool:
+def elsewhere(marker: Marker) -> bool:
     """Whether the marker is of another machine that shares this project."""
     return bool(marker["host"] != platform.node())
 
@@ -133,8 +152,8 @@ def sync(home: Path, report: bool = False, dead_hosts: Collection[str] = (), wai
 def reap(home: Path, names: Collection[str]) -> list[str]:
     """Ends runs whose process died on another machine. Returns a line for each.
 
-    names: machines, of which all runs are ended; or ids of runs (the start of one suffices) that no record of this
-    project holds. Without names, lists what there is to end.
+    names: machines, of which all runs are ended; or ids of runs (the start of one suffices) without a marker file in
+    this project. Without names, lists what there is to end.
 
     Raises DmatError for a run that is alive or has ended, for a name that is neither, and if the store is unreachable.
     """
@@ -156,18 +175,18 @@ def reap(home: Path, names: Collection[str]) -> list[str]:
         if matches[0] in markers:
             marker = markers[matches[0]]
             raise DmatError(
-                f"run {matches[0][:8]} is recorded as work of process {marker['pid']} on {marker['host']}; expected "
-                f"one without a record here; stop that process, or name the machine if it is gone for good"
+                f"run {matches[0][:8]} has a marker file of process {marker['pid']} on {marker['host']}; expected "
+                f"one without a marker file; stop that process, or name the machine if it is gone for good"
             )
         client.set_tag(matches[0], "dmat.error", LOST)
         client.set_terminated(matches[0], status="KILLED")
         lines.append(f"{running[matches[0]].info.run_name}: KILLED")
     if not names:
-        unrecorded = [run for id_, run in running.items() if id_ not in markers]
+        unmarked = [run for id_, run in running.items() if id_ not in markers]
         lines += [
-            f"{run.info.run_name} ({run.info.run_id[:8]}) is open and has no record here: if it died, "
+            f"{run.info.run_name} ({run.info.run_id[:8]}) is open and has no marker file here: if it died, "
             f"`dmat runs reap {run.info.run_id[:8]}`"
-            for run in unrecorded
+            for run in unmarked
         ]
     return lines or ["no run died elsewhere"]
 
@@ -206,7 +225,7 @@ def _parent(folder: Path) -> str | None:
     return about.get("parent") if isinstance(about, dict) else None
 
 
-def _needs_sync(home: Path, marker: dict[str, Any], dead_hosts: Collection[str]) -> bool:
+def _needs_sync(home: Path, marker: Marker, dead_hosts: Collection[str]) -> bool:
     """Whether a run has ended: it recorded its ending, or its process is gone."""
     if marker["host"] in dead_hosts and elsewhere(marker):
         return True
@@ -215,7 +234,7 @@ def _needs_sync(home: Path, marker: dict[str, Any], dead_hosts: Collection[str])
     return True
 
 
-def _sync_run(home: Path, path: Path, marker: dict[str, Any], dead_hosts: Collection[str]) -> list[str]:
+def _sync_run(home: Path, path: Path, marker: Marker, dead_hosts: Collection[str]) -> list[str]:
     """Sends what the store lacks of one run. Does nothing if the run was started again or ended since `marker` was
     read."""
     folder = folder_of(home, marker)
@@ -284,7 +303,7 @@ def _paths(home: Path) -> list[Path]:
     return sorted((home / "mlruns" / "active").glob("[!.]*.json"))
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> Marker | None:
     """Content of a marker file; None if it is missing or damaged."""
     try:
         marker = files.read_json(path)
@@ -292,17 +311,18 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(marker, dict) or not set(marker) >= _KEYS:
         return None
-    return marker | {"store": redaction.address(marker["store"])}  # earlier versions wrote a password into it
+    # earlier versions wrote a password into the store's address
+    return cast(Marker, marker) | {"store": redaction.address(marker["store"])}
 
 
-def _write(home: Path, folder: Path, marker: dict[str, Any]) -> None:
+def _write(home: Path, folder: Path, marker: Marker) -> None:
     path = _path(home, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(home):
         files.write_json(path, marker)
 
 
-def _unlink_unchanged(home: Path, path: Path, marker: dict[str, Any]) -> None:
+def _unlink_unchanged(home: Path, path: Path, marker: Marker) -> None:
     """Removes a marker file unless its run was started again meanwhile."""
     with _lock(home):
         if _read(path) == marker:

@@ -19,6 +19,7 @@ from dmat import files, redaction
 from dmat.errors import DmatError
 from dmat.tracking import dvc_process, origin, overview, registry, stores
 from dmat.tracking.registry import RegistryCandidate
+from dmat.workspace import InputRecord
 
 _METRICS_PER_REQUEST = 1000  # limit of MLflow
 _MAX_DIGEST = 36  # characters of the digest of a data set, limit of MLflow
@@ -29,7 +30,9 @@ DEFAULTS: dict[str, Any] = {
     "parent": None,  # id of the parent run
     "sent": 0,  # bytes of metrics.jsonl that the store has
     "seconds": 0.0,  # duration of all attempts so far
-    "about": None,  # name, tags, settings, inputs, started, folder of the parent's record, behind (the ancestors)
+    # name, tags, settings, inputs, started, git, code, folder of the parent's record, behind (the ancestors); of a
+    # parent also root (the folder with dvc.lock) and dvc (its pid)
+    "about": None,
     "tags": {},  # set after the start of the run
     "ending": None,  # status, error, metrics, pictures, models, ended; None while the run is active
     "restored": {},  # of a parent: stage instances that DVC restored -> ids of the runs that computed them
@@ -40,7 +43,8 @@ FILES = ("tracking.json", "tracking.lock", "sending.lock", origin.PATCH)
 
 
 class RunRecord:
-    """The file `tracking.json` of a folder. A record belongs to one store; with another store it starts empty.
+    """The file `tracking.json` of a folder. A record belongs to one store; with another store it starts empty,
+    but for `seconds`.
 
     Several threads and processes may hold the record of one run (a study and its trials), so `update` merges its values
     into the present content of the file. lock: held only for that, never during requests to a store.
@@ -281,7 +285,7 @@ class RunUploader:
         for start in range(0, len(metric_list), _METRICS_PER_REQUEST):
             self._client.log_batch(self.record["run"], metrics=metric_list[start : start + _METRICS_PER_REQUEST])
 
-    def _log_inputs(self, run: str, inputs: Mapping[str, Mapping[str, str]]) -> None:
+    def _log_inputs(self, run: str, inputs: Mapping[str, InputRecord]) -> None:
         """Logs the inputs of the run as MLflow data sets: path, hash, and the name of the input as context."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 

@@ -17,7 +17,7 @@ from dmat.tracking.run_record import WORK, RunRecord, read_tracking
 from dmat.tracking.system import SystemMonitor
 
 if TYPE_CHECKING:
-    from dmat.workspace import CodeOrigin, RunOrigin
+    from dmat.workspace import CodeOrigin, InputRecord, RunOrigin
 
 _SAMPLE_EVERY = 10.0  # seconds between two samples of system metrics
 _MAX_SENDERS = 3  # senders that a run starts before it ends, if they die
@@ -135,11 +135,11 @@ class Run:
 
     def _sample_system(self) -> None:
         """The thread that samples system metrics until the block ends, and starts a new sender if one died."""
-        sampler = SystemMonitor()
+        monitor = SystemMonitor()
         while not self._is_closing.wait(_SAMPLE_EVERY):
             if self._sender.has_ended and self._sender_starts < _MAX_SENDERS:
                 self._start_sender()
-            self._sender.send_system_metrics(self.folder, sampler.sample(), time.time() - self._started)
+            self._sender.send_system_metrics(self.folder, monitor.sample(), time.time() - self._started)
 
     def _handle_answer(self, event: str, text: str) -> None:
         """Handles an answer of the sender about this run. event: `what` of a `sender.Answer`; text: its text."""
@@ -169,7 +169,7 @@ def open_run(
     stage: str,
     instance_name: str,
     settings: Mapping[str, Any],
-    inputs: Mapping[str, Mapping[str, str]],
+    inputs: "Mapping[str, InputRecord]",
     compute: Mapping[str, Any],
     root: Path | None = None,
     ancestors: Mapping[str, Mapping[str, str | None]] | None = None,
@@ -180,7 +180,7 @@ def open_run(
 ) -> Run:
     """The tracked run of a stage instance; resumed if `work` has a record. DMAT_TRACKING=off disables tracking.
 
-    inputs: name -> path and sha256. compute: device, precision, threads. root: the work tree whose code and parameters
+    inputs: by name. compute: device, precision, threads. root: the work tree whose code and parameters
     are used, by default `home`. ancestors: stage instances that the inputs come from -> their `run` and its `parent`.
     parent: folder with the record of the parent run, by default that of the `dvc` process above, if any. fingerprint:
     of settings and inputs, if the work has its own.

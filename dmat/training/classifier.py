@@ -26,7 +26,8 @@ from dmat.errors import Diverged, UnfitError
 from dmat.robust import attacks, losses
 from dmat.robust.attacks import Ball
 from dmat.training import ema, schedules
-from dmat.training.long_run import LongRun, State
+from dmat.training.checkpoints import State
+from dmat.training.long_run import LongRun
 from dmat.training.prefetcher import Prefetcher
 
 _CHECK_EVERY = 64  # steps between two checks that the loss is finite; each waits for the GPU
@@ -156,6 +157,7 @@ def train(
         _stop_if_not_finite(progress, batches, settings.batch, run)
         return {
             "model": model.state_dict(),
+            # key of earlier versions: a new name would make every checkpoint useless
             "averaged": ema_model.state_dict(),
             "optimiser": optimiser.state_dict(),
             "class_means": class_means.state(),
@@ -277,7 +279,7 @@ class _StepInputs:
 
     images: Tensor  # [D, C, H, W], D images drawn for the whole batch, B / cutmix_copies
     labels: Tensor  # int64 [D]
-    start: Tensor  # [B, C, H, W] start of the attack, this process's rows only
+    start: Tensor  # start of the attack [R, C, H, W], R = this process's rows of the batch
 
 
 def _load_step(

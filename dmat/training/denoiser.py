@@ -16,7 +16,8 @@ from dmat.data.pixels import to_float
 from dmat.devices import Compute
 from dmat.diffusion import edm
 from dmat.training import ema, schedules
-from dmat.training.long_run import LongRun, State, stop_if_not_finite
+from dmat.training.checkpoints import State
+from dmat.training.long_run import LongRun, stop_if_not_finite
 
 
 class DenoiserSettings(Protocol):
@@ -72,6 +73,7 @@ def train(
     def snapshot() -> State:
         return {
             "denoiser": denoiser.state_dict(),
+            # key of earlier versions: a new name would make every checkpoint useless
             "averaged": ema_model.state_dict(),
             "optimiser": optimiser.state_dict(),
             "progress": progress,

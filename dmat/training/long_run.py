@@ -17,9 +17,9 @@ from dmat import files
 from dmat.devices import Compute
 from dmat.errors import Diverged, DmatError
 from dmat.training import checkpoints
+from dmat.training.checkpoints import State
 from dmat.training.interruption import Interruption
 
-State = checkpoints.State
 Watcher = Callable[[int, dict[str, float]], None]  # images seen, values
 
 

@@ -21,7 +21,7 @@ class Prefetcher(Generic[Inputs]):
         """end: the first step that is never requested."""
         self._make, self._end = make, end
         self._pending: deque[tuple[int, Future[Inputs]]] = deque()
-        self._thread = ThreadPoolExecutor(1, "ahead")
+        self._thread = ThreadPoolExecutor(1, "prefetcher")
 
     def at(self, step: int) -> Inputs:
         """Returns the inputs of a step, waiting for them if necessary, and starts on the next steps."""

@@ -68,32 +68,33 @@ class NetworkSidecar(Sidecar):
     class_names: NotRequired[list[str] | None]
 
 
-class TrainingRecord(TypedDict, total=False):
+class TrainingOrigin(TypedDict, total=False):
+    """What train_robust alone writes into a sidecar. Imports and scorers have none of these keys."""
+
+    arm: str
+    loss: str
+    mix_sha256: str  # of mix.json
+    images_seen: int  # until these weights
+
+
+class TrainingRecord(TrainingOrigin, total=False):
     """How train_robust trained a classifier. A scorer has none of these keys."""
 
     threat: ThreatRecord
     seed: int
-    arm: str
-    loss: str
     beta: float
-    mix_sha256: str  # of mix.json
-    images_seen: int  # until these weights
 
 
 class TrainedSidecar(NetworkSidecar, TrainingRecord):
     """The sidecar of a classifier that a stage trained."""
 
 
-class ClassifierSidecar(NetworkSidecar, total=False):
+class ClassifierSidecar(NetworkSidecar, TrainingOrigin, total=False):
     """The sidecar of any classifier, trained or imported."""
 
     threat: ThreatRecord | None  # None for an import whose args.txt does not say it
     seed: object  # a whole number; for an import, the JSON value in args.txt
     beta: object  # a number; for an import, the JSON value in args.txt
-    arm: str
-    loss: str
-    mix_sha256: str
-    images_seen: int
     # of imports alone
     data: str  # name in DATA of `models.importing`
     licence: str  # of the weights
@@ -118,14 +119,11 @@ def save(path: Path, state: dict[str, Tensor], sidecar: Sidecar) -> None:
     files.write_json(path.with_suffix(".json"), {"schema": SCHEMA, "sha256": files.sha256(path), **sidecar})
 
 
+# Tensors of any shape.
 @overload
-def read(
-    path: Path, kind: Literal["classifier"]
-) -> tuple[dict[str, Tensor], ClassifierSidecar]: ...  # tensors of any shape
+def read(path: Path, kind: Literal["classifier"]) -> tuple[dict[str, Tensor], ClassifierSidecar]: ...
 @overload
-def read(
-    path: Path, kind: Literal["denoiser"]
-) -> tuple[dict[str, Tensor], DenoiserSidecar]: ...  # tensors of any shape
+def read(path: Path, kind: Literal["denoiser"]) -> tuple[dict[str, Tensor], DenoiserSidecar]: ...
 def read(path: Path, kind: Kind) -> tuple[dict[str, Tensor], Sidecar]:
     """Reads state dict (tensors of any shape) and sidecar of weights.
 

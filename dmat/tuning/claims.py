@@ -48,7 +48,7 @@ class Claims:
     def __init__(self, engine: sqlalchemy.Engine, study: str):
         self._engine, self._study = engine, study
         self._holder, self._machine_id = uuid.uuid4().hex, _machine_id()
-        self._born = liveness.start_time(os.getpid())
+        self._start_time = liveness.start_time(os.getpid())
         self._held: set[str] = set()
         self._confirmed: dict[str, float] = {}  # key -> time of the last confirmation by the storage
         self._closing = threading.Event()
@@ -71,11 +71,11 @@ class Claims:
         self._closing.set()
         with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):  # the storage is unreachable: the claims become stale
             for key in list(self._held):
-                self.give_back(key)
+                self.release(key)
 
     def take(self, key: str) -> bool:
         """Takes a claim if it is free. Returns whether this process holds it now; False: a running process holds it."""
-        claim = {"holder": self._holder, "place": self._machine_id, "pid": os.getpid(), "born": self._born}
+        claim = {"holder": self._holder, "place": self._machine_id, "pid": os.getpid(), "born": self._start_time}
         with self._engine.begin() as connection:
             row = connection.execute(_CLAIMS.select().where(*self._key(key))).mappings().first()
             now = connection.execute(sqlalchemy.select(self._now)).scalar_one()
@@ -99,7 +99,7 @@ class Claims:
                 if result.rowcount != 1:
                     return False
         self._held.add(key)
-        self._confirmed[key] = _awake_or_not()
+        self._confirmed[key] = _boottime()
         return True
 
     def holds(self, key: str, within: float = 0.0) -> bool:
@@ -107,7 +107,7 @@ class Claims:
 
         within: seconds, well below `STALE`, for which an earlier confirmation is enough: no process takes a claim then.
         """
-        now = _awake_or_not()
+        now = _boottime()
         if now - self._confirmed.get(key, -STALE) < within:
             return True
         with self._engine.begin() as connection:
@@ -120,7 +120,7 @@ class Claims:
         self._confirmed[key] = now
         return True
 
-    def give_back(self, key: str) -> None:
+    def release(self, key: str) -> None:
         self._held.discard(key)
         self._confirmed.pop(key, None)
         with self._engine.begin() as connection:
@@ -155,7 +155,7 @@ class Claims:
         try:
             yield
         finally:
-            self.give_back(_QUEUE_LOCK)
+            self.release(_QUEUE_LOCK)
 
     def _key(self, key: str) -> tuple[Any, ...]:
         return _CLAIMS.c.study == self._study, _CLAIMS.c.item == key
@@ -172,7 +172,7 @@ class Claims:
                     self.holds(key)
 
 
-def _awake_or_not() -> float:
+def _boottime() -> float:
     """Seconds of a clock that also runs while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 

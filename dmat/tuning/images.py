@@ -12,7 +12,7 @@ from dmat import files
 from dmat.config import Params, TrialSettings
 from dmat.pipeline import STAGES, code_identity, execution, planning
 from dmat.tuning.plan import Study
-from dmat.workspace import Workspace
+from dmat.workspace import Instance, Workspace
 
 _STAGES = ("generate_images", "score_images", "select_images")
 
@@ -49,7 +49,7 @@ def _make(plan: Study, trial: TrialSettings, params: Params, workspace: Workspac
     )
     for path in (code_identity.NAME, *(plan.inputs[input_name]["path"] for input_name in ("denoiser", "scorer"))):
         files.publish(workspace.at(path), trial_workspace.at(path))
-    instances: list[tuple[str, dict[str, str]]] = [
+    instances: list[tuple[str, Instance]] = [
         ("generate_images", {"image_set": name}),
         ("score_images", {"image_set": name}),
         ("select_images", {"selection": selection}),

@@ -26,7 +26,7 @@ from dmat.training.interruption import Interruption
 from dmat.training.long_run import MetricsLog
 from dmat.tuning import applying, ranking, report, storage, worker
 from dmat.tuning.claims import Claims
-from dmat.tuning.plan import CODE, VARIABLE, WORD, Study, changes_images
+from dmat.tuning.plan import CODE_STAGES, STAGE_NAME, STORAGE_VARIABLE, Study, changes_images
 from dmat.tuning.storage import explain_storage_errors
 from dmat.tuning.trials import TrialContext, trial_key
 from dmat.workspace import Workspace
@@ -58,7 +58,7 @@ def run(plan: Study, params: Params, workspace: Workspace, options: StudyOptions
     Raises Interrupted on a signal, after saving the running trials, and DmatError on bad input or if the code is not
     that of code.yaml.
     """
-    for stage_name in CODE:
+    for stage_name in CODE_STAGES:
         code_identity.expect(stage_name, workspace.root)
     compute = execution.resolve(params)
     context = TrialContext(plan, params, workspace, compute, params.compute.save_every_seconds)
@@ -74,10 +74,8 @@ def run(plan: Study, params: Params, workspace: Workspace, options: StudyOptions
     import torch._dynamo  # noqa: F401 - by the first optimiser; seconds that no trial should be charged with
 
     rdb = storage.connect(plan.storage)
-    with (
-        Interruption(at_once=True) as interruption,
-        explain_storage_errors(plan.storage),
-    ):  # for all access inside
+    # Errors of the storage are explained for all access inside.
+    with Interruption(at_once=True) as interruption, explain_storage_errors(plan.storage):
         claims = Claims(rdb.engine, plan.name)
         with claims:
             is_leader = not options.helps and claims.take(LEADER)
@@ -101,7 +99,7 @@ def run(plan: Study, params: Params, workspace: Workspace, options: StudyOptions
                 with work_folder.lock(plan.folder):
                     if not _finished(context, options.total):
                         _lead(context, options, check_interruption)
-                    files.publish(plan.folder / "result", workspace.at(f"{ARTIFACTS}/{WORD}/{plan.settings.arm}"))
+                    files.publish(plan.folder / "result", workspace.at(f"{ARTIFACTS}/{STAGE_NAME}/{plan.settings.arm}"))
             return report.summary(plan, study)
 
 
@@ -112,7 +110,7 @@ def _lead(context: TrialContext, options: StudyOptions, check_interruption: Call
     tracked = tracking.open_run(
         context.workspace.home,
         plan.folder,
-        stage=WORD,
+        stage=STAGE_NAME,
         instance_name=plan.settings.arm,
         settings=plan.settings.plain(),
         inputs=plan.inputs,
@@ -191,7 +189,7 @@ class _Process:
         self._context, self._number = context, number
         process_count = context.params.compute.processes
         launcher = [] if process_count == 1 else processes.launcher(process_count)
-        arguments = ["-m", "cli.main", WORD, "start", "--worker", "--trials", str(options.total)]
+        arguments = ["-m", "cli.main", STAGE_NAME, "start", "--worker", "--trials", str(options.total)]
         arguments += ["--params", str(context.workspace.root / "params.yaml")]
         self._command = [sys.executable, *launcher, *arguments]
         self._short = 0
@@ -206,7 +204,7 @@ class _Process:
             env={
                 **os.environ,
                 **processes.OWN_MODULES,
-                VARIABLE: self._context.plan.storage,
+                STORAGE_VARIABLE: self._context.plan.storage,
                 _STARTED: "yes",
                 **devices_of,
             },
@@ -312,7 +310,7 @@ def _adopt(context: TrialContext) -> None:
     assert context.study is not None
     run = context.study.user_attrs.get(_RUN)
     if run:
-        tracking.adopt(context.workspace.home, context.plan.folder, run, f"{WORD} {context.plan.settings.arm}")
+        tracking.adopt(context.workspace.home, context.plan.folder, run, f"{STAGE_NAME} {context.plan.settings.arm}")
 
 
 def _tell_run(context: TrialContext, tracked: tracking.Run) -> None:
@@ -324,7 +322,7 @@ def _tell_run(context: TrialContext, tracked: tracking.Run) -> None:
 
 def folder_of(plan: Study) -> Path:
     """Folder in which the report of a study is published."""
-    return Path(ARTIFACTS) / WORD / plan.settings.arm
+    return Path(ARTIFACTS) / STAGE_NAME / plan.settings.arm
 
 
 def status(plan: Study) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from dmat import config, files, plugins, redaction
 from dmat.config import Params, TrialSettings, Tune
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES, code_identity
-from dmat.workspace import Workspace
+from dmat.workspace import InputRecord, Workspace
 
-WORD = "tune"
-CODE = ("mix_images", "train_robust")  # stages whose code a trial computes with
+STAGE_NAME = "tune"
+CODE_STAGES = ("mix_images", "train_robust")  # stages whose code a trial computes with
 DATABASE = "studies.db"  # all studies of a project, where no other storage is named
-VARIABLE = "DMAT_STUDIES"  # environment: URL of the storage; may hold a password, so it is not in a file
+STORAGE_VARIABLE = "DMAT_STUDIES"  # environment: URL of the storage; may hold a password, so it is not in a file
 # Not part of the identity of a study: they influence which trials there are, not the result of a trial.
 _FREE = ("trials", "sampler", "pruner", "startup_trials", "warmup_images", "retries", "rerank", "enqueue")
 
@@ -30,7 +30,7 @@ class Study:
 
     settings: Tune
     trial: TrialSettings  # what all trials have in common
-    inputs: dict[str, dict[str, str]]
+    inputs: dict[str, InputRecord]
     folder: Path
     storage: str
     transfer_key: str
@@ -97,7 +97,7 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
         )
     trial = params.trial
     assert trial is not None  # as the section is there
-    inputs = {
+    inputs: dict[str, InputRecord] = {
         name: {"path": path, "sha256": files.checksum(workspace.at(path))}
         for name, path in _inputs(settings, params).items()
     }
@@ -105,21 +105,21 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
         "settings": {name: value for name, value in settings.plain().items() if name not in (*_FREE, "space")},
         "trial": trial.plain(),
         "inputs": {name: inputs[name]["sha256"] for name in ("train", "validation", "selection")},
-        "code": {stage_name: code_identity.read(workspace.root).identity_of(stage_name) for stage_name in CODE},
+        "code": {stage_name: code_identity.read(workspace.root).identity_of(stage_name) for stage_name in CODE_STAGES},
     }
-    if plugin_identities := own_code(settings, trial):
-        identity["plugins"] = plugin_identities
+    if plugin_codes := plugin_identities(settings, trial):
+        identity["plugins"] = plugin_codes
     space = {"space": settings.plain()["space"], "inputs": {name: entry["sha256"] for name, entry in inputs.items()}}
-    folder = workspace.run_folder(WORD, settings.arm, files.fingerprint(identity | {"space": space}))
-    url = storage or os.environ.get(VARIABLE) or f"sqlite:///{folder.parent / DATABASE}"
+    folder = workspace.run_folder(STAGE_NAME, settings.arm, files.fingerprint(identity | {"space": space}))
+    url = storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{folder.parent / DATABASE}"
     if url.startswith("sqlite:///") and not url.startswith("sqlite:////") and url != "sqlite:///":
         url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).resolve()}"  # workers start in another folder
-    return Study(settings, trial, inputs, folder, url, files.fingerprint(identity), plugin_identities)
+    return Study(settings, trial, inputs, folder, url, files.fingerprint(identity), plugin_codes)
 
 
-def own_code(settings: Tune, trial: TrialSettings) -> dict[str, str]:
+def plugin_identities(settings: Tune, trial: TrialSettings) -> dict[str, str]:
     """Import path -> present identity of the plugin code that trials may use."""
-    return code_identity.of_plugins(plugins.import_paths([trial.plain(), settings.plain()["space"]]), *CODE)
+    return code_identity.of_plugins(plugins.import_paths([trial.plain(), settings.plain()["space"]]), *CODE_STAGES)
 
 
 def changes_images(names: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 A proposal is a pure function of the trials so far: a sampler with its own seed for each trial number sees them in
 memory. So a resumed study does not repeat its start, and no state of a sampler is stored. This module decides how
 unfinished trials are presented to the sampler, because samplers differ in that and one (GP) would ignore them.
-docs/tuning.md has the measurement for this choice.
+docs/results/tuning-study.md has the measurement for this choice.
 """
 
 import statistics
@@ -33,7 +33,7 @@ def propose(
     number: int,
     pruned_as: str | None = None,
 ) -> dict[str, Any]:
-    """Values of trial `number` after `trials`, by name in the order of `wanted`."""
+    """Values of trial `number` after `trials`, by name in the order of `distributions`."""
     seed = int(seeds.stream(settings.seed, "tune/sampler", number).integers(2**31))
     study = optuna.create_study(direction="maximize", sampler=_sampler(settings.sampler, seed))
     study.add_trials(shown(trials, pruned_as or DEFAULT_PRUNED_AS[settings.sampler]))

@@ -106,9 +106,8 @@ def begin(storage: RDBStorage, plan: Study, claims: Claims) -> optuna.Study:
             for other in _related_studies(storage, plan):
                 for trial in space.fitting(plan, other.study_name, other.get_trials(deepcopy=False)):
                     origin = trial.user_attrs[space.ORIGIN]
-                    if (
-                        origin not in origins and origin["study"] != plan.name
-                    ):  # not trials of this study from one that was set aside
+                    # Not trials of this study from one that was set aside.
+                    if origin not in origins and origin["study"] != plan.name:
                         study.add_trial(trial)
                         origins.append(origin)
             study.set_user_attr(_READY, True)

@@ -28,13 +28,13 @@ from dmat.pipeline import code_identity, work_folder
 from dmat.training.long_run import Watcher
 from dmat.tuning import images, sampling
 from dmat.tuning.claims import RENEW, Claims
-from dmat.tuning.plan import CODE, Study, own_code
+from dmat.tuning.plan import CODE_STAGES, Study, plugin_identities
 from dmat.tuning.storage import explain_storage_errors
 from dmat.workspace import PICTURES, RESULT, Workspace
 
 VALUES_FILE = "trial.json"  # in the folder of a trial: its values
 OBJECTIVE = "validation_robust"  # accuracy in [0, 1] of the EMA weights
-MAX_LOST_WORKERS = 5  # killed workers after which a trial counts as failed
+MAX_LOST_WORKERS = 5  # killed workers that a trial survives; one more and it counts as failed
 _CONTINUE, _PRUNED, _STOP = "", "pruned ", "stop "  # messages of the main process to the others at a report
 
 
@@ -78,9 +78,8 @@ def run(context: TrialContext, trial: FrozenTrial) -> TrialOutcome | None:
     assert context.study is not None and context.claims is not None
     folder = context.plan.trial_folder(trial.number)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(
-        folder / "lock", timeout=0
-    )  # against an earlier holder on this file system that only slept
+    # Against an earlier holder on this file system that only slept.
+    lock = filelock.FileLock(folder / "lock", timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -113,7 +112,7 @@ def _run(context: TrialContext, study: optuna.Study, claims: Claims, trial: Froz
     with tracked:
         started = time.time()
         outcome = _compute_outcome(context, trial, folder, _watcher(context, study, claims, trial, report_time))
-        for stage_name in CODE:  # results of other code are never reported
+        for stage_name in CODE_STAGES:  # results of other code are never reported
             code_identity.expect(stage_name, context.workspace.root, again=True)
         expect_same_plugins(context.plan)
         if outcome.state == TrialState.COMPLETE:
@@ -140,7 +139,7 @@ def _run(context: TrialContext, study: optuna.Study, claims: Claims, trial: Froz
 
 def expect_same_plugins(plan: Study) -> None:
     """Raises DmatError if the code of a plugin changed since the study was planned."""
-    current = own_code(plan.settings, plan.trial)
+    current = plugin_identities(plan.settings, plan.trial)
     if changed := [import_path for import_path, digest in plan.plugins.items() if current.get(import_path) != digest]:
         raise DmatError(
             f"the code of {', '.join(changed)} changed while the study was running; expected no change until it ended; "

@@ -86,7 +86,7 @@ def _compute(context: TrialContext, claims: Claims, trial: FrozenTrial) -> bool:
         return True
     finally:
         with contextlib.suppress(Exception):  # an error inside the block matters more
-            claims.give_back(name)
+            claims.release(name)
 
 
 def _next_trial(
@@ -106,7 +106,7 @@ def _next_trial(
                 complete = _with_all_values(plan, study, trial.number)
                 if complete is not None:
                     return complete
-                claims.give_back(trials.trial_key(trial.number))  # it ended before the claim was taken
+                claims.release(trials.trial_key(trial.number))  # it ended before the claim was taken
         if not any(trial.state == TrialState.WAITING for trial in own_trials):
             if len(own_trials) >= total:
                 return any(trial.state == TrialState.RUNNING for trial in own_trials)
@@ -150,4 +150,4 @@ def _rank(context: TrialContext, claims: Claims, check_interruption: Callable[[]
             ranking.rank(context, own_trial)
         finally:
             with contextlib.suppress(Exception):
-                claims.give_back(ranking.ranking_key(own_trial.number))
+                claims.release(ranking.ranking_key(own_trial.number))

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import filelock
 import psutil
@@ -24,11 +23,12 @@ from dmat.config import Params
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES
 from dmat.pipeline.stages import REPORT_INPUTS
+from dmat.pipeline.work_folder import Finished
 from dmat.tracking import open_runs
 from dmat.upkeep import dvc_files, work_folders
 from dmat.upkeep.dvc_files import DvcResult
 from dmat.upkeep.work_folders import WorkFolder
-from dmat.workspace import EXPERIMENT_COPIES, PICTURES, RESULT, Workspace
+from dmat.workspace import EXPERIMENT_COPIES, PICTURES, RESULT, Provenance, Workspace, provenance_path
 
 KINDS = {
     "finished": "work folders of results that DVC has",
@@ -211,7 +211,7 @@ def _survey_work_folders(
             problem, reason = _judge_finished(workspace, work, record, results_by_provenance, is_current)
             yield KeptPath(work.path, problem) if problem else _locked(work, work.path, "finished", reason)
         else:
-            reason = "stopped before the end" if work.state_paths else "stopped before anything was saved"
+            reason = "stopped before the end" if work.resumable_paths else "stopped before anything was saved"
             if unfinished:
                 yield _locked(work, work.path, "unfinished", reason)
             else:
@@ -236,7 +236,7 @@ def _locked(work: WorkFolder, path: Path, kind: str, reason: str) -> RemovalCand
 def _judge_finished(
     workspace: Workspace,
     work: WorkFolder,
-    record: dict[str, Any],
+    record: Finished,
     results_by_provenance: dict[str, list[DvcResult]],
     is_current: bool,
 ) -> tuple[str, str]:
@@ -244,7 +244,7 @@ def _judge_finished(
 
     is_current: params.yaml names its instance.
     """
-    provenance = _provenance_path(work.stage_name, work.instance_name)
+    provenance = provenance_path(work.stage_name, work.instance_name)
     result = _matching_result(results_by_provenance.get(provenance, []), provenance, record["provenance"])
     if result is None:
         return "DVC has no copy of its result; it may be the only one: delete it yourself if it is not needed", ""
@@ -316,7 +316,7 @@ def _instance_paths(workspace: Workspace, stage_name: str, instance_name: str) -
         base / "metrics" / stage_name / f"{instance_name}.json",
     ]
     return [
-        path for path in (*paths, workspace.at(_provenance_path(stage_name, instance_name))) if os.path.lexists(path)
+        path for path in (*paths, workspace.at(provenance_path(stage_name, instance_name))) if os.path.lexists(path)
     ]
 
 
@@ -365,7 +365,7 @@ def _by_provenance(results: list[DvcResult]) -> dict[str, list[DvcResult]]:
     return by_provenance
 
 
-def _matching_result(results: list[DvcResult], provenance: str, provenance_record: dict[str, Any]) -> DvcResult | None:
+def _matching_result(results: list[DvcResult], provenance: str, provenance_record: Provenance) -> DvcResult | None:
     """The result with exactly this provenance (with time, run and fingerprint), if DVC's cache has all its files."""
     for result in results:
         if result.copies is not None and json.loads(result.copies[provenance].read_text()) == provenance_record:
@@ -392,10 +392,6 @@ def _first_uncached(results: list[DvcResult], paths: Iterable[Path]) -> Path | N
 def _md5(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _provenance_path(stage_name: str, instance_name: str) -> str:
-    return f"{ARTIFACTS}/provenance/{stage_name}/{instance_name}.json"
 
 
 def _newest(paths: Iterable[Path]) -> float:

@@ -17,7 +17,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from dmat import ARTIFACTS, config, dvc_lock, tracking
 from dmat.config import Params
@@ -51,7 +50,7 @@ class ProjectState:
     params: Params | None
 
     @property
-    def compute(self) -> Any:
+    def compute(self) -> config.ComputeSettings:
         """Compute settings of params.yaml, else the defaults."""
         return self.params.compute if self.params else config.ComputeSettings()
 
@@ -301,7 +300,7 @@ def _work(project: ProjectState) -> Iterator[CheckResult]:
                 f"{name}: stopped between two trials",
                 "`dmat tune start` resumes it if nothing it needs was changed",
             )
-        elif work.state_paths:
+        elif work.resumable_paths:
             yield NOTE, f"{name}: stopped{_checkpoint(work)}", _resume_command(project, work)
     yield OK, f"finished in runs/: {finished}", ""
 

@@ -16,6 +16,7 @@ import numpy as np
 from dmat import files
 from dmat.config import Params
 from dmat.data import shards
+from dmat.devices import ComputeRecord
 from dmat.errors import DmatError, Pruned
 from dmat.job import Job
 from dmat.jobs import evaluate_robust, generate_images
@@ -50,9 +51,8 @@ def _compare_results(stage: Stage, workspace: Workspace, params: Params, identit
     compute, reasons, descriptions = execution.compute_of(stage, params), list[str](), dict[str, str]()
     for plan, recorded_compute in _finished_results(stage, workspace, params, identity):
         instance_name, compute_now = stage.instance_name(plan.instance), compute.describe()
-        group = (
-            instance_name if stage.name == "generate_images" else ""
-        )  # every image set; of other stages one instance
+        # Every image set; of other stages one instance.
+        group = instance_name if stage.name == "generate_images" else ""
         title = f"{stage.name} {instance_name}"
         differences = [
             f"{name} {recorded_compute.get(name)} and not {compute_now[name]}"
@@ -65,9 +65,8 @@ def _compare_results(stage: Stage, workspace: Workspace, params: Params, identit
             reasons.append(f"{title} was computed on {', '.join(differences)}")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            work = (
-                Path(folder) / stage.name / "work"
-            )  # as deep as any work folder, so that pools of shards are in the temporary folder too
+            # As deep as any work folder, so that pools of shards are in the temporary folder too.
+            work = Path(folder) / stage.name / "work"
             work.mkdir(parents=True)
             job = execution.new_job(
                 plan, params, workspace, compute, work, quiet=True, watcher=_stop_at_first_record, fresh=True
@@ -88,7 +87,7 @@ def _compare_results(stage: Stage, workspace: Workspace, params: Params, identit
 
 def _finished_results(
     stage: Stage, workspace: Workspace, params: Params, identity: str
-) -> Iterator[tuple[Plan, dict[str, Any]]]:
+) -> Iterator[tuple[Plan, ComputeRecord]]:
     """Plans of finished instances of that code with the present parameters and inputs, and their recorded compute."""
     for instance in stage.all_instances(params):
         try:

@@ -29,14 +29,14 @@ class Mismatch:
     """A result recorded with wrong parameters. differences: such as "beta is 9.0 there and was 4.5", one per value."""
 
     result: DvcResult
-    stage: str
+    stage_name: str
     instance_name: str
     differences: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """Name of the stage instance in DVC."""
-        return self.stage if self.instance_name == "all" else f"{self.stage}@{self.instance_name}"
+        return self.stage_name if self.instance_name == "all" else f"{self.stage_name}@{self.instance_name}"
 
 
 def mismatches(workspace: Workspace) -> Iterator[Mismatch]:
@@ -64,11 +64,10 @@ def mismatches(workspace: Workspace) -> Iterator[Mismatch]:
             tracking.parameters(dvc_settings),
             tracking.parameters(provenance_record["settings"]),
         )
+        # Only the common ones: a later version of dmat may have more parameters.
         differences = tuple(
             f"{name} is {recorded_parameters[name]} there and was {actual_parameters[name]}"
-            for name in sorted(
-                recorded_parameters.keys() & actual_parameters.keys()
-            )  # a later version of dmat may have more parameters
+            for name in sorted(recorded_parameters.keys() & actual_parameters.keys())
             if recorded_parameters[name] != actual_parameters[name]
         )
         if differences:
@@ -89,7 +88,7 @@ def set_aside(workspace: Workspace) -> list[str]:
 
 
 def _recorded_settings(
-    current_params: Mapping[str, Any], recorded: Mapping[str, Any], stage: str, instance_name: str
+    current_params: Mapping[str, Any], recorded: Mapping[str, Any], stage_name: str, instance_name: str
 ) -> dict[str, Any] | None:
     """Settings of an instance with the values that DVC recorded, and the present values of all others.
 
@@ -101,18 +100,14 @@ def _recorded_settings(
         typed = _parse_value(value)
         values[head] = {**(values.get(head) or {}), name: typed} if name else typed
     params, _ = config.check(values)
-    if params is None or stage not in STAGES:
+    if params is None or stage_name not in STAGES:
         return None
-    definition = STAGES[stage]
+    stage = STAGES[stage_name]
     instance = next(
-        (
-            candidate
-            for candidate in definition.all_instances(params)
-            if definition.instance_name(candidate) == instance_name
-        ),
+        (candidate for candidate in stage.all_instances(params) if stage.instance_name(candidate) == instance_name),
         None,
     )
-    return None if instance is None else definition.settings(params, **instance).plain()
+    return None if instance is None else stage.settings(params, **instance).plain()
 
 
 def _parse_value(value: Any) -> Any:

@@ -12,16 +12,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dmat import SOURCES, config, files
 from dmat.errors import DmatError
 from dmat.pipeline.stages import STAGES, Stage
 from dmat.tracking import origin, queries, run_record, stores
 from dmat.tracking.queries import TrackedRun
-from dmat.workspace import Workspace
+from dmat.workspace import Instance, Workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +64,8 @@ def reproduce(workspace: Workspace, reference: str, target: Path | None = None) 
     differences += _code_differences(tree, run)
     _link_sources(workspace, tree)
     missing = list(_restore_data(workspace, tree, run, instance))
-    path_option = (
-        [] if (tree / "dmat").is_dir() else ["-P"]
-    )  # in a checkout the code of the commit, else the installed dmat
+    # In a checkout the code of the commit, else the installed dmat.
+    path_option = [] if (tree / "dmat").is_dir() else ["-P"]
     arguments = [sys.executable, *path_option, "-m", "cli.main", stage.command, *stage.options(instance)]
     command = f"cd {shlex.quote(str(tree))} && {shlex.join(arguments)}"
     lines = [
@@ -139,7 +137,7 @@ def apply_patch(worktree: Path, patch: Path) -> None:
     _git(worktree, "apply", "--whitespace=nowarn", "--no-ignore-whitespace", str(patch.resolve()))
 
 
-def _compare_parameters(tree: Path, stage: Stage, run: TrackedRun) -> tuple[Mapping[str, Any], list[str]]:
+def _compare_parameters(tree: Path, stage: Stage, run: TrackedRun) -> tuple[Instance, list[str]]:
     """Keys of the instance, and a sentence for each value of params.yaml in the tree that differs from the run's."""
     params = config.load(tree / "params.yaml")
     instance = next(
@@ -161,7 +159,7 @@ def _compare_parameters(tree: Path, stage: Stage, run: TrackedRun) -> tuple[Mapp
     return instance, differences
 
 
-def _restore_data(workspace: Workspace, tree: Path, run: TrackedRun, instance: Mapping[str, Any]) -> Iterator[str]:
+def _restore_data(workspace: Workspace, tree: Path, run: TrackedRun, instance: Instance) -> Iterator[str]:
     """Restores the inputs of the run and all that they come from into the tree, from DVC's cache.
 
     All ancestors are needed: a training reads images that its mix names. Yields a sentence for each input that differs
@@ -174,10 +172,8 @@ def _restore_data(workspace: Workspace, tree: Path, run: TrackedRun, instance: M
         _dvc(tree, "config", "--local", "cache.dir", str(cache))
         target = f"{stage.name}@{run.instance_name}" if stage.keys else stage.name
         _dvc(tree, "checkout", "--force", "--with-deps", target)
-        for path in (
-            *stage.outputs(params, **instance).values(),
-            stage.metrics_path(instance),
-        ):  # the run will write them
+        # The run will write them.
+        for path in (*stage.outputs(params, **instance).values(), stage.metrics_path(instance)):
             _remove(tree / path)
     for name, path in stage.inputs(params, **instance).items():
         recorded = run.tags.get(f"input.{name}")

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import psutil
 
@@ -17,6 +17,7 @@ from dmat import files
 from dmat.errors import DmatError
 from dmat.job import POOLS
 from dmat.pipeline import STAGES, work_folder
+from dmat.pipeline.work_folder import Finished
 from dmat.workspace import FINISHED
 
 _NAME = re.compile(r"(?P<instance>.+)-(?P<fingerprint>[0-9a-f]{12})")
@@ -38,7 +39,7 @@ class WorkFolder:
     fingerprint: str
 
     @property
-    def finished_record(self) -> dict[str, Any] | None:
+    def finished_record(self) -> Finished | None:
         """Content of finished.json; None without a finished result. Raises DmatError if it is of another folder."""
         path = self.path / FINISHED
         if not path.exists():
@@ -52,10 +53,10 @@ class WorkFolder:
         )
         if identity != [self.stage_name, self.instance_name, self.fingerprint]:
             raise DmatError(f"{path} is not the record of {self.path.name}; inspect the folder and delete it")
-        return dict(record)
+        return cast(Finished, record)
 
     @property
-    def state_paths(self) -> list[Path]:
+    def resumable_paths(self) -> list[Path]:
         """State from which an unfinished run resumes."""
         return work_folder.resumable_paths(self.path)
 
@@ -67,7 +68,7 @@ class WorkFolder:
     @property
     def foreign_paths(self) -> list[Path]:
         """Files and folders that no job wrote."""
-        return [path for path in self.state_paths if path.is_symlink() or not _JOB_FILES.fullmatch(path.name)]
+        return [path for path in self.resumable_paths if path.is_symlink() or not _JOB_FILES.fullmatch(path.name)]
 
     @property
     def holder(self) -> str | None:
