@@ -1,4 +1,4 @@
-"""`dmat models`: classifiers as files, also those of other projects."""
+"""`dmat models`: classifiers and diffusion models as files, also those of other projects."""
 
 import contextlib
 import json
@@ -10,7 +10,9 @@ import typer
 from dmat.errors import DmatError
 
 if TYPE_CHECKING:
+    from dmat.models.denoisers import DenoiserDescription
     from dmat.models.loading import ModelDescription
+    from dmat.training.weights import DenoiserSidecar, ImportOrigin, Sidecar
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A .safetensors file with its sidecar beside it.")]
 
@@ -19,14 +21,14 @@ def add_to(app: typer.Typer) -> None:
     """Adds the command group `models` to the command line."""
     group = typer.Typer(
         no_args_is_help=True,
-        help="Import, export, inspect and run classifiers as files, also those of other projects.\n\n"
+        help="Import, export, inspect and run models as files, also those of other projects.\n\n"
         "Example: dmat models info weights.safetensors",
     )
     group.command(
         "import",
         help="Read published weights without executing anything in them, and write them in dmat's format: safetensors "
-        "and a sidecar. Reads checkpoints of Wang et al. 2023, scorers of Carmon et al. 2019 and RobustBench's "
-        "DMWideResNet and DMPreActResNet."
+        "and a sidecar. Reads checkpoints of Wang et al. 2023, scorers of Carmon et al. 2019, RobustBench's "
+        "DMWideResNet and DMPreActResNet, and the diffusion models of Karras et al. 2022 (.pkl)."
         "\n\nExample: dmat models import weights-best.pt --args args.txt --to wang.safetensors",
     )(_import)
     group.command(
@@ -58,7 +60,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _import(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .pt, .pth or .safetensors file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .pt, .pth, .safetensors or .pkl file.")],
     args: Annotated[Path | None, typer.Option(help="The args.txt of its training.")] = None,
     data: Annotated[
         str | None, typer.Option(help="cifar10, cifar100, svhn or tinyimagenet, if no args.txt says it.")
@@ -70,9 +72,21 @@ def _import(
     licence: Annotated[str | None, typer.Option(help="Licence of the weights, if you know it.")] = None,
     to: Annotated[Path | None, typer.Option(help="File to write. [default: FILE with the ending .safetensors]")] = None,
 ) -> None:
-    from dmat.models import importing
+    from dmat.models import importing, published_denoisers
     from dmat.models.layouts import title
 
+    if published_denoisers.is_denoiser(file):
+        of_classifiers = {"--args": args, "--data": data, "--weights": weights, "--activation": activation}
+        if useless := [option for option, value in of_classifiers.items() if value is not None]:
+            raise DmatError(
+                f"{useless[0]} has no effect on a diffusion model such as {file}; expected --licence and --to alone; "
+                f"omit it"
+            )
+        published = importing.import_denoiser(file, licence, to)
+        for note in published.notes:
+            typer.echo(f"note: {note}", err=True)
+        typer.echo(f"{to or file.with_suffix('.safetensors')}: {_denoiser_title(published.sidecar)}")
+        return
     imported = importing.import_model(file, args, data, weights, activation, licence, to)
     for note in imported.notes:
         typer.echo(f"note: {note}", err=True)
@@ -109,14 +123,20 @@ def _export(
 
 
 def _info(model: Model, as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False) -> None:
-    from dmat.models import loading
+    from dmat.models import denoisers, loading
 
     offer_plugins()
-    description = loading.describe(model)
+    description: ModelDescription | DenoiserDescription
+    if loading.kind(model) == "denoiser":
+        description = denoisers.describe(model)
+        lines = _denoiser_lines(description)
+    else:
+        description = loading.describe(model)
+        lines = _description_lines(description)
     if as_json:
         typer.echo(json.dumps(description, indent=2, sort_keys=True))
     else:
-        for name, value in _description_lines(description):
+        for name, value in lines:
             typer.echo(f"{name:16s}{value}")
     raise typer.Exit(0 if description["checksum_ok"] else 2)
 
@@ -204,9 +224,7 @@ def _description_lines(sidecar: "ModelDescription") -> list[tuple[str, str]]:
     height, width, channels = sidecar["image_shape"]
     origin = sidecar.get("origin")
     model_title = title(network["name"], network["depth"], network["width"])
-    checksum = (
-        "ok" if sidecar["checksum_ok"] else f"{sidecar['found_sha256'][:12]}, the sidecar says {sidecar['sha256'][:12]}"
-    )
+    checksum = _checksum_line(sidecar)
     lines = [
         ("file", sidecar["file"]),
         ("network", f"{model_title} {network['activation']} ({network['name']})"),
@@ -216,12 +234,11 @@ def _description_lines(sidecar: "ModelDescription") -> list[tuple[str, str]]:
         ("normalisation", f"mean {_format_numbers(sidecar['mean'])}, std {_format_numbers(sidecar['std'])}"),
         ("threat model", f"{threat['norm']} {threat['epsilon']}" if threat else "unknown"),
         ("weights", str(sidecar.get("weights", "unknown"))),
-        ("licence", str(sidecar.get("licence") or "unknown")),
+        *_licence_lines(sidecar),
         ("checksum", checksum),
     ]
     if origin:
-        lines += [("from", f"{origin['file']} ({origin['format']}), sha256 {origin['sha256'][:12]}")]
-        lines += [("note", note) for note in origin["notes"]]
+        lines += _origin_lines(origin)
     elif "arm" in sidecar:
         lines += [
             (
@@ -232,6 +249,50 @@ def _description_lines(sidecar: "ModelDescription") -> list[tuple[str, str]]:
     else:
         lines += [("from", "a training here")]
     return lines
+
+
+def _denoiser_title(sidecar: "DenoiserSidecar") -> str:
+    network, classes = sidecar["network"], sidecar["label_dim"]
+    height, width, channels = sidecar["image_shape"]
+    return (
+        f"{network['name']} with {network['channels']} channels x {network['multipliers']}, images {height} x {width} "
+        f"x {channels}, {f'{classes} classes' if classes else 'unconditional'}"
+    )
+
+
+def _denoiser_lines(sidecar: "DenoiserDescription") -> list[tuple[str, str]]:
+    """Names and values that `dmat models info` shows. sidecar: result of `denoisers.describe`."""
+    lowest, highest = sidecar["sigma_range"]
+    lines = [
+        ("file", sidecar["file"]),
+        ("network", _denoiser_title(sidecar)),
+        ("parameters", f"{sidecar['parameters']:,}"),
+        ("noise levels", f"{lowest} to {'any' if highest is None else highest}, sigma_data {sidecar['sigma_data']}"),
+        *_licence_lines(sidecar),
+        ("checksum", _checksum_line(sidecar)),
+    ]
+    if "origin" in sidecar:
+        return lines + _origin_lines(sidecar["origin"])
+    return [*lines, ("from", f"a training here, {sidecar['training']['images_seen']:,} images")]
+
+
+def _checksum_line(sidecar: "ModelDescription | DenoiserDescription") -> str:
+    if sidecar["checksum_ok"]:
+        return "ok"
+    return f"{sidecar['found_sha256'][:12]}, the sidecar says {sidecar['sha256'][:12]}"
+
+
+def _licence_lines(sidecar: "Sidecar") -> list[tuple[str, str]]:
+    from dmat.training.weights import licences
+
+    stated = licences(sidecar)
+    of_data = [("of its images", stated["licence_of_data"])] if "licence_of_data" in stated else []
+    return [("licence", stated.get("licence", "unknown")), *of_data]
+
+
+def _origin_lines(origin: "ImportOrigin") -> list[tuple[str, str]]:
+    from_file = f"{origin['file']} ({origin['format']}), sha256 {origin['sha256'][:12]}"
+    return [("from", from_file), *(("note", note) for note in origin["notes"])]
 
 
 def _format_numbers(values: list[float]) -> str:

@@ -1,6 +1,7 @@
 """Fixtures of all tests. Each process has one thread: tests run in parallel and would compete for the two cores."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,8 @@ def _tiny_params() -> dict:
     params["compute"] |= {"threads": 1, "precision": "fp32", "save_every_seconds": 0.5}
     params["prepare_data"] |= {"train": 100, "validation": 50, "test": 40}
     params["train_scorer"] |= {"images_seen": 2560, "evaluate_every": 1280}
-    params["train_diffusion"] |= {"channels": 8, "images_seen": 1024, "batch": 64, "log_every": 256}
+    params["train_diffusion"] |= {"images_seen": 1024, "batch": 64, "log_every": 256}
+    params["train_diffusion"]["network"]["channels"] = 8
     params["generate_images"] |= {"shard": 50, "block": 25, "sampler": {"name": "heun", "steps": 3}}
     params["image_sets"]["edm18"]["images"] = 100
     params["measure_images"] |= {"images": 60}
@@ -89,3 +91,19 @@ def postgres():
 
     with server() as url:
         yield url
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs `dmat <arguments>` in this process; returns exit code, standard output and standard error."""
+
+    from cli.main import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dmat", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        out, err = capsys.readouterr()
+        return exit_info.value.code, out, err
+
+    return run

@@ -65,10 +65,19 @@ BAD = [
     ("seeds", [], ["is []", "[1, 2, 3]"]),
     ("seeds", [1, 1], ["is [1, 1]", "different"]),
     ("seeds", 1, ["is 1", "list"]),
-    ("generators.edm.channels", 12, ["is 12", "multiple of 8"]),
-    ("generators.edm.dropout", 1.0, ["is 1.0", "less than 1"]),
-    ("generators.edm.multipliers", [], ["is []", "at least 1 item"]),
-    ("generators.e-m", {}, ["'e-m'", "letters, digits and underscores"]),
+    ("generators.edm.network.channels", 12, ["is 12", "multiple of 8"]),
+    ("generators.edm.network.dropout", 1.0, ["is 1.0", "less than 1"]),
+    ("generators.edm.network.multipliers", [], ["is []", "at least 1 item"]),
+    ("generators.edm.network.name", "vit", ["is 'vit'", "'ddpmpp', 'ncsnpp' or 'adm'"]),
+    ("generators.edm.network.attention", [4], ["unet attends at its lowest size alone"]),
+    ("generators.edm.network.label_dropout", 0.1, ["label_dropout is 0.1; unet has none"]),
+    ("generators.edm.source", "/data/edm.pkl", ["`ln -s /data/edm.pkl sources/edm.pkl`", "write edm.pkl"]),
+    ("generators.edm.source", "sources/edm.pkl", ["expected a name below sources/; write edm.pkl"]),
+    ("generators.edm.source", "../edm.pkl", ["expected a name below sources/"]),
+    ("generators.edm.source", "", ["name of a file or folder in sources/"]),
+    ("generators.edm", {"source": "edm.pkl", "seed": 2}, ["seed has no effect", "source edm.pkl is imported"]),
+    ("image_sets.edm18.classes", [-1], ["is -1", "greater than or equal to 0"]),
+    ("generators.e-m", {"source": "none"}, ["'e-m'", "letters, digits and underscores"]),
     ("generate_images.sampler.steps", 0, ["is 0", "greater than or equal to 1"]),
     ("generate_images.sampler.name", "dpm", ["is 'dpm'", "'heun' or 'euler'"]),
     ("image_sets.edm18.sampler", {"name": "dpm"}, ["image_sets.edm18.sampler.name is 'dpm'", "'heun' or 'euler'"]),
@@ -129,7 +138,7 @@ BAD = [
     (
         "prepare_data",
         {"source": "npz", "path": "/data/a.npz", "train": 1, "validation": 1, "test": 1, "seed": 1},
-        ["path is '/data/a.npz'", "ln -s /data/a.npz sources/a.npz", "write path: a.npz"],
+        ["path is '/data/a.npz'", "ln -s /data/a.npz sources/a.npz", "then write a.npz"],
     ),
     (
         "prepare_data",
@@ -179,7 +188,7 @@ def params(root):
 def _put(params, key, value):
     *path, last = key.split(".")
     for part in path:
-        params[part] = params[part] or {}
+        params[part] = params.get(part) or {}
         params = params[part]
     params[last] = value
 
@@ -456,7 +465,8 @@ arms:
   generated: {images_from: artifacts/select_images/edm18_best, images: 640}
 prepare_data: {source: digits, train: 250, validation: 297, test: 1000, seed: 1}
 train_scorer: {images: 64000, warm_up: 0.1}
-train_diffusion: {average_half_life: 88000}
+train_diffusion: {average_half_life: 88000, channels: 32, multipliers: [1, 2]}
+generators: {edm: {}, wide: {channels: 64, source: none}}
 tune: {warm_up_images: 640, space: {average_warm_up: {low: 0, high: 0.1}}, enqueue: [{warm_up: 0.2}]}
 """
 
@@ -466,7 +476,7 @@ def test_a_file_of_an_earlier_version_is_refused_with_the_new_keys(tmp_path):
     with pytest.raises(ConfigError) as refused:
         config.load(tmp_path / "params.yaml")
     problems = refused.value.problems
-    assert len(problems) == 13, problems
+    assert len(problems) == 16, problems
     for fragment in (
         "line 4: chunks is no longer a list",
         "write image_sets: {edm18: {generator: edm, images: 10000}}",
@@ -479,6 +489,11 @@ def test_a_file_of_an_earlier_version_is_refused_with_the_new_keys(tmp_path):
         "arms.real_only.average_tau is no longer a key; the setting is called ema_decay: write that",
         "train_scorer.warm_up is no longer a key; the setting is called warmup: write that",
         "train_diffusion.average_half_life is no longer a key; the setting is called ema_half_life: write that",
+        "train_diffusion.channels is no longer a key; the network has a section of its own: write "
+        "network: {name: unet, channels: 32, multipliers: [1, 2]}",
+        "generators.wide.channels is no longer a key; the network has a section of its own: write "
+        "network: {channels: 64}",
+        "generators.edm.source is missing; expected `source: none` for a model that is trained here",
         "tune.warm_up_images is no longer a key; the setting is called warmup_images: write that",
         "tune.space.average_warm_up is no longer a key; the setting is called ema_warmup: write that",
         "tune.enqueue.0.warm_up is no longer a key; the setting is called warmup: write that",

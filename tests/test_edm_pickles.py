@@ -5,7 +5,6 @@ import mmap
 import pickle
 import struct
 import sys
-import types
 import zipfile
 
 import pytest
@@ -14,6 +13,8 @@ from torch import nn
 
 from dmat.diffusion.edm_networks import DhariwalUNet, SongUNet
 from dmat.models import edm_pickles, torch_files
+from tests import edm_files
+from tests.edm_files import SOURCE
 
 NETWORKS = {
     "ddpmpp": lambda: SongUNet(8, 3, 10, 9, 16, (1, 2), 1, (4,)),
@@ -23,75 +24,19 @@ NETWORKS = {
     "adm": lambda: DhariwalUNet(8, 3, 10, 9, 64, (1, 2), 1, (4,)),
 }
 ARGUMENTS = {"img_resolution": 8, "img_channels": 3, "label_dim": 10, "model_type": "SongUNet", "sigma_data": 0.5}
-SOURCE = "import pathlib\npathlib.Path('executed').touch()\n"  # text of a module, which the official code executes
-
-
-def _reconstruct_persistent_obj(meta):
-    raise AssertionError("it was called")
-
-
-class EasyDict(dict):
-    """A dictionary with its entries as attributes, as dnnlib has it."""
-
-
-class Persistent(nn.Module):
-    """A module that pickles itself as class name, source text and state."""
-
-    def __init__(self, class_name: str, module: nn.Module | None = None, **state):
-        super().__init__()
-        if module is not None:
-            self._parameters, self._buffers = module._parameters, module._buffers
-            self._modules = {name: _persistent(child) for name, child in module.named_children()}
-        self.__dict__ |= state
-        self._class_name = class_name
-
-    def __reduce__(self):
-        meta = {"type": "class", "version": 6, "module_src": SOURCE, "class_name": self._class_name}
-        return _reconstruct_persistent_obj, (EasyDict(meta, state=dict(self.__dict__)),)
-
-
-def _persistent(module: nn.Module) -> nn.Module:
-    """A module as the official code would hold it: containers of torch stay what they are."""
-    if isinstance(module, nn.ModuleDict):
-        return nn.ModuleDict({name: _persistent(child) for name, child in module.items()})
-    return Persistent(type(module).__name__, module)
-
-
-@pytest.fixture
-def official(monkeypatch):
-    """The modules that the pickles of the official code name."""
-    persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
-    persistence._reconstruct_persistent_obj, util.EasyDict = _reconstruct_persistent_obj, EasyDict
-    for value, module in ((_reconstruct_persistent_obj, persistence), (EasyDict, util)):
-        monkeypatch.setattr(value, "__module__", module.__name__)
-    for name, module in {
-        "torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence,
-        "dnnlib": types.ModuleType("dnnlib"), "dnnlib.util": util,
-    }.items():  # fmt: skip
-        monkeypatch.setitem(sys.modules, name, module)
-    return monkeypatch
 
 
 def write(path, network, protocol=4, positional=False, key="ema"):
-    """A snapshot with the network under a key, beside it what else a snapshot holds."""
-    arguments = (8, 3) if positional else ()
+    """A snapshot with ARGUMENTS. positional: the first two by position."""
     keywords = {name: value for name, value in ARGUMENTS.items() if not positional or not name.startswith("img_")}
-    preconditioned = Persistent(
-        "EDMPrecond", sigma_data=0.5, training=False, _init_args=arguments, _init_kwargs=EasyDict(keywords)
-    )
-    preconditioned._modules = {"model": _persistent(network)}
-    snapshot = {"ema": None, key: preconditioned, "loss_fn": EasyDict(name="EDMLoss"), "augment_pipe": None}
-    path.write_bytes(pickle.dumps(snapshot, protocol))
-
+    edm_files.write(path, network, keywords, protocol, (8, 3) if positional else (), key)
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_comes_back_whole(official, tmp_path, monkeypatch, name, protocol):
+def test_a_network_comes_back_whole(tmp_path, monkeypatch, name, protocol):
     monkeypatch.chdir(tmp_path)
     network = NETWORKS[name]()
     write(tmp_path / "network.pkl", network, protocol)
-    for module in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util"):
-        monkeypatch.delitem(sys.modules, module)
     read = edm_pickles.read(tmp_path / "network.pkl")
     assert (read.class_name, read.arguments) == ("EDMPrecond", ARGUMENTS)
     expected = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
@@ -100,13 +45,13 @@ def test_a_network_comes_back_whole(official, tmp_path, monkeypatch, name, proto
     assert not (tmp_path / "executed").exists()
 
 
-def test_arguments_by_position_get_their_names(official, tmp_path):
+def test_arguments_by_position_get_their_names(tmp_path):
     write(tmp_path / "network.pkl", NETWORKS["ddpmpp"](), positional=True)
     assert edm_pickles.read(tmp_path / "network.pkl").arguments == ARGUMENTS
 
 
 @pytest.mark.parametrize("key", ["ema", "net", "model"])
-def test_the_network_of_a_snapshot_and_the_names_that_were_not_used(official, tmp_path, key):
+def test_the_network_of_a_snapshot_and_the_names_that_were_not_used(tmp_path, key):
     write(tmp_path / "network.pkl", NETWORKS["ddpmpp"](), key=key)
     read = edm_pickles.read(tmp_path / "network.pkl")
     assert read.class_name == "EDMPrecond"
@@ -278,7 +223,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch, name):
         assert REASONS[name] in str(error)
 
 
-def test_a_tensor_cannot_claim_more_than_the_file_has(official, tmp_path):
+def test_a_tensor_cannot_claim_more_than_the_file_has(tmp_path):
     """A view that repeats one number a million times."""
     network = nn.Linear(1, 1)
     network.weight = nn.Parameter(torch.zeros(1).expand(1000, 1000))

@@ -229,7 +229,7 @@ def test_a_published_checkpoint_and_a_cifar_folder_in_one_command(elsewhere):
     early = (*arguments, "--norm", "linf", "--epsilon", "8/255", "--against", "robustbench", "--entry", "Nobody2030")
     assert "Nobody2030" in _dmat(elsewhere, *early, code=2)
     assert not list(elsewhere.glob("*-evaluation/work/shard-*")), "refused before anything was computed"
-    assert "says no threat model" in _dmat(elsewhere, *arguments, code=2)
+    assert "has no threat model" in _dmat(elsewhere, *arguments, code=2)
     text = _dmat(elsewhere, *arguments, "--norm", "linf", "--epsilon", "8/255", "--against", "robustbench")
     assert "92.44 %" in text
     assert "67.31 %" in text

@@ -21,7 +21,6 @@ import torch
 from torch.nn import functional as F
 
 import dmat
-from cli.main import main
 from dmat import files
 from dmat.errors import DmatError
 from dmat.models import foreign, importing
@@ -125,20 +124,6 @@ def carmon_logits(state, images, depth):
 
 def pixels(count=3, size=32):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs `dmat <arguments>` in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dmat", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        out, err = capsys.readouterr()
-        return exit_info.value.code, out, err
-
-    return run
 
 
 @pytest.fixture

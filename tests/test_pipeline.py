@@ -289,7 +289,7 @@ def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
 
 
 def test_a_changed_generator_leaves_the_real_arm_alone(project):
-    project.params["generators"]["edm"] = {"learning_rate": 0.001}
+    project.params["generators"]["edm"] = {"source": "none", "learning_rate": 0.001}
     project.write()
     ran = project.repro()
     assert "train_diffusion@edm" in ran
@@ -462,6 +462,7 @@ def test_clean_removes_what_dvc_can_restore_and_the_pipeline_stays_up_to_date(pr
     pools = {path.name.rpartition("-")[0] for path in (project.folder / "runs/pools").iterdir()}
     assert pools == {"generate_images"}, "shards stay as long as a work folder of their stage does"
     assert project.repro() == []
-    project.params["generators"]["edm"] = {}  # back to values whose work folders are gone: DVC has the results
+    # back to values whose work folders are gone: DVC has the results
+    project.params["generators"]["edm"] = {"source": "none"}
     project.write()
     assert project.repro() == []

@@ -277,6 +277,6 @@ def test_an_l2_radius_that_turns_black_into_white_is_refused(finished, tmp_path)
 
 def test_a_generator_that_halves_odd_images_is_refused(finished, tmp_path):
     project = finished.copy_without("train_diffusion", tmp_path / "project")
-    project.write({"train_diffusion": {"multipliers": [1, 1, 1, 1, 1]}})
+    project.write({"train_diffusion": {"network": {"multipliers": [1, 1, 1, 1, 1]}}})
     text = _refused(project, "train_diffusion")
     assert "5 multipliers halve the images 4 times, which 8x8 pixels do not allow" in text

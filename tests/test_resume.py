@@ -219,7 +219,7 @@ def test_patience_ends_a_run_after_evaluations_without_a_new_best(tmp_path, shar
 
 def _train_denoiser(folder, shards, compute, settings, stop_at=-1):
     torch.manual_seed(3)
-    model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.dropout), settings.sigma_data)
+    model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.network.dropout), settings.sigma_data)
     with _StopAt(folder, compute, settings.images_seen, quiet=True) as run:
         run.stop_at = stop_at
         return denoiser.train(model, *shards.all(), settings, 1, run, compute)
@@ -227,8 +227,9 @@ def _train_denoiser(folder, shards, compute, settings, stop_at=-1):
 
 @pytest.mark.parametrize("stop_at", [0, 32, 48, 160])
 def test_denoiser_resumes_bit_for_bit(tmp_path, shards, compute, tiny_params, stop_at):
-    section = tiny_params["train_diffusion"] | {"images_seen": 160, "batch": 16, "log_every": 48, "dropout": 0.3}
-    settings = config.Generator.model_validate(section)
+    section = tiny_params["train_diffusion"] | {"images_seen": 160, "batch": 16, "log_every": 48}
+    section["network"]["dropout"] = 0.3
+    settings = config.DenoiserTraining.model_validate(section)
     weights, history = _train_denoiser(tmp_path / "whole", shards, compute, settings)
     with pytest.raises(Interrupted):
         _train_denoiser(tmp_path / "parts", shards, compute, settings, stop_at)
@@ -247,7 +248,7 @@ def test_denoiser_average_is_that_of_karras_et_al(tmp_path, shards, compute, tin
 
     monkeypatch.setattr(ema, "update", record)
     section = tiny_params["train_diffusion"] | {"images_seen": 160, "batch": 16, "ema_half_life": 5.0}
-    settings = config.Generator.model_validate(section)
+    settings = config.DenoiserTraining.model_validate(section)
     weights, _ = _train_denoiser(tmp_path, shards, compute, settings)
     average = live_parameters[0]
     for step, live in enumerate(live_parameters[1:], start=1):
@@ -256,7 +257,7 @@ def test_denoiser_average_is_that_of_karras_et_al(tmp_path, shards, compute, tin
         average = [decay * a + (1 - decay) * p for a, p in zip(average, live, strict=True)]
     assert len(live_parameters) == 10
     assert half_life == 5  # both parts of the minimum were used
-    model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.dropout), settings.sigma_data)
+    model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.network.dropout), settings.sigma_data)
     for (name, _), expected in zip(model.named_parameters(), average, strict=True):
         torch.testing.assert_close(weights[name].double(), expected, rtol=1e-5, atol=1e-6)
 

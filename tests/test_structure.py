@@ -44,9 +44,7 @@ ROWS = (
     ("dmat.tuning", "dmat.upkeep"),
     ("cli",),
 )
-WITH_PLUGINS = {"prepare_data", "generate_images", *("train_scorer", "score_images", "measure_images")} | {
-    *("train_robust", "evaluate_robust")
-}
+WITH_PLUGINS = {*STAGES} - {"select_images", "mix_images", "write_report"}
 SUBJECTS = ROWS[2]  # these do not import each other
 HOMES = {  # package -> the only modules that import it
     "mlflow": {"dmat.tracking.stores", "dmat.tracking.run_record", "dmat.tracking.registry"},
@@ -276,7 +274,8 @@ def _resolved(template: dict, stage_name: str, instance: dict, params: config.Pa
     stage = STAGES[stage_name]
     values = {"key": stage.instance_name(instance), **{f"item.{name}": str(value) for name, value in instance.items()}}
     values["prepare_data.path"] = params.prepare_data.path
-    for option, entries in (("image_set", params.image_sets), ("selection", params.selections), ("arm", params.arms)):
+    lists = {"generator": params.generators, "image_set": params.image_sets, "selection": params.selections}
+    for option, entries in (*lists.items(), ("arm", params.arms)):
         if stage.keys == (option,):
             values |= {f"item.{name}": value for name, value in entries[instance[option]].plain().items()}
     fill = lambda text: re.sub(r"\$\{([^}]+)\}", lambda m: values[m[1]], text)  # noqa: E731
@@ -300,7 +299,7 @@ def test_settings_of_training_loops_are_fields_of_the_records(root):
 
     for protocol, record in (
         (classifier.ClassifierSettings, config.TrainRobust),
-        (denoiser.DenoiserSettings, config.Generator),
+        (denoiser.DenoiserSettings, config.DenoiserTraining),
         (SamplerSettings, config.Sampler),
     ):
         names = {name for name in (*protocol.__annotations__, *vars(protocol)) if not name.startswith("_")}

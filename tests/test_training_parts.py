@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dmat import config, devices, files, modes, seeds
+from dmat.diffusion.networks import DenoiserSpec
 from dmat.errors import DmatError, Interrupted
 from dmat.models import denoisers
 from dmat.training import checkpoints, ema, schedules, weights
@@ -343,13 +344,19 @@ def test_weights_are_written_byte_for_byte_alike_and_from_any_layout(tmp_path):
 
 
 def test_a_denoiser_of_an_earlier_version_still_opens(tmp_path, tiny_params):
-    """Its sidecar has the old names of settings."""
-    settings = config.Generator.model_validate(tiny_params["train_diffusion"])
-    state = denoisers.new_denoiser(settings, 1, 10).state_dict()
-    generator = {"average_half_life" if name == "ema_half_life" else name: v for name, v in settings.plain().items()}
+    """Its sidecar has the old names of settings, all in one mapping."""
+    settings = config.DenoiserTraining.model_validate(tiny_params["train_diffusion"])
+    state = denoisers.new_denoiser(settings.network, DenoiserSpec(8, 8, 1, 10), settings.sigma_data, 1).state_dict()
+    plain = settings.plain()
+    network = plain.pop("network")
+    generator = {"average_half_life" if name == "ema_half_life" else name: value for name, value in plain.items()}
+    generator |= {name: network[name] for name in ("channels", "multipliers", "blocks", "dropout")}
     sidecar = {"kind": "denoiser", "generator": generator, "image_shape": [8, 8, 1], "class_names": list("0123456789")}
     weights.save(tmp_path / "denoiser.safetensors", state, sidecar)
-    model, _ = denoisers.load_denoiser(tmp_path / "denoiser.safetensors", devices.resolve("cpu", "fp32", threads=1))
+    compute = devices.resolve("cpu", "fp32", threads=1)
+    model, today = denoisers.load_denoiser(tmp_path / "denoiser.safetensors", compute)
+    assert (today["network"]["name"], today["label_dim"], today["sigma_data"]) == ("unet", 10, 0.7)
+    assert today["training"] == {name: value for name, value in plain.items() if name != "sigma_data"}
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 

@@ -12,12 +12,12 @@ from dmat.config.generate_images import GenerateImages, ImageSet, Sampler
 from dmat.config.measure_images import MeasureImages
 from dmat.config.merging import merge
 from dmat.config.mix_images import MixImages
-from dmat.config.params import LISTS, SECTIONS, Params, check, evaluation, expect_name, load, threat
+from dmat.config.params import LISTS, SECTIONS, Params, check, denoiser_network, evaluation, expect_name, load, threat
 from dmat.config.prepare_data import Normalisation, PrepareData
-from dmat.config.renamed import with_new_names
+from dmat.config.renamed import denoiser_of_an_earlier_version, with_new_names
 from dmat.config.score_images import ScoreImages
 from dmat.config.select_images import SelectImages, Selection
-from dmat.config.train_diffusion import Generator
+from dmat.config.train_diffusion import DenoiserNetwork, DenoiserTraining, Generator, PublishedGenerator
 from dmat.config.train_robust import Arm, Threat, TrainRobust, step_problem
 from dmat.config.train_scorer import TrainScorer
 from dmat.config.tune import IMAGE_SET, SELECTION, Choices, Dimension, Range, TrialSettings, Tune
@@ -33,6 +33,8 @@ __all__ = [
     "Choices",
     "ClassifierTraining",
     "ComputeSettings",
+    "DenoiserNetwork",
+    "DenoiserTraining",
     "Dimension",
     "EvaluateRobust",
     "GenerateImages",
@@ -44,6 +46,7 @@ __all__ = [
     "Normalisation",
     "Params",
     "PrepareData",
+    "PublishedGenerator",
     "Range",
     "Record",
     "Report",
@@ -59,6 +62,8 @@ __all__ = [
     "WriteReport",
     "WrittenNumber",
     "check",
+    "denoiser_network",
+    "denoiser_of_an_earlier_version",
     "evaluation",
     "expect_name",
     "load",

@@ -2,13 +2,14 @@
 
 import importlib
 import re
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Self, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, Field
 from pydantic_core import CoreSchema, core_schema
 
-from dmat import NONE, plugins
+from dmat import NONE, SOURCES, plugins
 
 _NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
 _FRACTION = re.compile(rf"(?P<top>{_NUMBER})(/(?P<bottom>{_NUMBER}))?", re.ASCII)
@@ -55,6 +56,21 @@ def name_problem(value: str) -> str | None:
     if not value or not all(c.isalnum() or c in "_" for c in value):
         return "expected letters, digits and underscores only (it becomes a folder and a stage name)"
     return f"{NONE} says that there is none; expected another word" if value == NONE else None
+
+
+def source_problem(path: str) -> str | None:
+    """What was expected instead of this path of external data; None if it lies below sources/, which DVC watches."""
+    pure = PurePosixPath(path)
+    if path in ("", "."):
+        return "expected the name of a file or folder in sources/"
+    if pure.is_absolute() or ".." in pure.parts:
+        return (
+            f"expected a name below sources/, which DVC watches: `ln -s {path} sources/{pure.name}`, then write "
+            f"{pure.name}"
+        )
+    if pure.parts[0] == SOURCES:
+        return f"expected a name below sources/; write {PurePosixPath(*pure.parts[1:])}"
+    return None
 
 
 def _reference(value: str) -> str:

@@ -3,8 +3,9 @@
 from typing import Annotated, Self
 
 import pydantic
+from pydantic import Field
 
-from dmat.config.fields import Count, Name, NotNegative, Positive, Record, Seed, named_in
+from dmat.config.fields import Count, Name, Natural, NotNegative, Positive, Record, Seed, named_in
 
 
 class Sampler(Record):
@@ -51,3 +52,5 @@ class ImageSet(GenerateImages):
 
     generator: Name
     images: Count
+    # For each class of the data set, the class of the model that generates its images; empty: the same.
+    classes: Annotated[tuple[Natural, ...], Field(strict=False)] = ()

@@ -24,7 +24,7 @@ from dmat.config.prepare_data import PrepareData
 from dmat.config.renamed import renamed
 from dmat.config.score_images import ScoreImages
 from dmat.config.select_images import SelectImages, Selection
-from dmat.config.train_diffusion import Generator
+from dmat.config.train_diffusion import DenoiserNetwork, DenoiserTraining, Generator
 from dmat.config.train_robust import Arm, Threat, TrainRobust, step_problem
 from dmat.config.train_scorer import TrainScorer
 from dmat.config.tune import NOT_IN_A_SPACE, TrialSettings, Tune, study_problems
@@ -48,7 +48,7 @@ class EntryKind(NamedTuple):
 
 
 LISTS = {  # a parent's list comes before its children's
-    "generators": EntryKind(Generator, "train_diffusion", Generator),
+    "generators": EntryKind(Generator, "train_diffusion", DenoiserTraining),
     "image_sets": EntryKind(ImageSet, "generate_images", GenerateImages, "generator", "generators"),
     "selections": EntryKind(Selection, "select_images", SelectImages, "image_set", "image_sets"),
     "arms": EntryKind(Arm, "train_robust", TrainRobust, "images", "selections", may_have_none=True),
@@ -136,6 +136,11 @@ def evaluation(values: Mapping[str, object]) -> EvaluateRobust:
     return _validated("evaluate_robust", values, EvaluateRobust)
 
 
+def denoiser_network(values: Mapping[str, object]) -> DenoiserNetwork:
+    """Validates the architecture of a denoiser that is not from a params.yaml. Raises DmatError."""
+    return _validated("network", values, DenoiserNetwork)
+
+
 def _validated(name: str, values: Mapping[str, object], record: type[AnyRecord]) -> AnyRecord:
     try:
         return record.model_validate(values)
@@ -162,10 +167,11 @@ class _Reader:
         self.valid_sections = {name for name, record in sections.items() if record is not None}
         seeds = self._seeds()
         lists: dict[str, dict[str, Any]] = {}
+        entries = {key: dict(self._named_entries(key)) for key in LISTS}
         for key, kind in LISTS.items():
             lists[key] = {
                 name: self._entry(key, kind, name, entry, lists.get(kind.parents or "", {}))
-                for name, entry in self._named_entries(key)
+                for name, entry in entries[key].items()
             }
         arms, report, evaluation = lists["arms"], sections["write_report"], sections["evaluate_robust"]
         for name, arm in arms.items():
@@ -174,6 +180,7 @@ class _Reader:
                 self.problems += _step_problems(name, arm, evaluation)
         if report is not None and arms and report.baseline not in arms:
             self.problems.append(f"write_report.baseline is {report.baseline!r}; expected one of {name_list(arms)}")
+        self.problems += _import_problems(lists["generators"], entries["generators"])
         trial = self._trial(sections["tune"], lists)
         if self.problems:
             return None
@@ -281,6 +288,19 @@ class _Reader:
         trial = TrialSettings(arm_record, selection and lists["image_sets"].get(selection.image_set), selection)
         self.problems += study_problems(study, trial)
         return trial
+
+
+def _import_problems(
+    generators: Mapping[str, Generator | None], entries: Mapping[str, Mapping[str, object]]
+) -> Iterator[str]:
+    """Settings of a training, given to a generator that is imported."""
+    for name, entry in entries.items():
+        generator = generators.get(name)
+        if generator is not None and generator.source != NONE and (others := sorted(entry.keys() - {"source"})):
+            yield (
+                f"generators.{name}.{others[0]} has no effect, as source {generator.source} is imported and not "
+                f"trained; expected source alone; leave out {', '.join(others)}"
+            )
 
 
 def _share_problems(name: str, arm: Arm) -> Iterator[str]:

@@ -1,14 +1,13 @@
 """Settings of prepare_data."""
 
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
 import pydantic
 from pydantic import BeforeValidator, Field
 
 from dmat import NONE
-from dmat.config.fields import Count, Positive, Record, Seed, Share, named_in
+from dmat.config.fields import Count, Positive, Record, Seed, Share, named_in, source_problem
 
 WITH_FILES = ("npz", "cifar10", "cifar100", "folder", "shards")  # sources that read files
 
@@ -45,16 +44,12 @@ class PrepareData(Record):
 
     @pydantic.model_validator(mode="after")
     def _files_lie_in_sources(self) -> Self:
-        source_path = PurePosixPath(self.path)
         if self.source == "digits" and self.path != NONE:
             raise ValueError(f"path is {self.path!r} and source 'digits'; expected path: {NONE}, as it needs no files")
         if self.source in WITH_FILES and self.path in ("", ".", NONE):
             raise ValueError(
                 f"path is {self.path!r} and source {self.source!r}; expected the name of a file or folder in sources/"
             )
-        if source_path.is_absolute() or ".." in source_path.parts:
-            raise ValueError(
-                f"path is {self.path!r}; expected a name below sources/, which DVC watches: "
-                f"`ln -s {self.path} sources/{source_path.name}`, then write path: {source_path.name}"
-            )
+        if self.path != NONE and (problem := source_problem(self.path)):
+            raise ValueError(f"path is {self.path!r}; {problem}")
         return self

@@ -12,6 +12,7 @@ _NEW_NAMES = {
     "warm_up": "warmup",
     "warm_up_images": "warmup_images",
 }
+_NETWORK_KEYS = ("channels", "multipliers", "blocks", "dropout")  # of a denoiser
 
 
 def with_new_names(settings: Mapping[str, object]) -> dict[str, object]:
@@ -19,12 +20,22 @@ def with_new_names(settings: Mapping[str, object]) -> dict[str, object]:
     return {_NEW_NAMES.get(name, name): value for name, value in settings.items()}
 
 
+def denoiser_of_an_earlier_version(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings of a denoiser, as a sidecar of an earlier version holds them, in today's form.
+
+    The keys of its network, which was always `unet`, were not in a mapping of their own.
+    """
+    network = {"name": "unet", **{name: settings[name] for name in _NETWORK_KEYS}}
+    others = {name: value for name, value in with_new_names(settings).items() if name not in _NETWORK_KEYS}
+    return {"network": network, **others}
+
+
 def renamed(raw: Mapping[str, object], lists: Collection[str]) -> list[str]:
     """A sentence for each old key of a file, with its replacement; empty for a file of this version.
 
     lists: keys whose entries have names of their owner.
     """
-    return [*_chunks(raw), *_arms(raw), *_lengths(raw), *_path(raw), *_settings(raw, lists)]
+    return [*_chunks(raw), *_arms(raw), *_lengths(raw), *_path(raw), *_denoisers(raw), *_settings(raw, lists)]
 
 
 def _mapping(raw: Mapping[str, object], *keys: str) -> Mapping[str, object]:
@@ -87,6 +98,26 @@ def _path(raw: Mapping[str, object]) -> Iterator[str]:
     section = _mapping(raw, "prepare_data")
     if section and section.get("path") is None and section.get("source") in ("digits", None):
         yield f"prepare_data.path is missing; write path: {NONE}, as digits need no files"
+
+
+def _denoisers(raw: Mapping[str, object]) -> Iterator[str]:
+    """Generators were always trained, and settings of their network stood beside those of the training."""
+    entries = _mapping(raw, "generators")
+    for keys in (("train_diffusion",), *(("generators", str(name)) for name in entries)):
+        section = _mapping(raw, *keys)
+        if old := {name: section[name] for name in _NETWORK_KEYS if name in section}:
+            network = {"name": "unet", **old} if keys == ("train_diffusion",) else old
+            text = ", ".join(f"{name}: {value}" for name, value in network.items())
+            yield (
+                f"{'.'.join(keys)}.{next(iter(old))} is no longer a key; the network has a section of its own: write "
+                f"network: {{{text}}}"
+            )
+    for name in entries:
+        if "source" not in _mapping(raw, "generators", str(name)):
+            yield (
+                f"generators.{name}.source is missing; expected `source: {NONE}` for a model that is trained here, or "
+                f"the file or folder of published weights in sources/: write one of them"
+            )
 
 
 def _settings(raw: object, lists: Collection[str], path: str = "") -> Iterator[str]:

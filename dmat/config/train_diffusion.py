@@ -1,19 +1,41 @@
 """Settings of train_diffusion."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+import pydantic
+from pydantic import AfterValidator, Field
 
-from dmat.config.fields import Count, Positive, Record, Seed
+from dmat import NONE
+from dmat.config.fields import Count, Positive, Record, Seed, Share, named_in, source_problem
 
 
-class Generator(Record):
-    """Settings of one diffusion model and its training. Satisfies `training.denoiser.DenoiserSettings`."""
+class DenoiserNetwork(Record):
+    """Architecture of a denoiser: a name of `diffusion.networks.NETWORKS` or an import path of the project's code.
 
+    Satisfies `diffusion.networks.NetworkSettings`.
+    """
+
+    name: Annotated[str, named_in("dmat.diffusion.networks", "NETWORKS")]
     channels: Annotated[int, Field(ge=8, le=100_000, multiple_of=8)]
     multipliers: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
     blocks: Count  # residual blocks per resolution
+    attention: Annotated[tuple[Count, ...], Field(strict=False)] = ()  # heights in pixels where the blocks attend
     dropout: Annotated[float, Field(ge=0, lt=1)]
+    label_dropout: Share = 0.0  # fraction of the labels that training leaves out
+
+    @pydantic.model_validator(mode="after")
+    def _options_have_an_effect(self) -> Self:
+        if self.name == "unet" and self.attention:
+            raise ValueError("attention is given; unet attends at its lowest size alone; leave it out")
+        if self.name == "unet" and self.label_dropout:
+            raise ValueError(f"label_dropout is {self.label_dropout}; unet has none; leave it out")
+        return self
+
+
+class DenoiserTraining(Record):
+    """How denoisers are trained. Satisfies `training.denoiser.DenoiserSettings`."""
+
+    network: DenoiserNetwork
     sigma_data: Positive  # standard deviation of the images in [-1, 1]
     p_mean: Annotated[float, Field(ge=-100, le=100)] = -1.2
     p_std: Positive = 1.2
@@ -24,3 +46,24 @@ class Generator(Record):
     ema_half_life: Positive  # images
     log_every: Count  # images
     seed: Seed
+
+
+def _source(value: str) -> str:
+    if value != NONE and (problem := source_problem(value)):
+        raise ValueError(problem)
+    return value
+
+
+Source = Annotated[str, AfterValidator(_source)]  # a path below sources/, or NONE
+
+
+class Generator(DenoiserTraining):
+    """One diffusion model. source: `none`, to train it, or the file or folder of its published weights."""
+
+    source: Source
+
+
+class PublishedGenerator(Record):
+    """A diffusion model that is imported: no setting of a training has an effect on it."""
+
+    source: Source

@@ -133,8 +133,13 @@ class ResidualBlock(nn.Module):
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """At most 32 groups of at least 4 channels."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps)
+    """At most 32 groups of at least 4 channels: as many as divide the channels."""
+    return nn.GroupNorm(_largest_divisor(channels, min(32, channels // 4)), channels, eps)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number that is at most `limit`, or 1."""
+    return next((divisor for divisor in range(limit, 1, -1) if number % divisor == 0), 1)
 
 
 class PositionalEmbedding(nn.Module):
@@ -310,17 +315,19 @@ class SongUNet(EncoderDecoder):
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """Computes F(x; c_noise, label, augmentation), [B, C, H, W].
 
-        x [B, C, H, W]; noise [B], the c_noise of each image; labels [B, label_dim], one-hot, or zeros or None for no
-        label; augment [B, augment_dim] or None.
+        x [B, C, H, W]; noise [B], the c_noise of each image; labels int64 [B], or None for no label; augment
+        [B, augment_dim] or None.
         """
         embedding = self.map_noise(noise)
         if self.sines_first:
             embedding = torch.cat(embedding.chunk(2, dim=1)[::-1], dim=1)
         if self.map_label is not None:
+            classes = self.map_label.in_features
             if labels is None:  # zeros, whose map still has a bias
-                labels = embedding.new_zeros(len(x), self.map_label.in_features)
-            labels = drop_labels(labels, self.label_dropout, self.training)
-            embedding = embedding + self.map_label(labels * math.sqrt(self.map_label.in_features))
+                one_hot = embedding.new_zeros(len(x), classes)
+            else:
+                one_hot = drop_labels(F.one_hot(labels, classes).to(embedding), self.label_dropout, self.training)
+            embedding = embedding + self.map_label(one_hot * math.sqrt(classes))
         if self.map_augment is not None and augment is not None:
             embedding = embedding + self.map_augment(augment)
         embedding = F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))
@@ -345,13 +352,14 @@ class DhariwalUNet(EncoderDecoder):
         dropout: float = 0.1,
         label_dropout: float = 0.0,
     ):
-        """Arguments are those of `SongUNet`. There is a head for every 64 channels."""
+        """Arguments are those of `SongUNet`. There is a head for every 64 channels, but at least one."""
         width = 4 * channels
         widths = [channels * multiplier for multiplier in multipliers]
 
         def heads(size: int, name: str) -> int:
+            level_width = widths[(resolution // size).bit_length() - 1]
             attending = name == "dec.in0" or size in attention
-            return widths[(resolution // size).bit_length() - 1] // 64 if attending else 0
+            return _largest_divisor(level_width, level_width // 64) if attending else 0
 
         block = functools.partial(ResidualBlock, embedding=width, dropout=dropout)
         super().__init__(resolution, image_channels, widths[0], widths, blocks, block, heads)
@@ -368,21 +376,22 @@ class DhariwalUNet(EncoderDecoder):
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """Computes F(x; c_noise, label, augmentation), [B, C, H, W]. Arguments are those of `SongUNet.forward`.
 
-        x [B, C, H, W]; noise [B]; labels [B, label_dim]; augment [B, augment_dim].
+        x [B, C, H, W]; noise [B]; labels int64 [B]; augment [B, augment_dim].
         """
         embedding = self.map_noise(noise)
         if self.map_augment is not None and augment is not None:
             embedding = embedding + self.map_augment(augment)
         embedding = self.map_layer1(F.silu(self.map_layer0(embedding)))
         if self.map_label is not None and labels is not None:
-            embedding = embedding + self.map_label(drop_labels(labels, self.label_dropout, self.training))
+            one_hot = F.one_hot(labels, self.map_label.in_features).to(embedding)
+            embedding = embedding + self.map_label(drop_labels(one_hot, self.label_dropout, self.training))
         embedding = F.silu(embedding)
         output: Tensor = self.out_conv(F.silu(self.out_norm(self.decode(self.encode(x, embedding), embedding))))
         return output
 
 
 def drop_labels(labels: Tensor, rate: float, training: bool) -> Tensor:
-    """Sets the labels [B, K] of a random fraction of the images to zero in training. Returns [B, K].
+    """Sets the one-hot labels [B, K] of a random fraction of the images to zero in training. Returns [B, K].
 
     So the network also learns to denoise without a label (classifier-free guidance, Ho and Salimans 2022).
     """

@@ -69,8 +69,11 @@ class UNet(nn.Module):
             nn.GroupNorm(_GROUPS, width), nn.SiLU(), _zeroed(nn.Conv2d(width, image_channels, 3, padding=1))
         )
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        """x [B, C, H, W], c_noise [B], labels int64 [B] or None -> [B, C, H, W]."""
+    def forward(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
+    ) -> Tensor:
+        """x [B, C, H, W], c_noise [B], labels int64 [B] or None -> [B, C, H, W]. augment must be None."""
+        assert augment is None
         if labels is None:
             labels = torch.full((len(x),), self.embed_class.num_embeddings - 1, device=x.device)
         angle = c_noise[:, None] * self.frequencies  # [B, channels / 2]

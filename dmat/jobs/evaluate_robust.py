@@ -78,6 +78,7 @@ def run(settings: EvaluateRobust, job: Job) -> Result:
         {
             **{f"dmat.{name}": value for name, value in job.instance.items()},
             "data.test.sha256": all_images,
+            **weights.licences(sidecars["best"]),
             **verdict.model_tags(summary["best"], threat),
         },
         summary["best"]["headline"]["value"] if summary["best"]["headline"] else None,

@@ -5,6 +5,7 @@ not depend on the size of the set or on restarts. The shards are in a pool that 
 a larger set generates only what is missing.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from dmat.config import ImageSet
 from dmat.data import dvc_cache, shards
 from dmat.data.pixels import to_bytes
 from dmat.data.shard_pool import ShardPool
+from dmat.devices import Compute
 from dmat.diffusion.edm import Preconditioned
 from dmat.diffusion.samplers import SAMPLERS
+from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
-from dmat.models.denoisers import load_denoiser
+from dmat.models.denoisers import identity, licence_of_images, load_denoiser
 from dmat.training import weights
 from dmat.training.interruption import Interruption
 from dmat.training.weights import DenoiserSidecar
@@ -30,13 +33,12 @@ from dmat.training.weights import DenoiserSidecar
 
 def run(settings: ImageSet, job: Job) -> Result:
     """Generates the missing shards of the image set, links all of them and writes the manifest."""
-    model, sidecar = load_denoiser(job.inputs["denoiser"] / weights.DENOISER, job.compute)
-    folder, classes = job.result / "images", len(sidecar["class_names"])
+    generation, sidecar, class_names = _open(settings, job)
+    folder, classes = job.result / "images", len(class_names)
     pool = job.pool(
         {
-            "generator_sha256": sidecar["sha256"],
-            "generator": sidecar["generator"],
-            "classes": classes,
+            "denoiser": identity(sidecar),
+            "classes": generation.class_map.tolist(),
             "sampler": settings.sampler.plain(),
             "seed": settings.seed,
             "shard": settings.shard,
@@ -52,7 +54,7 @@ def run(settings: ImageSet, job: Job) -> Result:
     with Interruption() as interruption, bar:
         for number, start in enumerate(range(0, settings.images, settings.shard)):
             indices = np.arange(start, min(start + settings.shard, settings.images))
-            make = functools.partial(_generate_shard, indices, model, sidecar, settings, job, interruption, bar)
+            make = functools.partial(_generate_shard, indices, generation, interruption, bar)
             record = pool.obtain(
                 _shard_name(number, len(indices), settings.shard), len(indices), make, interruption.raise_if_received
             )
@@ -65,14 +67,14 @@ def run(settings: ImageSet, job: Job) -> Result:
         folder,
         entries,
         shape=sidecar["image_shape"],
-        class_names=sidecar["class_names"],
+        class_names=class_names,
         class_counts=counts,
         metadata={
             "generator_sha256": sidecar["sha256"],
             "sampler": settings.sampler.plain(),
             "seed": settings.seed,
             "block": settings.block,
-            "licence": sidecar["licence_of_data"],
+            "licence": licence_of_images(sidecar),
             "precision": job.compute.precision,
         },
     )
@@ -87,10 +89,84 @@ def run(settings: ImageSet, job: Job) -> Result:
 
 def first_block(settings: ImageSet, job: Job) -> tuple[np.ndarray, np.ndarray]:
     """The first images uint8 [N, H, W, C] of a set and their labels [N], as `run` generates them."""
-    model, sidecar = load_denoiser(job.inputs["denoiser"] / weights.DENOISER, job.compute)
+    generation, _, _ = _open(settings, job)
     indices = np.arange(min(settings.block, settings.images))
-    images = _generate_block(np.arange(settings.block), model, sidecar, settings, job)[: len(indices)]
-    return images, indices % len(sidecar["class_names"])
+    return generation.block(np.arange(settings.block))[: len(indices)], generation.labels(indices)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Generation:
+    """All that an image depends on besides its index in the set.
+
+    class_map: for each label of the set, the model's class that generates its images, int64 [K].
+    """
+
+    model: Preconditioned
+    image_shape: tuple[int, int, int]  # H, W, C
+    class_map: np.ndarray
+    settings: ImageSet
+    compute: Compute
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        """Labels of images of the set: int64 [N] for indices [N]."""
+        return indices % len(self.class_map)
+
+    def block(self, indices: np.ndarray) -> np.ndarray:
+        """Images uint8 [B, H, W, C] by the sampler. indices [B]: of the images in the set, as they name the noise."""
+        height, width, channels = self.image_shape
+
+        def noise(purpose: str) -> Tensor:  # [B, C, H, W], on the device
+            numbers = seeds.normals(
+                self.settings.seed, purpose, indices, (channels, height, width), self.compute.device
+            )
+            return self.compute.to_device(numbers)
+
+        sampler = self.settings.sampler
+        classes = torch.from_numpy(self.class_map[self.labels(indices)]).to(self.compute.device)
+        with self.compute.autocast():
+            images = plugins.find(SAMPLERS, sampler.name)(
+                self.model, noise("latents"), classes, sampler, lambda step: noise(f"churn/{step}")
+            )
+        return to_bytes(images)
+
+
+def _open(settings: ImageSet, job: Job) -> tuple[_Generation, DenoiserSidecar, list[str]]:
+    """What generates the set, the sidecar of its denoiser, and the names of its labels.
+
+    Raises DmatError if the model has no classes, its classes need a map or do not fit the map, or the sampler leaves
+    the noise levels that the model accepts.
+    """
+    model, sidecar = load_denoiser(job.inputs["denoiser"] / weights.DENOISER, job.compute)
+    name, generator, count = job.instance["image_set"], settings.generator, sidecar["label_dim"]
+    class_names = sidecar.get("data_class_names", sidecar["class_names"])
+    if not count:
+        raise DmatError(
+            f"image set {name}: generator {generator} is unconditional, so its images have no labels; expected a "
+            f"class-conditional model; name another generator"
+        )
+    if not settings.classes and len(class_names) != count:
+        raise DmatError(
+            f"image set {name}: generator {generator} has {count} classes and the data set {len(class_names)}; "
+            f"expected `classes` in the image set: the model's class for each class of the data set; add it"
+        )
+    class_map = settings.classes or tuple(range(count))
+    if len(class_map) != len(class_names) or max(class_map) >= count:
+        raise DmatError(
+            f"image set {name}: classes has {len(class_map)} entries up to {max(class_map)}; expected "
+            f"{len(class_names)}, as the data set has, from 0 to {count - 1}, as the model has; correct it"
+        )
+    lowest, highest = sidecar["sigma_range"]
+    sampler = settings.sampler
+    if sampler.sigma_min < (lowest or 0) or (highest is not None and sampler.sigma_max > highest):
+        raise DmatError(
+            f"image set {name}: the sampler goes from sigma_max {sampler.sigma_max} to sigma_min {sampler.sigma_min}; "
+            f"generator {generator} accepts {lowest} to {highest}; expected levels inside; change the sampler"
+        )
+    height, width, channels = sidecar["image_shape"]
+    generation = _Generation(
+        model, (height, width, channels), np.array(class_map, dtype=np.int64), settings, job.compute
+    )
+    return generation, sidecar, class_names
 
 
 def _shard_name(number: int, count: int, full_count: int) -> str:
@@ -109,44 +185,16 @@ def _offer_cached_shards(pool: ShardPool, full_count: int, root: Path) -> None:
 
 
 def _generate_shard(
-    indices: np.ndarray,
-    model: Preconditioned,
-    sidecar: DenoiserSidecar,
-    settings: ImageSet,
-    job: Job,
-    interruption: Interruption,
-    bar: tqdm,
+    indices: np.ndarray, generation: _Generation, interruption: Interruption, bar: tqdm
 ) -> dict[shards.ArrayName, np.ndarray]:
     """Images uint8 [N, H, W, C] and labels int64 [N] of a shard. indices [N]: of the images in the set."""
-    images = np.empty((len(indices), *sidecar["image_shape"]), dtype=np.uint8)
-    for start in range(0, len(indices), settings.block):
+    images = np.empty((len(indices), *generation.image_shape), dtype=np.uint8)
+    size = generation.settings.block
+    for start in range(0, len(indices), size):
         interruption.raise_if_received()
         # Always a full block, whose surplus is dropped: another batch size sums in another order and rounds otherwise.
-        block = indices[start] + np.arange(settings.block)
-        count = min(settings.block, len(indices) - start)
-        images[start : start + count] = _generate_block(block, model, sidecar, settings, job)[:count]
+        block = indices[start] + np.arange(size)
+        count = min(size, len(indices) - start)
+        images[start : start + count] = generation.block(block)[:count]
         bar.update(count)
-    return {"images": images, "labels": indices % len(sidecar["class_names"])}
-
-
-def _generate_block(
-    indices: np.ndarray,
-    model: Preconditioned,
-    sidecar: DenoiserSidecar,
-    settings: ImageSet,
-    job: Job,
-) -> np.ndarray:
-    """Images uint8 [B, H, W, C] by the sampler. indices [B]: of the images in the set, as they name the noise."""
-    height, width, channels = sidecar["image_shape"]
-
-    def noise(purpose: str) -> Tensor:  # [B, C, H, W], on the device
-        numbers = [
-            seeds.normal(seeds.stream(settings.seed, purpose, int(k)), (channels, height, width)) for k in indices
-        ]
-        return job.compute.to_device(torch.stack(numbers))
-
-    sample = plugins.find(SAMPLERS, settings.sampler.name)
-    classes = torch.from_numpy(indices % len(sidecar["class_names"])).to(job.compute.device)
-    with job.compute.autocast():
-        images = sample(model, noise("latents"), classes, settings.sampler, lambda step: noise(f"churn/{step}"))
-    return to_bytes(images)
+    return {"images": images, "labels": generation.labels(indices)}

@@ -73,6 +73,10 @@ def run(settings: TrainRobust, job: Job) -> Result:
         beta=settings.beta,
         mix_sha256=files.sha256(job.inputs["mix"] / MIX),
     )
+    if generated is not None:  # whose licence the classifier inherits
+        sidecar["licence_of_data"] = "; ".join(
+            dict.fromkeys(images.manifest["licence"] for images in (real, generated))
+        )
     best_sidecar: weights.TrainedSidecar = {**sidecar, "images_seen": outcome.best_images_seen}
     weights.save(folder / weights.BEST, outcome.best, best_sidecar)
     images_seen = cast(int, outcome.history[-1]["images_seen"])  # whole, unlike other values of a history

@@ -1,42 +1,145 @@
-"""Denoisers of the stages: creates them, describes them in sidecars, and loads them from weights and sidecar."""
+"""Denoisers: creates them, describes them in sidecars, and loads them from weights and sidecar."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
-from dmat import seeds
-from dmat.config import Generator, with_new_names
+import torch
+
+from dmat import files, plugins, seeds
+from dmat.config import DenoiserNetwork, DenoiserTraining, denoiser_network, denoiser_of_an_earlier_version
 from dmat.data.shards import Shards
 from dmat.devices import Compute
 from dmat.diffusion.edm import Preconditioned
-from dmat.diffusion.unet import UNet
+from dmat.diffusion.networks import NETWORKS, DenoiserSpec
+from dmat.errors import DmatError
 from dmat.training import weights
 from dmat.training.weights import DenoiserSidecar
 
 
-def new_denoiser(settings: Generator, channels: int, classes: int) -> Preconditioned:
-    """Returns a new denoiser; its initial weights depend on `settings.seed` alone."""
-    seeds.reseed_torch(settings.seed, "initial weights", 0)
-    network = UNet(channels, classes, settings.channels, settings.multipliers, settings.blocks, settings.dropout)
-    return Preconditioned(network, settings.sigma_data)
+def new_denoiser(network: DenoiserNetwork, spec: DenoiserSpec, sigma_data: float, seed: int) -> Preconditioned:
+    """Returns a new denoiser; its initial weights depend on the seed alone.
+
+    Raises ValueError where the settings of the network do not fit the images.
+    """
+    seeds.reseed_torch(seed, "initial weights", 0)
+    return Preconditioned(plugins.find(NETWORKS, network.name)(spec, network), sigma_data)
 
 
-def denoiser_sidecar(settings: Generator, real: Shards, compute: Compute) -> DenoiserSidecar:
-    """Returns the sidecar that is written beside a denoiser's weights."""
+def denoiser_sidecar(settings: DenoiserTraining, real: Shards, compute: Compute) -> DenoiserSidecar:
+    """Returns the sidecar that is written beside the weights of a training."""
     return {
         "kind": "denoiser",
         "weights": "averaged",
-        "generator": settings.plain(),
+        "network": settings.network.plain(),
+        "label_dim": real.classes,
+        "augment_dim": 0,
+        "sigma_data": settings.sigma_data,
+        "sigma_range": [0.0, None],
         "image_shape": list(real.shape),
         "class_names": real.manifest["class_names"],
         "licence_of_data": real.manifest["licence"],
         "precision": compute.precision,
+        "training": {name: value for name, value in settings.plain().items() if name not in ("network", "sigma_data")},
     }
 
 
+def licence_of_images(sidecar: DenoiserSidecar) -> str:
+    """The licence that generated images inherit: that of imported weights, or of the images that others learned."""
+    return sidecar.get("licence") or sidecar.get("licence_of_data") or "unknown"
+
+
+def identity(sidecar: DenoiserSidecar) -> dict[str, object]:
+    """What decides, with the settings of a sampler, the images that a denoiser generates: its weights and network."""
+    keys = ("sha256", "network", "label_dim", "augment_dim", "sigma_data")
+    return {key: cast(Mapping[str, object], sidecar)[key] for key in keys}
+
+
 def load_denoiser(path: Path, compute: Compute) -> tuple[Preconditioned, DenoiserSidecar]:
-    """Loads a denoiser in evaluation mode without gradients, on the device of `compute`, and its sidecar."""
+    """Loads a denoiser in evaluation mode without gradients, on the device of `compute`, and its sidecar.
+
+    Raises DmatError if one of the two files is missing, damaged or does not fit the other.
+    """
     state, sidecar = weights.read(path, "denoiser")
-    settings = Generator.model_validate(with_new_names(sidecar["generator"]))
-    model = new_denoiser(settings, sidecar["image_shape"][2], len(sidecar["class_names"]))
+    sidecar = _with_todays_keys(sidecar)
+    model = build(sidecar, path)
     weights.fill(model, state, path)
     compute.model_to_device(model).eval().requires_grad_(False)
     return model, sidecar
+
+
+def read_sidecar(path: Path) -> DenoiserSidecar:
+    """Reads the sidecar of the denoiser in `path`, in today's form."""
+    return _with_todays_keys(weights.read_sidecar(path, "denoiser"))
+
+
+class DenoiserDescription(DenoiserSidecar):
+    """A sidecar and what the files themselves say."""
+
+    file: str  # path of the weights
+    parameters: int  # number of parameters
+    found_sha256: str  # actual checksum of the weights
+    checksum_ok: bool  # whether it is the one in the sidecar
+
+
+def describe(path: Path) -> DenoiserDescription:
+    """The sidecar of a denoiser with the four keys of `DenoiserDescription` added, for people and for `--json`."""
+    sidecar = read_sidecar(path)
+    with torch.device("meta"):  # shapes only, no memory
+        model = build(sidecar, path)
+    checksum = files.sha256(path)
+    return {
+        **sidecar,
+        "file": str(path),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "found_sha256": checksum,
+        "checksum_ok": checksum == sidecar["sha256"],
+    }
+
+
+def build(sidecar: DenoiserSidecar, path: Path) -> Preconditioned:
+    """Builds the network that a sidecar describes, with initial weights.
+
+    Raises DmatError if the sidecar is incomplete or has impossible values: people edit sidecars.
+    """
+    try:
+        height, width, channels = (_whole(sidecar["image_shape"][k], 1) for k in range(3))
+        spec = DenoiserSpec(height, width, channels, _whole(sidecar["label_dim"], 0), _whole(sidecar["augment_dim"], 0))
+        if len(sidecar["class_names"]) != spec.label_dim or len(sidecar["sigma_range"]) != 2:
+            raise ValueError("class_names or sigma_range has another length than expected")
+        network = denoiser_network(sidecar["network"])
+        with torch.random.fork_rng(devices=[]):
+            return new_denoiser(network, spec, float(sidecar["sigma_data"]), seed=0)
+    except DmatError as error:
+        problem = str(error)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise DmatError(
+        f"{path.with_suffix('.json')} does not describe a denoiser ({problem}); expected network, image_shape, "
+        f"label_dim, augment_dim, sigma_data, sigma_range and class_names; restore the sidecar that was written with "
+        f"{path.name}"
+    )
+
+
+def _whole(value: object, minimum: int) -> int:
+    if type(value) is not int or value < minimum:
+        raise ValueError(f"{value!r} is not a whole number from {minimum}")
+    return value
+
+
+def _with_todays_keys(sidecar: DenoiserSidecar) -> DenoiserSidecar:
+    """A sidecar of an earlier version had all settings of its training, with those of the network, in one mapping."""
+    earlier: Any = sidecar
+    if "generator" not in earlier or "network" in earlier:
+        return sidecar
+    settings = denoiser_of_an_earlier_version(earlier["generator"])
+    others = {key: value for key, value in earlier.items() if key != "generator"}
+    today = {
+        "network": settings.pop("network"),
+        "label_dim": len(earlier["class_names"]),
+        "augment_dim": 0,
+        "sigma_data": settings.pop("sigma_data"),
+        "sigma_range": [0.0, None],
+        "training": settings,
+    }
+    return cast(DenoiserSidecar, {**others, **today})

@@ -12,7 +12,7 @@ from torch import Tensor
 from dmat import files
 from dmat.errors import DmatError
 from dmat.models.loading import expect_pair, open_classifier
-from dmat.training.weights import ClassifierSidecar
+from dmat.training.weights import ClassifierSidecar, licences
 
 CLASSES = {"wide_resnet": "DMWideResNet", "preact_resnet": "DMPreActResNet"}  # of RobustBench; they compute the same
 _POOLED_SIZE = 32  # height and width in pixels of the images that those classes are for
@@ -68,7 +68,7 @@ def _constructor(sidecar: ClassifierSidecar) -> str:
 
 
 def _notes(sidecar: ClassifierSidecar, form: str) -> list[str]:
-    """Notes on images of another size and on weights that are not averaged."""
+    """Notes on images of another size, on weights that are not averaged, and on licences."""
     height, width, _ = sidecar["image_shape"]
     notes = []
     if (height, width) != (_POOLED_SIZE, _POOLED_SIZE):
@@ -79,4 +79,7 @@ def _notes(sidecar: ClassifierSidecar, form: str) -> list[str]:
         )
     if form == "published" and sidecar.get("weights") != "averaged":
         notes.append(f"readers expect averaged weights in model_state_dict; these are {sidecar.get('weights')}")
+    for key, licence in licences(sidecar).items():
+        of = "of the weights" if key == "licence" else "of the images that it learned from"
+        notes.append(f"the file says nothing of the licence {of}, {licence}: pass it on with the file")
     return notes

@@ -26,7 +26,7 @@ def content(path: Path) -> tuple[FileDictionary, list[str]]:
     """
     if not path.is_file():
         raise DmatError(f"{path} does not exist; expected a .pt, .pth or .safetensors file; give its path")
-    _expect_no_failed_download(path)
+    expect_no_failed_download(path)
     unread_names: list[str] = []
     try:
         loaded: object
@@ -93,16 +93,20 @@ def type_name(value: object) -> str:
     return f"a {value.name if isinstance(value, UnknownObject) else type(value).__name__}"
 
 
-def _incomplete(path: Path, error: Exception) -> DmatError:
+def problem(error: Exception) -> str:
+    """An exception about hostile bytes as a phrase for an error message."""
     text = " ".join(str(error).split())[:100]
-    problem = text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def _incomplete(path: Path, error: Exception) -> DmatError:
     return DmatError(
-        f"{path} is incomplete or not a file of weights ({problem}); expected what torch.save wrote; download it again "
-        f"and compare its checksum"
+        f"{path} is incomplete or not a file of weights ({problem(error)}); expected what torch.save wrote; "
+        f"download it again and compare its checksum"
     )
 
 
-def _expect_no_failed_download(path: Path) -> None:
+def expect_no_failed_download(path: Path) -> None:
     """Raises DmatError for the small text files that a refused download leaves under the name of the weights."""
     with open(path, "rb") as file:
         head = file.read(64).lstrip().lower()

@@ -8,9 +8,10 @@ from typing import cast
 from dmat import files
 from dmat.data.sources import NORMALISATIONS
 from dmat.errors import DmatError
-from dmat.models import foreign, layouts
+from dmat.models import foreign, layouts, published_denoisers
 from dmat.models.foreign import FileDictionary
 from dmat.models.loading import SUFFIX
+from dmat.models.published_denoisers import PublishedDenoiser
 from dmat.robust.networks import ACTIVATIONS
 from dmat.training import weights
 from dmat.training.weights import ClassifierSidecar, ThreatRecord
@@ -149,8 +150,22 @@ def import_model(
     return Imported(target, sidecar, notes)
 
 
+def import_denoiser(file: Path, licence: str | None = None, target: Path | None = None) -> PublishedDenoiser:
+    """Reads a published diffusion model and writes it to `target`: a .safetensors file and its .json sidecar.
+
+    Raises DmatError as `published_denoisers.read` does, or if `target` is the file that is read or holds another model.
+    """
+    target = _target(file, target)
+    published = published_denoisers.read(file, licence)
+    weights.save(target, published.state, published.sidecar)
+    return published
+
+
 def _target(file: Path, target: Path | None) -> Path:
-    """The path to write. Raises DmatError if it is the file that is read, or holds another model."""
+    """The path to write an import of `file` to.
+
+    Raises DmatError if it is the file that is read, or holds another model.
+    """
     target = target or file.with_suffix(SUFFIX)
     if target.suffix != SUFFIX:
         raise DmatError(

@@ -150,6 +150,15 @@ def expect_pair(path: Path) -> Path:
     return path
 
 
+def kind(path: Path) -> str | None:
+    """What the sidecar of weights says that they are: "classifier", "denoiser" or something else.
+
+    Raises DmatError unless `path` is a .safetensors file with a sidecar beside it.
+    """
+    sidecar = files.read_json(expect_pair(path).with_suffix(".json"))
+    return sidecar.get("kind") if isinstance(sidecar, dict) else None
+
+
 def describe(path: Path) -> ModelDescription:
     """The sidecar of a classifier with the four keys of `ModelDescription` added, for people and for `--json`."""
     sidecar = weights.read_sidecar(expect_pair(path), "classifier")

@@ -215,6 +215,7 @@ class DirectEvaluation:
             self.request.model,
             {
                 "data.test.sha256": self.all_sha256,
+                **weights.licences(self.sidecar),
                 **result.verdict.model_tags(result.summary, self.threat.plain()),
             },
             headline["value"] if headline else None,

@@ -101,10 +101,16 @@ def _split(name: str) -> str:
     return f"{ARTIFACTS}/prepare_data/{name}"
 
 
-def _source(params: "Params") -> Paths:
-    """The file or folder of the real images; empty for a source that reads no files."""
-    path = params.prepare_data.path
+def _source(path: str) -> Paths:
+    """A file or folder of external data; empty where none is read."""
     return {} if path == NONE else {"source": f"{SOURCES}/{path}"}
+
+
+def _generator_settings(params: "Params", generator: str) -> "Record":
+    from dmat.config import PublishedGenerator
+
+    settings = params.generators[generator]
+    return settings if settings.source == NONE else PublishedGenerator(source=settings.source)
 
 
 def _mix_settings(params: "Params", arm: str) -> "Record":
@@ -159,7 +165,7 @@ STAGES: dict[str, Stage] = {
             "Split real images into train, validation and test.",
             (),
             settings=lambda p: p.prepare_data,
-            inputs=_source,
+            inputs=lambda p: _source(p.prepare_data.path),
             outputs=lambda p: {
                 **{name: _split(name) for name in ("train", "validation", "test")},
                 "none": f"{ARTIFACTS}/select_images/{NONE}",  # the empty selection: DVC's templates have no conditions
@@ -178,10 +184,10 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "train_diffusion",
-            "Train a diffusion model on the real training images.",
+            "Train a diffusion model on the real training images, or import a published one.",
             ("generator",),
-            settings=lambda p, generator: p.generators[generator],
-            inputs=lambda p, generator: {"train": _split("train")},
+            settings=_generator_settings,
+            inputs=lambda p, generator: {"train": _split("train"), **_source(p.generators[generator].source)},
             outputs=lambda p, generator: {"denoiser": f"{ARTIFACTS}/train_diffusion/{generator}"},
             example="dmat train-diffusion --generator edm",
         ),
@@ -195,6 +201,7 @@ STAGES: dict[str, Stage] = {
             },
             outputs=lambda p, image_set: {"images": f"{ARTIFACTS}/generate_images/{image_set}"},
             example="dmat generate-images --image-set edm18",
+            model_settings=lambda p, image_set: (p.generators[p.image_sets[image_set].generator].network,),
         ),
         Stage(
             "score_images",

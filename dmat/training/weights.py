@@ -102,10 +102,20 @@ class ClassifierSidecar(NetworkSidecar, TrainingOrigin, total=False):
 
 
 class DenoiserSidecar(Sidecar):
-    """The sidecar of a denoiser."""
+    """The sidecar of a denoiser, trained or imported; `models.denoisers.build` checks it."""
 
-    generator: Mapping[str, object]  # settings: `config.Generator` as JSON
-    class_names: list[str]
+    network: Mapping[str, object]  # `config.DenoiserNetwork` as JSON
+    label_dim: int  # number of classes; 0: the model is unconditional
+    augment_dim: int  # numbers per image that describe its augmentation; 0: none
+    sigma_data: float  # of the preconditioning, which is EDM's
+    sigma_range: list[float | None]  # noise levels that the model accepts, lowest and highest; None: no limit
+    class_names: list[str]  # of the model's classes
+    # What a training alone writes: its settings, `config.DenoiserTraining` as JSON without the network.
+    training: NotRequired[Mapping[str, object]]
+    # What an import alone writes.
+    data_class_names: NotRequired[list[str]]  # of the project's data set
+    licence: NotRequired[str]  # of the weights
+    origin: NotRequired[ImportOrigin]
 
 
 def save(path: Path, state: dict[str, Tensor], sidecar: Sidecar) -> None:
@@ -168,6 +178,12 @@ def sidecar_sha256(path: Path, sidecar: Sidecar) -> str:
         if json.dumps(json.loads(data), sort_keys=True) == json.dumps(sidecar, sort_keys=True):
             return hashlib.sha256(data).hexdigest()
     raise DmatError(f"{file} changed while it was read; expected it to stay as it is; run the same command again")
+
+
+def licences(sidecar: Sidecar) -> dict[str, str]:
+    """The licences in a sidecar that are not unknown: of imported weights, and of the images that others learned."""
+    values = {key: cast(Mapping[str, str | None], sidecar).get(key) for key in ("licence", "licence_of_data")}
+    return {key: value for key, value in values.items() if value and value != "unknown"}
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
