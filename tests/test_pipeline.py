@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from dmat import config
-from tests import browser, forked, servers
+from tests import browser, fork_server, forked, servers
 
 pytestmark = pytest.mark.timeout(2000)  # a whole `dvc repro` on a machine that is busy with other work
 PIPELINE_STAGES = 14  # instances in the repository's params.yaml
@@ -48,18 +48,22 @@ class Project:
                 ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], cwd=self.folder, check=True
             )
 
-    def start(self, *command: str, **environment: str) -> subprocess.Popen:
+    def start(self, *command: str, real: bool = False, **environment: str) -> subprocess.Popen:
+        """real: processes of `dmat` that start as they do for users, not as tests/fork_server.py starts them."""
         bin_folder = Path(sys.executable).parent
+        path = f"{bin_folder}:{os.environ['PATH']}"
+        if not real:
+            path = f"{fork_server.folder()}:{path}"
         return subprocess.Popen(
-            [str(bin_folder / command[0]), *command[1:]], cwd=self.folder, text=True,
+            [shutil.which(command[0], path=path), *command[1:]], cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(self.folder),
+            env={**os.environ, "PATH": path, "PYTHONPATH": str(self.folder),
                  "OMP_NUM_THREADS": "1", "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org",
                  "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org", **environment},
         )  # fmt: skip
 
-    def run(self, *command: str, code: int = 0, **environment: str) -> str:
-        process = self.start(*command, **environment)
+    def run(self, *command: str, code: int = 0, real: bool = False, **environment: str) -> str:
+        process = self.start(*command, real=real, **environment)
         try:
             text, _ = process.communicate(timeout=1500)
         except subprocess.TimeoutExpired:
@@ -154,7 +158,7 @@ def test_mlflow_has_one_parent_and_a_finished_run_for_each_stage(project):
 def test_the_mlflow_ui_shows_experiment_parent_children_charts_and_images(project):
     project.run("dmat", "runs", "sync")
     port = servers.free_port()
-    server = project.start("dmat", "ui", "--port", str(port), DMAT_TRACKING="on")
+    server = project.start("dmat", "ui", "--port", str(port), real=True, DMAT_TRACKING="on")
     try:
         first_line = server.stdout.readline()
         page = re.search(r"http://127.0.0.1:\d+/#/experiments/\d+/runs\S*", first_line)[0]
@@ -260,7 +264,7 @@ def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
     project.write()
     folder, target = project.folder / "runs/train_robust", "train_robust@generated-1"
     before = set(folder.glob("generated-1-*/holder.json"))
-    first = project.start("dvc", "repro", target)
+    first = project.start("dvc", "repro", target, real=True)
     forked.until(
         lambda: set(folder.glob("generated-1-*/checkpoint.dmat")) - {p.with_name("checkpoint.dmat") for p in before},
         200,
@@ -269,13 +273,13 @@ def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
     stage = psutil.Process(json.loads((work / "holder.json").read_text())["pid"])
     stage.suspend()  # it stays at work for as long as the other commands take
 
-    second = project.start("dvc", "repro", target).communicate(timeout=200)[0]
+    second = project.start("dvc", "repro", target, real=True).communicate(timeout=200)[0]
     assert "is being blocked by" in second
     assert f"(PID {first.pid})" in second
 
     first.kill()
     first.wait()  # else it stays a zombie, which DVC treats as alive
-    third = project.start("dvc", "repro", target).communicate(timeout=200)[0]
+    third = project.start("dvc", "repro", target, real=True).communicate(timeout=200)[0]
     assert f"is being computed by process {stage.pid}" in third
     assert "Traceback" not in third
 

@@ -75,9 +75,18 @@ from dmat.robust import attacks
 def objective(labels):
     return attacks.margin(labels)
 """
+DENOISERS = """
+from dmat.diffusion.unet import UNet
+
+
+def small(spec, settings):
+    return UNet(spec.channels, spec.label_dim, settings.channels, settings.multipliers, settings.blocks, 0.0)
+"""
 STAGES = {
     "prepare-data": [],
     "train-scorer": [],
+    "train-diffusion": ["--generator", "edm"],
+    "generate-images": ["--image-set", "edm18"],
     "mix-images": ["--arm", "real_only"],
     "train-robust": ["--arm", "real_only", "--seed", "1"],
     "evaluate-robust": ["--arm", "real_only", "--seed", "1"],
@@ -85,7 +94,7 @@ STAGES = {
 
 
 class PluginProject:
-    """A project whose network, loss, source and PGD objective are plugins."""
+    """A project whose networks, loss, source and PGD objective are plugins."""
 
     def __init__(self, folder, params):
         self.folder = folder
@@ -93,7 +102,7 @@ class PluginProject:
         (folder / "plugins").mkdir()
         for name, text in (
             *(("my_nets", NETS), ("my_parts", "WIDTH = 8\n"), ("my_data", DATA), ("my_losses", LOSSES)),
-            ("my_attacks", ATTACKS),
+            *(("my_attacks", ATTACKS), ("my_denoisers", DENOISERS)),
         ):
             (folder / f"plugins/{name}.py").write_text(text)
         self.params = config.merge(
@@ -106,6 +115,7 @@ class PluginProject:
                     "threat": {"epsilon": "1/20"},
                     "images_seen": 2560,
                 },
+                "train_diffusion": {"network": {"name": "my_denoisers:small"}},
                 "evaluate_robust": {"pgd_loss": "my_attacks:objective"},
             },
         )
@@ -157,6 +167,9 @@ def project(trained, tmp_path):
 def test_a_project_trains_and_evaluates_with_its_plugins(trained):
     assert json.loads(trained.printed["train-robust"].splitlines()[0])["best_validation_robust"] > 0.8
     assert json.loads(trained.printed["evaluate-robust"].splitlines()[0])["best_pgd"] > 0.8
+    for instance in ("train_diffusion/edm", "generate_images/edm18"):
+        provenance = json.loads((trained.folder / f"artifacts/provenance/{instance}.json").read_text())
+        assert provenance["plugins"].keys() == {"my_denoisers:small"}
     provenance = json.loads((trained.folder / "artifacts/provenance/train_robust/real_only-1.json").read_text())
     assert set(provenance["plugins"]) == {"my_nets:Flat", "my_losses:mine"}
     evaluated = json.loads((trained.folder / "artifacts/provenance/evaluate_robust/real_only-1.json").read_text())
@@ -173,6 +186,7 @@ def test_a_project_trains_and_evaluates_with_its_plugins(trained):
         ("my_parts", "8", "9", {"train-robust", "evaluate-robust"}),
         ("my_attacks", "margin", "cross_entropy", {"evaluate-robust"}),
         ("my_data", "150", "140", {"prepare-data"}),
+        ("my_denoisers", "0.0", "0.1", {"train-diffusion", "generate-images"}),
     ],
 )
 def test_an_edit_outdates_the_results_of_what_uses_it(project, file, old, new, rerun):
@@ -182,7 +196,8 @@ def test_an_edit_outdates_the_results_of_what_uses_it(project, file, old, new, r
     outdated = set()
     for command in STAGES:
         stage = pipeline.STAGES[command.replace("-", "_")]
-        instance = {name: {"arm": "real_only", "seed": 1}[name] for name in stage.keys}
+        instances = {"arm": "real_only", "seed": 1, "generator": "edm", "image_set": "edm18"}
+        instance = {name: instances[name] for name in stage.keys}
         if planning.plan(stage, instance, params, workspace).work.name not in project.works(command):
             outdated.add(command)
     assert outdated == rerun
