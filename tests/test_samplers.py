@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dmat.diffusion.exact import ExactDenoiser
-from dmat.diffusion.samplers import SAMPLERS, noise_levels
+from dmat.diffusion.samplers import SAMPLERS, STOCHASTIC, guided, noise_levels
 
 
 @dataclasses.dataclass
@@ -21,6 +21,7 @@ class Settings:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+    schedule: str = "edm"
     s_churn: float = 0.0
     s_min: float = 0.0
     s_max: float = 1e9
@@ -75,7 +76,7 @@ def test_noise_levels_are_equation_5(steps, low, high, rho):
     expected = [
         (high ** (1 / rho) + i / (steps - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(steps)
     ]
-    levels = noise_levels(steps, low, high, rho)
+    levels = noise_levels(Settings(steps, low, high, rho))
     assert levels.dtype == torch.float64
     assert levels.tolist() == pytest.approx([*expected, 0.0], rel=1e-12)
     assert levels[0].item() == pytest.approx(high)
@@ -83,7 +84,14 @@ def test_noise_levels_are_equation_5(steps, low, high, rho):
 
 
 def test_one_step_goes_from_the_highest_level_to_zero():
-    assert noise_levels(1, 0.002, 80.0, 7.0).tolist() == pytest.approx([80.0, 0.0])
+    for schedule in ("edm", "log_snr"):
+        assert noise_levels(Settings(1, schedule=schedule)).tolist() == pytest.approx([80.0, 0.0])
+
+
+def test_equal_steps_of_the_log_snr_are_the_limit_of_equation_5():
+    levels = noise_levels(Settings(9, 0.01, 10.0, schedule="log_snr")).tolist()
+    assert levels == pytest.approx([*np.geomspace(10, 0.01, 9), 0.0])
+    assert levels == pytest.approx(noise_levels(Settings(9, 0.01, 10.0, rho=1e6)).tolist(), rel=1e-4)
 
 
 # --- every sampler
@@ -111,14 +119,13 @@ def test_samples_are_images_of_the_class_asked_for(name):
     assert len(distance.argmin(1).unique()) > 3  # not one image per class
 
 
-@pytest.mark.parametrize(("name", "calls"), [("heun", 15), ("euler", 8)])
-def test_calls_of_the_denoiser(name, calls):
-    """2 n - 1 calls of Heun and n of Euler, each with the level as [B] float32 and the labels as they came."""
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_calls_of_the_denoiser(name):
+    """2 n - 1 calls of Heun and n of the others, each with the level as [B] float32 and the labels as they came."""
     recorder, labels = Recorder(gaussian(0.5)), torch.tensor([3, 1])
     SAMPLERS[name](recorder, latents(2, 1, 4, 4), labels, Settings(steps=8))
-    levels = noise_levels(8, 0.002, 80.0, 7.0).tolist()[:-1]
-    expected = levels if name == "euler" else [levels[0], *(s for level in levels[1:] for s in (level, level))]
-    assert len(recorder.calls) == calls
+    levels = noise_levels(Settings(8)).tolist()[:-1]
+    expected = levels if name != "heun" else [levels[0], *(s for level in levels[1:] for s in (level, level))]
     assert recorder.sigmas() == pytest.approx(expected)
     for noisy, sigma, call_labels in recorder.calls:
         assert (noisy.dtype, sigma.dtype, sigma.shape) == (torch.float32, torch.float32, (2,))
@@ -186,11 +193,25 @@ def test_heun_with_the_published_levels_is_close_to_the_solution(steps, bound):
     torch.testing.assert_close(samples, exact, rtol=bound, atol=0)
 
 
+# --- guidance
+
+
+def test_guidance_goes_on_from_the_unlabelled_denoiser_through_the_labelled_one():
+    def denoiser(noisy, sigma, labels):
+        return 0.5 * noisy if labels is None else 0.2 * noisy + labels[:, None, None, None]
+
+    noisy, sigma, labels = latents(3, 1, 2, 2), torch.ones(3), torch.tensor([0, 1, 2])
+    assert guided(denoiser, 1.0) is denoiser
+    for weight in (0.0, 0.5, 3.0):
+        expected = (1 - weight) * denoiser(noisy, sigma, None) + weight * denoiser(noisy, sigma, labels)
+        torch.testing.assert_close(guided(denoiser, weight)(noisy, sigma, labels), expected)
+
+
 # --- churn
 
 
 @pytest.mark.parametrize("s_churn", [1.0, 4.0, 1000.0])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STOCHASTIC)
 def test_churn_raises_the_level_by_gamma_inside_its_window(name, s_churn):
     settings = Settings(steps=10, sigma_min=0.02, sigma_max=10.0, s_churn=s_churn, s_min=0.1, s_max=5.0)
     noise_steps, recorder = [], Recorder(gaussian(0.5))
@@ -200,7 +221,7 @@ def test_churn_raises_the_level_by_gamma_inside_its_window(name, s_churn):
         return torch.zeros(1, 1, 2, 2)
 
     SAMPLERS[name](recorder, latents(1, 1, 2, 2), None, settings, noise)
-    levels = noise_levels(10, 0.02, 10.0, 7.0).tolist()[:-1]
+    levels = noise_levels(settings).tolist()[:-1]
     gamma = min(s_churn / 10, math.sqrt(2) - 1)
     inside = [0.1 <= level <= 5.0 for level in levels]
     assert 2 < sum(inside) < 9  # the window excludes both ends
@@ -213,7 +234,7 @@ def test_churn_raises_the_level_by_gamma_inside_its_window(name, s_churn):
 @pytest.mark.parametrize("edge", ["s_min", "s_max"])
 def test_churn_window_includes_its_edges(edge):
     """Algorithm 2: S_tmin <= t <= S_tmax."""
-    levels = noise_levels(5, 0.02, 10.0, 7.0).tolist()
+    levels = noise_levels(Settings(5, 0.02, 10.0)).tolist()
     settings = Settings(steps=5, sigma_min=0.02, sigma_max=10.0, s_churn=1.0, **{edge: levels[2]})
     noise_steps = []
     SAMPLERS["heun"](
@@ -246,7 +267,7 @@ def test_churn_keeps_the_spread_of_the_data():
     assert abs(correlation) < 0.1
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STOCHASTIC)
 def test_churn_without_noise_is_refused(name):
     with pytest.raises(ValueError, match=r"s_churn > 0 needs a source of noise"):
         SAMPLERS[name](gaussian(0.5), latents(1, 1, 2, 2), None, Settings(s_churn=1.0))
@@ -287,7 +308,7 @@ def algorithm_2(denoise, start, settings, noise, second_order):
 
 
 @pytest.mark.parametrize("case", ["usual", "two steps", "short", "churned"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STOCHASTIC)
 def test_agrees_with_algorithm_2_written_line_by_line(name, case):
     settings = CASES[case]
     # wide data, so that paths keep bending between images instead of settling at once
@@ -312,7 +333,7 @@ def test_agrees_with_algorithm_2_written_line_by_line(name, case):
 
 
 @pytest.mark.parametrize("case", ["usual", "churned"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STOCHASTIC)
 def test_positions_are_kept_in_float64(name, case):
     """With a denoiser that computes in float32, as networks do, everything else agrees to the digits of float64."""
     start, noise = latents(1, 1, 8, 8, seed=9), named_noise(1, 1, 8, 8)

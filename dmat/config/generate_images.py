@@ -1,6 +1,6 @@
 """Settings of generate_images and of the sampler."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import pydantic
 from pydantic import Field
@@ -16,7 +16,9 @@ class Sampler(Record):
     steps: Count = 18
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
-    rho: Positive = 7.0
+    schedule: Literal["edm", "log_snr"] = "edm"
+    rho: Positive = 7.0  # of the schedule edm
+    guidance: Annotated[float, Field(ge=0, le=1000)] = 1.0
     s_churn: NotNegative = 0.0
     s_min: NotNegative = 0.0
     s_max: Positive = 1e9
@@ -26,6 +28,18 @@ class Sampler(Record):
     def _noise_levels_decrease(self) -> Self:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min is {self.sigma_min}; expected less than sigma_max, {self.sigma_max}")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _options_have_an_effect(self) -> Self:
+        from dmat.diffusion.samplers import SAMPLERS, STOCHASTIC  # late, as it loads torch
+
+        if self.s_churn and self.name in SAMPLERS and self.name not in STOCHASTIC:
+            raise ValueError(
+                f"s_churn is {self.s_churn}; {self.name} adds no noise; expected 0, or name: {' or '.join(STOCHASTIC)}"
+            )
+        if self.schedule == "log_snr" and "rho" in self.model_fields_set and self.rho != 7.0:
+            raise ValueError(f"rho is {self.rho}; the schedule log_snr has none; leave it out")
         return self
 
 

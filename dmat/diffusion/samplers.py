@@ -1,16 +1,21 @@
 """Samplers. All have one signature: (denoiser, latents, labels, settings, noise) -> images.
 
-Noise levels follow Karras et al. 2022, equation 5. The Heun sampler is their Algorithm 2, which is Algorithm 1 where
-s_churn is 0. The state x is kept in float64, as in the paper's experiments.
+Heun and Euler follow Karras et al. 2022, Algorithm 2, which is Algorithm 1 where s_churn is 0; the others call the
+denoiser once in a step (`multistep`). The state x is kept in float64, as in the paper's experiments.
 Shapes: B batch, C channels, H height, W width.
 """
 
+import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from dmat.diffusion import multistep
+from dmat.diffusion.multistep import Step
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (noisy [B,C,H,W], sigma [B], labels [B]) -> [B,C,H,W]
 Noise = Callable[[int], Tensor]  # step -> fresh standard normal numbers shaped like the latents
@@ -23,20 +28,42 @@ class SamplerSettings(Protocol):
     sigma_min: float
     sigma_max: float
     rho: float
+    schedule: str
     s_churn: float
     s_min: float
     s_max: float
     s_noise: float
 
 
-def noise_levels(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """Computes the noise levels sigma_max ... sigma_min, 0: float64 [T + 1] for T steps (equation 5).
+def noise_levels(settings: SamplerSettings) -> Tensor:
+    """Computes the noise levels sigma_max ... sigma_min, 0: float64 [T + 1] for T steps.
 
-    A single step goes from sigma_max to 0.
+    Schedule "edm": equation 5 of Karras et al. 2022. "log_snr": equal steps of ln sigma (Lu et al. 2022), to which
+    "edm" tends as rho grows. A single step goes from sigma_max to 0.
     """
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    low, high, rho = settings.sigma_min, settings.sigma_max, settings.rho
+    ramp = torch.linspace(0, 1, settings.steps, dtype=torch.float64)
+    if settings.schedule == "log_snr":
+        levels = (math.log(high) + ramp * (math.log(low) - math.log(high))).exp()
+    else:
+        levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     return torch.cat([levels, levels.new_zeros(1)])
+
+
+def guided(denoiser: Denoiser, weight: float) -> Denoiser:
+    """Classifier-free guidance (Ho and Salimans 2022): D without label + weight * (D with label - D without label).
+
+    1 is the denoiser itself; above 1, images are more typical of their class and less diverse, and each call costs two.
+    """
+    if weight == 1:
+        return denoiser
+
+    def guide(noisy: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """noisy [B, C, H, W], sigma [B], labels [B] -> [B, C, H, W]."""
+        unlabelled = denoiser(noisy, sigma, None)
+        return torch.lerp(unlabelled, denoiser(noisy, sigma, labels), weight)
+
+    return guide
 
 
 @torch.no_grad()
@@ -48,7 +75,7 @@ def heun(
     latents: standard normal [B, C, H, W]; labels: int64 [B] or None; `noise` is required where s_churn > 0.
     Returns images [B, C, H, W] in about [-1, 1], float64.
     """
-    levels = noise_levels(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho).tolist()
+    levels = noise_levels(settings).tolist()
     x = latents.double() * levels[0]
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         x, sigma = _churn(x, sigma, step, settings, noise)
@@ -69,7 +96,7 @@ def euler(
 
     latents [B, C, H, W] -> images [B, C, H, W]; arguments and result are those of `heun`.
     """
-    levels = noise_levels(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho).tolist()
+    levels = noise_levels(settings).tolist()
     x = latents.double() * levels[0]
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         x, sigma = _churn(x, sigma, step, settings, noise)
@@ -77,7 +104,44 @@ def euler(
     return x
 
 
-SAMPLERS = {"heun": heun, "euler": euler}
+@torch.no_grad()
+def _by_multistep(
+    denoiser: Denoiser,
+    latents: Tensor,
+    labels: Tensor | None,
+    settings: SamplerSettings,
+    noise: Noise | None = None,
+    *,
+    step: Step,
+    order: int,
+    correct: Step | None = None,
+) -> Tensor:
+    """Samples images with a solver of `multistep`, in `steps` denoiser calls. No noise is added on the way.
+
+    latents [B, C, H, W] -> images [B, C, H, W]; arguments and result are those of `heun`.
+    """
+    levels = noise_levels(settings).tolist()
+    return multistep.integrate(
+        functools.partial(_denoise, denoiser, labels), latents.double() * levels[0], levels, step, order, correct
+    )
+
+
+_unipc = functools.partial(_by_multistep, step=multistep.unipc_predict, correct=multistep.unipc_correct)
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "heun": heun,
+    "euler": euler,
+    "dpmpp_2m": functools.partial(_by_multistep, step=multistep.dpm_solver_pp, order=2),
+    "dpmpp_3m": functools.partial(_by_multistep, step=multistep.dpm_solver_pp, order=3),
+    "unipc_2": functools.partial(_unipc, order=2),
+    "unipc_3": functools.partial(_unipc, order=3),
+    "ipndm": functools.partial(_by_multistep, step=multistep.ipndm, order=4),
+}
+STOCHASTIC = ("heun", "euler")  # those that s_churn has an effect on
+
+
+def _denoise(denoiser: Denoiser, labels: Tensor | None, x: Tensor, sigma: float) -> Tensor:
+    """D(x; sigma), float64 [B, C, H, W]. x [B, C, H, W] float64, labels [B]."""
+    return denoiser(x.float(), x.new_full((len(x),), sigma, dtype=torch.float32), labels).double()
 
 
 def _slope(denoiser: Denoiser, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
@@ -85,8 +149,7 @@ def _slope(denoiser: Denoiser, x: Tensor, sigma: float, labels: Tensor | None) -
 
     x [B, C, H, W] float64, labels [B] -> [B, C, H, W].
     """
-    denoised = denoiser(x.float(), x.new_full((len(x),), sigma, dtype=torch.float32), labels)
-    return (x - denoised.double()) / sigma
+    return (x - _denoise(denoiser, labels, x, sigma)) / sigma
 
 
 def _churn(x: Tensor, sigma: float, step: int, settings: SamplerSettings, noise: Noise | None) -> tuple[Tensor, float]:

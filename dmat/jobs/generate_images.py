@@ -21,7 +21,7 @@ from dmat.data.pixels import to_bytes
 from dmat.data.shard_pool import ShardPool
 from dmat.devices import Compute
 from dmat.diffusion.edm import Preconditioned
-from dmat.diffusion.samplers import SAMPLERS
+from dmat.diffusion.samplers import SAMPLERS, guided
 from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
@@ -124,8 +124,9 @@ class _Generation:
         sampler = self.settings.sampler
         classes = torch.from_numpy(self.class_map[self.labels(indices)]).to(self.compute.device)
         with self.compute.autocast():
+            model = guided(self.model, sampler.guidance)
             images = plugins.find(SAMPLERS, sampler.name)(
-                self.model, noise("latents"), classes, sampler, lambda step: noise(f"churn/{step}")
+                model, noise("latents"), classes, sampler, lambda step: noise(f"churn/{step}")
             )
         return to_bytes(images)
 
@@ -154,6 +155,11 @@ def _open(settings: ImageSet, job: Job) -> tuple[_Generation, DenoiserSidecar, l
         raise DmatError(
             f"image set {name}: classes has {len(class_map)} entries up to {max(class_map)}; expected "
             f"{len(class_names)}, as the data set has, from 0 to {count - 1}, as the model has; correct it"
+        )
+    if settings.sampler.guidance != 1 and not sidecar["network"].get("label_dropout"):
+        raise DmatError(
+            f"image set {name}: sampler.guidance is {settings.sampler.guidance}; generator {generator} never learned "
+            f"to denoise without labels; expected guidance 1, or a network that was trained with label_dropout"
         )
     lowest, highest = sidecar["sigma_range"]
     sampler = settings.sampler

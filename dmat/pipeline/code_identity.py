@@ -54,7 +54,7 @@ CARRIERS = {
     "dmat.workspace": "where the files of a project are",
 }
 # More carriers for one stage: used for a picture of samples only.
-_CARRIERS_OF = {"train_diffusion": {"dmat.diffusion.samplers"}}
+_CARRIERS_OF = {"train_diffusion": {"dmat.diffusion.samplers", "dmat.diffusion.multistep"}}
 # Carriers that count for one stage: the report shows the pictures.
 _DECIDING = {"write_report": {"dmat.metrics.pictures"}}
 
