@@ -86,7 +86,7 @@ from dmat.diffusion import samplers
 spread, errors = 0.5, []
 denoiser = lambda noisy, sigma, labels: noisy * spread**2 / (spread**2 + sigma.view(-1, 1, 1, 1)**2)
 for steps in (18, 36):  # images of a normal distribution, whose paths are known
-    levels = types.SimpleNamespace(steps=steps, sigma_min=0.002, sigma_max=80.0, rho=7.0, s_churn=0.0)
+    levels = types.SimpleNamespace(steps=steps, sigma_min=0.002, sigma_max=80.0, rho=7.0, schedule="edm", s_churn=0.0)
     end = latents = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     made = samplers.SAMPLERS["midpoint"](denoiser, latents, None, levels)
     end = latents * 80.0 * spread / (spread**2 + 80.0**2) ** 0.5

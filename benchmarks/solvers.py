@@ -1,0 +1,134 @@
+"""Samplers at equal numbers of denoiser calls: quality of digits, and distance from the exact end of each path.
+
+    python benchmarks/solvers.py --images 1000 --draws 3 --to docs/results/solvers
+
+Needs `artifacts/` of `make repro` up to `measure_images` in the present folder. For each sampler and number of calls,
+draws sets of images with the seeds 1, 2, ... and measures them as `measure_images` does: Frechet distance to the
+validation images in features of the scorer, and the fraction whose label the scorer confirms. "error" is the root mean
+square difference of pixels in [-1, 1] from Heun with 128 steps, for the latents of the first draw.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dmat import devices, seeds
+from dmat.config import Sampler
+from dmat.data import shards
+from dmat.data.pixels import to_bytes, to_float
+from dmat.diffusion.samplers import SAMPLERS
+from dmat.metrics import pictures, quality
+from dmat.models.classifiers import load_classifier
+from dmat.models.denoisers import load_denoiser
+from dmat.robust import prediction
+from dmat.training import weights
+
+CALLS = (5, 6, 8, 10, 18, 35)
+ARTIFACTS = Path("artifacts")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1000, help="in a draw")
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--generator", default="edm")
+    parser.add_argument("--to", type=Path, required=True, help="folder for solvers.json, solvers.md and solvers.png")
+    arguments = parser.parse_args()
+    compute = devices.resolve(threads=int(os.environ.get("OMP_NUM_THREADS", "1")))
+    model, sidecar = load_denoiser(ARTIFACTS / "train_diffusion" / arguments.generator / weights.DENOISER, compute)
+    validation = shards.open_shards(ARTIFACTS / "prepare_data/validation")
+    scorer, _ = load_classifier(ARTIFACTS / "train_scorer/scorer" / weights.BEST, validation, compute)
+    height, width, channels = sidecar["image_shape"]
+    labels = torch.arange(arguments.images) % sidecar["label_dim"]
+
+    def sample(settings: Sampler, draw: int) -> torch.Tensor:
+        latents = seeds.normals(
+            draw, "latents", np.arange(arguments.images), (channels, height, width), compute.device
+        )
+        with compute.autocast():
+            return SAMPLERS[settings.name](
+                model, compute.to_device(latents), labels.to(compute.device), settings
+            ).cpu()
+
+    def features(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return scorer.features(compute.to_device(to_float(images))).float().cpu().numpy()
+
+    real = features(validation.all()[0])
+    exact = sample(Sampler(name="heun", steps=128), 1)
+    records = []
+    for name, schedule, calls in tqdm([*cases()]):
+        steps = (calls + 1) // 2 if name == "heun" else calls
+        settings = Sampler(name=name, steps=steps, schedule=schedule)
+        distances, agreements, error = [], [], 0.0
+        for draw in range(1, arguments.draws + 1):
+            images = sample(settings, draw)
+            if draw == 1:
+                error = (images - exact).square().mean().sqrt().item()
+            pixels = to_bytes(images)
+            distances.append(quality.frechet_distance(features(pixels), real))
+            predicted = prediction.logits(scorer, to_float(pixels), compute).argmax(1)
+            agreements.append((predicted == labels).float().mean().item())
+        records.append({
+            "sampler": name, "schedule": schedule, "calls": 2 * steps - 1 if name == "heun" else steps,
+            "distances": distances, "distance": statistics.mean(distances),
+            "agreement": statistics.mean(agreements), "error": error,
+        })  # fmt: skip
+    arguments.to.mkdir(parents=True, exist_ok=True)
+    about = {"images": arguments.images, "draws": arguments.draws, **compute.describe()}
+    (arguments.to / "solvers.json").write_text(json.dumps({**about, "records": records}, indent=1) + "\n")
+    (arguments.to / "solvers.md").write_text(table(records))
+    draw_curves(arguments.to / "solvers.png", records)
+
+
+def cases():
+    """Sampler, schedule and calls. Heun makes odd numbers of calls: one less than an even number."""
+    for name in SAMPLERS:
+        for calls in CALLS:
+            if name != "heun" or calls not in (6, 8):
+                yield name, "edm", calls
+    for calls in CALLS:
+        yield "dpmpp_3m", "log_snr", calls
+
+
+def table(records: list[dict]) -> str:
+    lines = ["| sampler | schedule | calls | Frechet distance (min to max) | class agreement | error |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for r in records:
+        low, high = min(r["distances"]), max(r["distances"])
+        lines.append(
+            f"| `{r['sampler']}` | `{r['schedule']}` | {r['calls']} | {r['distance']:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {100 * r['agreement']:.1f} % | {r['error']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(path: Path, records: list[dict]) -> None:
+    """Distance and error against calls, one line for each sampler."""
+    figure, axes = pictures.new_figure(9, 3.6, columns=2)
+    groups: dict[str, list[dict]] = {}
+    for record in records:
+        suffix = "" if record["schedule"] == "edm" else f", {record['schedule']}"
+        groups.setdefault(f"{record['sampler']}{suffix}", []).append(record)
+    for number, (name, group) in enumerate(groups.items()):
+        style = {"color": pictures.PALETTE[number % len(pictures.PALETTE)], "marker": "os^vDxP*"[number], "ms": 4}
+        for axis, key in zip(axes.flat, ("distance", "error"), strict=True):
+            axis.plot([r["calls"] for r in group], [r[key] for r in group], label=name, lw=1.2, **style)
+    titles = ("Frechet distance to validation images", "Pixel error, from Heun with 128 steps")
+    for axis, title in zip(axes.flat, titles, strict=True):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(CALLS, [str(calls) for calls in CALLS])
+        axis.minorticks_off()
+        pictures.style_axes(axis, title, "denoiser calls", "", legend=axis is axes.flat[1])
+    pictures.save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
