@@ -48,12 +48,17 @@ def main() -> None:
     labels = torch.arange(arguments.images) % sidecar["label_dim"]
 
     def sample(settings: Sampler, draw: int) -> torch.Tensor:
-        latents = seeds.normals(
-            draw, "latents", np.arange(arguments.images), (channels, height, width), compute.device
-        )
+        def normals(purpose: str) -> torch.Tensor:
+            shape = (channels, height, width)
+            return seeds.normals(draw, purpose, np.arange(arguments.images), shape, compute.device)
+
+        def noise(step: int) -> torch.Tensor:
+            return normals(f"churn/{step}")
+
+        latents = normals("latents")
         with compute.autocast():
             return SAMPLERS[settings.name](
-                model, compute.to_device(latents), labels.to(compute.device), settings
+                model, compute.to_device(latents), labels.to(compute.device), settings, noise
             ).cpu()
 
     def features(images: np.ndarray) -> np.ndarray:

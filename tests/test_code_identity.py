@@ -201,7 +201,7 @@ def _deciding(module: str) -> tuple[ast.Module, list[int]]:
 
 
 MODULES = ("dmat.robust.losses", "dmat.robust.attacks", "dmat.seeds", "dmat.modes", "dmat.data.mixing",
-           "dmat.diffusion.edm", "dmat.training.classifier", "dmat.evaluation.checks")  # fmt: skip
+           "dmat.diffusion.formulations", "dmat.training.classifier", "dmat.evaluation.checks")  # fmt: skip
 
 
 @settings(max_examples=80, deadline=None)

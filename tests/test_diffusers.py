@@ -4,10 +4,12 @@ Its schedulers keep float32 levels, so paths agree to that precision. Run alone:
 """
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 
+from dmat.diffusion import samplers
 from dmat.diffusion.samplers import SAMPLERS, noise_levels
 from tests.test_multistep import denoise as mixture
 
@@ -88,3 +90,44 @@ def test_unipc_agrees(order, steps):
         x = scheduler.step(denoiser(x * (1 + sigma**2) ** 0.5, torch.tensor([sigma]), None), timestep, x).prev_sample
     samples = SAMPLERS[f"unipc_{order}"](denoiser, LATENTS, None, settings)
     torch.testing.assert_close(samples, x.double(), rtol=1e-5, atol=1e-5)
+
+
+def by_ddpm_scheduler(scheduler, steps, noise):
+    """A path of variance-preserving steps that are given the noise that the denoiser implies; and its noise levels."""
+    scheduler.set_timesteps(steps)
+    kept = scheduler.alphas_cumprod.double()[scheduler.timesteps]
+    levels = ((1 - kept) / kept).sqrt()
+    x = LATENTS.double() * levels[0] * kept[0].sqrt()
+    for number, timestep in enumerate(scheduler.timesteps):
+        sigma, scale = levels[number], kept[number].sqrt()
+        denoised = denoiser(x / scale, sigma[None], None)
+        scheduler.drawn = noise(number)
+        x = scheduler.step((x / scale - denoised) / sigma, timestep, x).prev_sample.double()
+    return x, torch.cat([levels, levels.new_zeros(1)])
+
+
+def drawn(step):
+    return torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(step)).double()
+
+
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_ancestral_sampling_agrees_with_ddpm(monkeypatch, steps):
+    scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    module = sys.modules[diffusers.DDPMScheduler.__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: scheduler.drawn)
+    expected, levels = by_ddpm_scheduler(scheduler, steps, drawn)
+    monkeypatch.setattr(samplers, "noise_levels", lambda settings: levels)
+    samples = SAMPLERS["ancestral"](denoiser, LATENTS, None, Settings(steps), drawn)
+    torch.testing.assert_close(samples, expected, rtol=1e-4, atol=1e-4)
+    if steps == 1000:
+        torch.testing.assert_close(levels, noise_levels(Settings(1000, schedule="ddpm")), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_euler_agrees_with_ddim(monkeypatch, steps):
+    """DDIM (Song et al. 2021) is Euler's method in sigma."""
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    expected, levels = by_ddpm_scheduler(scheduler, steps, drawn)
+    monkeypatch.setattr(samplers, "noise_levels", lambda settings: levels)
+    samples = SAMPLERS["euler"](denoiser, LATENTS, None, Settings(steps))
+    torch.testing.assert_close(samples, expected, rtol=1e-4, atol=1e-4)

@@ -11,8 +11,8 @@ from dmat import devices, files, seeds
 from dmat.config import Sampler
 from dmat.data import shards
 from dmat.data.pixels import to_bytes
-from dmat.diffusion.edm import Preconditioned
 from dmat.diffusion.edm_networks import DhariwalUNet, SongUNet
+from dmat.diffusion.formulations import EDM, VP, Preconditioned
 from dmat.diffusion.samplers import heun
 from dmat.errors import DmatError
 from dmat.models import denoisers, importing, published_denoisers
@@ -59,10 +59,25 @@ def test_an_import_computes_what_the_published_network_does(tmp_path, name):
     assert sidecar["origin"]["sha256"] == files.sha256(tmp_path / "m.pkl")
     assert "class k is taken to be class k of the data set" in " ".join(published.notes)
     x, sigma, labels = torch.randn(4, 1, 8, 8), torch.tensor([0.01, 0.5, 3, 70]), torch.tensor([0, 3, 3, 9])
-    original = COMPUTE.model_to_device(Preconditioned(network, arguments.get("sigma_data", 0.5)))
+    original = COMPUTE.model_to_device(Preconditioned(network, EDM(arguments.get("sigma_data", 0.5))))
     expected = original(x, sigma, labels)
     assert torch.equal(model(x, sigma, labels), expected)
     assert not torch.equal(model(x, sigma, labels), model(x, sigma, labels + torch.tensor([1, 0, 0, 0])))
+
+
+def test_a_variance_preserving_model_is_imported(tmp_path):
+    network = trained(PUBLISHED["ddpmpp"][1]())
+    edm_files.write(tmp_path / "m.pkl", network, SONG, class_name="VPPrecond")
+    importing.import_denoiser(tmp_path / "m.pkl")
+    model, sidecar = denoisers.load_denoiser(tmp_path / "m.safetensors", COMPUTE)
+    assert sidecar["formulation"] == "vp"
+    assert sidecar["sigma_range"] == pytest.approx([0.001, 152.17], rel=1e-3)
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 3]), torch.tensor([0, 3])
+    expected = COMPUTE.model_to_device(Preconditioned(network, VP()))(x, sigma, labels)
+    assert torch.equal(model(x, sigma, labels), expected)
+    edm_files.write(tmp_path / "m.pkl", network, {**SONG, "beta_d": 10.0}, class_name="VPPrecond")
+    with pytest.raises(DmatError, match="its noise process has"):
+        published_denoisers.read(tmp_path / "m.pkl")
 
 
 def test_weights_in_half_precision_become_single(tmp_path):
@@ -93,12 +108,12 @@ def test_a_model_that_dmat_does_not_have_is_refused(tmp_path, changes, message):
     with pytest.raises(DmatError) as refused:
         published_denoisers.read(tmp_path / "m.pkl")
     assert message in str(refused.value)
-    assert "expected EDMPrecond around" in str(refused.value)
+    assert "expected EDMPrecond or VPPrecond around" in str(refused.value)
 
 
 def test_another_preconditioning_and_values_that_are_not_numbers_are_refused(tmp_path):
-    edm_files.write(tmp_path / "m.pkl", PUBLISHED["ddpmpp"][1](), SONG, class_name="VPPrecond")
-    with pytest.raises(DmatError, match="its preconditioning is VPPrecond"):
+    edm_files.write(tmp_path / "m.pkl", PUBLISHED["ddpmpp"][1](), SONG, class_name="VEPrecond")
+    with pytest.raises(DmatError, match="its preconditioning is VEPrecond"):
         published_denoisers.read(tmp_path / "m.pkl")
     network = PUBLISHED["ddpmpp"][1]()
     network.map_layer0.weight.data[0, 0] = float("nan")
@@ -182,7 +197,7 @@ def test_a_published_model_generates_the_images_of_a_set(project):
     sampler = Sampler(**project.params["generate_images"]["sampler"])
     seed = project.params["generate_images"]["seed"]
     latents = seeds.normals(seed, "latents", np.arange(25), (1, 8, 8), COMPUTE.device)
-    model = COMPUTE.model_to_device(Preconditioned(project.network, 0.5))
+    model = COMPUTE.model_to_device(Preconditioned(project.network, EDM(0.5)))
     expected = to_bytes(heun(model, COMPUTE.to_device(latents), classes, sampler))
     assert np.array_equal(pixels, expected)
     for stage_name in ("score_images", "select_images", "mix_images", "train_robust"):
@@ -220,7 +235,7 @@ def test_noise_levels_outside_the_model_are_refused(project):
     edm_files.write(project.folder / "sources" / "m.pkl", project.network, arguments)
     project.run("train_diffusion")
     text = project.run("generate_images", code=2)
-    assert "the sampler goes from sigma_max 80.0 to sigma_min 0.002; generator edm accepts 0.01 to 50.0" in text
+    assert "the sampler goes from noise level 80 to 0.002; generator edm accepts 0.01 to 50.0" in text
 
 
 def test_an_unconditional_model_has_no_labels(project):
@@ -233,3 +248,34 @@ def test_an_unconditional_model_has_no_labels(project):
 def test_dvc_reads_the_source_of_a_generator(root):
     stage = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]["train_diffusion"]["do"]
     assert "sources/${item.source}" in stage["deps"]
+
+
+# --- the other formulations, trained
+
+
+@pytest.mark.parametrize(
+    ("formulation", "sampler"),
+    [
+        ("ddpm", {"name": "ancestral", "steps": 5, "schedule": "ddpm"}),
+        ("ddpm", {"name": "ipndm", "steps": 4, "schedule": "edm", "sigma_min": 0.02, "sigma_max": 100.0}),
+        ("vp", {"name": "dpmpp_2m", "steps": 4, "schedule": "log_snr", "guidance": 1.5}),
+    ],
+)
+def test_a_baseline_is_trained_and_generates(finished, tmp_path, formulation, sampler):
+    project = finished.copy_without("train_diffusion", tmp_path / "project")
+    network = {"name": "ddpmpp", "channels": 8, "attention": [4], "label_dropout": 0.1}
+    entry = {"source": "none", "formulation": formulation, "network": network}
+    project.write({"generators": {"edm": entry}, "image_sets": {"edm18": {"images": 50, "sampler": sampler}}})
+    printed = json.loads(project.run("train_diffusion").splitlines()[0])
+    assert 0.5 < printed["loss"] < 1.1, "the variance of the noise, less what a short training explains"
+    sidecar = json.loads((project.folder / "artifacts/train_diffusion/edm/denoiser.json").read_text())
+    assert sidecar["formulation"] == formulation
+    project.run("generate_images")
+    pixels, _ = shards.open_shards(project.folder / "artifacts/generate_images/edm18").take(np.arange(50))
+    assert len({image.tobytes() for image in pixels}) == 50
+
+
+def test_guidance_needs_a_network_that_learned_to_go_without_labels(finished, tmp_path):
+    project = finished.copy_without("generate_images", tmp_path / "project")
+    project.write({"image_sets": {"edm18": {"sampler": {"guidance": 2.0}}}})
+    assert "generator edm never learned to denoise without labels" in project.run("generate_images", code=2)

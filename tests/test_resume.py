@@ -16,7 +16,7 @@ from dmat.data.batches import MixedBatches
 from dmat.data.mixing import BatchOrder, Mix
 from dmat.data.pixels import load_all
 from dmat.data.shards import open_shards, write_set
-from dmat.diffusion.edm import Preconditioned
+from dmat.diffusion.formulations import EDM, Preconditioned
 from dmat.diffusion.unet import UNet
 from dmat.errors import Diverged, DmatError, Interrupted
 from dmat.robust.attacks import Ball
@@ -219,7 +219,7 @@ def test_patience_ends_a_run_after_evaluations_without_a_new_best(tmp_path, shar
 
 def _train_denoiser(folder, shards, compute, settings, stop_at=-1):
     torch.manual_seed(3)
-    model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.network.dropout), settings.sigma_data)
+    model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.network.dropout), EDM(settings.sigma_data))
     with _StopAt(folder, compute, settings.images_seen, quiet=True) as run:
         run.stop_at = stop_at
         return denoiser.train(model, *shards.all(), settings, 1, run, compute)
@@ -257,7 +257,7 @@ def test_denoiser_average_is_that_of_karras_et_al(tmp_path, shards, compute, tin
         average = [decay * a + (1 - decay) * p for a, p in zip(average, live, strict=True)]
     assert len(live_parameters) == 10
     assert half_life == 5  # both parts of the minimum were used
-    model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.network.dropout), settings.sigma_data)
+    model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.network.dropout), EDM(settings.sigma_data))
     for (name, _), expected in zip(model.named_parameters(), average, strict=True):
         torch.testing.assert_close(weights[name].double(), expected, rtol=1e-5, atol=1e-6)
 

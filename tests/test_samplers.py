@@ -5,6 +5,7 @@ implementation of the algorithm written line by line in numpy. Run alone: pytest
 """
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from dmat.diffusion.exact import ExactDenoiser
-from dmat.diffusion.samplers import SAMPLERS, STOCHASTIC, guided, noise_levels
+from dmat.diffusion.formulations import DDPM
+from dmat.diffusion.samplers import CHURNED, SAMPLERS, guided, noise_levels
 
 
 @dataclasses.dataclass
@@ -112,7 +114,8 @@ def test_samples_are_images_of_the_class_asked_for(name):
     """The exact denoiser of ten images in three classes: every sample must be one of them."""
     data, labels = latents(10, 1, 6, 6, seed=3).clamp(-1, 1), torch.arange(10) % 3
     requested = torch.arange(12) % 3
-    samples = SAMPLERS[name](ExactDenoiser(data, labels), latents(12, 1, 6, 6, seed=4), requested, Settings(steps=18))
+    start, noise = latents(12, 1, 6, 6, seed=4), named_noise(12, 1, 6, 6)
+    samples = SAMPLERS[name](ExactDenoiser(data, labels), start, requested, Settings(steps=18), noise)
     distance = (samples[:, None] - data.double()[None]).flatten(2).norm(dim=2)
     assert (distance.amin(1) < 0.01).all(), distance.amin(1)
     assert torch.equal(labels[distance.argmin(1)], requested)
@@ -123,7 +126,7 @@ def test_samples_are_images_of_the_class_asked_for(name):
 def test_calls_of_the_denoiser(name):
     """2 n - 1 calls of Heun and n of the others, each with the level as [B] float32 and the labels as they came."""
     recorder, labels = Recorder(gaussian(0.5)), torch.tensor([3, 1])
-    SAMPLERS[name](recorder, latents(2, 1, 4, 4), labels, Settings(steps=8))
+    SAMPLERS[name](recorder, latents(2, 1, 4, 4), labels, Settings(steps=8), named_noise(2, 1, 4, 4))
     levels = noise_levels(Settings(8)).tolist()[:-1]
     expected = levels if name != "heun" else [levels[0], *(s for level in levels[1:] for s in (level, level))]
     assert recorder.sigmas() == pytest.approx(expected)
@@ -135,7 +138,7 @@ def test_calls_of_the_denoiser(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_missing_labels_stay_missing(name):
     recorder = Recorder(gaussian(0.5))
-    SAMPLERS[name](recorder, latents(2, 1, 4, 4), None, Settings())
+    SAMPLERS[name](recorder, latents(2, 1, 4, 4), None, Settings(), named_noise(2, 1, 4, 4))
     assert {labels for _, _, labels in recorder.calls} == {None}
 
 
@@ -143,7 +146,8 @@ def test_missing_labels_stay_missing(name):
 def test_sampling_keeps_no_graph_and_leaves_the_latents(name):
     weight, start = torch.nn.Parameter(torch.tensor(0.3)), latents(2, 1, 4, 4)
     before = start.clone()
-    samples = SAMPLERS[name](lambda x, sigma, labels: x * weight, start, None, Settings())
+    noise = named_noise(2, 1, 4, 4)
+    samples = SAMPLERS[name](lambda x, sigma, labels: x * weight, start, None, Settings(), noise)
     assert not samples.requires_grad
     assert torch.equal(start, before)
 
@@ -193,6 +197,40 @@ def test_heun_with_the_published_levels_is_close_to_the_solution(steps, bound):
     torch.testing.assert_close(samples, exact, rtol=bound, atol=0)
 
 
+# --- ancestral sampling
+
+
+def test_ancestral_sampling_draws_from_the_posterior():
+    """For a Gaussian every step is linear, so the spread of the samples follows from the levels in closed form."""
+
+    def spread(settings):
+        levels, variance = noise_levels(settings).tolist(), settings.sigma_max**2
+        for sigma, sigma_next in itertools.pairwise(levels):
+            kept = (sigma_next / sigma) ** 2
+            slope = kept + (1 - kept) * 0.25 / (0.25 + sigma**2)  # of D and of x together
+            variance = slope**2 * variance + sigma_next**2 * (1 - kept)
+        return variance**0.5
+
+    settings, shape = Settings(steps=100, sigma_min=0.02, sigma_max=20.0, rho=3.0), (20_000, 1, 1, 1)
+    samples = SAMPLERS["ancestral"](gaussian(0.5), latents(*shape), None, settings, named_noise(*shape))
+    assert samples.std().item() == pytest.approx(spread(settings), abs=0.01)  # standard error 0.0025
+    assert spread(dataclasses.replace(settings, steps=10_000)) == pytest.approx(0.5, abs=0.001)
+    correlation = np.corrcoef(samples.flatten().numpy(), latents(*shape).flatten().numpy())[0, 1]
+    assert abs(correlation) < 0.05
+
+
+def test_ancestral_sampling_without_noise_is_refused():
+    with pytest.raises(ValueError, match="needs a source of noise"):
+        SAMPLERS["ancestral"](gaussian(0.5), latents(1, 1, 2, 2), None, Settings())
+
+
+def test_levels_of_ddpm_are_evenly_spaced_steps():
+    levels = noise_levels(Settings(1000, schedule="ddpm"))
+    assert torch.equal(levels[:-1], DDPM().levels.flip(0))
+    few = noise_levels(Settings(4, schedule="ddpm"))
+    assert torch.equal(few, torch.cat([DDPM().levels[[999, 666, 333, 0]], torch.zeros(1)]))
+
+
 # --- guidance
 
 
@@ -211,7 +249,7 @@ def test_guidance_goes_on_from_the_unlabelled_denoiser_through_the_labelled_one(
 
 
 @pytest.mark.parametrize("s_churn", [1.0, 4.0, 1000.0])
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", CHURNED)
 def test_churn_raises_the_level_by_gamma_inside_its_window(name, s_churn):
     settings = Settings(steps=10, sigma_min=0.02, sigma_max=10.0, s_churn=s_churn, s_min=0.1, s_max=5.0)
     noise_steps, recorder = [], Recorder(gaussian(0.5))
@@ -267,7 +305,7 @@ def test_churn_keeps_the_spread_of_the_data():
     assert abs(correlation) < 0.1
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", CHURNED)
 def test_churn_without_noise_is_refused(name):
     with pytest.raises(ValueError, match=r"s_churn > 0 needs a source of noise"):
         SAMPLERS[name](gaussian(0.5), latents(1, 1, 2, 2), None, Settings(s_churn=1.0))
@@ -308,7 +346,7 @@ def algorithm_2(denoise, start, settings, noise, second_order):
 
 
 @pytest.mark.parametrize("case", ["usual", "two steps", "short", "churned"])
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", CHURNED)
 def test_agrees_with_algorithm_2_written_line_by_line(name, case):
     settings = CASES[case]
     # wide data, so that paths keep bending between images instead of settling at once
@@ -333,7 +371,7 @@ def test_agrees_with_algorithm_2_written_line_by_line(name, case):
 
 
 @pytest.mark.parametrize("case", ["usual", "churned"])
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", CHURNED)
 def test_positions_are_kept_in_float64(name, case):
     """With a denoiser that computes in float32, as networks do, everything else agrees to the digits of float64."""
     start, noise = latents(1, 1, 8, 8, seed=9), named_noise(1, 1, 8, 8)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dmat import config, devices, files, modes, seeds
+from dmat.diffusion.formulations import EDM
 from dmat.diffusion.networks import DenoiserSpec
 from dmat.errors import DmatError, Interrupted
 from dmat.models import denoisers
@@ -346,7 +347,8 @@ def test_weights_are_written_byte_for_byte_alike_and_from_any_layout(tmp_path):
 def test_a_denoiser_of_an_earlier_version_still_opens(tmp_path, tiny_params):
     """Its sidecar has the old names of settings, all in one mapping."""
     settings = config.DenoiserTraining.model_validate(tiny_params["train_diffusion"])
-    state = denoisers.new_denoiser(settings.network, DenoiserSpec(8, 8, 1, 10), settings.sigma_data, 1).state_dict()
+    formulation = EDM(settings.sigma_data)
+    state = denoisers.new_denoiser(settings.network, DenoiserSpec(8, 8, 1, 10), formulation, 1).state_dict()
     plain = settings.plain()
     network = plain.pop("network")
     generator = {"average_half_life" if name == "ema_half_life" else name: value for name, value in plain.items()}

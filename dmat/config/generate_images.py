@@ -16,7 +16,7 @@ class Sampler(Record):
     steps: Count = 18
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
-    schedule: Literal["edm", "log_snr"] = "edm"
+    schedule: Literal["edm", "log_snr", "ddpm"] = "edm"
     rho: Positive = 7.0  # of the schedule edm
     guidance: Annotated[float, Field(ge=0, le=1000)] = 1.0
     s_churn: NotNegative = 0.0
@@ -32,14 +32,20 @@ class Sampler(Record):
 
     @pydantic.model_validator(mode="after")
     def _options_have_an_effect(self) -> Self:
-        from dmat.diffusion.samplers import SAMPLERS, STOCHASTIC  # late, as it loads torch
+        from dmat.diffusion.samplers import CHURNED, SAMPLERS  # late, as it loads torch
 
-        if self.s_churn and self.name in SAMPLERS and self.name not in STOCHASTIC:
+        if self.s_churn and self.name in SAMPLERS and self.name not in CHURNED:
             raise ValueError(
-                f"s_churn is {self.s_churn}; {self.name} adds no noise; expected 0, or name: {' or '.join(STOCHASTIC)}"
+                f"s_churn is {self.s_churn}; {self.name} has no churn; expected 0, or name: {' or '.join(CHURNED)}"
             )
-        if self.schedule == "log_snr" and "rho" in self.model_fields_set and self.rho != 7.0:
-            raise ValueError(f"rho is {self.rho}; the schedule log_snr has none; leave it out")
+        unused = {"edm": (), "log_snr": ("rho",), "ddpm": ("rho", "sigma_min", "sigma_max")}[self.schedule]
+        for name in unused:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; the schedule {self.schedule} has none; leave it out"
+                )
+        if self.schedule == "ddpm" and self.steps > 1000:
+            raise ValueError(f"steps is {self.steps}; the schedule ddpm has 1000 levels; expected at most as many")
         return self
 
 

@@ -33,9 +33,13 @@ class DenoiserNetwork(Record):
 
 
 class DenoiserTraining(Record):
-    """How denoisers are trained. Satisfies `training.denoiser.DenoiserSettings`."""
+    """How denoisers are trained. Satisfies `training.denoiser.DenoiserSettings`.
+
+    Satisfies `diffusion.formulations.FormulationSettings` too: sigma_data, p_mean and p_std are those of edm.
+    """
 
     network: DenoiserNetwork
+    formulation: Annotated[str, named_in("dmat.diffusion.formulations", "FORMULATIONS", plugins_allowed=False)] = "edm"
     sigma_data: Positive  # standard deviation of the images in [-1, 1]
     p_mean: Annotated[float, Field(ge=-100, le=100)] = -1.2
     p_std: Positive = 1.2
@@ -46,6 +50,15 @@ class DenoiserTraining(Record):
     ema_half_life: Positive  # images
     log_every: Count  # images
     seed: Seed
+
+    @pydantic.model_validator(mode="after")
+    def _network_fits(self) -> Self:
+        if self.network.name == "unet" and self.formulation != "edm":
+            raise ValueError(
+                f"formulation is {self.formulation!r}; unet embeds noise levels as EDM gives them; expected edm, or "
+                f"another network"
+            )
+        return self
 
 
 def _source(value: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dmat.diffusion import multistep
+from dmat.diffusion.formulations import DDPM, DDPM_STEPS
 from dmat.diffusion.multistep import Step
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (noisy [B,C,H,W], sigma [B], labels [B]) -> [B,C,H,W]
@@ -28,19 +29,25 @@ class SamplerSettings(Protocol):
     sigma_min: float
     sigma_max: float
     rho: float
-    schedule: str
     s_churn: float
     s_min: float
     s_max: float
     s_noise: float
+
+    @property
+    def schedule(self) -> str: ...
 
 
 def noise_levels(settings: SamplerSettings) -> Tensor:
     """Computes the noise levels sigma_max ... sigma_min, 0: float64 [T + 1] for T steps.
 
     Schedule "edm": equation 5 of Karras et al. 2022. "log_snr": equal steps of ln sigma (Lu et al. 2022), to which
-    "edm" tends as rho grows. A single step goes from sigma_max to 0.
+    "edm" tends as rho grows. "ddpm": levels of the 1,000 steps of DDPM, evenly spaced from the last to the first
+    (Nichol and Dhariwal 2021, section 4). A single step goes from the highest level to 0.
     """
+    if settings.schedule == "ddpm":
+        ddpm_steps = torch.linspace(DDPM_STEPS - 1, 0, settings.steps, dtype=torch.float64).round().long()
+        return torch.cat([DDPM().levels[ddpm_steps], torch.zeros(1, dtype=torch.float64)])
     low, high, rho = settings.sigma_min, settings.sigma_max, settings.rho
     ramp = torch.linspace(0, 1, settings.steps, dtype=torch.float64)
     if settings.schedule == "log_snr":
@@ -105,6 +112,28 @@ def euler(
 
 
 @torch.no_grad()
+def ancestral(
+    denoiser: Denoiser, latents: Tensor, labels: Tensor | None, settings: SamplerSettings, noise: Noise | None = None
+) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2), in `steps` denoiser calls.
+
+    A step draws from the posterior of the next level given x and D (their equations 6 and 7), here in terms of sigma.
+    latents [B, C, H, W] -> images [B, C, H, W]; arguments and result are those of `heun`, and `noise` is required.
+    """
+    if noise is None:
+        raise ValueError("ancestral sampling needs a source of noise")
+    levels = noise_levels(settings).tolist()
+    x = latents.double() * levels[0]
+    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
+        denoised = _denoise(denoiser, labels, x, sigma)
+        kept = (sigma_next / sigma) ** 2
+        x = denoised + kept * (x - denoised)
+        if sigma_next > 0:
+            x = x + sigma_next * (1 - kept) ** 0.5 * noise(step).to(x)
+    return x
+
+
+@torch.no_grad()
 def _by_multistep(
     denoiser: Denoiser,
     latents: Tensor,
@@ -130,13 +159,14 @@ _unipc = functools.partial(_by_multistep, step=multistep.unipc_predict, correct=
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "heun": heun,
     "euler": euler,
+    "ancestral": ancestral,
     "dpmpp_2m": functools.partial(_by_multistep, step=multistep.dpm_solver_pp, order=2),
     "dpmpp_3m": functools.partial(_by_multistep, step=multistep.dpm_solver_pp, order=3),
     "unipc_2": functools.partial(_unipc, order=2),
     "unipc_3": functools.partial(_unipc, order=3),
     "ipndm": functools.partial(_by_multistep, step=multistep.ipndm, order=4),
 }
-STOCHASTIC = ("heun", "euler")  # those that s_churn has an effect on
+CHURNED = ("heun", "euler")  # those that s_churn has an effect on
 
 
 def _denoise(denoiser: Denoiser, labels: Tensor | None, x: Tensor, sigma: float) -> Tensor:

@@ -20,8 +20,8 @@ from dmat.data import dvc_cache, shards
 from dmat.data.pixels import to_bytes
 from dmat.data.shard_pool import ShardPool
 from dmat.devices import Compute
-from dmat.diffusion.edm import Preconditioned
-from dmat.diffusion.samplers import SAMPLERS, guided
+from dmat.diffusion.formulations import Preconditioned
+from dmat.diffusion.samplers import SAMPLERS, guided, noise_levels
 from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
@@ -162,11 +162,12 @@ def _open(settings: ImageSet, job: Job) -> tuple[_Generation, DenoiserSidecar, l
             f"to denoise without labels; expected guidance 1, or a network that was trained with label_dropout"
         )
     lowest, highest = sidecar["sigma_range"]
-    sampler = settings.sampler
-    if sampler.sigma_min < (lowest or 0) or (highest is not None and sampler.sigma_max > highest):
+    levels = noise_levels(settings.sampler).tolist()
+    if min(levels[:-1]) < (lowest or 0) * (1 - 1e-6) or (highest is not None and max(levels) > highest * (1 + 1e-6)):
         raise DmatError(
-            f"image set {name}: the sampler goes from sigma_max {sampler.sigma_max} to sigma_min {sampler.sigma_min}; "
-            f"generator {generator} accepts {lowest} to {highest}; expected levels inside; change the sampler"
+            f"image set {name}: the sampler goes from noise level {levels[0]:.6g} to {levels[-2]:.6g}; generator "
+            f"{generator} accepts {lowest} to {highest}; expected levels inside; change schedule, sigma_min or "
+            f"sigma_max of the sampler"
         )
     height, width, channels = sidecar["image_shape"]
     generation = _Generation(

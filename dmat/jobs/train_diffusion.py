@@ -14,6 +14,7 @@ from dmat.config import Generator, PublishedGenerator, Sampler
 from dmat.data import shards
 from dmat.data.pixels import to_bytes
 from dmat.data.shards import Shards
+from dmat.diffusion.formulations import FORMULATIONS
 from dmat.diffusion.networks import DenoiserSpec
 from dmat.diffusion.samplers import SAMPLERS
 from dmat.errors import DmatError
@@ -38,10 +39,9 @@ def run(settings: Generator | PublishedGenerator, job: Job) -> Result:
 
 def _train(settings: Generator, job: Job, real: Shards) -> Result:
     images, labels = real.all()
+    spec = DenoiserSpec(*real.shape, real.classes)
     try:
-        model = new_denoiser(
-            settings.network, DenoiserSpec(*real.shape, real.classes), settings.sigma_data, settings.seed
-        )
+        model = new_denoiser(settings.network, spec, FORMULATIONS[settings.formulation](settings), settings.seed)
     except ValueError as error:
         raise DmatError(f"generator {job.instance['generator']}: {error}") from None
     with job.long_run(settings.images_seen) as run:

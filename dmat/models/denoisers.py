@@ -1,5 +1,6 @@
 """Denoisers: creates them, describes them in sidecars, and loads them from weights and sidecar."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,20 +11,22 @@ from dmat import files, plugins, seeds
 from dmat.config import DenoiserNetwork, DenoiserTraining, denoiser_network, denoiser_of_an_earlier_version
 from dmat.data.shards import Shards
 from dmat.devices import Compute
-from dmat.diffusion.edm import Preconditioned
+from dmat.diffusion.formulations import EDM, FORMULATIONS, Formulation, Preconditioned
 from dmat.diffusion.networks import NETWORKS, DenoiserSpec
 from dmat.errors import DmatError
 from dmat.training import weights
 from dmat.training.weights import DenoiserSidecar
 
+_OF_THE_MODEL = ("network", "formulation", "sigma_data")  # settings of a training that sidecars have on their own
 
-def new_denoiser(network: DenoiserNetwork, spec: DenoiserSpec, sigma_data: float, seed: int) -> Preconditioned:
+
+def new_denoiser(network: DenoiserNetwork, spec: DenoiserSpec, formulation: Formulation, seed: int) -> Preconditioned:
     """Returns a new denoiser; its initial weights depend on the seed alone.
 
     Raises ValueError where the settings of the network do not fit the images.
     """
     seeds.reseed_torch(seed, "initial weights", 0)
-    return Preconditioned(plugins.find(NETWORKS, network.name)(spec, network), sigma_data)
+    return Preconditioned(plugins.find(NETWORKS, network.name)(spec, network), formulation)
 
 
 def denoiser_sidecar(settings: DenoiserTraining, real: Shards, compute: Compute) -> DenoiserSidecar:
@@ -34,14 +37,21 @@ def denoiser_sidecar(settings: DenoiserTraining, real: Shards, compute: Compute)
         "network": settings.network.plain(),
         "label_dim": real.classes,
         "augment_dim": 0,
+        "formulation": settings.formulation,
         "sigma_data": settings.sigma_data,
-        "sigma_range": [0.0, None],
+        "sigma_range": limits(FORMULATIONS[settings.formulation](settings)),
         "image_shape": list(real.shape),
         "class_names": real.manifest["class_names"],
         "licence_of_data": real.manifest["licence"],
         "precision": compute.precision,
-        "training": {name: value for name, value in settings.plain().items() if name not in ("network", "sigma_data")},
+        "training": {name: value for name, value in settings.plain().items() if name not in _OF_THE_MODEL},
     }
+
+
+def limits(formulation: Formulation) -> list[float | None]:
+    """The range of noise levels as a sidecar has it: None where there is no limit."""
+    low, high = formulation.sigma_range
+    return [low, None if math.isinf(high) else high]
 
 
 def licence_of_images(sidecar: DenoiserSidecar) -> str:
@@ -51,7 +61,7 @@ def licence_of_images(sidecar: DenoiserSidecar) -> str:
 
 def identity(sidecar: DenoiserSidecar) -> dict[str, object]:
     """What decides, with the settings of a sampler, the images that a denoiser generates: its weights and network."""
-    keys = ("sha256", "network", "label_dim", "augment_dim", "sigma_data")
+    keys = ("sha256", "network", "label_dim", "augment_dim", "formulation", "sigma_data")
     return {key: cast(Mapping[str, object], sidecar)[key] for key in keys}
 
 
@@ -109,16 +119,24 @@ def build(sidecar: DenoiserSidecar, path: Path) -> Preconditioned:
             raise ValueError("class_names or sigma_range has another length than expected")
         network = denoiser_network(sidecar["network"])
         with torch.random.fork_rng(devices=[]):
-            return new_denoiser(network, spec, float(sidecar["sigma_data"]), seed=0)
+            return new_denoiser(network, spec, _formulation(sidecar), seed=0)
     except DmatError as error:
         problem = str(error)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise DmatError(
         f"{path.with_suffix('.json')} does not describe a denoiser ({problem}); expected network, image_shape, "
-        f"label_dim, augment_dim, sigma_data, sigma_range and class_names; restore the sidecar that was written with "
-        f"{path.name}"
+        f"label_dim, augment_dim, formulation, sigma_data, sigma_range and class_names; restore the sidecar that was "
+        f"written with {path.name}"
     )
+
+
+def _formulation(sidecar: DenoiserSidecar) -> Formulation:
+    """The formulation of a sidecar. Raises KeyError for an unknown one, and ValueError for a bad sigma_data."""
+    sigma_data = sidecar["sigma_data"]
+    if not isinstance(sigma_data, int | float) or not 0 < sigma_data < math.inf:
+        raise ValueError(f"sigma_data is {sigma_data!r}")
+    return FORMULATIONS[sidecar["formulation"]](EDM(float(sigma_data)))
 
 
 def _whole(value: object, minimum: int) -> int:
@@ -138,6 +156,7 @@ def _with_todays_keys(sidecar: DenoiserSidecar) -> DenoiserSidecar:
         "network": settings.pop("network"),
         "label_dim": len(earlier["class_names"]),
         "augment_dim": 0,
+        "formulation": "edm",
         "sigma_data": settings.pop("sigma_data"),
         "sigma_range": [0.0, None],
         "training": settings,

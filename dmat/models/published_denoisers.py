@@ -1,6 +1,7 @@
 """Reads published diffusion models without executing anything in them: tensors and sidecar in dmat's format.
 
-Official names: those of the code of Karras et al. 2022, `EDMPrecond` around `SongUNet` or `DhariwalUNet`.
+Official names: those of the code of Karras et al. 2022, `EDMPrecond` or `VPPrecond` around `SongUNet` or
+`DhariwalUNet`.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dmat import files
 from dmat.config import DenoiserNetwork, denoiser_network
+from dmat.diffusion.formulations import VP
 from dmat.diffusion.networks import NETWORKS, DenoiserSpec
 from dmat.errors import DmatError
 from dmat.models import edm_pickles, foreign
@@ -57,17 +59,30 @@ _VARIANTS: Mapping[str, Mapping[str, object]] = {  # network of dmat -> that of 
         "resample_filter": [1, 3, 3, 1],
     },
 }
-# Constructor arguments of the preconditioning with their defaults.
-_PRECONDITIONING: Mapping[str, object] = {
+_IMAGES: Mapping[str, object] = {
     "img_resolution": None,
     "img_channels": None,
     "label_dim": 0,
     "use_fp16": False,
-    "sigma_min": 0.0,
-    "sigma_max": math.inf,
-    "sigma_data": 0.5,
-    "model_type": "DhariwalUNet",
     "augment_dim": 0,
+}
+# Preconditioning -> its constructor arguments with their defaults.
+_PRECONDITIONINGS: Mapping[str, Mapping[str, object]] = {
+    "EDMPrecond": {
+        **_IMAGES,
+        "sigma_min": 0.0,
+        "sigma_max": math.inf,
+        "sigma_data": 0.5,
+        "model_type": "DhariwalUNet",
+    },
+    "VPPrecond": {
+        **_IMAGES,
+        "beta_d": 19.9,
+        "beta_min": 0.1,
+        "M": 1000,
+        "epsilon_t": 1e-5,
+        "model_type": "SongUNet",
+    },
 }
 
 
@@ -106,13 +121,11 @@ def read(path: Path, licence: str | None = None) -> PublishedDenoiser:
     try:
         settings, spec, preconditioning = _architecture(network)
         state = _state(network, settings, spec)
-        lowest, highest, sigma_data = (
-            _number(preconditioning, name) for name in ("sigma_min", "sigma_max", "sigma_data")
-        )
+        formulation, sigma_data, limits = _formulation(network.class_name, preconditioning)
     except (ValueError, TypeError, DmatError) as error:
         raise DmatError(
-            f"{path} holds a model that dmat does not have: {error}; expected EDMPrecond around a "
-            f"SongUNet (DDPM++ or NCSN++) or a DhariwalUNet; import another file"
+            f"{path} holds a model that dmat does not have: {error}; expected EDMPrecond or "
+            f"VPPrecond around a SongUNet (DDPM++ or NCSN++) or a DhariwalUNet; import another file"
         ) from None
     notes = [
         f"the file names code, which was neither run nor read: {foreign.shortened_list(network.other_names)}"
@@ -125,8 +138,9 @@ def read(path: Path, licence: str | None = None) -> PublishedDenoiser:
         "network": settings.plain(),
         "label_dim": spec.label_dim,
         "augment_dim": spec.augment_dim,
+        "formulation": formulation,
         "sigma_data": sigma_data,
-        "sigma_range": [lowest, None if math.isinf(highest) else highest],
+        "sigma_range": limits,
         "image_shape": [spec.height, spec.width, spec.channels],
         "class_names": [str(k) for k in range(spec.label_dim)],
         "licence": licence or EDM_LICENCE,
@@ -148,10 +162,12 @@ def _architecture(network: PublishedNetwork) -> tuple[DenoiserNetwork, DenoiserS
 
     Raises ValueError for what dmat does not have: an argument that it does not read may change the function.
     """
-    if network.class_name != "EDMPrecond":
+    if network.class_name not in _PRECONDITIONINGS:
         raise ValueError(f"its preconditioning is {network.class_name}")
     remaining = dict(network.arguments)
-    preconditioning = {name: remaining.pop(name, default) for name, default in _PRECONDITIONING.items()}
+    preconditioning = {
+        name: remaining.pop(name, default) for name, default in _PRECONDITIONINGS[network.class_name].items()
+    }
     kind = preconditioning["model_type"]
     if kind == "SongUNet":
         variant = {name: remaining.pop(name, default) for name, default in _SONG_VARIANT.items()}
@@ -177,6 +193,21 @@ def _architecture(network: PublishedNetwork) -> tuple[DenoiserNetwork, DenoiserS
         _whole(preconditioning, "augment_dim", 0),
     )
     return denoiser_network({"name": name, **_plain(values)}), spec, preconditioning
+
+
+def _formulation(class_name: str, preconditioning: Mapping[str, object]) -> tuple[str, float, list[float | None]]:
+    """Name of the formulation, sigma_data, and the range of noise levels. Raises ValueError for one that dmat lacks."""
+    if class_name == "VPPrecond":
+        formulation = VP()
+        expected = dataclasses.asdict(formulation)
+        constants = {
+            name.replace("M", "steps"): preconditioning[name] for name in ("beta_d", "beta_min", "epsilon_t", "M")
+        }
+        if constants != expected:
+            raise ValueError(f"its noise process has {constants} and not {expected}")
+        return "vp", 0.5, [*formulation.sigma_range]
+    lowest, highest, sigma_data = (_number(preconditioning, name) for name in ("sigma_min", "sigma_max", "sigma_data"))
+    return "edm", sigma_data, [lowest, None if math.isinf(highest) else highest]
 
 
 def _plain(values: Mapping[str, object]) -> dict[str, object]:

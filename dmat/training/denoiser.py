@@ -1,4 +1,4 @@
-"""Training of an EDM denoiser: one function, read from top to bottom (Karras et al. 2022, Table 1 and appendix F).
+"""Training of a denoiser: one function, read from top to bottom (Karras et al. 2022, Table 1 and appendix F).
 
 Shapes: B batch, N images, C channels, H height, W width.
 """
@@ -14,7 +14,7 @@ from dmat import modes, seeds
 from dmat.data.mixing import ShuffledSequence
 from dmat.data.pixels import to_float
 from dmat.devices import Compute
-from dmat.diffusion import edm
+from dmat.diffusion import formulations
 from dmat.training import ema, schedules
 from dmat.training.checkpoints import State
 from dmat.training.long_run import LongRun, stop_if_not_finite
@@ -28,8 +28,6 @@ class DenoiserSettings(Protocol):
     learning_rate: float
     ramp_up: float
     ema_half_life: float
-    p_mean: float
-    p_std: float
     log_every: int
 
 
@@ -42,7 +40,7 @@ class DenoiserProgress(TypedDict):
 
 
 def train(
-    denoiser: edm.Preconditioned,
+    denoiser: formulations.Preconditioned,
     images: np.ndarray,
     labels: np.ndarray,
     settings: DenoiserSettings,
@@ -95,13 +93,13 @@ def train(
         x = compute.to_device(to_float(images[indices]).mul_(2).sub_(1))  # [B, C, H, W] in [-1, 1]
         y = torch.from_numpy(labels[indices]).to(compute.device)  # [B]
         rng = seeds.stream(seed, "denoiser/noise", step)
-        sigma = edm.sample_sigma(seeds.normal(rng, (len(y),)), settings.p_mean, settings.p_std).to(compute.device)
+        sigma = denoiser.formulation.draw_sigma(rng, len(y)).to(compute.device)
         noise = compute.to_device(seeds.normal(rng, tuple(x.shape)))
         seeds.reseed_torch(seed, "denoiser/dropout", step)
         for group in optimiser.param_groups:
             group["lr"] = schedules.ramp_then_cosine(step / steps, settings.learning_rate, settings.ramp_up)
         with modes.mode(denoiser, training=True), compute.autocast():
-            loss = edm.loss(denoiser, x, y, sigma, noise).mean()
+            loss = formulations.loss(denoiser, x, y, sigma, noise).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

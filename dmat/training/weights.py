@@ -107,7 +107,8 @@ class DenoiserSidecar(Sidecar):
     network: Mapping[str, object]  # `config.DenoiserNetwork` as JSON
     label_dim: int  # number of classes; 0: the model is unconditional
     augment_dim: int  # numbers per image that describe its augmentation; 0: none
-    sigma_data: float  # of the preconditioning, which is EDM's
+    formulation: str  # in FORMULATIONS
+    sigma_data: float  # of the formulation edm
     sigma_range: list[float | None]  # noise levels that the model accepts, lowest and highest; None: no limit
     class_names: list[str]  # of the model's classes
     # What a training alone writes: its settings, `config.DenoiserTraining` as JSON without the network.

@@ -1,16 +1,19 @@
-"""The EDM preconditioning and loss are Table 1 of Karras et al. 2022, and the exact denoiser is the optimal one.
+"""The formulations are those of their papers, and the exact denoiser is the optimal one.
 
 Oracles: the formulas in plain Python floats; a raw network whose denoiser is exact; the score of a known
-density. Run alone: pytest tests/test_edm.py
+density. Run alone: pytest tests/test_formulations.py
 """
 
 import math
 
 import pytest
+import scipy.stats
 import torch
 
-from dmat.diffusion import edm
+from dmat import seeds
+from dmat.diffusion import formulations
 from dmat.diffusion.exact import ExactDenoiser
+from dmat.diffusion.formulations import DDPM, EDM, VP, Preconditioned
 
 SIGMAS = (0.002, 0.1, 0.5, 1.0, 7.3, 80.0)
 SIGMA_DATA = (0.25, 0.5, 0.7)
@@ -28,13 +31,13 @@ def table_1(sigma: float, sigma_data: float) -> dict[str, float]:
 
 @pytest.mark.parametrize("sigma_data", SIGMA_DATA)
 def test_scalings_are_table_1(sigma_data):
-    actual = edm.scalings(torch.tensor(SIGMAS, dtype=torch.float64), sigma_data)
+    actual = EDM(sigma_data).scalings(torch.tensor(SIGMAS, dtype=torch.float64))
     for k, sigma in enumerate(SIGMAS):
         assert [c[k].item() for c in actual] == pytest.approx(list(table_1(sigma, sigma_data).values()), rel=1e-12)
 
 
 def test_scalings_keep_the_shape_of_sigma():
-    assert {c.shape for c in edm.scalings(torch.ones(2, 3), 0.5)} == {(2, 3)}
+    assert {c.shape for c in EDM(0.5).scalings(torch.ones(2, 3))} == {(2, 3)}
 
 
 class RawNetwork(torch.nn.Module):
@@ -47,7 +50,7 @@ class RawNetwork(torch.nn.Module):
 @pytest.mark.parametrize("labels", [None, torch.tensor([4, 0, 9, 1, 1, 2])])
 def test_denoiser_combines_input_and_network_by_equation_7(labels):
     noisy = torch.randn(len(SIGMAS), 3, 2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    actual = edm.Preconditioned(RawNetwork(), 0.7)(noisy, torch.tensor(SIGMAS, dtype=torch.float64), labels)
+    actual = Preconditioned(RawNetwork(), EDM(0.7))(noisy, torch.tensor(SIGMAS, dtype=torch.float64), labels)
     assert actual.dtype == torch.float32
     for k, sigma in enumerate(SIGMAS):
         c = table_1(sigma, 0.7)
@@ -78,14 +81,14 @@ def test_loss_is_the_squared_error_of_the_raw_network(delta):
     sigma = torch.tensor([0.05, 0.5, 2.0, 5.0])
     images = torch.rand(4, 1, 5, 5, generator=generator) * 2 - 1
     noise = torch.randn(4, 1, 5, 5, generator=generator)
-    actual = edm.loss(edm.Preconditioned(ExactNetwork(images, 0.5, delta), 0.5), images, None, sigma, noise)
+    actual = formulations.loss(Preconditioned(ExactNetwork(images, 0.5, delta), EDM(0.5)), images, None, sigma, noise)
     torch.testing.assert_close(actual, torch.full((4,), delta**2), rtol=1e-3, atol=1e-8)
 
 
 class Shifted:
     """A denoiser that is wrong by 0.1 everywhere and records its arguments."""
 
-    sigma_data = 0.5
+    formulation = EDM(0.5)
 
     def __init__(self, clean):
         self.clean, self.calls = clean, []
@@ -100,7 +103,7 @@ def test_loss_of_a_known_error_is_lambda_times_its_square():
     images[1] = 0.5
     sigma, labels = torch.tensor([2.0, 0.5]), torch.tensor([3, 7])
     denoiser = Shifted(images)
-    actual = edm.loss(denoiser, images, labels, sigma, noise)
+    actual = formulations.loss(denoiser, images, labels, sigma, noise)
     # lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 4.25 / 1 and 0.5 / 0.0625, from the formula
     torch.testing.assert_close(actual, torch.tensor([4.25 * 0.01, 8.0 * 0.01]))
     ((noisy, sigma_seen, labels_seen),) = denoiser.calls
@@ -124,18 +127,79 @@ def test_expected_loss_of_a_zero_network_is_one(sigma, sigma_data):
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(50, 1, 20, 20, generator=generator) * sigma_data
     noise = torch.randn(50, 1, 20, 20, generator=generator)
-    actual = edm.loss(edm.Preconditioned(ZeroNetwork(), sigma_data), images, None, torch.full((50,), sigma), noise)
+    denoiser = Preconditioned(ZeroNetwork(), EDM(sigma_data))
+    actual = formulations.loss(denoiser, images, None, torch.full((50,), sigma), noise)
     assert actual.shape == (50,)
     assert actual.mean().item() == pytest.approx(1, abs=0.04)  # 20,000 squares of unit variance: standard error 0.01
 
 
 def test_training_noise_levels_are_log_normal():
-    normal = torch.randn(100_000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    logarithms = edm.sample_sigma(normal, p_mean=-1.2, p_std=0.8).log()
+    logarithms = EDM(0.5, p_mean=-1.2, p_std=0.8).draw_sigma(seeds.stream(1, "test"), 100_000).double().log()
     assert logarithms.mean().item() == pytest.approx(-1.2, abs=0.015)
     assert logarithms.std().item() == pytest.approx(0.8, abs=0.01)
-    exact = edm.sample_sigma(torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64), -1.2, 1.2)
-    assert exact.tolist() == pytest.approx([math.exp(-2.4), math.exp(-1.2), math.exp(1.2)])
+
+
+# --- VP and DDPM
+
+
+def test_vp_is_table_1():
+    """Karras et al. 2022, Table 1, column "VP", in Python's floats, and its inverse."""
+    vp = VP()
+    for t in (1e-5, 0.01, 0.3, 1.0):
+        sigma = math.sqrt(math.exp(19.9 * t**2 / 2 + 0.1 * t) - 1)
+        assert vp.sigma(torch.tensor(t, dtype=torch.float64)).item() == pytest.approx(sigma, rel=1e-9)
+        c_skip, c_out, c_in, c_noise = (c.item() for c in vp.scalings(torch.tensor(sigma, dtype=torch.float64)))
+        assert (c_skip, c_out) == (1, -sigma)
+        assert c_in == pytest.approx(1 / math.sqrt(sigma**2 + 1))
+        assert c_noise == pytest.approx(999 * t, rel=1e-6)
+        assert vp.weight(torch.tensor(sigma)).item() == pytest.approx(1 / sigma**2, rel=1e-5)
+    assert vp.sigma_range == pytest.approx([vp.sigma(torch.tensor(1e-5)).item(), 152.1697], rel=1e-4)
+
+
+def test_levels_of_ddpm_are_those_of_ho_et_al():
+    kept, expected = 1.0, []
+    for j in range(1000):
+        kept *= 1 - (1e-4 + (0.02 - 1e-4) * j / 999)
+        expected.append(math.sqrt((1 - kept) / kept))
+    assert DDPM().levels.tolist() == pytest.approx(expected, rel=1e-9)
+    assert DDPM().sigma_range == pytest.approx([expected[0], expected[-1]])
+
+
+def test_ddpm_counts_its_steps_and_interpolates_between_them():
+    levels = DDPM().levels
+    assert DDPM().scalings(levels)[3].tolist() == pytest.approx(range(1000), abs=1e-6)
+    assert DDPM().scalings(levels.float())[3].tolist() == pytest.approx(range(1000), abs=1e-3)
+    between = (levels[41] * levels[42]).sqrt()
+    assert DDPM().scalings(between)[3].item() == pytest.approx(41.5)
+
+
+@pytest.mark.parametrize("formulation", [VP(), DDPM()], ids=["vp", "ddpm"])
+def test_loss_is_the_squared_error_of_the_predicted_noise(formulation):
+    """Ho et al. 2020, equation 14: the network sees x of unit variance and is compared with the noise itself."""
+    generator = torch.Generator().manual_seed(2)
+    sigma = torch.tensor([0.05, 0.5, 2.0, 50.0])
+    images = torch.rand(4, 1, 5, 5, generator=generator) * 2 - 1
+    noise = torch.randn(4, 1, 5, 5, generator=generator)
+    predicted = torch.randn(4, 1, 5, 5, generator=generator)
+    inputs = []
+
+    class Fixed(torch.nn.Module):
+        def forward(self, x, c_noise, labels):
+            inputs.append(x)
+            return predicted
+
+    actual = formulations.loss(Preconditioned(Fixed(), formulation), images, None, sigma, noise)
+    torch.testing.assert_close(actual, (predicted - noise).square().flatten(1).mean(1), rtol=1e-3, atol=1e-5)
+    kept = (1 / (1 + sigma**2))[:, None, None, None]
+    torch.testing.assert_close(inputs[0], kept.sqrt() * images + (1 - kept).sqrt() * noise)
+
+
+def test_training_noise_of_vp_and_ddpm_is_uniform_in_time():
+    times = VP().time(VP().draw_sigma(seeds.stream(1, "test"), 20_000))
+    assert scipy.stats.kstest(times.numpy(), "uniform").pvalue > 0.001
+    steps = DDPM().scalings(DDPM().draw_sigma(seeds.stream(1, "test"), 100_000))[3].round().long()
+    counts = torch.bincount(steps, minlength=1000)
+    assert scipy.stats.chisquare(counts.numpy()).pvalue > 0.001
 
 
 # --- the exact denoiser

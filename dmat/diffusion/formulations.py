@@ -1,0 +1,201 @@
+"""How a raw network becomes a denoiser, and which noise and weight its training sees: EDM, VP and DDPM.
+
+All are written in terms of sigma, the standard deviation of the noise that is added to images in [-1, 1], as Karras et
+al. 2022 write them (Table 1, their s(t) = 1). So samplers need not know which formulation a denoiser has.
+Shapes: B batch, C channels, H height, W width.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmat import seeds
+
+DDPM_STEPS = 1000  # of the noise process of Ho et al. 2020
+_DDPM_BETAS = 1e-4, 0.02  # first and last of its variances, between them in equal steps (their section 4)
+
+
+class Formulation(Protocol):
+    """Preconditioning, loss weight and noise distribution of a denoiser."""
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Lowest and highest noise level that the network knows; 0 and infinity: no limit."""
+        ...
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Computes c_skip, c_out, c_in and c_noise. sigma: any shape, above 0; results: same."""
+        ...
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """Computes the weight of the squared error of D. sigma: any shape; result: same."""
+        ...
+
+    def draw_sigma(self, generator: np.random.Generator, count: int) -> Tensor:
+        """Draws noise levels for training, float32 [B] for B = `count`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM:
+    """Karras et al. 2022, section 5 and Table 1, column "Ours". sigma_data: standard deviation of the images.
+
+    Training noise has ln sigma ~ N(p_mean, p_std^2).
+    """
+
+    sigma_data: float
+    p_mean: float = -1.2
+    p_std: float = 1.2
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return 0.0, math.inf
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `Formulation.scalings`: any shape -> same."""
+        total = (sigma**2 + self.sigma_data**2).sqrt()
+        return (self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total, sigma.log() / 4
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """1 / c_out^2 (equation 8). sigma: any shape; result: same."""
+        return 1 / self.scalings(sigma)[1] ** 2
+
+    def draw_sigma(self, generator: np.random.Generator, count: int) -> Tensor:
+        """See `Formulation.draw_sigma`: [B]."""
+        return (seeds.normal(generator, (count,)) * self.p_std + self.p_mean).exp()
+
+
+@dataclasses.dataclass(frozen=True)
+class VP:
+    """The variance-preserving process of Song et al. 2021 (Karras et al. 2022, Table 1, column "VP").
+
+    sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), t in [epsilon_t, 1] uniform in training.
+    """
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    epsilon_t: float = 1e-5
+    steps: int = 1000  # that c_noise counts
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """t: any shape, in [0, 1]; result: same, float64."""
+        return (self.beta_d / 2 * t.double() ** 2 + self.beta_min * t.double()).expm1().sqrt()
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The inverse of `sigma`. sigma: any shape; result: same, float64."""
+        logarithm = (sigma.double() ** 2).log1p()
+        return ((self.beta_min**2 + 2 * self.beta_d * logarithm).sqrt() - self.beta_min) / self.beta_d
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        low, high = self.sigma(torch.tensor([self.epsilon_t, 1.0], dtype=torch.float64)).tolist()
+        return low, high
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `Formulation.scalings`: any shape -> same."""
+        c_noise = ((self.steps - 1) * self.time(sigma)).to(sigma.dtype)
+        return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), c_noise
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """1 / sigma^2: the squared error of the noise. sigma: any shape; result: same."""
+        return sigma**-2
+
+    def draw_sigma(self, generator: np.random.Generator, count: int) -> Tensor:
+        """See `Formulation.draw_sigma`: [B]."""
+        return self.sigma(seeds.uniform(generator, (count,), self.epsilon_t, 1.0)).float()
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPM:
+    """Ho et al. 2020: 1,000 steps, betas in equal steps, the network predicts the noise (their equation 14).
+
+    Step j, from 0, has sigma_j = sqrt((1 - a_j) / a_j) with a_j the product of 1 - beta up to j; c_noise is j, and
+    between two of the levels it is interpolated in ln sigma.
+    """
+
+    @functools.cached_property
+    def levels(self) -> Tensor:
+        """sigma of the steps, rising, float64 [1000]."""
+        betas = torch.linspace(*_DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)
+        kept = (1 - betas).cumprod(0)
+        return ((1 - kept) / kept).sqrt()
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return self.levels[0].item(), self.levels[-1].item()
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `Formulation.scalings`: any shape -> same."""
+        return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), self._step(sigma)
+
+    def _step(self, sigma: Tensor) -> Tensor:
+        """The step of noise levels, interpolated: any shape -> same."""
+        logarithms = self.levels.log().to(sigma.device)
+        logarithm = sigma.double().log()
+        above = torch.bucketize(logarithm, logarithms).clamp(1, DDPM_STEPS - 1)
+        low, high = logarithms[above - 1], logarithms[above]
+        return (above - 1 + (logarithm - low) / (high - low)).clamp(0, DDPM_STEPS - 1).to(sigma.dtype)
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """1 / sigma^2: the squared error of the noise. sigma: any shape; result: same."""
+        return sigma**-2
+
+    def draw_sigma(self, generator: np.random.Generator, count: int) -> Tensor:
+        """See `Formulation.draw_sigma`: [B]."""
+        return self.levels[torch.from_numpy(generator.integers(0, DDPM_STEPS, count))].float()
+
+
+class FormulationSettings(Protocol):
+    """The settings of a formulation; `config.DenoiserTraining` satisfies this and has units and ranges."""
+
+    @property
+    def sigma_data(self) -> float: ...
+    @property
+    def p_mean(self) -> float: ...
+    @property
+    def p_std(self) -> float: ...
+
+
+FORMULATIONS: dict[str, Callable[[FormulationSettings], Formulation]] = {
+    "edm": lambda settings: EDM(settings.sigma_data, settings.p_mean, settings.p_std),
+    "vp": lambda settings: VP(),
+    "ddpm": lambda settings: DDPM(),
+}
+
+
+class Preconditioned(nn.Module):
+    """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) around a raw network F (equation 7).
+
+    network: F(x [B, C, H, W], c_noise [B], labels int64 [B] or None) -> [B, C, H, W].
+    """
+
+    def __init__(self, network: nn.Module, formulation: Formulation):
+        super().__init__()
+        self.network = network
+        self.formulation = formulation
+
+    def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """noisy [B, C, H, W], sigma [B], labels int64 [B] or None -> estimate of the clean images, float32."""
+        c_skip, c_out, c_in, c_noise = self.formulation.scalings(sigma.float())  # [B] each
+        output = self.network(_per_image(c_in) * noisy.float(), c_noise, labels)
+        return _per_image(c_skip) * noisy.float() + _per_image(c_out) * output.float()
+
+
+def loss(denoiser: Preconditioned, images: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor) -> Tensor:
+    """Computes the weighted squared error per image, [B] (equation 2 with the weight of the formulation).
+
+    It is the mean over pixels and channels. images in [-1, 1] and noise (standard normal): [B, C, H, W];
+    labels int64 [B] or None; sigma [B].
+    """
+    error = denoiser(images + _per_image(sigma) * noise, sigma, labels) - images
+    return denoiser.formulation.weight(sigma) * error.square().flatten(1).mean(1)
+
+
+def _per_image(values: Tensor) -> Tensor:  # [B] -> [B, 1, 1, 1], to broadcast over images
+    return values.reshape(-1, 1, 1, 1)
