@@ -5,12 +5,14 @@ from the project of the command, so that a project runs its own code. On PATH st
 arguments, environment, folder and streams on, and signals too; if it is killed, its command is killed.
 """
 
+import atexit
 import functools
 import importlib
 import json
 import os
 import select
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,6 +47,7 @@ os._exit(int(code) if code else 137)
 def folder() -> Path:
     """A folder with the program `dmat`, to put first on PATH. The server ends with this process."""
     home = Path(tempfile.mkdtemp(prefix="dmat-server-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
     address = str(home / "socket")
     script = home / "client.py"
     script.write_text(CLIENT.format(address=address))
