@@ -267,6 +267,7 @@ def _denoiser_lines(sidecar: "DenoiserDescription") -> list[tuple[str, str]]:
         ("file", sidecar["file"]),
         ("network", _denoiser_title(sidecar)),
         ("parameters", f"{sidecar['parameters']:,}"),
+        ("formulation", sidecar["formulation"]),
         ("noise levels", f"{lowest} to {'any' if highest is None else highest}, sigma_data {sidecar['sigma_data']}"),
         *_licence_lines(sidecar),
         ("checksum", _checksum_line(sidecar)),

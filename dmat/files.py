@@ -12,13 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dmat import checksum_cache
+from dmat import SOURCES, checksum_cache
 from dmat.errors import DmatError
 
 if TYPE_CHECKING:
     import numpy as np
 
 _CHUNK_SIZE = 1 << 20
+
+
+def missing(path: Path) -> DmatError:
+    """The error for a file or folder that is not there: of a stage, or of external data."""
+    state = "is a link to nothing" if path.is_symlink() else "does not exist"
+    if SOURCES in path.parts and "artifacts" not in path.parts:
+        return DmatError(f"{path} {state}; expected external data there; put it into {SOURCES}/, or a link to it")
+    return DmatError(f"{path} {state}; run the stage that makes it, or `dvc repro`")
 
 
 @contextlib.contextmanager
@@ -69,7 +77,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`") from None
+        raise missing(path) from None
     except ValueError as error:
         raise DmatError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
 
@@ -100,7 +108,7 @@ def load_array(path: Path) -> "np.ndarray":
     try:
         array: np.ndarray = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`") from None
+        raise missing(path) from None
     except (ValueError, EOFError) as error:
         raise DmatError(
             f"{path} is incomplete or not an array ({error}); delete its folder and run its stage again, or "
@@ -124,7 +132,7 @@ def sha256(path: Path) -> str:
             while chunk := file.read(_CHUNK_SIZE):
                 digest.update(chunk)
     except FileNotFoundError:
-        raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`") from None
+        raise missing(path) from None
     checksum_cache.remember(state, digest.hexdigest())
     return digest.hexdigest()
 
@@ -138,7 +146,7 @@ def checksum(path: Path) -> str:
     if path.is_file():
         return sha256(path)
     if not path.is_dir():
-        raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`")
+        raise missing(path)
     lines = [f"{digest}  {name}" for name, digest in checksums(path).items()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -101,6 +101,16 @@ def test_weights_in_half_precision_become_single(tmp_path):
         ({"model_channels": 10**7}, "channels is 10000000"),
         ({"model_channels": "wide"}, "channels is 'wide'"),
         ({"dropout": 1.5}, "dropout is 1.5"),
+        ({"sigma_data": float("inf")}, "sigma_data is inf"),
+        ({"sigma_data": True}, "sigma_data is True"),
+        ({"sigma_data": 0}, "sigma_data is 0.0"),
+        ({"sigma_data": 10**400}, "sigma_data is 1000"),
+        ({"sigma_min": float("inf")}, "sigma_min is inf"),
+        ({"sigma_min": 5.0, "sigma_max": 1.0}, "noise levels go from 5.0 to 1.0"),
+        ({"sigma_max": float("-inf")}, "sigma_max is -inf"),
+        ({"channel_mult": [10**12, 2]}, "multipliers.0 is 1000000000000"),
+        ({"num_blocks": 10**9}, "blocks is 1000000000"),
+        ({"model_type": "x" * 5000}, "its model_type is 'xxx"),
     ],
 )
 def test_a_model_that_dmat_does_not_have_is_refused(tmp_path, changes, message):
@@ -109,6 +119,18 @@ def test_a_model_that_dmat_does_not_have_is_refused(tmp_path, changes, message):
         published_denoisers.read(tmp_path / "m.pkl")
     assert message in str(refused.value)
     assert "expected EDMPrecond or VPPrecond around" in str(refused.value)
+    assert len(str(refused.value)) < 900
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pkl"]
+
+
+@pytest.mark.parametrize(
+    ("positional", "message"),
+    [((8, 1, 10, False), "4 arguments without a name"), ((8, 1, 5), "the argument img_channels twice")],
+)
+def test_arguments_that_dmat_cannot_name_are_refused(tmp_path, positional, message):
+    edm_files.write(tmp_path / "m.pkl", PUBLISHED["ddpmpp"][1](), SONG, positional=positional)
+    with pytest.raises(DmatError, match=message):
+        published_denoisers.read(tmp_path / "m.pkl")
 
 
 def test_another_preconditioning_and_values_that_are_not_numbers_are_refused(tmp_path):
@@ -163,6 +185,32 @@ def test_import_and_info_on_the_command_line(tmp_path, call):
     assert (code, "does not describe a denoiser (ValueError: 'ten' is not a whole number" in err) == (2, True)
     code, out, _ = call("models", "import", tmp_path / "m.pkl", "--licence", "MIT", "--to", tmp_path / "n.safetensors")
     assert json.loads((tmp_path / "n.json").read_text())["licence"] == "MIT"
+
+
+EDITS = [
+    *({"origin": value} for value in ("x", [], {}, -1, True, {"file": "m"}, None)),
+    *({"training": value, "origin": None} for value in (None, {}, 5, {"images_seen": "x"})),
+    *({"image_shape": value} for value in ([8, 8, 1, 1], [8, 8], None, "8x8", [8.0, 8, 1])),
+    *({"sigma_range": value} for value in (["x", "y"], "ab", [5, 1], [-1, None], [None, None], None)),
+    *({"class_names": value} for value in ("abcdefghij", list(range(10)), None, ["a"])),
+    *({"formulation": value} for value in ("ve", None, ["edm"])),
+    *({"sigma_data": value} for value in (0, -1, True, None, "0.5")),
+    *({"network": value} for value in ({}, None, {"name": "vit"}, {"name": "ddpmpp", "blocks": 10**9})),
+    *({"kind": value} for value in (None, "x", [])),
+    *({"network": None, "generator": value} for value in (None, "x", {}, {"channels": 8})),
+]
+
+
+def test_edited_sidecars_are_one_sentence(tmp_path, call):
+    edm_files.write(tmp_path / "m.pkl", PUBLISHED["ddpmpp"][1](), SONG)
+    importing.import_denoiser(tmp_path / "m.pkl")
+    sidecar = json.loads((tmp_path / "m.json").read_text())
+    for edit in EDITS:
+        edited = {key: value for key, value in (sidecar | edit).items() if key != "network" or value is not None}
+        (tmp_path / "m.json").write_text(json.dumps(edited))
+        code, _, err = call("models", "info", tmp_path / "m.safetensors")
+        assert (code, err.count("error: "), "Traceback" in err) == (2, 1, False), (edit, err)
+        assert "restore the sidecar" in err, (edit, err)
 
 
 # --- as a stage
@@ -235,7 +283,31 @@ def test_noise_levels_outside_the_model_are_refused(project):
     edm_files.write(project.folder / "sources" / "m.pkl", project.network, arguments)
     project.run("train_diffusion")
     text = project.run("generate_images", code=2)
-    assert "the sampler goes from noise level 80 to 0.002; generator edm accepts 0.01 to 50.0" in text
+    assert "calls the model at noise levels from 80 to 0.002; generator edm accepts 0.01 to 50.0" in text
+    project.write({"image_sets": {"edm18": {"sampler": {"sigma_min": 0.01, "sigma_max": 45.0, "s_churn": 9.0}}}})
+    assert "at noise levels from 63.6396 to 0.01" in project.run("generate_images", code=2), "churn raises them"
+    project.write({"image_sets": {"edm18": {"sampler": {"s_churn": 0.0}}}})
+    project.run("generate_images")
+
+
+def test_images_that_are_not_finite_are_refused(project):
+    with torch.no_grad():
+        for parameter in project.network.parameters():
+            parameter.fill_(1e25)
+    edm_files.write(project.folder / "sources" / "m.pkl", project.network, {**SONG, "label_dim": 12})
+    project.run("train_diffusion")
+    assert "made images with NaN or infinite pixels" in project.run("generate_images", code=2)
+
+
+def test_a_missing_source_and_a_height_without_attention_are_named(project):
+    (project.folder / "sources/m.pkl").unlink()
+    assert "put it into sources/" in project.run("train_diffusion", code=2)
+    (project.folder / "sources/m.pkl").symlink_to("nowhere")
+    assert "m.pkl is a link to nothing" in project.run("train_diffusion", code=2)
+    project.params["generators"] = {"edm": {"source": "none", "network": {"name": "ddpmpp", "attention": [16]}}}
+    project.write({})
+    text = project.run("train_diffusion", code=2)
+    assert "network.attention names the height 16; expected some of 8, 4" in text
 
 
 def test_an_unconditional_model_has_no_labels(project):

@@ -14,7 +14,7 @@ import torch
 
 from dmat.diffusion.exact import ExactDenoiser
 from dmat.diffusion.formulations import DDPM
-from dmat.diffusion.samplers import CHURNED, SAMPLERS, guided, noise_levels
+from dmat.diffusion.samplers import CHURNED, SAMPLERS, called_levels, guided, noise_levels
 
 
 @dataclasses.dataclass
@@ -195,6 +195,18 @@ def test_heun_with_the_published_levels_is_close_to_the_solution(steps, bound):
     samples = SAMPLERS["heun"](gaussian(0.5), start, None, Settings(steps=steps))
     exact = 80 * start.double() * 0.5 / math.sqrt(0.5**2 + 80**2)
     torch.testing.assert_close(samples, exact, rtol=bound, atol=0)
+
+
+def test_levels_that_churn_raises_are_known():
+    """What a sampler will ask the denoiser for, before it runs."""
+    settings = Settings(steps=10, sigma_min=0.02, sigma_max=10.0, s_churn=4.0, s_min=0.1, s_max=5.0)
+    recorder, zeros = Recorder(gaussian(0.5)), torch.zeros(1, 1, 2, 2)
+    SAMPLERS["heun"](recorder, latents(1, 1, 2, 2), None, settings, lambda step: zeros)
+    levels = called_levels(settings)
+    assert set(recorder.sigmas()[::2]) <= {torch.tensor(level, dtype=torch.float32).item() for level in levels}
+    assert (min(levels), max(levels)) == pytest.approx((0.02, 10.0))
+    settings = dataclasses.replace(settings, s_max=20.0)
+    assert max(called_levels(settings)) == pytest.approx(14.0)
 
 
 # --- ancestral sampling

@@ -13,11 +13,11 @@ class Sampler(Record):
     `diffusion.samplers.SamplerSettings`."""
 
     name: Annotated[str, named_in("dmat.diffusion.samplers", "SAMPLERS")] = "heun"
-    steps: Count = 18
-    sigma_min: Positive = 0.002
-    sigma_max: Positive = 80.0
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 18
+    sigma_min: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.002
+    sigma_max: Annotated[float, Field(ge=1e-6, le=1e6)] = 80.0
     schedule: Literal["edm", "log_snr", "ddpm"] = "edm"
-    rho: Positive = 7.0  # of the schedule edm
+    rho: Annotated[float, Field(ge=0.5, le=1000)] = 7.0  # of the schedule edm
     guidance: Annotated[float, Field(ge=0, le=1000)] = 1.0
     s_churn: NotNegative = 0.0
     s_min: NotNegative = 0.0

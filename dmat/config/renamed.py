@@ -116,7 +116,7 @@ def _denoisers(raw: Mapping[str, object]) -> Iterator[str]:
         if "source" not in _mapping(raw, "generators", str(name)):
             yield (
                 f"generators.{name}.source is missing; expected `source: {NONE}` for a model that is trained here, or "
-                f"the file or folder of published weights in sources/: write one of them"
+                f"the name of a file of published weights in sources/: write one of them"
             )
 
 

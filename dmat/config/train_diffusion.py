@@ -6,7 +6,9 @@ import pydantic
 from pydantic import AfterValidator, Field
 
 from dmat import NONE
-from dmat.config.fields import Count, Positive, Record, Seed, Share, named_in, source_problem
+from dmat.config.fields import Count, Positive, Record, Seed, named_in, source_problem
+
+_Small = Annotated[int, Field(ge=1, le=64)]  # more would only ask for memory that no machine has
 
 
 class DenoiserNetwork(Record):
@@ -17,11 +19,11 @@ class DenoiserNetwork(Record):
 
     name: Annotated[str, named_in("dmat.diffusion.networks", "NETWORKS")]
     channels: Annotated[int, Field(ge=8, le=100_000, multiple_of=8)]
-    multipliers: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
-    blocks: Count  # residual blocks per resolution
+    multipliers: Annotated[tuple[_Small, ...], Field(min_length=1, max_length=8, strict=False)]
+    blocks: _Small  # residual blocks per resolution
     attention: Annotated[tuple[Count, ...], Field(strict=False)] = ()  # heights in pixels where the blocks attend
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    label_dropout: Share = 0.0  # fraction of the labels that training leaves out
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # fraction of the labels that training leaves out
 
     @pydantic.model_validator(mode="after")
     def _options_have_an_effect(self) -> Self:
@@ -71,7 +73,7 @@ Source = Annotated[str, AfterValidator(_source)]  # a path below sources/, or NO
 
 
 class Generator(DenoiserTraining):
-    """One diffusion model. source: `none`, to train it, or the file or folder of its published weights."""
+    """One diffusion model. source: `none`, to train it, or the file of its published weights."""
 
     source: Source
 

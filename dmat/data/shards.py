@@ -224,7 +224,7 @@ def open_shards(folders: Path | Iterable[Path], verify: bool = True) -> Shards:
 def _open(path: Path, manifest_checksum: str, count: int, verify: bool) -> np.ndarray:
     """Memory-maps one array of a shard: images uint8 [N, H, W, C] or labels int64 [N], N = `count`."""
     if not path.is_file():
-        raise DmatError(f"{path} does not exist; run the stage that makes it, or `dvc repro`")
+        raise files.missing(path)
     if verify and (checksum := files.sha256(path)) != manifest_checksum:
         raise DmatError(
             f"{path} has checksum {checksum[:12]}; its manifest says {manifest_checksum[:12]}; the file was "

@@ -57,6 +57,18 @@ def noise_levels(settings: SamplerSettings) -> Tensor:
     return torch.cat([levels, levels.new_zeros(1)])
 
 
+def called_levels(settings: SamplerSettings) -> list[float]:
+    """Noise levels above 0 at which a sampler of SAMPLERS calls the denoiser, with those that churn raises."""
+    levels = noise_levels(settings).tolist()[:-1]
+    return [sigma * (1 + _gamma(sigma, settings)) for sigma in levels] + levels[-1:]
+
+
+def _gamma(sigma: float, settings: SamplerSettings) -> float:
+    """By how much churn raises a noise level (Karras et al. 2022, Algorithm 2)."""
+    inside = settings.s_churn > 0 and settings.s_min <= sigma <= settings.s_max
+    return min(settings.s_churn / settings.steps, 2**0.5 - 1) if inside else 0.0
+
+
 def guided(denoiser: Denoiser, weight: float) -> Denoiser:
     """Classifier-free guidance (Ho and Salimans 2022): D without label + weight * (D with label - D without label).
 
@@ -187,11 +199,11 @@ def _churn(x: Tensor, sigma: float, step: int, settings: SamplerSettings, noise:
 
     x [B, C, H, W] at noise level sigma -> x [B, C, H, W] at the raised level, and that level.
     """
-    if settings.s_churn <= 0 or not settings.s_min <= sigma <= settings.s_max:
+    gamma = _gamma(sigma, settings)
+    if not gamma:
         return x, sigma
     if noise is None:
         raise ValueError("s_churn > 0 needs a source of noise")
-    gamma = min(settings.s_churn / settings.steps, 2**0.5 - 1)
     sigma_hat = sigma * (1 + gamma)
     epsilon = noise(step).to(x) * settings.s_noise
     return x + (sigma_hat**2 - sigma**2) ** 0.5 * epsilon, sigma_hat

@@ -7,6 +7,7 @@ a larger set generates only what is missing.
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from dmat.data.pixels import to_bytes
 from dmat.data.shard_pool import ShardPool
 from dmat.devices import Compute
 from dmat.diffusion.formulations import Preconditioned
-from dmat.diffusion.samplers import SAMPLERS, guided, noise_levels
+from dmat.diffusion.samplers import SAMPLERS, called_levels, guided, noise_levels
 from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
@@ -128,6 +129,11 @@ class _Generation:
             images = plugins.find(SAMPLERS, sampler.name)(
                 model, noise("latents"), classes, sampler, lambda step: noise(f"churn/{step}")
             )
+        if not images.isfinite().all():
+            raise DmatError(
+                f"the sampler {sampler.name} made images with NaN or infinite pixels; expected finite ones; look at "
+                f"the loss of the generator, and at the noise levels of the sampler"
+            )
         return to_bytes(images)
 
 
@@ -162,12 +168,18 @@ def _open(settings: ImageSet, job: Job) -> tuple[_Generation, DenoiserSidecar, l
             f"to denoise without labels; expected guidance 1, or a network that was trained with label_dropout"
         )
     lowest, highest = sidecar["sigma_range"]
-    levels = noise_levels(settings.sampler).tolist()
-    if min(levels[:-1]) < (lowest or 0) * (1 - 1e-6) or (highest is not None and max(levels) > highest * (1 + 1e-6)):
+    levels = called_levels(settings.sampler)
+    if any(after >= before for before, after in itertools.pairwise(noise_levels(settings.sampler).tolist())):
         raise DmatError(
-            f"image set {name}: the sampler goes from noise level {levels[0]:.6g} to {levels[-2]:.6g}; generator "
-            f"{generator} accepts {lowest} to {highest}; expected levels inside; change schedule, sigma_min or "
-            f"sigma_max of the sampler"
+            f"image set {name}: the {settings.sampler.steps} noise levels of the sampler do not decrease from "
+            f"{settings.sampler.sigma_max} to {settings.sampler.sigma_min}, as their steps are smaller than float64 "
+            f"tells apart; expected falling ones; change rho"
+        )
+    if min(levels) < (lowest or 0) * (1 - 1e-6) or (highest is not None and max(levels) > highest * (1 + 1e-6)):
+        raise DmatError(
+            f"image set {name}: the sampler calls the model at noise levels from {max(levels):.6g} to "
+            f"{min(levels):.6g}; generator {generator} accepts {lowest} to {highest}; expected levels inside; change "
+            f"schedule, sigma_min, sigma_max or s_churn of the sampler"
         )
     height, width, channels = sidecar["image_shape"]
     generation = _Generation(

@@ -1,6 +1,6 @@
-"""train_diffusion: train split -> EMA weights of an EDM denoiser, loss curve, sample sheet; or published weights.
+"""train_diffusion: train split -> EMA weights of a denoiser, loss curve, sample sheet; or published weights.
 
-EMA: exponential moving average of the weights (weight averaging).
+EMA: exponential moving average of the weights (weight averaging). Live weights: those that the optimiser updates.
 """
 
 from pathlib import Path
@@ -40,6 +40,12 @@ def run(settings: Generator | PublishedGenerator, job: Job) -> Result:
 def _train(settings: Generator, job: Job, real: Shards) -> Result:
     images, labels = real.all()
     spec = DenoiserSpec(*real.shape, real.classes)
+    heights = [real.shape[0] >> level for level in range(len(settings.network.multipliers))]
+    if strangers := sorted(set(settings.network.attention) - set(heights)):
+        raise DmatError(
+            f"generator {job.instance['generator']}: network.attention names the height {strangers[0]}; expected some "
+            f"of {', '.join(map(str, heights))}, which the images have in this network; correct it"
+        )
     try:
         model = new_denoiser(settings.network, spec, FORMULATIONS[settings.formulation](settings), settings.seed)
     except ValueError as error:
@@ -80,6 +86,8 @@ def _sample_sheet(folder: Path, seed: int, labels: np.ndarray, job: Job) -> None
     classes = torch.from_numpy(labels).to(job.compute.device) if sidecar["label_dim"] else None
     lowest, highest = sidecar["sigma_range"]
     settings = Sampler()
+    if not (lowest or 0) < settings.sigma_max or (highest is not None and highest <= settings.sigma_min):
+        settings = settings.model_copy(update={"sigma_min": lowest, "sigma_max": highest or 10 * (lowest or 1)})
     settings = settings.model_copy(
         update={
             "sigma_min": max(settings.sigma_min, lowest or 0),

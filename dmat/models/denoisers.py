@@ -71,7 +71,7 @@ def load_denoiser(path: Path, compute: Compute) -> tuple[Preconditioned, Denoise
     Raises DmatError if one of the two files is missing, damaged or does not fit the other.
     """
     state, sidecar = weights.read(path, "denoiser")
-    sidecar = _with_todays_keys(sidecar)
+    sidecar = _with_todays_keys(sidecar, path)
     model = build(sidecar, path)
     weights.fill(model, state, path)
     compute.model_to_device(model).eval().requires_grad_(False)
@@ -80,7 +80,7 @@ def load_denoiser(path: Path, compute: Compute) -> tuple[Preconditioned, Denoise
 
 def read_sidecar(path: Path) -> DenoiserSidecar:
     """Reads the sidecar of the denoiser in `path`, in today's form."""
-    return _with_todays_keys(weights.read_sidecar(path, "denoiser"))
+    return _with_todays_keys(weights.read_sidecar(path, "denoiser"), path)
 
 
 class DenoiserDescription(DenoiserSidecar):
@@ -113,16 +113,17 @@ def build(sidecar: DenoiserSidecar, path: Path) -> Preconditioned:
     Raises DmatError if the sidecar is incomplete or has impossible values: people edit sidecars.
     """
     try:
-        height, width, channels = (_whole(sidecar["image_shape"][k], 1) for k in range(3))
+        _expect_complete(sidecar)
+        height, width, channels = (_whole(length, 1) for length in sidecar["image_shape"])
         spec = DenoiserSpec(height, width, channels, _whole(sidecar["label_dim"], 0), _whole(sidecar["augment_dim"], 0))
-        if len(sidecar["class_names"]) != spec.label_dim or len(sidecar["sigma_range"]) != 2:
-            raise ValueError("class_names or sigma_range has another length than expected")
+        if len(sidecar["class_names"]) != spec.label_dim:
+            raise ValueError(f"class_names has {len(sidecar['class_names'])} names for {spec.label_dim} classes")
         network = denoiser_network(sidecar["network"])
         with torch.random.fork_rng(devices=[]):
             return new_denoiser(network, spec, _formulation(sidecar), seed=0)
     except DmatError as error:
         problem = str(error)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise DmatError(
         f"{path.with_suffix('.json')} does not describe a denoiser ({problem}); expected network, image_shape, "
@@ -131,10 +132,38 @@ def build(sidecar: DenoiserSidecar, path: Path) -> Preconditioned:
     )
 
 
+def _expect_complete(sidecar: DenoiserSidecar) -> None:
+    """Raises KeyError or ValueError for the first key that is missing or has a value of another kind."""
+    values: Any = sidecar
+    lowest, highest = values["sigma_range"]
+    origin, training = values.get("origin"), values.get("training")
+    notes: list[object] = origin["notes"] if isinstance(origin, dict) else []
+    texts = [*values["class_names"], *values.get("data_class_names", []), *notes]
+    for key, valid in (
+        ("image_shape", isinstance(values["image_shape"], list) and len(values["image_shape"]) == 3),
+        ("class_names", isinstance(values["class_names"], list) and all(isinstance(text, str) for text in texts)),
+        ("sigma_range", _is_number(lowest) and (highest is None or (_is_number(highest) and lowest < highest))),
+        ("formulation", values["formulation"] in list(FORMULATIONS)),
+        ("origin or training", isinstance(origin, dict) or isinstance(training, dict)),
+    ):
+        if not valid:
+            raise ValueError(f"{key} is {str(values.get(key))[:60]}")
+    if origin is not None:
+        for name in ("file", "sha256", "format"):
+            if not isinstance(origin[name], str):
+                raise ValueError(f"origin.{name} is {origin[name]!r}")
+    elif training is not None:
+        _whole(training["images_seen"], 1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 def _formulation(sidecar: DenoiserSidecar) -> Formulation:
     """The formulation of a sidecar. Raises KeyError for an unknown one, and ValueError for a bad sigma_data."""
     sigma_data = sidecar["sigma_data"]
-    if not isinstance(sigma_data, int | float) or not 0 < sigma_data < math.inf:
+    if not _is_number(sigma_data) or sigma_data == 0:
         raise ValueError(f"sigma_data is {sigma_data!r}")
     return FORMULATIONS[sidecar["formulation"]](EDM(float(sigma_data)))
 
@@ -145,19 +174,33 @@ def _whole(value: object, minimum: int) -> int:
     return value
 
 
-def _with_todays_keys(sidecar: DenoiserSidecar) -> DenoiserSidecar:
-    """A sidecar of an earlier version had all settings of its training, with those of the network, in one mapping."""
+def _with_todays_keys(sidecar: DenoiserSidecar, path: Path) -> DenoiserSidecar:
+    """A sidecar of an earlier version had all settings of its training, with those of the network, in one mapping.
+
+    Raises DmatError if that mapping is not complete.
+    """
     earlier: Any = sidecar
     if "generator" not in earlier or "network" in earlier:
         return sidecar
-    settings = denoiser_of_an_earlier_version(earlier["generator"])
+    try:
+        settings = denoiser_of_an_earlier_version(earlier["generator"])
+        label_dim, sigma_data, network = (
+            len(earlier["class_names"]),
+            settings.pop("sigma_data"),
+            settings.pop("network"),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DmatError(
+            f"{path.with_suffix('.json')} does not describe a denoiser ({type(error).__name__}: {error}); expected "
+            f"generator with all its settings, and class_names; restore the sidecar that was written with {path.name}"
+        ) from None
     others = {key: value for key, value in earlier.items() if key != "generator"}
     today = {
-        "network": settings.pop("network"),
-        "label_dim": len(earlier["class_names"]),
+        "network": network,
+        "label_dim": label_dim,
         "augment_dim": 0,
         "formulation": "edm",
-        "sigma_data": settings.pop("sigma_data"),
+        "sigma_data": sigma_data,
         "sigma_range": [0.0, None],
         "training": settings,
     }

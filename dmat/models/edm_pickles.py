@@ -157,5 +157,11 @@ def _arguments(module: PickledObject) -> dict[str, object]:
     """Constructor arguments by name. Positional ones get the names img_resolution, img_channels, label_dim."""
     positional = module.state.get("_init_args")
     names = ("img_resolution", "img_channels", "label_dim")
-    by_position = dict(zip(names, positional, strict=False)) if isinstance(positional, tuple) else {}
-    return by_position | _mapping(module.state.get("_init_kwargs"))
+    if not isinstance(positional, tuple):
+        positional = ()
+    if len(positional) > len(names):
+        raise ValueError(f"{len(positional)} arguments without a name, of which dmat knows {', '.join(names)}")
+    by_position, by_name = dict(zip(names, positional, strict=False)), _mapping(module.state.get("_init_kwargs"))
+    if twice := by_position.keys() & by_name.keys():
+        raise ValueError(f"the argument {min(twice)} twice")
+    return by_position | by_name

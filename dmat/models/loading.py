@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 
@@ -10,7 +10,7 @@ from dmat import files, plugins
 from dmat.errors import DmatError
 from dmat.robust.networks import ACTIVATIONS, NETWORKS, Classifier, DataSpec
 from dmat.training import weights
-from dmat.training.weights import ClassifierSidecar, NetworkRecord
+from dmat.training.weights import ClassifierSidecar, Kind, NetworkRecord
 
 SUFFIX = ".safetensors"
 
@@ -150,13 +150,20 @@ def expect_pair(path: Path) -> Path:
     return path
 
 
-def kind(path: Path) -> str | None:
-    """What the sidecar of weights says that they are: "classifier", "denoiser" or something else.
+def kind(path: Path) -> Kind:
+    """What the sidecar of weights says that they are.
 
-    Raises DmatError unless `path` is a .safetensors file with a sidecar beside it.
+    Raises DmatError unless `path` is a .safetensors file with a sidecar beside it that says one of the two.
     """
-    sidecar = files.read_json(expect_pair(path).with_suffix(".json"))
-    return sidecar.get("kind") if isinstance(sidecar, dict) else None
+    file = expect_pair(path).with_suffix(".json")
+    sidecar = files.read_json(file)
+    value = sidecar.get("kind") if isinstance(sidecar, dict) else None
+    if value not in ("classifier", "denoiser"):
+        raise DmatError(
+            f"{file} says that {path.name} is a {str(value)[:60]}; expected kind classifier or denoiser; restore the "
+            f"sidecar that was written with it"
+        )
+    return cast(Kind, value)
 
 
 def describe(path: Path) -> ModelDescription:

@@ -97,7 +97,7 @@ class PublishedDenoiser:
 
 def is_denoiser(path: Path) -> bool:
     """Whether `dmat models import` reads this path as a diffusion model: by its name, as nothing is read yet."""
-    return path.suffix == PICKLE
+    return path.suffix.lower() == PICKLE
 
 
 def read(path: Path, licence: str | None = None) -> PublishedDenoiser:
@@ -122,9 +122,9 @@ def read(path: Path, licence: str | None = None) -> PublishedDenoiser:
         settings, spec, preconditioning = _architecture(network)
         state = _state(network, settings, spec)
         formulation, sigma_data, limits = _formulation(network.class_name, preconditioning)
-    except (ValueError, TypeError, DmatError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError, DmatError) as error:
         raise DmatError(
-            f"{path} holds a model that dmat does not have: {error}; expected EDMPrecond or "
+            f"{path} holds a model that dmat does not have: {str(error)[:300]}; expected EDMPrecond or "
             f"VPPrecond around a SongUNet (DDPM++ or NCSN++) or a DhariwalUNet; import another file"
         ) from None
     notes = [
@@ -206,8 +206,11 @@ def _formulation(class_name: str, preconditioning: Mapping[str, object]) -> tupl
         if constants != expected:
             raise ValueError(f"its noise process has {constants} and not {expected}")
         return "vp", 0.5, [*formulation.sigma_range]
-    lowest, highest, sigma_data = (_number(preconditioning, name) for name in ("sigma_min", "sigma_max", "sigma_data"))
-    return "edm", sigma_data, [lowest, None if math.isinf(highest) else highest]
+    lowest, sigma_data = (_number(preconditioning, name) for name in ("sigma_min", "sigma_data"))
+    highest = None if preconditioning["sigma_max"] == math.inf else _number(preconditioning, "sigma_max")
+    if sigma_data <= 0 or lowest < 0 or (highest is not None and highest <= lowest):
+        raise ValueError(f"sigma_data is {sigma_data}, and its noise levels go from {lowest} to {highest}")
+    return "edm", sigma_data, [lowest, highest]
 
 
 def _plain(values: Mapping[str, object]) -> dict[str, object]:
@@ -231,7 +234,7 @@ def _whole(values: Mapping[str, object], name: str, minimum: int) -> int:
 
 def _number(values: Mapping[str, object], name: str) -> float:
     value = values[name]
-    if not isinstance(value, int | float) or math.isnan(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e30:
         raise ValueError(f"{name} is {value!r}")
     return float(value)
 
