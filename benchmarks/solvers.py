@@ -122,15 +122,19 @@ def draw_curves(path: Path, records: list[dict]) -> None:
         suffix = "" if record["schedule"] == "edm" else f", {record['schedule']}"
         groups.setdefault(f"{record['sampler']}{suffix}", []).append(record)
     for number, (name, group) in enumerate(groups.items()):
-        style = {"color": pictures.PALETTE[number % len(pictures.PALETTE)], "marker": "os^vDxP*"[number], "ms": 4}
+        style = {"color": pictures.PALETTE[number % len(pictures.PALETTE)], "marker": "os^vDxP*h"[number % 9], "ms": 4}
+        style["linestyle"] = "-" if number < len(pictures.PALETTE) else "--"
         for axis, key in zip(axes.flat, ("distance", "error"), strict=True):
             axis.plot([r["calls"] for r in group], [r[key] for r in group], label=name, lw=1.2, **style)
     titles = ("Frechet distance to validation images", "Pixel error, from Heun with 128 steps")
-    for axis, title in zip(axes.flat, titles, strict=True):
+    for axis in axes.flat:
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xticks(CALLS, [str(calls) for calls in CALLS])
         axis.minorticks_off()
+    axes.flat[0].set_yticks((0.25, 0.5, 1, 2, 5), ("0.25", "0.5", "1", "2", "5"))
+    axes.flat[0].minorticks_off()
+    for axis, title in zip(axes.flat, titles, strict=True):
         pictures.style_axes(axis, title, "denoiser calls", "", legend=axis is axes.flat[1])
     pictures.save(figure, path)
 
