@@ -49,10 +49,13 @@ class Project:
             )
 
     def start(self, *command: str, real: bool = False, **environment: str) -> subprocess.Popen:
-        """real: processes of `dmat` that start as they do for users, not as tests/fork_server.py starts them."""
+        """real: processes of `dmat` that start as they do for users, not as tests/fork_server.py starts them.
+
+        Tracked ones always do: tracking looks for `dvc` among the ancestors of a stage, and the server is none.
+        """
         bin_folder = Path(sys.executable).parent
         path = f"{bin_folder}:{os.environ['PATH']}"
-        if not real:
+        if not real and environment.get("DMAT_TRACKING") != "on":
             path = f"{fork_server.folder()}:{path}"
         return subprocess.Popen(
             [shutil.which(command[0], path=path), *command[1:]], cwd=self.folder, text=True,

@@ -17,17 +17,28 @@ def sentence(name: str, error_details: ErrorDetails, record: type[Record]) -> st
     """
     key_path = ".".join([name, *(str(part) for part in error_details["loc"])])
     if error_details["type"] == "extra_forbidden":
-        return f"{key_path} is not known; expected one of {', '.join(record.model_fields)}"
+        owner = _nested_record(record, error_details["loc"][:-1])
+        return f"{key_path} is not known; expected one of {', '.join(owner.model_fields)}"
     if error_details["type"] == "missing":
         return f"{key_path} is missing; give it a value"
     message, value = error_details["msg"].removeprefix("Value error, "), error_details["input"]
     message = message if message.startswith("expected") else message[0].lower() + message[1:]
-    message = message.replace("input should be", "expected")
+    message = message.replace("input should be", "expected").replace("tuple", "list")
     if error_details["type"] in ("model_type", "dict_type"):
         message = "expected a mapping of keys"
     if isinstance(value, Mapping):  # a problem between keys; most begin with the one to change
         return f"{key_path}.{message}" if message.partition(" ")[0] in value else f"{key_path}: {message}"
     return f"{key_path} is {value!r}; {message}{_advice(error_details['type'], value)}"
+
+
+def _nested_record(record: type[Record], path: tuple[int | str, ...]) -> type[Record]:
+    """The class of the record at a path of keys below a record: `Network` at ("network",) of `TrainRobust`."""
+    for key in path:
+        field = record.model_fields.get(str(key))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, Record):
+            return record
+        record = field.annotation
+    return record
 
 
 def _advice(error_type: str, value: object) -> str:
