@@ -262,7 +262,7 @@ SETTINGS = [  # edits of the records, and the stages whose identity changes
     ({"momentum: Momentum = 0.9\n": "momentum: Momentum = 0.8\n"}, {"train_scorer", "train_robust"}),
     (
         {
-            "rho: Positive = 7.0": "rho: Positive = 8.0",  # of a record inside a record
+            "Field(ge=0.5, le=1000)] = 7.0": "Field(ge=0.5, le=1000)] = 8.0",  # of a record inside a record
             "-(-arm.schedule_every // arm.batch)": "arm.schedule_every // arm.batch",
         },
         {"generate_images", "mix_images"},

@@ -207,8 +207,9 @@ def test_part_of_each_stage_is_recomputed_and_nothing_published(edited, stage):
 )
 def test_code_with_other_results_is_refused(edited, monkeypatch, stage, sentence):
     """The code draws other random numbers."""
-    before, stream = _content(edited), seeds.stream
-    monkeypatch.setattr(seeds, "stream", lambda root, purpose, index=0: stream(root + 1, purpose, index))
+    before, stream, normals = _content(edited), seeds.stream, seeds.normals
+    monkeypatch.setattr(seeds, "stream", lambda root, purpose, index=0: stream(root + 5, purpose, index))
+    monkeypatch.setattr(seeds, "normals", lambda root, *others: normals(root + 1, *others))
     with pytest.raises(
         DmatError, match="the code computes something else: `dmat lock`, and the stage reruns"
     ) as refused:

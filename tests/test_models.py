@@ -22,12 +22,14 @@ from torch.nn import functional as F
 
 import dmat
 from dmat import files
+from dmat.diffusion.edm_networks import SongUNet
 from dmat.errors import DmatError
 from dmat.models import foreign, importing
 from dmat.models.importing import DATA, import_model
 from dmat.robust.networks import PREACT_BLOCKS, DataSpec, Normalise, preact_resnet, wide_resnet
 from dmat.tracking import registry, stores
 from dmat.training import weights
+from tests import edm_files
 from tests.projects import Project
 
 ARGS = {  # as the published trainings write them, shortened
@@ -1345,6 +1347,10 @@ def test_the_commands_of_the_page_work(tmp_path, call, root, monkeypatch):
     torch.save(network(3).state_dict(), tmp_path / "Cui2023Decoupled_WRN-28-10.pt")
     preact = network(4, depth=18, width=0, make=preact_resnet).state_dict()
     torch.save({"state_dict": preact}, tmp_path / "Rade2021Helper_R18_ddpm.pt")
+    song = SongUNet(32, 3, 10, 9, 8, (1, 1), 1, (16,))
+    arguments = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_type": "SongUNet", "augment_dim": 9,
+                 "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1}  # fmt: skip
+    edm_files.write(tmp_path / "edm-cifar10-32x32-cond-vp.pkl", song, arguments)
     np.save(tmp_path / "images.npy", images(4, 32, 32, 3))
     np.save(tmp_path / "labels.npy", np.zeros(4, np.int64))
     client, experiment = stores.connect(tmp_path)

@@ -552,6 +552,7 @@ def _together(project):
 
 def test_under_torchrun_the_main_process_prunes_and_all_stop_together(finished, tmp_path):
     project = finished.copy_without("nothing", tmp_path / "together")
+    project.write({"tune": {"space": {"learning_rate": {"low": 1e-6}}}})  # so that some trials are far behind
     (code, text), silence = (command.wait() for command in _together(project))
     assert (code, silence) == (0, (0, "")), (text, silence)
     rows = _table(project)
