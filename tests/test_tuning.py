@@ -552,7 +552,8 @@ def _together(project):
 
 def test_under_torchrun_the_main_process_prunes_and_all_stop_together(finished, tmp_path):
     project = finished.copy_without("nothing", tmp_path / "together")
-    project.write({"tune": {"space": {"learning_rate": {"low": 1e-6}}}})  # so that some trials are far behind
+    far_behind = [{"learning_rate": rate} for rate in (1e-6, 2e-6, 3e-6, 4e-6)]
+    project.write({"tune": {"space": {"learning_rate": {"low": 1e-6}}, "pruner": "median", "enqueue": far_behind}})
     (code, text), silence = (command.wait() for command in _together(project))
     assert (code, silence) == (0, (0, "")), (text, silence)
     rows = _table(project)
