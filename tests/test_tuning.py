@@ -550,11 +550,8 @@ def _together(project):
     ]  # fmt: skip
 
 
-@pytest.mark.xfail(reason="with the images of 2026-11-28 no trial of this study is pruned", strict=False)
 def test_under_torchrun_the_main_process_prunes_and_all_stop_together(finished, tmp_path):
-    project = finished.copy_without("nothing", tmp_path / "together")
-    far_behind = [{"learning_rate": rate} for rate in (1e-6, 2e-6, 3e-6, 4e-6)]
-    project.write({"tune": {"space": {"learning_rate": {"low": 1e-6}}, "pruner": "median", "enqueue": far_behind}})
+    project = _project_without_study(finished, tmp_path / "together")
     (code, text), silence = (command.wait() for command in _together(project))
     assert (code, silence) == (0, (0, "")), (text, silence)
     rows = _table(project)
