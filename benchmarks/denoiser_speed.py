@@ -16,11 +16,10 @@ import contextlib
 import copy
 import json
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from trades_step import peak, seconds
 
 from dmat import devices
 from dmat.config import DenoiserNetwork
@@ -32,24 +31,6 @@ SETTINGS = {  # the network of the published CIFAR-10 weights, and that of the d
     "ddpmpp": ((32, 32, 3, 10), {"channels": 128, "multipliers": [2, 2, 2], "blocks": 4, "attention": [16]}),
     "unet": ((8, 8, 1, 10), {"channels": 32, "multipliers": [1, 2], "blocks": 1}),
 }
-
-
-def seconds(step: Callable[[], object], device: torch.device) -> float:
-    """Returns the wall time of a step in seconds, until the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measures the FLOP/s of a large matrix product, best of 10."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b), device) for _ in range(10))
 
 
 def main() -> None:

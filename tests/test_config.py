@@ -520,9 +520,11 @@ def test_a_file_of_an_earlier_version_is_refused_with_the_new_keys(tmp_path):
 def test_settings_of_an_earlier_version_get_their_new_names():
     """As a sidecar holds them: every old name, and no other."""
     old = ("average_tau", "average_warm_up", "average_half_life", "warm_up", "warm_up_images", "x")
-    settings = {name: number for number, name in enumerate(old, 1)}
+    network = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "dropout": 0.2}
+    settings = {name: number for number, name in enumerate(old, 1)} | network
     expected = {"ema_decay": 1, "ema_warmup": 2, "ema_half_life": 3, "warmup": 4, "warmup_images": 5, "x": 6}
-    assert config.with_new_names(settings) == expected
+    expected["network"] = {"name": "unet", **network}
+    assert config.denoiser_of_an_earlier_version(settings) == expected
 
 
 def test_an_arm_names_a_selection_an_image_set_and_a_generator(tmp_path, params):

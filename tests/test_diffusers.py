@@ -3,7 +3,6 @@
 Its schedulers keep float32 levels, so paths agree to that precision. Run alone: pytest tests/test_diffusers.py
 """
 
-import dataclasses
 import sys
 
 import pytest
@@ -12,21 +11,9 @@ import torch
 from dmat.diffusion import samplers
 from dmat.diffusion.samplers import SAMPLERS, noise_levels
 from tests.test_multistep import denoise as mixture
+from tests.test_samplers import Settings
 
 diffusers = pytest.importorskip("diffusers")
-
-
-@dataclasses.dataclass
-class Settings:
-    steps: int = 12
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    schedule: str = "edm"
-    s_churn: float = 0.0
-    s_min: float = 0.0
-    s_max: float = 1e9
-    s_noise: float = 1.0
 
 
 LATENTS = torch.tensor([-1.3, -0.4, 0.2, 0.9, 1.8]).reshape(-1, 1, 1, 1)
@@ -56,8 +43,8 @@ def by_edm_scheduler(scheduler, settings):
 
 def test_euler_agrees():
     scheduler = diffusers.EDMEulerScheduler(**EDM)
-    expected = by_edm_scheduler(scheduler, Settings())
-    samples = SAMPLERS["euler"](denoiser, LATENTS, None, Settings())
+    expected = by_edm_scheduler(scheduler, Settings(12))
+    samples = SAMPLERS["euler"](denoiser, LATENTS, None, Settings(12))
     torch.testing.assert_close(samples, expected.double(), rtol=1e-5, atol=1e-5)
 
 

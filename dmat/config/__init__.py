@@ -14,7 +14,7 @@ from dmat.config.merging import merge
 from dmat.config.mix_images import MixImages
 from dmat.config.params import LISTS, SECTIONS, Params, check, denoiser_network, evaluation, expect_name, load, threat
 from dmat.config.prepare_data import Normalisation, PrepareData
-from dmat.config.renamed import denoiser_of_an_earlier_version, with_new_names
+from dmat.config.renamed import denoiser_of_an_earlier_version
 from dmat.config.score_images import ScoreImages
 from dmat.config.select_images import SelectImages, Selection
 from dmat.config.train_diffusion import DenoiserNetwork, DenoiserTraining, Generator, PublishedGenerator
@@ -70,5 +70,4 @@ __all__ = [
     "merge",
     "step_problem",
     "threat",
-    "with_new_names",
 ]

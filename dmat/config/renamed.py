@@ -15,18 +15,13 @@ _NEW_NAMES = {
 _NETWORK_KEYS = ("channels", "multipliers", "blocks", "dropout")  # of a denoiser
 
 
-def with_new_names(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings of an earlier version, as a sidecar holds them, under today's names. Nested mappings are left alone."""
-    return {_NEW_NAMES.get(name, name): value for name, value in settings.items()}
-
-
 def denoiser_of_an_earlier_version(settings: Mapping[str, object]) -> dict[str, object]:
     """Settings of a denoiser, as a sidecar of an earlier version holds them, in today's form.
 
     The keys of its network, which was always `unet`, were not in a mapping of their own.
     """
     network = {"name": "unet", **{name: settings[name] for name in _NETWORK_KEYS}}
-    others = {name: value for name, value in with_new_names(settings).items() if name not in _NETWORK_KEYS}
+    others = {_NEW_NAMES.get(name, name): value for name, value in settings.items() if name not in _NETWORK_KEYS}
     return {"network": network, **others}
 
 
