@@ -5,6 +5,7 @@ pytest tests/test_data.py
 """
 
 import collections
+import dataclasses
 import itertools
 import json
 import shutil
@@ -19,6 +20,7 @@ from dmat.data import overlap, shards
 from dmat.data.batches import MixedBatches
 from dmat.data.mixing import BatchOrder, Mix, ShuffledSequence
 from dmat.data.pixels import iter_batches, load_all, to_bytes, to_float
+from dmat.data.selections import SelectedImages
 from dmat.data.sources import SOURCES, digits, npz, stratified
 from dmat.errors import DmatError
 
@@ -537,12 +539,11 @@ def mixed(tmp_path):
     generated, generated_labels = random_images(20, (2, 2, 1), seed=1)
     real, generated = real // 2, generated // 2 + 128
     selected = np.array([1, 2, 5, 8, 13, 17, 18, 19])
-    opened = (
-        shards.open_shards(write_in_shards(tmp_path / "real", real, real_labels, (6,))),
-        shards.open_shards(write_in_shards(tmp_path / "generated", generated, generated_labels, (9, 11))),
-    )
+    real_set = shards.open_shards(write_in_shards(tmp_path / "real", real, real_labels, (6,)))
+    generated_set = shards.open_shards(write_in_shards(tmp_path / "generated", generated, generated_labels, (9, 11)))
+    images = SelectedImages(generated_set, selected, None)
     return (
-        lambda: MixedBatches(Mix(6, len(selected), 5, 0.6), 4, *opened, selected),
+        lambda: MixedBatches(Mix(6, len(selected), 5, 0.6), 4, real_set, images),
         (real, generated, generated_labels, selected),
     )
 
@@ -575,10 +576,26 @@ def test_batches_hold_real_images_first_then_selected_ones(mixed):
     assert counts == dict.fromkeys(selected.tolist(), 3)  # 24 draws of 8 images: three epochs without replacement
 
 
+def test_batches_take_labels_that_a_scorer_gave(mixed):
+    make, _ = mixed
+    batches, scored = make(), make()
+    pseudo_labels = np.arange(8) + 50
+    scored.generated = dataclasses.replace(batches.generated, pseudo_labels=pseudo_labels)
+    seen = set()
+    for step in range(8):
+        (images, labels), (same_images, other_labels) = batches.at(step), scored.at(step)
+        assert torch.equal(images, same_images)
+        assert torch.equal(labels[:2], other_labels[:2])  # real ones
+        positions = batches.order.at(step)[1]
+        assert other_labels[2:].tolist() == pseudo_labels[positions].tolist()
+        seen |= set(other_labels[2:].tolist())
+    assert seen == set(pseudo_labels.tolist())
+
+
 def test_batches_without_generated_images(tmp_path):
     images, labels = random_images(6)
     opened = shards.open_shards(write_in_shards(tmp_path, images, labels, (6,)))
-    images_of_batch, labels_of_batch = MixedBatches(Mix(6, 0, 6, 0.0), 1, opened, None, None).at(0)
+    images_of_batch, labels_of_batch = MixedBatches(Mix(6, 0, 6, 0.0), 1, opened, None).at(0)
     order = BatchOrder(Mix(6, 0, 6, 0.0), 1).at(0)[0]
     assert torch.equal(images_of_batch, to_float(images[order]))
     assert np.array_equal(labels_of_batch.numpy(), labels[order])

@@ -43,7 +43,7 @@ def test_scalings_keep_the_shape_of_sigma():
 class RawNetwork(torch.nn.Module):
     """F(x; c_noise, label) = 3 x + c_noise + label, so that every argument shows in the output."""
 
-    def forward(self, x, c_noise, labels):
+    def forward(self, x, c_noise, labels, augment=None):
         return 3 * x + (c_noise + (0 if labels is None else labels))[:, None, None, None]
 
 
@@ -66,7 +66,7 @@ class ExactNetwork(torch.nn.Module):
         super().__init__()
         self.clean, self.sigma_data, self.delta = clean, sigma_data, delta
 
-    def forward(self, x, c_noise, labels):
+    def forward(self, x, c_noise, labels, augment=None):
         outputs = []
         for k, scaled in enumerate(x):
             c = table_1(math.exp(4 * c_noise[k].item()), self.sigma_data)
@@ -93,7 +93,7 @@ class Shifted:
     def __init__(self, clean):
         self.clean, self.calls = clean, []
 
-    def __call__(self, noisy, sigma, labels):
+    def __call__(self, noisy, sigma, labels, augment=None):
         self.calls.append((noisy, sigma, labels))
         return self.clean + 0.1
 
@@ -116,7 +116,7 @@ def test_loss_of_a_known_error_is_lambda_times_its_square():
 class ZeroNetwork(torch.nn.Module):
     """A raw network at initialisation: its last layer is zero."""
 
-    def forward(self, x, c_noise, labels):
+    def forward(self, x, c_noise, labels, augment=None):
         return torch.zeros_like(x)
 
 
@@ -184,7 +184,7 @@ def test_loss_is_the_squared_error_of_the_predicted_noise(formulation):
     inputs = []
 
     class Fixed(torch.nn.Module):
-        def forward(self, x, c_noise, labels):
+        def forward(self, x, c_noise, labels, augment=None):
             inputs.append(x)
             return predicted
 

@@ -89,7 +89,7 @@ def test_training_steps_do_not_synchronise_the_gpu(tmp_path, tiny_params, augmen
                                                  "augmentation": augmentation, "clip_gradient": 1.0}  # fmt: skip
         settings = config.TrainRobust.model_validate(section)
         loss_settings = LossSettings(Ball("linf", 8 / 255), 2, 2 / 255, 5.0, 0.1, 3.0)
-        batches = MixedBatches(Mix(64, 0, 16, 0.0), 1, shards, None, None)
+        batches = MixedBatches(Mix(64, 0, 16, 0.0), 1, shards, None)
         model = wide_resnet(DATA_SPEC, 10, 1, "silu")
         torch.cuda.set_sync_debug_mode("warn")
         try:

@@ -174,6 +174,62 @@ def test_a_batch_that_does_not_divide_is_refused(project):
         assert "a batch of 63 images does not divide among 2 processes" in text
 
 
+@pytest.fixture
+def denoiser_project(finished, tmp_path):
+    """Without dropout, whose masks differ between parts of a batch. Two snapshots are judged, by the main process."""
+    copy = finished.copy_without("train_diffusion", tmp_path / "project")
+    settings = {"batch": 32, "images_seen": 512, "augment_probability": 0.3, "network": {"dropout": 0.0}}
+    copy.write({"train_diffusion": {**settings, "snapshot_every": 256, "snapshot_images": 20}})
+    return copy
+
+
+def denoiser_of(project):
+    """The best and the last weights by name, and the records of snapshots and loss."""
+    (folder,) = (project.folder / "runs/train_diffusion").glob("*/result/denoiser")
+    states = {
+        f"{file} {name}": values
+        for file in ("denoiser", "last")
+        for name, values in load_file(folder / f"{file}.safetensors").items()
+    }
+    return states, [json.loads((folder / f"{name}.json").read_text()) for name in ("snapshots", "history")]
+
+
+def test_two_processes_train_the_denoiser_that_one_trains(denoiser_project, tmp_path):
+    """Adam enlarges what rounding makes of small gradients, so weights are compared as a whole."""
+    alone = denoiser_project.copy_without("train_diffusion", tmp_path / "alone")
+    alone.run("train_diffusion")
+    denoiser_project.write({"train_diffusion": {"accumulation_steps": 4}})
+    results = [command.wait() for command in start(denoiser_project, 2, "train_diffusion")]
+    assert [code for code, _ in results] == [0, 0], results
+    (weights, (snapshots, history)), (others, (other_snapshots, other_history)) = map(
+        denoiser_of, (denoiser_project, alone)
+    )
+    assert weights.keys() == others.keys()
+    flat, others_flat = (torch.cat([values.flatten() for values in state.values()]) for state in (weights, others))
+    assert (flat - others_flat).norm() / others_flat.norm() < 2e-3
+    assert (flat - others_flat).abs().max() < 0.1 * 0.002 * 16  # of the way that 16 steps can go
+    for record, expected in zip(history, other_history, strict=True):
+        assert record == pytest.approx(expected, rel=1e-3)
+    assert [record["images_seen"] for record in snapshots] == [256, 512]
+    for record, expected in zip(snapshots, other_snapshots, strict=True):
+        assert record["scorer_frechet_distance"] == pytest.approx(expected["scorer_frechet_distance"], rel=0.05)
+
+
+def test_a_denoiser_of_two_processes_resumes_bit_for_bit(denoiser_project, tmp_path):
+    changes = {"images_seen": 1536, "snapshot_every": 768, "network": {"dropout": 0.3}}
+    denoiser_project.write({"train_diffusion": changes})
+    whole = denoiser_project.copy_without("train_diffusion", tmp_path / "whole")
+    assert [command.wait()[0] for command in start(whole, 2, "train_diffusion")] == [0, 0]
+    commands = start(denoiser_project, 2, "train_diffusion")
+    forked.until(lambda: list((denoiser_project.folder / "runs/train_diffusion").glob("*/checkpoint.dmat")))
+    os.kill(commands[1].process.pid, signal.SIGTERM)
+    assert [command.wait()[0] for command in commands] == [143, 143]
+    assert [command.wait()[0] for command in start(denoiser_project, 2, "train_diffusion")] == [0, 0]
+    actual, expected = denoiser_of(denoiser_project), denoiser_of(whole)
+    assert actual[1] == expected[1]
+    assert all(torch.equal(values, expected[0][name]) for name, values in actual[0].items())
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("count", [0, 1, 5, 64])
 def test_parts_are_disjoint_and_together_all(size, count):

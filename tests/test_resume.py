@@ -15,7 +15,9 @@ from dmat.data.augmentation import AUGMENTATIONS
 from dmat.data.batches import MixedBatches
 from dmat.data.mixing import BatchOrder, Mix
 from dmat.data.pixels import load_all
+from dmat.data.selections import SelectedImages
 from dmat.data.shards import open_shards, write_set
+from dmat.diffusion import augmentation_pipe
 from dmat.diffusion.formulations import EDM, Preconditioned
 from dmat.diffusion.unet import UNet
 from dmat.errors import Diverged, DmatError, Interrupted
@@ -56,8 +58,8 @@ def _train_classifier(folder, shards, compute, settings, stop_at=-1, mix=None, s
     model = wide_resnet(DataSpec(4, 1, (0.4,), (0.3,)), 10, 1, "silu")
     loss_settings = LossSettings(Ball("linf", 0.1), 2, 0.05, 5.0, 0.1, 3.0)
     mix = mix or Mix(48, 0, 16, 0.0)
-    generated = (shards, np.arange(0, 48, 2)) if mix.generated else (None, None)
-    batches = (spoil or MixedBatches)(mix, 1, shards, *generated)
+    generated = SelectedImages(shards, np.arange(0, 48, 2), None) if mix.generated else None
+    batches = (spoil or MixedBatches)(mix, 1, shards, generated)
     with _StopAt(folder, compute, settings.images_seen, quiet=True) as run:
         run.stop_at = stop_at
         return classifier.train(model, 4, batches, load_all(shards), loss_settings, settings, 1, run, compute)
@@ -217,25 +219,137 @@ def test_patience_ends_a_run_after_evaluations_without_a_new_best(tmp_path, shar
     assert short.best_accuracy == best
 
 
-def _train_denoiser(folder, shards, compute, settings, stop_at=-1):
+def _train_denoiser(folder, shards, compute, settings, stop_at=-1, judge=None):
     torch.manual_seed(3)
-    model = Preconditioned(UNet(1, 4, 8, (1, 2), 1, settings.network.dropout), EDM(settings.sigma_data))
+    augment_dim = augmentation_pipe.LABELS if settings.augment_probability else 0
+    network = UNet(1, 4, 8, (1, 2), 1, settings.network.dropout, augment_dim)
+    model = Preconditioned(network, EDM(settings.sigma_data))
     with _StopAt(folder, compute, settings.images_seen, quiet=True) as run:
         run.stop_at = stop_at
-        return denoiser.train(model, *shards.all(), settings, 1, run, compute)
+        return denoiser.train(model, *shards.all(), settings, 1, run, compute, judge)
 
 
-@pytest.mark.parametrize("stop_at", [0, 32, 48, 160])
-def test_denoiser_resumes_bit_for_bit(tmp_path, shards, compute, tiny_params, stop_at):
-    section = tiny_params["train_diffusion"] | {"images_seen": 160, "batch": 16, "log_every": 48}
-    section["network"]["dropout"] = 0.3
-    settings = config.DenoiserTraining.model_validate(section)
-    weights, history = _train_denoiser(tmp_path / "whole", shards, compute, settings)
+def _denoiser_settings(tiny_params, **changes):
+    section = tiny_params["train_diffusion"] | {"images_seen": 160, "batch": 16, "log_every": 48, **changes}
+    section["network"] = section["network"] | {"dropout": changes.get("dropout", 0.3)}
+    section.pop("dropout", None)
+    return config.DenoiserTraining.model_validate(section)
+
+
+# Each option that affects a step of a denoiser, once.
+DENOISER_VARIANTS = {
+    "plain": {},
+    "without labels": {"conditional": False},
+    "augmented": {"augment_probability": 0.5},
+    "in parts": {"accumulation_steps": 4},
+    "with a constant rate": {"learning_rate_decay": "none"},
+    "without dropout": {"dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize(("variant", "stop_at"), [
+    *(("plain", step) for step in (0, 48, 160)), *((variant, 80) for variant in DENOISER_VARIANTS)
+])  # fmt: skip
+def test_denoiser_resumes_bit_for_bit(tmp_path, shards, compute, tiny_params, variant, stop_at):
+    settings = _denoiser_settings(tiny_params, **DENOISER_VARIANTS[variant])
+    whole = _train_denoiser(tmp_path / "whole", shards, compute, settings)
     with pytest.raises(Interrupted):
         _train_denoiser(tmp_path / "parts", shards, compute, settings, stop_at)
-    resumed, resumed_history = _train_denoiser(tmp_path / "parts", shards, compute, settings)
-    assert resumed_history == history
-    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    resumed = _train_denoiser(tmp_path / "parts", shards, compute, settings)
+    assert resumed.history == whole.history
+    assert all(torch.equal(resumed.last[name], whole.last[name]) for name in whole.last)
+    assert resumed.best is resumed.last
+
+
+def test_the_variants_of_a_denoiser_differ(tmp_path, shards, compute, tiny_params):
+    """Guards the test above, which an option without effect would pass."""
+    ends = {
+        variant: _train_denoiser(
+            tmp_path / variant.replace(" ", "-"), shards, compute,
+            _denoiser_settings(tiny_params, images_seen=64, **changes),
+        ).last["network.first.weight"]
+        for variant, changes in DENOISER_VARIANTS.items()
+    }  # fmt: skip
+    assert len({tuple(values.flatten().tolist()) for values in ends.values()}) == len(ends)
+
+
+@pytest.mark.parametrize("augment_probability", [0.0, 0.5])
+def test_parts_of_a_batch_compute_what_the_whole_computes(tmp_path, shards, compute, tiny_params, augment_probability):
+    """Without dropout, whose masks are drawn part by part. One step is compared, as training amplifies rounding."""
+    ends = {}
+    for parts in (1, 2, 8):
+        settings = _denoiser_settings(
+            tiny_params, dropout=0.0, images_seen=16, learning_rate_decay="none", ramp_up=0.5, accumulation_steps=parts,
+            augment_probability=augment_probability,
+        )  # fmt: skip
+        gradients = {}
+        real_step = torch.optim.Adam.step
+
+        def record(optimiser, gradients=gradients, real_step=real_step):
+            gradients["all"] = [p.grad.clone() for p in optimiser.param_groups[0]["params"]]
+            return real_step(optimiser)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.Adam, "step", record)
+            outcome = _train_denoiser(tmp_path / str(parts), shards, compute, settings)
+        ends[parts] = gradients["all"], outcome.history[0]["loss"]
+    assert sum(g.abs().sum() for g in ends[1][0]) > 0
+    for parts in (2, 8):
+        assert ends[parts][1] == pytest.approx(ends[1][1], rel=1e-5)
+        for gradient, expected in zip(ends[parts][0], ends[1][0], strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_batch_that_does_not_divide_into_parts_is_refused(tmp_path, shards, compute, tiny_params):
+    settings = _denoiser_settings(tiny_params, accumulation_steps=3)
+    with pytest.raises(DmatError, match=r"batch of 16 .* into 3 parts, 3 in each of 1 processes; expected a multiple"):
+        _train_denoiser(tmp_path, shards, compute, settings)
+
+
+class _Judge:
+    """A judge that likes the second snapshot best, and remembers the weights that it saw."""
+
+    def __init__(self, distances=(3.0, 1.0, float("nan"), 2.0)):
+        self.distances, self.seen = distances, []
+
+    def __call__(self, model):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        self.seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        weight = self.seen[-1]["network.first.weight"].sum().item()  # a measure that shows which weights were judged
+        return {denoiser.SELECTS: self.distances[len(self.seen) - 1], "weight": weight}
+
+
+def test_the_best_snapshot_and_the_last_weights_are_kept(tmp_path, shards, compute, tiny_params):
+    settings = _denoiser_settings(tiny_params, snapshot_every=48)  # after 48, 96 and 144 images, and at the end
+    judge = _Judge()
+    outcome = _train_denoiser(tmp_path / "judged", shards, compute, settings, judge=judge)
+    assert [record["images_seen"] for record in outcome.snapshots] == [48, 96, 144, 160]
+    assert outcome.best_snapshot == outcome.snapshots[1]
+    assert all(torch.equal(outcome.best[name], judge.seen[1][name]) for name in outcome.best)
+    assert all(torch.equal(outcome.last[name], judge.seen[3][name]) for name in outcome.last)
+    alone = _train_denoiser(tmp_path / "alone", shards, compute, settings)
+    assert all(torch.equal(outcome.last[name], alone.last[name]) for name in alone.last)
+    assert outcome.history == alone.history
+    lines = [json.loads(line) for line in (tmp_path / "judged/metrics.jsonl").read_text().splitlines()]
+    assert [line["images_seen"] for line in lines] == [48, 96, 144, 160]
+    assert all({"loss", "weight"} <= set(line) for line in lines)
+
+
+@pytest.mark.parametrize("stop_at", [48, 112, 160])
+def test_judged_snapshots_survive_an_interruption(tmp_path, shards, compute, tiny_params, stop_at):
+    settings = _denoiser_settings(tiny_params, snapshot_every=48)
+    whole = _train_denoiser(tmp_path / "whole", shards, compute, settings, judge=_Judge((1.0, 3.0, 2.0, 4.0)))
+    judge = _Judge((1.0, 3.0, 2.0, 4.0))
+    with pytest.raises(Interrupted):
+        _train_denoiser(tmp_path / "parts", shards, compute, settings, stop_at, judge)
+    resumed = _train_denoiser(tmp_path / "parts", shards, compute, settings, judge=judge)
+    assert len(judge.seen) == 4  # none twice
+    assert resumed.snapshots == whole.snapshots
+    for actual, expected in ((resumed.best, whole.best), (resumed.last, whole.last)):
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
 
 
 def test_denoiser_average_is_that_of_karras_et_al(tmp_path, shards, compute, tiny_params, monkeypatch):
@@ -249,7 +363,7 @@ def test_denoiser_average_is_that_of_karras_et_al(tmp_path, shards, compute, tin
     monkeypatch.setattr(ema, "update", record)
     section = tiny_params["train_diffusion"] | {"images_seen": 160, "batch": 16, "ema_half_life": 5.0}
     settings = config.DenoiserTraining.model_validate(section)
-    weights, _ = _train_denoiser(tmp_path, shards, compute, settings)
+    weights = _train_denoiser(tmp_path, shards, compute, settings).last
     average = live_parameters[0]
     for step, live in enumerate(live_parameters[1:], start=1):
         half_life = min(5.0, 0.05 * 16 * step)

@@ -1,12 +1,12 @@
 """Settings of train_diffusion."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import pydantic
 from pydantic import AfterValidator, Field
 
 from dmat import NONE
-from dmat.config.fields import Count, Positive, Record, Seed, named_in, source_problem
+from dmat.config.fields import Count, Natural, Positive, Record, Seed, Share, named_in, source_problem
 
 _Small = Annotated[int, Field(ge=1, le=64)]  # more would only ask for memory that no machine has
 
@@ -42,6 +42,8 @@ class DenoiserTraining(Record):
 
     network: DenoiserNetwork
     formulation: Annotated[str, named_in("dmat.diffusion.formulations", "FORMULATIONS", plugins_allowed=False)] = "edm"
+    conditional: bool = True  # whether the model learns the labels of the images
+    augment_probability: Share = 0.0  # of each transformation of the augmentation pipe
     sigma_data: Positive  # standard deviation of the images in [-1, 1]
     p_mean: Annotated[float, Field(ge=-100, le=100)] = -1.2
     p_std: Positive = 1.2
@@ -49,8 +51,12 @@ class DenoiserTraining(Record):
     batch: Count
     learning_rate: Positive
     ramp_up: Annotated[float, Field(gt=0, lt=1)]  # share of the run
+    learning_rate_decay: Literal["cosine", "none"] = "cosine"  # after the ramp-up
+    accumulation_steps: Count = 1  # parts of a batch that a process computes one after the other
     ema_half_life: Positive  # images
     log_every: Count  # images
+    snapshot_every: Natural = 0  # images between two judged snapshots of the EMA weights; 0: none, the last are taken
+    snapshot_images: Count = 1000  # generated to judge a snapshot
     seed: Seed
 
     @pydantic.model_validator(mode="after")

@@ -2,20 +2,17 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from dmat import ARTIFACTS, files
-from dmat.data import shards
 from dmat.data.mixing import MIX, Mix
-from dmat.data.selections import INDICES, expect_selected_from
+from dmat.data.selections import SelectedImages, checksums, expect_selected_from, open_selection
 from dmat.data.shards import Shards
 from dmat.errors import DmatError
 
 
-def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None, np.ndarray | None]:
-    """The mix of an arm, its opened image set, and the selected indices in that set: int64 [N].
+def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, SelectedImages | None]:
+    """The mix of an arm and its generated images; None for a mix of real images alone.
 
-    Image set and indices are None for a mix of real images alone. real: the training split. root: of the project.
+    real: the training split. root: of the project.
     Raises DmatError if the selection or the image set changed after the mix was written.
     """
     record = files.read_record(
@@ -34,10 +31,10 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, Shards | None
     )
     selection = record["selection"]
     if selection is None:
-        return mix, None, None
+        return mix, None
     images = root / ARTIFACTS / "generate_images" / selection["image_set"]
     expect_selected_from(selection, images)
-    indices = root / selection["path"] / INDICES
-    if files.sha256(indices) != selection["indices_sha256"]:
-        raise DmatError(f"{indices} changed after the mix was written; run `dvc repro` to make them agree")
-    return mix, shards.open_shards(images), files.load_array(indices)
+    path = root / selection["path"]
+    if any(checksum != selection.get(name) for name, checksum in checksums(path, selection).items()):
+        raise DmatError(f"{path} changed after the mix was written; run `dvc repro` to make them agree")
+    return mix, open_selection(path, images)

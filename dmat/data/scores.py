@@ -1,7 +1,10 @@
-"""Scores of the images of a set: one file per shard, and a manifest with their checksums."""
+"""Scores of the images of a set: one file per shard, and a manifest with their checksums.
+
+Images without labels of their own get them here: the scorer's, one more file per shard.
+"""
 
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -10,6 +13,8 @@ from dmat.data import shards
 from dmat.data.shards import ShardEntry, Shards
 from dmat.errors import DmatError
 
+PSEUDO_LABELS = "labels"  # what the names of files of labels begin with
+
 
 class ScoreEntry(TypedDict):
     """The scores of a shard in the manifest of scores."""
@@ -17,6 +22,8 @@ class ScoreEntry(TypedDict):
     file: str
     count: int  # number of images
     sha256: str  # of the file
+    labels: NotRequired[str]  # file of the scorer's labels, where the images have none
+    labels_sha256: NotRequired[str]
 
 
 def score_file(entry: ShardEntry) -> str:
@@ -24,22 +31,41 @@ def score_file(entry: ShardEntry) -> str:
     return f"{entry['images_sha256'][:16]}-{entry['labels_sha256'][:8]}.npy"
 
 
-def read_scores(folder: Path, images: Shards) -> np.ndarray:
-    """The score of each image of a set: float32 [N].
+def label_file(entry: ShardEntry) -> str:
+    """File name of the labels that the scorer gave to a shard without labels."""
+    return f"{PSEUDO_LABELS}-{score_file(entry)}"
 
-    Raises DmatError if the scores changed after they were written, or belong to other images.
+
+def read_scores(folder: Path, images: Shards) -> tuple[np.ndarray, np.ndarray]:
+    """The score and the label of each image of a set: float32 [N] and int64 [N].
+
+    The labels are those of the set, or the scorer's where it has none. Raises DmatError if the scores changed after
+    they were written, or belong to other images.
     """
     recorded: list[ScoreEntry] = files.read_record(folder / shards.MANIFEST, shards=list)["shards"]
-    expected = [score_file(entry) for entry in images.manifest["shards"]]
-    if [entry["file"] for entry in recorded] != expected:
+    entries = images.manifest["shards"]
+    expected = [score_file(entry) for entry in entries]
+    if [entry["file"] for entry in recorded] != expected or any(
+        ("labels" in entry) == images.labelled for entry in recorded
+    ):
         raise DmatError(
             f"{folder} has scores of {len(recorded)} shards, which are not those of the {len(expected)} shards of the "
             f"image set; run score_images again, or `dvc repro`"
         )
-    for entry in recorded:
-        if (checksum := files.sha256(folder / entry["file"])) != entry["sha256"]:
-            raise DmatError(
-                f"{folder / entry['file']} has checksum {checksum[:12]}; its manifest says {entry['sha256'][:12]}; the "
-                f"file was altered or cut: restore it (`dvc checkout`) or run score_images again"
-            )
-    return np.concatenate([files.load_array(folder / name) for name in expected])
+    scores = [_read(folder / entry["file"], entry["sha256"]) for entry in recorded]
+    labels = (
+        [np.asarray(shard_labels) for shard_labels in images.labels]
+        if images.labelled
+        else [_read(folder / entry["labels"], entry["labels_sha256"]) for entry in recorded]
+    )
+    return np.concatenate(scores), np.concatenate(labels)
+
+
+def _read(path: Path, expected: str) -> np.ndarray:
+    """The array [N] of a file. Raises DmatError if its checksum is another."""
+    if (checksum := files.sha256(path)) != expected:
+        raise DmatError(
+            f"{path} has checksum {checksum[:12]}; its manifest says {expected[:12]}; the file was altered or cut: "
+            f"restore it (`dvc checkout`) or run score_images again"
+        )
+    return files.load_array(path)

@@ -1,5 +1,9 @@
-"""A selection: the sorted indices of the images kept from a set, and the identity of that set."""
+"""A selection: the sorted indices of the images kept from a set, and the identity of that set.
 
+Where the images have no labels of their own, a selection has those that score_images gave them.
+"""
+
+import dataclasses
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
@@ -7,10 +11,12 @@ import numpy as np
 
 from dmat import files
 from dmat.data import shards
+from dmat.data.shards import Shards
 from dmat.errors import DmatError
 
 SELECTION = "selection.json"
 INDICES = "indices.npy"
+LABELS = "labels.npy"
 
 
 class SelectionRecord(TypedDict):
@@ -25,13 +31,42 @@ class SelectionRecord(TypedDict):
     kept: int  # number of selected images
     keep: NotRequired[float]  # share of each class that is selected
     class_counts: NotRequired[list[int]]  # selected images per class
+    pseudo_labels: NotRequired[bool]  # added by `write_selection`: whether the labels are the scorer's
 
 
-def write_selection(folder: Path, indices: np.ndarray, record: SelectionRecord) -> None:
-    """Writes a selection. indices: int64 [N], sorted. record: all keys but `schema`."""
-    with files.writing(folder / INDICES) as file:
-        np.save(file, indices)
-    files.write_json(folder / SELECTION, {"schema": 1, **record})
+@dataclasses.dataclass(frozen=True)
+class SelectedImages:
+    """The selected images of an opened set.
+
+    indices: int64 [N], in the set. pseudo_labels: int64 [N], or None where the images have labels of their own.
+    """
+
+    images: Shards
+    indices: np.ndarray
+    pseudo_labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 [B, H, W, C] and labels int64 [B] at positions [B] in the selection."""
+        images, labels = self.images.take(self.indices[positions])
+        return images, labels if self.pseudo_labels is None else self.pseudo_labels[positions]
+
+
+def write_selection(
+    folder: Path, indices: np.ndarray, record: SelectionRecord, pseudo_labels: np.ndarray | None = None
+) -> None:
+    """Writes a selection. indices: int64 [N], sorted. record: all keys but those that this adds.
+
+    pseudo_labels: int64 [N], where the images have no labels of their own.
+    """
+    for name, array in ((INDICES, indices), (LABELS, pseudo_labels)):
+        if array is not None:
+            with files.writing(folder / name) as file:
+                np.save(file, array)
+    added = {"schema": 1, **({} if pseudo_labels is None else {"pseudo_labels": True})}
+    files.write_json(folder / SELECTION, {**added, **record})
 
 
 def read_selection(folder: Path) -> SelectionRecord:
@@ -40,6 +75,23 @@ def read_selection(folder: Path) -> SelectionRecord:
         SelectionRecord,
         files.read_record(folder / SELECTION, image_set=str, shape=list, classes=int, manifest_sha256=str, kept=int),
     )
+
+
+def open_selection(folder: Path, images: Path) -> SelectedImages:
+    """Opens a selection and the image set in `images`. Raises DmatError if it is of another set."""
+    record = read_selection(folder)
+    expect_selected_from(record, images)
+    return SelectedImages(
+        shards.open_shards(images),
+        files.load_array(folder / INDICES),
+        files.load_array(folder / LABELS) if record.get("pseudo_labels") else None,
+    )
+
+
+def checksums(folder: Path, record: SelectionRecord) -> dict[str, str]:
+    """The SHA-256 of the arrays of a selection, by the names that a mix gives them."""
+    arrays = {"indices_sha256": INDICES, **({"labels_sha256": LABELS} if record.get("pseudo_labels") else {})}
+    return {name: files.sha256(folder / file) for name, file in arrays.items()}
 
 
 def expect_selected_from(selection: SelectionRecord, images: Path) -> None:

@@ -18,6 +18,7 @@ from dmat.errors import DmatError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+NO_LABEL = -1  # of an image that an unconditional model generated
 
 ArrayName = Literal["images", "labels", "scores"]
 CHECKSUM_KEYS: dict[ArrayName, Literal["images_sha256", "labels_sha256", "scores_sha256"]] = {
@@ -30,7 +31,7 @@ CHECKSUM_KEYS: dict[ArrayName, Literal["images_sha256", "labels_sha256", "scores
 class ShardRecord(TypedDict, total=False):
     """Number of rows of a shard; file name and SHA-256 in hex of each of its arrays.
 
-    A shard of images has images and labels; a shard of scores has scores.
+    A shard of images has images and labels; a shard of scores has scores, and labels if the images had none.
     """
 
     count: Required[int]
@@ -71,6 +72,7 @@ class SetMetadata(TypedDict, total=False):
     seed: int
     block: int  # images that are generated together
     precision: str  # "fp32" or "bf16"
+    unlabelled: bool  # every label is NO_LABEL: the generator is unconditional
 
 
 class Manifest(SetMetadata):
@@ -105,6 +107,11 @@ class Shards:
     def classes(self) -> int:
         """Number of classes."""
         return len(self.manifest["class_names"])
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels of their own."""
+        return not self.manifest.get("unlabelled", False)
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [B, H, W, C] and labels int64 [B] at global indices [B], in the order of the indices."""

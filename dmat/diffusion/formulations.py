@@ -172,7 +172,7 @@ FORMULATIONS: dict[str, Callable[[FormulationSettings], Formulation]] = {
 class Preconditioned(nn.Module):
     """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) around a raw network F (equation 7).
 
-    network: F(x [B, C, H, W], c_noise [B], labels int64 [B] or None) -> [B, C, H, W].
+    network: F(x [B, C, H, W], c_noise [B], labels int64 [B] or None, augment [B, A] or None) -> [B, C, H, W].
     """
 
     def __init__(self, network: nn.Module, formulation: Formulation):
@@ -180,20 +180,30 @@ class Preconditioned(nn.Module):
         self.network = network
         self.formulation = formulation
 
-    def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """noisy [B, C, H, W], sigma [B], labels int64 [B] or None -> estimate of the clean images, float32."""
+    def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor | None, augment: Tensor | None = None) -> Tensor:
+        """Estimates the clean images, float32 [B, C, H, W].
+
+        noisy [B, C, H, W], sigma [B], labels int64 [B] or None, augmentation labels [B, A] or None.
+        """
         c_skip, c_out, c_in, c_noise = self.formulation.scalings(sigma.float())  # [B] each
-        output = self.network(_per_image(c_in) * noisy.float(), c_noise, labels)
+        output = self.network(_per_image(c_in) * noisy.float(), c_noise, labels, augment)
         return _per_image(c_skip) * noisy.float() + _per_image(c_out) * output.float()
 
 
-def loss(denoiser: Preconditioned, images: Tensor, labels: Tensor | None, sigma: Tensor, noise: Tensor) -> Tensor:
+def loss(
+    denoiser: Preconditioned,
+    images: Tensor,
+    labels: Tensor | None,
+    sigma: Tensor,
+    noise: Tensor,
+    augment: Tensor | None = None,
+) -> Tensor:
     """Computes the weighted squared error per image, [B] (equation 2 with the weight of the formulation).
 
     It is the mean over pixels and channels. images in [-1, 1] and noise (standard normal): [B, C, H, W];
-    labels int64 [B] or None; sigma [B].
+    labels int64 [B] or None; sigma [B]; augment: augmentation labels [B, A] or None.
     """
-    error = denoiser(images + _per_image(sigma) * noise, sigma, labels) - images
+    error = denoiser(images + _per_image(sigma) * noise, sigma, labels, augment) - images
     return denoiser.formulation.weight(sigma) * error.square().flatten(1).mean(1)
 
 

@@ -41,13 +41,17 @@ class NetworkSettings(Protocol):
 
 
 def _unet(spec: DenoiserSpec, settings: NetworkSettings) -> nn.Module:
-    if spec.augment_dim or not spec.label_dim:
-        raise ValueError("unet needs classes and takes no augmentation labels")
     if settings.attention or settings.label_dropout:
         raise ValueError("unet has attention at its lowest size and no label_dropout; leave both out")
     _expect_halvings(spec, settings)
     return UNet(
-        spec.channels, spec.label_dim, settings.channels, settings.multipliers, settings.blocks, settings.dropout
+        spec.channels,
+        spec.label_dim,
+        settings.channels,
+        settings.multipliers,
+        settings.blocks,
+        settings.dropout,
+        spec.augment_dim,
     )
 
 

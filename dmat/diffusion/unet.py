@@ -1,4 +1,4 @@
-"""A class-conditional U-Net F(x; c_noise, class): group norm, scale-shift embedding, attention at the lowest size.
+"""A small U-Net F(x; c_noise, class, augmentation): group norm, scale-shift embedding, attention at the lowest size.
 
 A small relative of the "DDPM++" network of Song et al. 2021 as configured in Karras et al. 2022, appendix F.
 Shapes: B batch, C channels, H height, W width, E = 4 * channels size of the embedding.
@@ -17,7 +17,7 @@ class UNet(nn.Module):
     """The raw network F of `Preconditioned`. Height and width must be divisible by 2 ** (len(multipliers) - 1).
 
     Each multiplier makes a level of `blocks` residual blocks with channels * multiplier channels, at half the height
-    and width of the level before.
+    and width of the level before. classes and augment_dim may be 0.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class UNet(nn.Module):
         multipliers: tuple[int, ...],
         blocks: int,
         dropout: float,
+        augment_dim: int = 0,
     ):
         super().__init__()
         embedding = 4 * channels
@@ -68,16 +69,18 @@ class UNet(nn.Module):
         self.last = nn.Sequential(
             nn.GroupNorm(_GROUPS, width), nn.SiLU(), _zeroed(nn.Conv2d(width, image_channels, 3, padding=1))
         )
+        self.embed_augment = nn.Linear(augment_dim, embedding, bias=False) if augment_dim else None
 
     def forward(
         self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
-        """x [B, C, H, W], c_noise [B], labels int64 [B] or None -> [B, C, H, W]. augment must be None."""
-        assert augment is None
+        """x [B, C, H, W], c_noise [B], labels int64 [B] or None, augment [B, augment_dim] or None -> [B, C, H, W]."""
         if labels is None:
             labels = torch.full((len(x),), self.embed_class.num_embeddings - 1, device=x.device)
         angle = c_noise[:, None] * self.frequencies  # [B, channels / 2]
         embedding = self.embed_noise(torch.cat([angle.cos(), angle.sin()], 1)) + self.embed_class(labels)
+        if self.embed_augment is not None and augment is not None:
+            embedding = embedding + self.embed_augment(augment)
         embedding = F.silu(embedding)  # [B, E]
         h = self.first(x)
         skips = [h]

@@ -97,7 +97,7 @@ def run(settings: EvaluateRobust, job: Job) -> Result:
 def _copies(test: Shards, count: int, job: Job) -> dict[str, np.ndarray]:
     """Which of the first `count` test images are exact copies of what: bool [N], as `checks.unseen` takes them."""
     real = shards.open_shards(job.inputs["train"])
-    _, generated, selected_indices = open_mix(job.inputs["mix"], real, job.root)
+    _, generated = open_mix(job.inputs["mix"], real, job.root)
     test_digests = overlap.digests_of(test, np.arange(count))
     copies = {
         "earlier test images": overlap.repeated(test_digests),
@@ -105,7 +105,7 @@ def _copies(test: Shards, count: int, job: Job) -> dict[str, np.ndarray]:
     }
     if generated is not None:
         copies["generated training images"] = overlap.shared(
-            test_digests, overlap.digests_of(generated, selected_indices)
+            test_digests, overlap.digests_of(generated.images, generated.indices)
         )
     return copies
 

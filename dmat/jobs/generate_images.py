@@ -2,7 +2,7 @@
 
 Image k of a set has the label k modulo the number of classes and its own latents, drawn from (seed, k). An image does
 not depend on the size of the set or on restarts. The shards are in a pool that sets of any size share, so a restart or
-a larger set generates only what is missing.
+a larger set generates only what is missing. Images of an unconditional model get their labels from score_images.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from dmat.training.weights import DenoiserSidecar
 def run(settings: ImageSet, job: Job) -> Result:
     """Generates the missing shards of the image set, links all of them and writes the manifest."""
     generation, sidecar, class_names = _open(settings, job)
-    folder, classes = job.result / "images", len(class_names)
+    folder, labelled = job.result / "images", bool(len(generation.class_map))
     pool = job.pool(
         {
             "denoiser": identity(sidecar),
@@ -63,7 +63,9 @@ def run(settings: ImageSet, job: Job) -> Result:
             pool.link(record, {key: folder / entry[key] for key in ("images", "labels")})
             entries.append(entry)
             bar.update(start + len(indices) - bar.n)
-    counts = np.bincount(np.arange(settings.images) % classes, minlength=classes)
+    counts = np.zeros(len(class_names), dtype=np.int64)
+    if labelled:
+        counts = np.bincount(generation.labels(np.arange(settings.images)), minlength=len(class_names))
     shards.write_manifest(
         folder,
         entries,
@@ -77,10 +79,11 @@ def run(settings: ImageSet, job: Job) -> Result:
             "block": settings.block,
             "licence": licence_of_images(sidecar),
             "precision": job.compute.precision,
+            **({} if labelled else {"unlabelled": True}),
         },
     )
     sample, labels = shards.open_shards(folder, verify=False).take(np.arange(min(100, settings.images)))
-    pictures.sheet(job.pictures / "sheet.png", sample, labels, "Generated images, one row per class")
+    pictures.sheet(job.pictures / "sheet.png", sample, labels if labelled else None, "Generated images")
     return Result(
         {"images": settings.images},
         measured={f"shards_{origin}": float(count) for origin, count in pool.counts.items()},
@@ -99,7 +102,8 @@ def first_block(settings: ImageSet, job: Job) -> tuple[np.ndarray, np.ndarray]:
 class _Generation:
     """All that an image depends on besides its index in the set.
 
-    class_map: for each label of the set, the model's class that generates its images, int64 [K].
+    class_map: for each label of the set, the model's class that generates its images, int64 [K]; empty for
+    an unconditional model.
     """
 
     model: Preconditioned
@@ -110,7 +114,7 @@ class _Generation:
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
         """Labels of images of the set: int64 [N] for indices [N]."""
-        return indices % len(self.class_map)
+        return indices % len(self.class_map) if len(self.class_map) else np.full(len(indices), shards.NO_LABEL)
 
     def block(self, indices: np.ndarray) -> np.ndarray:
         """Images uint8 [B, H, W, C] by the sampler. indices [B]: of the images in the set, as they name the noise."""
@@ -123,7 +127,9 @@ class _Generation:
             return self.compute.to_device(numbers)
 
         sampler = self.settings.sampler
-        classes = torch.from_numpy(self.class_map[self.labels(indices)]).to(self.compute.device)
+        classes = None
+        if len(self.class_map):
+            classes = torch.from_numpy(self.class_map[self.labels(indices)]).to(self.compute.device)
         with self.compute.autocast():
             model = guided(self.model, sampler.guidance)
             images = plugins.find(SAMPLERS, sampler.name)(
@@ -146,18 +152,18 @@ def _open(settings: ImageSet, job: Job) -> tuple[_Generation, DenoiserSidecar, l
     model, sidecar = load_denoiser(job.inputs["denoiser"] / weights.DENOISER, job.compute)
     name, generator, count = job.instance["image_set"], settings.generator, sidecar["label_dim"]
     class_names = sidecar.get("data_class_names", sidecar["class_names"])
-    if not count:
+    if not count and settings.classes:
         raise DmatError(
-            f"image set {name}: generator {generator} is unconditional, so its images have no labels; expected a "
-            f"class-conditional model; name another generator"
+            f"image set {name}: classes maps labels to classes of generator {generator}, which is unconditional; "
+            f"expected none; leave it out: score_images gives its images their labels"
         )
-    if not settings.classes and len(class_names) != count:
+    if count and not settings.classes and len(class_names) != count:
         raise DmatError(
             f"image set {name}: generator {generator} has {count} classes and the data set {len(class_names)}; "
             f"expected `classes` in the image set: the model's class for each class of the data set; add it"
         )
     class_map = settings.classes or tuple(range(count))
-    if len(class_map) != len(class_names) or max(class_map) >= count:
+    if count and (len(class_map) != len(class_names) or max(class_map) >= count):
         raise DmatError(
             f"image set {name}: classes has {len(class_map)} entries up to {max(class_map)}; expected "
             f"{len(class_names)}, as the data set has, from 0 to {count - 1}, as the model has; correct it"

@@ -8,7 +8,7 @@ from dmat import ARTIFACTS, files
 from dmat.config import NONE, MixImages
 from dmat.data import shards
 from dmat.data.mixing import MIX, Mix
-from dmat.data.selections import INDICES, read_selection
+from dmat.data.selections import checksums, read_selection
 from dmat.errors import DmatError
 from dmat.job import Job, Result
 
@@ -64,7 +64,7 @@ def run(settings: MixImages, job: Job) -> Result:
             else {
                 "path": f"{ARTIFACTS}/select_images/{settings.images}",
                 **selection,
-                "indices_sha256": files.sha256(job.inputs["selection"] / INDICES),
+                **checksums(job.inputs["selection"], selection),
             },
         },
     )

@@ -56,7 +56,7 @@ def run(settings: PrepareData, job: Job) -> Result:
             metadata["source_split"] = pool  # what the indices count in
         shards.write_set(job.result / name, images, labels, class_names=source.class_names, metadata=metadata)
         if name == "train":
-            pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images, one row per class")
+            pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images")
     files.write_text(job.result / "none", "stands for no selection: what an arm with `images: none` reads\n")
     copies = _copies(split_digests)
     metrics = {**split_sizes, "classes": len(source.class_names), **copies}

@@ -1,6 +1,7 @@
 """score_images: an image set and the scorer -> the probability that the scorer gives to the label of each image.
 
-The score of Wang et al. 2023 for their 1M set: softmax probability of the target class by a standard classifier.
+The score of Wang et al. 2023 for their 1M set: softmax probability of the target class by a standard classifier. Images
+of an unconditional model get the class of the highest probability as their label, as Gowal et al. 2021 label theirs.
 """
 
 import functools
@@ -14,8 +15,9 @@ from dmat import files
 from dmat.config import ScoreImages
 from dmat.data import dvc_cache, shards
 from dmat.data.pixels import to_float
-from dmat.data.scores import score_file
+from dmat.data.scores import ScoreEntry, label_file, score_file
 from dmat.data.shard_pool import ShardPool
+from dmat.data.shards import ArrayName
 from dmat.job import Job, Result
 from dmat.metrics import pictures
 from dmat.models.classifiers import load_classifier
@@ -36,19 +38,25 @@ def run(settings: ScoreImages, job: Job) -> Result:
             "precision": job.compute.precision,
             "device": job.compute.device.type,
         },
-        ("scores",),
+        ("scores",) if images.labelled else ("scores", "labels"),
     )
     _offer_cached_scores(pool, job.root)
-    shard_scores, entries = [], []
+    shard_scores, shard_labels, entries = [], [], list[ScoreEntry]()
     bar = tqdm(total=len(images), unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
     with Interruption() as interruption, bar:
         for entry, pixels, labels in zip(images.manifest["shards"], images.images, images.labels, strict=True):
-            make = functools.partial(_score_shard, pixels, labels, model, settings, job, interruption)
+            targets = labels if images.labelled else None
+            make = functools.partial(_score_shard, pixels, targets, model, settings, job, interruption)
             name = score_file(entry)
             record = pool.obtain(Path(name).stem, entry["count"], make, interruption.raise_if_received)
             pool.link(record, {"scores": job.result / "scores" / name})
             entries.append({"file": name, "count": record["count"], "sha256": record["scores_sha256"]})
             shard_scores.append(files.load_array(job.result / "scores" / name))
+            if not images.labelled:
+                path = job.result / "scores" / label_file(entry)
+                pool.link(record, {"labels": path})
+                entries[-1] |= {"labels": path.name, "labels_sha256": record["labels_sha256"]}
+                shard_labels.append(files.load_array(path))
             bar.update(entry["count"])
     files.write_json(
         job.result / "scores" / shards.MANIFEST,
@@ -57,8 +65,20 @@ def run(settings: ScoreImages, job: Job) -> Result:
     scores = np.concatenate(shard_scores)
     title = f"{job.instance['image_set']}: how sure the scorer is of the labels"
     pictures.histogram(job.pictures / "scores.png", scores, title, "probability of the label")
+    metrics = {
+        "images": len(scores),
+        "mean_score": float(scores.mean()),
+        "share_above_half": float((scores > 0.5).mean()),
+    }
+    notes = []
+    if shard_labels:
+        counts = np.bincount(np.concatenate(shard_labels), minlength=images.classes)
+        metrics |= {"fewest_of_a_class": int(counts.min()), "most_of_a_class": int(counts.max())}
+        named = [f"{name}: {count}" for name, count in zip(images.manifest["class_names"], counts, strict=True)]
+        notes.append(f"the labels are the scorer's; images per class: {', '.join(named)}")
     return Result(
-        {"images": len(scores), "mean_score": float(scores.mean()), "share_above_half": float((scores > 0.5).mean())},
+        metrics,
+        notes=notes,
         measured={f"shards_{origin}": float(count) for origin, count in pool.counts.items()},
         pools=[pool.name],
     )
@@ -68,22 +88,29 @@ def _offer_cached_scores(pool: ShardPool, root: Path) -> None:
     """Offers the pool its scores from DVC's cache."""
     for manifest, copies in dvc_cache.sets_of_pool(root, "score_images", pool.name):
         for entry in manifest["shards"]:
-            pool.offer(Path(entry["file"]).stem, {"scores": (copies[entry["file"]], entry["sha256"])})
+            arrays: dict[ArrayName, tuple[Path, str]] = {"scores": (copies[entry["file"]], entry["sha256"])}
+            if "labels" in entry:
+                arrays["labels"] = copies[entry["labels"]], entry["labels_sha256"]
+            pool.offer(Path(entry["file"]).stem, arrays)
 
 
 def _score_shard(
     pixels: np.ndarray,
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     model: Classifier,
     settings: ScoreImages,
     job: Job,
     interruption: Interruption,
-) -> dict[shards.ArrayName, np.ndarray]:
-    """Scores float32 [N] of images uint8 [N, H, W, C] with labels int64 [N]."""
-    scores = np.empty(len(labels), dtype=np.float32)
-    for start in range(0, len(labels), settings.batch):
+) -> dict[ArrayName, np.ndarray]:
+    """Scores float32 [N] of images uint8 [N, H, W, C] with labels int64 [N].
+
+    Without labels, those of the scorer, int64 [N], are returned too.
+    """
+    scores, targets = np.empty(len(pixels), dtype=np.float32), np.empty(len(pixels), dtype=np.int64)
+    for start in range(0, len(pixels), settings.batch):
         interruption.raise_if_received()
         rows = slice(start, start + settings.batch)
         probabilities = prediction.logits(model, to_float(np.array(pixels[rows])), job.compute).softmax(1)
-        scores[rows] = probabilities.gather(1, torch.from_numpy(np.array(labels[rows]))[:, None])[:, 0].numpy()
-    return {"scores": scores}
+        targets[rows] = probabilities.argmax(1).numpy() if labels is None else labels[rows]
+        scores[rows] = probabilities.gather(1, torch.from_numpy(targets[rows])[:, None])[:, 0].numpy()
+    return {"scores": scores} if labels is not None else {"scores": scores, "labels": targets}

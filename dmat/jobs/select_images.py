@@ -18,8 +18,7 @@ from dmat.job import Job, Result
 def run(settings: Selection, job: Job) -> Result:
     """Selects the best-scored images of each class. Raises DmatError where none is left."""
     candidates = shards.open_shards(job.inputs["images"])
-    scores = read_scores(job.inputs["scores"], candidates)
-    labels = np.concatenate([np.asarray(labels) for labels in candidates.labels])
+    scores, labels = read_scores(job.inputs["scores"], candidates)
     selected = best_of_each_class(scores, labels, settings.keep)
     if not len(selected):
         raise DmatError(
@@ -39,6 +38,7 @@ def run(settings: Selection, job: Job) -> Result:
             "keep": settings.keep,
             "class_counts": np.bincount(labels[selected]).tolist(),
         },
+        None if candidates.labelled else labels[selected],
     )
     return Result({"pool": len(candidates), "kept": len(selected), "lowest_kept_score": float(scores[selected].min())})
 

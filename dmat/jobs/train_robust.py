@@ -27,7 +27,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
     """Trains the classifier of one arm and seed, or resumes. Raises DmatError where settings do not fit the images."""
     seed = cast(int, job.instance["seed"])  # a number in every instance, as `seeds` in params.yaml holds numbers alone
     real = shards.open_shards(job.inputs["train"])
-    mix, generated, selected_indices = open_mix(job.inputs["mix"], real, job.root)
+    mix, generated = open_mix(job.inputs["mix"], real, job.root)
     data_spec = data_spec_of(real)
     augmentation.check(settings.augmentation, *real.shape[:2])
     largest = math.sqrt(math.prod(real.shape))
@@ -50,7 +50,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
         outcome = classifier.train(
             model,
             data_spec.classes,
-            MixedBatches(mix, seed, real, generated, selected_indices),
+            MixedBatches(mix, seed, real, generated),
             load_all(shards.open_shards(job.inputs["validation"])),
             loss_settings,
             settings,
@@ -75,7 +75,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
     )
     if generated is not None:  # whose licence the classifier inherits
         sidecar["licence_of_data"] = "; ".join(
-            dict.fromkeys(images.manifest["licence"] for images in (real, generated))
+            dict.fromkeys(images.manifest["licence"] for images in (real, generated.images))
         )
     best_sidecar: weights.TrainedSidecar = {**sidecar, "images_seen": outcome.best_images_seen}
     weights.save(folder / weights.BEST, outcome.best, best_sidecar)

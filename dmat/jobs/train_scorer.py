@@ -19,7 +19,7 @@ def run(settings: TrainScorer, job: Job) -> Result:
     augmentation.check(settings.augmentation, *real.shape[:2])
     model = new_classifier(settings.network, data_spec, settings.seed)
     mix = Mix(len(real), 0, settings.batch, 0.0, copies=settings.cutmix_copies)
-    batches = MixedBatches(mix, settings.seed, real, None, None)
+    batches = MixedBatches(mix, settings.seed, real, None)
     loss_settings = LossSettings(Ball("linf", 0.0), 0, 0.0, 0.0, settings.label_smoothing)
     with job.long_run(settings.images_seen) as run:
         outcome = classifier.train(

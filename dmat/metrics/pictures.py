@@ -23,11 +23,18 @@ _MAX_ROOMY_CLASSES = 20  # classes up to which rows are high and the cells of a 
 _MAX_CLASS_NAMES = 100  # that fit beside a picture; with more classes every second, third, ... gets its name
 
 
-def sheet(path: Path, images: np.ndarray, labels: np.ndarray, title: str, columns: int = 20) -> None:
-    """Draws the first `columns` images of each class, one row per class. images uint8 [N, H, W, C], labels [N]."""
+def sheet(path: Path, images: np.ndarray, labels: np.ndarray | None, title: str, columns: int = 20) -> None:
+    """Draws the first `columns` images of each class, one row per class; without labels, all images row by row.
+
+    images uint8 [N, H, W, C], labels [N].
+    """
     _, height, width, channels = images.shape
-    classes = np.unique(labels)
-    rows = [images[labels == label][:columns] for label in classes]
+    classes = [] if labels is None else [str(label) for label in np.unique(labels)]
+    if labels is None:
+        rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    else:
+        rows = [images[labels == label][:columns] for label in np.unique(labels)]
+        title = f"{title}, one row per class"
     columns = max(map(len, rows))
     canvas = np.full((len(rows) * (height + 1), columns * (width + 1), channels), 255, dtype=np.uint8)
     for r, row in enumerate(rows):
@@ -36,9 +43,7 @@ def sheet(path: Path, images: np.ndarray, labels: np.ndarray, title: str, column
     figure, axes = new_figure(columns * 0.45, len(rows) * 0.47 + 0.4)
     axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(title, fontsize=9, loc="left")
-    axes.set_yticks(
-        [(height + 1) * r + height / 2 for r in range(len(rows))], [str(label) for label in classes], fontsize=8
-    )
+    axes.set_yticks([(height + 1) * r + height / 2 for r in range(len(classes))], classes, fontsize=8)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

@@ -11,6 +11,7 @@ from dmat import files, plugins, seeds
 from dmat.config import DenoiserNetwork, DenoiserTraining, denoiser_network, denoiser_of_an_earlier_version
 from dmat.data.shards import Shards
 from dmat.devices import Compute
+from dmat.diffusion.augmentation_pipe import LABELS
 from dmat.diffusion.formulations import EDM, FORMULATIONS, Formulation, Preconditioned
 from dmat.diffusion.networks import NETWORKS, DenoiserSpec
 from dmat.errors import DmatError
@@ -31,21 +32,25 @@ def new_denoiser(network: DenoiserNetwork, spec: DenoiserSpec, formulation: Form
 
 def denoiser_sidecar(settings: DenoiserTraining, real: Shards, compute: Compute) -> DenoiserSidecar:
     """Returns the sidecar that is written beside the weights of a training."""
-    return {
+    class_names = real.manifest["class_names"]
+    sidecar: DenoiserSidecar = {
         "kind": "denoiser",
         "weights": "averaged",
         "network": settings.network.plain(),
-        "label_dim": real.classes,
-        "augment_dim": 0,
+        "label_dim": real.classes if settings.conditional else 0,
+        "augment_dim": LABELS if settings.augment_probability else 0,
         "formulation": settings.formulation,
         "sigma_data": settings.sigma_data,
         "sigma_range": limits(FORMULATIONS[settings.formulation](settings)),
         "image_shape": list(real.shape),
-        "class_names": real.manifest["class_names"],
+        "class_names": class_names if settings.conditional else [],
         "licence_of_data": real.manifest["licence"],
         "precision": compute.precision,
         "training": {name: value for name, value in settings.plain().items() if name not in _OF_THE_MODEL},
     }
+    if not settings.conditional:
+        sidecar["data_class_names"] = class_names
+    return sidecar
 
 
 def limits(formulation: Formulation) -> list[float | None]:

@@ -113,6 +113,17 @@ def _generator_settings(params: "Params", generator: str) -> "Record":
     return settings if settings.source == NONE else PublishedGenerator(source=settings.source)
 
 
+def _diffusion_inputs(params: "Params", generator: str) -> Paths:
+    """What a generator is made from. DVC always waits for the scorer and validation, which only snapshots read."""
+    settings = params.generators[generator]
+    judged = settings.source == NONE and settings.snapshot_every
+    return {
+        "train": _split("train"),
+        **_source(settings.source),
+        **({"validation": _split("validation"), "scorer": SCORER} if judged else {}),
+    }
+
+
 def _mix_settings(params: "Params", arm: str) -> "Record":
     from dmat.config import MixImages  # pydantic takes a third of the command line's start
 
@@ -187,9 +198,10 @@ STAGES: dict[str, Stage] = {
             "Train a diffusion model on the real training images, or import a published one.",
             ("generator",),
             settings=_generator_settings,
-            inputs=lambda p, generator: {"train": _split("train"), **_source(p.generators[generator].source)},
+            inputs=_diffusion_inputs,
             outputs=lambda p, generator: {"denoiser": f"{ARTIFACTS}/train_diffusion/{generator}"},
             example="dmat train-diffusion --generator edm",
+            processes="together",
         ),
         Stage(
             "generate_images",

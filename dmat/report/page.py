@@ -115,6 +115,7 @@ def render(content: PageContent) -> str:
     return environment.get_template("page.html.j2").render(
         **{field.name: getattr(content, field.name) for field in dataclasses.fields(content)},
         drawn_charts=drawn_charts,
+        quality_measures=list(dict.fromkeys(measure for values in content.quality.values() for measure in values)),
         reproduction=reproduction(content.provenance),
         charts_json=_script(json.dumps(drawn_charts)),
         plotly_js=_script(plotly.offline.get_plotlyjs()),

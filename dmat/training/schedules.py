@@ -53,5 +53,13 @@ def ramp_then_cosine(progress: float, peak: float, ramp: float) -> float:
     return _cosine(peak, 0.0, (progress - ramp) / (1 - ramp))
 
 
+def ramp_then_constant(progress: float, peak: float, ramp: float) -> float:
+    """Returns the learning rate: linear from 0 to peak during the first fraction `ramp`, then peak.
+
+    progress: fraction of the run, in [0, 1].
+    """
+    return peak * progress / ramp if progress < ramp else peak
+
+
 def _cosine(start: float, end: float, fraction: float) -> float:
     return end + (start - end) / 2 * (1 + math.cos(math.pi * fraction))

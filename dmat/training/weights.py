@@ -15,7 +15,7 @@ from dmat import files
 from dmat.errors import DmatError
 
 SCHEMA = 1
-BEST, LAST = "best.safetensors", "last.safetensors"  # of a classifier
+BEST, LAST = "best.safetensors", "last.safetensors"  # of a classifier; the last also of a denoiser with snapshots
 DENOISER = "denoiser.safetensors"
 
 Kind = Literal["classifier", "denoiser"]
@@ -111,10 +111,10 @@ class DenoiserSidecar(Sidecar):
     sigma_data: float  # of the formulation edm
     sigma_range: list[float | None]  # noise levels that the model accepts, lowest and highest; None: no limit
     class_names: list[str]  # of the model's classes
+    data_class_names: NotRequired[list[str]]  # of the data set, where they are not the model's
     # What a training alone writes: its settings, `config.DenoiserTraining` as JSON without the network.
     training: NotRequired[Mapping[str, object]]
     # What an import alone writes.
-    data_class_names: NotRequired[list[str]]  # of the project's data set
     licence: NotRequired[str]  # of the weights
     origin: NotRequired[ImportOrigin]
 
