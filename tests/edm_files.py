@@ -62,14 +62,15 @@ def official_modules():
             value.__module__ = home
 
 
-def write(path, network, arguments, protocol=4, positional=(), key="ema", class_name="EDMPrecond"):
+def write(path, network, arguments, protocol=4, positional=(), key="ema", class_name="EDMPrecond", buffers=()):
     """A snapshot with the network under a key, beside it what else a snapshot holds.
 
-    arguments, positional: of the constructor of the preconditioning.
+    arguments, positional: of the constructor of the preconditioning. buffers: its own tensors by name.
     """
     preconditioned = Persistent(
         class_name, sigma_data=0.5, training=False, _init_args=positional, _init_kwargs=EasyDict(arguments)
     )
+    preconditioned._buffers = dict(buffers)
     preconditioned._modules = {"model": _persistent(network)}
     snapshot = {"ema": None, key: preconditioned, "loss_fn": EasyDict(name="EDMLoss"), "augment_pipe": None}
     with official_modules():

@@ -6,6 +6,8 @@ density. Run alone: pytest tests/test_formulations.py
 
 import math
 
+import mpmath
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -13,7 +15,7 @@ import torch
 from dmat import seeds
 from dmat.diffusion import formulations
 from dmat.diffusion.exact import ExactDenoiser
-from dmat.diffusion.formulations import DDPM, EDM, VP, Preconditioned
+from dmat.diffusion.formulations import DDPM, EDM, IDDPM, VE, VP, Preconditioned
 
 SIGMAS = (0.002, 0.1, 0.5, 1.0, 7.3, 80.0)
 SIGMA_DATA = (0.25, 0.5, 0.7)
@@ -173,7 +175,98 @@ def test_ddpm_counts_its_steps_and_interpolates_between_them():
     assert DDPM().scalings(between)[3].item() == pytest.approx(41.5)
 
 
-@pytest.mark.parametrize("formulation", [VP(), DDPM()], ids=["vp", "ddpm"])
+# --- VE and iDDPM
+
+
+def test_ve_is_table_1():
+    """Karras et al. 2022, Table 1, column "VE", in Python's floats."""
+    for sigma in (0.02, 0.3, 1.0, 100.0):
+        c_skip, c_out, c_in, c_noise = (c.item() for c in VE().scalings(torch.tensor(sigma, dtype=torch.float64)))
+        assert (c_skip, c_out, c_in) == (1, sigma, 1)
+        assert c_noise == pytest.approx(math.log(sigma / 2), rel=1e-12)
+        assert VE().weight(torch.tensor(sigma)).item() == pytest.approx(1 / sigma**2, rel=1e-5)
+    assert VE().sigma_range == (0.02, 100)
+    assert {c.shape for c in VE().scalings(torch.ones(2, 3))} == {(2, 3)}
+
+
+def test_loss_of_ve_is_the_squared_error_of_the_negative_noise():
+    generator = torch.Generator().manual_seed(2)
+    sigma = torch.tensor([0.05, 0.5, 2.0, 50.0])
+    images, noise, predicted = torch.randn(3, 4, 1, 5, 5, generator=generator)
+    inputs = []
+
+    class Fixed(torch.nn.Module):
+        def forward(self, x, c_noise, labels):
+            inputs.append(x)
+            return predicted
+
+    actual = formulations.loss(Preconditioned(Fixed(), VE()), images, None, sigma, noise)
+    torch.testing.assert_close(actual, (predicted + noise).square().flatten(1).mean(1), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(inputs[0], images + sigma[:, None, None, None] * noise)
+
+
+def u_of_table_1(m=1000, c_1=0.001, c_2=0.008):
+    """u_0 to u_M of Karras et al. 2022, Table 1, column "iDDPM", with 50 digits."""
+    with mpmath.workdps(50):
+        kept = [mpmath.sin(mpmath.pi / 2 * j / (m * (mpmath.mpf(str(c_2)) + 1))) ** 2 for j in range(m + 1)]
+        u = [mpmath.mpf(0)] * (m + 1)
+        for j in range(m, 0, -1):
+            u[j - 1] = mpmath.sqrt((u[j] ** 2 + 1) / max(kept[j - 1] / kept[j], mpmath.mpf(str(c_1))) - 1)
+        return [float(level) for level in u]
+
+
+def test_iddpm_is_table_1():
+    u = u_of_table_1()
+    assert IDDPM().levels.tolist() == pytest.approx(u[-2::-1], rel=1e-9)
+    assert IDDPM().sigma_range == pytest.approx((u[999], u[0]))
+    # Levels, numbers between two of them, and beyond both ends.
+    for sigma in (*u[:-1:37], 0.001, 0.0212, 0.7, 3.3, 55.5, 15_000.0, 1e6):
+        c_skip, c_out, c_in, c_noise = (c.item() for c in IDDPM().scalings(torch.tensor(sigma, dtype=torch.float64)))
+        assert (c_skip, c_out) == (1, -sigma)
+        assert c_in == pytest.approx(1 / math.sqrt(sigma**2 + 1))
+        assert c_noise == 999 - int(np.argmin([abs(level - sigma) for level in u[:-1]]))
+        assert IDDPM().weight(torch.tensor(sigma)).item() == pytest.approx(1 / sigma**2, rel=1e-5)
+
+
+def test_iddpm_has_the_cosine_schedule():
+    """Nichol and Dhariwal 2021, equations 16 and 17: what is left of the image is f(t) / f(0); the last step is cut."""
+
+    def f(t):
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    levels = IDDPM().levels.tolist()
+    for t in range(1, 1000):
+        assert 1 / (1 + levels[t - 1] ** 2) == pytest.approx(f(t) / f(0), rel=1e-9)
+    assert f(1000) == pytest.approx(0, abs=1e-30)
+    assert 1 / (1 + levels[999] ** 2) == pytest.approx(0.001 * f(999) / f(0), rel=1e-6)
+
+
+def test_iddpm_counts_its_steps_in_any_shape_and_precision():
+    levels = IDDPM().levels
+    assert torch.equal(IDDPM().scalings(levels.float())[3], torch.arange(1000.0))
+    assert torch.equal(IDDPM().scalings(levels.reshape(10, 100))[3], torch.arange(1000.0).double().reshape(10, 100))
+    assert IDDPM().scalings(levels[7])[3].shape == ()
+
+
+def test_levels_of_iddpm_are_those_of_diffusers():
+    """Its variances are float32, which leaves three digits of the lowest levels."""
+    diffusers = pytest.importorskip("diffusers")
+    kept = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
+    torch.testing.assert_close(((1 - kept) / kept).sqrt(), IDDPM().levels, rtol=2e-3, atol=0)
+
+
+def test_training_noise_of_ve_and_iddpm():
+    logarithms = VE().draw_sigma(seeds.stream(1, "test"), 20_000).double().log()
+    low, high = math.log(0.02), math.log(100)
+    assert scipy.stats.kstest(logarithms.numpy(), "uniform", (low, high - low)).pvalue > 0.001
+    drawn = IDDPM().draw_sigma(seeds.stream(1, "test"), 100_000)
+    assert (drawn.dtype, drawn.shape) == (torch.float32, (100_000,))
+    steps = IDDPM().scalings(drawn)[3].long()
+    assert torch.equal(IDDPM().levels.float()[steps], drawn)
+    assert scipy.stats.chisquare(torch.bincount(steps, minlength=1000).numpy()).pvalue > 0.001
+
+
+@pytest.mark.parametrize("formulation", [VP(), DDPM(), IDDPM()], ids=["vp", "ddpm", "iddpm"])
 def test_loss_is_the_squared_error_of_the_predicted_noise(formulation):
     """Ho et al. 2020, equation 14: the network sees x of unit variance and is compared with the noise itself."""
     generator = torch.Generator().manual_seed(2)

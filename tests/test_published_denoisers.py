@@ -12,7 +12,7 @@ from dmat.config import Sampler
 from dmat.data import shards
 from dmat.data.pixels import to_bytes
 from dmat.diffusion.edm_networks import DhariwalUNet, SongUNet
-from dmat.diffusion.formulations import EDM, VP, Preconditioned
+from dmat.diffusion.formulations import EDM, IDDPM, VE, VP, Preconditioned
 from dmat.diffusion.samplers import heun
 from dmat.errors import DmatError
 from dmat.models import denoisers, importing, published_denoisers
@@ -80,6 +80,57 @@ def test_a_variance_preserving_model_is_imported(tmp_path):
         published_denoisers.read(tmp_path / "m.pkl")
 
 
+def test_a_variance_exploding_model_is_imported(tmp_path):
+    arguments, make = PUBLISHED["ncsnpp"]
+    network = trained(make())
+    edm_files.write(tmp_path / "m.pkl", network, {**arguments, "sigma_max": 100}, class_name="VEPrecond")
+    importing.import_denoiser(tmp_path / "m.pkl")
+    model, sidecar = denoisers.load_denoiser(tmp_path / "m.safetensors", COMPUTE)
+    assert (sidecar["formulation"], sidecar["sigma_range"]) == ("ve", [0.02, 100.0])
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 3]), torch.tensor([0, 3])
+    expected = COMPUTE.model_to_device(Preconditioned(network, VE()))(x, sigma, labels)
+    assert torch.equal(model(x, sigma, labels), expected)
+    edm_files.write(tmp_path / "m.pkl", network, {**arguments, "sigma_max": 50}, class_name="VEPrecond")
+    with pytest.raises(DmatError, match="its noise process has"):
+        published_denoisers.read(tmp_path / "m.pkl")
+
+
+class TwoOutputs(torch.nn.Module):
+    """The first half of the channels that a network of iDDPM gives: the noise. The other half is a variance."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, noise, labels):
+        return self.network(x, noise, labels).chunk(2, dim=1)[0]
+
+
+@pytest.mark.parametrize("name", ["adm", "ddpmpp"])
+def test_a_model_of_iddpm_is_imported_without_its_variance(tmp_path, name):
+    arguments, make = PUBLISHED[name]
+    arguments = {key: value for key, value in arguments.items() if key != "sigma_data"}
+    network = make()
+    last = network.out_conv if name == "adm" else network.dec["8x8_aux_conv"]
+    last.weight = torch.nn.Parameter(torch.randn(2, *last.weight.shape[1:]))
+    last.bias = torch.nn.Parameter(torch.zeros(2))
+    trained(network)
+    arguments |= {"model_type": "DhariwalUNet" if name == "adm" else "SongUNet"}
+    table = {"u": torch.cat([IDDPM().levels.flip(0), torch.zeros(1)]).float()}
+    edm_files.write(tmp_path / "m.pkl", network, arguments, class_name="iDDPMPrecond", buffers=table)
+    importing.import_denoiser(tmp_path / "m.pkl")
+    model, sidecar = denoisers.load_denoiser(tmp_path / "m.safetensors", COMPUTE)
+    assert sidecar["formulation"] == "iddpm"
+    assert sidecar["sigma_range"] == pytest.approx([0.0064, 20291], rel=0.01)
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 3]), torch.tensor([0, 3])
+    expected = COMPUTE.model_to_device(Preconditioned(TwoOutputs(network), IDDPM()))(x, sigma, labels)
+    torch.testing.assert_close(model(x, sigma, labels), expected)
+    for changed, message in (({"C_2": 0.01}, "its noise process has"), ({"img_channels": 3}, "has 2 outputs for 3")):
+        edm_files.write(tmp_path / "m.pkl", network, {**arguments, **changed}, class_name="iDDPMPrecond")
+        with pytest.raises(DmatError, match=message):
+            published_denoisers.read(tmp_path / "m.pkl")
+
+
 def test_weights_in_half_precision_become_single(tmp_path):
     edm_files.write(tmp_path / "m.pkl", trained(PUBLISHED["ddpmpp"][1]()).half(), {**SONG, "use_fp16": True})
     state = published_denoisers.read(tmp_path / "m.pkl").state
@@ -118,7 +169,7 @@ def test_a_model_that_dmat_does_not_have_is_refused(tmp_path, changes, message):
     with pytest.raises(DmatError) as refused:
         published_denoisers.read(tmp_path / "m.pkl")
     assert message in str(refused.value)
-    assert "expected EDMPrecond or VPPrecond around" in str(refused.value)
+    assert "expected EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond around" in str(refused.value)
     assert len(str(refused.value)) < 900
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pkl"]
 
@@ -134,8 +185,8 @@ def test_arguments_that_dmat_cannot_name_are_refused(tmp_path, positional, messa
 
 
 def test_another_preconditioning_and_values_that_are_not_numbers_are_refused(tmp_path):
-    edm_files.write(tmp_path / "m.pkl", PUBLISHED["ddpmpp"][1](), SONG, class_name="VEPrecond")
-    with pytest.raises(DmatError, match="its preconditioning is VEPrecond"):
+    edm_files.write(tmp_path / "m.pkl", PUBLISHED["ddpmpp"][1](), SONG, class_name="FlowPrecond")
+    with pytest.raises(DmatError, match="its preconditioning is FlowPrecond"):
         published_denoisers.read(tmp_path / "m.pkl")
     network = PUBLISHED["ddpmpp"][1]()
     network.map_layer0.weight.data[0, 0] = float("nan")
@@ -193,7 +244,7 @@ EDITS = [
     *({"image_shape": value} for value in ([8, 8, 1, 1], [8, 8], None, "8x8", [8.0, 8, 1])),
     *({"sigma_range": value} for value in (["x", "y"], "ab", [5, 1], [-1, None], [None, None], None)),
     *({"class_names": value} for value in ("abcdefghij", list(range(10)), None, ["a"])),
-    *({"formulation": value} for value in ("ve", None, ["edm"])),
+    *({"formulation": value} for value in ("flow", None, ["edm"])),
     *({"sigma_data": value} for value in (0, -1, True, None, "0.5")),
     *({"network": value} for value in ({}, None, {"name": "vit"}, {"name": "ddpmpp", "blocks": 10**9})),
     *({"kind": value} for value in (None, "x", [])),
@@ -331,6 +382,7 @@ def test_dvc_reads_the_source_of_a_generator(root):
         ("ddpm", {"name": "ancestral", "steps": 5, "schedule": "ddpm"}),
         ("ddpm", {"name": "ipndm", "steps": 4, "schedule": "edm", "sigma_min": 0.02, "sigma_max": 100.0}),
         ("vp", {"name": "dpmpp_2m", "steps": 4, "schedule": "log_snr", "guidance": 1.5}),
+        ("ve", {"name": "heun", "steps": 4, "schedule": "ve", "sigma_min": 0.02, "sigma_max": 100.0}),
     ],
 )
 def test_a_baseline_is_trained_and_generates(finished, tmp_path, formulation, sampler):

@@ -1,20 +1,24 @@
 """The samplers solve the probability-flow equation: noise levels of equation 5, Algorithm 2 of Karras et al. 2022.
 
 Oracles: the exact denoiser of a finite data set, a Gaussian whose solution is known in closed form, and a second
-implementation of the algorithm written line by line in numpy. Run alone: pytest tests/test_samplers.py
+implementation of the algorithm written line by line in numpy, whose time and scale are derived by complex numbers. Run
+alone: pytest tests/test_samplers.py
 """
 
 import dataclasses
+import fractions
 import itertools
 import math
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 
 from dmat.diffusion.exact import ExactDenoiser
-from dmat.diffusion.formulations import DDPM
-from dmat.diffusion.samplers import CHURNED, SAMPLERS, called_levels, guided, noise_levels
+from dmat.diffusion.formulations import DDPM, IDDPM, VE, VP
+from dmat.diffusion.samplers import CHURNED, MAX_STEPS, PATHS, SAMPLERS, called_levels, guided, noise_levels
+from tests.test_formulations import u_of_table_1
 
 
 @dataclasses.dataclass
@@ -96,6 +100,47 @@ def test_equal_steps_of_the_log_snr_are_the_limit_of_equation_5():
     assert levels == pytest.approx(noise_levels(Settings(9, 0.01, 10.0, rho=1e6)).tolist(), rel=1e-4)
 
 
+BETA_D, BETA_MIN = 19.9, 0.1  # Table 1, column "VP"
+
+
+def sigma_of_vp(t):
+    return np.sqrt(np.exp(BETA_D * t**2 / 2 + BETA_MIN * t) - 1)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 18, 256, 992])
+def test_levels_of_vp_ve_and_iddpm_are_table_1(steps):
+    ramp = [i / (steps - 1) for i in range(steps)]
+    vp = [sigma_of_vp(1 + part * (1e-3 - 1)) for part in ramp]
+    assert noise_levels(Settings(steps, schedule="vp")).tolist() == pytest.approx([*vp, 0.0], rel=1e-9)
+    squares = [100**2 * (0.02**2 / 100**2) ** part for part in ramp]
+    ve = noise_levels(Settings(steps, 0.02, 100.0, schedule="ve"))
+    assert ve.tolist() == pytest.approx([*(math.sqrt(t) for t in squares), 0.0], rel=1e-12)
+    u = u_of_table_1()
+    part, half = fractions.Fraction(999 - 8, steps - 1), fractions.Fraction(1, 2)
+    iddpm = [u[math.floor(8 + part * i + half)] for i in range(steps)]
+    assert noise_levels(Settings(steps, schedule="iddpm")).tolist() == pytest.approx([*iddpm, 0.0], rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", PATHS)
+def test_levels_fall_from_one_step_to_the_most_steps(schedule):
+    for steps in (1, 2, 7, MAX_STEPS.get(schedule, 2000)):
+        levels = noise_levels(Settings(steps, schedule=schedule))
+        assert (levels.dtype, len(levels), levels[-1].item()) == (torch.float64, steps + 1, 0)
+        assert (levels.diff() < 0).all()
+    assert MAX_STEPS["iddpm"] == 992
+    assert torch.equal(noise_levels(Settings(992, schedule="iddpm"))[:-1], IDDPM().levels[:992].flip(0))
+
+
+def test_levels_of_earlier_schedules_keep_their_bytes():
+    for steps in (1, 2, 18, 100):
+        ramp, zero = torch.linspace(0, 1, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        edm = (80.0 ** (1 / 7.0) + ramp * (0.002 ** (1 / 7.0) - 80.0 ** (1 / 7.0))) ** 7.0
+        log_snr = (math.log(80.0) + ramp * (math.log(0.002) - math.log(80.0))).exp()
+        ddpm = DDPM().levels[torch.linspace(999, 0, steps, dtype=torch.float64).round().long()]
+        for schedule, levels in (("edm", edm), ("log_snr", log_snr), ("ddpm", ddpm)):
+            assert torch.equal(noise_levels(Settings(steps, schedule=schedule)), torch.cat([levels, zero])), schedule
+
+
 # --- every sampler
 
 
@@ -109,25 +154,31 @@ def test_with_one_image_every_path_ends_there(name, case):
     torch.testing.assert_close(samples, image.expand(5, -1, -1, -1), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("schedule", PATHS)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samples_are_images_of_the_class_asked_for(name):
-    """The exact denoiser of ten images in three classes: every sample must be one of them."""
+def test_samples_are_images_of_the_class_asked_for(name, schedule):
+    """The exact denoiser of ten images in three classes: every sample must be one of them, but for the noise that "vp"
+    and "ve" leave: their last step is not to D, and 18 steps are few for them."""
     data, labels = latents(10, 1, 6, 6, seed=3).clamp(-1, 1), torch.arange(10) % 3
     requested = torch.arange(12) % 3
     start, noise = latents(12, 1, 6, 6, seed=4), named_noise(12, 1, 6, 6)
-    samples = SAMPLERS[name](ExactDenoiser(data, labels), start, requested, Settings(steps=18), noise)
+    settings = Settings(steps=18, schedule=schedule)
+    samples = SAMPLERS[name](ExactDenoiser(data, labels), start, requested, settings, noise)
     distance = (samples[:, None] - data.double()[None]).flatten(2).norm(dim=2)
-    assert (distance.amin(1) < 0.01).all(), distance.amin(1)
+    bound = 1.0 if schedule in ("vp", "ve") else 0.01  # images are about 5 apart
+    assert (distance.amin(1) < bound).all(), distance.amin(1)
     assert torch.equal(labels[distance.argmin(1)], requested)
     assert len(distance.argmin(1).unique()) > 3  # not one image per class
 
 
+@pytest.mark.parametrize("schedule", PATHS)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_calls_of_the_denoiser(name):
+def test_calls_of_the_denoiser(name, schedule):
     """2 n - 1 calls of Heun and n of the others, each with the level as [B] float32 and the labels as they came."""
     recorder, labels = Recorder(gaussian(0.5)), torch.tensor([3, 1])
-    SAMPLERS[name](recorder, latents(2, 1, 4, 4), labels, Settings(steps=8), named_noise(2, 1, 4, 4))
-    levels = noise_levels(Settings(8)).tolist()[:-1]
+    settings = Settings(steps=8, schedule=schedule)
+    SAMPLERS[name](recorder, latents(2, 1, 4, 4), labels, settings, named_noise(2, 1, 4, 4))
+    levels = called_levels(settings)[:-1]
     expected = levels if name != "heun" else [levels[0], *(s for level in levels[1:] for s in (level, level))]
     assert recorder.sigmas() == pytest.approx(expected)
     for noisy, sigma, call_labels in recorder.calls:
@@ -207,6 +258,167 @@ def test_levels_that_churn_raises_are_known():
     assert (min(levels), max(levels)) == pytest.approx((0.02, 10.0))
     settings = dataclasses.replace(settings, s_max=20.0)
     assert max(called_levels(settings)) == pytest.approx(14.0)
+
+
+@pytest.mark.parametrize("churn", [0.0, 4.0])
+@pytest.mark.parametrize("schedule", [schedule for schedule in PATHS if schedule not in ("vp", "ve")])
+@pytest.mark.parametrize("name", CHURNED)
+def test_where_sigma_is_the_time_every_byte_is_that_of_algorithm_2(name, schedule, churn):
+    """Results of earlier versions stay valid: this is their code, in sigma alone."""
+    settings = Settings(steps=9, schedule=schedule, s_churn=churn, s_min=0.05, s_max=50.0, s_noise=1.003)
+    start, noise, levels = latents(3, 1, 4, 4), named_noise(3, 1, 4, 4), noise_levels(settings).tolist()
+    denoiser = ExactDenoiser(latents(10, 1, 4, 4, seed=3))
+
+    def slope(x, sigma):
+        return (x - denoiser(x.float(), x.new_full((3,), sigma, dtype=torch.float32), None).double()) / sigma
+
+    x = start.double() * levels[0]
+    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
+        if churn and 0.05 <= sigma <= 50.0:
+            raised = sigma * (1 + min(churn / 9, 2**0.5 - 1))
+            epsilon = noise(step).to(x) * settings.s_noise
+            x, sigma = x + (raised**2 - sigma**2) ** 0.5 * epsilon, raised
+        first = slope(x, sigma)
+        proposal = x + (sigma_next - sigma) * first
+        if name == "heun" and sigma_next > 0:
+            proposal = x + (sigma_next - sigma) * ((first + slope(proposal, sigma_next)) / 2)
+        x = proposal
+    assert torch.equal(SAMPLERS[name](denoiser, start, None, settings, noise), x)
+
+
+# --- time and scale of the schedules
+
+
+# Schedule -> sigma(t) and s(t) of Table 1, and a range of times that holds every raised level.
+TABLE_1 = {
+    "vp": (sigma_of_vp, lambda t: 1 / np.sqrt(1 + sigma_of_vp(t) ** 2), (1e-6, 2.0)),
+    "ve": (np.sqrt, lambda t: 1.0 + 0 * t, (1e-9, 1e6)),
+    "iddpm": (lambda t: t, lambda t: 1.0 + 0 * t, (1e-9, 1e6)),
+    "edm": (lambda t: t, lambda t: 1.0 + 0 * t, (1e-9, 1e6)),
+}
+
+
+def derivative(function, t):
+    """By a complex step, exact to the last digits (Squire and Trapp 1998)."""
+    return (function(t + 1e-30j)).imag / 1e-30
+
+
+def time_of(sigma, schedule):
+    function, _, (low, high) = TABLE_1[schedule]
+    return scipy.optimize.brentq(lambda t: function(t) - sigma, low, high, xtol=1e-15, rtol=1e-14)
+
+
+@pytest.mark.parametrize("schedule", TABLE_1)
+def test_paths_are_table_1(schedule):
+    sigma_of, scale_of, _ = TABLE_1[schedule]
+    path = PATHS[schedule]
+    for sigma in (0.0105, 0.3, 1.0, 20.0, 150.0):
+        t = time_of(sigma, schedule)
+        assert path.time(sigma) == pytest.approx(t, rel=1e-10)
+        assert path.sigma_rate(sigma) == pytest.approx(derivative(sigma_of, t), rel=1e-9)
+        assert path.scale(sigma) == pytest.approx(scale_of(t), rel=1e-10)
+        assert path.log_scale_rate(sigma) == pytest.approx(derivative(scale_of, t) / scale_of(t), rel=1e-9)
+    assert (path.time(0.0), path.scale(0.0)) == (0, 1), "every path ends at the image itself"
+
+
+def algorithm_1(denoise, start, settings, noise, second_order):
+    """Karras et al. 2022, Algorithm 1 (its slope is equation 4), in numpy float64; churn in x / s."""
+    sigma, scale, _ = TABLE_1[settings.schedule]
+    times = [time_of(level, settings.schedule) for level in noise_levels(settings).tolist()[:-1]] + [0.0]
+
+    def slope(x, t):
+        s, s_rate, sigma_rate = scale(t), derivative(scale, t), derivative(sigma, t)
+        factor = s_rate / s + sigma_rate / sigma(t)
+        return factor * x - sigma_rate * s / sigma(t) * denoise(x / s, sigma(t))
+
+    x = sigma(times[0]) * scale(times[0]) * start
+    for i in range(settings.steps):
+        t = times[i]
+        if settings.s_churn and settings.s_min <= sigma(t) <= settings.s_max:
+            raised = sigma(t) * (1 + min(settings.s_churn / settings.steps, math.sqrt(2) - 1))
+            t_hat = time_of(raised, settings.schedule)
+            unscaled = x / scale(t) + math.sqrt(raised**2 - sigma(t) ** 2) * settings.s_noise * noise(i)
+            x, t = unscaled * scale(t_hat), t_hat
+        d = slope(x, t)
+        proposal = x + (times[i + 1] - t) * d
+        if second_order and times[i + 1] != 0:
+            proposal = x + (times[i + 1] - t) * (d + slope(proposal, times[i + 1])) / 2
+        x = proposal
+    return x
+
+
+@pytest.mark.parametrize("churn", [0.0, 4.0])
+@pytest.mark.parametrize("schedule", TABLE_1)
+@pytest.mark.parametrize("name", CHURNED)
+def test_agrees_with_algorithm_1_written_line_by_line(name, schedule, churn):
+    settings = Settings(12, 0.02, 80.0, schedule=schedule, s_churn=churn, s_min=0.05, s_max=50.0, s_noise=1.003)
+    data = 2 * latents(5, 1, 3, 3, seed=8)
+    start, noise, exact = latents(4, 1, 3, 3, seed=9), named_noise(4, 1, 3, 3), ExactDenoiser(data)
+    samples = SAMPLERS[name](exact, start, None, settings, noise)
+    expected = algorithm_1(
+        lambda x, sigma: exact(torch.from_numpy(x), torch.full((4,), sigma, dtype=torch.float64)).numpy(),
+        start.double().numpy(), settings, lambda step: noise(step).double().numpy(), name == "heun",
+    )  # fmt: skip
+    np.testing.assert_allclose(samples.numpy(), expected, rtol=0, atol=1e-4)
+
+
+def error_at_the_lowest_level(name, schedule, steps):
+    """Relative, of x / s at the last call of the denoiser. The solution of the flow is as sqrt(spread^2 + sigma^2)."""
+    settings, recorder = Settings(steps, 0.02, 80.0, schedule=schedule), Recorder(gaussian(0.5))
+    SAMPLERS[name](recorder, torch.ones(1, 1, 1, 1), None, settings)
+    levels = noise_levels(settings).tolist()
+    exact = levels[0] * math.sqrt((0.25 + levels[-2] ** 2) / (0.25 + levels[0] ** 2))
+    return abs(recorder.calls[-1][0].item() / exact - 1)
+
+
+@pytest.mark.parametrize("schedule", [schedule for schedule in PATHS if schedule not in MAX_STEPS])
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
+def test_the_order_holds_on_every_path(name, order, schedule):
+    coarse, middle, fine = (error_at_the_lowest_level(name, schedule, 1 + 64 * parts) for parts in (1, 2, 4))
+    assert fine < (0.1 if order == 1 else 0.003)
+    assert coarse / middle == pytest.approx(2**order, rel=0.25)
+    assert middle / fine == pytest.approx(2**order, rel=0.15)
+
+
+@pytest.mark.parametrize("schedule", PATHS)
+@pytest.mark.parametrize("name", ["heun", "euler", "dpmpp_2m", "ipndm"])
+def test_every_schedule_ends_in_the_same_image(name, schedule):
+    """With many steps: that of the equation. Where a lowest level stays, half of it is left at most."""
+    start = latents(20, 1, 2, 2)
+    settings = Settings(steps=900, schedule=schedule)
+    samples = SAMPLERS[name](gaussian(0.5), start, None, settings)
+    highest, *_, lowest, _ = noise_levels(settings).tolist()
+    exact = highest * start.double() * 0.5 / math.sqrt(0.5**2 + highest**2)
+    bound = 2 * lowest**2 + (0.03 if name == "euler" else 1e-3)  # D of the lowest level shrinks by (lowest / 0.5)^2
+    torch.testing.assert_close(samples, exact, rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["vp", "ve"])
+def test_the_last_step_of_vp_and_ve_leaves_about_half_of_the_noise(schedule):
+    """Table 1 ends with Euler's step in t, and sigma is about the root of t there."""
+    recorder, settings = Recorder(ExactDenoiser(torch.zeros(1, 1, 2, 2))), Settings(18, 0.02, schedule=schedule)
+    samples = SAMPLERS["heun"](recorder, latents(3, 1, 2, 2), None, settings)
+    torch.testing.assert_close(samples / recorder.calls[-1][0], torch.full_like(samples, 0.5), rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("formulation", "schedules"),
+    [
+        (VP(), ("vp", "edm", "log_snr", "ve", "iddpm")),
+        (VE(), ("ve",)),
+        (DDPM(), ("ddpm", "vp")),
+        (IDDPM(), ("iddpm", "vp", "ddpm")),
+    ],
+    ids=["vp", "ve", "ddpm", "iddpm"],
+)
+def test_a_model_accepts_the_levels_of_its_schedules(formulation, schedules):
+    """The check before images are generated compares these two."""
+    low, high = formulation.sigma_range
+    for schedule in schedules:
+        range_of_model = {"sigma_min": 0.02, "sigma_max": 100.0} if schedule == "ve" else {}
+        for steps in (1, 18, 992):
+            called = called_levels(Settings(steps, schedule=schedule, **range_of_model))
+            assert low * (1 - 1e-6) <= min(called) <= max(called) <= high * (1 + 1e-6), (schedule, steps)
 
 
 # --- ancestral sampling

@@ -86,6 +86,15 @@ def test_numbers_equal_box_and_muller_on_slow_words():
     np.testing.assert_allclose(actual.numpy(), np.float32(expected[:7]), rtol=2e-7)
 
 
+def test_uniform_numbers_never_reach_their_ends():
+    """The half step keeps the logarithm of Box and Muller finite for the smallest words, and the largest below 1."""
+    words = torch.tensor([0, 0xFFFFFFFF])
+    smallest, largest = seeds._open_uniform(words, words).tolist()
+    assert smallest == 2.0**-53
+    assert 0 < smallest < largest < 1
+    assert np.sqrt(-2 * np.log(smallest)) == pytest.approx(8.57, abs=0.01), "no normal number is larger"
+
+
 @pytest.mark.gpu
 def test_a_gpu_draws_the_same_numbers():
     """At most one unit in the last place from the CPU's, and equal in all but one of 10^5."""

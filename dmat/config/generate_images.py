@@ -16,7 +16,7 @@ class Sampler(Record):
     steps: Annotated[int, Field(ge=1, le=100_000)] = 18
     sigma_min: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.002
     sigma_max: Annotated[float, Field(ge=1e-6, le=1e6)] = 80.0
-    schedule: Literal["edm", "log_snr", "ddpm"] = "edm"
+    schedule: Literal["edm", "log_snr", "ddpm", "vp", "ve", "iddpm"] = "edm"
     rho: Annotated[float, Field(ge=0.5, le=1000)] = 7.0  # of the schedule edm
     guidance: Annotated[float, Field(ge=0, le=1000)] = 1.0
     s_churn: NotNegative = 0.0
@@ -32,20 +32,22 @@ class Sampler(Record):
 
     @pydantic.model_validator(mode="after")
     def _options_have_an_effect(self) -> Self:
-        from dmat.diffusion.samplers import CHURNED, SAMPLERS  # late, as it loads torch
+        from dmat.diffusion.samplers import CHURNED, MAX_STEPS, SAMPLERS  # late, as it loads torch
 
         if self.s_churn and self.name in SAMPLERS and self.name not in CHURNED:
             raise ValueError(
                 f"s_churn is {self.s_churn}; {self.name} has no churn; expected 0, or name: {' or '.join(CHURNED)}"
             )
-        unused = {"edm": (), "log_snr": ("rho",), "ddpm": ("rho", "sigma_min", "sigma_max")}[self.schedule]
-        for name in unused:
+        unused = {"edm": (), "log_snr": ("rho",), "ve": ("rho",)}
+        for name in unused.get(self.schedule, ("rho", "sigma_min", "sigma_max")):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; the schedule {self.schedule} has none; leave it out"
                 )
-        if self.schedule == "ddpm" and self.steps > 1000:
-            raise ValueError(f"steps is {self.steps}; the schedule ddpm has 1000 levels; expected at most as many")
+        if self.steps > (limit := MAX_STEPS.get(self.schedule, self.steps)):
+            raise ValueError(
+                f"steps is {self.steps}; the schedule {self.schedule} has {limit} levels; expected at most as many"
+            )
         return self
 
 

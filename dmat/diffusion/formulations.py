@@ -1,4 +1,4 @@
-"""How a raw network becomes a denoiser, and which noise and weight its training sees: EDM, VP and DDPM.
+"""How a raw network becomes a denoiser, and which noise and weight its training sees: EDM, VP, VE, DDPM, iDDPM.
 
 All are written in terms of sigma, the standard deviation of the noise that is added to images in [-1, 1], as Karras et
 al. 2022 write them (Table 1, their s(t) = 1). So samplers need not know which formulation a denoiser has.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dmat import seeds
 
-DDPM_STEPS = 1000  # of the noise process of Ho et al. 2020
+DDPM_STEPS = 1000  # of the noise processes of Ho et al. 2020 and of Nichol and Dhariwal 2021
 _DDPM_BETAS = 1e-4, 0.02  # first and last of its variances, between them in equal steps (their section 4)
 
 
@@ -87,6 +87,10 @@ class VP:
         """t: any shape, in [0, 1]; result: same, float64."""
         return (self.beta_d / 2 * t.double() ** 2 + self.beta_min * t.double()).expm1().sqrt()
 
+    def beta(self, t: float) -> float:
+        """The rate at which ln(1 + sigma^2) grows with t."""
+        return self.beta_d * t + self.beta_min
+
     def time(self, sigma: Tensor) -> Tensor:
         """The inverse of `sigma`. sigma: any shape; result: same, float64."""
         logarithm = (sigma.double() ** 2).log1p()
@@ -99,8 +103,7 @@ class VP:
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `Formulation.scalings`: any shape -> same."""
-        c_noise = ((self.steps - 1) * self.time(sigma)).to(sigma.dtype)
-        return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), c_noise
+        return _predicting_noise(sigma, ((self.steps - 1) * self.time(sigma)).to(sigma.dtype))
 
     def weight(self, sigma: Tensor) -> Tensor:
         """1 / sigma^2: the squared error of the noise. sigma: any shape; result: same."""
@@ -109,6 +112,33 @@ class VP:
     def draw_sigma(self, generator: np.random.Generator, count: int) -> Tensor:
         """See `Formulation.draw_sigma`: [B]."""
         return self.sigma(seeds.uniform(generator, (count,), self.epsilon_t, 1.0)).float()
+
+
+@dataclasses.dataclass(frozen=True)
+class VE:
+    """The variance-exploding process of Song et al. 2021 (Karras et al. 2022, Table 1, column "VE").
+
+    The network predicts the noise with its sign reversed. Training noise has ln sigma uniform over sigma_range.
+    """
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `Formulation.scalings`: any shape -> same."""
+        return torch.ones_like(sigma), sigma, torch.ones_like(sigma), (sigma / 2).log()
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """1 / sigma^2: the squared error of the noise. sigma: any shape; result: same."""
+        return sigma**-2
+
+    def draw_sigma(self, generator: np.random.Generator, count: int) -> Tensor:
+        """See `Formulation.draw_sigma`: [B]."""
+        return seeds.uniform(generator, (count,), math.log(self.sigma_min), math.log(self.sigma_max)).exp()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +152,7 @@ class DDPM:
     @functools.cached_property
     def levels(self) -> Tensor:
         """sigma of the steps, rising, float64 [1000]."""
-        betas = torch.linspace(*_DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)
-        kept = (1 - betas).cumprod(0)
-        return ((1 - kept) / kept).sqrt()
+        return _levels_of(torch.linspace(*_DDPM_BETAS, DDPM_STEPS, dtype=torch.float64))
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -132,7 +160,7 @@ class DDPM:
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `Formulation.scalings`: any shape -> same."""
-        return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), self._step(sigma)
+        return _predicting_noise(sigma, self._step(sigma))
 
     def _step(self, sigma: Tensor) -> Tensor:
         """The step of noise levels, interpolated: any shape -> same."""
@@ -151,6 +179,54 @@ class DDPM:
         return self.levels[torch.from_numpy(generator.integers(0, DDPM_STEPS, count))].float()
 
 
+@dataclasses.dataclass(frozen=True)
+class IDDPM:
+    """Nichol and Dhariwal 2021: DDPM with the cosine schedule (Karras et al. 2022, Table 1, column "iDDPM").
+
+    After step t of `steps` the fraction cos^2 of the image's variance is left. c_2 shifts the cosine, so that the first
+    step adds some noise; each step keeps at least c_1. c_noise is the number of the nearest level, counted from 0.
+    """
+
+    c_1: float = 0.001
+    c_2: float = 0.008
+    steps: int = DDPM_STEPS
+
+    @functools.cached_property
+    def levels(self) -> Tensor:
+        """sigma of the steps, rising, float64 [M] for M = `steps`. u_j of the paper's table is levels[M - 1 - j]."""
+        time = torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)
+        kept = ((time + self.c_2) / (1 + self.c_2) * (math.pi / 2)).cos() ** 2
+        return _levels_of((1 - kept[1:] / kept[:-1]).clamp(max=1 - self.c_1))
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return self.levels[0].item(), self.levels[-1].item()
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `Formulation.scalings`: any shape -> same."""
+        distance = (sigma.double()[..., None] - self.levels.to(sigma.device)).abs()  # [..., steps]
+        return _predicting_noise(sigma, distance.argmin(-1).to(sigma.dtype))
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """1 / sigma^2: the squared error of the noise. sigma: any shape; result: same."""
+        return sigma**-2
+
+    def draw_sigma(self, generator: np.random.Generator, count: int) -> Tensor:
+        """See `Formulation.draw_sigma`: [B]."""
+        return self.levels[torch.from_numpy(generator.integers(0, self.steps, count))].float()
+
+
+def _predicting_noise(sigma: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scalings of a network that sees images of unit variance and predicts their noise: any shape -> same."""
+    return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), c_noise
+
+
+def _levels_of(betas: Tensor) -> Tensor:
+    """sigma after each step of a process whose steps add noise of variance beta: float64 [J] -> [J]."""
+    kept = (1 - betas).cumprod(0)
+    return ((1 - kept) / kept).sqrt()
+
+
 class FormulationSettings(Protocol):
     """The settings of a formulation; `config.DenoiserTraining` satisfies this and has units and ranges."""
 
@@ -165,7 +241,9 @@ class FormulationSettings(Protocol):
 FORMULATIONS: dict[str, Callable[[FormulationSettings], Formulation]] = {
     "edm": lambda settings: EDM(settings.sigma_data, settings.p_mean, settings.p_std),
     "vp": lambda settings: VP(),
+    "ve": lambda settings: VE(),
     "ddpm": lambda settings: DDPM(),
+    "iddpm": lambda settings: IDDPM(),
 }
 
 

@@ -1,7 +1,8 @@
 """Samplers. All have one signature: (denoiser, latents, labels, settings, noise) -> images.
 
-Heun and Euler follow Karras et al. 2022, Algorithm 2, which is Algorithm 1 where s_churn is 0; the others call the
-denoiser once in a step (`multistep`). The state x is kept in float64, as in the paper's experiments.
+Heun and Euler follow Karras et al. 2022, Algorithm 2, which is Algorithm 1 where s_churn is 0, in the time and scale of
+the schedule (`paths`). The others call the denoiser once in a step (`multistep`); they work in sigma alone and take the
+noise levels of a schedule, not its time and scale. The state x is kept in float64, as in the paper's experiments.
 Shapes: B batch, C channels, H height, W width.
 """
 
@@ -15,11 +16,17 @@ import torch
 from torch import Tensor
 
 from dmat.diffusion import multistep
-from dmat.diffusion.formulations import DDPM, DDPM_STEPS
+from dmat.diffusion.formulations import DDPM, DDPM_STEPS, IDDPM, VP
 from dmat.diffusion.multistep import Step
+from dmat.diffusion.paths import SIGMA_PATH, VE_PATH, VP_PATH, Path
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (noisy [B,C,H,W], sigma [B], labels [B]) -> [B,C,H,W]
 Noise = Callable[[int], Tensor]  # step -> fresh standard normal numbers shaped like the latents
+
+_VP_LAST_TIME = 1e-3  # epsilon_s of Karras et al. 2022, Table 1
+# Schedules with a fixed list of levels -> how many there are. That of iDDPM starts at its j_0 = 8, at sigma = 80.2:
+# the levels above go up to 20,291.
+MAX_STEPS = {"ddpm": DDPM_STEPS, "iddpm": DDPM_STEPS - 8}
 
 
 class SamplerSettings(Protocol):
@@ -39,21 +46,30 @@ class SamplerSettings(Protocol):
 
 
 def noise_levels(settings: SamplerSettings) -> Tensor:
-    """Computes the noise levels sigma_max ... sigma_min, 0: float64 [T + 1] for T steps.
+    """Computes the noise levels from the highest to the lowest, then 0: float64 [T + 1] for T steps.
 
-    Schedule "edm": equation 5 of Karras et al. 2022. "log_snr": equal steps of ln sigma (Lu et al. 2022), to which
-    "edm" tends as rho grows. "ddpm": levels of the 1,000 steps of DDPM, evenly spaced from the last to the first
-    (Nichol and Dhariwal 2021, section 4). A single step goes from the highest level to 0.
+    From sigma_max to sigma_min: "edm" is equation 5 of Karras et al. 2022; "log_snr" has equal steps of ln sigma (Lu
+    et al. 2022), to which "edm" tends as rho grows; "ve" has the same levels, as sigma^2 is geometric in Table 1 of
+    Karras et al. Over their own range: "ddpm" takes levels of the 1,000 steps of DDPM, evenly spaced from the last to
+    the first (Nichol and Dhariwal 2021, section 4); "iddpm" and "vp" are the columns of that table: levels of the
+    cosine schedule, and equal steps of the time of VP. A single step goes from the highest level to 0.
     """
-    if settings.schedule == "ddpm":
-        ddpm_steps = torch.linspace(DDPM_STEPS - 1, 0, settings.steps, dtype=torch.float64).round().long()
-        return torch.cat([DDPM().levels[ddpm_steps], torch.zeros(1, dtype=torch.float64)])
-    low, high, rho = settings.sigma_min, settings.sigma_max, settings.rho
-    ramp = torch.linspace(0, 1, settings.steps, dtype=torch.float64)
-    if settings.schedule == "log_snr":
-        levels = (math.log(high) + ramp * (math.log(low) - math.log(high))).exp()
-    else:
-        levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    steps, low, high, rho = settings.steps, settings.sigma_min, settings.sigma_max, settings.rho
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    match settings.schedule:
+        case "ddpm":
+            ddpm_steps = torch.linspace(DDPM_STEPS - 1, 0, steps, dtype=torch.float64).round().long()
+            levels = DDPM().levels[ddpm_steps]
+        case "iddpm":
+            first, parts = MAX_STEPS["iddpm"] - 1, max(1, steps - 1)
+            passed = (2 * first * torch.arange(steps) + parts) // (2 * parts)  # first * i / parts + 1/2, rounded down
+            levels = IDDPM().levels[first - passed]
+        case "vp":
+            levels = VP().sigma(1 + ramp * (_VP_LAST_TIME - 1))
+        case "log_snr" | "ve":
+            levels = (math.log(high) + ramp * (math.log(low) - math.log(high))).exp()
+        case _:
+            levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     return torch.cat([levels, levels.new_zeros(1)])
 
 
@@ -91,18 +107,21 @@ def heun(
 ) -> Tensor:
     """Samples images with Heun's method (Algorithm 2), in 2 * steps - 1 denoiser calls.
 
+    The last step, to noise level 0, is Euler's: where sigma(t) = t it gives D; on "vp" and "ve", about half of the
+    lowest noise stays, as the paper has it.
     latents: standard normal [B, C, H, W]; labels: int64 [B] or None; `noise` is required where s_churn > 0.
     Returns images [B, C, H, W] in about [-1, 1], float64.
     """
-    levels = noise_levels(settings).tolist()
-    x = latents.double() * levels[0]
+    path, levels = PATHS[settings.schedule], noise_levels(settings).tolist()
+    x = latents.double() * (path.scale(levels[0]) * levels[0])
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
-        x, sigma = _churn(x, sigma, step, settings, noise)
-        slope = _slope(denoiser, x, sigma, labels)
-        proposal = x + (sigma_next - sigma) * slope
+        x, sigma = _churn(x, sigma, path, step, settings, noise)
+        duration = path.time(sigma_next) - path.time(sigma)
+        slope = _slope(denoiser, x, sigma, path, labels)
+        proposal = x + duration * slope
         if sigma_next > 0:
-            slope = (slope + _slope(denoiser, proposal, sigma_next, labels)) / 2
-            proposal = x + (sigma_next - sigma) * slope
+            slope = (slope + _slope(denoiser, proposal, sigma_next, path, labels)) / 2
+            proposal = x + duration * slope
         x = proposal
     return x
 
@@ -115,11 +134,11 @@ def euler(
 
     latents [B, C, H, W] -> images [B, C, H, W]; arguments and result are those of `heun`.
     """
-    levels = noise_levels(settings).tolist()
-    x = latents.double() * levels[0]
+    path, levels = PATHS[settings.schedule], noise_levels(settings).tolist()
+    x = latents.double() * (path.scale(levels[0]) * levels[0])
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
-        x, sigma = _churn(x, sigma, step, settings, noise)
-        x = x + (sigma_next - sigma) * _slope(denoiser, x, sigma, labels)
+        x, sigma = _churn(x, sigma, path, step, settings, noise)
+        x = x + (path.time(sigma_next) - path.time(sigma)) * _slope(denoiser, x, sigma, path, labels)
     return x
 
 
@@ -179,6 +198,14 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ipndm": functools.partial(_by_multistep, step=multistep.ipndm, order=4),
 }
 CHURNED = ("heun", "euler")  # those that s_churn has an effect on
+PATHS = {  # schedule -> the path that heun and euler follow
+    "edm": SIGMA_PATH,
+    "log_snr": SIGMA_PATH,
+    "ddpm": SIGMA_PATH,
+    "iddpm": SIGMA_PATH,
+    "ve": VE_PATH,
+    "vp": VP_PATH,
+}
 
 
 def _denoise(denoiser: Denoiser, labels: Tensor | None, x: Tensor, sigma: float) -> Tensor:
@@ -186,16 +213,21 @@ def _denoise(denoiser: Denoiser, labels: Tensor | None, x: Tensor, sigma: float)
     return denoiser(x.float(), x.new_full((len(x),), sigma, dtype=torch.float32), labels).double()
 
 
-def _slope(denoiser: Denoiser, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
-    """Computes dx/dsigma of the probability-flow ODE: (x - D(x; sigma)) / sigma (equation 3 with s = 1).
+def _slope(denoiser: Denoiser, x: Tensor, sigma: float, path: Path, labels: Tensor | None) -> Tensor:
+    """Computes dx/dt of the probability-flow ODE: s sigma' (x / s - D(x / s; sigma)) / sigma + (s' / s) x (equation 4).
 
     x [B, C, H, W] float64, labels [B] -> [B, C, H, W].
     """
-    return (x - _denoise(denoiser, labels, x, sigma)) / sigma
+    scale = path.scale(sigma)
+    unscaled = x / scale
+    slope = (unscaled - _denoise(denoiser, labels, unscaled, sigma)) / sigma
+    return scale * path.sigma_rate(sigma) * slope + path.log_scale_rate(sigma) * x
 
 
-def _churn(x: Tensor, sigma: float, step: int, settings: SamplerSettings, noise: Noise | None) -> tuple[Tensor, float]:
-    """Raises the noise level by the factor 1 + gamma before a step (lines 4-6 of Algorithm 2).
+def _churn(
+    x: Tensor, sigma: float, path: Path, step: int, settings: SamplerSettings, noise: Noise | None
+) -> tuple[Tensor, float]:
+    """Raises the noise level by the factor 1 + gamma before a step: lines 4-6 of Algorithm 2, in x / s.
 
     x [B, C, H, W] at noise level sigma -> x [B, C, H, W] at the raised level, and that level.
     """
@@ -205,5 +237,6 @@ def _churn(x: Tensor, sigma: float, step: int, settings: SamplerSettings, noise:
     if noise is None:
         raise ValueError("s_churn > 0 needs a source of noise")
     sigma_hat = sigma * (1 + gamma)
+    scale = path.scale(sigma_hat)
     epsilon = noise(step).to(x) * settings.s_noise
-    return x + (sigma_hat**2 - sigma**2) ** 0.5 * epsilon, sigma_hat
+    return x * (scale / path.scale(sigma)) + scale * (sigma_hat**2 - sigma**2) ** 0.5 * epsilon, sigma_hat

@@ -1,7 +1,7 @@
 """Reads published diffusion models without executing anything in them: tensors and sidecar in dmat's format.
 
-Official names: those of the code of Karras et al. 2022, `EDMPrecond` or `VPPrecond` around `SongUNet` or
-`DhariwalUNet`.
+Official names: those of the code of Karras et al. 2022, `EDMPrecond`, `VPPrecond`, `VEPrecond` or `iDDPMPrecond`
+around `SongUNet` or `DhariwalUNet`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmat import files
 from dmat.config import DenoiserNetwork, denoiser_network
-from dmat.diffusion.formulations import VP
+from dmat.diffusion.formulations import IDDPM, VE, VP
 from dmat.diffusion.networks import NETWORKS, DenoiserSpec
 from dmat.errors import DmatError
 from dmat.models import edm_pickles, foreign
@@ -83,6 +83,26 @@ _PRECONDITIONINGS: Mapping[str, Mapping[str, object]] = {
         "epsilon_t": 1e-5,
         "model_type": "SongUNet",
     },
+    "VEPrecond": {
+        **_IMAGES,
+        "sigma_min": 0.02,
+        "sigma_max": 100.0,
+        "model_type": "SongUNet",
+    },
+    "iDDPMPrecond": {
+        **_IMAGES,
+        "C_1": 0.001,
+        "C_2": 0.008,
+        "M": 1000,
+        "model_type": "DhariwalUNet",
+    },
+}
+_LAST_LAYERS = ("out_conv.weight", "out_conv.bias", "aux_conv.weight", "aux_conv.bias")
+# Preconditioning with a fixed noise process -> formulation of dmat, and its constants with those of the constructor.
+_FIXED: Mapping[str, tuple[str, VP | VE | IDDPM, Mapping[str, str]]] = {
+    "VPPrecond": ("vp", VP(), {"beta_d": "beta_d", "beta_min": "beta_min", "epsilon_t": "epsilon_t", "steps": "M"}),
+    "VEPrecond": ("ve", VE(), {"sigma_min": "sigma_min", "sigma_max": "sigma_max"}),
+    "iDDPMPrecond": ("iddpm", IDDPM(), {"c_1": "C_1", "c_2": "C_2", "steps": "M"}),
 }
 
 
@@ -120,12 +140,13 @@ def read(path: Path, licence: str | None = None) -> PublishedDenoiser:
         ) from None
     try:
         settings, spec, preconditioning = _architecture(network)
-        state = _state(network, settings, spec)
+        state = _state(_predicted_mean(network, spec.channels), settings, spec)
         formulation, sigma_data, limits = _formulation(network.class_name, preconditioning)
     except (ValueError, TypeError, RuntimeError, OverflowError, DmatError) as error:
+        *first, last = _PRECONDITIONINGS
         raise DmatError(
-            f"{path} holds a model that dmat does not have: {str(error)[:300]}; expected EDMPrecond or "
-            f"VPPrecond around a SongUNet (DDPM++ or NCSN++) or a DhariwalUNet; import another file"
+            f"{path} holds a model that dmat does not have: {str(error)[:300]}; expected "
+            f"{', '.join(first)} or {last} around a SongUNet (DDPM++ or NCSN++) or a DhariwalUNet; import another file"
         ) from None
     notes = [
         f"the file names code, which was neither run nor read: {foreign.shortened_list(network.other_names)}"
@@ -197,15 +218,13 @@ def _architecture(network: PublishedNetwork) -> tuple[DenoiserNetwork, DenoiserS
 
 def _formulation(class_name: str, preconditioning: Mapping[str, object]) -> tuple[str, float, list[float | None]]:
     """Name of the formulation, sigma_data, and the range of noise levels. Raises ValueError for one that dmat lacks."""
-    if class_name == "VPPrecond":
-        formulation = VP()
+    if class_name in _FIXED:
+        name, formulation, names = _FIXED[class_name]
         expected = dataclasses.asdict(formulation)
-        constants = {
-            name.replace("M", "steps"): preconditioning[name] for name in ("beta_d", "beta_min", "epsilon_t", "M")
-        }
+        constants = {constant: preconditioning[argument] for constant, argument in names.items()}
         if constants != expected:
             raise ValueError(f"its noise process has {constants} and not {expected}")
-        return "vp", 0.5, [*formulation.sigma_range]
+        return name, 0.5, [*formulation.sigma_range]
     lowest, sigma_data = (_number(preconditioning, name) for name in ("sigma_min", "sigma_data"))
     highest = None if preconditioning["sigma_max"] == math.inf else _number(preconditioning, "sigma_max")
     if sigma_data <= 0 or lowest < 0 or (highest is not None and highest <= lowest):
@@ -237,6 +256,23 @@ def _number(values: Mapping[str, object], name: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e30:
         raise ValueError(f"{name} is {value!r}")
     return float(value)
+
+
+def _predicted_mean(network: PublishedNetwork, channels: int) -> PublishedNetwork:
+    """An iDDPM network without its last outputs, a variance that no sampler here uses, and without its table of noise
+    levels. Other networks as they are.
+
+    The tensors of its last layer have 2 * channels rows, and any shape beyond; the first half stays. Raises ValueError
+    for another number.
+    """
+    if network.class_name != "iDDPMPrecond":
+        return network
+    state = {name: tensor for name, tensor in network.state.items() if name != "u"}
+    for name in [name for name in state if name.endswith(_LAST_LAYERS)]:
+        if len(state[name]) != 2 * channels:
+            raise ValueError(f"{name} has {len(state[name])} outputs for {channels} channels")
+        state[name] = state[name][:channels].clone()
+    return dataclasses.replace(network, state=state)
 
 
 def _state(network: PublishedNetwork, settings: DenoiserNetwork, spec: DenoiserSpec) -> dict[str, Tensor]:
