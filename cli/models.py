@@ -28,7 +28,7 @@ def add_to(app: typer.Typer) -> None:
         "import",
         help="Read published weights without executing anything in them, and write them in dmat's format: safetensors "
         "and a sidecar. Reads checkpoints of Wang et al. 2023, scorers of Carmon et al. 2019, RobustBench's "
-        "DMWideResNet and DMPreActResNet, and the diffusion models of Karras et al. 2022 (.pkl)."
+        "DMWideResNet and DMPreActResNet, diffusion models of Karras et al. 2022 (.pkl) and of diffusers (a folder)."
         "\n\nExample: dmat models import weights-best.pt --args args.txt --to wang.safetensors",
     )(_import)
     group.command(
@@ -60,7 +60,12 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _import(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .pt, .pth, .safetensors or .pkl file.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A .pt, .pth, .safetensors or .pkl file, or a folder that diffusers saved."
+        ),
+    ],
     args: Annotated[Path | None, typer.Option(help="The args.txt of its training.")] = None,
     data: Annotated[
         str | None, typer.Option(help="cifar10, cifar100, svhn or tinyimagenet, if no args.txt says it.")
@@ -85,7 +90,7 @@ def _import(
         published = importing.import_denoiser(file, licence, to)
         for note in published.notes:
             typer.echo(f"note: {note}", err=True)
-        typer.echo(f"{to or file.with_suffix('.safetensors')}: {_denoiser_title(published.sidecar)}")
+        typer.echo(f"{to or importing.default_target(file)}: {_denoiser_title(published.sidecar)}")
         return
     imported = importing.import_model(file, args, data, weights, activation, licence, to)
     for note in imported.notes:
@@ -254,8 +259,12 @@ def _description_lines(sidecar: "ModelDescription") -> list[tuple[str, str]]:
 def _denoiser_title(sidecar: "DenoiserSidecar") -> str:
     network, classes = sidecar["network"], sidecar["label_dim"]
     height, width, channels = sidecar["image_shape"]
+    if "block_out_channels" in network:
+        widths = f"{network['block_out_channels']} channels"
+    else:
+        widths = f"{network['channels']} channels x {network['multipliers']}"
     return (
-        f"{network['name']} with {network['channels']} channels x {network['multipliers']}, images {height} x {width} "
+        f"{network['name']} with {widths}, images {height} x {width} "
         f"x {channels}, {f'{classes} classes' if classes else 'unconditional'}"
     )
 

@@ -6,13 +6,26 @@ Limits are defined in the records only; messages are made from them.
 from dmat import NONE
 from dmat.config.classifier_training import ClassifierTraining, Network
 from dmat.config.compute import ComputeSettings
+from dmat.config.diffusers_network import DiffusersNetwork, NoiseProcess
 from dmat.config.evaluate_robust import EvaluateRobust
 from dmat.config.fields import Record, WrittenNumber
 from dmat.config.generate_images import GenerateImages, ImageSet, Sampler
 from dmat.config.measure_images import MeasureImages
 from dmat.config.merging import merge
 from dmat.config.mix_images import MixImages
-from dmat.config.params import LISTS, SECTIONS, Params, check, denoiser_network, evaluation, expect_name, load, threat
+from dmat.config.params import (
+    LISTS,
+    SECTIONS,
+    Params,
+    check,
+    denoiser_network,
+    diffusers_network,
+    evaluation,
+    expect_name,
+    load,
+    noise_process,
+    threat,
+)
 from dmat.config.prepare_data import Normalisation, PrepareData
 from dmat.config.renamed import denoiser_of_an_earlier_version
 from dmat.config.score_images import ScoreImages
@@ -35,6 +48,7 @@ __all__ = [
     "ComputeSettings",
     "DenoiserNetwork",
     "DenoiserTraining",
+    "DiffusersNetwork",
     "Dimension",
     "EvaluateRobust",
     "GenerateImages",
@@ -43,6 +57,7 @@ __all__ = [
     "MeasureImages",
     "MixImages",
     "Network",
+    "NoiseProcess",
     "Normalisation",
     "Params",
     "PrepareData",
@@ -64,10 +79,12 @@ __all__ = [
     "check",
     "denoiser_network",
     "denoiser_of_an_earlier_version",
+    "diffusers_network",
     "evaluation",
     "expect_name",
     "load",
     "merge",
+    "noise_process",
     "step_problem",
     "threat",
 ]

@@ -14,6 +14,7 @@ import pydantic
 
 from dmat import NONE, plugins, yaml_file
 from dmat.config.compute import ComputeSettings
+from dmat.config.diffusers_network import DiffusersNetwork, NoiseProcess
 from dmat.config.evaluate_robust import EvaluateRobust
 from dmat.config.fields import AnyRecord, Record, name_problem
 from dmat.config.generate_images import GenerateImages, ImageSet
@@ -139,6 +140,16 @@ def evaluation(values: Mapping[str, object]) -> EvaluateRobust:
 def denoiser_network(values: Mapping[str, object]) -> DenoiserNetwork:
     """Validates the architecture of a denoiser that is not from a params.yaml. Raises DmatError."""
     return _validated("network", values, DenoiserNetwork)
+
+
+def diffusers_network(values: Mapping[str, object]) -> DiffusersNetwork:
+    """Validates the architecture of a denoiser in the format of diffusers. Raises DmatError."""
+    return _validated("network", values, DiffusersNetwork)
+
+
+def noise_process(values: Mapping[str, object]) -> NoiseProcess:
+    """Validates the noise process of an imported denoiser. Raises DmatError."""
+    return _validated("noise_process", values, NoiseProcess)
 
 
 def _validated(name: str, values: Mapping[str, object], record: type[AnyRecord]) -> AnyRecord:

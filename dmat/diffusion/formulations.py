@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from dmat import seeds
 
 DDPM_STEPS = 1000  # of the noise processes of Ho et al. 2020 and of Nichol and Dhariwal 2021
-_DDPM_BETAS = 1e-4, 0.02  # first and last of its variances, between them in equal steps (their section 4)
 
 
 class Formulation(Protocol):
@@ -114,6 +113,42 @@ class VP:
         return self.sigma(seeds.uniform(generator, (count,), self.epsilon_t, 1.0)).float()
 
 
+def _linear_betas(steps: int, start: float, end: float) -> Tensor:
+    """Equal steps, float64 [N] for N = `steps` (Ho et al. 2020, section 4)."""
+    return torch.linspace(start, end, steps, dtype=torch.float64, device="cpu")
+
+
+def _scaled_linear_betas(steps: int, start: float, end: float) -> Tensor:
+    """Equal steps of their square roots, float64 [N] for N = `steps` (Rombach et al. 2022)."""
+    return _linear_betas(steps, math.sqrt(start), math.sqrt(end)) ** 2
+
+
+def _cosine_betas(steps: int, c_1: float = 0.001, c_2: float = 0.008) -> Tensor:
+    """Those of a product that falls as a squared cosine (Nichol and Dhariwal 2021, equation 17).
+
+    c_2 shifts the cosine, so that the first step adds some noise; each step keeps at least c_1. float64 [N] for N =
+    `steps`.
+    """
+    time = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
+    kept = ((time + c_2) / (1 + c_2) * (math.pi / 2)).cos() ** 2
+    return (1 - kept[1:] / kept[:-1]).clamp(max=1 - c_1)
+
+
+# Names as diffusers has them. Betas are functions of (steps, start, end), on the CPU even where networks are on "meta".
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": _linear_betas,
+    "scaled_linear": _scaled_linear_betas,
+    "squaredcos_cap_v2": lambda steps, start, end: _cosine_betas(steps),
+}
+# What the network predicts -> c_skip and c_out for sigma and c_in: the noise, v = a noise - s image (Salimans and Ho
+# 2022) with a = c_in and s = sigma c_in, or the image.
+PREDICTION_TYPES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "epsilon": lambda sigma, c_in: (torch.ones_like(sigma), -sigma),
+    "v_prediction": lambda sigma, c_in: (c_in**2, -sigma * c_in),
+    "sample": lambda sigma, c_in: (torch.zeros_like(sigma), torch.ones_like(sigma)),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class VE:
     """The variance-exploding process of Song et al. 2021 (Karras et al. 2022, Table 1, column "VE").
@@ -146,13 +181,25 @@ class DDPM:
     """Ho et al. 2020: 1,000 steps, betas in equal steps, the network predicts the noise (their equation 14).
 
     Step j, from 0, has sigma_j = sqrt((1 - a_j) / a_j) with a_j the product of 1 - beta up to j; c_noise is j, and
-    between two of the levels it is interpolated in ln sigma.
+    between two of the levels it is interpolated in ln sigma. Published models may have other numbers; their meaning is
+    that of `BETA_SCHEDULES` and `PREDICTION_TYPES`.
     """
+
+    steps: int = DDPM_STEPS
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a process whose levels do not rise, or exceed what single precision can hold."""
+        if not self.levels[-1] < 1e30 or not (self.levels.diff() > 0).all():
+            raise ValueError(f"its noise process has levels up to {self.levels[-1].item()}; expected rising ones")
 
     @functools.cached_property
     def levels(self) -> Tensor:
-        """sigma of the steps, rising, float64 [1000]."""
-        return _levels_of(torch.linspace(*_DDPM_BETAS, DDPM_STEPS, dtype=torch.float64))
+        """sigma of the steps, rising, float64 [N] for N steps."""
+        return _levels_of(BETA_SCHEDULES[self.beta_schedule](self.steps, self.beta_start, self.beta_end))
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -160,15 +207,16 @@ class DDPM:
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `Formulation.scalings`: any shape -> same."""
-        return _predicting_noise(sigma, self._step(sigma))
+        c_in = (1 + sigma**2).rsqrt()
+        return *PREDICTION_TYPES[self.prediction_type](sigma, c_in), c_in, self._step(sigma)
 
     def _step(self, sigma: Tensor) -> Tensor:
         """The step of noise levels, interpolated: any shape -> same."""
         logarithms = self.levels.log().to(sigma.device)
         logarithm = sigma.double().log()
-        above = torch.bucketize(logarithm, logarithms).clamp(1, DDPM_STEPS - 1)
+        above = torch.bucketize(logarithm, logarithms).clamp(1, self.steps - 1)
         low, high = logarithms[above - 1], logarithms[above]
-        return (above - 1 + (logarithm - low) / (high - low)).clamp(0, DDPM_STEPS - 1).to(sigma.dtype)
+        return (above - 1 + (logarithm - low) / (high - low)).clamp(0, self.steps - 1).to(sigma.dtype)
 
     def weight(self, sigma: Tensor) -> Tensor:
         """1 / sigma^2: the squared error of the noise. sigma: any shape; result: same."""
@@ -176,15 +224,15 @@ class DDPM:
 
     def draw_sigma(self, generator: np.random.Generator, count: int) -> Tensor:
         """See `Formulation.draw_sigma`: [B]."""
-        return self.levels[torch.from_numpy(generator.integers(0, DDPM_STEPS, count))].float()
+        return self.levels[torch.from_numpy(generator.integers(0, self.steps, count))].float()
 
 
 @dataclasses.dataclass(frozen=True)
 class IDDPM:
     """Nichol and Dhariwal 2021: DDPM with the cosine schedule (Karras et al. 2022, Table 1, column "iDDPM").
 
-    After step t of `steps` the fraction cos^2 of the image's variance is left. c_2 shifts the cosine, so that the first
-    step adds some noise; each step keeps at least c_1. c_noise is the number of the nearest level, counted from 0.
+    After step t of `steps` the fraction cos^2 of the image's variance is left. c_1 and c_2 are those of
+    `_cosine_betas`. c_noise is the number of the nearest level, counted from 0.
     """
 
     c_1: float = 0.001
@@ -194,9 +242,7 @@ class IDDPM:
     @functools.cached_property
     def levels(self) -> Tensor:
         """sigma of the steps, rising, float64 [M] for M = `steps`. u_j of the paper's table is levels[M - 1 - j]."""
-        time = torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)
-        kept = ((time + self.c_2) / (1 + self.c_2) * (math.pi / 2)).cos() ** 2
-        return _levels_of((1 - kept[1:] / kept[:-1]).clamp(max=1 - self.c_1))
+        return _levels_of(_cosine_betas(self.steps, self.c_1, self.c_2))
 
     @property
     def sigma_range(self) -> tuple[float, float]:

@@ -8,11 +8,20 @@ from typing import Any, cast
 import torch
 
 from dmat import files, plugins, seeds
-from dmat.config import DenoiserNetwork, DenoiserTraining, denoiser_network, denoiser_of_an_earlier_version
+from dmat.config import (
+    DenoiserNetwork,
+    DenoiserTraining,
+    denoiser_network,
+    denoiser_of_an_earlier_version,
+    diffusers_network,
+    noise_process,
+)
 from dmat.data.shards import Shards
 from dmat.devices import Compute
+from dmat.diffusion import diffusers_unet
 from dmat.diffusion.augmentation_pipe import LABELS
-from dmat.diffusion.formulations import EDM, FORMULATIONS, Formulation, Preconditioned
+from dmat.diffusion.diffusers_unet import DiffusersUNet
+from dmat.diffusion.formulations import DDPM, EDM, FORMULATIONS, Formulation, Preconditioned
 from dmat.diffusion.networks import NETWORKS, DenoiserSpec
 from dmat.errors import DmatError
 from dmat.training import weights
@@ -66,7 +75,8 @@ def licence_of_images(sidecar: DenoiserSidecar) -> str:
 
 def identity(sidecar: DenoiserSidecar) -> dict[str, object]:
     """What decides, with the settings of a sampler, the images that a denoiser generates: its weights and network."""
-    keys = ("sha256", "network", "label_dim", "augment_dim", "formulation", "sigma_data")
+    keys = ["sha256", "network", "label_dim", "augment_dim", "formulation", "sigma_data"]
+    keys += ["noise_process"] if "noise_process" in sidecar else []
     return {key: cast(Mapping[str, object], sidecar)[key] for key in keys}
 
 
@@ -123,9 +133,10 @@ def build(sidecar: DenoiserSidecar, path: Path) -> Preconditioned:
         spec = DenoiserSpec(height, width, channels, _whole(sidecar["label_dim"], 0), _whole(sidecar["augment_dim"], 0))
         if len(sidecar["class_names"]) != spec.label_dim:
             raise ValueError(f"class_names has {len(sidecar['class_names'])} names for {spec.label_dim} classes")
-        network = denoiser_network(sidecar["network"])
         with torch.random.fork_rng(devices=[]):
-            return new_denoiser(network, spec, _formulation(sidecar), seed=0)
+            if _is_of_diffusers(sidecar["network"]):
+                return Preconditioned(DiffusersUNet(spec, diffusers_network(sidecar["network"])), _formulation(sidecar))
+            return new_denoiser(denoiser_network(sidecar["network"]), spec, _formulation(sidecar), seed=0)
     except DmatError as error:
         problem = str(error)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -165,11 +176,19 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
+def _is_of_diffusers(network: object) -> bool:
+    return isinstance(network, Mapping) and network.get("name") == diffusers_unet.NAME
+
+
 def _formulation(sidecar: DenoiserSidecar) -> Formulation:
-    """The formulation of a sidecar. Raises KeyError for an unknown one, and ValueError for a bad sigma_data."""
+    """The formulation of a sidecar. Raises KeyError for an unknown one, and ValueError or DmatError for bad values."""
     sigma_data = sidecar["sigma_data"]
     if not _is_number(sigma_data) or sigma_data == 0:
         raise ValueError(f"sigma_data is {sigma_data!r}")
+    if "noise_process" in sidecar:
+        if sidecar["formulation"] != "ddpm":
+            raise ValueError(f"noise_process is given; {sidecar['formulation']} has no choice of it")
+        return DDPM(**noise_process(sidecar["noise_process"]).plain())
     return FORMULATIONS[sidecar["formulation"]](EDM(float(sigma_data)))
 
 

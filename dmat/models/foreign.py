@@ -14,6 +14,7 @@ from dmat.models import torch_files
 from dmat.models.torch_files import StoredTensor, UnknownObject
 
 _MAX_LISTED_NAMES = 8  # assumed: enough to see what else is in a file
+_MAX_JSON_BYTES = 1 << 20  # assumed: settings of a training or a network take some kilobytes
 
 FileDictionary = Mapping[Any, object]  # a dictionary in a file: mostly text -> tensors, but whatever the file holds
 
@@ -120,16 +121,26 @@ def expect_no_failed_download(path: Path) -> None:
 
 def arguments(path: Path) -> dict[str, object]:
     """Reads the training arguments of Wang et al. 2023: args.txt, a JSON object. Raises DmatError for anything else."""
+    return json_object(path, "the args.txt beside the weights", "the args.txt of the training")
+
+
+def json_object(path: Path, missing: str, other: str) -> dict[str, object]:
+    """Reads a JSON object. Raises DmatError for anything else.
+
+    missing, other: what the file should be, for messages about no file and about a file with something else.
+    """
     try:
-        parsed = json.loads(path.read_text(), parse_constant=_refuse_constant)
+        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+            raise DmatError(f"{path} has {size} bytes; expected at most {_MAX_JSON_BYTES}; give {other}")
+        parsed = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
-        raise DmatError(f"{path} does not exist; expected the args.txt beside the weights; give its path") from None
-    except ValueError as error:
+        raise DmatError(f"{path} does not exist; expected {missing}; give its path") from None
+    except OSError as error:
+        raise DmatError(f"{path} cannot be read ({error.strerror}); expected {missing}; give its path") from None
+    except (ValueError, RecursionError) as error:
         raise DmatError(f"{path} is not valid JSON ({error}); expected one object; download it again") from None
     if not isinstance(parsed, dict):
-        raise DmatError(
-            f"{path} holds a {type(parsed).__name__}; expected a JSON object; give the args.txt of the training"
-        )
+        raise DmatError(f"{path} holds a {type(parsed).__name__}; expected a JSON object; give {other}")
     return parsed
 
 

@@ -151,7 +151,7 @@ def import_model(
 
 
 def import_denoiser(file: Path, licence: str | None = None, target: Path | None = None) -> PublishedDenoiser:
-    """Reads a published diffusion model and writes it to `target`: a .safetensors file and its .json sidecar.
+    """Reads a published diffusion model, a file or a folder, and writes it to `target`: .safetensors and sidecar.
 
     Raises DmatError as `published_denoisers.read` does, or if `target` is the file that is read or holds another model.
     """
@@ -161,18 +161,25 @@ def import_denoiser(file: Path, licence: str | None = None, target: Path | None 
     return published
 
 
+def default_target(file: Path) -> Path:
+    """The path to write an import of a file or folder to, unless a user gives another: beside it, with its name."""
+    return file.with_suffix(SUFFIX) if not file.is_dir() else file.resolve().with_name(f"{file.resolve().name}{SUFFIX}")
+
+
 def _target(file: Path, target: Path | None) -> Path:
     """The path to write an import of `file` to.
 
     Raises DmatError if it is the file that is read, or holds another model.
     """
-    target = target or file.with_suffix(SUFFIX)
+    target = target or default_target(file)
     if target.suffix != SUFFIX:
         raise DmatError(
             f"--to is {target}; expected a name that ends in {SUFFIX}; give one such as {target.stem}{SUFFIX}"
         )
     if target.exists() and file.exists() and target.samefile(file):
         raise DmatError(f"{target} is the file to import; expected another name to write; give one with --to")
+    if file.is_dir() and file.resolve() in target.resolve().parents:
+        raise DmatError(f"{target} is in the folder to import; expected another one; give a path elsewhere with --to")
     other = next((path for path in (target, target.with_suffix(".json")) if path.exists()), None)
     if other and not _same_origin(target, file):
         raise DmatError(f"{other} exists and is not an import of {file.name}; expected a new name; give one with --to")
@@ -182,7 +189,7 @@ def _target(file: Path, target: Path | None) -> Path:
 def _same_origin(target: Path, file: Path) -> bool:
     """Whether the sidecar of `target` says that it comes from `file`."""
     try:
-        return bool(files.read_json(target.with_suffix(".json"))["origin"]["sha256"] == files.sha256(file))
+        return bool(files.read_json(target.with_suffix(".json"))["origin"]["sha256"] == files.checksum(file))
     except (DmatError, KeyError, TypeError):
         return False
 

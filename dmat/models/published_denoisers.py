@@ -1,7 +1,7 @@
 """Reads published diffusion models without executing anything in them: tensors and sidecar in dmat's format.
 
 Official names: those of the code of Karras et al. 2022, `EDMPrecond`, `VPPrecond`, `VEPrecond` or `iDDPMPrecond`
-around `SongUNet` or `DhariwalUNet`.
+around `SongUNet` or `DhariwalUNet`. A folder is a model that the library diffusers saved; `diffusers_folders` reads it.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dmat import files
 from dmat.config import DenoiserNetwork, denoiser_network
-from dmat.diffusion.formulations import IDDPM, VE, VP
+from dmat.diffusion.formulations import EDM, IDDPM, VE, VP
 from dmat.diffusion.networks import NETWORKS, DenoiserSpec
 from dmat.errors import DmatError
-from dmat.models import edm_pickles, foreign
+from dmat.models import diffusers_folders, edm_pickles, foreign
 from dmat.models.edm_pickles import PublishedNetwork
 from dmat.training import weights
 from dmat.training.weights import DenoiserSidecar
@@ -116,18 +116,22 @@ class PublishedDenoiser:
 
 
 def is_denoiser(path: Path) -> bool:
-    """Whether `dmat models import` reads this path as a diffusion model: by its name, as nothing is read yet."""
-    return path.suffix.lower() == PICKLE
+    """Whether `dmat models import` reads this path as a diffusion model: a .pkl file or a folder. Nothing is read."""
+    return path.suffix.lower() == PICKLE or path.is_dir()
 
 
 def read(path: Path, licence: str | None = None) -> PublishedDenoiser:
-    """Reads a published diffusion model. licence: of its weights, if it is not that of the official ones.
+    """Reads a published diffusion model, a .pkl file or a folder.
 
-    Raises DmatError if the file is missing or damaged, or holds a model that dmat does not have.
+    licence: of its weights, if it is not that of the official ones or the one that a folder names. Raises DmatError if
+    a file is missing or damaged, or holds a model that dmat does not have.
     """
+    if path.is_dir():
+        return _from_folder(path, licence)
     if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise DmatError(f"{path} {kind}; expected a {PICKLE} file of a diffusion model; give its path")
+        raise DmatError(
+            f"{path} does not exist; expected a {PICKLE} file or a folder of a diffusion model; give its path"
+        )
     foreign.expect_no_failed_download(path)
     try:
         network = edm_pickles.read(path)
@@ -151,8 +155,7 @@ def read(path: Path, licence: str | None = None) -> PublishedDenoiser:
     notes = [
         f"the file names code, which was neither run nor read: {foreign.shortened_list(network.other_names)}"
     ] if network.other_names else []  # fmt: skip
-    if spec.label_dim:
-        notes.append("the file has no class names; class k is taken to be class k of the data set")
+    notes += _class_notes(spec)
     sidecar: DenoiserSidecar = {
         "kind": "denoiser",
         "weights": "averaged",
@@ -176,6 +179,43 @@ def read(path: Path, licence: str | None = None) -> PublishedDenoiser:
         },
     }
     return PublishedDenoiser(state, sidecar, notes)
+
+
+def _from_folder(folder: Path, licence: str | None) -> PublishedDenoiser:
+    """Reads a model that diffusers saved. Raises DmatError as `diffusers_folders.read` does."""
+    model = diffusers_folders.read(folder)
+    notes = [*model.notes, *_class_notes(model.spec)]
+    lowest, highest = model.formulation.sigma_range
+    sidecar: DenoiserSidecar = {
+        "kind": "denoiser",
+        "weights": "unknown",
+        "network": model.network.plain(),
+        "label_dim": model.spec.label_dim,
+        "augment_dim": 0,
+        "formulation": "ddpm" if model.process else "edm",
+        "sigma_data": model.formulation.sigma_data if isinstance(model.formulation, EDM) else 0.5,
+        "sigma_range": [lowest, None if math.isinf(highest) else highest],
+        "image_shape": [model.spec.height, model.spec.width, model.spec.channels],
+        "class_names": [str(k) for k in range(model.spec.label_dim)],
+        "licence": licence or model.licence or "unknown",
+        "licence_of_data": "unknown",
+        "origin": {
+            "file": folder.resolve().name,
+            "sha256": files.checksum(folder),
+            "format": f"diffusers {model.version}".strip(),
+            "tensors": "",
+            "args": None,
+            "notes": notes,
+        },
+    }
+    if model.process:
+        sidecar["noise_process"] = model.process.plain()
+    return PublishedDenoiser(model.state, sidecar, notes)
+
+
+def _class_notes(spec: DenoiserSpec) -> list[str]:
+    """A note if the model has classes, as no published file names them."""
+    return ["the file has no class names; class k is taken to be class k of the data set"] if spec.label_dim else []
 
 
 def _architecture(network: PublishedNetwork) -> tuple[DenoiserNetwork, DenoiserSpec, dict[str, object]]:

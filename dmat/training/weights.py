@@ -104,7 +104,7 @@ class ClassifierSidecar(NetworkSidecar, TrainingOrigin, total=False):
 class DenoiserSidecar(Sidecar):
     """The sidecar of a denoiser, trained or imported; `models.denoisers.build` checks it."""
 
-    network: Mapping[str, object]  # `config.DenoiserNetwork` as JSON
+    network: Mapping[str, object]  # `config.DenoiserNetwork` or `config.DiffusersNetwork` as JSON
     label_dim: int  # number of classes; 0: the model is unconditional
     augment_dim: int  # numbers per image that describe its augmentation; 0: none
     formulation: str  # in FORMULATIONS
@@ -115,6 +115,7 @@ class DenoiserSidecar(Sidecar):
     # What a training alone writes: its settings, `config.DenoiserTraining` as JSON without the network.
     training: NotRequired[Mapping[str, object]]
     # What an import alone writes.
+    noise_process: NotRequired[Mapping[str, object]]  # `config.NoiseProcess` as JSON; missing: that of the formulation
     licence: NotRequired[str]  # of the weights
     origin: NotRequired[ImportOrigin]
 
