@@ -196,7 +196,7 @@ def test_loss_of_ve_is_the_squared_error_of_the_negative_noise():
     inputs = []
 
     class Fixed(torch.nn.Module):
-        def forward(self, x, c_noise, labels):
+        def forward(self, x, c_noise, labels, augment):
             inputs.append(x)
             return predicted
 

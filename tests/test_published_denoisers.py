@@ -102,8 +102,8 @@ class TwoOutputs(torch.nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x, noise, labels):
-        return self.network(x, noise, labels).chunk(2, dim=1)[0]
+    def forward(self, x, noise, labels, augment):
+        return self.network(x, noise, labels, augment).chunk(2, dim=1)[0]
 
 
 @pytest.mark.parametrize("name", ["adm", "ddpmpp"])
@@ -361,11 +361,13 @@ def test_a_missing_source_and_a_height_without_attention_are_named(project):
     assert "network.attention names the height 16; expected some of 8, 4" in text
 
 
-def test_an_unconditional_model_has_no_labels(project):
+def test_images_of_an_unconditional_model_have_no_labels(project):
     network = SongUNet(8, 1, 0, 9, 16, (1, 2), 1, (4,))
     edm_files.write(project.folder / "sources" / "m.pkl", network, {**SONG, "label_dim": 0})
+    project.write({"image_sets": {"edm18": {"classes": []}}})
     project.run("train_diffusion")
-    assert "generator edm is unconditional, so its images have no labels" in project.run("generate_images", code=2)
+    project.run("generate_images")
+    assert not shards.open_shards(project.folder / "artifacts/generate_images/edm18").labelled
 
 
 def test_dvc_reads_the_source_of_a_generator(root):
