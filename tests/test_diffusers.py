@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-from dmat.diffusion import samplers
 from dmat.diffusion.samplers import SAMPLERS, noise_levels
 from tests.test_multistep import denoise as mixture
 from tests.test_samplers import Settings
@@ -103,18 +102,16 @@ def test_ancestral_sampling_agrees_with_ddpm(monkeypatch, steps):
     module = sys.modules[diffusers.DDPMScheduler.__module__]
     monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: scheduler.drawn)
     expected, levels = by_ddpm_scheduler(scheduler, steps, drawn)
-    monkeypatch.setattr(samplers, "noise_levels", lambda settings: levels)
-    samples = SAMPLERS["ancestral"](denoiser, LATENTS, None, Settings(steps), drawn)
+    samples = SAMPLERS["ancestral"](denoiser, LATENTS, None, Settings(steps), drawn, levels.tolist())
     torch.testing.assert_close(samples, expected, rtol=1e-4, atol=1e-4)
     if steps == 1000:
         torch.testing.assert_close(levels, noise_levels(Settings(1000, schedule="ddpm")), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [10, 50])
-def test_euler_agrees_with_ddim(monkeypatch, steps):
+def test_euler_agrees_with_ddim(steps):
     """DDIM (Song et al. 2021) is Euler's method in sigma."""
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     expected, levels = by_ddpm_scheduler(scheduler, steps, drawn)
-    monkeypatch.setattr(samplers, "noise_levels", lambda settings: levels)
-    samples = SAMPLERS["euler"](denoiser, LATENTS, None, Settings(steps))
+    samples = SAMPLERS["euler"](denoiser, LATENTS, None, Settings(steps), levels=levels.tolist())
     torch.testing.assert_close(samples, expected, rtol=1e-4, atol=1e-4)

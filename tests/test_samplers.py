@@ -17,7 +17,7 @@ import torch
 
 from dmat.diffusion.exact import ExactDenoiser
 from dmat.diffusion.formulations import DDPM, IDDPM, VE, VP
-from dmat.diffusion.samplers import CHURNED, MAX_STEPS, PATHS, SAMPLERS, called_levels, guided, noise_levels
+from dmat.diffusion.samplers import CHURNED, MAX_STEPS, PATHS, SAMPLERS, SEARCHED, called_levels, guided, noise_levels
 from tests.test_formulations import u_of_table_1
 
 
@@ -33,6 +33,8 @@ class Settings:
     s_max: float = 1e9
     s_noise: float = 1.0
 
+
+SCHEDULES = [schedule for schedule in PATHS if schedule != SEARCHED]  # those whose levels need no denoiser
 
 CASES = {
     "usual": Settings(),
@@ -121,7 +123,7 @@ def test_levels_of_vp_ve_and_iddpm_are_table_1(steps):
     assert noise_levels(Settings(steps, schedule="iddpm")).tolist() == pytest.approx([*iddpm, 0.0], rel=1e-9)
 
 
-@pytest.mark.parametrize("schedule", PATHS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_levels_fall_from_one_step_to_the_most_steps(schedule):
     for steps in (1, 2, 7, MAX_STEPS.get(schedule, 2000)):
         levels = noise_levels(Settings(steps, schedule=schedule))
@@ -154,7 +156,7 @@ def test_with_one_image_every_path_ends_there(name, case):
     torch.testing.assert_close(samples, image.expand(5, -1, -1, -1), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", PATHS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_are_images_of_the_class_asked_for(name, schedule):
     """The exact denoiser of ten images in three classes: every sample must be one of them, but for the noise that "vp"
@@ -171,14 +173,14 @@ def test_samples_are_images_of_the_class_asked_for(name, schedule):
     assert len(distance.argmin(1).unique()) > 3  # not one image per class
 
 
-@pytest.mark.parametrize("schedule", PATHS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_calls_of_the_denoiser(name, schedule):
     """2 n - 1 calls of Heun and n of the others, each with the level as [B] float32 and the labels as they came."""
     recorder, labels = Recorder(gaussian(0.5)), torch.tensor([3, 1])
     settings = Settings(steps=8, schedule=schedule)
     SAMPLERS[name](recorder, latents(2, 1, 4, 4), labels, settings, named_noise(2, 1, 4, 4))
-    levels = called_levels(settings)[:-1]
+    levels = called_levels(noise_levels(settings).tolist(), settings)[:-1]
     expected = levels if name != "heun" else [levels[0], *(s for level in levels[1:] for s in (level, level))]
     assert recorder.sigmas() == pytest.approx(expected)
     for noisy, sigma, call_labels in recorder.calls:
@@ -253,15 +255,15 @@ def test_levels_that_churn_raises_are_known():
     settings = Settings(steps=10, sigma_min=0.02, sigma_max=10.0, s_churn=4.0, s_min=0.1, s_max=5.0)
     recorder, zeros = Recorder(gaussian(0.5)), torch.zeros(1, 1, 2, 2)
     SAMPLERS["heun"](recorder, latents(1, 1, 2, 2), None, settings, lambda step: zeros)
-    levels = called_levels(settings)
+    levels = called_levels(noise_levels(settings).tolist(), settings)
     assert set(recorder.sigmas()[::2]) <= {torch.tensor(level, dtype=torch.float32).item() for level in levels}
     assert (min(levels), max(levels)) == pytest.approx((0.02, 10.0))
     settings = dataclasses.replace(settings, s_max=20.0)
-    assert max(called_levels(settings)) == pytest.approx(14.0)
+    assert max(called_levels(noise_levels(settings).tolist(), settings)) == pytest.approx(14.0)
 
 
 @pytest.mark.parametrize("churn", [0.0, 4.0])
-@pytest.mark.parametrize("schedule", [schedule for schedule in PATHS if schedule not in ("vp", "ve")])
+@pytest.mark.parametrize("schedule", [schedule for schedule in SCHEDULES if schedule not in ("vp", "ve")])
 @pytest.mark.parametrize("name", CHURNED)
 def test_where_sigma_is_the_time_every_byte_is_that_of_algorithm_2(name, schedule, churn):
     """Results of earlier versions stay valid: this is their code, in sigma alone."""
@@ -371,7 +373,7 @@ def error_at_the_lowest_level(name, schedule, steps):
     return abs(recorder.calls[-1][0].item() / exact - 1)
 
 
-@pytest.mark.parametrize("schedule", [schedule for schedule in PATHS if schedule not in MAX_STEPS])
+@pytest.mark.parametrize("schedule", [schedule for schedule in SCHEDULES if schedule not in MAX_STEPS])
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
 def test_the_order_holds_on_every_path(name, order, schedule):
     coarse, middle, fine = (error_at_the_lowest_level(name, schedule, 1 + 64 * parts) for parts in (1, 2, 4))
@@ -380,7 +382,7 @@ def test_the_order_holds_on_every_path(name, order, schedule):
     assert middle / fine == pytest.approx(2**order, rel=0.15)
 
 
-@pytest.mark.parametrize("schedule", PATHS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["heun", "euler", "dpmpp_2m", "ipndm"])
 def test_every_schedule_ends_in_the_same_image(name, schedule):
     """With many steps: that of the equation. Where a lowest level stays, half of it is left at most."""
@@ -417,7 +419,8 @@ def test_a_model_accepts_the_levels_of_its_schedules(formulation, schedules):
     for schedule in schedules:
         range_of_model = {"sigma_min": 0.02, "sigma_max": 100.0} if schedule == "ve" else {}
         for steps in (1, 18, 992):
-            called = called_levels(Settings(steps, schedule=schedule, **range_of_model))
+            settings = Settings(steps, schedule=schedule, **range_of_model)
+            called = called_levels(noise_levels(settings).tolist(), settings)
             assert low * (1 - 1e-6) <= min(called) <= max(called) <= high * (1 + 1e-6), (schedule, steps)
 
 

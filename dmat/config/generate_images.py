@@ -16,7 +16,7 @@ class Sampler(Record):
     steps: Annotated[int, Field(ge=1, le=100_000)] = 18
     sigma_min: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.002
     sigma_max: Annotated[float, Field(ge=1e-6, le=1e6)] = 80.0
-    schedule: Literal["edm", "log_snr", "ddpm", "vp", "ve", "iddpm"] = "edm"
+    schedule: Literal["edm", "log_snr", "ddpm", "vp", "ve", "iddpm", "searched"] = "edm"
     rho: Annotated[float, Field(ge=0.5, le=1000)] = 7.0  # of the schedule edm
     guidance: Annotated[float, Field(ge=0, le=1000)] = 1.0
     s_churn: NotNegative = 0.0
@@ -38,7 +38,7 @@ class Sampler(Record):
             raise ValueError(
                 f"s_churn is {self.s_churn}; {self.name} has no churn; expected 0, or name: {' or '.join(CHURNED)}"
             )
-        unused = {"edm": (), "log_snr": ("rho",), "ve": ("rho",)}
+        unused = {"edm": (), "log_snr": ("rho",), "ve": ("rho",), "searched": ("rho",)}
         for name in unused.get(self.schedule, ("rho", "sigma_min", "sigma_max")):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(

@@ -9,7 +9,7 @@ Shapes: B batch, C channels, H height, W width.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -26,7 +26,8 @@ Noise = Callable[[int], Tensor]  # step -> fresh standard normal numbers shaped 
 _VP_LAST_TIME = 1e-3  # epsilon_s of Karras et al. 2022, Table 1
 # Schedules with a fixed list of levels -> how many there are. That of iDDPM starts at its j_0 = 8, at sigma = 80.2:
 # the levels above go up to 20,291.
-MAX_STEPS = {"ddpm": DDPM_STEPS, "iddpm": DDPM_STEPS - 8}
+SEARCHED = "searched"  # the schedule whose levels `schedule_search` finds for a denoiser
+MAX_STEPS = {"ddpm": DDPM_STEPS, "iddpm": DDPM_STEPS - 8, SEARCHED: 100}
 
 
 class SamplerSettings(Protocol):
@@ -53,6 +54,7 @@ def noise_levels(settings: SamplerSettings) -> Tensor:
     Karras et al. Over their own range: "ddpm" takes levels of the 1,000 steps of DDPM, evenly spaced from the last to
     the first (Nichol and Dhariwal 2021, section 4); "iddpm" and "vp" are the columns of that table: levels of the
     cosine schedule, and equal steps of the time of VP. A single step goes from the highest level to 0.
+    Raises ValueError for "searched", whose levels are not known without a denoiser.
     """
     steps, low, high, rho = settings.steps, settings.sigma_min, settings.sigma_max, settings.rho
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -66,6 +68,8 @@ def noise_levels(settings: SamplerSettings) -> Tensor:
             levels = IDDPM().levels[first - passed]
         case "vp":
             levels = VP().sigma(1 + ramp * (_VP_LAST_TIME - 1))
+        case "searched":
+            raise ValueError("the levels of a searched schedule are given by schedule_search")
         case "log_snr" | "ve":
             levels = (math.log(high) + ramp * (math.log(low) - math.log(high))).exp()
         case _:
@@ -73,10 +77,12 @@ def noise_levels(settings: SamplerSettings) -> Tensor:
     return torch.cat([levels, levels.new_zeros(1)])
 
 
-def called_levels(settings: SamplerSettings) -> list[float]:
-    """Noise levels above 0 at which a sampler of SAMPLERS calls the denoiser, with those that churn raises."""
-    levels = noise_levels(settings).tolist()[:-1]
-    return [sigma * (1 + _gamma(sigma, settings)) for sigma in levels] + levels[-1:]
+def called_levels(levels: Sequence[float], settings: SamplerSettings) -> list[float]:
+    """Noise levels above 0 at which a sampler of SAMPLERS calls the denoiser, with those that churn raises.
+
+    levels: from the highest to the lowest, then 0.
+    """
+    return [sigma * (1 + _gamma(sigma, settings)) for sigma in levels[:-1]] + [levels[-2]]
 
 
 def _gamma(sigma: float, settings: SamplerSettings) -> float:
@@ -103,16 +109,22 @@ def guided(denoiser: Denoiser, weight: float) -> Denoiser:
 
 @torch.no_grad()
 def heun(
-    denoiser: Denoiser, latents: Tensor, labels: Tensor | None, settings: SamplerSettings, noise: Noise | None = None
+    denoiser: Denoiser,
+    latents: Tensor,
+    labels: Tensor | None,
+    settings: SamplerSettings,
+    noise: Noise | None = None,
+    levels: Sequence[float] | None = None,
 ) -> Tensor:
     """Samples images with Heun's method (Algorithm 2), in 2 * steps - 1 denoiser calls.
 
     The last step, to noise level 0, is Euler's: where sigma(t) = t it gives D; on "vp" and "ve", about half of the
     lowest noise stays, as the paper has it.
-    latents: standard normal [B, C, H, W]; labels: int64 [B] or None; `noise` is required where s_churn > 0.
+    latents: standard normal [B, C, H, W]; labels: int64 [B] or None; `noise` is required where s_churn > 0. levels:
+    from the highest to the lowest, then 0; None: those of the schedule.
     Returns images [B, C, H, W] in about [-1, 1], float64.
     """
-    path, levels = PATHS[settings.schedule], noise_levels(settings).tolist()
+    path, levels = PATHS[settings.schedule], levels or noise_levels(settings).tolist()
     x = latents.double() * (path.scale(levels[0]) * levels[0])
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         x, sigma = _churn(x, sigma, path, step, settings, noise)
@@ -128,13 +140,18 @@ def heun(
 
 @torch.no_grad()
 def euler(
-    denoiser: Denoiser, latents: Tensor, labels: Tensor | None, settings: SamplerSettings, noise: Noise | None = None
+    denoiser: Denoiser,
+    latents: Tensor,
+    labels: Tensor | None,
+    settings: SamplerSettings,
+    noise: Noise | None = None,
+    levels: Sequence[float] | None = None,
 ) -> Tensor:
     """Samples images with Euler's method through the same noise levels, in `steps` denoiser calls.
 
     latents [B, C, H, W] -> images [B, C, H, W]; arguments and result are those of `heun`.
     """
-    path, levels = PATHS[settings.schedule], noise_levels(settings).tolist()
+    path, levels = PATHS[settings.schedule], levels or noise_levels(settings).tolist()
     x = latents.double() * (path.scale(levels[0]) * levels[0])
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         x, sigma = _churn(x, sigma, path, step, settings, noise)
@@ -144,7 +161,12 @@ def euler(
 
 @torch.no_grad()
 def ancestral(
-    denoiser: Denoiser, latents: Tensor, labels: Tensor | None, settings: SamplerSettings, noise: Noise | None = None
+    denoiser: Denoiser,
+    latents: Tensor,
+    labels: Tensor | None,
+    settings: SamplerSettings,
+    noise: Noise | None = None,
+    levels: Sequence[float] | None = None,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, Algorithm 2), in `steps` denoiser calls.
 
@@ -153,10 +175,10 @@ def ancestral(
     """
     if noise is None:
         raise ValueError("ancestral sampling needs a source of noise")
-    levels = noise_levels(settings).tolist()
+    levels = levels or noise_levels(settings).tolist()
     x = latents.double() * levels[0]
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
-        denoised = _denoise(denoiser, labels, x, sigma)
+        denoised = denoise(denoiser, labels, x, sigma)
         kept = (sigma_next / sigma) ** 2
         x = denoised + kept * (x - denoised)
         if sigma_next > 0:
@@ -171,6 +193,7 @@ def _by_multistep(
     labels: Tensor | None,
     settings: SamplerSettings,
     noise: Noise | None = None,
+    levels: Sequence[float] | None = None,
     *,
     step: Step,
     order: int,
@@ -180,9 +203,9 @@ def _by_multistep(
 
     latents [B, C, H, W] -> images [B, C, H, W]; arguments and result are those of `heun`.
     """
-    levels = noise_levels(settings).tolist()
+    levels = levels or noise_levels(settings).tolist()
     return multistep.integrate(
-        functools.partial(_denoise, denoiser, labels), latents.double() * levels[0], levels, step, order, correct
+        functools.partial(denoise, denoiser, labels), latents.double() * levels[0], levels, step, order, correct
     )
 
 
@@ -203,12 +226,13 @@ PATHS = {  # schedule -> the path that heun and euler follow
     "log_snr": SIGMA_PATH,
     "ddpm": SIGMA_PATH,
     "iddpm": SIGMA_PATH,
+    SEARCHED: SIGMA_PATH,
     "ve": VE_PATH,
     "vp": VP_PATH,
 }
 
 
-def _denoise(denoiser: Denoiser, labels: Tensor | None, x: Tensor, sigma: float) -> Tensor:
+def denoise(denoiser: Denoiser, labels: Tensor | None, x: Tensor, sigma: float) -> Tensor:
     """D(x; sigma), float64 [B, C, H, W]. x [B, C, H, W] float64, labels [B]."""
     return denoiser(x.float(), x.new_full((len(x),), sigma, dtype=torch.float32), labels).double()
 
@@ -220,7 +244,7 @@ def _slope(denoiser: Denoiser, x: Tensor, sigma: float, path: Path, labels: Tens
     """
     scale = path.scale(sigma)
     unscaled = x / scale
-    slope = (unscaled - _denoise(denoiser, labels, unscaled, sigma)) / sigma
+    slope = (unscaled - denoise(denoiser, labels, unscaled, sigma)) / sigma
     return scale * path.sigma_rate(sigma) * slope + path.log_scale_rate(sigma) * x
 
 

@@ -20,9 +20,11 @@ from dmat.config import ImageSet
 from dmat.data import dvc_cache, shards
 from dmat.data.pixels import to_bytes
 from dmat.data.shard_pool import ShardPool
+from dmat.data.shards import SetMetadata
 from dmat.devices import Compute
+from dmat.diffusion import schedule_search
 from dmat.diffusion.formulations import Preconditioned
-from dmat.diffusion.samplers import SAMPLERS, called_levels, guided, noise_levels
+from dmat.diffusion.samplers import SAMPLERS, SEARCHED, called_levels, guided, noise_levels
 from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
@@ -36,11 +38,14 @@ def run(settings: ImageSet, job: Job) -> Result:
     """Generates the missing shards of the image set, links all of them and writes the manifest."""
     generation, sidecar, class_names = _open(settings, job)
     folder, labelled = job.result / "images", bool(len(generation.class_map))
+    # Levels of another machine may differ, so that images with others get a pool of their own.
+    searched: SetMetadata = {"levels": generation.levels} if settings.sampler.schedule == SEARCHED else {}
     pool = job.pool(
         {
             "denoiser": identity(sidecar),
             "classes": generation.class_map.tolist(),
             "sampler": settings.sampler.plain(),
+            **searched,
             "seed": settings.seed,
             "shard": settings.shard,
             "block": settings.block,
@@ -75,6 +80,7 @@ def run(settings: ImageSet, job: Job) -> Result:
         metadata={
             "generator_sha256": sidecar["sha256"],
             "sampler": settings.sampler.plain(),
+            **searched,
             "seed": settings.seed,
             "block": settings.block,
             "licence": licence_of_images(sidecar),
@@ -109,6 +115,7 @@ class _Generation:
     model: Preconditioned
     image_shape: tuple[int, int, int]  # H, W, C
     class_map: np.ndarray
+    levels: list[float]  # of noise, from the highest to the lowest, then 0
     settings: ImageSet
     compute: Compute
 
@@ -132,8 +139,9 @@ class _Generation:
             classes = torch.from_numpy(self.class_map[self.labels(indices)]).to(self.compute.device)
         with self.compute.autocast():
             model = guided(self.model, sampler.guidance)
+            given = {"levels": self.levels} if sampler.schedule == SEARCHED else {}
             images = plugins.find(SAMPLERS, sampler.name)(
-                model, noise("latents"), classes, sampler, lambda step: noise(f"churn/{step}")
+                model, noise("latents"), classes, sampler, lambda step: noise(f"churn/{step}"), **given
             )
         if not images.isfinite().all():
             raise DmatError(
@@ -174,24 +182,43 @@ def _open(settings: ImageSet, job: Job) -> tuple[_Generation, DenoiserSidecar, l
             f"to denoise without labels; expected guidance 1, or a network that was trained with label_dropout"
         )
     lowest, highest = sidecar["sigma_range"]
-    levels = called_levels(settings.sampler)
-    if any(after >= before for before, after in itertools.pairwise(noise_levels(settings.sampler).tolist())):
+    height, width, channels = sidecar["image_shape"]
+    classes = np.array(class_map, dtype=np.int64)
+    levels = _levels(model, classes, (channels, height, width), settings, job.compute)
+    called = called_levels(levels, settings.sampler)
+    if any(after >= before for before, after in itertools.pairwise(levels)):
         raise DmatError(
             f"image set {name}: the {settings.sampler.steps} noise levels of the sampler do not decrease from "
             f"{settings.sampler.sigma_max} to {settings.sampler.sigma_min}, as their steps are smaller than float64 "
             f"tells apart; expected falling ones; change rho"
         )
-    if min(levels) < (lowest or 0) * (1 - 1e-6) or (highest is not None and max(levels) > highest * (1 + 1e-6)):
+    if min(called) < (lowest or 0) * (1 - 1e-6) or (highest is not None and max(called) > highest * (1 + 1e-6)):
         raise DmatError(
-            f"image set {name}: the sampler calls the model at noise levels from {max(levels):.6g} to "
-            f"{min(levels):.6g}; generator {generator} accepts {lowest} to {highest}; expected levels inside; change "
+            f"image set {name}: the sampler calls the model at noise levels from {max(called):.6g} to "
+            f"{min(called):.6g}; generator {generator} accepts {lowest} to {highest}; expected levels inside; change "
             f"schedule, sigma_min, sigma_max or s_churn of the sampler"
         )
-    height, width, channels = sidecar["image_shape"]
-    generation = _Generation(
-        model, (height, width, channels), np.array(class_map, dtype=np.int64), settings, job.compute
-    )
-    return generation, sidecar, class_names
+    return _Generation(model, (height, width, channels), classes, levels, settings, job.compute), sidecar, class_names
+
+
+def _levels(
+    model: Preconditioned, class_map: np.ndarray, shape: tuple[int, int, int], settings: ImageSet, compute: Compute
+) -> list[float]:
+    """The noise levels of the sampler: those of its schedule, or searched for the model. class_map [K]; shape: C, H, W.
+
+    The search is the same in every set of a model, sampler and seed.
+    """
+    sampler = settings.sampler
+    if sampler.schedule != SEARCHED:
+        return noise_levels(sampler).tolist()
+    indices = np.arange(schedule_search.IMAGES)
+    latents = compute.to_device(seeds.normals(settings.seed, "schedule search", indices, shape, compute.device))
+    labels = torch.from_numpy(class_map[indices % len(class_map)]).to(compute.device) if len(class_map) else None
+    denoiser = guided(model, sampler.guidance)
+    with compute.autocast():
+        return schedule_search.search(
+            denoiser, latents, labels, sampler.steps, sampler.sigma_min, sampler.sigma_max
+        ).tolist()
 
 
 def _shard_name(number: int, count: int, full_count: int) -> str:
