@@ -7,6 +7,7 @@ a larger set generates only what is missing. Images of an unconditional model ge
 
 import dataclasses
 import functools
+import inspect
 import itertools
 from pathlib import Path
 
@@ -139,9 +140,9 @@ class _Generation:
             classes = torch.from_numpy(self.class_map[self.labels(indices)]).to(self.compute.device)
         with self.compute.autocast():
             model = guided(self.model, sampler.guidance)
-            given = {"levels": self.levels} if sampler.schedule == SEARCHED else {}
+            searched = {"levels": self.levels} if sampler.schedule == SEARCHED else {}
             images = plugins.find(SAMPLERS, sampler.name)(
-                model, noise("latents"), classes, sampler, lambda step: noise(f"churn/{step}"), **given
+                model, noise("latents"), classes, sampler, lambda step: noise(f"churn/{step}"), **searched
             )
         if not images.isfinite().all():
             raise DmatError(
@@ -211,6 +212,11 @@ def _levels(
     sampler = settings.sampler
     if sampler.schedule != SEARCHED:
         return noise_levels(sampler).tolist()
+    if "levels" not in inspect.signature(plugins.find(SAMPLERS, sampler.name)).parameters:
+        raise DmatError(
+            f"sampler.schedule is {SEARCHED}; the sampler {sampler.name} takes no `levels`; expected a sampler that "
+            f"does; give it this argument, or choose another schedule"
+        )
     indices = np.arange(schedule_search.IMAGES)
     latents = compute.to_device(seeds.normals(settings.seed, "schedule search", indices, shape, compute.device))
     labels = torch.from_numpy(class_map[indices % len(class_map)]).to(compute.device) if len(class_map) else None
