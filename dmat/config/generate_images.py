@@ -38,6 +38,14 @@ class Sampler(Record):
             raise ValueError(
                 f"s_churn is {self.s_churn}; {self.name} has no churn; expected 0, or name: {' or '.join(CHURNED)}"
             )
+        for name in ("s_min", "s_max", "s_noise"):
+            if not self.s_churn and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} and s_churn 0, so no noise is added; expected s_churn above 0, or "
+                    f"no {name}"
+                )
+        if self.s_churn and self.s_min > self.s_max:
+            raise ValueError(f"s_min is {self.s_min}; expected at most s_max, {self.s_max}")
         unused = {"edm": (), "log_snr": ("rho",), "ve": ("rho",), "searched": ("rho",)}
         for name in unused.get(self.schedule, ("rho", "sigma_min", "sigma_max")):
             if getattr(self, name) != type(self).model_fields[name].default:

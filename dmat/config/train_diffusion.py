@@ -60,6 +60,17 @@ class DenoiserTraining(Record):
     seed: Seed
 
     @pydantic.model_validator(mode="after")
+    def _options_have_an_effect(self) -> Self:
+        for name in ("p_mean", "p_std"):
+            default = DenoiserTraining.model_fields[name].default
+            if self.formulation != "edm" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; the formulation {self.formulation} has its own noise levels in "
+                    f"training; leave it out, or write {default} where the section gives another"
+                )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _network_fits(self) -> Self:
         if self.network.name == "unet" and self.formulation != "edm":
             raise ValueError(
