@@ -41,8 +41,8 @@ class Sampler(Record):
         for name in ("s_min", "s_max", "s_noise"):
             if not self.s_churn and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)} and s_churn 0, so no noise is added; expected s_churn above 0, or "
-                    f"no {name}"
+                    f"{name} is {getattr(self, name)} and s_churn 0, so no noise is added; expected s_churn above "
+                    f"0, or no {name}"
                 )
         if self.s_churn and self.s_min > self.s_max:
             raise ValueError(f"s_min is {self.s_min}; expected at most s_max, {self.s_max}")
