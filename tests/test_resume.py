@@ -306,6 +306,29 @@ def test_a_batch_that_does_not_divide_into_parts_is_refused(tmp_path, shards, co
         _train_denoiser(tmp_path, shards, compute, settings)
 
 
+def test_no_checkpoint_of_a_denoiser_holds_a_nan_loss(tmp_path, shards, compute, tiny_params, monkeypatch):
+    """The loss is looked at every 48 images; a checkpoint is due before that."""
+    settings = _denoiser_settings(tiny_params, log_every=160)
+    good = _train_denoiser(tmp_path / "good", shards, compute, settings)
+    real_loss = denoiser.formulations.loss
+    calls = []
+
+    def spoiled(*arguments):
+        calls.append(None)
+        return real_loss(*arguments) * (float("nan") if len(calls) == 6 else 1)
+
+    monkeypatch.setattr(denoiser.formulations, "loss", spoiled)
+    with pytest.raises(Interrupted):
+        _train_denoiser(tmp_path / "run", shards, compute, settings, stop_at=80)
+    checkpoint = (tmp_path / "run/checkpoint.dmat").read_bytes()
+    calls[:] = [None] * 5
+    with pytest.raises(Diverged):
+        _train_denoiser(tmp_path / "run", shards, compute, settings, stop_at=112)
+    assert (tmp_path / "run/checkpoint.dmat").read_bytes() == checkpoint
+    resumed = _train_denoiser(tmp_path / "run", shards, compute, settings)
+    assert all(torch.equal(resumed.last[name], good.last[name]) for name in good.last)
+
+
 class _Judge:
     """A judge that likes the second snapshot best, and remembers the weights that it saw."""
 

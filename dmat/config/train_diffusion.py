@@ -6,7 +6,7 @@ import pydantic
 from pydantic import AfterValidator, Field
 
 from dmat import NONE
-from dmat.config.fields import Count, Natural, Positive, Record, Seed, Share, named_in, source_problem
+from dmat.config.fields import AtLeastTwo, Count, Natural, Positive, Record, Seed, Share, named_in, source_problem
 
 _Small = Annotated[int, Field(ge=1, le=64)]  # more would only ask for memory that no machine has
 
@@ -56,11 +56,16 @@ class DenoiserTraining(Record):
     ema_half_life: Positive  # images
     log_every: Count  # images
     snapshot_every: Natural = 0  # images between two judged snapshots of the EMA weights; 0: none, the last are taken
-    snapshot_images: Count = 1000  # generated to judge a snapshot
+    snapshot_images: AtLeastTwo = 1000  # generated to judge a snapshot
     seed: Seed
 
     @pydantic.model_validator(mode="after")
     def _options_have_an_effect(self) -> Self:
+        if self.network.label_dropout and not self.conditional:
+            raise ValueError(
+                f"network.label_dropout is {self.network.label_dropout}; a model that is not conditional has no labels "
+                f"to leave out; expected 0, or conditional: true"
+            )
         for name in ("p_mean", "p_std"):
             default = DenoiserTraining.model_fields[name].default
             if self.formulation != "edm" and getattr(self, name) != default:

@@ -66,14 +66,15 @@ class Transformations:
         )
         return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
 
-    def matrices(self) -> np.ndarray:
-        """The geometric part as maps of pixel positions relative to the centre of the image, float64 [B, 3, 3].
+    def matrices(self, height: int, width: int) -> np.ndarray:
+        """The geometric part as maps of positions in pixels from the centre of the image, float64 [B, 3, 3].
 
-        Translations are in units of the image; flips are no part of it.
+        Flips are no part of it. The axis of every anisotropic scaling is drawn; the published code leaves half of them
+        horizontal.
         """
         scale, stretch = _SCALE**self.scale, _SCALE**self.anisotropy
         return (
-            _translate(self.translation_x * _TRANSLATION, self.translation_y * _TRANSLATION)
+            _translate(self.translation_x * _TRANSLATION * width, self.translation_y * _TRANSLATION * height)
             @ _rotate(self.anisotropy_angle)
             @ _stretch(stretch, 1 / stretch)
             @ _rotate(-self.anisotropy_angle)
@@ -110,7 +111,7 @@ def apply(images: Tensor, transformations: Transformations) -> Tensor:
     for axis, flips in ((3, transformations.flip_x), (2, transformations.flip_y)):
         mask = torch.from_numpy(flips > 0).to(images.device)
         images = torch.where(mask[:, None, None, None], images.flip(axis), images)
-    matrices = transformations.matrices()
+    matrices = transformations.matrices(*images.shape[2:])
     moved = np.abs(matrices - np.eye(3)).max((1, 2)) > 0
     if moved.any():
         rows = torch.from_numpy(np.flatnonzero(moved)).to(images.device)
@@ -119,14 +120,17 @@ def apply(images: Tensor, transformations: Transformations) -> Tensor:
 
 
 def _warp(images: Tensor, matrices: np.ndarray) -> Tensor:
-    """Moves images [B, C, H, W] by matrices [B, 3, 3]: bilinearly at twice the resolution, mirrored at the borders."""
+    """Moves images [B, C, H, W] by matrices [B, 3, 3], in pixels.
+
+    It interpolates at twice the resolution and mirrors the images at their borders.
+    """
     height, width = images.shape[2:]
     size = np.array([width, height], dtype=np.float64)
     inverse = np.linalg.inv(matrices)
     # Where the corners of the result, with the border that the filter needs, come from: in pixels from the centre.
     reach = size / 2 + _BORDER
     corners = np.stack([reach * sign for sign in ((-1, -1), (-1, 1), (1, -1), (1, 1))])  # [4, 2]
-    shift = inverse[:, :2, 2] * size + _DELAY * (1 - inverse[:, :2, :2].sum(2))  # [B, 2]
+    shift = inverse[:, :2, 2] + _DELAY * (1 - inverse[:, :2, :2].sum(2))  # [B, 2]
     sources = np.einsum("bij,cj->bci", inverse[:, :2, :2], corners) + shift[:, None]  # [B, 4, 2]
     margin = np.ceil(np.abs(sources).max((0, 1)) - size / 2).astype(int).clip(0) + _BORDER
     columns, rows = (

@@ -54,6 +54,7 @@ def noise_levels(settings: SamplerSettings) -> Tensor:
     Karras et al. Over their own range: "ddpm" takes levels of the 1,000 steps of DDPM, evenly spaced from the last to
     the first (Nichol and Dhariwal 2021, section 4); "iddpm" and "vp" are the columns of that table: levels of the
     cosine schedule, and equal steps of the time of VP. A single step goes from the highest level to 0.
+    Heun's and Euler's last step on "vp" and "ve" leaves noise, so that a single step there returns the latents.
     Raises ValueError for "searched", whose levels are not known without a denoiser.
     """
     steps, low, high, rho = settings.steps, settings.sigma_min, settings.sigma_max, settings.rho

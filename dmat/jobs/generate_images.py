@@ -177,7 +177,7 @@ def _open(settings: ImageSet, job: Job) -> tuple[_Generation, DenoiserSidecar, l
             f"image set {name}: classes has {len(class_map)} entries up to {max(class_map)}; expected "
             f"{len(class_names)}, as the data set has, from 0 to {count - 1}, as the model has; correct it"
         )
-    if settings.sampler.guidance != 1 and not sidecar["network"].get("label_dropout"):
+    if settings.sampler.guidance != 1 and not (count and sidecar["network"].get("label_dropout")):
         raise DmatError(
             f"image set {name}: sampler.guidance is {settings.sampler.guidance}; generator {generator} never learned "
             f"to denoise without labels; expected guidance 1, or a network that was trained with label_dropout"

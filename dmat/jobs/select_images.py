@@ -36,7 +36,7 @@ def run(settings: Selection, job: Job) -> Result:
             "pool": len(candidates),
             "kept": len(selected),
             "keep": settings.keep,
-            "class_counts": np.bincount(labels[selected]).tolist(),
+            "class_counts": np.bincount(labels[selected], minlength=candidates.classes).tolist(),
         },
         None if candidates.labelled else labels[selected],
     )

@@ -141,7 +141,8 @@ def _sample(
 ) -> np.ndarray:
     """Images uint8 [N, H, W, C] with labels [N] by the default sampler, at the noise levels that the model accepts.
 
-    Their noise is named by seed, purpose and the numbers from `start`. called: after each call of the model.
+    Their noise is named by seed, purpose and the numbers from `start`. called: after each call of the model. Raises
+    DmatError for a model that makes NaN.
     """
     height, width, channels = sidecar["image_shape"]
     indices = np.arange(start, start + len(labels))
@@ -155,7 +156,13 @@ def _sample(
         return denoised
 
     with compute.autocast():
-        return to_bytes(SAMPLERS["heun"](denoise, compute.to_device(latents), classes, _sampler(sidecar)))
+        images = SAMPLERS["heun"](denoise, compute.to_device(latents), classes, _sampler(sidecar))
+    if not images.isfinite().all():
+        raise DmatError(
+            "the model makes images with NaN or infinite pixels; expected finite ones; lower the learning rate, or "
+            "look at the file that it is imported from"
+        )
+    return to_bytes(images)
 
 
 def _sampler(sidecar: DenoiserSidecar) -> Sampler:

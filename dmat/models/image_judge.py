@@ -14,6 +14,7 @@ import torch
 from dmat.data.pixels import to_float
 from dmat.data.shards import Shards
 from dmat.devices import Compute
+from dmat.errors import DmatError
 from dmat.metrics import quality
 from dmat.models.classifiers import load_classifier
 from dmat.robust import prediction
@@ -24,7 +25,7 @@ _NEAREST = 1  # per cent of the validation images: an image nearer to a training
 class ImageJudge:
     """Measures generated images against the training and the validation split, with the scorer in `path`.
 
-    Raises DmatError if the scorer is for other images.
+    Raises DmatError if the scorer is for other images, or there are too few to compare with.
     """
 
     def __init__(self, path: Path, train: Shards, validation: Shards, compute: Compute):
@@ -32,6 +33,7 @@ class ImageJudge:
         self._compute = compute
         self._train, _ = train.all()  # [M, H, W, C]
         self._held_out, self._held_out_labels = validation.all()  # [V, H, W, C], [V]
+        _expect_several(len(self._held_out), "the validation split", "prepare_data.validation")
 
     @functools.cached_property
     def _validation(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -49,8 +51,9 @@ class ImageJudge:
         """Measures images uint8 [N, H, W, C] with labels int64 [N], or None where they have none of their own.
 
         distances: those of `distances_to_train`, [N]. near: an image is a near copy of a training image below this
-        fraction of the median distance of validation images.
+        fraction of the median distance of validation images. Raises DmatError for a single image.
         """
+        _expect_several(len(images), "the sample of generated images", "the number of images")
         features, probabilities = self._features_and_probabilities(images)
         validation_features, validation_probabilities, real_distances = self._validation
         usual_distance = float(np.median(real_distances))
@@ -84,3 +87,10 @@ class ImageJudge:
             ]
         probabilities = prediction.logits(self._scorer, unit_images, self._compute).softmax(1)
         return torch.cat(features).numpy(), probabilities.numpy()
+
+
+def _expect_several(count: int, images: str, setting: str) -> None:
+    if count < 2:
+        raise DmatError(
+            f"{images} has {count} image; a Frechet distance compares covariances; expected at least 2; raise {setting}"
+        )

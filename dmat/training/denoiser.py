@@ -114,6 +114,8 @@ def train(
     pending, stop_requested = progress["pending"], False
 
     def snapshot() -> State:
+        if pending:  # no checkpoint holds what a NaN loss made of the weights
+            stop_if_not_finite(torch.stack(pending).mean().item(), progress["step"] * settings.batch)
         return {
             "denoiser": denoiser.state_dict(),
             # key of earlier versions: a new name would make every checkpoint useless
