@@ -33,7 +33,7 @@ from dmat.robust import prediction
 from dmat.training import weights
 
 CALLS = (5, 6, 8, 10, 18, 40)
-ANCESTRAL_CALLS = (*CALLS, 200, 1000)  # of a model of DDPM
+ANCESTRAL_CALLS = (*CALLS, 200)  # of a model of DDPM, which its paper calls 1,000 times
 ARTIFACTS = Path("artifacts")
 
 
@@ -87,7 +87,7 @@ def compare(generator, scorer, real_images, count, draws, compute):
     real = features(real_images)
     exact = sample(Sampler(name="heun", steps=128, **limits), 1)
     searched = {}
-    for name, schedule, calls in tqdm([*cases(sidecar["formulation"])], desc=generator):
+    for name, schedule, calls in tqdm([*cases(sidecar["formulation"])], desc=generator, mininterval=20):
         steps = (calls + 1) // 2 if name == "heun" else calls
         settings = Sampler(name=name, steps=steps, schedule=schedule, **({} if schedule == "ddpm" else limits))
         if schedule == SEARCHED and steps not in searched:
