@@ -149,7 +149,7 @@ def table(records: list[dict]) -> str:
 
 def draw_curves(path: Path, records: list[dict]) -> None:
     """Distance and error against calls, one line for each sampler."""
-    figure, axes = pictures.new_figure(9, 3.6, columns=2)
+    figure, axes = pictures.new_figure(9, 4.4, columns=2)
     groups: dict[str, list[dict]] = {}
     for record in records:
         suffix = "" if record["schedule"] == "edm" else f", {record['schedule']}"
@@ -170,7 +170,9 @@ def draw_curves(path: Path, records: list[dict]) -> None:
     axes.flat[0].set_yticks((0.25, 0.5, 1, 2, 5), ("0.25", "0.5", "1", "2", "5"))
     axes.flat[0].minorticks_off()
     for axis, title in zip(axes.flat, titles, strict=True):
-        pictures.style_axes(axis, title, "denoiser calls", "", legend=axis is axes.flat[1])
+        pictures.style_axes(axis, title, "denoiser calls", "", legend=False)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     pictures.save(figure, path)
 
 
