@@ -237,7 +237,7 @@ EDITS = [  # file, old text, new text, the stages whose identity changes
     ("modes.py", "layer.momentum = momentum", "layer.momentum = 1 - momentum",
      {"train_scorer", "train_diffusion", "train_robust"}),
     ("robust/step_size.py", "else epsilon / 4", "else epsilon / 5", {"train_robust", "evaluate_robust"}),
-    ("models/classifiers.py", '"initial weights", 0', '"initial weights", 1', CLASSIFIERS),
+    ("models/classifiers.py", '"initial weights", 0', '"initial weights", 1', CLASSIFIERS | {"train_diffusion"}),
     ("diffusion/samplers.py", "rho", "rho_", {"generate_images"}),
     ("metrics/pictures.py", "def sheet(", "def sheet_(", {"write_report"}),
     ("tracking/runs.py", "def adopt(", "def adopt_(", set()),

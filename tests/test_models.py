@@ -1351,6 +1351,12 @@ def test_the_commands_of_the_page_work(tmp_path, call, root, monkeypatch):
     arguments = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_type": "SongUNet", "augment_dim": 9,
                  "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1}  # fmt: skip
     edm_files.write(tmp_path / "edm-cifar10-32x32-cond-vp.pkl", song, arguments)
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DModel(
+        sample_size=32, block_out_channels=(8,), norm_num_groups=8,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm-cifar10-32")
     np.save(tmp_path / "images.npy", images(4, 32, 32, 3))
     np.save(tmp_path / "labels.npy", np.zeros(4, np.int64))
     client, experiment = stores.connect(tmp_path)

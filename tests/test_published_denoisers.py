@@ -346,8 +346,7 @@ def test_images_that_are_not_finite_are_refused(project):
         for parameter in project.network.parameters():
             parameter.fill_(1e25)
     edm_files.write(project.folder / "sources" / "m.pkl", project.network, {**SONG, "label_dim": 12})
-    project.run("train_diffusion")
-    assert "made images with NaN or infinite pixels" in project.run("generate_images", code=2)
+    assert "the model makes images with NaN or infinite pixels" in project.run("train_diffusion", code=2)
 
 
 def test_a_missing_source_and_a_height_without_attention_are_named(project):

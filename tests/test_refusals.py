@@ -57,7 +57,7 @@ DAMAGE = [
     ("train_robust", f"{IMAGES}/manifest.json", {"seed": 2}, ["is not the image set of the selection", "dvc repro"]),
     ("train_robust", f"{IMAGES}/images-00000.npy", ALTERED, ["images-00000.npy has checksum", "altered or cut"]),
     ("train_robust", f"{SELECTION}/indices.npy", ALTERED,
-     ["indices.npy changed after the mix was written", "dvc repro"]),
+     ["edm18_best changed after the mix was written", "dvc repro"]),
     ("evaluate_robust", f"{ROBUST}/best.safetensors", ALTERED, ["best.safetensors has checksum", "its sidecar says"]),
     ("evaluate_robust", f"{ROBUST}/last.safetensors", REMOVED, ["last.safetensors does not exist", "dvc repro"]),
     ("evaluate_robust", f"{ROBUST}/best.json", {"classes": 7}, ["of 7 classes", "of 10"]),
