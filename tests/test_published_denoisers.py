@@ -349,6 +349,18 @@ def test_images_that_are_not_finite_are_refused(project):
     assert "the model makes images with NaN or infinite pixels" in project.run("train_diffusion", code=2)
 
 
+def test_a_sampler_that_makes_nan_is_refused(project):
+    (project.folder / "plugins").mkdir(exist_ok=True)
+    (project.folder / "plugins" / "diverging.py").write_text(
+        "def sample(denoiser, latents, labels, settings, noise):\n    return latents * float('nan')\n"
+    )
+    project.write({"generate_images": {"sampler": {"name": "diverging:sample"}}})
+    project.run("train_diffusion")
+    assert "made images with NaN or infinite pixels" in project.run("generate_images", code=2)
+    project.write({"generate_images": {"sampler": {"name": "diverging:sample", "schedule": "searched"}}})
+    assert "the sampler diverging:sample takes no `levels`" in project.run("generate_images", code=2)
+
+
 def test_a_missing_source_and_a_height_without_attention_are_named(project):
     (project.folder / "sources/m.pkl").unlink()
     assert "put it into sources/" in project.run("train_diffusion", code=2)

@@ -96,5 +96,5 @@ def test_a_set_is_generated_with_the_levels_in_its_manifest(finished, tmp_path):
 def test_at_most_a_hundred_steps_are_searched(tiny_params, tmp_path):
     tiny_params["generate_images"]["sampler"] = {"name": "euler", "steps": 101, "schedule": "searched"}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params))
-    with pytest.raises(DmatError, match="the schedule searched has 100 levels; expected at most as many"):
+    with pytest.raises(DmatError, match="steps is 101; expected at most 100 with the schedule searched"):
         config.load(tmp_path / "params.yaml")

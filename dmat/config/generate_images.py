@@ -54,7 +54,7 @@ class Sampler(Record):
                 )
         if self.steps > (limit := MAX_STEPS.get(self.schedule, self.steps)):
             raise ValueError(
-                f"steps is {self.steps}; the schedule {self.schedule} has {limit} levels; expected at most as many"
+                f"steps is {self.steps}; expected at most {limit} with the schedule {self.schedule}; take fewer"
             )
         return self
 

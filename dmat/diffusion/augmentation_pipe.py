@@ -1,6 +1,6 @@
 """The non-leaking augmentation of training images (Karras et al. 2022, appendix F.2 and Table 6).
 
-An image is transformed by eight random numbers, and the denoiser is told nine labels made of them. All labels are zero
+An image is transformed by eight random numbers, and the denoiser gets nine labels made of them. All labels are zero
 for an image that was left alone, and so they are when images are generated: the transformations do not leak into them.
 Shapes: B batch, C channels, H height, W width.
 """
@@ -49,7 +49,7 @@ class Transformations:
         return Transformations(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
     def labels(self) -> Tensor:
-        """What the denoiser is told, float32 [B, 9].
+        """The labels that the denoiser gets, float32 [B, 9].
 
         As published, an anisotropic scaling and its opposite at the opposite angle have the same labels.
         """

@@ -15,7 +15,7 @@ from dmat.diffusion.formulations import VP
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """Functions of the noise level sigma. Only `time` and `scale` are asked for sigma = 0.
+    """Functions of the noise level sigma. Only `time` and `scale` are called at sigma = 0.
 
     time: t. sigma_rate: dsigma/dt. scale: s. log_scale_rate: d(ln s)/dt.
     """
