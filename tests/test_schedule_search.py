@@ -13,7 +13,7 @@ from dmat.data import shards
 from dmat.data.pixels import to_bytes
 from dmat.diffusion import schedule_search
 from dmat.diffusion.exact import ExactDenoiser
-from dmat.diffusion.samplers import SAMPLERS
+from dmat.diffusion.samplers import SAMPLERS, noise_levels
 from dmat.errors import DmatError
 from dmat.models.denoisers import load_denoiser
 from dmat.training import weights
@@ -60,6 +60,14 @@ def test_errors_are_those_of_euler_steps_on_an_accurate_path():
         assert errors[start, end].item() == pytest.approx((difference / (0.25 + after**2).sqrt()).item(), rel=1e-5)
     assert errors[3, 4] == pytest.approx(0, abs=1e-6)  # Heun's last step is Euler's
     assert errors[1, 1] == errors[2, 0] == torch.inf
+
+
+def test_paths_are_those_of_heun():
+    settings = config.Sampler(name="heun", steps=12, sigma_min=0.01, sigma_max=40.0)
+    points, _ = schedule_search._paths(ExactDenoiser(DATA), LATENTS, None, noise_levels(settings).tolist())
+    assert points.shape == (13, *LATENTS.shape)
+    expected = SAMPLERS["heun"](ExactDenoiser(DATA), LATENTS, None, settings)
+    torch.testing.assert_close(points[-1], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [4, 5, 8])
