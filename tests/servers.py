@@ -1,8 +1,10 @@
-"""Servers that tests start on this machine: a free port, and a health check."""
+"""Servers that tests start on this machine: a free port, a health check, and what their processes were started with."""
 
 import contextlib
 import socket
 import urllib.request
+
+import psutil
 
 
 def free_port() -> int:
@@ -19,3 +21,19 @@ def healthy(port: int) -> bool:
     ):
         return response.status == 200
     return False
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """Its words; none where it ended meanwhile, as helpers of a server do after a moment."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def environment(process: psutil.Process) -> dict[str, str]:
+    """Its environment; empty where it ended meanwhile."""
+    try:
+        return process.environ()
+    except psutil.NoSuchProcess:
+        return {}

@@ -15,7 +15,7 @@ from torch import nn
 
 from dmat import processes
 from dmat.processes import World
-from tests import forked
+from tests import forked, servers
 from tests.projects import STAGE_OPTIONS
 
 
@@ -149,7 +149,8 @@ def test_torchrun_restarts_after_kill_9_of_one_process(project, tmp_path):
     environment = {**os.environ, "DMAT_TRACKING": "off"}
     torchrun = subprocess.Popen(command, cwd=project.folder, env=environment, stdout=subprocess.PIPE, text=True)
     forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/metrics.jsonl")), 120)
-    ranks = {int(p.environ()["RANK"]): p for p in psutil.Process(torchrun.pid).children() if "RANK" in p.environ()}
+    started = [(servers.environment(process), process) for process in psutil.Process(torchrun.pid).children()]
+    ranks = {int(environment["RANK"]): process for environment, process in started if "RANK" in environment}
     ranks[1].kill()
     text, _ = torchrun.communicate(timeout=300)
     assert torchrun.returncode == 0

@@ -178,7 +178,7 @@ def test_a_sender_that_dies_loses_nothing_and_another_takes_over(home, warned, m
     monkeypatch.setattr(runs, "_SAMPLE_EVERY", 0.2 if another_comes == "while it goes on" else 1000.0)
     with _open(home) as run:
         run.provenance()  # waits until it sends
-        child = next(process for process in psutil.Process().children() if "sender.main" in " ".join(process.cmdline()))
+        child = next(p for p in psutil.Process().children() if "sender.main" in " ".join(servers.command_line(p)))
         _log(home, 10, loss=2.0)
         os.kill(child.pid, signal.SIGKILL)
         forked.until(lambda: bool(warned), 20)
