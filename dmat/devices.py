@@ -54,19 +54,19 @@ class Compute:
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copies a tensor of any shape to the device, asynchronously from pinned memory.
 
-        Images [B, C, H, W] get channels-last memory.
+        Images [B, C, H, W] of floating-point numbers get channels-last memory; bytes [B, H, W, C] have it already.
         """
-        layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+        layout = torch.channels_last if _is_float_images(tensor) else torch.preserve_format
         return tensor.to(self.device, memory_format=layout, non_blocking=True)
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Pins the memory of a CPU tensor of any shape if the device is a GPU: `to_device` then copies asynchronously.
 
-        Images [B, C, H, W] get channels-last memory.
+        Images [B, C, H, W] of floating-point numbers get channels-last memory.
         """
-        if tensor.ndim == 4:
+        if _is_float_images(tensor):
             tensor = tensor.contiguous(memory_format=torch.channels_last)
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return tensor.pin_memory() if self.device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
     def model_to_device(self, model: torch.nn.Module) -> torch.nn.Module:
         """Moves the model to the device, its weights in channels-last memory."""
@@ -85,6 +85,10 @@ class Compute:
             "processes": self.world.size,
             "torch": torch.__version__,
         }
+
+
+def _is_float_images(tensor: torch.Tensor) -> bool:  # of any shape
+    return tensor.ndim == 4 and tensor.is_floating_point()
 
 
 def send(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -101,12 +101,15 @@ def read_record(path: Path, **types: type | tuple[type, ...]) -> dict[str, Any]:
     return record
 
 
-def load_array(path: Path) -> "np.ndarray":
-    """Reads a whole .npy file, an array of any shape. Raises DmatError if it is missing or incomplete."""
+def load_array(path: Path, mapped: bool = False) -> "np.ndarray":
+    """Reads a .npy file, an array of any shape. Raises DmatError if it is missing or incomplete.
+
+    mapped: maps the file into memory instead, so that it takes none of the process's own.
+    """
     import numpy as np  # not above: `dmat --help` needs this module, and not numpy
 
     try:
-        array: np.ndarray = np.load(path, allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except FileNotFoundError:
         raise missing(path) from None
     except (ValueError, EOFError) as error:

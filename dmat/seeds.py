@@ -84,8 +84,3 @@ def normal(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
 def uniform(generator: np.random.Generator, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Tensor:
     """Draws uniform numbers in [low, high) of any shape, float32, on the CPU."""
     return torch.from_numpy(generator.random(shape, dtype=np.float32)).mul_(high - low).add_(low)
-
-
-def order(root: int, purpose: str, epoch: int, count: int) -> np.ndarray:
-    """Draws the permutation of N = `count` items of an epoch, int64 [N]."""
-    return stream(root, purpose, epoch).permutation(count)

@@ -32,7 +32,7 @@ TRAINING, HELDOUT = slice(0, 1300), slice(1300, 1500)  # images of training and 
 def digits():
     """Shuffled digits: float32 [1797, 1, 8, 8] in [0, 1] and labels."""
     source = sources.digits()
-    order = seeds.order(1, "digits", 0, len(source.labels))
+    order = seeds.stream(1, "digits").permutation(len(source.labels))
     return to_float(source.images[order]).contiguous(), torch.from_numpy(source.labels[order])
 
 

@@ -17,8 +17,9 @@ from scipy import stats
 
 from dmat import files, seeds
 from dmat.data import overlap, shards
-from dmat.data.batches import MixedBatches
+from dmat.data.batches import MixedBatches, ResidentBatches
 from dmat.data.mixing import BatchOrder, Mix, ShuffledSequence
+from dmat.data.permutation import Permutation
 from dmat.data.pixels import iter_batches, load_all, to_bytes, to_float
 from dmat.data.selections import SelectedImages
 from dmat.data.sources import SOURCES, digits, npz, stratified
@@ -398,7 +399,8 @@ def test_consecutive_batches_cover_all_images_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("batch", "share", "generated"), [(128, 0.7, 90), (512, 0.7, 358), (2048, 0.8, 1638), (10, 0.0, 0), (10, 1.0, 10)]
+    ("batch", "share", "generated"),
+    [(128, 0.7, 89), (512, 0.7, 358), (2048, 0.8, 1638), (10, 0.0, 0), (10, 1.0, 10), (10, 0.99, 9)],
 )
 def test_every_batch_holds_the_exact_numbers(batch, share, generated):
     mix = Mix(100, 300, batch, share)
@@ -410,6 +412,37 @@ def test_every_batch_holds_the_exact_numbers(batch, share, generated):
         assert (real.dtype, synthetic.dtype) == (np.int64, np.int64)
         assert set(real.tolist()) <= set(range(100))
         assert set(synthetic.tolist()) <= set(range(300))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 99, 1000])
+def test_permutations_and_their_inverses_are_exact(size):
+    permutation = Permutation(size, 1, "order")
+    items = permutation.items(np.arange(size))
+    assert items.dtype == np.int64
+    assert sorted(items.tolist()) == list(range(size))
+    assert np.array_equal(permutation.positions(items), np.arange(size))
+    assert np.array_equal(permutation.items(np.array([size - 1, 0])), items[[-1, 0]])
+
+
+def test_a_part_of_a_huge_permutation_takes_no_memory():
+    size = 50_000_000_000
+    permutation = Permutation(size, 1, "order")
+    items = permutation.items(np.arange(10_000))
+    assert len(set(items.tolist())) == 10_000
+    assert items.min() >= 0
+    assert items.max() < size
+    assert np.array_equal(permutation.positions(items), np.arange(10_000))
+    assert abs(items.mean() / size - 0.5) < 4 / np.sqrt(12 * 10_000)
+
+
+def test_permutations_are_equally_likely_and_independent():
+    """Chi-square tests: all orders of four items, and the differences of neighbours among 40."""
+    counts = collections.Counter(tuple(Permutation(4, 1, "order", k).items(np.arange(4)).tolist()) for k in range(6000))
+    assert len(counts) == 24
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-4
+    orders = np.stack([Permutation(40, 1, "order", k).items(np.arange(40)) for k in range(1000)])
+    assert stats.chisquare(np.bincount((np.diff(orders) % 40).ravel(), minlength=40)[1:]).pvalue > 1e-4
+    assert stats.chisquare(np.bincount((orders[:-1, 7] - orders[1:, 7]) % 40, minlength=40)).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("count", [1, 7, 50])
@@ -443,7 +476,10 @@ def test_order_depends_on_seed_and_source():
 
 def test_generated_images_may_be_drawn_with_replacement():
     """Wang et al.'s code: uniform, with replacement; real images are unaffected."""
-    order, shuffled = (BatchOrder(Mix(40, 10, 20, 0.5, with_replacement=kind), seed=1) for kind in (True, False))
+    order, shuffled = (
+        BatchOrder(Mix(40, 10, 20, 0.5, generated_sampling=kind), seed=1)
+        for kind in ("with_replacement", "without_replacement")
+    )
     drawn = np.stack([order.at(step)[1] for step in range(400)])
     assert drawn.shape == (400, 10)
     assert any(len(set(row)) < 10 for row in drawn.tolist())
@@ -453,9 +489,44 @@ def test_generated_images_may_be_drawn_with_replacement():
     assert not np.array_equal(drawn[0], drawn[1])
     assert all(np.array_equal(order.at(step)[0], shuffled.at(step)[0]) for step in range(5))
     coverage_of_two_steps = len(set(drawn[:2].ravel().tolist())) / 10
-    assert Mix(40, 10, 20, 0.5, with_replacement=True).coverage(40)["generated_coverage"] == pytest.approx(
-        coverage_of_two_steps, abs=0.2
-    )
+    assert order.mix.coverage(40)["generated_coverage"] == pytest.approx(coverage_of_two_steps, abs=0.2)
+
+
+def test_generated_images_may_be_read_once_in_their_order():
+    order = BatchOrder(Mix(40, 25, 20, 0.5, generated_sampling="one_pass"), seed=1)
+    assert [order.at(step)[1].tolist() for step in (0, 1)] == [list(range(10)), list(range(10, 20))]
+    assert order.steps_of("generated", 19, 60) == [1]
+    assert order.steps_of("generated", 24, 40) == []
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        Mix(7, 23, 10, 0.7),
+        Mix(7, 23, 10, 0.7, generated_sampling="with_replacement"),
+        Mix(50, 0, 8, 0.0, reshuffle_steps=3),
+        Mix(5, 9, 12, 0.25, copies=2, reshuffle_steps=4),
+    ],
+)
+def test_the_steps_that_use_an_image(mix):
+    order, steps = BatchOrder(mix, seed=1), 17
+    drawn = [order.at(step) for step in range(steps)]
+    for number, (source, size) in enumerate({"real": mix.real, "generated": mix.generated}.items()):
+        for index in range(size):
+            expected = [step for step in range(steps) if index in drawn[step][number]]
+            assert order.steps_of(source, index, steps * mix.batch) == expected
+
+
+@pytest.mark.parametrize("mix", [Mix(100, 300, 128, 0.7), Mix(9, 9, 12, 0.3), Mix(9, 9, 7, 0.5), Mix(9, 0, 16, 0.0)])
+def test_every_part_of_a_batch_has_its_share_of_generated_images(mix):
+    """Each process of a training gets whole parts: batch norm in each of them sees both kinds."""
+    of_part = mix.is_generated.reshape(mix.parts, -1)
+    assert of_part.sum() == mix.generated_per_batch
+    assert np.ptp(of_part.sum(1)) <= 1
+    assert (np.diff(of_part.astype(int), axis=1) >= 0).all()  # real images first
+    size = mix.drawn // mix.parts
+    assert mix.rows_of_parts(slice(0, mix.drawn)) == (0, slice(0, mix.drawn))
+    assert mix.rows_of_parts(slice(mix.drawn - 1, mix.drawn)) == (mix.parts - 1, slice(mix.drawn - size, mix.drawn))
 
 
 def test_real_images_may_be_reshuffled_after_each_epoch():
@@ -466,7 +537,7 @@ def test_real_images_may_be_reshuffled_after_each_epoch():
     for epoch in (0, 3):
         drawn = np.concatenate([order.at(98 * epoch + step)[0] for step in range(98)])
         assert len(set(drawn.tolist())) == 15_092
-        assert np.array_equal(drawn, seeds.order(1, "order/real", epoch, 48_976)[:15_092])
+        assert np.array_equal(drawn, Permutation(48_976, 1, "order/real", epoch).items(np.arange(15_092)))
     assert np.array_equal(BatchOrder(mix, seed=1).at(98 * 3 + 5)[0], order.at(98 * 3 + 5)[0])  # equal when read alone
     assert np.array_equal(order.at(299)[1], BatchOrder(Mix(48_976, 100, 512, 0.7), seed=1).at(299)[1])
 
@@ -565,9 +636,9 @@ def test_batches_hold_real_images_first_then_selected_ones(mixed):
     assert len(index_of) == len(selected)
     for step in range(8):
         images, labels = batches.at(step)
-        assert images.shape == (5, 1, 2, 2)
-        assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
-        as_bytes = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        assert images.shape == (5, 2, 2, 1)
+        assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+        as_bytes = images.numpy()
         assert all(any(np.array_equal(image, r) for r in real) for image in as_bytes[:2])
         for image, label in zip(as_bytes[2:], labels[2:], strict=True):
             index = index_of[image.tobytes()]
@@ -576,11 +647,41 @@ def test_batches_hold_real_images_first_then_selected_ones(mixed):
     assert counts == dict.fromkeys(selected.tolist(), 3)  # 24 draws of 8 images: three epochs without replacement
 
 
+def test_a_process_reads_its_rows_alone(mixed, monkeypatch):
+    make, _ = mixed
+    batches = make()
+    images, labels = batches.at(3)
+    read, gather = collections.Counter(), shards.Shards.gather
+
+    def count(self, indices, *rest):
+        read.update(indices.tolist())
+        gather(self, indices, *rest)
+
+    monkeypatch.setattr(shards.Shards, "gather", count)
+    for rows in (slice(0, 1), slice(1, 4), slice(2, 2), slice(4, 5)):
+        read.clear()
+        own_images, own_labels = batches.at(3, rows)
+        assert torch.equal(own_images, images[rows])
+        assert torch.equal(own_labels, labels[rows])
+        assert read.total() == rows.stop - rows.start
+
+
+def test_images_that_stay_on_the_device_give_the_same_batches(mixed):
+    make, _ = mixed
+    batches = make()
+    resident = ResidentBatches(batches.mix, 4, batches.real, batches.generated, torch.device("cpu"))
+    for step in (0, 5, 2):
+        for rows in (None, slice(1, 4)):
+            for tensor, expected in zip(resident.at(step, rows), batches.at(step, rows), strict=True):
+                assert torch.equal(tensor, expected)
+
+
 def test_batches_take_labels_that_a_scorer_gave(mixed):
     make, _ = mixed
-    batches, scored = make(), make()
+    batches = make()
     pseudo_labels = np.arange(8) + 50
-    scored.generated = dataclasses.replace(batches.generated, pseudo_labels=pseudo_labels)
+    selected = dataclasses.replace(batches.generated, pseudo_labels=pseudo_labels)
+    scored = MixedBatches(batches.mix, 4, batches.real, selected)
     seen = set()
     for step in range(8):
         (images, labels), (same_images, other_labels) = batches.at(step), scored.at(step)
@@ -597,5 +698,5 @@ def test_batches_without_generated_images(tmp_path):
     opened = shards.open_shards(write_in_shards(tmp_path, images, labels, (6,)))
     images_of_batch, labels_of_batch = MixedBatches(Mix(6, 0, 6, 0.0), 1, opened, None).at(0)
     order = BatchOrder(Mix(6, 0, 6, 0.0), 1).at(0)[0]
-    assert torch.equal(images_of_batch, to_float(images[order]))
+    assert np.array_equal(images_of_batch.numpy(), images[order])
     assert np.array_equal(labels_of_batch.numpy(), labels[order])

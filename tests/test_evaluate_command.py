@@ -140,7 +140,7 @@ def test_copies_of_real_and_selected_generated_images_are_found(tmp_path):
             batch=4,
             generated_share=share,
             images_seen=8,
-            with_replacement=False,
+            generated_sampling="without_replacement",
             copies=1,
             reshuffle_steps=0,
         )

@@ -96,7 +96,7 @@ STEP_VARIANTS = {
     "cutmix with ikl": ({"cutmix": 1.0, "loss": "ikl"}, None),
     "cutmix copies": ({"cutmix": 1.0, "cutmix_copies": 4}, Mix(48, 0, 16, 0.0, copies=4)),
     "mixed": ({}, Mix(48, 24, 16, 0.75)),
-    "mixed with replacement": ({}, Mix(48, 24, 16, 0.75, with_replacement=True)),
+    "mixed with replacement": ({}, Mix(48, 24, 16, 0.75, generated_sampling="with_replacement")),
     "mixed and reshuffled": ({}, Mix(48, 24, 16, 0.75, reshuffle_steps=3)),
     "rolling back": ({"on_divergence": "roll_back"}, None),
 }
@@ -141,10 +141,11 @@ class _Spoiled(MixedBatches):
 
     bad_step, times = 7, 1
 
-    def at(self, step):
-        images, labels = super().at(step)
+    def at(self, step, rows=None):
+        images, labels = super().at(step, rows)
         if step == self.bad_step and type(self).times > 0:
             type(self).times -= 1
+            images = images.float()
             images[3] = torch.nan
         return images, labels
 

@@ -464,12 +464,6 @@ def test_normal_and_uniform_numbers():
     assert seeds.uniform(seeds.stream(1, "u"), (2, 3)).shape == (2, 3)
 
 
-def test_order_is_a_permutation_by_epoch():
-    first, again, second = (seeds.order(1, "order", epoch, 30).tolist() for epoch in (0, 0, 1))
-    assert first == again != second
-    assert sorted(first) == sorted(second) == list(range(30))
-
-
 def test_reseeding_torch_repeats_its_numbers():
     with torch.random.fork_rng(devices=[]):
         drawn = []

@@ -3,7 +3,7 @@
 from typing import Self
 
 from dmat.config.fields import Count, Name, Natural, Record, Share
-from dmat.config.train_robust import Arm
+from dmat.config.train_robust import Arm, Sampling
 
 
 class MixImages(Record):
@@ -13,7 +13,7 @@ class MixImages(Record):
     generated_share: Share
     batch: Count
     images_seen: Count  # by the whole training
-    with_replacement: bool  # of generated images
+    generated_sampling: Sampling
     copies: Count  # of each drawn image in a batch
     reshuffle_steps: Natural  # training steps after which real images are reshuffled; 0: after all were seen
 
@@ -25,7 +25,7 @@ class MixImages(Record):
             generated_share=arm.generated_share,
             batch=arm.batch,
             images_seen=arm.images_seen,
-            with_replacement=arm.generated_sampling == "with_replacement",
+            generated_sampling=arm.generated_sampling,
             copies=arm.cutmix_copies,
             reshuffle_steps=-(-arm.schedule_every // arm.batch) if arm.real_sampling == "reshuffled" else 0,
         )

@@ -8,6 +8,8 @@ from dmat.config.classifier_training import ClassifierTraining
 from dmat.config.fields import Name, Radius, Record, Share, WrittenNumber
 from dmat.robust.step_size import default_step
 
+Sampling = Literal["without_replacement", "with_replacement", "one_pass"]  # of generated images
+
 
 class Threat(Record):
     """The threat model: perturbations of a norm up to epsilon."""
@@ -45,7 +47,7 @@ class TrainRobust(ClassifierTraining):
     threat: Threat
     generated_share: Share = 0.0  # of each batch
     real_sampling: Literal["without_replacement", "reshuffled"] = "without_replacement"
-    generated_sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
+    generated_sampling: Sampling = "without_replacement"
 
     @pydantic.model_validator(mode="after")
     def _steps_stay_inside(self) -> Self:

@@ -17,7 +17,7 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, SelectedImage
     """
     record = files.read_record(
         folder / MIX,
-        generated_images=int, batch=int, generated_share=(int, float), with_replacement=bool, copies=int,
+        generated_images=int, batch=int, generated_share=(int, float), generated_sampling=str, copies=int,
         reshuffle_steps=int, selection=(dict, type(None)),
     )  # fmt: skip
     mix = Mix(
@@ -25,7 +25,7 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, SelectedImage
         record["generated_images"],
         record["batch"],
         record["generated_share"],
-        record["with_replacement"],
+        record["generated_sampling"],
         record["copies"],
         record["reshuffle_steps"],
     )

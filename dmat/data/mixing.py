@@ -1,34 +1,43 @@
 """Which images a training step sees: an exact number of real and of generated images, computed without state.
 
 Real images follow an endless sequence of permutations: no image repeats within an epoch of its source. Generated images
-follow a sequence of their own, unless they are drawn with replacement. Position p of a sequence is a pure function of
-(seed, source, p), and the position of a step is a pure function of the step. A restarted run therefore sees the same
-images, and so does a run with another number of workers.
+follow a sequence of their own, unless they are drawn with replacement or read once, in their order. Position p of a
+sequence is a pure function of (seed, source, p), and the position of a step is a pure function of the step. A restarted
+run therefore sees the same images, and so does a run with another number of processes.
+
+Shapes: D images drawn for a batch, R of them real and G generated.
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
 
 from dmat import seeds
+from dmat.data.permutation import Permutation
 
 MIX = "mix.json"  # file that `mix_images` writes for each mix
+# A batch consists of so many parts, each with its share of generated images and with random numbers of its own. Every
+# process of a training loads whole parts, so results do not depend on the number of processes.
+_MAX_PARTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """Composition of a batch: round(drawn * generated_share) of its drawn images are generated, the others are real.
+    """Composition of a batch: int(drawn * generated_share) of its drawn images are generated, the others are real.
 
-    real: number of real images in the training split. generated: number of generated images (0 if generated_share is
-    0). batch: images in a batch, all copies counted.
+    Fractions are cut off as in the code of Wang et al. 2023. real: number of real images in the training split.
+    generated: number of generated images (0 if generated_share is 0). batch: images in a batch, all copies counted.
+    generated_sampling: "without_replacement"; "with_replacement", drawn anew in each step, as in the code of Wang et
+    al.; "one_pass", each image at most once and in the order of the selection, which suits slow disks.
     """
 
     real: int
     generated: int
     batch: int
     generated_share: float
-    with_replacement: bool = False  # generated images are drawn anew in each step, as in the code of Wang et al.
+    generated_sampling: str = "without_replacement"
     copies: int = 1  # of each drawn image in a batch; must divide `batch`
     reshuffle_steps: int = 0  # real images are reshuffled after so many steps, seen or not; 0: after all were seen
 
@@ -40,12 +49,37 @@ class Mix:
     @property
     def generated_per_batch(self) -> int:
         """Number of generated images among the drawn images of one batch."""
-        return round(self.drawn * self.generated_share)
+        return int(self.drawn * self.generated_share)
 
     @property
     def real_per_batch(self) -> int:
         """Number of real images among the drawn images of one batch."""
         return self.drawn - self.generated_per_batch
+
+    @property
+    def parts(self) -> int:
+        """Number of equal parts of a batch."""
+        return math.gcd(self.drawn, _MAX_PARTS)
+
+    @functools.cached_property
+    def is_generated(self) -> np.ndarray:
+        """Which of the drawn images of a batch are generated: bool [D], in each part first real, then generated ones.
+
+        Parts differ by at most one generated image, so every process of a training has its share of both sources.
+        """
+        size, real = self.drawn // self.parts, self.real_per_batch
+        real_of_part = np.diff(np.arange(self.parts + 1) * real // self.parts)  # [parts]
+        return (np.arange(size) >= real_of_part[:, None]).ravel()
+
+    def rows_of_parts(self, rows: slice) -> tuple[int, slice]:
+        """The number of the first part that holds any of these rows of a batch, and the rows of all such parts."""
+        size = self.drawn // self.parts
+        first, end = rows.start // size, -(-rows.stop // size)
+        return first, slice(first * size, end * size)
+
+    def steps(self, images_seen: int) -> int:
+        """Steps of a training of `images_seen` images: the last one is a whole batch."""
+        return -(-images_seen // self.batch)
 
     def real_position(self, step: int) -> int:
         """Position in the sequence of real images at which a step begins.
@@ -62,16 +96,16 @@ class Mix:
         """Images drawn, epochs and coverage of either source after `images_seen` training images.
 
         Coverage is the share (0 to 1) of the source that was drawn at least once. It is an expected value where chance
-        decides: with `reshuffle_steps` for real images, `with_replacement` for generated images.
+        decides: with `reshuffle_steps` for real images, "with_replacement" for generated images.
         """
-        steps = -(-images_seen // self.batch)  # as training counts: the last step is a whole batch
+        steps = self.steps(images_seen)
         drawn = {"real": steps * self.real_per_batch, "generated": steps * self.generated_per_batch}
         sizes = {"real": self.real, "generated": self.generated}
         report: dict[str, float] = {}
         for source, count in drawn.items():
             epochs = count / sizes[source] if sizes[source] else 0.0
             covered = min(1.0, epochs)
-            if self.with_replacement and source == "generated":
+            if self.generated_sampling == "with_replacement" and source == "generated":
                 covered = 1 - math.exp(-epochs)
             elif self.reshuffle_steps and source == "real":
                 rounds, left = divmod(steps, self.reshuffle_steps)
@@ -84,25 +118,28 @@ class Mix:
 class ShuffledSequence:
     """An endless sequence of random permutations of `count` items, readable at any position.
 
-    Keeps only the current permutation in memory. Several threads may read it at the same time.
+    Needs no memory that grows with `count`. Several threads may read it at the same time.
     """
 
     def __init__(self, root: int, purpose: str, count: int):
         self.root, self.purpose, self.count = root, purpose, count
-        self._current = (-1, np.zeros(0, dtype=np.int64))  # one tuple: threads never see an order of another epoch
+        self._permutation = functools.lru_cache(2)(lambda epoch: Permutation(count, root, purpose, epoch))
 
     def at(self, position: int, length: int) -> np.ndarray:
         """Items at the N = `length` positions from `position` on: int64 [N], each from 0 to count - 1."""
-        parts = []
+        parts = [np.zeros(0, dtype=np.int64)]
         while length > 0:
             epoch, offset = divmod(position, self.count)
-            cached_epoch, order = self._current
-            if epoch != cached_epoch:
-                order = seeds.order(self.root, self.purpose, epoch, self.count)
-                self._current = (epoch, order)
-            parts.append(order[offset : offset + length])
-            position, length = position + len(parts[-1]), length - len(parts[-1])
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+            positions = np.arange(offset, min(offset + length, self.count))
+            parts.append(self._permutation(epoch).items(positions))
+            position, length = position + len(positions), length - len(positions)
+        return np.concatenate(parts)
+
+    def positions(self, item: int, end: int) -> list[int]:
+        """All positions below `end` at which an item is, in rising order: one in each epoch."""
+        epochs = range(-(-end // self.count))
+        at = [epoch * self.count + int(self._permutation(epoch).positions(np.array([item]))[0]) for epoch in epochs]
+        return [position for position in at if position < end]
 
 
 class BatchOrder:
@@ -116,12 +153,37 @@ class BatchOrder:
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the real and of the generated images of step 0, 1, ...
 
-        Both are int64 [N], with N the constant numbers `mix.real_per_batch` and `mix.generated_per_batch`.
+        int64 [R] and int64 [G], with R = `mix.real_per_batch` and G = `mix.generated_per_batch`, which are constant.
         """
-        real, generated = self.mix.real_per_batch, self.mix.generated_per_batch
-        generated_indices = (
-            seeds.stream(self._seed, "draw/generated", step).integers(0, self.mix.generated, generated)
-            if self.mix.with_replacement and generated
-            else self._generated.at(step * generated, generated)
-        )
-        return self._real.at(self.mix.real_position(step), real), generated_indices
+        real = self._real.at(self.mix.real_position(step), self.mix.real_per_batch)
+        return real, self._generated_at(step, self.mix.generated_per_batch)
+
+    def _generated_at(self, step: int, count: int) -> np.ndarray:  # int64 [G]
+        if self.mix.generated_sampling == "with_replacement" and count:
+            return seeds.stream(self._seed, "draw/generated", step).integers(0, self.mix.generated, count)
+        if self.mix.generated_sampling == "one_pass":
+            return np.arange(step * count, (step + 1) * count)
+        return self._generated.at(step * count, count)
+
+    def steps_of(self, source: str, index: int, images_seen: int) -> list[int]:
+        """The steps of a training of `images_seen` images that use one image. source: "real" or "generated".
+
+        index: of the image in the training split, or in the selection. Where images are drawn anew in each step, all
+        steps are searched; else the permutations are inverted.
+        """
+        steps = self.mix.steps(images_seen)
+        per_batch = self.mix.real_per_batch if source == "real" else self.mix.generated_per_batch
+        if not per_batch:
+            return []
+        if source == "generated" and self.mix.generated_sampling == "one_pass":
+            return [index // per_batch] if index // per_batch < steps else []
+        if source == "generated" and self.mix.generated_sampling == "with_replacement":
+            return [step for step in range(steps) if index in self._generated_at(step, per_batch)]
+        if source == "real" and self.mix.reshuffle_steps:
+            end = self.mix.real_position(steps - 1) + per_batch
+            starts = np.array([self.mix.real_position(step) for step in range(steps)])
+            positions = np.array(self._real.positions(index, end), dtype=np.int64)
+            step = np.searchsorted(starts, positions, side="right") - 1
+            return sorted({int(s) for s, p in zip(step, positions, strict=True) if p < starts[s] + per_batch})
+        sequence = self._real if source == "real" else self._generated
+        return sorted({position // per_batch for position in sequence.positions(index, steps * per_batch)})

@@ -12,9 +12,13 @@ from torch import Tensor
 from dmat.data.shards import Shards
 
 
-def to_float(images: np.ndarray) -> Tensor:
-    """Converts images uint8 [B, H, W, C] to float32 [B, C, H, W] in [0, 1], channels-last in memory."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+def to_float(images: np.ndarray | Tensor) -> Tensor:
+    """Converts images uint8 [B, H, W, C] to float32 [B, C, H, W] in [0, 1], channels-last in memory.
+
+    A tensor stays on its device.
+    """
+    tensor = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    return tensor.permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
 
 def to_bytes(images: Tensor) -> np.ndarray:

@@ -20,14 +20,14 @@ LABELS = "labels.npy"
 
 
 class SelectionRecord(TypedDict):
-    """What selection.json says of a selection."""
+    """What selection.json says of a selection. A selection of all images has no file of indices."""
 
     schema: NotRequired[int]  # added by `write_selection`
     image_set: str  # name of the set in params.yaml
     shape: list[int]  # H, W, C
     classes: int
     manifest_sha256: str  # of the set
-    pool: NotRequired[int]  # number of images of the set
+    pool: int  # number of images of the set
     kept: int  # number of selected images
     keep: NotRequired[float]  # share of each class that is selected
     class_counts: NotRequired[list[int]]  # selected images per class
@@ -38,20 +38,36 @@ class SelectionRecord(TypedDict):
 class SelectedImages:
     """The selected images of an opened set.
 
-    indices: int64 [N], in the set. pseudo_labels: int64 [N], or None where the images have labels of their own.
+    indices: int64 [N], in the set; None where all images are selected. pseudo_labels: int64 [N], or None where the
+    images have labels of their own. Both may be mapped files.
     """
 
     images: Shards
-    indices: np.ndarray
-    pseudo_labels: np.ndarray | None
+    indices: np.ndarray | None = None
+    pseudo_labels: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.images) if self.indices is None else len(self.indices)
+
+    def indices_at(self, positions: np.ndarray) -> np.ndarray:
+        """Indices in the set, int64 [B], of positions [B] in the selection."""
+        return positions if self.indices is None else self.indices[positions]
 
     def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [B, H, W, C] and labels int64 [B] at positions [B] in the selection."""
-        images, labels = self.images.take(self.indices[positions])
-        return images, labels if self.pseudo_labels is None else self.pseudo_labels[positions]
+        images = np.empty((len(positions), *self.images.shape), dtype=np.uint8)
+        labels = np.empty(len(positions), dtype=np.int64)
+        self.gather(positions, images, labels, np.arange(len(positions)))
+        return images, labels
+
+    def gather(self, positions: np.ndarray, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> None:
+        """Copies the images at positions [B] in the selection, and their labels, to `rows` [B] of the arrays.
+
+        images: uint8 [N, H, W, C]. labels: int64 [N].
+        """
+        self.images.gather(self.indices_at(positions), images, labels, rows)
+        if self.pseudo_labels is not None:
+            labels[rows] = self.pseudo_labels[positions]
 
 
 def write_selection(
@@ -59,9 +75,10 @@ def write_selection(
 ) -> None:
     """Writes a selection. indices: int64 [N], sorted. record: all keys but those that this adds.
 
-    pseudo_labels: int64 [N], where the images have no labels of their own.
+    pseudo_labels: int64 [N], where the images have no labels of their own. Where all images of the set are selected,
+    no indices are written: those of 50 million images would take 400 MB.
     """
-    for name, array in ((INDICES, indices), (LABELS, pseudo_labels)):
+    for name, array in ((INDICES, None if len(indices) == record["pool"] else indices), (LABELS, pseudo_labels)):
         if array is not None:
             with files.writing(folder / name) as file:
                 np.save(file, array)
@@ -73,7 +90,9 @@ def read_selection(folder: Path) -> SelectionRecord:
     """Reads the record of a selection. Raises DmatError if `write_selection` did not write it."""
     return cast(
         SelectionRecord,
-        files.read_record(folder / SELECTION, image_set=str, shape=list, classes=int, manifest_sha256=str, kept=int),
+        files.read_record(
+            folder / SELECTION, image_set=str, shape=list, classes=int, manifest_sha256=str, pool=int, kept=int
+        ),
     )
 
 
@@ -83,14 +102,17 @@ def open_selection(folder: Path, images: Path) -> SelectedImages:
     expect_selected_from(record, images)
     return SelectedImages(
         shards.open_shards(images),
-        files.load_array(folder / INDICES),
-        files.load_array(folder / LABELS) if record.get("pseudo_labels") else None,
+        files.load_array(folder / INDICES, mapped=True) if record["kept"] < record["pool"] else None,
+        files.load_array(folder / LABELS, mapped=True) if record.get("pseudo_labels") else None,
     )
 
 
 def checksums(folder: Path, record: SelectionRecord) -> dict[str, str]:
     """The SHA-256 of the arrays of a selection, by the names that a mix gives them."""
-    arrays = {"indices_sha256": INDICES, **({"labels_sha256": LABELS} if record.get("pseudo_labels") else {})}
+    arrays = {
+        **({"indices_sha256": INDICES} if record["kept"] < record["pool"] else {}),
+        **({"labels_sha256": LABELS} if record.get("pseudo_labels") else {}),
+    }
     return {name: files.sha256(folder / file) for name, file in arrays.items()}
 
 

@@ -7,6 +7,7 @@ Shapes: N images, B images of a batch, H height, W width, C channels.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Required, TypedDict
@@ -96,7 +97,7 @@ class Shards:
     labels: tuple[np.ndarray, ...]
 
     def __len__(self) -> int:
-        return sum(len(labels) for labels in self.labels)
+        return int(self._starts[-1])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -116,16 +117,31 @@ class Shards:
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [B, H, W, C] and labels int64 [B] at global indices [B], in the order of the indices."""
-        starts = np.cumsum([0, *(len(labels) for labels in self.labels)])
-        shard_of_image = np.searchsorted(starts, indices, side="right") - 1
         images = np.empty((len(indices), *self.shape), dtype=np.uint8)
         labels = np.empty(len(indices), dtype=np.int64)
-        for shard in np.unique(shard_of_image):
-            mask = shard_of_image == shard
-            local = indices[mask] - starts[shard]
-            images[mask] = self.images[shard][local]
-            labels[mask] = self.labels[shard][local]
+        self.gather(indices, images, labels, np.arange(len(indices)))
         return images, labels
+
+    def gather(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> None:
+        """Copies the images at global indices [B], and their labels, to `rows` [B] of the arrays.
+
+        images: uint8 [N, H, W, C]. labels: int64 [N]. Each shard is read once, in the order of its images.
+        """
+        order = np.argsort(indices, kind="stable")
+        indices, rows = indices[order], rows[order]
+        if len(indices) and not 0 <= indices[0] <= indices[-1] < len(self):
+            raise IndexError(f"images {indices[0]} to {indices[-1]} of a set of {len(self)}")
+        ends = np.searchsorted(indices, self._starts)  # where the images of each shard begin among the sorted ones
+        for shard in np.flatnonzero(np.diff(ends)):
+            part = slice(ends[shard], ends[shard + 1])
+            local = indices[part] - self._starts[shard]
+            images[rows[part]] = self.images[shard][local]
+            labels[rows[part]] = self.labels[shard][local]
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        """Global index of the first image of each shard, then the number of images: int64 [shards + 1]."""
+        return np.cumsum([0, *(len(labels) for labels in self.labels)])
 
     def all(self) -> tuple[np.ndarray, np.ndarray]:
         """Reads the whole set into memory: images uint8 [N, H, W, C] and labels int64 [N]. For small sets."""

@@ -28,7 +28,7 @@ def run(settings: MixImages, job: Job) -> Result:
         selection["kept"] if selection is not None else 0,
         settings.batch,
         settings.generated_share,
-        settings.with_replacement,
+        settings.generated_sampling,
         settings.copies,
         settings.reshuffle_steps,
     )
@@ -43,6 +43,13 @@ def run(settings: MixImages, job: Job) -> Result:
             f"{mix.generated_per_batch} generated and {mix.real_per_batch} real images; expected some of both; "
             f"change the share or the batch"
         )
+    steps, per_step = mix.steps(settings.images_seen), mix.generated_per_batch
+    if settings.generated_sampling == "one_pass" and steps * per_step > mix.generated:
+        raise DmatError(
+            f"arm {job.instance['arm']}: {steps:,} steps with {per_step} generated images each need "
+            f"{steps * per_step:,}; selection {settings.images} has {mix.generated:,}, and generated_sampling is "
+            f"one_pass; generate more, train on fewer images, or draw them without_replacement"
+        )
     per_batch = {"real": mix.real_per_batch, "generated": mix.generated_per_batch}
     files.write_json(
         job.result / "mix" / MIX,
@@ -51,7 +58,7 @@ def run(settings: MixImages, job: Job) -> Result:
             "real_images": mix.real,
             "generated_images": mix.generated,
             "generated_share": mix.generated_share,
-            "with_replacement": mix.with_replacement,
+            "generated_sampling": mix.generated_sampling,
             "batch": mix.batch,
             "copies": mix.copies,
             "reshuffle_steps": mix.reshuffle_steps,

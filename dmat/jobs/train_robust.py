@@ -9,7 +9,7 @@ from typing import cast
 from dmat import devices, files
 from dmat.config import TrainRobust
 from dmat.data import augmentation, shards
-from dmat.data.batches import MixedBatches
+from dmat.data.batches import open_batches
 from dmat.data.mixes import open_mix
 from dmat.data.mixing import MIX
 from dmat.data.pixels import load_all
@@ -50,7 +50,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
         outcome = classifier.train(
             model,
             data_spec.classes,
-            MixedBatches(mix, seed, real, generated),
+            open_batches(mix, seed, real, generated, job.compute.device),
             load_all(shards.open_shards(job.inputs["validation"])),
             loss_settings,
             settings,

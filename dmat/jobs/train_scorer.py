@@ -2,7 +2,7 @@
 
 from dmat.config import TrainScorer
 from dmat.data import augmentation, shards
-from dmat.data.batches import MixedBatches
+from dmat.data.batches import open_batches
 from dmat.data.mixing import Mix
 from dmat.data.pixels import load_all
 from dmat.job import Job, Result
@@ -19,7 +19,7 @@ def run(settings: TrainScorer, job: Job) -> Result:
     augmentation.check(settings.augmentation, *real.shape[:2])
     model = new_classifier(settings.network, data_spec, settings.seed)
     mix = Mix(len(real), 0, settings.batch, 0.0, copies=settings.cutmix_copies)
-    batches = MixedBatches(mix, settings.seed, real, None)
+    batches = open_batches(mix, settings.seed, real, None, job.compute.device)
     loss_settings = LossSettings(Ball("linf", 0.0), 0, 0.0, 0.0, settings.label_smoothing)
     with job.long_run(settings.images_seen) as run:
         outcome = classifier.train(

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from dmat import modes, plugins, processes, seeds
 from dmat.data.augmentation import AUGMENTATIONS, Augmentation, cutmix
 from dmat.data.batches import MixedBatches
-from dmat.data.pixels import iter_batches
+from dmat.data.mixing import Mix
+from dmat.data.pixels import iter_batches, to_float
 from dmat.devices import Compute
 from dmat.errors import Diverged, UnfitError
 from dmat.robust import attacks, losses
@@ -207,8 +208,9 @@ def train(
         if step % epoch_steps == 0:
             class_means.next_epoch()
         inputs = prefetcher.at(step)
-        images, targets = _augmented(inputs, augment, classes, settings, step, seed, compute)
-        images, targets, start = compute.to_device(images[rows]), targets[rows], compute.to_device(inputs.start)
+        images, targets = _augmented(inputs, augment, batches.mix, classes, settings, step, seed, compute)
+        own = slice(rows.start - inputs.first_row, rows.stop - inputs.first_row)
+        images, targets, start = compute.to_device(images[own]), targets[own], compute.to_device(inputs.start)
         with modes.mode(model, training=True), compute.autocast():
             loss = loss_function(model, images, targets, start, loss_settings, class_means.means)
         if settings.loss in losses.WITH_CLASS_MEANS and loss.clean_logits is not None:
@@ -277,38 +279,54 @@ def evaluate(
 class _StepInputs:
     """The inputs of a step on the CPU, in pinned memory if there is a GPU."""
 
-    images: Tensor  # [D, C, H, W], D images drawn for the whole batch, B / cutmix_copies
+    images: Tensor  # uint8 [D, H, W, C], D images of the batch that this process needs
     labels: Tensor  # int64 [D]
     start: Tensor  # start of the attack [R, C, H, W], R = this process's rows of the batch
+    first_row: int  # of `images` among the images drawn for the whole batch
 
 
 def _load_step(
     batches: MixedBatches, settings: ClassifierSettings, ball: Ball, step: int, seed: int, compute: Compute
 ) -> _StepInputs:
     """Loads and draws the inputs of a step. They depend on (seed, step) only, so another thread may do it early."""
-    images, labels = batches.at(step)
-    shape = (settings.batch, *images.shape[1:])
+    height, width, channels = batches.real.shape
+    shape = (settings.batch, channels, height, width)
     start = losses.draw_start(settings.loss, ball, seeds.stream(seed, "attack/start", step), shape)
     rows = compute.world.local_rows(settings.batch)
-    return _StepInputs(compute.pin(images), compute.pin(labels), compute.pin(start[rows]))
+    drawn = _drawn_rows(batches, settings, rows)
+    images, labels = batches.at(step, drawn)
+    return _StepInputs(compute.pin(images), compute.pin(labels), compute.pin(start[rows]), drawn.start)
+
+
+def _drawn_rows(batches: MixedBatches, settings: ClassifierSettings, rows: slice) -> slice:
+    """The drawn images that this process loads and augments for its `rows` of the batch: whole parts.
+
+    All with CutMix, which mixes any two images of a batch.
+    """
+    return slice(0, batches.mix.drawn) if settings.cutmix else batches.mix.rows_of_parts(rows)[1]
 
 
 def _augmented(
     inputs: _StepInputs,
     augment: Augmentation,
+    mix: Mix,
     classes: int,
     settings: ClassifierSettings,
     step: int,
     seed: int,
     compute: Compute,
 ) -> tuple[Tensor, Tensor]:
-    """Augments the inputs of a step on the device, with randomness named by (seed, step).
+    """Augments the inputs of a step on the device, each part of the batch with randomness named by (seed, step, part).
 
-    Returns images [B, C, H, W] and targets: labels int64 [B] or, with CutMix, class probabilities float [B, K].
-    CutMix turns D drawn images into B = D * cutmix_copies.
+    Returns images [D, C, H, W] in [0, 1] and targets: labels int64 [D]. With CutMix, which needs all drawn images of
+    the batch, images [B, C, H, W] and class probabilities float [B, K] for B = D * cutmix_copies.
     """
-    images, targets = compute.to_device(inputs.images), compute.to_device(inputs.labels)
-    images = augment(images, seeds.stream(seed, "augmentation", step))
+    images, targets = to_float(compute.to_device(inputs.images)), compute.to_device(inputs.labels)
+    size = mix.drawn // mix.parts
+    first = step * mix.parts + inputs.first_row // size
+    images = torch.cat(
+        [augment(part, seeds.stream(seed, "augmentation", first + k)) for k, part in enumerate(images.split(size))]
+    )
     if settings.cutmix:
         one_hot, generator = F.one_hot(targets, classes).float(), seeds.stream(seed, "cutmix", step)  # [D, K]
         copies = [cutmix(images, one_hot, generator, settings.cutmix) for _ in range(settings.cutmix_copies)]
