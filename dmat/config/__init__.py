@@ -9,7 +9,7 @@ from dmat.config.compute import ComputeSettings
 from dmat.config.diffusers_network import DiffusersNetwork, NoiseProcess
 from dmat.config.evaluate_robust import EvaluateRobust
 from dmat.config.fields import Record, WrittenNumber
-from dmat.config.generate_images import GenerateImages, ImageSet, Sampler
+from dmat.config.generate_images import GenerateImages, ImageSet, ImportedImageSet, Sampler
 from dmat.config.measure_images import MeasureImages
 from dmat.config.merging import merge
 from dmat.config.mix_images import MixImages
@@ -54,6 +54,7 @@ __all__ = [
     "GenerateImages",
     "Generator",
     "ImageSet",
+    "ImportedImageSet",
     "MeasureImages",
     "MixImages",
     "Network",

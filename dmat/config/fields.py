@@ -73,6 +73,12 @@ def source_problem(path: str) -> str | None:
     return None
 
 
+def _source(value: str) -> str:
+    if value != NONE and (problem := source_problem(value)):
+        raise ValueError(problem)
+    return value
+
+
 def _reference(value: str) -> str:
     if value != NONE and (problem := name_problem(value)):
         raise ValueError(problem)
@@ -109,6 +115,7 @@ Radius = Annotated[WrittenNumber, AfterValidator(_radius)]
 NOT_GIVEN = WrittenNumber(0)  # a StepSize that is not given: `default_step` replaces it
 StepSize = Annotated[WrittenNumber, AfterValidator(_step_size)]  # pixels in [0, 1]
 Name = Annotated[str, AfterValidator(_reference)]  # of an entry of a list, or NONE
+Source = Annotated[str, AfterValidator(_source)]  # a path below sources/, or NONE
 
 
 class Record(pydantic.BaseModel):

@@ -5,7 +5,8 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import Field
 
-from dmat.config.fields import Count, Name, Natural, NotNegative, Positive, Record, Seed, named_in
+from dmat import NONE
+from dmat.config.fields import Count, Name, Natural, NotNegative, Positive, Record, Seed, Source, named_in
 
 
 class Sampler(Record):
@@ -66,6 +67,7 @@ class GenerateImages(Record):
     block: Count  # images sampled together; fixed, because sums in another order are rounded differently
     seed: Seed
     sampler: Sampler
+    compile: bool = False  # sample with torch.compile: takes a minute once, and rounds otherwise
 
     @pydantic.model_validator(mode="after")
     def _shards_are_whole_blocks(self) -> Self:
@@ -78,9 +80,34 @@ class GenerateImages(Record):
 
 
 class ImageSet(GenerateImages):
-    """A set of generated images: the first `images` that its generator makes with this seed and sampler."""
+    """A set of generated images: the first `images` that its generator makes with this seed and sampler.
+
+    Images of other people are imported from `source` instead; then `generator` is none.
+    """
 
     generator: Name
-    images: Count
+    source: Source  # an .npz in the format of Wang et al. 2023, or a folder of its parts; none to generate
+    images: Count | None = None  # None: all of the source
     # For each class of the data set, the class of the model that generates its images; empty: the same.
     classes: Annotated[tuple[Natural, ...], Field(strict=False)] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _generated_or_imported(self) -> Self:
+        if self.generator != NONE and self.source != NONE:
+            raise ValueError(
+                f"generator is {self.generator!r} and source {self.source!r}; expected {NONE} for one of them: images "
+                f"are generated or imported"
+            )
+        if self.source == NONE and self.images is None:
+            raise ValueError("images is missing; expected the number of images to generate")
+        if self.source != NONE and self.classes:
+            raise ValueError(f"classes has no effect, as source {self.source} is imported; leave it out")
+        return self
+
+
+class ImportedImageSet(Record):
+    """An image set that is imported: no setting of a generation has an effect on it."""
+
+    source: Source
+    images: Count | None  # the first of the source; None: all
+    shard: Count

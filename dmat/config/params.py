@@ -50,7 +50,7 @@ class EntryKind(NamedTuple):
 
 LISTS = {  # a parent's list comes before its children's
     "generators": EntryKind(Generator, "train_diffusion", DenoiserTraining),
-    "image_sets": EntryKind(ImageSet, "generate_images", GenerateImages, "generator", "generators"),
+    "image_sets": EntryKind(ImageSet, "generate_images", GenerateImages, "generator", "generators", True),
     "selections": EntryKind(Selection, "select_images", SelectImages, "image_set", "image_sets"),
     "arms": EntryKind(Arm, "train_robust", TrainRobust, "images", "selections", may_have_none=True),
 }
@@ -192,6 +192,12 @@ class _Reader:
         if report is not None and arms and report.baseline not in arms:
             self.problems.append(f"write_report.baseline is {report.baseline!r}; expected one of {name_list(arms)}")
         self.problems += _import_problems(lists["generators"], entries["generators"])
+        self.problems += [
+            f"image_sets.{name}.generator is {NONE}, and source too; expected a generator or a source"
+            for name, image_set in lists["image_sets"].items()
+            if image_set is not None and image_set.generator == image_set.source == NONE
+            and entries["image_sets"][name].get("generator") == NONE
+        ]
         trial = self._trial(sections["tune"], lists)
         if self.problems:
             return None

@@ -1,19 +1,21 @@
 """Settings of select_images."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dmat.config.fields import Name, Record
+from dmat.config.fields import Name, Record, named_in
 
 
 class SelectImages(Record):
-    """How many of the scored images are kept."""
+    """Which of the scored images are kept."""
 
-    keep: Annotated[float, Field(gt=0, le=1)]  # best-scored share of each class; 1 keeps everything
+    keep: Annotated[float, Field(gt=0, le=1)]  # share of each class; 1 keeps everything
+    score: Annotated[str, named_in("dmat.data.scores", "SCORES", plugins_allowed=False)] = "probability"
+    band: Literal["easy", "middle", "hard"] = "easy"  # the images of the highest, middle or lowest scores are kept
 
 
 class Selection(SelectImages):
-    """A selection: the best-scored images of each class of one image set."""
+    """A selection of the images of one image set."""
 
     image_set: Name

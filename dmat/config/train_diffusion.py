@@ -3,10 +3,9 @@
 from typing import Annotated, Literal, Self
 
 import pydantic
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from dmat import NONE
-from dmat.config.fields import AtLeastTwo, Count, Natural, Positive, Record, Seed, Share, named_in, source_problem
+from dmat.config.fields import AtLeastTwo, Count, Natural, Positive, Record, Seed, Share, Source, named_in
 
 _Small = Annotated[int, Field(ge=1, le=64)]  # more would only ask for memory that no machine has
 
@@ -83,15 +82,6 @@ class DenoiserTraining(Record):
                 f"another network"
             )
         return self
-
-
-def _source(value: str) -> str:
-    if value != NONE and (problem := source_problem(value)):
-        raise ValueError(problem)
-    return value
-
-
-Source = Annotated[str, AfterValidator(_source)]  # a path below sources/, or NONE
 
 
 class Generator(DenoiserTraining):

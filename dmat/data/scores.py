@@ -1,6 +1,6 @@
 """Scores of the images of a set: one file per shard, and a manifest with their checksums.
 
-Images without labels of their own get them here: the scorer's, one more file per shard.
+Each image has several scores, all of them higher where the scorer is surer. A selection chooses one of them. Images without labels of their own get them here: the scorer's, one more file per shard.
 """
 
 from pathlib import Path
@@ -13,6 +13,9 @@ from dmat.data import shards
 from dmat.data.shards import ShardEntry, Shards
 from dmat.errors import DmatError
 
+# Columns of the scores. probability: softmax of the image's own class, the score of Wang et al. 2023. margin: by how
+# much that exceeds the largest of the other classes. certainty: minus the entropy of all classes, in nats.
+SCORES = ("probability", "margin", "certainty")
 PSEUDO_LABELS = "labels"  # what the names of files of labels begin with
 
 
@@ -36,8 +39,8 @@ def label_file(entry: ShardEntry) -> str:
     return f"{PSEUDO_LABELS}-{score_file(entry)}"
 
 
-def read_scores(folder: Path, images: Shards) -> tuple[np.ndarray, np.ndarray]:
-    """The score and the label of each image of a set: float32 [N] and int64 [N].
+def read_scores(folder: Path, images: Shards, score: str) -> tuple[np.ndarray, np.ndarray]:
+    """One of `SCORES` and the label of each image of a set: float32 [N], and the smallest whole numbers that do, [N].
 
     The labels are those of the set, or the scorer's where it has none. Raises DmatError if the scores changed after
     they were written, or belong to other images.
@@ -52,20 +55,24 @@ def read_scores(folder: Path, images: Shards) -> tuple[np.ndarray, np.ndarray]:
             f"{folder} has scores of {len(recorded)} shards, which are not those of the {len(expected)} shards of the "
             f"image set; run score_images again, or `dvc repro`"
         )
-    scores = [_read(folder / entry["file"], entry["sha256"]) for entry in recorded]
-    labels = (
-        [np.asarray(shard_labels) for shard_labels in images.labels]
-        if images.labelled
-        else [_read(folder / entry["labels"], entry["labels_sha256"]) for entry in recorded]
-    )
-    return np.concatenate(scores), np.concatenate(labels)
+    column = SCORES.index(score)
+    scores, labels = np.empty(len(images), np.float32), np.empty(len(images), np.min_scalar_type(images.classes))
+    start = 0
+    for entry, own_labels in zip(recorded, images.labels, strict=True):
+        rows = slice(start, start + entry["count"])
+        scores[rows] = _read(folder / entry["file"], entry["sha256"])[:, column]
+        labels[rows] = (
+            own_labels if images.labelled else _read(folder / entry["labels"], entry["labels_sha256"])
+        )
+        start = rows.stop
+    return scores, labels
 
 
 def _read(path: Path, expected: str) -> np.ndarray:
-    """The array [N] of a file. Raises DmatError if its checksum is another."""
+    """The array [N, ...] of a file, mapped into memory. Raises DmatError if its checksum is another."""
     if (checksum := files.sha256(path)) != expected:
         raise DmatError(
             f"{path} has checksum {checksum[:12]}; its manifest says {expected[:12]}; the file was altered or cut: "
             f"restore it (`dvc checkout`) or run score_images again"
         )
-    return files.load_array(path)
+    return files.load_array(path, mapped=True)

@@ -30,6 +30,8 @@ class SelectionRecord(TypedDict):
     pool: int  # number of images of the set
     kept: int  # number of selected images
     keep: NotRequired[float]  # share of each class that is selected
+    score: NotRequired[str]  # by which of the scores
+    band: NotRequired[str]  # with "easy", "middle" or "hard" images
     class_counts: NotRequired[list[int]]  # selected images per class
     pseudo_labels: NotRequired[bool]  # added by `write_selection`: whether the labels are the scorer's
 

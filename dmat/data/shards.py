@@ -73,6 +73,7 @@ class SetMetadata(TypedDict, total=False):
     seed: int
     block: int  # images that are generated together
     precision: str  # "fp32" or "bf16"
+    compiled: bool  # sampled with torch.compile
     levels: list[float]  # of noise, where the sampler's schedule was searched
     unlabelled: bool  # every label is NO_LABEL: the generator is unconditional
 

@@ -3,12 +3,17 @@
 Image k of a set has the label k modulo the number of classes and its own latents, drawn from (seed, k). An image does
 not depend on the size of the set or on restarts. The shards are in a pool that sets of any size share, so a restart or
 a larger set generates only what is missing. Images of an unconditional model get their labels from score_images.
+Images of other people are imported into the same format.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmat import plugins, seeds
-from dmat.config import ImageSet
-from dmat.data import dvc_cache, shards
+from dmat import files, plugins, seeds
+from dmat.config import ImageSet, ImportedImageSet
+from dmat.data import dvc_cache, npz_stream, shards
 from dmat.data.pixels import to_bytes
 from dmat.data.shard_pool import ShardPool
-from dmat.data.shards import SetMetadata
+from dmat.data.shards import ArrayName, SetMetadata, ShardEntry
+from dmat.data.sources import NOT_STATED
 from dmat.devices import Compute
 from dmat.diffusion import schedule_search
 from dmat.diffusion.formulations import Preconditioned
@@ -35,10 +41,21 @@ from dmat.training.interruption import Interruption
 from dmat.training.weights import DenoiserSidecar
 
 
-def run(settings: ImageSet, job: Job) -> Result:
-    """Generates the missing shards of the image set, links all of them and writes the manifest."""
+Arrays = dict[ArrayName, np.ndarray]  # of a shard: images uint8 [N, H, W, C] and labels int64 [N]
+
+
+def run(settings: ImageSet | ImportedImageSet, job: Job) -> Result:
+    """Generates or imports the missing shards of the image set, links all of them and writes the manifest.
+
+    Raises DmatError if the model and the settings do not fit, or a file to import is damaged.
+    """
+    return _import(settings, job) if isinstance(settings, ImportedImageSet) else _generate(settings, job)
+
+
+def _generate(settings: ImageSet, job: Job) -> Result:
+    assert settings.images is not None  # as ImageSet checks
     generation, sidecar, class_names = _open(settings, job)
-    folder, labelled = job.result / "images", bool(len(generation.class_map))
+    labelled = bool(len(generation.class_map))
     # Levels of another machine may differ, so that images with others get a pool of their own.
     searched: SetMetadata = {"levels": generation.levels} if settings.sampler.schedule == SEARCHED else {}
     pool = job.pool(
@@ -50,30 +67,22 @@ def run(settings: ImageSet, job: Job) -> Result:
             "seed": settings.seed,
             "shard": settings.shard,
             "block": settings.block,
+            "compile": settings.compile,
             "precision": job.compute.precision,
             "device": job.compute.device.type,
         },
         ("images", "labels"),
     )
-    _offer_cached_shards(pool, settings.shard, job.root)
-    entries = []
-    bar = tqdm(total=settings.images, unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
-    with Interruption() as interruption, bar:
-        for number, start in enumerate(range(0, settings.images, settings.shard)):
-            indices = np.arange(start, min(start + settings.shard, settings.images))
-            make = functools.partial(_generate_shard, indices, generation, interruption, bar)
-            record = pool.obtain(
-                _shard_name(number, len(indices), settings.shard), len(indices), make, interruption.raise_if_received
-            )
-            entry = shards.entry(number, record)
-            pool.link(record, {key: folder / entry[key] for key in ("images", "labels")})
-            entries.append(entry)
-            bar.update(start + len(indices) - bar.n)
+
+    def maker(indices: np.ndarray, interruption: Interruption, bar: tqdm) -> Callable[[], Arrays]:
+        return functools.partial(_generate_shard, indices, generation, interruption, bar)
+
+    entries = _obtain(pool, settings.images, settings.shard, maker, job)
     counts = np.zeros(len(class_names), dtype=np.int64)
     if labelled:
         counts = np.bincount(generation.labels(np.arange(settings.images)), minlength=len(class_names))
     shards.write_manifest(
-        folder,
+        job.result / "images",
         entries,
         shape=sidecar["image_shape"],
         class_names=class_names,
@@ -86,23 +95,101 @@ def run(settings: ImageSet, job: Job) -> Result:
             "block": settings.block,
             "licence": licence_of_images(sidecar),
             "precision": job.compute.precision,
+            **({"compiled": True} if settings.compile else {}),
             **({} if labelled else {"unlabelled": True}),
         },
     )
-    sample, labels = shards.open_shards(folder, verify=False).take(np.arange(min(100, settings.images)))
-    pictures.sheet(job.pictures / "sheet.png", sample, labels if labelled else None, "Generated images")
-    return Result(
-        {"images": settings.images},
-        measured={f"shards_{origin}": float(count) for origin, count in pool.counts.items()},
-        pools=[pool.name],
-    )
+    return _finished(settings.images, labelled, "Generated images", pool, job)
 
 
-def first_block(settings: ImageSet, job: Job) -> tuple[np.ndarray, np.ndarray]:
-    """The first images uint8 [N, H, W, C] of a set and their labels [N], as `run` generates them."""
+def _import(settings: ImportedImageSet, job: Job) -> Result:
+    with npz_stream.open_released(job.inputs["source"]) as released:
+        count = len(released) if settings.images is None else settings.images
+        if count > len(released):
+            raise DmatError(
+                f"image set {job.instance['image_set']}: images is {count:,}; {settings.source} holds "
+                f"{len(released):,}; expected at most that; leave images out to import all"
+            )
+        checksums = [files.sha256(part.path) for part in released.parts]
+        pool = job.pool({"source": checksums, "shard": settings.shard}, ("images", "labels"))
+        blocks = released.blocks(settings.shard)
+
+        def maker(indices: np.ndarray, interruption: Interruption, bar: tqdm) -> Callable[[], Arrays]:
+            images, labels = next(blocks)  # also where the pool has the shard: the archive is read from end to end
+            return lambda: {"images": images[: len(indices)], "labels": labels[: len(indices)]}
+
+        entries = _obtain(pool, count, settings.shard, maker, job)
+        labels = released.labels[:count] if released.labelled else released.labels[:0]
+        shards.write_manifest(
+            job.result / "images",
+            entries,
+            shape=released.shape,
+            class_names=released.class_names,
+            class_counts=np.bincount(labels, minlength=released.classes),
+            metadata={
+                "source": settings.source,
+                "licence": NOT_STATED,
+                **({} if released.labelled else {"unlabelled": True}),
+            },
+        )
+    notes = [f"{settings.source} has {', '.join(released.ignored)}, which is not read"] if released.ignored else []
+    result = _finished(count, released.labelled, "Imported images", pool, job)
+    return dataclasses.replace(result, notes=notes)
+
+
+def _obtain(
+    pool: ShardPool,
+    count: int,
+    size: int,
+    maker: Callable[[np.ndarray, Interruption, tqdm], Callable[[], Arrays]],
+    job: Job,
+) -> list[ShardEntry]:
+    """Links all shards of `count` images into the result and returns their manifest entries.
+
+    size: images per shard. maker: for indices int64 [N] of a shard, what computes its arrays if the pool lacks it.
+    """
+    _offer_cached_shards(pool, size, job.root)
+    entries = []
+    bar = tqdm(total=count, unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
+    with Interruption() as interruption, bar:
+        for number, start in enumerate(range(0, count, size)):
+            indices = np.arange(start, min(start + size, count))
+            make = maker(indices, interruption, bar)
+            name = _shard_name(number, len(indices), size)
+            record = pool.obtain(name, len(indices), make, interruption.raise_if_received)
+            entry = shards.entry(number, record)
+            pool.link(record, {key: job.result / "images" / entry[key] for key in ("images", "labels")})
+            entries.append(entry)
+            bar.update(start + len(indices) - bar.n)
+    return entries
+
+
+def _finished(count: int, labelled: bool, title: str, pool: ShardPool, job: Job) -> Result:
+    """Draws a sheet of the set's first images. Returns the result of the stage."""
+    opened = shards.open_shards(job.result / "images", verify=False)
+    sample, labels = opened.take(np.arange(min(100, count)))
+    pictures.sheet(job.pictures / "sheet.png", sample, labels if labelled else None, title)
+    measured = {f"shards_{origin}": float(number) for origin, number in pool.counts.items()}
+    return Result({"images": count}, measured=measured, pools=[pool.name])
+
+
+def block_of(index: int, settings: ImageSet | ImportedImageSet, job: Job) -> tuple[int, np.ndarray, np.ndarray]:
+    """Computes the block of a set that holds the image `index` again.
+
+    Returns the index of the block's first image, the images uint8 [N, H, W, C] and their labels int64 [N].
+    """
+    if isinstance(settings, ImportedImageSet):
+        with npz_stream.open_released(job.inputs["source"]) as released:
+            count = len(released) if settings.images is None else settings.images
+            size = min(settings.shard, 1000)
+            start = index - index % size
+            images, labels = next(itertools.islice(released.blocks(size), start // size, None))
+            return start, images[: count - start], labels[: count - start]
     generation, _, _ = _open(settings, job)
-    indices = np.arange(min(settings.block, settings.images))
-    return generation.block(np.arange(settings.block))[: len(indices)], generation.labels(indices)
+    start = index - index % settings.block
+    indices = np.arange(start, min(start + settings.block, settings.images or 0))
+    images = generation.block(start + np.arange(settings.block))[: len(indices)]
+    return start, images, generation.labels(indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +225,7 @@ class _Generation:
         classes = None
         if len(self.class_map):
             classes = torch.from_numpy(self.class_map[self.labels(indices)]).to(self.compute.device)
-        with self.compute.autocast():
+        with self.compute.autocast(), _compiler_errors(self.settings.compile):
             model = guided(self.model, sampler.guidance)
             searched = {"levels": self.levels} if sampler.schedule == SEARCHED else {}
             images = plugins.find(SAMPLERS, sampler.name)(
@@ -199,7 +286,23 @@ def _open(settings: ImageSet, job: Job) -> tuple[_Generation, DenoiserSidecar, l
             f"{min(called):.6g}; generator {generator} accepts {lowest} to {highest}; expected levels inside; change "
             f"schedule, sigma_min, sigma_max or s_churn of the sampler"
         )
+    if settings.compile:
+        model.compile(dynamic=False)
     return _Generation(model, (height, width, channels), classes, levels, settings, job.compute), sidecar, class_names
+
+
+@contextlib.contextmanager
+def _compiler_errors(compiled: bool) -> Iterator[None]:
+    """Turns errors of torch.compile inside the block into a DmatError, if the model is compiled."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not compiled or shutil.which(os.environ.get("CXX", "g++")):
+            raise
+        raise DmatError(
+            f"compile is true, and torch cannot compile the model ({type(error).__name__}); expected a C++ compiler; "
+            f"install g++, or write compile: false"
+        ) from error
 
 
 def _levels(
@@ -244,7 +347,7 @@ def _offer_cached_shards(pool: ShardPool, full_count: int, root: Path) -> None:
 
 def _generate_shard(
     indices: np.ndarray, generation: _Generation, interruption: Interruption, bar: tqdm
-) -> dict[shards.ArrayName, np.ndarray]:
+) -> Arrays:
     """Images uint8 [N, H, W, C] and labels int64 [N] of a shard. indices [N]: of the images in the set."""
     images = np.empty((len(indices), *generation.image_shape), dtype=np.uint8)
     size = generation.settings.block

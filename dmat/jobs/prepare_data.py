@@ -57,7 +57,8 @@ def run(settings: PrepareData, job: Job) -> Result:
         shards.write_set(job.result / name, images, labels, class_names=source.class_names, metadata=metadata)
         if name == "train":
             pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images")
-    files.write_text(job.result / "none", "stands for no selection: what an arm with `images: none` reads\n")
+    files.write_text(job.result / "no_selection", "stands for no selection: what an arm with `images: none` reads\n")
+    files.write_text(job.result / "no_generator", "stands for no generator: what image sets that are imported read\n")
     copies = _copies(split_digests)
     metrics = {**split_sizes, "classes": len(source.class_names), **copies}
     return Result(metrics, notes=[*source.notes, *_copy_notes(copies, split_sizes)])

@@ -1,6 +1,7 @@
-"""score_images: an image set and the scorer -> the probability that the scorer gives to the label of each image.
+"""score_images: an image set and the scorer -> how sure the scorer is of the label of each image.
 
-The score of Wang et al. 2023 for their 1M set: softmax probability of the target class by a standard classifier. Images
+The scores are those of `data.scores.SCORES`. That of Wang et al. 2023 for their 1M set is the first: the softmax
+probability of the target class by a standard classifier. Images
 of an unconditional model get the class of the highest probability as their label, as Gowal et al. 2021 label theirs.
 """
 
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from dmat import files
 from dmat.config import ScoreImages
 from dmat.data import dvc_cache, shards
 from dmat.data.pixels import to_float
-from dmat.data.scores import ScoreEntry, label_file, score_file
+from dmat.data.scores import SCORES, ScoreEntry, label_file, score_file
 from dmat.data.shard_pool import ShardPool
 from dmat.data.shards import ArrayName
 from dmat.job import Job, Result
@@ -51,7 +53,7 @@ def run(settings: ScoreImages, job: Job) -> Result:
             record = pool.obtain(Path(name).stem, entry["count"], make, interruption.raise_if_received)
             pool.link(record, {"scores": job.result / "scores" / name})
             entries.append({"file": name, "count": record["count"], "sha256": record["scores_sha256"]})
-            shard_scores.append(files.load_array(job.result / "scores" / name))
+            shard_scores.append(files.load_array(job.result / "scores" / name, mapped=True)[:, 0].copy())
             if not images.labelled:
                 path = job.result / "scores" / label_file(entry)
                 pool.link(record, {"labels": path})
@@ -62,7 +64,7 @@ def run(settings: ScoreImages, job: Job) -> Result:
         job.result / "scores" / shards.MANIFEST,
         {"schema": 1, "shards": entries, "count": len(images)},
     )
-    scores = np.concatenate(shard_scores)
+    scores = np.concatenate(shard_scores)  # of the first kind
     title = f"{job.instance['image_set']}: how sure the scorer is of the labels"
     pictures.histogram(job.pictures / "scores.png", scores, title, "probability of the label")
     metrics = {
@@ -102,15 +104,24 @@ def _score_shard(
     job: Job,
     interruption: Interruption,
 ) -> dict[ArrayName, np.ndarray]:
-    """Scores float32 [N] of images uint8 [N, H, W, C] with labels int64 [N].
+    """The S `SCORES`, float32 [N, S], of images uint8 [N, H, W, C] with labels int64 [N].
 
     Without labels, those of the scorer, int64 [N], are returned too.
     """
-    scores, targets = np.empty(len(pixels), dtype=np.float32), np.empty(len(pixels), dtype=np.int64)
+    scores = np.empty((len(pixels), len(SCORES)), dtype=np.float32)
+    targets = np.empty(len(pixels), dtype=np.int64)
     for start in range(0, len(pixels), settings.batch):
         interruption.raise_if_received()
         rows = slice(start, start + settings.batch)
         probabilities = prediction.logits(model, to_float(np.array(pixels[rows])), job.compute).softmax(1)
         targets[rows] = probabilities.argmax(1).numpy() if labels is None else labels[rows]
-        scores[rows] = probabilities.gather(1, torch.from_numpy(targets[rows])[:, None])[:, 0].numpy()
+        scores[rows] = _scores(probabilities, torch.from_numpy(targets[rows])).numpy()
     return {"scores": scores} if labels is not None else {"scores": scores, "labels": targets}
+
+
+def _scores(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """The S `SCORES` of images with class probabilities [N, K] and labels int64 [N]: float32 [N, S]."""
+    own = probabilities.gather(1, targets[:, None])  # [N, 1]
+    others = probabilities.scatter(1, targets[:, None], 0.0).amax(1, keepdim=True)
+    certainty = torch.xlogy(probabilities, probabilities).sum(1, keepdim=True)
+    return torch.cat([own, own - others, certainty], 1)

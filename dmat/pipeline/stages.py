@@ -124,6 +124,25 @@ def _diffusion_inputs(params: "Params", generator: str) -> Paths:
     }
 
 
+def _image_set_settings(params: "Params", image_set: str) -> "Record":
+    from dmat.config import ImportedImageSet
+
+    settings = params.image_sets[image_set]
+    if settings.source == NONE:
+        return settings
+    return ImportedImageSet(source=settings.source, images=settings.images, shard=settings.shard)
+
+
+def _image_set_inputs(params: "Params", image_set: str) -> Paths:
+    settings = params.image_sets[image_set]
+    return _source(settings.source) or {"denoiser": f"{ARTIFACTS}/train_diffusion/{settings.generator}"}
+
+
+def _image_set_models(params: "Params", image_set: str) -> "tuple[Record, ...]":
+    generator = params.image_sets[image_set].generator
+    return () if generator == NONE else (params.generators[generator].network,)
+
+
 def _mix_settings(params: "Params", arm: str) -> "Record":
     from dmat.config import MixImages  # pydantic takes a third of the command line's start
 
@@ -179,7 +198,9 @@ STAGES: dict[str, Stage] = {
             inputs=lambda p: _source(p.prepare_data.path),
             outputs=lambda p: {
                 **{name: _split(name) for name in ("train", "validation", "test")},
-                "none": f"{ARTIFACTS}/select_images/{NONE}",  # the empty selection: DVC's templates have no conditions
+                # The empty generator and selection: DVC's templates have no conditions.
+                "no_generator": f"{ARTIFACTS}/train_diffusion/{NONE}",
+                "no_selection": f"{ARTIFACTS}/select_images/{NONE}",
             },
             example="dmat prepare-data",
         ),
@@ -205,15 +226,13 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "generate_images",
-            "Generate a labelled image set.",
+            "Generate a labelled image set, or import one.",
             ("image_set",),
-            settings=lambda p, image_set: p.image_sets[image_set],
-            inputs=lambda p, image_set: {
-                "denoiser": f"{ARTIFACTS}/train_diffusion/{p.image_sets[image_set].generator}",
-            },
+            settings=_image_set_settings,
+            inputs=_image_set_inputs,
             outputs=lambda p, image_set: {"images": f"{ARTIFACTS}/generate_images/{image_set}"},
             example="dmat generate-images --image-set edm18",
-            model_settings=lambda p, image_set: (p.generators[p.image_sets[image_set].generator].network,),
+            model_settings=_image_set_models,
         ),
         Stage(
             "score_images",

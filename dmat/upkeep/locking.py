@@ -105,7 +105,7 @@ def _stop_at_first_record(images_seen: int, values: dict[str, float]) -> None:
 
 def _compare_first_block(plan: Plan, job: Job, workspace: Workspace) -> str:
     """Compares the first block of images of a set."""
-    images, labels = generate_images.first_block(plan.settings, job)  # type: ignore[arg-type]
+    _, images, labels = generate_images.block_of(0, plan.settings, job)  # type: ignore[arg-type]
     finished_images, finished_labels = shards.open_shards(workspace.at(plan.outputs["images"])).take(
         np.arange(len(labels))
     )
