@@ -110,9 +110,15 @@ BAD = [
     ("generators.edm.formulation", "flow", ["is 'flow'", "'edm', 'vp', 've', 'ddpm' or 'iddpm'"]),
     ("image_sets.edm18.sampler.guidance", -1, ["is -1", "greater than or equal to 0"]),
     ("image_sets.edm18.keep", 0.2, ["image_sets.edm18.keep is not known", "sampler"]),
-    ("image_sets.empty", {}, ["image_sets.empty.generator is missing; expected one of edm", "images is missing"]),
+    ("image_sets.empty", {}, ["image_sets.empty.generator is missing; expected one of edm", "image_sets.empty.source is missing"]),
     ("image_sets.edm18.generator", "ddpm", ["is 'ddpm'", "expected one of edm"]),
-    ("image_sets.edm18.generator", "none", ["is 'none'", "expected one of edm"]),
+    ("image_sets.edm18.generator", "none", ["generator is none, and source too", "a generator or a source"]),
+    ("image_sets.edm18.source", "a.npz", ["generator is 'edm' and source 'a.npz'", "expected none for one of them"]),
+    ("image_sets.edm18.source", "../a.npz", ["is '../a.npz'", "expected a name below sources/"]),
+    ("image_sets.edm18", {"generator": "edm", "source": "none"}, ["images is missing", "number of images to generate"]),
+    ("image_sets.edm18", {"generator": "none", "source": "a.npz", "classes": [0]}, ["classes has no effect"]),
+    ("selections.edm18_best.band", "best", ["is 'best'", "'easy', 'middle' or 'hard'"]),
+    ("selections.edm18_best.score", "entropy", ["is 'entropy'", "'probability', 'margin' or 'certainty'"]),
     ("image_sets.edm18.images", 0, ["is 0", "greater than or equal to 1"]),
     ("generate_images.block", 300, ["shard is 2500 and block 300", "a multiple of block"]),
     ("select_images.keep", 0.0, ["is 0.0", "greater than 0"]),
@@ -507,7 +513,7 @@ def test_a_file_of_an_earlier_version_is_refused_with_the_new_keys(tmp_path):
     assert len(problems) == 16, problems
     for fragment in (
         "line 4: chunks is no longer a list",
-        "write image_sets: {edm18: {generator: edm, images: 10000}}",
+        "write image_sets: {edm18: {generator: edm, source: none, images: 10000}}",
         "generate_images.chunk is 5000",
         "write images: none in its place",
         "write images: edm18_best in its place",
@@ -541,7 +547,7 @@ def test_settings_of_an_earlier_version_get_their_new_names():
 
 def test_an_arm_names_a_selection_an_image_set_and_a_generator(tmp_path, params):
     """The chain of lists: an arm names a selection, a selection an image set, an image set a generator."""
-    params["image_sets"] = {"edm1m": {"generator": "edm", "images": 1_000_000}}
+    params["image_sets"] = {"edm1m": {"generator": "edm", "source": "none", "images": 1_000_000}}
     params["selections"] = {"edm1m_best": {"image_set": "edm1m"}}
     params["arms"]["generated"]["images"] = "edm1m_best"
     loaded = _load(tmp_path, params)

@@ -39,7 +39,7 @@ def test_a_larger_image_set_computes_only_new_shards_in_place_and_in_a_clone(tin
     """Shards of 50: with a set of 100, one of 150 computes one more; in a clone after `dvc pull` 200 computes one."""
     project = Project(tmp_path / "project", ROOT, tiny_params)
     project.run("dvc", "repro", "score_images@edm18")
-    project.params["image_sets"]["more"] = {"generator": "edm", "images": 150}
+    project.params["image_sets"]["more"] = {"generator": "edm", "source": "none", "images": 150}
     project.write()
     project.run("dvc", "repro", "score_images@more")
     assert _shard_counts(project, "generate_images") == _shard_counts(project, "score_images") == [1, 2, 0]
@@ -59,7 +59,7 @@ def test_a_larger_image_set_computes_only_new_shards_in_place_and_in_a_clone(tin
     project.commit("more images")
     clone = Clone(tmp_path / "clone", project)
     clone.run("dvc", "pull", "-q", "--allow-missing")  # the study of tune/dvc.yaml never ran
-    clone.params["image_sets"]["more"] = {"generator": "edm", "images": 200}
+    clone.params["image_sets"]["more"] = {"generator": "edm", "source": "none", "images": 200}
     clone.write()
     clone.run("dvc", "repro", "score_images@more")
     assert _shard_counts(clone, "generate_images") == [1, 0, 3]

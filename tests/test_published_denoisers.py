@@ -315,7 +315,7 @@ def test_a_published_model_generates_the_images_of_a_set(project):
 )
 def test_classes_that_do_not_fit_are_refused(project, image_set, message):
     project.run("train_diffusion")
-    entry = {"generator": "edm", "images": 50, **image_set}
+    entry = {"generator": "edm", "source": "none", "images": 50, **image_set}
     project.params["image_sets"]["edm18"] = entry
     project.write({})
     text = project.run("generate_images", code=2)

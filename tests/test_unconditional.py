@@ -42,7 +42,7 @@ def test_the_images_have_no_labels_of_their_own(project):
 
 def test_a_label_is_the_class_that_the_scorer_finds_most_probable(project):
     images = shards.open_shards(artifacts(project, "generate_images/edm18"))
-    scores, labels = read_scores(artifacts(project, "score_images/edm18"), images)
+    scores, labels = read_scores(artifacts(project, "score_images/edm18"), images, "probability")
     compute = devices.resolve("cpu", "fp32", threads=1)
     scorer, _ = load_classifier(artifacts(project, "train_scorer/scorer", weights.BEST), images, compute)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_a_label_is_the_class_that_the_scorer_finds_most_probable(project):
 
 def test_the_selection_and_the_mix_carry_the_labels(project):
     images = shards.open_shards(artifacts(project, "generate_images/edm18"))
-    scores, labels = read_scores(artifacts(project, "score_images/edm18"), images)
+    scores, labels = read_scores(artifacts(project, "score_images/edm18"), images, "probability")
     folders = artifacts(project, "select_images/edm18_best"), artifacts(project, "generate_images/edm18")
     selected = open_selection(*folders)
     assert 0 < len(selected) < len(images)

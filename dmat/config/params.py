@@ -195,7 +195,8 @@ class _Reader:
         self.problems += [
             f"image_sets.{name}.generator is {NONE}, and source too; expected a generator or a source"
             for name, image_set in lists["image_sets"].items()
-            if image_set is not None and image_set.generator == image_set.source == NONE
+            if image_set is not None
+            and image_set.generator == image_set.source == NONE
             and entries["image_sets"][name].get("generator") == NONE
         ]
         trial = self._trial(sections["tune"], lists)

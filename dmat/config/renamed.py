@@ -52,10 +52,10 @@ def _chunks(raw: Mapping[str, object]) -> Iterator[str]:
         for name, generators in generators_by_set.items():
             chunk_size = _mapping(raw, "image_sets", name).get("chunk", size)
             images = len(generators) * chunk_size if type(chunk_size) is int else "COUNT"
-            sets.append(f"{name}: {{generator: {generators[0]}, images: {images}}}")
+            sets.append(f"{name}: {{generator: {generators[0]}, source: none, images: {images}}}")
         yield (
             f"chunks is no longer a list: an image set names its generator and its number of images; leave it out and "
-            f"write image_sets: {{{', '.join(sets) or 'NAME: {generator: GENERATOR, images: COUNT}'}}}"
+            f"write image_sets: {{{', '.join(sets) or 'NAME: {generator: GENERATOR, source: none, images: COUNT}'}}}"
         )
     if size is not None:
         yield (

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BeforeValidator, Field
 
+from dmat import NONE
 from dmat.config.fields import AnyRecord, Count, Name, Natural, Record, Seed, WrittenNumber
 from dmat.config.generate_images import ImageSet
 from dmat.config.merging import merge
@@ -65,7 +66,7 @@ Dimension = Annotated[Range | Choices, BeforeValidator(_range_or_choices)]
 # Settings that the study itself decides, and settings that would make trials incomparable.
 NOT_IN_A_SPACE = (
     *("images", "images_seen", "evaluate_every", "threat", "selection_steps", "selection_step_size", "patience"),
-    *("image_set.generator", "selection.image_set"),
+    *("image_set.generator", "image_set.source", "selection.image_set"),
 )
 IMAGE_SET, SELECTION = "image_set", "selection"  # first part of names in a space that are not settings of the arm
 
@@ -165,6 +166,9 @@ def study_problems(study: Tune, trial: TrialSettings) -> Iterator[str]:
         path = f"tune.space.{name}"
         if name in NOT_IN_A_SPACE or name.partition(".")[0] in NOT_IN_A_SPACE:
             yield f"{path} cannot be chosen by a study: its trials could not be compared; leave it out"
+            continue
+        if name.startswith(f"{IMAGE_SET}.") and trial.image_set is not None and trial.image_set.source != NONE:
+            yield f"{path} has no effect, as the images of arm {study.arm} are imported; leave it out"
             continue
         try:
             arm_value = trial.value_of(name)

@@ -69,7 +69,7 @@ class ResidentBatches(MixedBatches):
         self._resident = [None if source is None else _load(source, device) for source in (real, generated)]
 
     def at(self, step: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
-        """As `MixedBatches.at`; both tensors are on the device."""
+        """As `MixedBatches.at`, on the device: images uint8 [N, H, W, C] and labels int64 [N]."""
         rows = rows or slice(0, self.mix.drawn)
         count = rows.stop - rows.start
         images = torch.empty((count, *self.real.shape), dtype=torch.uint8, device=self.device)

@@ -1,6 +1,7 @@
 """Scores of the images of a set: one file per shard, and a manifest with their checksums.
 
-Each image has several scores, all of them higher where the scorer is surer. A selection chooses one of them. Images without labels of their own get them here: the scorer's, one more file per shard.
+Each image has several scores, all of them higher where the scorer is surer. A selection chooses one of them. Images
+without labels of their own get them here: the scorer's, one more file per shard.
 """
 
 from pathlib import Path
@@ -61,9 +62,7 @@ def read_scores(folder: Path, images: Shards, score: str) -> tuple[np.ndarray, n
     for entry, own_labels in zip(recorded, images.labels, strict=True):
         rows = slice(start, start + entry["count"])
         scores[rows] = _read(folder / entry["file"], entry["sha256"])[:, column]
-        labels[rows] = (
-            own_labels if images.labelled else _read(folder / entry["labels"], entry["labels_sha256"])
-        )
+        labels[rows] = own_labels if images.labelled else _read(folder / entry["labels"], entry["labels_sha256"])
         start = rows.stop
     return scores, labels
 

@@ -141,7 +141,7 @@ class Shards:
 
     @functools.cached_property
     def _starts(self) -> np.ndarray:
-        """Global index of the first image of each shard, then the number of images: int64 [shards + 1]."""
+        """Global index of the first image of each of S shards, then the number of images: int64 [S + 1]."""
         return np.cumsum([0, *(len(labels) for labels in self.labels)])
 
     def all(self) -> tuple[np.ndarray, np.ndarray]:

@@ -40,7 +40,6 @@ from dmat.training import weights
 from dmat.training.interruption import Interruption
 from dmat.training.weights import DenoiserSidecar
 
-
 Arrays = dict[ArrayName, np.ndarray]  # of a shard: images uint8 [N, H, W, C] and labels int64 [N]
 
 
@@ -74,7 +73,7 @@ def _generate(settings: ImageSet, job: Job) -> Result:
         ("images", "labels"),
     )
 
-    def maker(indices: np.ndarray, interruption: Interruption, bar: tqdm) -> Callable[[], Arrays]:
+    def maker(indices: np.ndarray, interruption: Interruption, bar: tqdm) -> Callable[[], Arrays]:  # indices [N]
         return functools.partial(_generate_shard, indices, generation, interruption, bar)
 
     entries = _obtain(pool, settings.images, settings.shard, maker, job)
@@ -114,7 +113,7 @@ def _import(settings: ImportedImageSet, job: Job) -> Result:
         pool = job.pool({"source": checksums, "shard": settings.shard}, ("images", "labels"))
         blocks = released.blocks(settings.shard)
 
-        def maker(indices: np.ndarray, interruption: Interruption, bar: tqdm) -> Callable[[], Arrays]:
+        def maker(indices: np.ndarray, interruption: Interruption, bar: tqdm) -> Callable[[], Arrays]:  # indices [N]
             images, labels = next(blocks)  # also where the pool has the shard: the archive is read from end to end
             return lambda: {"images": images[: len(indices)], "labels": labels[: len(indices)]}
 
@@ -345,9 +344,7 @@ def _offer_cached_shards(pool: ShardPool, full_count: int, root: Path) -> None:
             )
 
 
-def _generate_shard(
-    indices: np.ndarray, generation: _Generation, interruption: Interruption, bar: tqdm
-) -> Arrays:
+def _generate_shard(indices: np.ndarray, generation: _Generation, interruption: Interruption, bar: tqdm) -> Arrays:
     """Images uint8 [N, H, W, C] and labels int64 [N] of a shard. indices [N]: of the images in the set."""
     images = np.empty((len(indices), *generation.image_shape), dtype=np.uint8)
     size = generation.settings.block

@@ -43,12 +43,14 @@ def run(settings: Selection, job: Job) -> Result:
         None if candidates.labelled else labels[selected].astype(np.int64),
     )
     kept_scores = scores[selected]
-    return Result({
-        "pool": len(candidates),
-        "kept": len(selected),
-        "lowest_kept_score": float(kept_scores.min()),
-        "highest_kept_score": float(kept_scores.max()),
-    })
+    return Result(
+        {
+            "pool": len(candidates),
+            "kept": len(selected),
+            "lowest_kept_score": float(kept_scores.min()),
+            "highest_kept_score": float(kept_scores.max()),
+        }
+    )
 
 
 def band_of_each_class(scores: np.ndarray, labels: np.ndarray, keep: float, band: str = "easy") -> np.ndarray:

@@ -14,6 +14,7 @@ from dmat.pipeline import STAGES, code_identity, execution, planning
 from dmat.tuning.plan import Study
 from dmat.workspace import Instance, Workspace
 
+_INPUTS = {"denoiser", "source", "scorer"}  # of these stages, where there are
 _STAGES = ("generate_images", "score_images", "select_images")
 
 
@@ -27,7 +28,7 @@ def workspace_of(plan: Study, trial: TrialSettings, params: Params, workspace: W
     identity = {
         "image_set": trial.image_set.plain(),
         "selection": trial.selection.plain(),
-        "inputs": {name: plan.inputs[name]["sha256"] for name in ("denoiser", "scorer")},
+        "inputs": {name: plan.inputs[name]["sha256"] for name in _INPUTS & plan.inputs.keys()},
         "code": {stage_name: code_identity.read(workspace.root).identity_of(stage_name) for stage_name in _STAGES},
     }
     trial_workspace = Workspace(plan.folder / "images" / files.fingerprint(identity), workspace.home)
@@ -47,7 +48,8 @@ def _make(plan: Study, trial: TrialSettings, params: Params, workspace: Workspac
         image_sets={**params.image_sets, name: trial.image_set},
         selections={**params.selections, selection: trial.selection},
     )
-    for path in (code_identity.NAME, *(plan.inputs[input_name]["path"] for input_name in ("denoiser", "scorer"))):
+    inputs = sorted(plan.inputs[input_name]["path"] for input_name in _INPUTS & plan.inputs.keys())
+    for path in (code_identity.NAME, *inputs):
         files.publish(workspace.at(path), trial_workspace.at(path))
     instances: list[tuple[str, Instance]] = [
         ("generate_images", {"image_set": name}),
