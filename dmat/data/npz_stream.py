@@ -179,10 +179,10 @@ def _part_paths(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
 
-    def natural(part: Path) -> list[tuple[int, str]]:  # part2 before part10
+    def by_numbers(part: Path) -> list[tuple[int, str]]:  # part2 before part10
         return [(int(piece), "") if piece.isdecimal() else (0, piece) for piece in re.split(r"(\d+)", part.name)]
 
-    parts = sorted((part for part in path.glob("*.npz") if not files.hidden(part.name)), key=natural)
+    parts = sorted((part for part in path.glob("*.npz") if not files.hidden(part.name)), key=by_numbers)
     if not parts:
         raise DmatError(f"{path} has no .npz file; expected the parts of a set; give another folder")
     return parts

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dmat import files, plugins, seeds
 from dmat.config import ImageSet, ImportedImageSet
-from dmat.data import dvc_cache, npz_stream, shards
+from dmat.data import croissant, dvc_cache, npz_stream, shards
 from dmat.data.pixels import to_bytes
 from dmat.data.shard_pool import ShardPool
 from dmat.data.shards import ArrayName, SetMetadata, ShardEntry
@@ -164,7 +164,8 @@ def _obtain(
 
 
 def _finished(count: int, labelled: bool, title: str, pool: ShardPool, job: Job) -> Result:
-    """Draws a sheet of the set's first images. Returns the result of the stage."""
+    """Describes the set in croissant.json and draws a sheet of its first images. Returns the result of the stage."""
+    croissant.write(job.result / "images", str(job.instance["image_set"]))
     opened = shards.open_shards(job.result / "images", verify=False)
     sample, labels = opened.take(np.arange(min(100, count)))
     pictures.sheet(job.pictures / "sheet.png", sample, labels if labelled else None, title)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dmat import files, seeds
 from dmat.config import Normalisation, PrepareData
-from dmat.data import overlap, shards, sources
+from dmat.data import croissant, overlap, shards, sources
 from dmat.data.sources import ImageSource, stratified
 from dmat.errors import DmatError
 from dmat.job import Job, Result
@@ -55,6 +55,7 @@ def run(settings: PrepareData, job: Job) -> Result:
         if source.test:
             metadata["source_split"] = pool  # what the indices count in
         shards.write_set(job.result / name, images, labels, class_names=source.class_names, metadata=metadata)
+        croissant.write(job.result / name, f"{settings.source}_{name}")
         if name == "train":
             pictures.sheet(job.pictures / f"{name}.png", images, labels, "Real training images")
     files.write_text(job.result / "no_selection", "stands for no selection: what an arm with `images: none` reads\n")
