@@ -39,14 +39,21 @@ def add_to(app: typer.Typer, specific_commands: Mapping[str, Callable[[typer.Typ
 def _command(stage: Stage) -> Callable[..., None]:
     """A function whose signature Typer reads: the options of the stage's keys, then those of every stage."""
 
-    def command(fresh: bool, dry_run: bool, as_json: bool, params: Path, **instance: str | int) -> None:
-        run(stage, instance, params, fresh, dry_run, as_json)
+    def command(
+        fresh: bool, dry_run: bool, as_json: bool, params: Path, shards: str = "", **instance: str | int
+    ) -> None:
+        run(stage, instance, params, fresh, dry_run, as_json, shards=_shard_numbers(shards) if shards else None)
 
     instance_options = [
         _keyword_parameter(name, Annotated[kind, typer.Option(help=help_text)])
         for name, (kind, help_text) in _INSTANCE_OPTIONS.items()
         if name in stage.keys
     ]
+    if stage.by_shards:
+        help_text = "Compute only the shards A to B - 1, and publish nothing: for arrays of jobs that share runs/."
+        instance_options.append(
+            _keyword_parameter("shards", Annotated[str, typer.Option(help=help_text, metavar="A:B")], "")
+        )
     common_options = [
         _keyword_parameter(
             "fresh", Annotated[bool, typer.Option("--fresh", help="Set earlier work aside and start over.")], False
@@ -68,18 +75,20 @@ def _keyword_parameter(name: str, annotation: object, default: object = inspect.
 
 
 def run(
-    stage: Stage, instance: Instance, path: Path, fresh: bool, dry_run: bool, as_json: bool, worker: bool = False
-) -> None:
+    stage: Stage, instance: Instance, path: Path, fresh: bool, dry_run: bool, as_json: bool, worker: bool = False,
+    shards: range | None = None,
+) -> None:  # fmt: skip
     """Runs one instance of a stage, as its command does.
 
-    path: the parameter file. worker: compute for the process that publishes the result, and publish nothing.
+    path: the parameter file. worker, shards: compute for the process that publishes the result, and publish nothing:
+    what no other process computes, or these shards.
     """
     from dmat import tracking
     from dmat.workspace import find_workspace
 
     workspace = find_workspace(path.resolve().parent)
     try:
-        _run(stage, instance, path, workspace, fresh, dry_run, as_json, worker)
+        _run(stage, instance, path, workspace, fresh, dry_run, as_json, worker, shards)
     except Exception as error:
         with contextlib.suppress(Exception):  # the error must be shown even if recording it fails
             tracking.record_stage_error(workspace.home, error)
@@ -88,7 +97,7 @@ def run(
 
 def _run(
     stage: Stage, instance: Instance, path: Path, workspace: Workspace, fresh: bool, dry_run: bool,
-    as_json: bool, worker: bool,
+    as_json: bool, worker: bool, shards: range | None,
 ) -> None:  # fmt: skip
     from dmat import config, processes
     from dmat.pipeline import execution, planning
@@ -105,6 +114,9 @@ def _run(
         return
     if worker:
         execution.run_worker(plan, params, workspace, quiet=as_json)
+        return
+    if shards is not None:
+        execution.run_shards(plan, params, workspace, shards, quiet=as_json)
         return
     process_count = params.compute.processes
     if process_count > 1 and stage.processes == "together" and "RANK" not in os.environ:
@@ -125,6 +137,14 @@ def _run(
     if (finished := plan.finished) is not None:
         for note in finished.get("notes", []):
             typer.echo(note, err=True)
+
+
+def _shard_numbers(text: str) -> range:
+    """The range that `--shards` names. Raises DmatError for anything but two whole numbers."""
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal()):
+        raise DmatError(f"--shards is {text!r}; expected the first number and the number after the last, such as 0:10")
+    return range(int(first), int(end))
 
 
 def _start_together(process_count: int) -> None:

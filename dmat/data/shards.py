@@ -8,7 +8,7 @@ Shapes: N images, B images of a batch, H height, W width, C channels.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Required, TypedDict
 
@@ -216,8 +216,10 @@ def write_set(
     )
 
 
-def open_shards(folders: Path | Iterable[Path], verify: bool = True) -> Shards:
-    """Opens one folder, or several folders as one set in the given order. verify: compare every checksum.
+def open_shards(folders: Path | Iterable[Path], verify: bool | Collection[int] = True) -> Shards:
+    """Opens one folder, or several folders as one set in the given order.
+
+    verify: compare every checksum, or those of the shards with these numbers.
 
     Raises DmatError if a file is missing, altered or of another schema, or if the folders differ in image shape or
     classes.
@@ -233,8 +235,9 @@ def open_shards(folders: Path | Iterable[Path], verify: bool = True) -> Shards:
             )
         manifests.append(manifest)
         for entry in manifest["shards"]:
-            images.append(_open(folder / entry["images"], entry["images_sha256"], entry["count"], verify))
-            labels.append(_open(folder / entry["labels"], entry["labels_sha256"], entry["count"], verify))
+            compared = verify if isinstance(verify, bool) else entry["index"] in verify
+            images.append(_open(folder / entry["images"], entry["images_sha256"], entry["count"], compared))
+            labels.append(_open(folder / entry["labels"], entry["labels_sha256"], entry["count"], compared))
     first = manifests[0]
     for folder, manifest in zip(folders, manifests, strict=True):
         if (manifest["shape"], manifest["class_names"]) != (first["shape"], first["class_names"]):

@@ -26,7 +26,7 @@ from dmat.config import ImageSet, ImportedImageSet
 from dmat.data import croissant, dvc_cache, npz_stream, shards
 from dmat.data.pixels import to_bytes
 from dmat.data.shard_pool import ShardPool
-from dmat.data.shards import ArrayName, SetMetadata, ShardEntry
+from dmat.data.shards import ArrayName, SetMetadata, ShardEntry, ShardRecord
 from dmat.data.sources import NOT_STATED
 from dmat.devices import Compute
 from dmat.diffusion import schedule_search
@@ -51,18 +51,62 @@ def run(settings: ImageSet | ImportedImageSet, job: Job) -> Result:
     return _import(settings, job) if isinstance(settings, ImportedImageSet) else _generate(settings, job)
 
 
+def run_shards(settings: ImageSet | ImportedImageSet, job: Job, numbers: range) -> None:
+    """Computes some of the set's shards for the process that publishes it, which may run later and elsewhere.
+
+    numbers: of the shards, from 0. Raises DmatError for numbers of shards that the set does not have.
+    """
+    if isinstance(settings, ImportedImageSet):
+        raise DmatError(
+            f"image set {job.instance['image_set']} is imported from {settings.source}, which is read from end to end; "
+            f"expected a set that is generated; start the stage without --shards"
+        )
+    count = -(-(settings.images or 0) // settings.shard)
+    if not 0 <= numbers.start < numbers.stop <= count:
+        raise DmatError(
+            f"--shards is {numbers.start}:{numbers.stop}; image set {job.instance['image_set']} has the shards 0 to "
+            f"{count - 1}; expected two numbers from 0 to {count}, the lower first"
+        )
+    generation, sidecar, _ = _open(settings, job)
+    for _ in _records(_pool_of(generation, sidecar, job), settings, generation.maker, job, numbers):
+        pass
+
+
 def _generate(settings: ImageSet, job: Job) -> Result:
     assert settings.images is not None  # as ImageSet checks
     generation, sidecar, class_names = _open(settings, job)
-    labelled = bool(len(generation.class_map))
-    # Levels of another machine may differ, so that images with others get a pool of their own.
-    searched: SetMetadata = {"levels": generation.levels} if settings.sampler.schedule == SEARCHED else {}
-    pool = job.pool(
+    pool = _pool_of(generation, sidecar, job)
+    entries = _link(pool, settings, generation.maker, job)
+    shards.write_manifest(
+        job.result / "images",
+        entries,
+        shape=sidecar["image_shape"],
+        class_names=class_names,
+        class_counts=generation.class_counts(settings.images, len(class_names)),
+        metadata={
+            "generator_sha256": sidecar["sha256"],
+            "sampler": settings.sampler.plain(),
+            **generation.searched,
+            "seed": settings.seed,
+            "block": settings.block,
+            "licence": licence_of_images(sidecar),
+            "precision": job.compute.precision,
+            **({"compiled": True} if settings.compile else {}),
+            **({} if generation.labelled else {"unlabelled": True}),
+        },
+    )
+    return _finished(settings.images, generation.labelled, "Generated images", pool, job)
+
+
+def _pool_of(generation: "_Generation", sidecar: DenoiserSidecar, job: Job) -> ShardPool:
+    """The pool of a set's shards: its name depends on all that an image depends on but its index."""
+    settings = generation.settings
+    return job.pool(
         {
             "denoiser": identity(sidecar),
             "classes": generation.class_map.tolist(),
             "sampler": settings.sampler.plain(),
-            **searched,
+            **generation.searched,
             "seed": settings.seed,
             "shard": settings.shard,
             "block": settings.block,
@@ -72,33 +116,6 @@ def _generate(settings: ImageSet, job: Job) -> Result:
         },
         ("images", "labels"),
     )
-
-    def maker(indices: np.ndarray, interruption: Interruption, bar: tqdm) -> Callable[[], Arrays]:  # indices [N]
-        return functools.partial(_generate_shard, indices, generation, interruption, bar)
-
-    entries = _obtain(pool, settings.images, settings.shard, maker, job)
-    counts = np.zeros(len(class_names), dtype=np.int64)
-    if labelled:
-        counts = np.bincount(generation.labels(np.arange(settings.images)), minlength=len(class_names))
-    shards.write_manifest(
-        job.result / "images",
-        entries,
-        shape=sidecar["image_shape"],
-        class_names=class_names,
-        class_counts=counts,
-        metadata={
-            "generator_sha256": sidecar["sha256"],
-            "sampler": settings.sampler.plain(),
-            **searched,
-            "seed": settings.seed,
-            "block": settings.block,
-            "licence": licence_of_images(sidecar),
-            "precision": job.compute.precision,
-            **({"compiled": True} if settings.compile else {}),
-            **({} if labelled else {"unlabelled": True}),
-        },
-    )
-    return _finished(settings.images, labelled, "Generated images", pool, job)
 
 
 def _import(settings: ImportedImageSet, job: Job) -> Result:
@@ -117,7 +134,7 @@ def _import(settings: ImportedImageSet, job: Job) -> Result:
             images, labels = next(blocks)  # also where the pool has the shard: the archive is read from end to end
             return lambda: {"images": images[: len(indices)], "labels": labels[: len(indices)]}
 
-        entries = _obtain(pool, count, settings.shard, maker, job)
+        entries = _link(pool, settings.model_copy(update={"images": count}), maker, job)
         labels = released.labels[:count] if released.labelled else released.labels[:0]
         shards.write_manifest(
             job.result / "images",
@@ -136,31 +153,40 @@ def _import(settings: ImportedImageSet, job: Job) -> Result:
     return dataclasses.replace(result, notes=notes)
 
 
-def _obtain(
-    pool: ShardPool,
-    count: int,
-    size: int,
-    maker: Callable[[np.ndarray, Interruption, tqdm], Callable[[], Arrays]],
-    job: Job,
-) -> list[ShardEntry]:
-    """Links all shards of `count` images into the result and returns their manifest entries.
+# For indices int64 [N] of a shard: what computes its arrays if the pool lacks it.
+_Maker = Callable[[np.ndarray, Interruption, tqdm], Callable[[], Arrays]]
 
-    size: images per shard. maker: for indices int64 [N] of a shard, what computes its arrays if the pool lacks it.
-    """
-    _offer_cached_shards(pool, size, job.root)
+
+def _link(pool: ShardPool, settings: ImageSet | ImportedImageSet, maker: _Maker, job: Job) -> list[ShardEntry]:
+    """Links all shards of a set into the result and returns their manifest entries."""
     entries = []
-    bar = tqdm(total=count, unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
+    for number, record in _records(pool, settings, maker, job):
+        entry = shards.entry(number, record)
+        pool.link(record, {key: job.result / "images" / entry[key] for key in ("images", "labels")})
+        entries.append(entry)
+    return entries
+
+
+def _records(
+    pool: ShardPool,
+    settings: ImageSet | ImportedImageSet,
+    maker: _Maker,
+    job: Job,
+    numbers: range | None = None,
+) -> Iterator[tuple[int, ShardRecord]]:
+    """Yields number and record of each shard of a set, once the pool has it. numbers: of the shards; None: all."""
+    count, size = settings.images or 0, settings.shard
+    _offer_cached_shards(pool, size, job.root)
+    numbers = range(-(-count // size)) if numbers is None else numbers
+    first, end = numbers.start * size, min(numbers.stop * size, count)
+    bar = tqdm(total=end - first, unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
     with Interruption() as interruption, bar:
-        for number, start in enumerate(range(0, count, size)):
-            indices = np.arange(start, min(start + size, count))
+        for number in numbers:
+            indices = np.arange(number * size, min((number + 1) * size, count))
             make = maker(indices, interruption, bar)
             name = _shard_name(number, len(indices), size)
-            record = pool.obtain(name, len(indices), make, interruption.raise_if_received)
-            entry = shards.entry(number, record)
-            pool.link(record, {key: job.result / "images" / entry[key] for key in ("images", "labels")})
-            entries.append(entry)
-            bar.update(start + len(indices) - bar.n)
-    return entries
+            yield number, pool.obtain(name, len(indices), make, interruption.raise_if_received)
+            bar.update(indices[-1] + 1 - first - bar.n)
 
 
 def _finished(count: int, labelled: bool, title: str, pool: ShardPool, job: Job) -> Result:
@@ -206,6 +232,24 @@ class _Generation:
     levels: list[float]  # of noise, from the highest to the lowest, then 0
     settings: ImageSet
     compute: Compute
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels: not those of an unconditional model."""
+        return bool(len(self.class_map))
+
+    @property
+    def searched(self) -> SetMetadata:
+        """The levels, if they were searched: those of another machine may differ, and so do their images."""
+        return {"levels": self.levels} if self.settings.sampler.schedule == SEARCHED else {}
+
+    def class_counts(self, images: int, classes: int) -> list[int]:
+        """Images per class of a set of `images`: the labels repeat from 0 to classes - 1. Zeros without labels."""
+        return [(images - label + classes - 1) // classes * self.labelled for label in range(classes)]
+
+    def maker(self, indices: np.ndarray, interruption: Interruption, bar: tqdm) -> Callable[[], Arrays]:
+        """What computes the shard of images with these indices [N]."""
+        return functools.partial(_generate_shard, indices, self, interruption, bar)
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
         """Labels of images of the set: int64 [N] for indices [N]."""

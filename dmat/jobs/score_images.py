@@ -6,6 +6,7 @@ of an unconditional model get the class of the highest probability as their labe
 """
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from dmat.data import dvc_cache, shards
 from dmat.data.pixels import to_float
 from dmat.data.scores import SCORES, ScoreEntry, label_file, score_file
 from dmat.data.shard_pool import ShardPool
-from dmat.data.shards import ArrayName
+from dmat.data.shards import ArrayName, ShardRecord, Shards
+from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
 from dmat.models.classifiers import load_classifier
@@ -32,34 +34,19 @@ from dmat.training.interruption import Interruption
 def run(settings: ScoreImages, job: Job) -> Result:
     """Scores the shards of the image set that have no scores yet, and writes the manifest of scores."""
     images = shards.open_shards(job.inputs["images"])
-    model, sidecar = load_classifier(job.inputs["scorer"] / weights.BEST, images, job.compute)
-    pool = job.pool(
-        {
-            "scorer_sha256": sidecar["sha256"],
-            "batch": settings.batch,
-            "precision": job.compute.precision,
-            "device": job.compute.device.type,
-        },
-        ("scores",) if images.labelled else ("scores", "labels"),
-    )
-    _offer_cached_scores(pool, job.root)
+    model, pool = _open(images, settings, job)
     shard_scores, shard_labels, entries = [], [], list[ScoreEntry]()
-    bar = tqdm(total=len(images), unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
-    with Interruption() as interruption, bar:
-        for entry, pixels, labels in zip(images.manifest["shards"], images.images, images.labels, strict=True):
-            targets = labels if images.labelled else None
-            make = functools.partial(_score_shard, pixels, targets, model, settings, job, interruption)
-            name = score_file(entry)
-            record = pool.obtain(Path(name).stem, entry["count"], make, interruption.raise_if_received)
-            pool.link(record, {"scores": job.result / "scores" / name})
-            entries.append({"file": name, "count": record["count"], "sha256": record["scores_sha256"]})
-            shard_scores.append(files.load_array(job.result / "scores" / name, mapped=True)[:, 0].copy())
-            if not images.labelled:
-                path = job.result / "scores" / label_file(entry)
-                pool.link(record, {"labels": path})
-                entries[-1] |= {"labels": path.name, "labels_sha256": record["labels_sha256"]}
-                shard_labels.append(files.load_array(path))
-            bar.update(entry["count"])
+    for number, record in _records(images, model, pool, settings, job, range(len(images.images))):
+        entry = images.manifest["shards"][number]
+        name = score_file(entry)
+        pool.link(record, {"scores": job.result / "scores" / name})
+        entries.append({"file": name, "count": record["count"], "sha256": record["scores_sha256"]})
+        shard_scores.append(files.load_array(job.result / "scores" / name, mapped=True)[:, 0].copy())
+        if not images.labelled:
+            path = job.result / "scores" / label_file(entry)
+            pool.link(record, {"labels": path})
+            entries[-1] |= {"labels": path.name, "labels_sha256": record["labels_sha256"]}
+            shard_labels.append(files.load_array(path))
     files.write_json(
         job.result / "scores" / shards.MANIFEST,
         {"schema": 1, "shards": entries, "count": len(images)},
@@ -84,6 +71,55 @@ def run(settings: ScoreImages, job: Job) -> Result:
         measured={f"shards_{origin}": float(count) for origin, count in pool.counts.items()},
         pools=[pool.name],
     )
+
+
+def run_shards(settings: ScoreImages, job: Job, numbers: range) -> None:
+    """Scores some of the set's shards for the process that publishes the scores, which may run later.
+
+    numbers: of the shards, from 0. Raises DmatError for numbers of shards that the set does not have.
+    """
+    images = shards.open_shards(job.inputs["images"], verify=numbers)
+    if not 0 <= numbers.start < numbers.stop <= len(images.images):
+        raise DmatError(
+            f"--shards is {numbers.start}:{numbers.stop}; image set {job.instance['image_set']} has the shards 0 to "
+            f"{len(images.images) - 1}; expected two numbers from 0 to {len(images.images)}, the lower first"
+        )
+    model, pool = _open(images, settings, job)
+    for _ in _records(images, model, pool, settings, job, numbers):
+        pass
+
+
+def _open(images: Shards, settings: ScoreImages, job: Job) -> tuple[Classifier, ShardPool]:
+    """The scorer and the pool of its scores."""
+    model, sidecar = load_classifier(job.inputs["scorer"] / weights.BEST, images, job.compute)
+    pool = job.pool(
+        {
+            "scorer_sha256": sidecar["sha256"],
+            "batch": settings.batch,
+            "precision": job.compute.precision,
+            "device": job.compute.device.type,
+        },
+        ("scores",) if images.labelled else ("scores", "labels"),
+    )
+    _offer_cached_scores(pool, job.root)
+    return model, pool
+
+
+def _records(
+    images: Shards, model: Classifier, pool: ShardPool, settings: ScoreImages, job: Job, numbers: range
+) -> Iterator[tuple[int, ShardRecord]]:
+    """Yields number and record of the scores of each of these shards, once the pool has them."""
+    entries = images.manifest["shards"]
+    total = sum(entries[number]["count"] for number in numbers)
+    bar = tqdm(total=total, unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
+    with Interruption() as interruption, bar:
+        for number in numbers:
+            targets = images.labels[number] if images.labelled else None
+            make = functools.partial(_score_shard, images.images[number], targets, model, settings, job, interruption)
+            entry = entries[number]
+            name = Path(score_file(entry)).stem
+            yield number, pool.obtain(name, entry["count"], make, interruption.raise_if_received)
+            bar.update(entry["count"])
 
 
 def _offer_cached_scores(pool: ShardPool, root: Path) -> None:

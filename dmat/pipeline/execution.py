@@ -149,6 +149,16 @@ def run_worker(plan: Plan, params: Params, workspace: Workspace, *, quiet: bool 
         plan.stage.job.run_worker(plan.settings, new_job(plan, params, workspace, resolve(params), plan.work, quiet))
 
 
+def run_shards(plan: Plan, params: Params, workspace: Workspace, numbers: range, *, quiet: bool = False) -> None:
+    """Computes some shards of an instance and publishes nothing: a later run of the whole instance finds them.
+
+    Any number of processes may do so at once, on machines that share the project's `runs/`. numbers: of the shards.
+    """
+    with Interruption(at_once=True):
+        job = new_job(plan, params, workspace, compute_of(plan.stage, params), plan.work, quiet)
+        plan.stage.job.run_shards(plan.settings, job, numbers)
+
+
 def estimate(plan: Plan, params: Params, workspace: Workspace) -> dict[str, object]:
     """How much of a shared stage is done and how long the rest takes; {} for other stages and finished results."""
     if plan.stage.processes != "shared" or plan.finished:

@@ -36,6 +36,7 @@ class Stage:
     processes: "one" process only; "together": several that compute in step with each other; "shared": several that
     divide the work.
     float32: the stage computes in single precision, whatever the precision of the other stages.
+    by_shards: whether its command takes `--shards`, and its job has `run_shards`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stage:
     example: str
     processes: Literal["one", "together", "shared"] = "one"
     float32: bool = False
+    by_shards: bool = False
     model_settings: Callable[..., "tuple[Record, ...]"] = lambda params, **instance: ()
 
     @property
@@ -232,6 +234,7 @@ STAGES: dict[str, Stage] = {
             inputs=_image_set_inputs,
             outputs=lambda p, image_set: {"images": f"{ARTIFACTS}/generate_images/{image_set}"},
             example="dmat generate-images --image-set edm18",
+            by_shards=True,
             model_settings=_image_set_models,
         ),
         Stage(
@@ -242,6 +245,7 @@ STAGES: dict[str, Stage] = {
             inputs=lambda p, image_set: {"images": f"{ARTIFACTS}/generate_images/{image_set}", "scorer": SCORER},
             outputs=lambda p, image_set: {"scores": f"{ARTIFACTS}/score_images/{image_set}"},
             example="dmat score-images --image-set edm18",
+            by_shards=True,
             model_settings=lambda p, image_set: (p.train_scorer.network,),
         ),
         Stage(
