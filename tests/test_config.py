@@ -110,7 +110,7 @@ BAD = [
     ("generators.edm.formulation", "flow", ["is 'flow'", "'edm', 'vp', 've', 'ddpm' or 'iddpm'"]),
     ("image_sets.edm18.sampler.guidance", -1, ["is -1", "greater than or equal to 0"]),
     ("image_sets.edm18.keep", 0.2, ["image_sets.edm18.keep is not known", "sampler"]),
-    ("image_sets.empty", {}, ["image_sets.empty.generator is missing; expected one of edm", "image_sets.empty.source is missing"]),
+    ("image_sets.empty", {}, ["image_sets.empty.generator is missing; expected one of edm", "empty.source is missing"]),
     ("image_sets.edm18.generator", "ddpm", ["is 'ddpm'", "expected one of edm"]),
     ("image_sets.edm18.generator", "none", ["generator is none, and source too", "a generator or a source"]),
     ("image_sets.edm18.source", "a.npz", ["generator is 'edm' and source 'a.npz'", "expected none for one of them"]),

@@ -55,6 +55,13 @@ class SelectedImages:
         """Indices in the set, int64 [B], of positions [B] in the selection."""
         return positions if self.indices is None else self.indices[positions]
 
+    def position_of(self, index: int) -> int | None:
+        """The position in the selection of an image of the set; None if it is not selected."""
+        if self.indices is None:
+            return index
+        position = int(np.searchsorted(self.indices, index))
+        return position if position < len(self.indices) and self.indices[position] == index else None
+
     def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [B, H, W, C] and labels int64 [B] at positions [B] in the selection."""
         images = np.empty((len(positions), *self.images.shape), dtype=np.uint8)
