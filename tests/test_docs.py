@@ -137,7 +137,7 @@ def test_every_value_has_a_source() -> None:
 
 def test_examples_are_valid_additions_to_params_yaml(tmp_path: Path) -> None:
     examples = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.+?)```", PARAMETERS, re.DOTALL)]
-    assert len(examples) == 7
+    assert len(examples) == 8
     together = PARAMS
     for example in examples:
         together = config.merge(together, example)
