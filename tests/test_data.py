@@ -173,7 +173,8 @@ def test_npz_source_needs_a_file(tmp_path, path):
     with pytest.raises(DmatError) as refused:
         npz(path)
     assert str(refused.value) == (
-        f"prepare_data.path is {path}; expected an .npz file with `image` and `label`; give its path"
+        f"prepare_data.path is {path}; expected an .npz file with `image` and `label`, or a folder of them; give "
+        f"its path"
     )
 
 

@@ -5,6 +5,8 @@ Oracle: files written here byte by byte. The .npz source and splits are in test_
 pytest tests/test_sources.py
 """
 
+import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -17,7 +19,8 @@ import pytest
 from PIL import Image
 
 from dmat import config, files
-from dmat.data import cifar, shards, sources
+from dmat.data import shards, sources
+from dmat.data.data_sets import DATA_SETS
 from dmat.errors import DmatError
 from dmat.jobs import prepare_data
 from dmat.models.classifiers import data_spec_of
@@ -25,6 +28,7 @@ from tests import cifar_files
 from tests.cifar_files import FOLDERS, NAMES, python2
 from tests.projects import Project
 
+cifar10 = functools.partial(sources.published, "cifar10")
 VARIANTS = [
     (data, version, protocol) for data, version in FOLDERS for protocol in ((0, 2) if version == "python" else (2,))
 ]
@@ -56,7 +60,7 @@ def test_cifar_is_read_as_it_was_written(tmp_path, data, version, protocol, belo
     assert equal(source.test, test)
     assert source.class_names == NAMES[data]
     assert source.origin == (
-        f"{cifar.TITLES[data]} (Krizhevsky 2009), {version} version, a part of it: 200 and 40 images"
+        f"{DATA_SETS[data].title} (Krizhevsky 2009), {version} version, a part of it: 200 and 40 images"
     )
     assert sources.location(data, tmp_path) == tmp_path / name
 
@@ -66,7 +70,7 @@ def test_cifar_folders_are_recognised_by_their_files_and_python_comes_first(tmp_
     assert equal(_pair(tmp_path / "renamed"), train)
     cifar_files.write(tmp_path / "both/cifar-10-batches-bin", version="binary")
     cifar_files.write(tmp_path / "both/cifar-10-batches-py")
-    assert "python version" in sources.cifar10(tmp_path / "both").origin
+    assert "python version" in cifar10(tmp_path / "both").origin
 
 
 def _pair(path):
@@ -93,8 +97,8 @@ def test_columns_first_arrays_are_read(tmp_path):
 
 def test_the_complete_data_set_is_named_as_such(tmp_path, monkeypatch):
     cifar_files.write(tmp_path / "c", train=60, test=12)
-    monkeypatch.setattr(cifar, "PUBLISHED", {"train": 60, "test": 12})
-    assert sources.cifar10(tmp_path / "c").origin == "CIFAR-10 (Krizhevsky 2009), python version"
+    monkeypatch.setitem(DATA_SETS, "cifar10", dataclasses.replace(DATA_SETS["cifar10"], train=60, test=12))
+    assert cifar10(tmp_path / "c").origin == "CIFAR-10 (Krizhevsky 2009), python version"
 
 
 class CallOnUnpickle:
@@ -126,7 +130,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, name, file, protocol):
     value = HOSTILE[name](str(marker).replace(" ", "_"))
     (tmp_path / "c" / file).write_bytes(pickle.dumps({b"data": value, b"labels": [1]}, protocol))
     before = sorted(tmp_path.iterdir())
-    text = refusal(sources.cifar10, tmp_path / "c")
+    text = refusal(cifar10, tmp_path / "c")
     assert text.startswith(f"{tmp_path / 'c' / file} names ")
     assert "reading that would run code; expected arrays, numbers and text" in text
     assert sorted(tmp_path.iterdir()) == before
@@ -159,7 +163,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, name, file, protocol):
 def test_hostile_and_foreign_bytes_are_refused(tmp_path, content):
     cifar_files.write(tmp_path / "c")
     (tmp_path / "c/test_batch").write_bytes(content)
-    assert refusal(sources.cifar10, tmp_path / "c").startswith(str(tmp_path / "c/test_batch"))
+    assert refusal(cifar10, tmp_path / "c").startswith(str(tmp_path / "c/test_batch"))
     assert "antigravity" not in sys.modules
 
 
@@ -169,7 +173,7 @@ def test_a_pickle_cannot_change_how_the_next_one_is_read(tmp_path):
     for name in ("cnumpy\ndtype\n", "cnumpy.core.multiarray\n_reconstruct\n"):
         content = f"{name}(N}}S'__defaults__'\n(I1\nI2\nI3\ntstb0(d.".encode()
         (tmp_path / "c/test_batch").write_bytes(content)
-        refusal(sources.cifar10, tmp_path / "c")
+        refusal(cifar10, tmp_path / "c")
     (tmp_path / "c/test_batch").write_bytes(good)
     assert equal(_pair(tmp_path / "c"), train)
 
@@ -216,7 +220,7 @@ def test_damaged_cifar_is_refused(tmp_path, name):
     version, damage, message = DAMAGED[name]
     cifar_files.write(tmp_path / "c", version=version)
     damage(tmp_path / "c")
-    text = refusal(sources.cifar10, tmp_path / "c")
+    text = refusal(cifar10, tmp_path / "c")
     assert text.startswith(str(tmp_path / "c"))
     assert message in text
 
@@ -224,14 +228,15 @@ def test_damaged_cifar_is_refused(tmp_path, name):
 def test_a_batch_of_another_size_than_the_metadata_says_is_refused(tmp_path):
     cifar_files.write(tmp_path / "c", train=60, test=12)
     (tmp_path / "c/data_batch_2").write_bytes(python2({b"data": ROWS, b"labels": [0, 1]}))
-    assert "data_batch_2 holds 2 images; expected 12" in refusal(sources.cifar10, tmp_path / "c")
+    assert "data_batch_2 holds 2 images; expected 12" in refusal(cifar10, tmp_path / "c")
 
 
 @pytest.mark.parametrize(("data", "other"), [("cifar10", "cifar100"), ("cifar100", "cifar10")])
 def test_one_cifar_is_not_the_other(tmp_path, data, other):
     cifar_files.write(tmp_path / "c", other, train=100)
     text = refusal(sources.load, data, tmp_path / "c")
-    assert text.startswith(f"{tmp_path / 'c'} is not a {cifar.TITLES[data]} folder; expected {FOLDERS[data, 'python']}")
+    title = DATA_SETS[data].title
+    assert text.startswith(f"{tmp_path / 'c'} is not a {title} folder; expected {FOLDERS[data, 'python']}")
 
 
 # --- folders of images
@@ -599,7 +604,8 @@ def test_an_unknown_format_is_refused_with_the_formats_looked_for(tmp_path, kind
 def test_ambiguous_requests_are_refused(tmp_path):
     for data, version in FOLDERS:
         cifar_files.write(tmp_path / FOLDERS[data, version], data, version, train=100)
-    assert "holds CIFAR-10 and CIFAR-100; expected one" in refusal(sources.recognise, tmp_path)
+    text = refusal(sources.recognise, tmp_path)
+    assert "holds CIFAR-10 and CIFAR-100, or files with the names of both; expected one" in text
     assert "the split is 'validation'; expected test or train" in refusal(sources.recognise, tmp_path, "validation")
 
 
@@ -695,7 +701,7 @@ def test_own_test_images_are_the_test_split(project):
             "prepare_data.normalisation has 1 values of mean and 3 of std; the images have 3 channels; give one",
         ),
         ({"path": "nowhere"}, "sources/nowhere, which does not exist; expected the images of source cifar10"),
-        ({"source": "cifar100"}, "data is not a CIFAR-100 folder; expected cifar-100-python (train, test, meta) or"),
+        ({"source": "cifar100"}, "data is not a CIFAR-100 folder; expected cifar-100-python or cifar-100-binary, or"),
     ],
 )
 def test_settings_that_do_not_fit_the_source_are_refused(project, settings, message):

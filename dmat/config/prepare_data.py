@@ -9,8 +9,6 @@ from pydantic import BeforeValidator, Field
 from dmat import NONE
 from dmat.config.fields import Count, Positive, Record, Seed, Share, named_in, source_problem
 
-WITH_FILES = ("npz", "cifar10", "cifar100", "folder", "shards")  # sources that read files
-
 
 class Normalisation(Record):
     """What every network subtracts from each channel of the images in [0, 1], and what it divides by."""
@@ -23,7 +21,7 @@ def _normalisation(value: object) -> object:
     """Validates the form that is meant, because errors of the other one would only confuse."""
     if isinstance(value, Mapping):
         return Normalisation.model_validate(value)
-    from dmat.data.sources import NORMALISATIONS  # late, as the other tables
+    from dmat.data.data_sets import NORMALISATIONS  # late, as the other tables
 
     if value not in (names := ("measured", *NORMALISATIONS)):
         raise ValueError(f"expected one of {', '.join(names)}, or a mapping of mean and std")
@@ -46,6 +44,8 @@ class PrepareData(Record):
     def _files_lie_in_sources(self) -> Self:
         if self.source == "digits" and self.path != NONE:
             raise ValueError(f"path is {self.path!r} and source 'digits'; expected path: {NONE}, as it needs no files")
+        from dmat.data.sources import WITH_FILES
+
         if self.source in WITH_FILES and self.path in ("", ".", NONE):
             raise ValueError(
                 f"path is {self.path!r} and source {self.source!r}; expected the name of a file or folder in sources/"

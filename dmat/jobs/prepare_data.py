@@ -11,7 +11,9 @@ import numpy as np
 from dmat import files, seeds
 from dmat.config import Normalisation, PrepareData
 from dmat.data import croissant, overlap, shards, sources
-from dmat.data.sources import ImageSource, stratified
+from dmat.data.data_sets import NORMALISATIONS
+from dmat.data.image_source import ImageSource, listing
+from dmat.data.sources import stratified
 from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
@@ -96,9 +98,7 @@ def _constants(normalisation: str | Normalisation, channels: int) -> tuple[list[
     if normalisation == "measured":
         return None
     mean, std = (
-        sources.NORMALISATIONS[normalisation]
-        if isinstance(normalisation, str)
-        else (normalisation.mean, normalisation.std)
+        NORMALISATIONS[normalisation] if isinstance(normalisation, str) else (normalisation.mean, normalisation.std)
     )
     if not len(mean) == len(std) == channels:
         raise DmatError(
@@ -117,7 +117,7 @@ def _expect_every_class(labels: np.ndarray, names: tuple[str, ...]) -> None:
     if len(missing):
         raise DmatError(
             f"the training split of {len(labels):,} images has none of the classes "
-            f"{sources.listing([names[k] for k in missing])}; expected some of each; ask for more prepare_data.train "
+            f"{listing([names[k] for k in missing])}; expected some of each; ask for more prepare_data.train "
             f"images, or name a source without these classes"
         )
 

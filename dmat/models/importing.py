@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from dmat import files
-from dmat.data.sources import NORMALISATIONS
+from dmat.data.data_sets import DATA_SETS, NORMALISATIONS
 from dmat.errors import DmatError
 from dmat.models import foreign, layouts, published_denoisers
 from dmat.models.foreign import FileDictionary
@@ -34,27 +34,29 @@ class PublishedDataSet:
 
     classes: int
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     class_names: tuple[str, ...]
     front_normalisation: layouts.MeanAndStd
 
 
-def _numbered(count: int) -> tuple[str, ...]:
-    return tuple(str(k) for k in range(count))
+def _published(name: str, front_normalisation: layouts.MeanAndStd | None = None) -> PublishedDataSet:
+    """The facts about a data set. front_normalisation: None if it is that of the data set."""
+    data_set = DATA_SETS[name]
+    mean, std = NORMALISATIONS[name]
+    names = data_set.class_names or tuple(map(str, range(data_set.classes)))
+    return PublishedDataSet(
+        data_set.classes, data_set.size, mean, std, names, front_normalisation or NORMALISATIONS[name]
+    )
 
-
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # Mean and std that --normalize puts in front of the published networks, where they differ from those inside them.
 _CIFAR10_IN_FRONT = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 DATA = {
-    "cifar10": PublishedDataSet(10, 32, *NORMALISATIONS["cifar10"], _CIFAR10, _CIFAR10_IN_FRONT),
-    "cifar100": PublishedDataSet(100, 32, *NORMALISATIONS["cifar100"], _numbered(100), NORMALISATIONS["cifar100"]),
-    "svhn": PublishedDataSet(10, 32, *NORMALISATIONS["svhn"], _numbered(10), _CIFAR10_IN_FRONT),
-    "tinyimagenet": PublishedDataSet(
-        200, 64, *NORMALISATIONS["tinyimagenet"], _numbered(200), NORMALISATIONS["tinyimagenet"]
-    ),
+    "cifar10": _published("cifar10", _CIFAR10_IN_FRONT),
+    "cifar100": _published("cifar100"),
+    "svhn": _published("svhn", _CIFAR10_IN_FRONT),
+    "tinyimagenet": _published("tinyimagenet"),
 }
 # Names of the data sets in args.txt; an s at the end means "with generated images".
 _DATA_IN_ARGS = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn", "tiny-imagenet": "tinyimagenet"}

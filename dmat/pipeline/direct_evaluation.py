@@ -16,8 +16,9 @@ from tqdm import tqdm
 from dmat import config, devices, files, plugins, processes, tracking
 from dmat.config import EvaluateRobust, Threat
 from dmat.data import overlap
+from dmat.data.image_source import ImageSource, listing
 from dmat.data.pixels import to_float
-from dmat.data.sources import ImageSource, listing, recognise
+from dmat.data.sources import recognise
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.evaluation import work

@@ -17,20 +17,23 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dmat.data import data_sets
+from dmat.data.data_sets import DATA_SETS
+from dmat.data.image_source import ImageSource, Pair
 from dmat.errors import DmatError
 
-SIDE, PIXELS = 32, 3 * 32 * 32
+SIDE = DATA_SETS["cifar10"].size  # pixels; the same in CIFAR-100
+PIXELS = 3 * SIDE * SIDE
 
 
 @dataclasses.dataclass(frozen=True)
 class CifarLayout:
-    """One version of one data set on disk.
+    """One version of one data set on disk. Its folder has the same position in `DataSet.layouts`.
 
     names: file of the class names. key: keys of the class names and of the labels in the pickles; None in the binary
     version. label: position of the label among the `label_bytes` before each image.
     """
 
-    folder: str
     train: tuple[str, ...]
     test: str
     names: str
@@ -42,9 +45,8 @@ class CifarLayout:
 _BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
 LAYOUTS = {
     "cifar10": (
-        CifarLayout("cifar-10-batches-py", _BATCHES, "test_batch", "batches.meta", ("label_names", "labels")),
+        CifarLayout(_BATCHES, "test_batch", "batches.meta", ("label_names", "labels")),
         CifarLayout(
-            "cifar-10-batches-bin",
             tuple(f"{name}.bin" for name in _BATCHES),
             "test_batch.bin",
             "batches.meta.txt",
@@ -52,71 +54,48 @@ LAYOUTS = {
         ),
     ),
     "cifar100": (
-        CifarLayout("cifar-100-python", ("train",), "test", "meta", ("fine_label_names", "fine_labels")),
+        CifarLayout(("train",), "test", "meta", ("fine_label_names", "fine_labels")),
         CifarLayout(
-            "cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", None, label=1, label_bytes=2
+            ("train.bin",),
+            "test.bin",
+            "fine_label_names.txt",
+            None,
+            label=1,
+            label_bytes=2,
         ),
     ),
 }
-PUBLISHED = {"train": 50_000, "test": 10_000}  # number of images, the same in both data sets
-TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Cifar:
-    """A whole data set in memory.
-
-    train, test: images uint8 [N, 32, 32, 3] and labels int64 [N]. names: of the classes, in label order. origin: data
-    set and version, for people.
-    """
-
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-    names: tuple[str, ...]
-    origin: str
-
-
-def find(data: str, path: Path) -> tuple[Path, CifarLayout] | None:
-    """Returns the folder of a data set ("cifar10", "cifar100") and its layout, or None if there is none.
+def find(name: str, path: Path) -> Path | None:
+    """Returns the folder of a data set ("cifar10", "cifar100"), or None if there is none.
 
     The folder is `path` itself or a sub-folder with the published name. A folder is recognised by its files, whatever
     its name. If both versions exist, the python version is returned.
     """
-    for layout in LAYOUTS[data]:
-        for folder in (path, path / layout.folder):
-            if (folder / layout.train[0]).is_file() and (folder / layout.test).is_file():
-                return folder, layout
+    for layout, (published,) in zip(LAYOUTS[name], DATA_SETS[name].layouts, strict=True):
+        for folder in (path, path / published):
+            if _fits(layout, folder):
+                return folder
     return None
 
 
-def locate(data: str, path: Path) -> tuple[Path, CifarLayout]:
-    """Like `find`, but raises DmatError if there is no such folder."""
-    located = find(data, path)
-    if located is None:
-        expected = " or ".join(
-            f"{layout.folder} ({layout.train[0]}, {layout.test}, {layout.names})" for layout in LAYOUTS[data]
-        )
-        raise DmatError(
-            f"{path} is not a {TITLES[data]} folder; expected {expected}, or the folder that holds it; unpack the "
-            f"archive"
-        )
-    return located
+def _fits(layout: CifarLayout, folder: Path) -> bool:
+    return (folder / layout.train[0]).is_file() and (folder / layout.test).is_file()
 
 
-def read(data: str, path: Path) -> Cifar:
-    """Reads all images of "cifar10" or "cifar100" at `path`.
+def read(name: str, folder: Path) -> ImageSource:
+    """Reads all images of "cifar10" or "cifar100" in a folder that `find` returned.
 
     Raises DmatError if a file is missing, incomplete or not a CIFAR file.
     """
-    folder, layout = locate(data, path)
+    layout = next(layout for layout in LAYOUTS[name] if _fits(layout, folder))
     names, count = _read_class_names(folder, layout)
-    pairs = [_read_file(folder / name, layout, names, count) for name in (*layout.train, layout.test)]
-    train = tuple(np.concatenate([pair[k] for pair in pairs[:-1]]) for k in range(2))
-    kind = "python" if layout.key else "binary"
-    sizes = {"train": len(train[1]), "test": len(pairs[-1][1])}
-    extent = "" if sizes == PUBLISHED else f", a part of it: {sizes['train']:,} and {sizes['test']:,} images"
-    origin = f"{TITLES[data]} (Krizhevsky 2009), {kind} version{extent}"
-    return Cifar((train[0], train[1]), pairs[-1], names, origin)
+    pairs = [_read_file(folder / file, layout, names, count) for file in (*layout.train, layout.test)]
+    images, labels = (np.concatenate([pair[k] for pair in pairs[:-1]]) for k in range(2))
+    version = f"{'python' if layout.key else 'binary'} version"
+    origin = data_sets.origin(name, version, len(labels), len(pairs[-1][1]))
+    return ImageSource(images, labels, names, DATA_SETS[name].licence, origin, pairs[-1])
 
 
 def _read_class_names(folder: Path, layout: CifarLayout) -> tuple[tuple[str, ...], int | None]:
@@ -142,9 +121,7 @@ def _read_class_names(folder: Path, layout: CifarLayout) -> tuple[tuple[str, ...
     return names, count if isinstance(count, int) else None
 
 
-def _read_file(
-    path: Path, layout: CifarLayout, names: tuple[str, ...], count: int | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _read_file(path: Path, layout: CifarLayout, names: tuple[str, ...], count: int | None) -> Pair:
     """Images uint8 [N, 32, 32, 3] and labels int64 [N] of one file. count: expected number of images, if known."""
     if not path.is_file():
         raise DmatError(f"{path} does not exist; expected it beside the other batches; unpack the archive again")
