@@ -45,8 +45,8 @@ def _evaluate(
     images: Annotated[
         str | None,
         typer.Option(
-            help="A CIFAR folder, a folder with one sub-folder of images per class, a folder of shards, an .npz file, "
-            "or the word digits."
+            help="Published files of a data set, a folder with one sub-folder of images per class, a folder of shards, "
+            ".npz or Parquet files, or the word digits."
         ),
     ] = None,
     split: Annotated[
