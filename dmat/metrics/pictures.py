@@ -33,7 +33,7 @@ def sheet(path: Path, images: np.ndarray, labels: np.ndarray | None, title: str,
     if labels is None:
         rows = [images[start : start + columns] for start in range(0, len(images), columns)]
     else:
-        rows = [images[labels == label][:columns] for label in np.unique(labels)]
+        rows = [images[np.flatnonzero(labels == label)[:columns]] for label in np.unique(labels)]
         title = f"{title}, one row per class"
     columns = max(map(len, rows))
     canvas = np.full((len(rows) * (height + 1), columns * (width + 1), channels), 255, dtype=np.uint8)
