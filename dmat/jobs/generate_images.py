@@ -24,10 +24,10 @@ from tqdm import tqdm
 from dmat import files, plugins, seeds
 from dmat.config import ImageSet, ImportedImageSet
 from dmat.data import croissant, dvc_cache, npz_stream, shards
+from dmat.data.data_sets import NOT_STATED
 from dmat.data.pixels import to_bytes
 from dmat.data.shard_pool import ShardPool
 from dmat.data.shards import ArrayName, SetMetadata, ShardEntry, ShardRecord
-from dmat.data.sources import NOT_STATED
 from dmat.devices import Compute
 from dmat.diffusion import schedule_search
 from dmat.diffusion.formulations import Preconditioned
