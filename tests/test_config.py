@@ -113,6 +113,7 @@ BAD = [
     ("image_sets.empty", {}, ["image_sets.empty.generator is missing; expected one of edm", "empty.source is missing"]),
     ("image_sets.edm18.generator", "ddpm", ["is 'ddpm'", "expected one of edm"]),
     ("image_sets.edm18.generator", "none", ["generator is none, and source too", "a generator or a source"]),
+    ("image_sets.edm18.sampler.guidance", 2, ["guidance is 2.0", "edm never learns to denoise without labels"]),
     ("image_sets.edm18.source", "a.npz", ["generator is 'edm' and source 'a.npz'", "expected none for one of them"]),
     ("image_sets.edm18.source", "../a.npz", ["is '../a.npz'", "expected a name below sources/"]),
     ("image_sets.edm18", {"generator": "edm", "source": "none"}, ["images is missing", "number of images to generate"]),
@@ -553,3 +554,30 @@ def test_an_arm_names_a_selection_an_image_set_and_a_generator(tmp_path, params)
     loaded = _load(tmp_path, params)
     assert loaded.image_sets[loaded.selections[loaded.arms["generated"].images].image_set].images == 1_000_000
     assert loaded.arms["real_only"].images == config.NONE
+
+
+@pytest.mark.parametrize(
+    ("formulation", "sampler", "inside"),
+    [
+        ("ddpm", {"schedule": "ddpm", "steps": 50}, True),
+        ("ddpm", {"schedule": "edm"}, False),  # from 80 to 0.002: below the first step of DDPM
+        ("vp", {"schedule": "vp"}, True),
+        ("ve", {"sigma_min": 0.02, "sigma_max": 100.0}, True),
+        ("ve", {"sigma_min": 0.02, "sigma_max": 100.0, "s_churn": 5}, False),
+        ("edm", {"sigma_max": 1e6}, True),
+        ("iddpm", {"schedule": "searched", "sigma_min": 0.02}, True),  # known only when the model is there
+    ],
+)
+def test_noise_levels_must_be_those_that_a_generator_learns(params, formulation, sampler, inside):
+    network = {"name": "ddpmpp", "channels": 8, "multipliers": [1], "blocks": 1, "dropout": 0.0}
+    params["generators"]["edm"] = {"source": "none", "formulation": formulation, "network": network}
+    params["image_sets"]["edm18"] = {"generator": "edm", "source": "none", "images": 10, "sampler": sampler}
+    _, problems = config.check(params)
+    assert [problem.partition(" calls")[0] for problem in problems] == ([] if inside else ["image_sets.edm18.sampler"])
+
+
+def test_an_unconditional_generator_maps_no_classes(params):
+    params["generators"]["edm"] = {"source": "none", "conditional": False}
+    params["image_sets"]["edm18"]["classes"] = [0]
+    _, (problem,) = config.check(params)
+    assert problem == "image_sets.edm18.classes has no effect, as generator edm is not conditional; leave it out"

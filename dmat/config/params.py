@@ -23,6 +23,7 @@ from dmat.config.merging import contains, merge
 from dmat.config.messages import name_list, sentence
 from dmat.config.prepare_data import PrepareData
 from dmat.config.renamed import renamed
+from dmat.config.sampling import sampling_problems
 from dmat.config.score_images import ScoreImages
 from dmat.config.select_images import SelectImages, Selection
 from dmat.config.train_diffusion import DenoiserNetwork, DenoiserTraining, Generator
@@ -199,6 +200,9 @@ class _Reader:
             and image_set.generator == image_set.source == NONE
             and entries["image_sets"][name].get("generator") == NONE
         ]
+        for name, image_set in lists["image_sets"].items():
+            if image_set is not None and (generator := lists["generators"].get(image_set.generator)) is not None:
+                self.problems += sampling_problems(name, image_set, generator)
         trial = self._trial(sections["tune"], lists)
         if self.problems:
             return None

@@ -71,11 +71,11 @@ class Mix:
         real_of_part = np.diff(np.arange(self.parts + 1) * real // self.parts)  # [parts]
         return (np.arange(size) >= real_of_part[:, None]).ravel()
 
-    def rows_of_parts(self, rows: slice) -> tuple[int, slice]:
-        """The number of the first part that holds any of these rows of a batch, and the rows of all such parts."""
+    def rows_of_parts(self, rows: slice) -> slice:
+        """The rows of all parts that hold any of these rows of a batch."""
         size = self.drawn // self.parts
         first, end = rows.start // size, -(-rows.stop // size)
-        return first, slice(first * size, end * size)
+        return slice(first * size, end * size)
 
     def steps(self, images_seen: int) -> int:
         """Steps of a training of `images_seen` images: the last one is a whole batch."""

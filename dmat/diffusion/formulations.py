@@ -123,7 +123,10 @@ def _scaled_linear_betas(steps: int, start: float, end: float) -> Tensor:
     return _linear_betas(steps, math.sqrt(start), math.sqrt(end)) ** 2
 
 
-def _cosine_betas(steps: int, c_1: float = 0.001, c_2: float = 0.008) -> Tensor:
+_C_1, _C_2 = 0.001, 0.008  # of the cosine schedule (Karras et al. 2022, Table 1)
+
+
+def _cosine_betas(steps: int, c_1: float, c_2: float) -> Tensor:
     """Those of a product that falls as a squared cosine (Nichol and Dhariwal 2021, equation 17).
 
     c_2 shifts the cosine, so that the first step adds some noise; each step keeps at least c_1. float64 [N] for N =
@@ -138,7 +141,7 @@ def _cosine_betas(steps: int, c_1: float = 0.001, c_2: float = 0.008) -> Tensor:
 BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
     "linear": _linear_betas,
     "scaled_linear": _scaled_linear_betas,
-    "squaredcos_cap_v2": lambda steps, start, end: _cosine_betas(steps),
+    "squaredcos_cap_v2": lambda steps, start, end: _cosine_betas(steps, _C_1, _C_2),
 }
 # What the network predicts -> c_skip and c_out for sigma and c_in: the noise, v = a noise - s image (Salimans and Ho
 # 2022) with a = c_in and s = sigma c_in, or the image.
@@ -235,8 +238,8 @@ class IDDPM:
     `_cosine_betas`. c_noise is the number of the nearest level, counted from 0.
     """
 
-    c_1: float = 0.001
-    c_2: float = 0.008
+    c_1: float = _C_1
+    c_2: float = _C_2
     steps: int = DDPM_STEPS
 
     @functools.cached_property

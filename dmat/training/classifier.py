@@ -303,7 +303,7 @@ def _drawn_rows(batches: MixedBatches, settings: ClassifierSettings, rows: slice
 
     All with CutMix, which mixes any two images of a batch.
     """
-    return slice(0, batches.mix.drawn) if settings.cutmix else batches.mix.rows_of_parts(rows)[1]
+    return slice(0, batches.mix.drawn) if settings.cutmix else batches.mix.rows_of_parts(rows)
 
 
 def _augmented(
