@@ -160,6 +160,8 @@ def archive(path, image=None, label=None, method=zipfile.ZIP_STORED, **others):
 
 IMAGES, LABELS = arrays()
 PICKLE = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (23,), }".ljust(117) + b"\n"
+ENDLESS = b"{'descr': '<i8', 'fortran_order': False, 'shape': (0x" + b"f" * 9000 + b",)}\n"
+ENDLESS = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(ENDLESS)) + ENDLESS
 HOSTILE = {
     "objects": ({"label": PICKLE + b"\x80\x04N."}, r"label is object \[23\]"),
     "a structure": ({"label": npy(np.zeros(N, dtype=[("a", "i8")]))}, "label is"),
@@ -172,7 +174,8 @@ HOSTILE = {
     "Fortran order": ({"image": npy(IMAGES, fortran_order=True)}, "in Fortran order"),
     "more images than bytes": ({"image": npy(IMAGES, shape=(1 << 60, 4, 5, 3))}, "do not hold exactly"),
     "fewer images than bytes": ({"image": npy(IMAGES, shape=(2, 4, 5, 3))}, "do not hold exactly"),
-    "a negative size": ({"image": npy(IMAGES, shape=(-1, 4, 5, 3))}, r"image is uint8 \[-1"),
+    "a negative size": ({"image": npy(IMAGES, shape=(-1, 4, 5, 3))}, "image has an impossible shape"),
+    "a length of 9,000 digits": ({"label": ENDLESS}, "label has an impossible shape"),
     "no images": ({"image": npy(IMAGES[:0]), "label": npy(LABELS[:0])}, r"shape \[0, 4, 5, 3\]"),
     "endless rows": ({"image": npy(np.zeros((1, 5000, 1, 1), dtype=np.uint8))}, "at most 4096 x 4096"),
     "fewer labels": ({"label": npy(LABELS[:-1])}, "22 labels for 23 images"),
@@ -251,7 +254,7 @@ def _flipped(content, at=0.5):
 DAMAGE = {
     "cut in the middle": (lambda content: content[: len(content) // 2], "does not end as a zip archive does"),
     "cut at the end": (lambda content: content[:-1], "does not end as a zip archive does"),
-    "cut at the start": (lambda content: content[40:], "is not where or what the list of members says|begins outside"),
+    "cut at the start": (lambda content: content[40:], "is not where or what the list|begins outside"),
     "a hole": (lambda content: content[:100] + content[400:], "not where or what|begins outside|cannot be read"),
     "encrypted": (_encrypted, "image is encrypted"),
     "a flipped bit": (_flipped, "image has CRC-32 .*, and the archive says"),
@@ -262,11 +265,39 @@ DAMAGE = {
     "another name inside": (lambda c: c.replace(b"label.npy", b"lable.npy", 1), "header of label is not where"),
     "no archive": (lambda c: bytearray(b"<html>404</html>"), "does not end as a zip archive does"),
     "nothing": (lambda c: bytearray(), "does not end as a zip archive does"),
+    "a name for the terminal": (lambda c: c.replace(b"label.npy", b"l\x1b[1m.npy"), "name is no text of up to 200"),
     "an endless list": (
         lambda c: c[:-10] + struct.pack("<L", 1 << 30) + c[-6:],
         "list of members takes 1,073,741,824 bytes",
     ),
 }
+
+
+@pytest.mark.parametrize("at_the_locator", [True, False])
+def test_an_endless_list_of_a_64_bit_archive(tmp_path, monkeypatch, at_the_locator):
+    """zipfile takes the record before the locator, others the one that the locator names: neither may be endless."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 50)
+    content = _bytes_of(tmp_path)
+    record, locator = content.rindex(b"PK\6\6"), content.rindex(b"PK\6\7")
+    sound = bytes(content[record:locator])
+    if at_the_locator:  # a copy in front, which the locator names, is the endless one
+        content[record:record] = sound
+        locator += len(sound)
+        struct.pack_into("<Q", content, locator + 8, record)
+    struct.pack_into("<Q", content, record + 40, 1 << 40)
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(DmatError, match="list of members takes 1,099,511,627,776 bytes"):
+        read(tmp_path / "a.npz")
+
+
+def test_a_member_at_an_offset_that_no_file_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 50)
+    content = _bytes_of(tmp_path)
+    extra = content.index(b"\1\0", _entry(content, b"label.npy") + 46 + 9)  # 64-bit sizes, then the offset
+    struct.pack_into("<Q", content, extra + 4 + 16, (1 << 64) - 1)
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(DmatError, match="label begins outside the members"):
+        read(tmp_path / "a.npz")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -292,6 +323,27 @@ def test_no_flipped_bit_of_a_deflated_archive_goes_unnoticed(tmp_path):
         refused += 1
     assert refused == 40
     assert header < len(sound) * 0.1
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_changed_byte_anywhere_is_refused_or_changes_nothing(tmp_path, method):
+    """Most bytes matter; dates and the like do not. No other error, no other image."""
+    sound = bytes(_bytes_of(tmp_path, method=method, class_names=npy(np.array(["a", "b", "c", "d"]))))
+    generator, refused = np.random.default_rng(1), 0
+    for _ in range(300):
+        content = bytearray(sound)
+        for position in generator.integers(0, len(content), generator.integers(1, 4)):
+            content[position] = generator.integers(256)
+        (tmp_path / "a.npz").write_bytes(content)
+        try:
+            images, labels = read(tmp_path / "a.npz", 10)
+        except DmatError:
+            refused += 1
+        else:
+            assert np.array_equal(images, IMAGES)
+            assert np.array_equal(labels, LABELS)
+    assert refused > 200
 
 
 def test_the_checksum_is_compared_before_the_last_block(tmp_path):

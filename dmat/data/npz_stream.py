@@ -32,6 +32,7 @@ MAX_IMAGES = 1_000_000_000  # per archive: their labels take 4 GB of memory
 MAX_CLASSES = 100_000  # larger labels are treated as a mistake
 MAX_SIDE = 4096  # pixels
 _MAX_HEADER = 10_000  # bytes, numpy's own limit for the header of an array
+_MAX_LENGTH = 1 << 62  # of one dimension
 _MAX_NAMES = 16 << 20  # bytes of the names of all classes
 _CHUNK = 1 << 20  # bytes
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date of a member: equal images give equal archives
@@ -246,12 +247,14 @@ def _read_header(stream: MemberStream, kinds: str, dimensions: int) -> _ArrayHea
     read = np.lib.format.read_array_header_1_0 if width == 2 else np.lib.format.read_array_header_2_0
     try:
         shape, fortran_order, dtype = read(content, max_header_size=_MAX_HEADER)
-    except Exception as error:  # as in _members
+    except Exception as error:  # as in zip_members.read_members
         raise DamagedArchive(
             f"the header of {name} is unreadable ({type(error).__name__}: {first_line(error)})"
         ) from None
-    header = f"{name} is {dtype} {list(shape)}"
-    if dtype.kind not in kinds or len(shape) != dimensions or min(shape) < 0 or not dtype.itemsize:
+    if not all(0 <= length < _MAX_LENGTH for length in shape):
+        raise DamagedArchive(f"{name} has an impossible shape")
+    header = f"{name} is {str(dtype)[:80]} {list(shape)[:8]}"
+    if dtype.kind not in kinds or len(shape) != dimensions or not dtype.itemsize:
         raise DamagedArchive(header)
     if fortran_order and dimensions > 1:
         raise DamagedArchive(f"{header} in Fortran order, in which an image is in no one place")

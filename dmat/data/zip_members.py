@@ -18,6 +18,7 @@ from dmat.errors import first_line
 
 _MAX_DIRECTORY = 1 << 20  # bytes of the list of members
 _MAX_RATIO = 1032  # of deflate: 258 bytes from 2 bits (RFC 1951)
+_MAX_NAME = 200  # characters
 _CHUNK = 1 << 20  # bytes
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # zip's specification (APPNOTE), sections 4.3.7, 4.3.16, 4.3.14 and 4.3.15
 _END = struct.Struct("<4s4H2LH")
@@ -121,8 +122,10 @@ def read_members(file: io.FileIO) -> dict[str, Member]:
     members: dict[str, Member] = {}
     for entry in entries:
         name = entry.filename.removesuffix(".npy")
+        if len(name) > _MAX_NAME or not name.isprintable():
+            raise DamagedArchive(f"it has a member whose name is no text of up to {_MAX_NAME} characters")
         if name in members:
-            raise DamagedArchive(f"it has two members {entry.filename[:80]}")
+            raise DamagedArchive(f"it has two members {entry.filename}")
         members[name] = _member(name, entry, file.fileno(), directory)
     return members
 
@@ -138,34 +141,45 @@ def _expect_short_directory(file: io.FileIO) -> None:
     position = tail.rfind(b"PK\5\6")
     if position < 0 or len(tail) - position < _END.size:
         raise DamagedArchive("it does not end as a zip archive does: it is cut, or something else")
-    directory_size = _END.unpack_from(tail, position)[5]
+    sizes = [_END.unpack_from(tail, position)[5]]
     if position >= _LOCATOR_64.size:
         signature, _, offset, _ = _LOCATOR_64.unpack_from(tail, position - _LOCATOR_64.size)
-        if signature == b"PK\6\7" and offset <= size - _END_64.size:
-            directory_size = _END_64.unpack(os.pread(file.fileno(), _END_64.size, offset))[8]
-    if directory_size > _MAX_DIRECTORY:
-        raise DamagedArchive(f"its list of members takes {directory_size:,} bytes, and few members are expected")
+        if signature == b"PK\6\7":
+            # Where the locator says, and right before it: readers differ in where they look.
+            offsets = (offset, start + position - _LOCATOR_64.size - _END_64.size)
+            sizes_64 = [stated for at in offsets if (stated := _directory_size_64(file, at)) is not None]
+            sizes = sizes_64 + [stated for stated in sizes if stated != 0xFFFFFFFF or not sizes_64]
+    if max(sizes) > _MAX_DIRECTORY:
+        raise DamagedArchive(f"its list of members takes {max(sizes):,} bytes, and few members are expected")
+
+
+def _directory_size_64(file: io.FileIO, offset: int) -> int | None:
+    """Bytes of the list of members that the 64-bit record at `offset` states; None if no such record is there."""
+    if not 0 <= offset < 1 << 63:
+        return None
+    record = os.pread(file.fileno(), _END_64.size, offset)
+    return int(_END_64.unpack(record)[8]) if record[:4] == b"PK\6\6" and len(record) == _END_64.size else None
 
 
 def _member(name: str, entry: zipfile.ZipInfo, handle: int, directory: int) -> Member:
     """A member, after a look at its own header in the file. directory: offset of the list of members."""
     if entry.flag_bits & (_ENCRYPTED | _PATCHED | _STRONGLY_ENCRYPTED):
-        raise DamagedArchive(f"{name[:80]} is encrypted or a patch")
+        raise DamagedArchive(f"{name} is encrypted or a patch")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DamagedArchive(f"{name[:80]} is packed by method {entry.compress_type}, and only deflate is read")
-    header = os.pread(handle, _LOCAL_HEADER.size, entry.header_offset) if entry.header_offset >= 0 else b""
-    if len(header) < _LOCAL_HEADER.size:
-        raise DamagedArchive(f"{name[:80]} begins outside the file")
+        raise DamagedArchive(f"{name} is packed by method {entry.compress_type}, and only deflate is read")
+    if not 0 <= entry.header_offset <= directory - _LOCAL_HEADER.size:
+        raise DamagedArchive(f"{name} begins outside the members")
+    header = os.pread(handle, _LOCAL_HEADER.size, entry.header_offset)
     signature, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     local_name = os.pread(handle, name_length, entry.header_offset + _LOCAL_HEADER.size)
     if signature != b"PK\3\4" or method != entry.compress_type or local_name != _encoded_name(entry):
-        raise DamagedArchive(f"the header of {name[:80]} is not where or what the list of members says")
+        raise DamagedArchive(f"the header of {name} is not where or what the list of members says")
     offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
     if offset + entry.compress_size > directory:
-        raise DamagedArchive(f"{name[:80]} reaches beyond the end of the members")
+        raise DamagedArchive(f"{name} reaches beyond the end of the members")
     deflated = entry.compress_type == zipfile.ZIP_DEFLATED
     if entry.file_size > entry.compress_size * (_MAX_RATIO if deflated else 1):
-        raise DamagedArchive(f"{name[:80]} cannot hold {entry.file_size:,} bytes in {entry.compress_size:,}")
+        raise DamagedArchive(f"{name} cannot hold {entry.file_size:,} bytes in {entry.compress_size:,}")
     return Member(name, handle, offset, entry.compress_size, entry.file_size, entry.CRC, deflated)
 
 
