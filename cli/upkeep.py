@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.amounts import amount
+
 if TYPE_CHECKING:
     from dmat.upkeep.cleaning import Survey
     from dmat.workspace import Workspace
@@ -88,7 +90,7 @@ def _clean(
     elif yes:
         for kept_path in undeleted:
             typer.echo(f"stays: {_short(workspace, kept_path.path)}: {kept_path.reason}", err=True)
-        typer.echo(f"Deleted {len(survey.candidates) - len(undeleted)}; freed {_amount(freed_bytes)}.")
+        typer.echo(f"Deleted {len(survey.candidates) - len(undeleted)}; freed {amount(freed_bytes)}.")
     elif survey.candidates:
         typer.echo("Nothing was deleted; `dmat clean --yes` with the same options deletes what is shown.")
     raise typer.Exit(2 if undeleted else 0)
@@ -123,15 +125,15 @@ def _show(workspace: "Workspace", survey: "Survey", freed_bytes: int) -> None:
         if group:
             typer.echo(f"{kind}: {meaning}")
         for candidate in group:
-            amount = f"{_amount(cleaning.freed(candidate.paths))} of {_amount(cleaning.size(candidate.paths))}"
+            sizes = f"{amount(cleaning.freed(candidate.paths))} of {amount(cleaning.size(candidate.paths))}"
             more = f" and {len(candidate.paths) - 1} more" if len(candidate.paths) > 1 else ""
-            typer.echo(f"  {amount:24s}{_short(workspace, candidate.paths[0])}{more}: {candidate.reason}")
+            typer.echo(f"  {sizes:24s}{_short(workspace, candidate.paths[0])}{more}: {candidate.reason}")
     if survey.kept:
         typer.echo("kept:")
     for kept_path in survey.kept:
         typer.echo(f"  {_short(workspace, kept_path.path)}: {kept_path.reason}")
     typer.echo(
-        f"{len(survey.candidates)} can be deleted, which frees {_amount(freed_bytes)}; a file that has another name "
+        f"{len(survey.candidates)} can be deleted, which frees {amount(freed_bytes)}; a file that has another name "
         f"frees nothing."
         if survey.candidates
         else "Nothing can be deleted."
@@ -147,12 +149,3 @@ def _short(workspace: "Workspace", path: Path) -> str:
         if path.is_relative_to(base):
             return str(path.relative_to(base))
     return str(path)
-
-
-def _amount(size: float) -> str:
-    """A number of bytes with its unit, for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
