@@ -1,5 +1,6 @@
 """`dmat images`: image sets on disk: look at them, verify them, and exchange them with other projects."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,16 @@ def add_to(app: typer.Typer) -> None:
         help="Say what a set of params.yaml costs before it is generated: disk, memory, and hours by a probe. Exit "
         "code 2 if the disk does not suffice.\n\nExample: dmat images plan edm18 --images 1000000",
     )(_plan)
+    group.command(
+        "make",
+        help="Compute one image of a set again, with the others of its block, and compare it with its shard. Exit "
+        "code 2 if they differ.\n\nExample: dmat images make edm18 57",
+    )(_make)
+    group.command(
+        "seen",
+        help="Say at which steps the training of an arm uses an image of a set.\n\nExample: dmat images seen edm18 57 "
+        "--arm generated",
+    )(_seen)
     app.add_typer(group, name="images")
 
 
@@ -210,6 +221,59 @@ def _plan(
         for name, value in _plan_lines(result):
             typer.echo(f"{name:14s}{value}")
     image_plan.expect_space(result)
+
+
+Index = Annotated[int, typer.Argument(metavar="INDEX", help="Number of the image in the set, from 0.", min=0)]
+
+
+def _make(
+    image_set: Annotated[str, typer.Argument(metavar="SET", help="Name in `image_sets` of params.yaml.")],
+    index: Index,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG file to write the image to.")] = None,
+) -> None:
+    from dmat import config
+    from dmat.metrics import pictures
+    from dmat.pipeline import single_images
+    from dmat.workspace import find_workspace
+
+    workspace = find_workspace(Path.cwd())
+    remade = single_images.remake(image_set, index, config.load(workspace.at("params.yaml")), workspace)
+    if output is not None:
+        pictures.sheet(output, remade.image[None], None, f"{image_set} {index}")
+    if remade.identical:
+        typer.echo(f"{image_set} {index}: the same as in its shard, label {remade.label}")
+        return
+    typer.echo(
+        f"{image_set} {index}: {remade.differing_pixels} values differ from those in its shard, by up to "
+        f"{remade.largest_difference} grey levels; label {remade.label}, there {remade.stored_label}"
+    )
+    raise typer.Exit(2)
+
+
+def _seen(
+    image_set: Annotated[str, typer.Argument(metavar="SET", help="Name in `image_sets` of params.yaml.")],
+    index: Index,
+    arm: Annotated[str, typer.Option(help="Name in `arms` of params.yaml.")],
+    seed: Annotated[int | None, typer.Option(help="One of `seeds` of params.yaml. [default: the first]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from dmat import config
+    from dmat.pipeline import single_images
+    from dmat.workspace import find_workspace
+
+    workspace = find_workspace(Path.cwd())
+    params = config.load(workspace.at("params.yaml"))
+    used = single_images.usage(image_set, index, arm, params.seeds[0] if seed is None else seed, params, workspace)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(used), indent=2, sort_keys=True))
+        return
+    total = f"of {used.total_steps:,} steps" + ("" if used.finished else " that are planned")
+    if not used.selected:
+        typer.echo(f"{image_set} {index}: not selected for arm {arm}")
+    elif not used.steps:
+        typer.echo(f"{image_set} {index}: selected, in none {total}")
+    else:
+        typer.echo(f"{image_set} {index}: in {len(used.steps)} {total}: {', '.join(map(str, used.steps))}")
 
 
 def _find(images: str) -> "LocatedSet":

@@ -10,7 +10,7 @@ from typing import Any, TextIO, cast
 
 import typer
 
-from cli import evaluate, images, lock, models, project, recipes, runs, stages, tune, upkeep
+from cli import evaluate, images, lock, models, project, recipes, runs, sources, stages, tune, upkeep
 from dmat import __version__
 from dmat.errors import DmatError, Interrupted
 from dmat.redaction import RedactingStream
@@ -52,6 +52,7 @@ stages.add_to(app, specific_commands={"evaluate_robust": evaluate.add_to})
 tune.add_to(app)
 project.add_to(app)
 recipes.add_to(app)
+sources.add_to(app)
 runs.add_to(app)
 models.add_to(app)
 images.add_to(app)

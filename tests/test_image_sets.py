@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cli.main import main
 from dmat import config, files
 from dmat.data import npz_stream, shards
 from dmat.data.mixes import open_mix
@@ -248,3 +249,28 @@ def test_the_steps_that_used_an_image_are_those_of_the_batches(project):
         assert (usage.total_steps, usage.finished) == (10, True)
     with pytest.raises(DmatError, match="arm real_only trains on images of none, not of edm18"):
         single_images.usage("edm18", 0, "real_only", 1, params, workspace)
+
+
+def test_the_commands_say_what_they_find(project, monkeypatch, capsys):
+    monkeypatch.chdir(project.folder)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            monkeypatch.setattr("sys.argv", ["dmat", "images", *arguments])
+            main()
+        return caught.value.code, capsys.readouterr().out
+
+    code, text = call("make", "edm18", "57", "-o", "57.png")
+    assert (code, text) == (0, "edm18 57: the same as in its shard, label 7\n")
+    assert (project.folder / "57.png").read_bytes()[1:4] == b"PNG"
+    selected = open_selection(*(project.folder / "artifacts" / name for name in (
+        "select_images/edm18_best", "generate_images/edm18")))  # fmt: skip
+    left_out = next(index for index in range(100) if index not in selected.indices)
+    assert call("seen", "edm18", str(left_out), "--arm", "generated") == (
+        0, f"edm18 {left_out}: not selected for arm generated\n"
+    )  # fmt: skip
+    index = int(selected.indices[3])
+    code, text = call("seen", "edm18", str(index), "--arm", "generated", "--json")
+    steps = json.loads(text)["steps"]
+    code, text = call("seen", "edm18", str(index), "--arm", "generated")
+    assert text == f"edm18 {index}: in {len(steps)} of 10 steps: {', '.join(map(str, steps))}\n"

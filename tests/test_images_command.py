@@ -137,13 +137,12 @@ def test_card_tells_the_chain_of_licences_and_the_measures(project, call):
     assert "## Measures" not in out  # nothing was selected and measured
     selected = project / "artifacts/select_images/edm18_best"
     manifest = files.sha256(project / "artifacts/generate_images/edm18/manifest.json")
-    files.write_json(selected / "selection.json", {"image_set": "edm18", "shape": [8, 8, 1], "classes": 10, "kept": 5,
-                                                   "manifest_sha256": manifest})  # fmt: skip
+    record = {"image_set": "edm18", "shape": [8, 8, 1], "classes": 10, "kept": 5, "pool": 9}
+    files.write_json(selected / "selection.json", {**record, "manifest_sha256": manifest})
     path = STAGES["measure_images"].metrics_path({"selection": "edm18_best"})
     files.write_json(project / path, {"memorised": 0.125, "measured": 5})
     assert "| memorised | 0.125 |\n" in call("images", "card", "edm18")[1]
-    files.write_json(selected / "selection.json", {"image_set": "edm18", "shape": [8, 8, 1], "classes": 10, "kept": 5,
-                                                   "manifest_sha256": "of another set"})  # fmt: skip
+    files.write_json(selected / "selection.json", {**record, "manifest_sha256": "of another set"})
     assert "## Measures" not in call("images", "card", "edm18")[1]
 
 

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 
-from dmat.data import npz_stream, sources, zip_members
+from dmat.data import image_source, npz_stream, sources, zip_members
 from dmat.data.npz_stream import open_released, write_released
 from dmat.errors import DmatError
 
@@ -417,4 +417,4 @@ def test_checksum_of_a_member_is_that_of_zlib(tmp_path):
         stream = zip_members.MemberStream(member)
         assert zlib.crc32(stream.read(member.size)) == member.crc
         stream.finish()
-    assert npz_stream.MAX_CLASSES == sources.MAX_CLASSES
+    assert npz_stream.MAX_CLASSES == image_source.MAX_CLASSES

@@ -10,8 +10,9 @@ from typing import NamedTuple, TypedDict
 
 import torch
 
-from dmat import ARTIFACTS, files
+from dmat import ARTIFACTS, NONE, SOURCES, files
 from dmat.config import ImageSet, Params
+from dmat.data import npz_stream
 from dmat.data.manifests import read_manifest
 from dmat.data.shards import MANIFEST
 from dmat.errors import DmatError
@@ -56,21 +57,27 @@ class _Probe(NamedTuple):
 def plan(name: str, images: int | None, params: Params, workspace: Workspace, probe_seconds: float) -> SetPlan:
     """What `images` of a set of params.yaml cost; None: as many as it says.
 
-    probe_seconds: at most so long are blocks of growing size generated, if the generator exists; 0: none. Raises
-    DmatError if nothing says how large the images are.
+    probe_seconds: at most so long are blocks of growing size generated, if the generator exists; 0: none. Of a
+    set that is imported, only disk and shards are said. Raises DmatError if nothing says how large the images are.
     """
     folder = image_sets.output_folder(name, params, workspace)
     settings = params.image_sets[name]
-    settings = settings.model_copy(update={"images": images or settings.images})
     denoiser = workspace.at(f"{ARTIFACTS}/train_diffusion/{settings.generator}") / weights.DENOISER
-    height, width, channels = _image_shape(denoiser, settings, workspace)
-    image_bytes, shards = height * width * channels, math.ceil(settings.images / settings.shard)
+    count = images or settings.images or 0
+    if settings.source == NONE:
+        height, width, channels = _image_shape(denoiser, settings, workspace)
+    else:
+        with npz_stream.open_released(workspace.at(f"{SOURCES}/{settings.source}")) as released:
+            height, width, channels = released.shape
+            count = min(count or len(released), len(released))
+    settings = settings.model_copy(update={"images": count})
+    image_bytes, shards = height * width * channels, math.ceil(count / settings.shard)
     compute = execution.compute_of(STAGES["generate_images"], params)
     result: SetPlan = {
         "image_set": name,
-        "images": settings.images,
+        "images": count,
         "shards": shards,
-        "disk_bytes": settings.images * (image_bytes + 8) + shards * _SHARD_OVERHEAD,
+        "disk_bytes": count * (image_bytes + 8) + shards * _SHARD_OVERHEAD,
         "reused_bytes": 0,
         "free_bytes": shutil.disk_usage(workspace.home).free,
         "device": str(compute.device),
@@ -88,13 +95,13 @@ def plan(name: str, images: int | None, params: Params, workspace: Workspace, pr
         small, large = _probe(planned, settings, params, workspace, probe_seconds)
         blocks = (settings.block - small.images) / max(large.images - small.images, 1)
         per_second = _images_per_second(small, large)
-        shard_bytes = min(settings.shard, settings.images) * (image_bytes + 8)
+        shard_bytes = min(settings.shard, count) * (image_bytes + 8)
         result["memory_bytes"] = round(small.memory + blocks * (large.memory - small.memory)) + shard_bytes
         if compute.device.type == "cuda":
             growth = large.device_memory - small.device_memory
             result["device_memory_bytes"] = round(small.device_memory + blocks * growth)
         result["images_per_second"] = per_second
-        result["hours"] = (settings.images - reused) / per_second / 3600
+        result["hours"] = (count - reused) / per_second / 3600
     return result
 
 
@@ -134,7 +141,7 @@ def _reusable_images(folder: Path, planned: Plan, settings: ImageSet, generator:
     if not same or manifest.get("sampler") != settings.sampler.plain():
         return 0
     whole = sum(entry["count"] == settings.shard for entry in manifest["shards"])
-    return min(whole, settings.images // settings.shard) * settings.shard
+    return min(whole, (settings.images or 0) // settings.shard) * settings.shard
 
 
 def _images_per_second(small: _Probe, large: _Probe) -> float:
@@ -165,9 +172,9 @@ def _probe(
             begun = time.perf_counter()
             if len(probes) > 2 and begun + 2 * probes[-1].seconds > started + seconds:
                 break
-            generate_images.first_block(
-                settings.model_copy(update=dict.fromkeys(("images", "shard", "block"), size)), job
-            )
+            sizes_of_probe = dict.fromkeys(("images", "shard", "block"), size)
+            # Without compilation, which would take its minute for each size.
+            generate_images.block_of(0, settings.model_copy(update={**sizes_of_probe, "compile": False}), job)
             taken = time.perf_counter() - begun
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             on_gpu = compute.device.type == "cuda"
