@@ -13,6 +13,7 @@ import shutil
 import struct
 import types
 import zipfile
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -114,13 +115,13 @@ def test_labels_of_svhn_may_be_floats_of_matlab(tmp_path):
 
 X = np.zeros((32, 32, 3, 10), np.uint8)
 SVHN_ARRAYS = {
-    "floats": ({"X": X / 1}, "holds X double (32, 32, 3, 10), y uint8 (10, 1); expected X uint8 (32, 32, 3, N)"),
-    "a cell": ({"X": np.array([1, "text"], object)}, "holds X cell"),
-    "a record": ({"X": {"a": 1}}, "holds X struct"),
-    "other size": ({"X": X[:28]}, "X uint8 (28, 32, 3, 10)"),
-    "images first": ({"X": X.transpose(3, 0, 1, 2)}, "X uint8 (10, 32, 32, 3)"),
-    "fewer labels": ({"y": np.ones((9, 1), np.uint8)}, "y uint8 (9, 1)"),
-    "text": ({"y": "abcdefghij"}, "y char"),
+    "floats": ({"X": X / 1}, "`X` is double (32, 32, 3, 10); expected X uint8 (32, 32, 3, N)"),
+    "a cell": ({"X": np.array([1, "text"], object)}, "`X` is another type (1, 2)"),
+    "a record": ({"X": {"a": 1}}, "`X` is another type (1, 1)"),
+    "other size": ({"X": X[:28]}, "`X` is uint8 (28, 32, 3, 10)"),
+    "images first": ({"X": X.transpose(3, 0, 1, 2)}, "`X` is uint8 (10, 32, 32, 3)"),
+    "fewer labels": ({"y": np.ones((9, 1), np.uint8)}, "holds X (32, 32, 3, 10), y (9, 1); expected X"),
+    "text": ({"y": "abcdefghij"}, "`y` is another type"),
     "label 0": ({"y": np.zeros((10, 1), np.uint8)}, "`y` holds values from 0 to 0; expected the whole numbers 1 to 10"),
     "label 11": ({"y": np.full((10, 1), 11, np.uint8)}, "`y` holds values from 11 to 11"),
     "a half": ({"y": np.full((10, 1), 1.5)}, "`y` holds values from 1.5 to 1.5"),
@@ -137,22 +138,34 @@ def test_other_arrays_than_those_of_svhn_are_refused(tmp_path, name):
     assert message in text
 
 
-def _larger(content):
-    """Writes a number of images of 4,000,000,000 into the header of an uncompressed file."""
-    return content.replace(struct.pack("<4i", 32, 32, 3, 10), struct.pack("<4i", 32, 32, 3, 2_000_000_000), 1).replace(
-        struct.pack("<2i", 10, 1), struct.pack("<2i", 2_000_000_000, 1), 1
-    )
+def _larger(content, lengths=True):
+    """Writes a number of images of 1,000,000 into the header of an uncompressed file, and perhaps their bytes."""
+    content = content.replace(struct.pack("<4i", 32, 32, 3, 10), struct.pack("<4i", 32, 32, 3, 10**6), 1)
+    size = 3 * 32 * 32
+    return content.replace(struct.pack("<2I", 2, 10 * size), struct.pack("<2I", 2, 10**6 * size), lengths)
+
+
+def _compressed(content):
+    """The first array of an uncompressed file as a compressed element, cut."""
+    (length,) = struct.unpack("<I", content[132:136])
+    element = zlib.compress(content[128 : 136 + length - 1000])
+    return content[:128] + struct.pack("<2I", 15, len(element)) + element
 
 
 MAT_DAMAGE = {
-    "cut": (lambda content: content[:-9], "test_32x32.mat is incomplete or not a MATLAB file"),
-    "half": (lambda content: content[: len(content) // 2], "holds X uint8 (32, 32, 3, 10); expected X uint8 (32, 32,"),
-    "empty": (lambda content: b"", "test_32x32.mat is incomplete or not a MATLAB file"),
-    "a page": (lambda content: b"<html>404</html>", "test_32x32.mat is incomplete or not a MATLAB file"),
-    "version 7.3": (lambda content: content[:124] + b"\0\2IM" + b"\x89HDF", "incomplete or not a MATLAB file"),
-    "twice": (lambda content: content + content[128:], "expected X uint8 (32, 32, 3, N) and y (N, 1), once each"),
-    "says too many": (_larger, "says that it holds 6,144,000,000,000 bytes of pixels or labels; expected fewer in 30,"),
-}
+    "cut": (lambda content: content[:-9], "is not a complete MATLAB file (it ends inside an array)"),
+    "half": (lambda content: content[: len(content) // 2], "(it ends inside an array)"),
+    "cut inside": (_compressed, "(an array is shorter than its header says)"),
+    "only images": (lambda content: content[:30_912], "holds X (32, 32, 3, 10); expected X (32, 32, 3, N) and y (N, 1"),
+    "empty": (lambda content: b"", "(it does not begin as one of level 5)"),
+    "a page": (lambda content: b"<html>404</html>", "(it does not begin as one of level 5)"),
+    "version 7.3": (lambda content: content[:124] + b"\0\2IM" + b"\x89HDF", "(it does not begin as one of level 5)"),
+    "twice": (lambda content: content + content[128:], "(it holds X twice)"),
+    "says too many": (lambda content: _larger(content, False), "(`X` has other values than its type and dimensions sa"),
+    "says too much": (_larger, "says that it holds 3,072,000,000 bytes of pixels or labels; expected fewer in 30,"),
+    "another type": (lambda content: content.replace(struct.pack("<2I", 2, 30_720), struct.pack("<2I", 9, 30_720)),
+                     "(`X` has other values than its type and dimensions say)"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MAT_DAMAGE)

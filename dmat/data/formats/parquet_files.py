@@ -81,13 +81,17 @@ def _columns_of_all(paths: Sequence[Path]) -> Columns:
 
 def _columns_of_file(path: Path) -> Columns:
     with _open(path) as file:
-        return _columns(path, file.schema_arrow)
+        try:
+            schema = file.schema_arrow
+        except Exception as error:  # as in `_open`
+            raise _damaged(path, error) from None
+        return _columns(path, schema)
 
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:  # damaged or hostile bytes may raise any exception; none of them is a bug of dmat
         raise _damaged(path, error) from None
 
 
@@ -185,7 +189,9 @@ def _rows(path: Path, columns: Columns) -> Iterator[tuple[bytes, int]]:
                         )
                     yield content, label
                     number += 1
-        except (pa.ArrowException, OSError) as error:
+        except DmatError:
+            raise
+        except Exception as error:  # as in `_open`
             raise _damaged(path, error) from None
         if number != rows:
             raise _other_count(path, rows)
