@@ -163,6 +163,8 @@ MAT_DAMAGE = {
     "twice": (lambda content: content + content[128:], "(it holds X twice)"),
     "says too many": (lambda content: _larger(content, False), "(`X` has other values than its type and dimensions sa"),
     "says too much": (_larger, "says that it holds 3,072,000,000 bytes of pixels or labels; expected fewer in 30,"),
+    "no type": (lambda content: content.replace(struct.pack("<2I", 2, 30_720), struct.pack("<2I", 60_000, 30_720)),
+                "(`X` has other values than its type and dimensions say)"),  # scipy's reader crashes here
     "another type": (lambda content: content.replace(struct.pack("<2I", 2, 30_720), struct.pack("<2I", 9, 30_720)),
                      "(`X` has other values than its type and dimensions say)"),
 }  # fmt: skip
@@ -594,6 +596,45 @@ def test_parquet_that_says_far_more_than_it_holds_is_refused_before_memory_is_al
     content = {"bytes": encoded(np.zeros((200, 200, 1), np.uint8))}
     write_parquet(tmp_path / "x.parquet", [content] * 9_000, [0] * 9_000)
     assert "says that it holds 360,000,000 bytes of pixels or labels" in refusal("parquet", tmp_path / "x.parquet")
+
+
+# --- any damage
+
+
+def _write_pets(folder):
+    folder.mkdir(exist_ok=True)
+    write_parquet(folder / "train.parquet", *FOUR, PETS[:2])
+
+
+DAMAGEABLE = {  # source, what writes its files, the file to damage
+    "svhn": ("svhn", lambda folder: write_svhn(folder, compressed=False), "test_32x32.mat"),
+    "svhn compressed": ("svhn", write_svhn, "test_32x32.mat"),
+    "idx": ("mnist", write_idx, "train-images-idx3-ubyte"),
+    "idx compressed": ("mnist", lambda folder: write_idx(folder, gzip.compress, ".gz"), "train-images-idx3-ubyte.gz"),
+    "npz": ("npz", lambda folder: write_parts(folder, names=("part1", "part2", "part3")), "part2.npz"),
+    "parquet": ("parquet", _write_pets, "train.parquet"),
+    "list": ("tinyimagenet", write_tiny, "val/val_annotations.txt"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGEABLE)
+def test_no_damage_does_more_than_a_refusal(tmp_path, name):
+    """Bytes at both ends are overwritten or lost, 60 times: the file is read or refused with one line."""
+    source, write, file = DAMAGEABLE[name]
+    write(tmp_path)
+    content, generator, refused = (tmp_path / file).read_bytes(), np.random.default_rng(3), 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for position in generator.integers(0, min(len(content), 400), 3) * generator.choice([-1, 1], 3):
+            end = position + 4 if position + 4 else len(damaged)
+            damaged[position:end] = generator.choice([b"\xff\xff\xff\x7f", b"", generator.bytes(4)])
+        (tmp_path / file).write_bytes(damaged)
+        try:
+            sources.load(source, tmp_path)
+        except DmatError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 10
 
 
 # --- prepare_data
