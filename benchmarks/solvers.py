@@ -84,7 +84,7 @@ def compare(generator, scorer, real_images, count, draws, compute):
         with torch.no_grad():
             return scorer.features(compute.to_device(to_float(images))).float().cpu().numpy()
 
-    real = features(real_images)
+    real = quality.moments(features(real_images))
     exact = sample(Sampler(name="heun", steps=128, **limits), 1)
     searched = {}
     for name, schedule, calls in tqdm([*cases(sidecar["formulation"])], desc=generator, mininterval=20):
@@ -105,7 +105,7 @@ def compare(generator, scorer, real_images, count, draws, compute):
             if draw == 1:
                 error = (images - exact).square().mean().sqrt().item()
             pixels = to_bytes(images)
-            distances.append(quality.frechet_distance(features(pixels), real))
+            distances.append(quality.frechet_distance(quality.moments(features(pixels)), real))
             predicted = prediction.logits(scorer, to_float(pixels), compute).argmax(1)
             agreements.append((predicted == labels).float().mean().item())
         yield {

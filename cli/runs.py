@@ -17,10 +17,10 @@ import typer
 from dmat.errors import DmatError
 
 _STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED")
-_SUMMARY_METRICS = (  # the first three of these that a run has are listed
+_SUMMARY_METRICS = (  # the first three that a run has are listed; a name that ends in _ begins several
     *("best_auto_attack", "best_auto_attack_subset", "best_auto_attack_nonstandard", "best_auto_attack_unchecked"),
     *("auto_attack", "best_pgd", "best_validation_robust", "validation_robust", "validation_clean"),
-    *("scorer_frechet_distance", "best_validation_clean", "kept", "loss", "generated"),
+    *("frechet_distance_", "best_validation_clean", "kept", "loss", "generated"),
 )
 
 
@@ -241,7 +241,13 @@ def _local_time(seconds: float) -> str:
 
 def _summary(metrics: Mapping[str, float], tags: Mapping[str, str], sort: str | None) -> str:
     """The most important metrics of a run, `sort` first, and whether its accuracy is not a headline."""
-    names = [*([sort] if sort else []), *(name for name in _SUMMARY_METRICS if name != sort)]
+    listed = [
+        name
+        for entry in _SUMMARY_METRICS
+        for name in metrics
+        if name == entry or (entry.endswith("_") and name.startswith(entry))
+    ]
+    names = dict.fromkeys([*([sort] if sort else []), *listed])
     numbers = [f"{name} {metrics[name]:.4g}" for name in names if name in metrics][:3]
     return ", ".join(numbers) + ("; no headline" if tags.get("evaluation.headline") == "no" else "")
 

@@ -295,11 +295,15 @@ print(json.dumps({stage: code_identity.of_stage(stage) for stage in STAGES}))
     assert {stage for stage, identity in json.loads(done.stdout).items() if identity != of_stage(stage)} == stages
 
 
-def test_the_version_of_pyautoattack_counts_for_evaluation_alone(monkeypatch):
+@pytest.mark.parametrize(
+    ("package", "stages"),
+    [("pyautoattack", ["evaluate_robust"]), ("torch_fidelity", ["train_diffusion", "measure_images"])],
+)
+def test_the_version_of_a_package_counts_for_the_stages_that_compute_with_it(monkeypatch, package, stages):
     before = {stage: of_stage(stage) for stage in STAGES}
     version = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{version(name)}.1")
-    assert [stage for stage in STAGES if of_stage(stage) != before[stage]] == ["evaluate_robust"]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version(name) + (".1" if name == package else ""))
+    assert [stage for stage in STAGES if of_stage(stage) != before[stage]] == stages
 
 
 def test_modules_count_however_they_are_imported(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from dmat import files, seeds
-from dmat.data import overlap, shards
+from dmat.data import near_copies, overlap, shards
 from dmat.data.batches import MixedBatches, ResidentBatches
 from dmat.data.mixing import BatchOrder, Mix, ShuffledSequence
 from dmat.data.permutation import Permutation
@@ -353,6 +353,24 @@ def test_copies_are_found_pixel_by_pixel(tmp_path, monkeypatch):
     assert np.array_equal(overlap.digests_of(opened), image_digests)
     assert np.array_equal(overlap.digests_of(opened, np.array([20, 7, 21])), overlap.digests(others))
     assert len(overlap.digests_of(opened, np.zeros(0, int))) == 0
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (13, 10, 3), (2, 20, 1)])
+def test_near_copies_are_those_of_all_pairs(shape, monkeypatch):
+    """Whatever the distance and the blocks: exact copies, pairs beside the limit, and a crowd of near ones."""
+    monkeypatch.setattr(near_copies, "_ROWS", 7)
+    monkeypatch.setattr(near_copies, "_CANDIDATES", 3)
+    images, _ = random_images(40, shape)
+    images[30:] = images[30:] // 32 + 100  # a crowd
+    images[9] = images[2]
+    images[12] = images[5]
+    images[12, 0, 0, 0] ^= 1
+    flat = images.reshape(40, -1).astype(int)
+    distances = np.sqrt(((flat[:, None] - flat) ** 2).sum(2)) / 255
+    levels = np.unique(distances)[1:]  # just above a distance, its pair counts
+    for limit in (0.0, 1.01 / 255, *np.nextafter(levels[:: len(levels) // 20], 9), 0.1, 9.0):
+        expected = [any(distances[i, j] < limit or distances[i, j] == 0 for j in range(i)) for i in range(40)]
+        assert near_copies.near_copies(images, limit).tolist() == expected
 
 
 # --- pixels

@@ -10,12 +10,16 @@ import statistics
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
+import torchmetrics.image.fid
+import torchmetrics.image.kid
 from scipy import stats
+from torch_fidelity import metric_fid, metric_prc
 
 from dmat import seeds
 from dmat.metrics import pictures, study_pictures
 from dmat.metrics.intervals import over_seeds, paired_difference, wilson
-from dmat.metrics.quality import duplicates, frechet_distance, inception_score, kernel_distance, nearest_distances
+from dmat.metrics.quality import frechet_distance, inception_score, kernel_distance, moments, nearest, neighbourhoods
 
 
 def flags(right, n):
@@ -161,7 +165,13 @@ def test_frechet_distance_equals_the_matrix_square_root(n, m, d):
     cov_a, cov_b = np.cov(a.astype(float), rowvar=False), np.cov(b.astype(float), rowvar=False)
     difference = a.astype(float).mean(0) - b.astype(float).mean(0)
     expected = difference @ difference + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected, rel=1e-8)
+    statistics_of = [metric_fid.fid_features_to_statistics(torch.from_numpy(x.astype(float))) for x in (a, b)]
+    fidelity = metric_fid.fid_statistics_to_metric(*statistics_of, verbose=False)[metric_fid.KEY_METRIC_FID]
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(fidelity, rel=1e-8)
+    fitted = [torch.from_numpy(array) for x in (a, b) for array in moments(x)]
+    other = torchmetrics.image.fid._compute_fid(*fitted).item()
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(other, rel=1e-6)
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -170,76 +180,130 @@ def test_frechet_distance_of_known_gaussians():
     std_a, std_b = np.array([1.0, 2.0, 0.5, 3.0]), np.array([2.0, 2.0, 1.5, 0.1])
     a = features_with_moments(np.array([0.0, 1.0, 2.0, 3.0]), rotation @ np.diag(std_a**2) @ rotation.T)
     b = features_with_moments(np.array([1.0, 1.0, 0.0, 3.0]), rotation @ np.diag(std_b**2) @ rotation.T, n=70, seed=1)
-    assert frechet_distance(a, b) == pytest.approx(1 + 4 + ((std_a - std_b) ** 2).sum())
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(1 + 4 + ((std_a - std_b) ** 2).sum())
 
 
 def test_frechet_distance_with_fewer_images_than_features():
-    a, b = features(10, 30, 1), features(12, 30, 2)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5 * np.trace(np.cov(a, rowvar=False)))
+    a, b = moments(features(10, 30, 1)), moments(features(12, 30, 2))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5 * np.trace(a.covariance))
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
     assert frechet_distance(a, b) > 1
 
 
-def test_kernel_distance_equals_a_double_loop():
-    a, b = features(7, 4, 1), features(9, 4, 2, shift=0.3)
-
+def kernel_distance_by_loops(a, b):
     def k(x, y):
-        return (sum(float(p) * float(q) for p, q in zip(x, y, strict=True)) / 4 + 1) ** 3
+        return (sum(float(p) * float(q) for p, q in zip(x, y, strict=True)) / len(x) + 1) ** 3
 
     def within(x):
         return statistics.mean(k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j)
 
-    expected = within(a) + within(b) - 2 * statistics.mean(k(x, y) for x in a for y in b)
-    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    return within(a) + within(b) - 2 * statistics.mean(k(x, y) for x in a for y in b)
+
+
+def test_kernel_distance_equals_a_double_loop():
+    """With as many images as a subset has, every subset is the whole."""
+    a, b = features(8, 4, 1), features(8, 4, 2, shift=0.3)
+    distance, deviation = kernel_distance(a, b)
+    assert distance == pytest.approx(kernel_distance_by_loops(a, b), rel=1e-9)
+    assert deviation == pytest.approx(0, abs=1e-9)
+    whole = [torch.from_numpy(x.astype(float)) for x in (a, b)]
+    assert distance == pytest.approx(torchmetrics.image.kid.poly_mmd(*whole).item(), rel=1e-9)
+
+
+def test_kernel_distance_is_that_of_random_subsets():
+    """Their mean is near the value of all images, from which it differs by few standard errors."""
+    a, b = features(40, 4, 1), features(9, 4, 2, shift=0.3)
+    distance, deviation = kernel_distance(a, b)
+    assert deviation > 0
+    assert abs(distance - kernel_distance_by_loops(a, b)) < 4 * deviation / math.sqrt(100)
+    assert kernel_distance(a, b) == (distance, deviation)
 
 
 def test_kernel_distance_is_unbiased():
     """Two samples of one distribution: zero on average, so it must be negative at times."""
     generator = np.random.default_rng(5)
-    values = [kernel_distance(generator.standard_normal((8, 3)), generator.standard_normal((8, 3))) for _ in range(500)]
+    values = [kernel_distance(*generator.standard_normal((2, 8, 3)))[0] for _ in range(60)]
     assert min(values) < 0 < max(values)
-    assert abs(statistics.mean(values)) < 4 * statistics.stdev(values) / math.sqrt(500)
+    assert abs(statistics.mean(values)) < 4 * statistics.stdev(values) / math.sqrt(60)
 
 
 @pytest.mark.parametrize("classes", [2, 10])
 def test_inception_score_lies_between_one_and_the_number_of_classes(classes):
-    certain = np.eye(classes)[np.arange(20 * classes) % classes]
-    assert inception_score(certain) == pytest.approx(classes)  # sure of itself and even over classes
-    assert inception_score(np.full((20, classes), 1 / classes)) == pytest.approx(1)  # never sure
-    assert inception_score(np.tile(np.eye(classes)[0], (20, 1))) == pytest.approx(1)  # always the same
+    certain = 100.0 * np.eye(classes)
+    assert inception_score(np.tile(certain, (20, 1))) == pytest.approx(classes)  # sure of itself and even over classes
+    assert inception_score(np.zeros((20, classes))) == pytest.approx(1)  # never sure
+    assert inception_score(np.tile(certain[0], (20, 1))) == pytest.approx(1)  # always the same
     p = np.random.default_rng(1).dirichlet(np.ones(classes), 30)
     mean = [sum(row[c] for row in p) / 30 for c in range(classes)]
     divergence = [sum(row[c] * math.log(row[c] / mean[c]) for c in range(classes)) for row in p]
-    assert inception_score(p) == pytest.approx(math.exp(statistics.mean(divergence)))
+    assert inception_score(np.log(p)) == pytest.approx(math.exp(statistics.mean(divergence)))
+
+
+def neighbourhoods_by_loops(generated, real):
+    def radius(x, others, k):
+        return sorted(math.dist(x, y) for y in others)[k]  # the first is the image itself
+
+    def in_a_ball(points, centres, k):
+        return statistics.mean(any(math.dist(x, c) <= radius(c, centres, k) for c in centres) for x in points)
+
+    balls = [[math.dist(y, x) < radius(x, real, 5) for x in real] for y in generated]
+    return {
+        "precision": in_a_ball(generated, real, 3),
+        "recall": in_a_ball(real, generated, 3),
+        "density": sum(map(sum, balls)) / (5 * len(generated)),
+        "coverage": statistics.mean(map(any, zip(*balls, strict=True))),
+    }
+
+
+@pytest.mark.parametrize("block", [4, 1000])
+@pytest.mark.parametrize(("n", "m", "d", "shift"), [(20, 15, 3, 0.4), (6, 25, 2, 0.0), (12, 12, 1, 1.0)])
+def test_neighbourhoods_equal_loops_over_all_pairs(n, m, d, shift, block, monkeypatch):
+    monkeypatch.setattr("dmat.metrics.quality._BLOCK", block)
+    generator = np.random.default_rng(n)
+    generated, real = generator.standard_normal((n, d)) + shift, generator.standard_normal((m, d))
+    measures = neighbourhoods(generated, real)
+    assert measures == pytest.approx(neighbourhoods_by_loops(generated.tolist(), real.tolist()), rel=1e-12)
+    fidelity = metric_prc.prc_features_to_metric(*map(torch.from_numpy, (generated, real)), verbose=False)
+    assert [measures["precision"], measures["recall"]] == pytest.approx([fidelity["precision"], fidelity["recall"]])
+
+
+def test_density_and_coverage_of_one_distribution_have_their_expectations():
+    """1, and 1 less the probability that the nearest five of N - 1 real and N generated images are all real."""
+    generator, n = np.random.default_rng(1), 100
+    draws = [neighbourhoods(*generator.standard_normal((2, n, 2))) for _ in range(40)]
+    missed = math.prod((n - k) / (2 * n - k) for k in range(1, 6))
+    for measure, expected in (("density", 1), ("coverage", 1 - missed)):
+        values = [draw[measure] for draw in draws]
+        assert abs(statistics.mean(values) - expected) < 4 * statistics.stdev(values) / math.sqrt(40)
+
+
+def test_neighbourhoods_of_equal_far_and_narrow_sets():
+    real = np.random.default_rng(1).standard_normal((30, 4))
+    assert neighbourhoods(real, real) == pytest.approx(dict.fromkeys(("precision", "recall", "density", "coverage"), 1))
+    assert set(neighbourhoods(real + 100, real).values()) == {0}
+    narrow = neighbourhoods(real[:1] + 1e-3 * real, real)  # all of them copies of one image
+    assert narrow["precision"] == 1
+    assert narrow["recall"] < 0.1
+    assert narrow["coverage"] < 0.5
+    assert narrow["density"] > 1
 
 
 @pytest.mark.parametrize("block", [1, 4, 1000])
-def test_nearest_distance_equals_brute_force(block):
+def test_nearest_equals_brute_force(block):
     generator = np.random.default_rng(1)
     images = generator.integers(0, 256, (11, 4, 4, 3), dtype=np.uint8)
     references = generator.integers(0, 256, (9, 4, 4, 3), dtype=np.uint8)
-    images[3] = references[5]
-    expected = [
-        min(math.sqrt(((int_image - ref.astype(int)) ** 2).sum()) / 255 for ref in references)
-        for int_image in images.astype(int)
-    ]
-    distances = nearest_distances(images, references, block)
-    assert distances.tolist() == pytest.approx(expected, rel=1e-12)
-    assert distances[3] == 0
+    images[3] = references[5] = references[7]  # the first of equally near ones
+    distances = np.array(
+        [[math.sqrt(((image - other.astype(int)) ** 2).sum()) / 255 for other in references] for image in images]
+    )
+    found_nearest = nearest(images, references, block)
+    assert found_nearest.distances.tolist() == pytest.approx(distances.min(1).tolist(), rel=1e-12)
+    assert found_nearest.indices.tolist() == distances.argmin(1).tolist()
+    assert (found_nearest.distances[3], found_nearest.indices[3]) == (0, 5)
     # one grey level in one pixel is seen
     images[3, 0, 0, 0] ^= 1
-    assert nearest_distances(images, references, block)[3] == pytest.approx(1 / 255)
-
-
-def test_duplicates_are_later_copies_byte_for_byte():
-    images = np.random.default_rng(1).integers(0, 256, (6, 3, 3, 1), dtype=np.uint8)
-    assert duplicates(images) == 0
-    images[4] = images[5] = images[1]
-    assert duplicates(images) == 2
-    images[5, 2, 2, 0] ^= 1
-    assert duplicates(images) == 1
-    assert duplicates(images.transpose(0, 2, 1, 3)) == 1  # not contiguous in memory
-    assert duplicates(np.zeros((5, 2, 2, 3), dtype=np.uint8)) == 4
+    assert nearest(images, references, block).distances[3] == pytest.approx(1 / 255)
 
 
 # --- pictures

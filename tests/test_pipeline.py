@@ -127,12 +127,17 @@ def test_the_table_is_made_of_per_image_results(project):
     assert difference["low"] <= difference["value"] <= difference["high"]
 
 
-def test_only_evaluations_read_the_test_split(project):
+def test_only_evaluations_and_measures_read_the_test_split(project):
+    """And only the report reads the measures, so nothing is chosen by the test split."""
     lock = yaml.safe_load((project.folder / "dvc.lock").read_text())["stages"]
-    readers = {
-        name for name, entry in lock.items() if any(d["path"] == "artifacts/prepare_data/test" for d in entry["deps"])
-    }
-    assert readers == {"evaluate_robust@real_only-1", "evaluate_robust@generated-1"}
+
+    def readers(path):
+        return {name for name, entry in lock.items() if any(d["path"].startswith(path) for d in entry["deps"])}
+
+    measured = {"measure_images@edm18_best"}
+    evaluated = {"evaluate_robust@real_only-1", "evaluate_robust@generated-1"}
+    assert readers("artifacts/prepare_data/test") == evaluated | measured
+    assert readers("artifacts/measure_images") == {"write_report"}
 
 
 def test_mlflow_has_one_parent_and_a_finished_run_for_each_stage(project):

@@ -213,7 +213,7 @@ def test_two_processes_train_the_denoiser_that_one_trains(denoiser_project, tmp_
         assert record == pytest.approx(expected, rel=1e-3)
     assert [record["images_seen"] for record in snapshots] == [256, 512]
     for record, expected in zip(snapshots, other_snapshots, strict=True):
-        assert record["scorer_frechet_distance"] == pytest.approx(expected["scorer_frechet_distance"], rel=0.05)
+        assert record["frechet_distance_scorer_20"] == pytest.approx(expected["frechet_distance_scorer_20"], rel=0.05)
 
 
 def test_a_denoiser_of_two_processes_resumes_bit_for_bit(denoiser_project, tmp_path):

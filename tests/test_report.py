@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dmat.config import WriteReport
-from dmat.report import charts, costs, page
+from dmat.metrics.image_measures import Measure
+from dmat.report import charts, costs, image_table, page
 from dmat.report import comparison as report
 
 SETTINGS = WriteReport(title="t", baseline="real", bootstrap=100, seed=1)
@@ -144,10 +145,27 @@ def test_charts_show_the_numbers_of_the_comparison():
     (difference,) = charts.differences(comparison)["data"]
     assert (list(difference["x"]), list(difference["y"])) == ([25], ["PGD, best"])
     assert charts.differences(comparison | {"differences": {}}) is None
-    (line, point) = charts.quality(comparison, {"mixed": 3.5}, {"mixed": 1000})[0]["data"]
+    (line, point) = charts.quality(comparison, {"mixed": (3.5, "scorer")}, {"mixed": 1000})[0]["data"]
     assert list(line["y"]) == [50, 50]  # by PGD: not every arm has a headline
     assert (list(point["x"]), list(point["y"])) == ([3.5], [75])
     assert charts.quality(comparison, {}, {}) is None
+
+
+def test_measures_of_images_become_a_table():
+    """A measure that a selection lacks is a dash; a cell says how many images it is of."""
+    measures = [
+        Measure("frechet_distance", 0.28501, 4000, "scorer", "validation", 297, draws=2, spread=0.00412),
+        Measure("inception_score", 9.5, 4000, "scorer"),
+        Measure("class_agreement", 0.975, 4000),
+    ]
+    best, unlabelled = ([m.plain() for m in some] for some in (measures, measures[:2]))
+    assert image_table.rows({"best": best, "unlabelled": unlabelled}) == [
+        ("Fréchet distance: scorer, against validation", ["0.285 ± 0.0041 (4,000 : 297)"] * 2),
+        ("inception score: scorer", ["9.5 (4,000)"] * 2),
+        ("class agreement", ["0.975 (4,000)", "—"]),
+    ]
+    assert image_table.frechet_distance(best) == (0.28501, "scorer")
+    assert image_table.rows({}) == []
 
 
 @pytest.mark.parametrize(("epsilon", "number", "radius"), [("8/255", 8 / 255, 8.0), ("0.5", 0.5, 0.5)])

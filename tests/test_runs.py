@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 
+from cli import runs
 from dmat import files, tracking
 from dmat.errors import DmatError
 from dmat.evaluation.table import write_table
@@ -106,6 +107,12 @@ def test_list_is_newest_first_and_shows_the_main_metrics(home):
     assert len(_dmat(home, "list", "--limit", "2").splitlines()) == 2
     assert len(_dmat(home, "list", "--stage", "train_robust").splitlines()) == 3
     assert len(_dmat(home, "list", "--status", "FAILED").splitlines()) == 1
+
+
+def test_a_summary_holds_the_first_metrics_of_its_list():
+    metrics = {"kept": 3.0, "loss": 0.25, "frechet_distance_scorer_60": 0.5, "frechet_distance_scorer_60_spread": 0.1}
+    assert runs._summary(metrics, {}, None).startswith("frechet_distance_scorer_60 0.5, ")
+    assert runs._summary({"kept": 3.0, "loss": 0.25}, {}, "loss") == "loss 0.25, kept 3"
 
 
 def test_list_by_a_metric_is_best_first(home):

@@ -50,6 +50,8 @@ SUBJECTS = ROWS[2]  # these do not import each other
 HOMES = {  # package -> the only modules that import it
     "mlflow": {"dmat.tracking.stores", "dmat.tracking.run_record", "dmat.tracking.registry"},
     "pyautoattack": {"dmat.robust.auto_attack"},
+    "torch_fidelity": {"dmat.metrics.quality", "dmat.models.feature_networks"},
+    "torchmetrics": set(),  # a witness of tests
     "typer": {
         "cli.main",
         "cli.evaluate",
@@ -282,7 +284,8 @@ def _resolved(template: dict, stage_name: str, instance: dict, params: config.Pa
     """The entry of one instance as DVC would resolve it; dvc.yaml uses only the templates ${key} and ${item...}."""
     stage = STAGES[stage_name]
     values = {"key": stage.instance_name(instance), **{f"item.{name}": str(value) for name, value in instance.items()}}
-    values["prepare_data.path"] = params.prepare_data.path
+    values |= {"prepare_data.path": params.prepare_data.path,
+               "measure_images.features_file": params.measure_images.features_file}  # fmt: skip
     lists = {"generator": params.generators, "image_set": params.image_sets, "selection": params.selections}
     for option, entries in (*lists.items(), ("arm", params.arms)):
         if stage.keys == (option,):
@@ -344,19 +347,22 @@ def test_constraints_hold_every_direct_dependency(root):
 
 
 def test_what_a_module_imports_is_a_dependency(root):
-    """A plain install has all that is imported outside `dmat.tuning`; `dmat.tuning` needs the extra `tune` besides."""
+    """A plain install has all that is imported outside `dmat.tuning`, which needs the extra `tune`, and but for the
+    weights of a feature network, which are the extra `measures`."""
     import tomllib
 
     def names(lines: list[str]) -> set[str]:
         return {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower().replace("_", "-") for line in lines}
 
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    plain, tune = names(project["dependencies"]), names(project["optional-dependencies"]["tune"])
+    plain, extras = names(project["dependencies"]), project["optional-dependencies"]
+    tune, measures = names(extras["tune"]), names(extras["measures"])
     brings = importlib.metadata.packages_distributions()
     outside = {*sys.stdlib_module_names, "dmat", "cli", "pydantic_core"}  # which pydantic pins
     seen = set()
     for module in _modules(root):
         available = plain | tune if module.startswith("dmat.tuning") else plain
+        available = plain | measures if module == "dmat.models.feature_networks" else available
         for package in {name.partition(".")[0] for name in _imports(root, module)} - outside:
             distributions = {name.lower().replace("_", "-") for name in brings[package]}
             assert distributions & available, f"{module} imports {package}, which {sorted(distributions)} brings"

@@ -105,7 +105,6 @@ def named_in(module: str, table: str, plugins_allowed: bool = True) -> AfterVali
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
-AtLeastTwo = Annotated[int, Field(ge=2, le=10**12)]  # images that have a covariance
 Natural = Annotated[int, Field(ge=0, le=10**12)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, le=1e30)]  # single precision ends at 3e38

@@ -30,7 +30,8 @@ def renamed(raw: Mapping[str, object], lists: Collection[str]) -> list[str]:
 
     lists: keys whose entries have names of their owner.
     """
-    return [*_chunks(raw), *_arms(raw), *_lengths(raw), *_path(raw), *_denoisers(raw), *_settings(raw, lists)]
+    of_sections = (_chunks, _arms, _lengths, _path, _measures, _denoisers)
+    return [*(problem for check in of_sections for problem in check(raw)), *_settings(raw, lists)]
 
 
 def _mapping(raw: Mapping[str, object], *keys: str) -> Mapping[str, object]:
@@ -93,6 +94,12 @@ def _path(raw: Mapping[str, object]) -> Iterator[str]:
     section = _mapping(raw, "prepare_data")
     if section and section.get("path") is None and section.get("source") in ("digits", None):
         yield f"prepare_data.path is missing; write path: {NONE}, as digits need no files"
+
+
+def _measures(raw: Mapping[str, object]) -> Iterator[str]:
+    section = _mapping(raw, "measure_images")
+    if section and "features_file" not in section and section.get("features", "scorer") != "inception":
+        yield f"measure_images.features_file is missing; write features_file: {NONE}, as only inception reads a file"
 
 
 def _denoisers(raw: Mapping[str, object]) -> Iterator[str]:

@@ -5,7 +5,8 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import Field
 
-from dmat.config.fields import AtLeastTwo, Count, Natural, Positive, Record, Seed, Share, Source, named_in
+from dmat.config.fields import Count, Natural, Positive, Record, Seed, Share, Source, named_in
+from dmat.config.measure_images import Measured
 
 _Small = Annotated[int, Field(ge=1, le=64)]  # more would only ask for memory that no machine has
 
@@ -55,7 +56,7 @@ class DenoiserTraining(Record):
     ema_half_life: Positive  # images
     log_every: Count  # images
     snapshot_every: Natural = 0  # images between two judged snapshots of the EMA weights; 0: none, the last are taken
-    snapshot_images: AtLeastTwo = 1000  # generated to judge a snapshot
+    snapshot_images: Measured = 1000  # generated to judge a snapshot
     seed: Seed
 
     @pydantic.model_validator(mode="after")

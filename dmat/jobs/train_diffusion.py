@@ -24,12 +24,13 @@ from dmat.diffusion.networks import DenoiserSpec
 from dmat.diffusion.samplers import SAMPLERS
 from dmat.errors import DmatError
 from dmat.job import Job, Result
-from dmat.metrics import pictures
+from dmat.metrics import image_measures, pictures
+from dmat.metrics.image_measures import Measure
 from dmat.models import published_denoisers
 from dmat.models.denoisers import denoiser_sidecar, load_denoiser, new_denoiser
 from dmat.models.image_judge import ImageJudge
 from dmat.training import HISTORY, SNAPSHOTS, denoiser, weights
-from dmat.training.denoiser import SELECTS, Judge
+from dmat.training.denoiser import Judge
 from dmat.training.weights import DenoiserSidecar
 
 _IMAGES_PER_CLASS = 10  # of the sample sheet of a trained model
@@ -71,14 +72,14 @@ def _train(settings: Generator, job: Job, real: Shards) -> Result:
     files.write_json(folder / HISTORY, outcome.history)
     pictures.curves(job.pictures / "loss.png", outcome.history, ["loss"], "Denoising loss of the live weights", "loss")
     metrics = {"loss": outcome.history[-1]["loss"], "parameters": sum(p.numel() for p in model.parameters())}
-    if best is not None:
+    if judge is not None and best is not None:
         weights.save(folder / weights.LAST, outcome.last, sidecar)
         files.write_json(folder / SNAPSHOTS, outcome.snapshots)
         pictures.curves(
-            job.pictures / "snapshots.png", outcome.snapshots, [SELECTS], "Snapshots of the EMA weights",
+            job.pictures / "snapshots.png", outcome.snapshots, [judge.selects], "Snapshots of the EMA weights",
             "Frechet distance, scorer's features", {"best": best["images_seen"]},
         )  # fmt: skip
-        metrics |= {f"best_{name}": best[name] for name in ("images_seen", SELECTS, "memorised")}
+        metrics |= {f"best_{name}": best[name] for name in ("images_seen", judge.selects, "memorised")}
     _sample_sheet(folder, settings.seed, np.repeat(np.arange(real.classes), _IMAGES_PER_CLASS), job)
     return Result(metrics)
 
@@ -98,9 +99,10 @@ def _judge(settings: Generator, sidecar: DenoiserSidecar, real: Shards, job: Job
             ]
         )
         asked = labels if sidecar["label_dim"] else None
-        return judge.measure(images, asked, judge.distances_to_train(images), _NEAR)
+        return image_measures.metrics(judge.measure(images, asked, _NEAR).measures)
 
-    return measure
+    distance = Measure("frechet_distance", 0.0, settings.snapshot_images, judge.network.name)
+    return Judge(measure, distance.metric)
 
 
 def _import(job: Job, real: Shards) -> Result:

@@ -17,7 +17,8 @@ from dmat.data.mixing import MIX
 from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, read_table
 from dmat.job import Job, Result
 from dmat.metrics import pictures
-from dmat.report import charts, comparison, costs, lineage, page
+from dmat.metrics.image_measures import MEASURES, MeasureRecord
+from dmat.report import charts, comparison, costs, image_table, lineage, page
 from dmat.report.comparison import Comparison
 from dmat.training import HISTORY
 from dmat.workspace import Provenance, find_workspace
@@ -131,8 +132,8 @@ def _content(
     provenance: dict[str, Provenance] = {
         f"{stage} {name}": inputs.json(f"provenance/{stage}", f"{name}.json") for stage, name in stage_instances
     }
-    quality: dict[str, dict[str, float]] = {
-        name: inputs.json("metrics/measure_images", f"{name}.json") for name in settings.instances["measure_images"]
+    quality: dict[str, list[MeasureRecord]] = {
+        name: inputs.json("measure_images", f"{name}/{MEASURES}") for name in settings.instances["measure_images"]
     }
     mixes = {arm: inputs.json("mix_images", f"{arm}/{MIX}") for arm in runs_by_arm}
     protocols: dict[str, EvaluationProtocol] = {
@@ -170,7 +171,7 @@ def _content(
     selections = {arm: Path(mix["selection"]["path"]).name for arm, mix in mixes.items() if mix["selection"]}
     quality_chart = charts.quality(
         arm_comparison,
-        {arm: quality[selection]["scorer_frechet_distance"] for arm, selection in selections.items()},
+        {arm: image_table.frechet_distance(quality[selection]) for arm, selection in selections.items()},
         {arm: mixes[arm]["generated_images"] for arm in selections},
     )
     best = {run: summary["best"]["images_seen"] for run, summary in summaries.items()}
@@ -184,7 +185,8 @@ def _content(
         protocol=protocol,
         seeds=settings.seeds,
         mixes=mixes,
-        quality=quality,
+        quality=image_table.rows(quality),
+        selections=list(quality),
         quality_measure=quality_chart[1] if quality_chart else "",
         checks={run: summary["best"]["checks"] for run, summary in summaries.items()},
         costs=arm_costs,

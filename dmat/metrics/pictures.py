@@ -50,6 +50,33 @@ def sheet(path: Path, images: np.ndarray, labels: np.ndarray | None, title: str,
     save(figure, path)
 
 
+def pairs(
+    path: Path, images: np.ndarray, others: np.ndarray, distances: np.ndarray, title: str, columns: int = 10
+) -> None:
+    """Draws each image beside its counterpart, with their distance below, `columns` pairs per row.
+
+    images, others: uint8 [N, H, W, C]. distances: [N].
+    """
+    _, height, width, channels = images.shape
+    gap = -(-width // 8)  # between the two of a pair; twice as much between pairs
+    pitch, rows = 2 * width + 3 * gap, -(-len(images) // columns)
+    columns = min(columns, len(images))
+    line = height + -(-height // 2)  # with room for the distance
+    canvas = np.full((rows * line, columns * pitch - 2 * gap, channels), 255, dtype=np.uint8)
+    across = columns * 1.05  # inches
+    figure, axes = new_figure(across, across * canvas.shape[0] / canvas.shape[1] + 0.3)
+    for k, (image, other, distance) in enumerate(zip(images, others, distances, strict=True)):
+        top, left = k // columns * line, k % columns * pitch
+        canvas[top : top + height, left : left + width] = image
+        canvas[top : top + height, left + width + gap : left + 2 * width + gap] = other
+        place = left + width + gap / 2 - 0.5, top + height + height * 0.2
+        axes.text(*place, f"{distance:.3g}", ha="center", va="center", fontsize=7)
+    axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_axis_off()
+    save(figure, path)
+
+
 def curves(
     path: Path,
     history: History,

@@ -1,96 +1,188 @@
-"""The scorer as a judge of generated images, by comparison with real images that no generator was trained on.
+"""Generated images measured against real ones: quality by features, class agreement, memorisation, duplicates.
 
-Features and probabilities come from the scorer, not from Inception. Distances therefore compare only images that were
-measured with the same scorer, and their names say so.
-Shapes: N, M and V images, H height, W width, C channels, D features, K classes.
+Features come from one network of `feature_networks`. A measure by features says which network it was and how many
+images there were: values compare only where both are equal, and those of the scorer only for one scorer. Memorisation
+needs real images that no generator was trained on: the validation split.
+Shapes: N, M, V and T images, H height, W width, C channels, D features, K classes.
 """
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from dmat.data.pixels import to_float
+from dmat.data import overlap
+from dmat.data.near_copies import near_copies
+from dmat.data.permutation import Permutation
 from dmat.data.shards import Shards
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.metrics import quality
+from dmat.metrics.image_measures import Measure
+from dmat.metrics.quality import Nearest
+from dmat.models import feature_networks, real_features
 from dmat.models.classifiers import load_classifier
-from dmat.robust import prediction
+from dmat.models.feature_networks import SCORER, FeatureNetwork
+from dmat.models.real_features import RealFeatures
 
 _NEAREST = 1  # per cent of the validation images: an image nearer to a training image than they are is memorised
+_MAX_REFERENCES = 50_000  # real images whose features are compared, as many as publications take for FID
+
+
+class Judgement(NamedTuple):
+    """The measures of N images, and the nearest training and test image of each; None without a test split."""
+
+    measures: list[Measure]
+    to_train: Nearest
+    to_test: Nearest | None
 
 
 class ImageJudge:
-    """Measures generated images against the training and the validation split, with the scorer in `path`.
+    """Measures generated images against real ones, with the scorer in `path` and with features.
 
-    Raises DmatError if the scorer is for other images, or there are too few to compare with.
+    features: a network of `config.MeasureImages`; features_file: of its weights. reference: the split that features are
+    compared with. test: measures also how near the images are to its images. seed: of samples of the real images.
+    Raises DmatError if the scorer is for other images, the network has no weights or takes no such images, or there are
+    too few images to compare with.
     """
 
-    def __init__(self, path: Path, train: Shards, validation: Shards, compute: Compute):
-        self._scorer, _ = load_classifier(path, validation, compute)
-        self._compute = compute
+    def __init__(
+        self,
+        path: Path,
+        train: Shards,
+        validation: Shards,
+        compute: Compute,
+        *,
+        features: str = SCORER,
+        features_file: Path | None = None,
+        reference: str = "validation",
+        test: Shards | None = None,
+        seed: int = 1,
+        quiet: bool = True,
+    ):
+        scorer, _ = load_classifier(path, validation, compute)
+        self._scorer = feature_networks.of_scorer(scorer, path, compute)
+        self.network = _network(features, self._scorer, features_file, compute)
         self._train, _ = train.all()  # [M, H, W, C]
         self._held_out, self._held_out_labels = validation.all()  # [V, H, W, C], [V]
-        _expect_several(len(self._held_out), "the validation split", "prepare_data.validation")
+        self._test = None if test is None else test.all()[0]  # [T, H, W, C]
+        self._reference, self._seed, self._quiet = reference, seed, quiet
+        references = self._train if reference == "train" else self._held_out
+        _expect_enough(len(self._held_out), "the validation split", "prepare_data.validation")
+        _expect_enough(len(references), f"the {reference} split", f"prepare_data.{reference}")
+        self._references = references[self._sample(len(references), _MAX_REFERENCES)]
 
     @functools.cached_property
-    def _validation(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Features [V, D], probabilities [V, K] and distances to the training images [V] of the validation images."""
-        features, probabilities = self._features_and_probabilities(self._held_out)
-        return features, probabilities, quality.nearest_distances(self._held_out, self._train)
+    def _real(self) -> RealFeatures:
+        return real_features.of_images(self.network, self._references, self._quiet)
 
-    def distances_to_train(self, images: np.ndarray) -> np.ndarray:
-        """Distance of each image to its nearest training image, float64 [N]. images: uint8 [N, H, W, C]."""
-        return quality.nearest_distances(images, self._train)
+    @functools.cached_property
+    def _held_out_to_train(self) -> np.ndarray:
+        """Distance of each validation image to its nearest training image, float64 [V]."""
+        return quality.nearest(self._held_out, self._train).distances
 
-    def measure(
-        self, images: np.ndarray, labels: np.ndarray | None, distances: np.ndarray, near: float
-    ) -> dict[str, float]:
+    @functools.cached_property
+    def _held_out_to_test(self) -> np.ndarray:
+        """Distance of each validation image to its nearest test image, float64 [V]."""
+        assert self._test is not None
+        return quality.nearest(self._held_out, self._test).distances
+
+    def measure(self, images: np.ndarray, labels: np.ndarray | None, near: float) -> Judgement:
         """Measures images uint8 [N, H, W, C] with labels int64 [N], or None where they have none of their own.
 
-        distances: those of `distances_to_train`, [N]. near: an image is a near copy of a training image below this
-        fraction of the median distance of validation images. Raises DmatError for a single image.
+        near: an image is a near copy of another below this fraction of the median distance of the validation images to
+        the training images (or test images, for copies of those). Raises DmatError for too few images.
         """
-        _expect_several(len(images), "the sample of generated images", "the number of images")
-        features, probabilities = self._features_and_probabilities(images)
-        validation_features, validation_probabilities, real_distances = self._validation
-        usual_distance = float(np.median(real_distances))
-        measures: dict[str, float] = {
-            "measured": len(images),
-            "scorer_frechet_distance": quality.frechet_distance(features, validation_features),
-            "scorer_kernel_distance": quality.kernel_distance(features, validation_features),
-            "scorer_inception_score": quality.inception_score(probabilities),
-        }
+        _expect_enough(len(images), "the sample of generated images", "the number of images")
+        features, logits = self.network(images, self._quiet)
+        pixels = functools.partial(Measure, images=len(images))
+        measures = self._by_features(features, logits)
         if labels is not None:
-            measures["class_agreement"] = float((probabilities.argmax(1) == labels).mean())
-        return {
-            **measures,
-            "scorer_accuracy_on_validation": float(
-                (validation_probabilities.argmax(1) == self._held_out_labels).mean()
-            ),
-            "median_distance_to_train": float(np.median(distances)),
-            "median_distance_to_train_of_validation": usual_distance,
-            "near_copies_of_train": float((distances < near * usual_distance).mean()),
-            "memorised": float((distances < np.percentile(real_distances, _NEAREST)).mean()),
-            "duplicates": quality.duplicates(images),
-        }
+            scorer_logits = logits if self.network is self._scorer else self._scorer(images)[1]
+            measures.append(pixels("class_agreement", float((scorer_logits.argmax(1) == labels).mean())))
+        to_train = quality.nearest(images, self._train)
+        is_near = near * float(np.median(self._held_out_to_train))
+        measures += [
+            pixels("median_distance_to_train", float(np.median(to_train.distances))),
+            pixels("near_copies_of_train", float((to_train.distances < is_near).mean())),
+            pixels("memorised", _nearer(to_train, self._held_out_to_train)),
+            pixels("duplicates", int(overlap.repeated(overlap.digests(images)).sum())),
+            pixels("near_duplicates", int(near_copies(images, is_near).sum())),
+        ]
+        if self._test is None:
+            return Judgement(measures, to_train, None)
+        to_test = quality.nearest(images, self._test)
+        is_near = near * float(np.median(self._held_out_to_test))
+        measures += [
+            pixels("near_copies_of_test", float((to_test.distances < is_near).mean())),
+            pixels("memorised_test", _nearer(to_test, self._held_out_to_test)),
+        ]
+        return Judgement(measures, to_train, to_test)
 
-    def _features_and_probabilities(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features [N, D] and class probabilities [N, K] by the scorer. images: uint8 [N, H, W, C]."""
-        with torch.no_grad(), self._compute.autocast():
-            unit_images = to_float(images)
-            features = [
-                self._scorer.features(self._compute.to_device(unit_images[k : k + 1000])).float().cpu()
-                for k in range(0, len(unit_images), 1000)
-            ]
-        probabilities = prediction.logits(self._scorer, unit_images, self._compute).softmax(1)
-        return torch.cat(features).numpy(), probabilities.numpy()
+    def of_real_images(self) -> list[Measure]:
+        """What the validation images reach, to compare with."""
+        measure = functools.partial(Measure, images=len(self._held_out))
+        _, logits = self._scorer(self._held_out)
+        accuracy = float((logits.argmax(1) == self._held_out_labels).mean())
+        return [
+            measure("scorer_accuracy_on_validation", accuracy),
+            measure("median_distance_to_train_of_validation", float(np.median(self._held_out_to_train))),
+        ]
+
+    def counterparts(self, split: str, indices: np.ndarray) -> np.ndarray:
+        """Images uint8 [B, H, W, C] of the split "train" or "test" at indices [B]."""
+        images = self._train if split == "train" else self._test
+        assert images is not None
+        return images[indices]
+
+    def _by_features(self, features: np.ndarray, logits: np.ndarray) -> list[Measure]:
+        """Measures of features [N, D] and logits [N, K].
+
+        Precision, recall, density and coverage depend on the numbers of images, so they take as many generated as real
+        ones: the first of the generated, and a sample of the real.
+        """
+        real, network = self._real, self.network.name
+        compared = functools.partial(
+            Measure, images=len(features), network=network, reference=self._reference, references=len(real.features)
+        )
+        distance, deviation = quality.kernel_distance(features, real.features)
+        equal = min(len(features), len(real.features))
+        neighbourhoods = quality.neighbourhoods(
+            features[:equal], real.features[self._sample(len(real.features), equal)]
+        )
+        return [
+            compared("frechet_distance", quality.frechet_distance(quality.moments(features), real.moments)),
+            compared("kernel_distance", distance),
+            compared("kernel_distance_deviation", deviation),
+            Measure("inception_score", quality.inception_score(logits), len(features), network),
+            *(compared(name, value, images=equal, references=equal) for name, value in neighbourhoods.items()),
+        ]
+
+    def _sample(self, count: int, limit: int) -> np.ndarray:
+        """Sorted positions int64 [B] of at most `limit` of `count` real images; which, depends on the seed."""
+        if count <= limit:
+            return np.arange(count)
+        return np.sort(Permutation(count, self._seed, "real images").items(np.arange(limit)))
 
 
-def _expect_several(count: int, images: str, setting: str) -> None:
-    if count < 2:
+def _network(name: str, scorer: FeatureNetwork, file: Path | None, compute: Compute) -> FeatureNetwork:
+    if name == SCORER:
+        return scorer
+    if name == "inception":
+        assert file is not None  # as the settings say
+        return feature_networks.inception(file, compute)
+    return feature_networks.efficientnet_lite0(compute)
+
+
+def _nearer(generated: Nearest, held_out: np.ndarray) -> float:
+    """Fraction of N generated images nearer to a real one than all but the nearest of validation images, [V], are."""
+    return float((generated.distances < np.percentile(held_out, _NEAREST)).mean())
+
+
+def _expect_enough(count: int, images: str, setting: str) -> None:
+    if count < quality.FEWEST_IMAGES:
         raise DmatError(
-            f"{images} has {count} image; a Frechet distance compares covariances; expected at least 2; raise {setting}"
+            f"{images} has {count} image{'s' if count != 1 else ''}; density compares each with its "
+            f"{quality.DENSITY_NEIGHBOUR} nearest; expected at least {quality.FEWEST_IMAGES}; raise {setting}"
         )

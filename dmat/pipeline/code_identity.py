@@ -58,7 +58,7 @@ _CARRIERS_OF = {"train_diffusion": {"dmat.diffusion.samplers", "dmat.diffusion.m
 # Carriers that count for one stage: the report shows the pictures.
 _DECIDING = {"write_report": {"dmat.metrics.pictures"}}
 
-_PACKAGES = ("pyautoattack",)  # their versions decide results
+_PACKAGES = ("pyautoattack", "torch_fidelity")  # their versions decide results
 _WARNINGS = {"warnings.warn", "tqdm.write"}  # the texts that these functions get decide nothing
 _IGNORED_FIELDS = {"ctx", "kind", "type_comment", "type_params"}  # redundant, or not in every version of Python
 

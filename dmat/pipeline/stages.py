@@ -176,7 +176,7 @@ def _report_settings(params: "Params") -> "Record":
 # provenance lie in the same folders.
 REPORT_INPUTS = (
     *("train_diffusion", "measure_images", "mix_images", "train_robust", "evaluate_robust"),
-    *("metrics/measure_images", "metrics/train_robust"),
+    "metrics/train_robust",
     *(f"pictures/{stage_name}" for stage_name in ("train_diffusion", "measure_images", "evaluate_robust")),
     *(
         f"provenance/{stage_name}"
@@ -269,8 +269,8 @@ STAGES: dict[str, Stage] = {
                 "images": f"{ARTIFACTS}/generate_images/{p.selections[selection].image_set}",
                 "selection": f"{ARTIFACTS}/select_images/{selection}",
                 "scorer": SCORER,
-                "train": _split("train"),
-                "validation": _split("validation"),
+                **{name: _split(name) for name in ("train", "validation", "test")},
+                **_source(p.measure_images.features_file),
             },
             outputs=lambda p, selection: {"measures": f"{ARTIFACTS}/measure_images/{selection}"},
             example="dmat measure-images --selection edm18_best",

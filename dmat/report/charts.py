@@ -182,12 +182,13 @@ def against_epsilon(
 
 
 def quality(
-    comparison: Comparison, distances: Mapping[str, float], image_counts: Mapping[str, int]
+    comparison: Comparison, distances: Mapping[str, tuple[float, str]], image_counts: Mapping[str, int]
 ) -> tuple[Chart, str] | None:
     """Chart of robust accuracy against the distance of generated from real images, and the heading of its measure.
 
-    Arms without generated images are horizontal lines. distances: arm -> Fréchet distance in the scorer's features.
-    image_counts: arm -> number of generated images. None if no arm has generated images.
+    Arms without generated images are horizontal lines. distances: arm -> Fréchet distance, and the network that made
+    the features, which is the same for all arms. image_counts: arm -> number of generated images. None if no arm has
+    generated images.
     """
     import plotly.graph_objects as go
 
@@ -196,7 +197,7 @@ def quality(
     if not distances:
         return None
     colours = _colours(arms)
-    x_range = [0.0, 1.1 * max(distances.values())]
+    x_range = [0.0, 1.1 * max(distance for distance, _ in distances.values())]
     lines = [
         go.Scatter(
             name=f"{arm}: no generated images",
@@ -219,10 +220,11 @@ def quality(
             marker={"color": colours[arm], "size": 12},
             hovertemplate="distance %{x:.3g}: %{y:.1f} %<extra>" + arm + "</extra>",
         )
-        for arm, distance in distances.items()
+        for arm, (distance, _) in distances.items()
     ]
+    (network,) = {network for _, network in distances.values()}
     layout = {
-        "xaxis": {"title": "Fréchet distance (scorer's features)", "rangemode": "tozero"},
+        "xaxis": {"title": f"Fréchet distance (features of {network})", "rangemode": "tozero"},
         "yaxis": {"title": f"{MEASURES[measure]}, %"},
         "showlegend": True,
     }

@@ -46,8 +46,9 @@ class SourceFile:
 class PageContent:
     """Everything on the page.
 
-    measures: column -> heading. charts: by the names that the template uses; None where there is nothing to draw.
-    checks: run -> checks of its evaluation. provenance: "stage instance" -> its provenance record.
+    measures: column -> heading. quality: rows of a table, heading and a cell per selection. charts: by the names that
+    the template uses; None where there is nothing to draw. checks: run -> checks of its evaluation. provenance: "stage
+    instance" -> its provenance record.
     """
 
     title: str
@@ -57,7 +58,8 @@ class PageContent:
     protocol: "EvaluationProtocol"
     seeds: Sequence[int]
     mixes: Mapping[str, Mapping[str, object]]
-    quality: Mapping[str, Mapping[str, float]]
+    quality: Sequence[tuple[str, Sequence[str]]]
+    selections: Sequence[str]
     quality_measure: str
     checks: "Mapping[str, Sequence[CheckRecord]]"
     costs: Sequence[Cost]
@@ -115,7 +117,6 @@ def render(content: PageContent) -> str:
     return environment.get_template("page.html.j2").render(
         **{field.name: getattr(content, field.name) for field in dataclasses.fields(content)},
         drawn_charts=drawn_charts,
-        quality_measures=list(dict.fromkeys(measure for values in content.quality.values() for measure in values)),
         reproduction=reproduction(content.provenance),
         charts_json=_script(json.dumps(drawn_charts)),
         plotly_js=_script(plotly.offline.get_plotlyjs()),

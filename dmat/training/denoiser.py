@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, TypedDict
+from typing import NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from dmat.training import ema, schedules
 from dmat.training.checkpoints import State
 from dmat.training.long_run import LongRun, stop_if_not_finite
 
-# Measures a denoiser in evaluation mode; the snapshot with the lowest SELECTS is the best.
-Judge = Callable[[nn.Module], Mapping[str, float]]
-SELECTS = "scorer_frechet_distance"
 _DECAYS = {"cosine": schedules.ramp_then_cosine, "none": schedules.ramp_then_constant}
 
 
@@ -47,6 +44,13 @@ class DenoiserSettings(Protocol):
     snapshot_every: int
 
 
+class Judge(NamedTuple):
+    """Measures snapshots of a denoiser in evaluation mode. selects: the measure that is lowest for the best of them."""
+
+    measure: Callable[[nn.Module], Mapping[str, float]]
+    selects: str
+
+
 class DenoiserProgress(TypedDict):
     """What a checkpoint holds of a training run, besides weights and optimiser."""
 
@@ -65,11 +69,7 @@ class TrainedDenoiser:
     last: dict[str, Tensor]  # state dict at the end
     history: list[dict[str, float]]  # records of the loss
     snapshots: list[dict[str, float]]  # records of the judge
-
-    @property
-    def best_snapshot(self) -> dict[str, float] | None:
-        """The record of the best snapshot; None where none was judged."""
-        return min(self.snapshots, key=_distance) if self.snapshots else None
+    best_snapshot: dict[str, float] | None  # of them; None where none was judged
 
 
 def train(
@@ -183,8 +183,9 @@ def train(
         pending.append(loss)
         progress["step"] = step + 1
 
-    last = _cpu_copy(ema_model)
-    return TrainedDenoiser(progress["best"] or last, last, progress["history"], progress["snapshots"])
+    last, snapshots = _cpu_copy(ema_model), progress["snapshots"]
+    best = min(snapshots, key=lambda record: _rank(record, judge)) if judge is not None and snapshots else None
+    return TrainedDenoiser(progress["best"] or last, last, progress["history"], snapshots, best)
 
 
 def _parts(rows: slice, count: int) -> Iterator[slice]:
@@ -202,16 +203,17 @@ def _judge(judge: Judge, ema_model: nn.Module, images_seen: int, progress: Denoi
     if records and records[-1]["images_seen"] == images_seen:
         return {}
     with modes.mode(ema_model, training=False), torch.no_grad():
-        measures = dict(judge(ema_model))
-    if _distance(measures) < min(map(_distance, records), default=math.inf) or not records:
+        measures = dict(judge.measure(ema_model))
+    if _rank(measures, judge) < min((_rank(record, judge) for record in records), default=math.inf) or not records:
         progress["best"] = _cpu_copy(ema_model)
     records.append({"images_seen": images_seen, **measures})
     return measures
 
 
-def _distance(record: Mapping[str, float]) -> float:
+def _rank(record: Mapping[str, float], judge: Judge) -> float:
     """What snapshots are compared by: smaller is better, and NaN is the worst."""
-    return math.inf if math.isnan(record[SELECTS]) else record[SELECTS]
+    value = record[judge.selects]
+    return math.inf if math.isnan(value) else value
 
 
 def _cpu_copy(model: nn.Module) -> dict[str, Tensor]:
