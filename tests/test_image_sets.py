@@ -81,6 +81,26 @@ def test_a_selection_of_everything_has_no_list(project):
     assert [selected.position_of(index) for index in (0, 99)] == [0, 99]
 
 
+def test_near_copies_are_left_out_before_the_best_are_kept(project):
+    images, labels = read_set(project, "edm18").all()
+    pixels = images.reshape(100, -1) / 255
+    distances = {
+        index: [np.linalg.norm(pixels[index] - pixels[k]) for k in range(index) if labels[k] == labels[index]]
+        for index in range(100)
+    }
+    distance = float(np.quantile([value for values in distances.values() for value in values], 0.1))
+    distinct = [index for index, values in distances.items() if not any(value < distance for value in values)]
+    project.write({"selections": {"distinct": {"image_set": "edm18", "keep": 0.5, "min_distance": distance}}})
+    run(project, "select-images", "--selection", "distinct")
+    assert 10 < len(distinct) < 100
+    metrics = json.loads((project.folder / "artifacts/metrics/select_images/distinct.json").read_text())
+    assert metrics["near_copies"] == 100 - len(distinct)
+    selected = np.load(project.folder / "artifacts/select_images/distinct/indices.npy")
+    counts = [round(0.5 * sum(labels[k] == label for k in distinct)) for label in range(10)]
+    assert set(selected.tolist()) <= set(distinct)
+    assert np.bincount(labels[selected], minlength=10).tolist() == counts
+
+
 # --- imported sets
 
 

@@ -32,6 +32,7 @@ class SelectionRecord(TypedDict):
     keep: NotRequired[float]  # share of each class that is selected
     score: NotRequired[str]  # by which of the scores
     band: NotRequired[str]  # with "easy", "middle" or "hard" images
+    min_distance: NotRequired[float]  # below which images were left out as near copies
     class_counts: NotRequired[list[int]]  # selected images per class
     pseudo_labels: NotRequired[bool]  # added by `write_selection`: whether the labels are the scorer's
 
