@@ -33,11 +33,10 @@ def crop(images: Tensor, generator: np.random.Generator, pad: int) -> Tensor:
     """
     size, _, height, width = images.shape
     shifts = send(generator.integers(0, 2 * pad + 1, (2, size)), images.device)
-    rows = shifts[0][:, None] + torch.arange(height, device=images.device)  # [B, H]
-    columns = shifts[1][:, None] + torch.arange(width, device=images.device)  # [B, W]
     padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # [B, H + 2 pad, W + 2 pad, C]
-    batch = torch.arange(size, device=images.device)
-    return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    # A view of all windows of each image, [B, 1 + 2 pad, 1 + 2 pad, H, W, C]: one whole window is copied per image.
+    windows = padded.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
+    return windows[torch.arange(size, device=images.device), shifts[0], shifts[1]].permute(0, 3, 1, 2)
 
 
 def flip(images: Tensor, generator: np.random.Generator) -> Tensor:
