@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -195,6 +196,8 @@ def _card(
     if output is None:
         typer.echo(text, nl=False)
     else:
+        if os.path.lexists(output):
+            raise DmatError(f"{output} exists; expected a new name; choose another, or move it away")
         files.write_text(output, text)
         typer.echo(str(output))
 
@@ -231,15 +234,18 @@ def _make(
     index: Index,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG file to write the image to.")] = None,
 ) -> None:
-    from dmat import config
-    from dmat.metrics import pictures
+    from dmat import config, files
+    from dmat.data import image_export
     from dmat.pipeline import single_images
     from dmat.workspace import find_workspace
 
+    if output is not None and output.suffix.lower() != ".png":
+        raise DmatError(f"--output is {output}; expected a name that ends with .png")
     workspace = find_workspace(Path.cwd())
     remade = single_images.remake(image_set, index, config.load(workspace.at("params.yaml")), workspace)
     if output is not None:
-        pictures.sheet(output, remade.image[None], None, f"{image_set} {index}")
+        with files.writing(output) as file:
+            file.write(image_export.png(remade.image))
     if remade.identical:
         typer.echo(f"{image_set} {index}: the same as in its shard, label {remade.label}")
         return
@@ -343,7 +349,7 @@ def _plan_lines(result: "SetPlan") -> list[tuple[str, str]]:
         ("disk", f"{amount(result['disk_bytes'])}{reused}; {amount(result['free_bytes'])} are free"),
     ]
     if result["hours"] is None or result["images_per_second"] is None or result["memory_bytes"] is None:
-        return [*lines, ("time", "not measured: there is no generator yet, or --probe is 0")]
+        return [*lines, ("time", f"not measured: {result['unmeasured']}")]
     lines.append(("memory", f"{amount(result['memory_bytes'])} at the peak"))
     if result["device_memory_bytes"] is not None:
         lines.append(("GPU memory", f"{amount(result['device_memory_bytes'])} at the peak"))

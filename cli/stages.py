@@ -117,6 +117,9 @@ def _run(
         return
     if shards is not None:
         execution.run_shards(plan, params, workspace, shards, quiet=as_json)
+        name = f"{stage.name} {stage.instance_name(instance)}"
+        text = f"{name}: shards {shards.start} to {shards.stop - 1} are in the pool"
+        typer.echo(json.dumps({"shards": [shards.start, shards.stop]}) if as_json else text)
         return
     process_count = params.compute.processes
     if process_count > 1 and stage.processes == "together" and "RANK" not in os.environ:

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 # Files whose tests take minutes, the longest first: a long file that starts last leaves the other core idle.
 SLOWEST_FIRST = (
     *("pipeline", "tuning", "processes", "tracking", "evaluate_command", "evaluation", "kills", "auto_attack"),
-    "growth",
+    *("growth", "image_sets"),
 )
 
 

@@ -13,6 +13,7 @@ import torch
 from cli.main import main
 from dmat import config, files
 from dmat.data import npz_stream, shards
+from dmat.data.formats import image_files
 from dmat.data.mixes import open_mix
 from dmat.data.mixing import BatchOrder
 from dmat.data.selections import open_selection
@@ -158,6 +159,42 @@ def test_more_images_than_the_source_has_are_refused(project, released):
     assert "is imported from released.npz, which is read from end to end" in text
 
 
+@pytest.mark.parametrize(
+    ("shape", "classes", "names", "sentence"),
+    [
+        ((16, 16, 1), 10, None, "holds images [16, 16, 1] of 10 classes; expected [8, 8, 1] of 10"),
+        ((8, 8, 3), 10, None, "holds images [8, 8, 3] of 10 classes"),
+        ((8, 8, 1), 11, None, "of 11 classes; expected [8, 8, 1] of 10"),
+        ((8, 8, 1), 10, "abcdefghij", "names its classes a, b, c, ...; expected 0, 1, 2, ..."),
+    ],
+)
+def test_images_of_other_data_are_refused_before_they_are_read(project, shape, classes, names, sentence):
+    (project.folder / "sources").mkdir(exist_ok=True)
+    arrays = {"image": np.zeros((22, *shape), dtype=np.uint8), "label": np.arange(22) % classes}
+    if names is not None:
+        arrays["class_names"] = np.array(list(names))
+    np.savez(project.folder / "sources/other.npz", **arrays)
+    project.write({"image_sets": {"other": {"generator": "none", "source": "other.npz"}}})
+    text = run(project, "generate-images", "--image-set", "other", code=2)
+    assert sentence in text
+    assert "artifacts/prepare_data/train" in text
+
+
+def test_images_without_labels_or_of_fewer_classes_are_imported(project):
+    (project.folder / "sources").mkdir(exist_ok=True)
+    images = np.random.default_rng(3).integers(0, 256, (21, 8, 8, 1), dtype=np.uint8)
+    np.savez(project.folder / "sources/few.npz", image=images, label=np.arange(21) % 7)
+    np.savez(project.folder / "sources/none_of_them.npz", image=images, label=np.full(21, -1))
+    project.write({"image_sets": {name: {"generator": "none", "source": f"{name}.npz"}
+                                  for name in ("few", "none_of_them")}})  # fmt: skip
+    for name in ("few", "none_of_them"):
+        text = run(project, "generate-images", "--image-set", name)
+        assert ("does not name its classes" in text) == (name == "few")
+        run(project, "score-images", "--image-set", name)
+    assert read_set(project, "few").manifest["class_counts"] == [3] * 7 + [0] * 3
+    assert not read_set(project, "none_of_them").labelled
+
+
 def test_a_damaged_archive_leaves_nothing_that_a_good_one_takes(project, released):
     path = project.folder / "sources/released.npz"
     good = path.read_bytes()
@@ -238,6 +275,10 @@ def test_an_image_computed_again_is_the_one_in_its_shard(project, released):
         assert remade.identical
         assert (remade.differing_pixels, remade.largest_difference) == (0, 0)
         assert np.array_equal(remade.image, read_set(project, name).take(np.array([index]))[0][0])
+    project.write({"image_sets": {"again": {"images": 60}}})
+    with pytest.raises(DmatError, match="again was made with other parameters, inputs or code than those of now"):
+        changed = config.load(project.folder / "params.yaml")
+        single_images.remake("again", 100, changed, Workspace(project.folder, project.folder))
     with pytest.raises(DmatError, match="edm18 has the images 0 to 99; expected one of them, not 100"):
         single_images.remake("edm18", 100, params, Workspace(project.folder, project.folder))
 
@@ -267,6 +308,8 @@ def test_the_steps_that_used_an_image_are_those_of_the_batches(project):
         assert usage.selected == (index in selected.indices)
         assert usage.steps == [step for step in range(10) if index in drawn[step]]
         assert (usage.total_steps, usage.finished) == (10, True)
+    with pytest.raises(DmatError, match=r"--seed is 7; expected one of `seeds` in params.yaml: 1"):
+        single_images.usage("edm18", 0, "generated", 7, params, workspace)
     with pytest.raises(DmatError, match="arm real_only trains on images of none, not of edm18"):
         single_images.usage("edm18", 0, "real_only", 1, params, workspace)
 
@@ -282,7 +325,8 @@ def test_the_commands_say_what_they_find(project, monkeypatch, capsys):
 
     code, text = call("make", "edm18", "57", "-o", "57.png")
     assert (code, text) == (0, "edm18 57: the same as in its shard, label 7\n")
-    assert (project.folder / "57.png").read_bytes()[1:4] == b"PNG"
+    assert np.array_equal(image_files.read_image(project.folder / "57.png"), read_set(project, "edm18").images[1][7])
+    assert call("make", "edm18", "57", "-o", "57.txt")[0] == 2
     selected = open_selection(*(project.folder / "artifacts" / name for name in (
         "select_images/edm18_best", "generate_images/edm18")))  # fmt: skip
     left_out = next(index for index in range(100) if index not in selected.indices)

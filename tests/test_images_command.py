@@ -126,6 +126,19 @@ def test_export_and_import(project, call):
     assert (code, err[:46]) == (2, "error: --format is 'csv'; expected one of npz,")
 
 
+def test_nothing_is_overwritten_and_no_set_gets_other_files(project, call):
+    (project / "mine.md").write_text("mine")
+    code, _, err = call("images", "card", "edm18", "-o", "mine.md")
+    assert (code, "mine.md exists; expected a new name" in err) == (2, True)
+    assert (project / "mine.md").read_text() == "mine"
+    code, _, err = call("images", "export", "edm18", "artifacts/generate_images/edm18/x.npz", "--format", "npz")
+    assert (code, "would lie in the image set" in err) == (2, True)
+    shutil.copytree(project / "artifacts/generate_images/edm18", project / "edm18")
+    flip(project / "edm18/images-00001.npy")  # a folder with the name of a set does not hide it
+    assert call("images", "verify", "edm18", "--quiet")[0] == 0
+    assert call("images", "verify", "./edm18", "--quiet")[0] == 2
+
+
 def test_card_tells_the_chain_of_licences_and_the_measures(project, call):
     code, out, _ = call("images", "card", "edm18")
     assert code == 0

@@ -5,6 +5,7 @@ Oracles: numpy's own reader and writer, and counting of memory. Run alone: pytes
 
 import io
 import os
+import re
 import struct
 import tracemalloc
 import zipfile
@@ -78,6 +79,21 @@ def test_zip64_and_comments(tmp_path, monkeypatch):
                 np.save(member, array)
     assert b"PK\6\6" in (tmp_path / "a.npz").read_bytes()
     assert np.array_equal(read(tmp_path / "a.npz")[0], images)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("p1", "p2", "p4"), "lacks p3.npz; expected all 4 parts"),
+        (("train-1", "train-2", "test"), "has files of several splits; expected the parts of one set"),
+        (("train", "validation"), "has files of several splits"),
+    ],
+)
+def test_a_folder_that_is_not_one_whole_set_is_refused(tmp_path, names, sentence):
+    for name in names:
+        np.savez(tmp_path / f"{name}.npz", image=np.zeros((2, 4, 4, 1), np.uint8), label=[0, 1])
+    with pytest.raises(DmatError, match=re.escape(sentence)), npz_stream.open_released(tmp_path):
+        pass
 
 
 def test_parts_are_read_in_the_order_of_their_numbers(tmp_path):

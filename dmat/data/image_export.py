@@ -23,7 +23,7 @@ import numpy as np
 from dmat import files
 from dmat.data import npz_stream
 from dmat.data.set_inspection import open_verified
-from dmat.data.shards import NO_LABEL, Shards
+from dmat.data.shards import MANIFEST, NO_LABEL, Shards
 from dmat.errors import DmatError
 
 Blocks = Iterator[tuple[np.ndarray, np.ndarray]]  # images uint8 [B, H, W, C] and labels int64 [B]
@@ -56,6 +56,8 @@ def export(
     for path in (target, card_path):
         if os.path.lexists(path):
             raise DmatError(f"{path} exists; expected a new name; choose another, or move it away")
+    if (target.parent / MANIFEST).is_file():
+        raise DmatError(f"{target} would lie in the image set {target.parent}; expected another folder; give one")
     images = open_verified(folder)
     count = len(images) if first is None else min(first, len(images))
     blocks = _blocks(images, count, progress)

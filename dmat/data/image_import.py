@@ -46,7 +46,7 @@ def import_released(
                 f"a shard of {shard:,} images takes {size:,} bytes; expected at most {MAX_SHARD:,}; ask for fewer "
                 f"images per shard"
             )
-        class_names = _class_names(released, source, like)
+        names = class_names(released, source, like)
         metadata: SetMetadata = {"licence": licence, "origin": f"Imported from {source.name}"}
         if not released.labelled:
             metadata["unlabelled"] = True
@@ -61,13 +61,13 @@ def import_released(
             entries.append(entry)
             done += len(labels)
             progress(done, len(released))
-        counts = np.zeros(len(class_names), dtype=np.int64)
+        counts = np.zeros(len(names), dtype=np.int64)
         counts[: released.classes] = released.class_counts
         shards.write_manifest(
             staged,
             entries,
             shape=released.shape,
-            class_names=class_names,
+            class_names=names,
             class_counts=counts,
             metadata=metadata,
         )
@@ -78,8 +78,11 @@ def import_released(
         return released
 
 
-def _class_names(released: ReleasedImages, source: Path, like: Path | None) -> tuple[str, ...]:
-    """Names of the classes: those of `like`, else of the source. Raises DmatError if the two do not fit."""
+def class_names(released: ReleasedImages, source: Path, like: Path | None) -> tuple[str, ...]:
+    """Names of the classes: those of the set in the folder `like`, else of the source.
+
+    A source that does not name its classes may have fewer. Raises DmatError if images or classes of the two do not fit.
+    """
     if like is None:
         return released.class_names
     manifest = read_manifest(like)

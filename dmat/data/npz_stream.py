@@ -14,7 +14,6 @@ import functools
 import io
 import math
 import os
-import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import IO, BinaryIO, TypedDict
 
 import numpy as np
 
-from dmat import files
 from dmat.data import zip_members
+from dmat.data.formats import split_files
 from dmat.data.shards import NO_LABEL
 from dmat.data.zip_members import DamagedArchive, Member, MemberStream
 from dmat.errors import DmatError, first_line
@@ -90,6 +89,11 @@ class ReleasedImages:
     def labelled(self) -> bool:
         """Whether the images have labels."""
         return bool(self.labels[0] != NO_LABEL)
+
+    @property
+    def named(self) -> bool:
+        """Whether the archives name the classes."""
+        return self.parts[0].class_names is not None
 
     @property
     def classes(self) -> int:
@@ -180,13 +184,13 @@ def _part_paths(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
 
-    def by_numbers(part: Path) -> list[tuple[int, str]]:  # part2 before part10
-        return [(int(piece), "") if piece.isdecimal() else (0, piece) for piece in re.split(r"(\d+)", part.name)]
-
-    parts = sorted((part for part in path.glob("*.npz") if not files.hidden(part.name)), key=by_numbers)
-    if not parts:
-        raise DmatError(f"{path} has no .npz file; expected the parts of a set; give another folder")
-    return parts
+    splits, unread = split_files.files_of_splits(path, ".npz")
+    if len(splits) > 1 or unread:
+        raise DmatError(
+            f"{path} has files of several splits; expected the parts of one set of generated images alone; move the "
+            f"others away"
+        )
+    return splits["train"]
 
 
 @contextlib.contextmanager

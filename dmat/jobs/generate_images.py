@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dmat import files, plugins, seeds
 from dmat.config import ImageSet, ImportedImageSet
-from dmat.data import croissant, dvc_cache, npz_stream, shards
+from dmat.data import croissant, dvc_cache, image_import, npz_stream, shards
 from dmat.data.data_sets import NOT_STATED
 from dmat.data.pixels import to_bytes
 from dmat.data.shard_pool import ShardPool
@@ -120,6 +120,7 @@ def _pool_of(generation: "_Generation", sidecar: DenoiserSidecar, job: Job) -> S
 
 def _import(settings: ImportedImageSet, job: Job) -> Result:
     with npz_stream.open_released(job.inputs["source"]) as released:
+        names = image_import.class_names(released, job.inputs["source"], job.inputs["train"])
         count = len(released) if settings.images is None else settings.images
         if count > len(released):
             raise DmatError(
@@ -140,8 +141,8 @@ def _import(settings: ImportedImageSet, job: Job) -> Result:
             job.result / "images",
             entries,
             shape=released.shape,
-            class_names=released.class_names,
-            class_counts=np.bincount(labels, minlength=released.classes),
+            class_names=names,
+            class_counts=np.bincount(labels, minlength=len(names)),
             metadata={
                 "source": settings.source,
                 "licence": NOT_STATED,
@@ -149,6 +150,8 @@ def _import(settings: ImportedImageSet, job: Job) -> Result:
             },
         )
     notes = [f"{settings.source} has {', '.join(released.ignored)}, which is not read"] if released.ignored else []
+    if released.labelled and not released.named:
+        notes.append(f"{settings.source} does not name its classes; its labels count as those of the data set")
     result = _finished(count, released.labelled, "Imported images", pool, job)
     return dataclasses.replace(result, notes=notes)
 

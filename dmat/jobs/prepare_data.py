@@ -11,7 +11,7 @@ import numpy as np
 from dmat import files, seeds
 from dmat.config import Normalisation, PrepareData
 from dmat.data import croissant, overlap, shards, sources
-from dmat.data.data_sets import NORMALISATIONS
+from dmat.data.data_sets import DATA_SETS, NORMALISATIONS
 from dmat.data.image_source import ImageSource, listing
 from dmat.data.sources import stratified
 from dmat.errors import DmatError
@@ -65,7 +65,29 @@ def run(settings: PrepareData, job: Job) -> Result:
     files.write_text(job.result / "no_generator", "stands for no generator: what image sets that are imported read\n")
     copies = _copies(split_digests)
     metrics = {**split_sizes, "classes": len(source.class_names), **copies}
-    return Result(metrics, notes=[*source.notes, *_copy_notes(copies, split_sizes)])
+    notes = [*source.notes, *_differences(settings.source, source), *_copy_notes(copies, split_sizes)]
+    return Result(metrics, notes=notes)
+
+
+def _differences(name: str, source: ImageSource) -> list[str]:
+    """Notes on how a source that has the name of a published data set differs from it."""
+    if (published := DATA_SETS.get(name)) is None or not published.layouts:
+        return []
+    counts = {"training": (len(source.labels), published.train)}
+    if source.test is not None:
+        counts["test"] = len(source.test[1]), published.test
+    differences = [
+        f"{actual:,} {kind} images, published are {expected:,}"
+        for kind, (actual, expected) in counts.items()
+        if actual != expected
+    ]
+    height, width, channels = source.images.shape[1:]
+    if (height, width, channels) != (published.size, published.size, published.channels):
+        differences.append(
+            f"images {height} x {width} x {channels}, published are {published.size} x {published.size} x "
+            f"{published.channels}"
+        )
+    return [f"{name} is not as published: {'; '.join(differences)}"] if differences else []
 
 
 def location(settings: PrepareData, path: Path) -> Path:
@@ -112,8 +134,13 @@ def _constants(normalisation: str | Normalisation, channels: int) -> tuple[list[
 def _expect_every_class(labels: np.ndarray, names: tuple[str, ...]) -> None:
     """Raises DmatError where a class has no training image: no model learns it, and its images count as wrong.
 
-    labels [N].
+    Also where there is a single class, which every model predicts. labels [N].
     """
+    if len(names) < 2:
+        raise DmatError(
+            "the source has images of one class; expected two or more, as a classifier has nothing to learn from one; "
+            "name another source"
+        )
     missing = np.setdiff1d(np.arange(len(names)), labels)
     if len(missing):
         raise DmatError(

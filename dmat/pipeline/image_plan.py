@@ -43,6 +43,7 @@ class SetPlan(TypedDict):
     device_memory_bytes: int | None  # peak of the GPU
     images_per_second: float | None
     hours: float | None  # of one device, for the images that do not exist
+    unmeasured: str  # why there is no speed; empty if there is one
 
 
 class _Probe(NamedTuple):
@@ -69,7 +70,12 @@ def plan(name: str, images: int | None, params: Params, workspace: Workspace, pr
     else:
         with npz_stream.open_released(workspace.at(f"{SOURCES}/{settings.source}")) as released:
             height, width, channels = released.shape
-            count = min(count or len(released), len(released))
+            if count > len(released):
+                raise DmatError(
+                    f"image set {name}: {count:,} images are asked for, and {settings.source} holds {len(released):,}; "
+                    f"expected at most that; ask for fewer"
+                )
+            count = count or len(released)
     settings = settings.model_copy(update={"images": count})
     image_bytes, shards = height * width * channels, math.ceil(count / settings.shard)
     compute = execution.compute_of(STAGES["generate_images"], params)
@@ -85,12 +91,14 @@ def plan(name: str, images: int | None, params: Params, workspace: Workspace, pr
         "device_memory_bytes": None,
         "images_per_second": None,
         "hours": None,
+        "unmeasured": "the images are imported" if settings.source != NONE else "there is no generator yet",
     }
     if not denoiser.is_file():
         return result
     planned = planning.plan(STAGES["generate_images"], {"image_set": name}, params, workspace)
     reused = _reusable_images(folder, planned, settings, denoisers.read_sidecar(denoiser)["sha256"], workspace)
     result["reused_bytes"] = reused * (image_bytes + 8) + reused // settings.shard * _SHARD_OVERHEAD
+    result["unmeasured"] = "" if probe_seconds else "--probe is 0"
     if probe_seconds:
         small, large = _probe(planned, settings, params, workspace, probe_seconds)
         blocks = (settings.block - small.images) / max(large.images - small.images, 1)

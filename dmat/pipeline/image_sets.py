@@ -32,15 +32,16 @@ def find(path_or_set: str, workspace: Workspace) -> LocatedSet:
     Raises DmatError if it is neither, or the set was not generated yet.
     """
     path = Path(path_or_set)
-    if (path / MANIFEST).is_file():
-        return LocatedSet(path, path.resolve().name)
-    if path.name == path_or_set and workspace.at("params.yaml").is_file():  # not a path
+    # A name without a slash is a set of the project, if it has one: `./edm18` is the folder beside params.yaml.
+    if path.name == path_or_set and workspace.at("params.yaml").is_file():
         params = config.load(workspace.at("params.yaml"))
         if path_or_set in params.image_sets or not path.exists():
             folder = output_folder(path_or_set, params, workspace)
             if not (folder / MANIFEST).is_file():
                 raise files.missing(folder / MANIFEST)
             return LocatedSet(folder, path_or_set, params)
+    if (path / MANIFEST).is_file():
+        return LocatedSet(path, path.resolve().name)
     state = f"has no {MANIFEST}" if path.exists() else "does not exist"
     raise DmatError(
         f"{path} {state}; expected the folder of an image set, or a set of params.yaml here; give one of them"
@@ -52,7 +53,7 @@ def output_folder(name: str, params: Params, workspace: Workspace) -> Path:
     if name not in params.image_sets:
         raise DmatError(
             f"{name} is not an image set of params.yaml; expected one of {', '.join(params.image_sets) or '(none)'}; "
-            f"name one of them, or the folder of a set"
+            f"name one of them; `info`, `verify`, `sheet`, `export` and `card` take the folder of a set too"
         )
     return workspace.at(STAGES["generate_images"].outputs(params, image_set=name)["images"])
 

@@ -63,6 +63,12 @@ def remake(name: str, index: int, params: Params, workspace: Workspace) -> Remad
     plan = planning.plan(stage, instance, params, workspace)
     opened = shards.open_shards(workspace.at(plan.outputs["images"]), verify=False)
     _expect_index(name, index, len(opened))
+    provenance = files.read_record(workspace.at(stage.provenance_path(instance)), fingerprint=str)
+    if provenance["fingerprint"] != plan.fingerprint:
+        raise DmatError(
+            f"{name} was made with other parameters, inputs or code than those of now; expected the same, to compare "
+            f"an image; run `dmat {stage.command} {' '.join(stage.options(instance))}` first"
+        )
     job = execution.new_job(plan, params, workspace, execution.compute_of(stage, params), plan.work, quiet=True)
     start, images, labels = generate_images.block_of(index, plan.settings, job)  # type: ignore[arg-type]
     stored, stored_labels = opened.take(np.array([index]))
@@ -81,6 +87,10 @@ def usage(name: str, index: int, arm: str, seed: int, params: Params, workspace:
     if image_set != name:
         raise DmatError(
             f"arm {arm} trains on images of {image_set}, not of {name}; expected an arm that uses the set; name another"
+        )
+    if seed not in params.seeds:
+        raise DmatError(
+            f"--seed is {seed}; expected one of `seeds` in params.yaml: {', '.join(map(str, params.seeds))}"
         )
     real = shards.open_shards(workspace.at(f"{ARTIFACTS}/prepare_data/train"), verify=False)
     folder = workspace.at(STAGES["mix_images"].outputs(params, arm=arm)["mix"])

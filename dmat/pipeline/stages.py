@@ -137,7 +137,9 @@ def _image_set_settings(params: "Params", image_set: str) -> "Record":
 
 def _image_set_inputs(params: "Params", image_set: str) -> Paths:
     settings = params.image_sets[image_set]
-    return _source(settings.source) or {"denoiser": f"{ARTIFACTS}/train_diffusion/{settings.generator}"}
+    if settings.source != NONE:
+        return {**_source(settings.source), "train": _split("train")}  # whose size and classes the images must have
+    return {"denoiser": f"{ARTIFACTS}/train_diffusion/{settings.generator}"}
 
 
 def _image_set_models(params: "Params", image_set: str) -> "tuple[Record, ...]":
