@@ -246,7 +246,7 @@ def test_plan_without_a_generator(project, call):
     shutil.rmtree(project / "artifacts/train_diffusion")
     code, out, _ = call("images", "plan", "edm18")
     assert code == 0
-    assert out.endswith("time          not measured: there is no generator yet, or --probe is 0\n")
+    assert out.endswith("time          not measured: there is no generator yet\n")
     shutil.rmtree(project / "artifacts/prepare_data")
     code, _, err = call("images", "plan", "edm18")
     assert (code, "nothing says how large the images are" in err) == (2, True)
