@@ -127,7 +127,7 @@ def test_copies_of_real_and_selected_generated_images_are_found(tmp_path):
     np.save(selection / "indices.npy", np.array([1, 3, 9]))
     files.write_json(
         selection / "selection.json",
-        {"kept": 3, "shape": [32, 32, 3], "classes": 3, "image_set": "set",
+        {"kept": 3, "pool": 10, "shape": [32, 32, 3], "classes": 3, "image_set": "set",
          "manifest_sha256": files.sha256(image_set / shards.MANIFEST)},
     )  # fmt: skip
     inputs = {"train": tmp_path / "train", "selection": selection, "mix": tmp_path / "mix"}

@@ -415,4 +415,4 @@ def test_a_baseline_is_trained_and_generates(finished, tmp_path, formulation, sa
 def test_guidance_needs_a_network_that_learned_to_go_without_labels(finished, tmp_path):
     project = finished.copy_without("generate_images", tmp_path / "project")
     project.write({"image_sets": {"edm18": {"sampler": {"guidance": 2.0}}}})
-    assert "generator edm never learned to denoise without labels" in project.run("generate_images", code=2)
+    assert "generator edm never learns to denoise without labels" in project.run("generate_images", code=2)

@@ -103,8 +103,8 @@ def test_changed_labels_are_refused(project, tmp_path, file):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"image_sets": {"edm18": {"classes": list(range(10))}}}, "unconditional; expected none; leave it out"),
-    ({"generate_images": {"sampler": {"guidance": 2.0}}}, "never learned to denoise without labels"),
+    ({"image_sets": {"edm18": {"classes": list(range(10))}}}, "classes has no effect, as generator edm is not"),
+    ({"generate_images": {"sampler": {"guidance": 2.0}}}, "never learns to denoise without labels"),
 ])  # fmt: skip
 def test_options_that_need_classes_are_refused(project, tmp_path, changes, message):
     copy = project.copy_without("generate_images", tmp_path / "copy")
