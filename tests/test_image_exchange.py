@@ -240,6 +240,21 @@ def _interrupt(images, total):
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_repaired_archive_takes_no_shard_of_the_damaged_one(archive, arrays, tmp_path, killed):
+    """Both say the same checksums of themselves, and the damage shows only where the archive ends."""
+    good = archive.read_bytes()
+    at = good.index(arrays[0][2].tobytes())
+    archive.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    times = archive.stat().st_atime_ns, archive.stat().st_mtime_ns
+    with pytest.raises(KeyboardInterrupt if killed else DmatError):
+        import_released(archive, tmp_path / "set", 5, progress=_interrupt if killed else lambda images, total: None)
+    archive.write_bytes(good)
+    os.utime(archive, ns=(times[0], times[1] + killed))
+    import_released(archive, tmp_path / "set", 5)
+    assert np.array_equal(shards.open_shards(tmp_path / "set").all()[0], arrays[0])
+
+
 def test_nothing_appears_of_a_damaged_archive(archive, tmp_path):
     content = bytearray(archive.read_bytes())
     content[content.index(b"PK\3\4", 10) - 1] ^= 1  # the last pixel

@@ -17,10 +17,11 @@ from dmat.data.formats import image_files
 from dmat.data.mixes import open_mix
 from dmat.data.mixing import BatchOrder
 from dmat.data.selections import open_selection
+from dmat.diffusion.formulations import Preconditioned
 from dmat.errors import DmatError
-from dmat.jobs import score_images
+from dmat.jobs import generate_images, score_images
 from dmat.jobs.select_images import band_of_each_class
-from dmat.pipeline import single_images
+from dmat.pipeline import STAGES, execution, planning, single_images
 from dmat.workspace import Workspace
 from tests import forked
 
@@ -261,6 +262,20 @@ def test_compiled_samples_are_a_set_of_their_own(project):
         for name in ("compiled", "edm18")
     ]
     assert provenance[0]["pools"] != provenance[1]["pools"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_model_is_compiled_where_the_set_says_so(project, monkeypatch, compiled):
+    """Images alone do not show it: compiled ones may be the same."""
+    calls = []
+    monkeypatch.setattr(Preconditioned, "compile", lambda self, **options: calls.append(options))
+    project.write({"image_sets": {"edm18": {"compile": compiled}}})
+    params, workspace = config.load(project.folder / "params.yaml"), Workspace(project.folder, project.folder)
+    plan = planning.plan(STAGES["generate_images"], {"image_set": "edm18"}, params, workspace)
+    job = execution.new_job(plan, params, workspace, execution.resolve(params), plan.work, quiet=True)
+    generate_images.block_of(0, plan.settings, job)
+    project.write({"image_sets": {"edm18": {"compile": False}}})
+    assert calls == [{"dynamic": False}] * compiled
 
 
 # --- single images

@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import pytest
 
-from dmat.data import image_source, npz_stream, sources, zip_members
+from dmat.data import npz_stream, sources, zip_members
 from dmat.data.npz_stream import open_released, write_released
 from dmat.errors import DmatError
 
@@ -283,7 +283,7 @@ DAMAGE = {
     "another name inside": (lambda c: c.replace(b"label.npy", b"lable.npy", 1), "header of label is not where"),
     "no archive": (lambda c: bytearray(b"<html>404</html>"), "does not end as a zip archive does"),
     "nothing": (lambda c: bytearray(), "does not end as a zip archive does"),
-    "a name for the terminal": (lambda c: c.replace(b"label.npy", b"l\x1b[1m.npy"), "name is no text of up to 200"),
+    "a name for the terminal": (lambda c: c.replace(b"label.npy", b"l\x1b[1m.npy"), "name is not text of at most 200"),
     "an endless list": (
         lambda c: c[:-10] + struct.pack("<L", 1 << 30) + c[-6:],
         "list of members takes 1,073,741,824 bytes",
@@ -435,4 +435,3 @@ def test_checksum_of_a_member_is_that_of_zlib(tmp_path):
         stream = zip_members.MemberStream(member)
         assert zlib.crc32(stream.read(member.size)) == member.crc
         stream.finish()
-    assert npz_stream.MAX_CLASSES == image_source.MAX_CLASSES

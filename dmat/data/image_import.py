@@ -7,7 +7,7 @@ its checksums are right. Run again, an interrupted import keeps the shards that 
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +50,12 @@ def import_released(
         metadata: SetMetadata = {"licence": licence, "origin": f"Imported from {source.name}"}
         if not released.labelled:
             metadata["unlabelled"] = True
-        identity = {"source": released.identity, "shard": shard}
+        # An archive that was damaged and is repaired says the same checksums of itself, but it was written later.
+        modified = [part.path.stat().st_mtime_ns for part in released.parts]
+        identity = {"source": released.identity, "modified": modified, "shard": shard}
         work = target.with_name(f".{target.name}.import-{files.fingerprint(identity)}")
         pool, staged, entries, done = ShardPool(work / "shards", identity, tuple(ARRAYS)), work / "set", [], 0
-        for number, (images, labels) in enumerate(released.blocks(shard)):
+        for number, (images, labels) in enumerate(_sound_blocks(released, shard, work)):
             arrays: dict[ArrayName, np.ndarray] = {"images": images, "labels": labels}
             record = pool.obtain(f"{number:05d}", len(labels), functools.partial(dict, arrays), lambda: None)
             entry = shards.entry(number, record)
@@ -76,6 +78,18 @@ def import_released(
         files.sync_folder(target.parent)
         shutil.rmtree(work)
         return released
+
+
+def _sound_blocks(released: ReleasedImages, size: int, work: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the blocks of an archive, images uint8 [B, H, W, C] and labels int64 [B] with B = `size`.
+
+    The work folder is removed if the archive turns out to be damaged: its shards are wrong. Raises DmatError then.
+    """
+    try:
+        yield from released.blocks(size)
+    except DmatError:
+        shutil.rmtree(work)
+        raise
 
 
 def class_names(released: ReleasedImages, source: Path, like: Path | None) -> tuple[str, ...]:

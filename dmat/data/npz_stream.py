@@ -23,12 +23,12 @@ import numpy as np
 
 from dmat.data import zip_members
 from dmat.data.formats import split_files
+from dmat.data.image_source import MAX_CLASSES
 from dmat.data.shards import NO_LABEL
 from dmat.data.zip_members import DamagedArchive, Member, MemberStream
 from dmat.errors import DmatError, first_line
 
 MAX_IMAGES = 1_000_000_000  # per archive: their labels take 4 GB of memory
-MAX_CLASSES = 100_000  # larger labels are treated as a mistake
 MAX_SIDE = 4096  # pixels
 _MAX_HEADER = 10_000  # bytes, numpy's own limit for the header of an array
 _MAX_LENGTH = 1 << 62  # of one dimension

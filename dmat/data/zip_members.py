@@ -123,7 +123,7 @@ def read_members(file: io.FileIO) -> dict[str, Member]:
     for entry in entries:
         name = entry.filename.removesuffix(".npy")
         if len(name) > _MAX_NAME or not name.isprintable():
-            raise DamagedArchive(f"it has a member whose name is no text of up to {_MAX_NAME} characters")
+            raise DamagedArchive(f"it has a member whose name is not text of at most {_MAX_NAME} characters")
         if name in members:
             raise DamagedArchive(f"it has two members {entry.filename}")
         members[name] = _member(name, entry, file.fileno(), directory)
