@@ -203,7 +203,9 @@ def test_a_damaged_archive_leaves_nothing_that_a_good_one_takes(project, release
         assert len(opened) == 130
     at = good.index(released[0][40].tobytes())
     path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-    project.write({"image_sets": {"damaged": {"generator": "none", "source": "released.npz"}}})
+    project.write({"image_sets": {"damaged": {"generator": "none", "source": "released.npz"},
+                                  "head": {"generator": "none", "source": "released.npz", "images": 20}}})  # fmt: skip
+    assert "released.npz" in run(project, "generate-images", "--image-set", "head", code=2)  # whose images are sound
     assert "released.npz" in run(project, "generate-images", "--image-set", "damaged", code=2)
     assert not (project.folder / "artifacts/generate_images/damaged").exists()
     path.write_bytes(good)

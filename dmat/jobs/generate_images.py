@@ -26,7 +26,7 @@ from dmat.config import ImageSet, ImportedImageSet
 from dmat.data import croissant, dvc_cache, image_import, npz_stream, shards
 from dmat.data.data_sets import NOT_STATED
 from dmat.data.pixels import to_bytes
-from dmat.data.shard_pool import ShardPool
+from dmat.data.shard_pool import ShardPool, expect_numbers
 from dmat.data.shards import ArrayName, SetMetadata, ShardEntry, ShardRecord
 from dmat.devices import Compute
 from dmat.diffusion import schedule_search
@@ -61,12 +61,7 @@ def run_shards(settings: ImageSet | ImportedImageSet, job: Job, numbers: range) 
             f"image set {job.instance['image_set']} is imported from {settings.source}, which is read from end to end; "
             f"expected a set that is generated; start the stage without --shards"
         )
-    count = -(-(settings.images or 0) // settings.shard)
-    if not 0 <= numbers.start < numbers.stop <= count:
-        raise DmatError(
-            f"--shards is {numbers.start}:{numbers.stop}; image set {job.instance['image_set']} has the shards 0 to "
-            f"{count - 1}; expected two numbers from 0 to {count}, the lower first"
-        )
+    expect_numbers(numbers, -(-(settings.images or 0) // settings.shard), str(job.instance["image_set"]))
     generation, sidecar, _ = _open(settings, job)
     for _ in _records(_pool_of(generation, sidecar, job), settings, generation.maker, job, numbers):
         pass
@@ -136,6 +131,8 @@ def _import(settings: ImportedImageSet, job: Job) -> Result:
             return lambda: {"images": images[: len(indices)], "labels": labels[: len(indices)]}
 
         entries = _link(pool, settings.model_copy(update={"images": count}), maker, job)
+        for _ in blocks:  # to its end, where the checksum of an archive is compared
+            pass
         labels = released.labels[:count] if released.labelled else released.labels[:0]
         shards.write_manifest(
             job.result / "images",

@@ -19,9 +19,8 @@ from dmat.config import ScoreImages
 from dmat.data import dvc_cache, shards
 from dmat.data.pixels import to_float
 from dmat.data.scores import SCORES, ScoreEntry, label_file, score_file
-from dmat.data.shard_pool import ShardPool
+from dmat.data.shard_pool import ShardPool, expect_numbers
 from dmat.data.shards import ArrayName, ShardRecord, Shards
-from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
 from dmat.models.classifiers import load_classifier
@@ -79,11 +78,7 @@ def run_shards(settings: ScoreImages, job: Job, numbers: range) -> None:
     numbers: of the shards, from 0. Raises DmatError for numbers of shards that the set does not have.
     """
     images = shards.open_shards(job.inputs["images"], verify=numbers)
-    if not 0 <= numbers.start < numbers.stop <= len(images.images):
-        raise DmatError(
-            f"--shards is {numbers.start}:{numbers.stop}; image set {job.instance['image_set']} has the shards 0 to "
-            f"{len(images.images) - 1}; expected two numbers from 0 to {len(images.images)}, the lower first"
-        )
+    expect_numbers(numbers, len(images.images), str(job.instance["image_set"]))
     model, pool = _open(images, settings, job)
     for _ in _records(images, model, pool, settings, job, numbers):
         pass
