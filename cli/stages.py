@@ -21,6 +21,7 @@ _INSTANCE_OPTIONS = {
     "generator": (str, "Name in `generators` of params.yaml."),
     "image_set": (str, "Name in `image_sets` of params.yaml."),
     "selection": (str, "Name in `selections` of params.yaml."),
+    "mixture": (str, "Name in `mixtures` of params.yaml."),
     "arm": (str, "Name in `arms` of params.yaml."),
     "seed": (int, "One of `seeds` of params.yaml."),
 }

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PARAMETERS = (ROOT / "docs" / "parameters.md").read_text()
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 LEFT_OUT = "–"  # a key that params.yaml leaves out
-RECORDS = {**config.SECTIONS, **{name: kind.record for name, kind in config.LISTS.items() if kind.parent}}
+RECORDS = {**config.SECTIONS, **{name: kind.record for name, kind in config.LISTS.items() if kind.parent or not kind.section}}
 
 Key = tuple[str, str]  # section, dotted path inside it
 
@@ -137,7 +137,7 @@ def test_every_value_has_a_source() -> None:
 
 def test_examples_are_valid_additions_to_params_yaml(tmp_path: Path) -> None:
     examples = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.+?)```", PARAMETERS, re.DOTALL)]
-    assert len(examples) == 8
+    assert len(examples) == 9
     together = PARAMS
     for example in examples:
         together = config.merge(together, example)

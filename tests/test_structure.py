@@ -45,7 +45,7 @@ ROWS = (
     ("dmat.tuning", "dmat.upkeep"),
     ("cli",),
 )
-WITH_PLUGINS = {*STAGES} - {"select_images", "mix_images", "write_report"}
+WITH_PLUGINS = {*STAGES} - {"select_images", "combine_selections", "mix_images", "write_report"}
 SUBJECTS = ROWS[2]  # these do not import each other
 HOMES = {  # package -> the only modules that import it
     "mlflow": {"dmat.tracking.stores", "dmat.tracking.run_record", "dmat.tracking.registry"},
@@ -167,11 +167,12 @@ def test_every_stage_has_one_name_everywhere(root):
     pipeline = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
     commands = {command.name for command in app.registered_commands}
     assert list(pipeline) == list(STAGES)
-    assert len(STAGES) == 11
+    assert len(STAGES) == 12
     for stage_name, stage in STAGES.items():
         assert (root / "dmat" / "jobs" / f"{stage_name}.py").is_file()
         assert stage.command in commands
-        assert stage_name in config.SECTIONS or stage_name == "mix_images"  # mix_images takes all it needs from its arm
+        # These take all they need from their arm or mixture.
+        assert stage_name in config.SECTIONS or stage_name in {"mix_images", "combine_selections"}
         assert stage.example.startswith(f"dmat {stage.command}")
 
 

@@ -5,6 +5,7 @@ Limits are defined in the records only; messages are made from them.
 
 from dmat import NONE
 from dmat.config.classifier_training import ClassifierTraining, Network
+from dmat.config.combine_selections import Mixture
 from dmat.config.compute import ComputeSettings
 from dmat.config.diffusers_network import DiffusersNetwork, NoiseProcess
 from dmat.config.evaluate_robust import EvaluateRobust
@@ -57,6 +58,7 @@ __all__ = [
     "ImportedImageSet",
     "MeasureImages",
     "MixImages",
+    "Mixture",
     "Network",
     "NoiseProcess",
     "Normalisation",

@@ -1,7 +1,8 @@
 """Reads the whole of params.yaml: sections and lists become records, and all problems are reported at once.
 
-Entries of the four lists refer to each other: an arm names a selection, a selection an image set, an image set a
-generator. An entry overrides the section of its stage; its record is the section with the overrides merged in.
+Entries of the lists refer to each other: an arm names a selection or a mixture of selections, a selection an image
+set, an image set a generator. An entry overrides the section of its stage; its record is the section with the
+overrides merged in.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from dmat import NONE, plugins, yaml_file
+from dmat.config.combine_selections import Mixture
 from dmat.config.compute import ComputeSettings
 from dmat.config.diffusers_network import DiffusersNetwork, NoiseProcess
 from dmat.config.evaluate_robust import EvaluateRobust
@@ -37,23 +39,26 @@ from dmat.errors import ConfigError, DmatError
 class EntryKind(NamedTuple):
     """The kind of the entries of a list.
 
-    record: of an entry. section: that an entry overrides. base: record of that section. parent: the key by which an
-    entry names an entry of the list `parents`. may_have_none: whether that key may be `none`.
+    record: of an entry. section: that an entry overrides, "" for none. base: record of that section. parent: the key by
+    which an entry names an entry of the lists `parents`. may_have_none: whether that key may be `none`. may_be_empty:
+    whether the list may have no entry.
     """
 
     record: type[Record]
     section: str
     base: type[Record]
     parent: str | None = None
-    parents: str | None = None
+    parents: tuple[str, ...] = ()
     may_have_none: bool = False
+    may_be_empty: bool = False
 
 
 LISTS = {  # a parent's list comes before its children's
     "generators": EntryKind(Generator, "train_diffusion", DenoiserTraining),
-    "image_sets": EntryKind(ImageSet, "generate_images", GenerateImages, "generator", "generators", True),
-    "selections": EntryKind(Selection, "select_images", SelectImages, "image_set", "image_sets"),
-    "arms": EntryKind(Arm, "train_robust", TrainRobust, "images", "selections", may_have_none=True),
+    "image_sets": EntryKind(ImageSet, "generate_images", GenerateImages, "generator", ("generators",), True),
+    "selections": EntryKind(Selection, "select_images", SelectImages, "image_set", ("image_sets",)),
+    "mixtures": EntryKind(Mixture, "", Mixture, may_be_empty=True),
+    "arms": EntryKind(Arm, "train_robust", TrainRobust, "images", ("selections", "mixtures"), may_have_none=True),
 }
 
 
@@ -76,17 +81,25 @@ class Params:
     generators: Mapping[str, Generator]
     image_sets: Mapping[str, ImageSet]
     selections: Mapping[str, Selection]
+    mixtures: Mapping[str, Mixture]
     arms: Mapping[str, Arm]
     # The study's arm with the study's overrides and length, and its image set and selection.
     trial: TrialSettings | None
+
+    def selections_of(self, arm: str) -> tuple[str, ...]:
+        """Names of the selections that an arm trains on: one, those of a mixture, or none."""
+        name = self.arms[arm].images
+        if name == NONE:
+            return ()
+        return tuple(self.mixtures[name].of) if name in self.mixtures else (name,)
 
 
 SECTIONS: dict[str, type[Record]] = {  # sections of a file: those in Params, and those that only entries of lists use
     **{name: kind for name, kind in typing.get_type_hints(Params).items() if isinstance(kind, type(Record))},
     "tune": Tune,
-    **{kind.section: kind.base for kind in LISTS.values()},
+    **{kind.section: kind.base for kind in LISTS.values() if kind.section},
 }
-_OVERRIDDEN = {kind.section for kind in LISTS.values()}
+_OVERRIDDEN = {kind.section for kind in LISTS.values() if kind.section}
 
 
 def load(path: Path) -> Params:
@@ -182,9 +195,10 @@ class _Reader:
         entries = {key: dict(self._named_entries(key)) for key in LISTS}
         for key, kind in LISTS.items():
             lists[key] = {
-                name: self._entry(key, kind, name, entry, lists.get(kind.parents or "", {}))
+                name: self._entry(key, kind, name, entry, [name for parent in kind.parents for name in lists[parent]])
                 for name, entry in entries[key].items()
             }
+        self.problems += _mixture_problems(lists["mixtures"], lists["selections"])
         arms, report, evaluation = lists["arms"], sections["write_report"], sections["evaluate_robust"]
         for name, arm in arms.items():
             if arm is not None:
@@ -233,9 +247,12 @@ class _Reader:
         return ()
 
     def _named_entries(self, key: str) -> Iterator[tuple[str, dict[str, object]]]:
-        entries = self.raw.get(key, {})
-        if not isinstance(entries, dict) or not entries:
-            self.problems.append(f"{key} is {entries!r}; expected named entries, for example {key}: {{NAME: {{}}}}")
+        entries = self.raw.get(key)
+        empty = LISTS[key].may_be_empty
+        if not isinstance(entries, dict) or not (entries or empty):
+            state = "is missing" if entries is None else f"is {entries!r}"
+            example = f"{key}: {{}}" if empty else f"{key}: {{NAME: {{}}}}"
+            self.problems.append(f"{key} {state}; expected named entries, for example {example}")
             return
         for name, entry in entries.items():
             if problem := name_problem(str(name)):
@@ -264,7 +281,7 @@ class _Reader:
         base = self.raw.get(kind.section)
         merged = merge(base if isinstance(base, dict) else {}, overrides)
         return self._record(
-            kind.record, path, merged, reported=None if kind.section in self.valid_sections else overrides
+            kind.record, path, merged, reported=None if kind.section in {"", *self.valid_sections} else overrides
         )
 
     def _record(
@@ -323,6 +340,18 @@ def _import_problems(
                 f"generators.{name}.{others[0]} has no effect, as source {generator.source} is imported and not "
                 f"trained; expected source alone; leave out {', '.join(others)}"
             )
+
+
+def _mixture_problems(
+    mixtures: Mapping[str, Mixture | None], selections: Mapping[str, Selection | None]
+) -> Iterator[str]:
+    """A mixture is named where a selection could be, and its folder lies beside theirs."""
+    for name, mixture in mixtures.items():
+        if name in selections:
+            yield f"mixtures.{name} has the name of a selection; expected another name; rename it"
+        for selection in mixture.of if mixture is not None else ():
+            if selection not in selections:
+                yield f"mixtures.{name}.of names {selection}; expected some of {name_list(selections)}"
 
 
 def _share_problems(name: str, arm: Arm) -> Iterator[str]:

@@ -98,7 +98,7 @@ class Tune(Record):
 
 @dataclasses.dataclass(frozen=True)
 class TrialSettings:
-    """Settings of a trial. image_set, selection: None for an arm without generated images."""
+    """Settings of a trial. image_set, selection: None for an arm without generated images, and one with a mixture."""
 
     arm: Arm
     image_set: ImageSet | None
@@ -110,7 +110,7 @@ class TrialSettings:
         first, _, rest = name.partition(".")
         record = {IMAGE_SET: self.image_set, SELECTION: self.selection}.get(first, self.arm)
         if record is None:
-            raise DmatError(f"{name} is not known: the arm has no generated images; leave it out")
+            raise DmatError(f"{name} is not known: the arm has no selection of its own; leave it out")
         value: Any = (record.with_step_sizes() if isinstance(record, TrainRobust) else record).plain()
         for key in (rest if first in (IMAGE_SET, SELECTION) else name).split("."):
             keys = sorted(value) if isinstance(value, Mapping) else []
@@ -191,7 +191,7 @@ def study_problems(study: Tune, trial: TrialSettings) -> Iterator[str]:
                 yield f"{path}.{key} is {value}; {str(error).partition('; ')[2] or error}"
     for k, point in enumerate(study.enqueue):
         yield from _point_problems(f"tune.enqueue.{k}", study, trial, point)
-    if (trial.selection is None) != (trial.arm.generated_share == 0):
+    if (trial.arm.images == NONE) != (trial.arm.generated_share == 0):
         yield (
             f"tune.overrides makes generated_share {trial.arm.generated_share} of arm {study.arm}; expected a share "
             f"above 0 exactly where the arm has generated images"
@@ -199,7 +199,7 @@ def study_problems(study: Tune, trial: TrialSettings) -> Iterator[str]:
 
 
 def _share_problems(path: str, study: Tune, trial: TrialSettings, dimension: Range | Choices) -> Iterator[str]:
-    if trial.selection is None:
+    if trial.arm.images == NONE:
         yield f"tune.space has generated_share and arm {study.arm} has no generated images; leave it out"
         return
     drawn_count = trial.arm.batch // trial.arm.cutmix_copies

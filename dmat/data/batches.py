@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmat.data.mixing import BatchOrder, Mix
-from dmat.data.selections import SelectedImages
+from dmat.data.mixtures import GeneratedImages
 from dmat.data.shards import Shards
 from dmat.devices import send
 
@@ -25,7 +25,7 @@ class MixedBatches:
     generated: the images that may be used; None without generated images.
     """
 
-    def __init__(self, mix: Mix, seed: int, real: Shards, generated: SelectedImages | None):
+    def __init__(self, mix: Mix, seed: int, real: Shards, generated: GeneratedImages | None):
         self.mix, self.order = mix, BatchOrder(mix, seed)
         self.real, self.generated = real, generated
         self._sources: tuple[_Images, _Images | None] = real, generated
@@ -54,16 +54,18 @@ class MixedBatches:
         return plan
 
     def names(self, step: int) -> dict[str, list[int]]:
-        """Indices of the images of a step: `real` in the training split, `generated` in the whole image set."""
+        """Indices of the images of a step: `real` in the training split, generated ones in their whole image sets."""
         real, generated = self.order.at(step)
-        indices = generated if self.generated is None else self.generated.indices_at(generated)
-        return {"real": real.tolist(), "generated": indices.tolist()}
+        return {
+            "real": real.tolist(),
+            **({"generated": []} if self.generated is None else self.generated.names(generated)),
+        }
 
 
 class ResidentBatches(MixedBatches):
     """The same batches, gathered on a device that holds all images as bytes: nothing is read or sent in a step."""
 
-    def __init__(self, mix: Mix, seed: int, real: Shards, generated: SelectedImages | None, device: torch.device):
+    def __init__(self, mix: Mix, seed: int, real: Shards, generated: GeneratedImages | None, device: torch.device):
         super().__init__(mix, seed, real, generated)
         self.device = device
         self._resident = [None if source is None else _load(source, device) for source in (real, generated)]
@@ -82,7 +84,7 @@ class ResidentBatches(MixedBatches):
 
 
 def open_batches(
-    mix: Mix, seed: int, real: Shards, generated: SelectedImages | None, device: torch.device
+    mix: Mix, seed: int, real: Shards, generated: GeneratedImages | None, device: torch.device
 ) -> MixedBatches:
     """The batches of a training. Images that fit into half of a GPU's free memory stay there."""
     if device.type == "cuda":
@@ -92,7 +94,7 @@ def open_batches(
     return MixedBatches(mix, seed, real, generated)
 
 
-def _load(source: Shards | SelectedImages, device: torch.device) -> tuple[Tensor, Tensor]:
+def _load(source: Shards | GeneratedImages, device: torch.device) -> tuple[Tensor, Tensor]:
     """All images of a source, uint8 [N, H, W, C], and their labels, int64 [N], on a device."""
     pieces = [source.take(np.arange(k, min(k + _CHUNK, len(source)))) for k in range(0, len(source), _CHUNK)]
     images, labels = (
@@ -102,7 +104,7 @@ def _load(source: Shards | SelectedImages, device: torch.device) -> tuple[Tensor
 
 
 class _Images(Protocol):
-    """A source of images, such as `Shards` and `SelectedImages`."""
+    """A source of images, such as `Shards` and `GeneratedImages`."""
 
     def gather(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> None:
         """Copies the images at `indices` [N], and their labels, to `rows` [N] of the arrays."""

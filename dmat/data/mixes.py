@@ -1,19 +1,22 @@
 """Opens the mix of an arm as `mix_images` wrote it. Refuses files that changed since then."""
 
+import dataclasses
 from pathlib import Path
+from typing import cast
 
 from dmat import ARTIFACTS, files
 from dmat.data.mixing import MIX, Mix
-from dmat.data.selections import SelectedImages, checksums, expect_selected_from, open_selection
+from dmat.data.mixtures import CombinedImages, GeneratedImages, MixtureRecord, turns_of
+from dmat.data.selections import SelectedImages, SelectionRecord, checksums, expect_selected_from, open_selection
 from dmat.data.shards import Shards
 from dmat.errors import DmatError
 
 
-def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, SelectedImages | None]:
+def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, GeneratedImages | None]:
     """The mix of an arm and its generated images; None for a mix of real images alone.
 
     real: the training split. root: of the project.
-    Raises DmatError if the selection or the image set changed after the mix was written.
+    Raises DmatError if a selection or an image set changed after the mix was written.
     """
     record = files.read_record(
         folder / MIX,
@@ -29,12 +32,18 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, SelectedImage
         record["copies"],
         record["reshuffle_steps"],
     )
+    if (mixture := cast(MixtureRecord | None, record.get("mixture"))) is not None:
+        mix = dataclasses.replace(mix, turns=turns_of(mixture, mix.generated_per_batch, mix.steps(mix.real)))
+        return mix, CombinedImages({name: _opened(part, root) for name, part in mixture["selections"].items()})
     selection = record["selection"]
-    if selection is None:
-        return mix, None
+    return mix, None if selection is None else _opened(selection, root)
+
+
+def _opened(selection: SelectionRecord, root: Path) -> SelectedImages:
+    """A selection as the mix names it."""
     images = root / ARTIFACTS / "generate_images" / selection["image_set"]
     expect_selected_from(selection, images)
     path = root / selection["path"]
     if any(checksum != selection.get(name) for name, checksum in checksums(path, selection).items()):
         raise DmatError(f"{path} changed after the mix was written; run `dvc repro` to make them agree")
-    return mix, open_selection(path, images)
+    return open_selection(path, images)

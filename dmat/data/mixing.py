@@ -16,6 +16,7 @@ import numpy as np
 
 from dmat import seeds
 from dmat.data.permutation import Permutation
+from dmat.data.turns import Turns
 
 MIX = "mix.json"  # file that `mix_images` writes for each mix
 # A batch consists of so many parts, each with its share of generated images and with random numbers of its own. Every
@@ -31,6 +32,7 @@ class Mix:
     generated: number of generated images (0 if generated_share is 0). batch: images in a batch, all copies counted.
     generated_sampling: "without_replacement"; "with_replacement", drawn anew in each step, as in the code of Wang et
     al.; "one_pass", each image at most once and in the order of the selection, which suits slow disks.
+    turns: of the selections of a mixture; None for one selection. Each selection has an order of its own.
     """
 
     real: int
@@ -40,6 +42,7 @@ class Mix:
     generated_sampling: str = "without_replacement"
     copies: int = 1  # of each drawn image in a batch; must divide `batch`
     reshuffle_steps: int = 0  # real images are reshuffled after so many steps, seen or not; 0: after all were seen
+    turns: Turns | None = None
 
     @property
     def drawn(self) -> int:
@@ -105,14 +108,32 @@ class Mix:
         for source, count in drawn.items():
             epochs = count / sizes[source] if sizes[source] else 0.0
             covered = min(1.0, epochs)
-            if self.generated_sampling == "with_replacement" and source == "generated":
-                covered = 1 - math.exp(-epochs)
+            if source == "generated":
+                covered = self._generated_coverage(count)
             elif self.reshuffle_steps and source == "real":
                 rounds, left = divmod(steps, self.reshuffle_steps)
                 missed = [max(0.0, 1 - n * self.real_per_batch / self.real) for n in (self.reshuffle_steps, left)]
                 covered = 1 - missed[0] ** rounds * missed[1]
             report |= {f"{source}_drawn": count, f"{source}_epochs": epochs, f"{source}_coverage": covered}
         return report
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of generated images of each selection."""
+        return (self.generated,) if self.turns is None else self.turns.sizes
+
+    def generated_drawn(self, count: int) -> list[int]:
+        """How many of the first `count` generated images that a training draws are of each selection."""
+        return [count] if self.turns is None else self.turns.drawn(count)
+
+    def _generated_coverage(self, count: int) -> float:
+        """The share of the generated images that are among the first `count` drawn ones, or are expected to be."""
+        covered = 0.0
+        for size, drawn in zip(self.sizes, self.generated_drawn(count), strict=True):
+            epochs = drawn / size if size else 0.0
+            share = 1 - math.exp(-epochs) if self.generated_sampling == "with_replacement" else min(1.0, epochs)
+            covered += share * size
+        return covered / self.generated if self.generated else 0.0
 
 
 class ShuffledSequence:
@@ -146,44 +167,85 @@ class BatchOrder:
     """Indices of the images of every step of a `Mix`."""
 
     def __init__(self, mix: Mix, seed: int):
-        self.mix, self._seed = mix, seed
+        self.mix = mix
         self._real = ShuffledSequence(seed, "order/real", mix.real)
-        self._generated = ShuffledSequence(seed, "order/generated", max(mix.generated, 1))
+        self._generated = [
+            _GeneratedSequence(mix.generated_sampling, seed, k, max(size, 1)) for k, size in enumerate(mix.sizes)
+        ]
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the real and of the generated images of step 0, 1, ...
 
         int64 [R] and int64 [G], with R = `mix.real_per_batch` and G = `mix.generated_per_batch`, which are constant.
+        The images of a mixture are numbered one selection after the other.
         """
         real = self._real.at(self.mix.real_position(step), self.mix.real_per_batch)
         return real, self._generated_at(step, self.mix.generated_per_batch)
 
     def _generated_at(self, step: int, count: int) -> np.ndarray:  # int64 [G]
-        if self.mix.generated_sampling == "with_replacement" and count:
-            return seeds.stream(self._seed, "draw/generated", step).integers(0, self.mix.generated, count)
-        if self.mix.generated_sampling == "one_pass":
-            return np.arange(step * count, (step + 1) * count)
-        return self._generated.at(step * count, count)
+        turns = self.mix.turns
+        if turns is None:
+            return self._generated[0].at(step, step * count, count)
+        positions = np.arange(step * count, (step + 1) * count)
+        selections, own_positions = turns.selections(positions), turns.own_positions(positions)
+        indices = np.empty(count, dtype=np.int64)
+        for k in np.unique(selections):
+            rows = np.flatnonzero(selections == k)
+            first = int(own_positions[rows[0]])  # of consecutive positions in this selection
+            indices[rows] = turns.starts[k] + self._generated[k].at(step, first, len(rows))
+        return indices
 
     def steps_of(self, source: str, index: int, images_seen: int) -> list[int]:
         """The steps of a training of `images_seen` images that use one image. source: "real" or "generated".
 
-        index: of the image in the training split, or in the selection. Where images are drawn anew in each step, all
-        steps are searched; else the permutations are inverted.
+        index: of the image in the training split, or among the generated images as `at` numbers them. Where images are
+        drawn anew in each step, all steps are searched; else the permutations are inverted.
         """
         steps = self.mix.steps(images_seen)
         per_batch = self.mix.real_per_batch if source == "real" else self.mix.generated_per_batch
         if not per_batch:
             return []
-        if source == "generated" and self.mix.generated_sampling == "one_pass":
-            return [index // per_batch] if index // per_batch < steps else []
-        if source == "generated" and self.mix.generated_sampling == "with_replacement":
-            return [step for step in range(steps) if index in self._generated_at(step, per_batch)]
-        if source == "real" and self.mix.reshuffle_steps:
+        if source == "generated":
+            if self.mix.generated_sampling == "with_replacement":
+                return [step for step in range(steps) if index in self._generated_at(step, per_batch)]
+            positions = self._generated_positions(index, steps * per_batch)
+            return sorted({position // per_batch for position in positions})
+        if self.mix.reshuffle_steps:
             end = self.mix.real_position(steps - 1) + per_batch
             starts = np.array([self.mix.real_position(step) for step in range(steps)])
-            positions = np.array(self._real.positions(index, end), dtype=np.int64)
-            step = np.searchsorted(starts, positions, side="right") - 1
-            return sorted({int(s) for s, p in zip(step, positions, strict=True) if p < starts[s] + per_batch})
-        sequence = self._real if source == "real" else self._generated
-        return sorted({position // per_batch for position in sequence.positions(index, steps * per_batch)})
+            positions_read = np.array(self._real.positions(index, end), dtype=np.int64)
+            step = np.searchsorted(starts, positions_read, side="right") - 1
+            return sorted({int(s) for s, p in zip(step, positions_read, strict=True) if p < starts[s] + per_batch})
+        return sorted({position // per_batch for position in self._real.positions(index, steps * per_batch)})
+
+    def _generated_positions(self, index: int, end: int) -> list[int]:
+        """All positions below `end` of the sequence of generated images at which one of them is."""
+        turns = self.mix.turns
+        if turns is None:
+            return self._generated[0].positions(index, end)
+        k = int(np.searchsorted(turns.starts, index, side="right")) - 1
+        own_positions = self._generated[k].positions(index - int(turns.starts[k]), turns.drawn(end)[k])
+        return turns.positions(k, np.array(own_positions, dtype=np.int64)).tolist()
+
+
+class _GeneratedSequence:
+    """The order in which the images of one selection are used. number: of the selection in a mixture, else 0."""
+
+    def __init__(self, sampling: str, seed: int, number: int, count: int):
+        self._sampling, self._seed, self._count = sampling, seed, count
+        self._suffix = f"/{number}" if number else ""
+        self._shuffled = ShuffledSequence(seed, f"order/generated{self._suffix}", count)
+
+    def at(self, step: int, position: int, length: int) -> np.ndarray:
+        """Images at N = `length` positions from `position` on, which step `step` reads: int64 [N]."""
+        if self._sampling == "with_replacement" and length:
+            return seeds.stream(self._seed, f"draw/generated{self._suffix}", step).integers(0, self._count, length)
+        if self._sampling == "one_pass":
+            return np.arange(position, position + length)
+        return self._shuffled.at(position, length)
+
+    def positions(self, item: int, end: int) -> list[int]:
+        """All positions below `end` at which an image is, in rising order. Not for images drawn anew in each step."""
+        if self._sampling == "one_pass":
+            return [item] if item < end else []
+        return self._shuffled.positions(item, end)

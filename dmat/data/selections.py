@@ -23,6 +23,7 @@ class SelectionRecord(TypedDict):
     """What selection.json says of a selection. A selection of all images has no file of indices."""
 
     schema: NotRequired[int]  # added by `write_selection`
+    path: NotRequired[str]  # below the project, where another file says this of a selection
     image_set: str  # name of the set in params.yaml
     shape: list[int]  # H, W, C
     classes: int
@@ -51,6 +52,15 @@ class SelectedImages:
 
     def __len__(self) -> int:
         return len(self.images) if self.indices is None else len(self.indices)
+
+    @property
+    def parts(self) -> tuple["SelectedImages", ...]:
+        """The selections that these images come from: this one alone."""
+        return (self,)
+
+    def names(self, positions: np.ndarray) -> dict[str, list[int]]:
+        """Indices in the whole set of positions [B] in the selection, for a file that people read."""
+        return {"generated": self.indices_at(positions).tolist()}
 
     def indices_at(self, positions: np.ndarray) -> np.ndarray:
         """Indices in the set, int64 [B], of positions [B] in the selection."""

@@ -104,8 +104,8 @@ def _copies(test: Shards, count: int, job: Job) -> dict[str, np.ndarray]:
         "real training images": overlap.shared(test_digests, overlap.digests_of(real)),
     }
     if generated is not None:
-        copies["generated training images"] = overlap.shared(
-            test_digests, overlap.digests_of(generated.images, generated.indices)
+        copies["generated training images"] = np.logical_or.reduce(
+            [overlap.shared(test_digests, overlap.digests_of(part.images, part.indices)) for part in generated.parts]
         )
     return copies
 

@@ -75,7 +75,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
     )
     if generated is not None:  # whose licence the classifier inherits
         sidecar["licence_of_data"] = "; ".join(
-            dict.fromkeys(images.manifest["licence"] for images in (real, generated.images))
+            dict.fromkeys(images.manifest["licence"] for images in (real, *(part.images for part in generated.parts)))
         )
     best_sidecar: weights.TrainedSidecar = {**sidecar, "images_seen": outcome.best_images_seen}
     weights.save(folder / weights.BEST, outcome.best, best_sidecar)

@@ -168,6 +168,7 @@ def _content(
     arm_costs = costs.with_common_peak(arm_costs)
     chain = page.Picture(job.pictures / "lineage.png", "Each arrow points from a result to the stage that read it.")
     lineage.draw(list(evaluation_steps.values()), chain.path, "What the numbers of this report come from")
+    # The images of a mixture are measured by their selections alone, so its arm is no point of the chart.
     selections = {arm: Path(mix["selection"]["path"]).name for arm, mix in mixes.items() if mix["selection"]}
     quality_chart = charts.quality(
         arm_comparison,

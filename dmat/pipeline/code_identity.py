@@ -382,9 +382,15 @@ def _settings_records(stage: str) -> "list[type[Record]]":
     """The record class of a stage's settings and the record classes of its fields."""
     from dmat import config  # late: pydantic takes a third of the command line's start
 
-    entries = {kind.section: kind.record for kind in config.LISTS.values()}
+    entries = {kind.section: kind.record for kind in config.LISTS.values() if kind.section}
     waiting: list[Any] = [
-        {**config.SECTIONS, **entries, "mix_images": config.MixImages, "write_report": config.Report}[stage]
+        {
+            **config.SECTIONS,
+            **entries,
+            "combine_selections": config.Mixture,
+            "mix_images": config.MixImages,
+            "write_report": config.Report,
+        }[stage]
     ]
     records: list[type[Record]] = []
     while waiting:

@@ -82,11 +82,11 @@ def usage(name: str, index: int, arm: str, seed: int, params: Params, workspace:
     """
     if arm not in params.arms:
         raise DmatError(f"{arm} is not an arm of params.yaml; expected one of {', '.join(params.arms)}")
-    selection = params.arms[arm].images
-    image_set = NONE if selection == NONE else params.selections[selection].image_set
-    if image_set != name:
+    image_sets = [params.selections[selection].image_set for selection in params.selections_of(arm)]
+    if name not in image_sets:
         raise DmatError(
-            f"arm {arm} trains on images of {image_set}, not of {name}; expected an arm that uses the set; name another"
+            f"arm {arm} trains on images of {', '.join(image_sets) or NONE}, not of {name}; expected an arm that uses "
+            f"the set; name another"
         )
     if seed not in params.seeds:
         raise DmatError(
@@ -96,16 +96,19 @@ def usage(name: str, index: int, arm: str, seed: int, params: Params, workspace:
     folder = workspace.at(STAGES["mix_images"].outputs(params, arm=arm)["mix"])
     mix, selected = mixes.open_mix(folder, real, workspace.root)
     assert selected is not None
-    _expect_index(name, index, len(selected.images))
+    starts = np.cumsum([0, *(len(part) for part in selected.parts)])
+    # A mixture may have several selections of the same set.
+    parts = [(int(starts[k]), selected.parts[k]) for k, used in enumerate(image_sets) if used == name]
+    _expect_index(name, index, len(parts[0][1].images))
     images_seen = files.read_record(folder / MIX, images_seen=int)["images_seen"]
     trained = workspace.at(STAGES["train_robust"].outputs(params, arm=arm, seed=seed)["classifier"])
     finished = (trained / HISTORY).is_file()
     if finished:  # it may have ended early
         images_seen = int(files.read_json(trained / HISTORY)[-1]["images_seen"])
-    position = selected.position_of(index)
     order = BatchOrder(mix, seed)
-    steps = [] if position is None else order.steps_of("generated", position, images_seen)
-    return Usage(position is not None, steps, mix.steps(images_seen), finished)
+    positions = [start + at for start, part in parts if (at := part.position_of(index)) is not None]
+    steps = sorted({step for position in positions for step in order.steps_of("generated", position, images_seen)})
+    return Usage(bool(positions), steps, mix.steps(images_seen), finished)
 
 
 def _expect_index(name: str, index: int, count: int) -> None:

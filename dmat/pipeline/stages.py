@@ -90,6 +90,7 @@ class Stage:
             "generator": params.generators,
             "image_set": params.image_sets,
             "selection": params.selections,
+            "mixture": params.mixtures,
             "arm": params.arms,
             "seed": params.seeds,
         }
@@ -189,6 +190,13 @@ REPORT_INPUTS = (
     ),
 )
 
+
+def _report_inputs(params: "Params") -> Paths:
+    # DVC's templates have no conditions; it sees a changed mixture in mix_images.
+    mixtures = ("provenance/combine_selections",) if params.mixtures else ()
+    return {path: f"{ARTIFACTS}/{path}" for path in (*REPORT_INPUTS, *mixtures)}
+
+
 SCORER = f"{ARTIFACTS}/train_scorer/scorer"
 
 STAGES: dict[str, Stage] = {
@@ -279,6 +287,18 @@ STAGES: dict[str, Stage] = {
             model_settings=lambda p, selection: (p.train_scorer.network,),
         ),
         Stage(
+            "combine_selections",
+            "Combine selections into a mixture, from which an arm takes its generated images.",
+            ("mixture",),
+            settings=lambda p, mixture: p.mixtures[mixture],
+            # DVC's templates name no list of inputs: it watches the provenance of all selections instead.
+            inputs=lambda p, mixture: {
+                selection: f"{ARTIFACTS}/select_images/{selection}" for selection in p.mixtures[mixture].of
+            },
+            outputs=lambda p, mixture: {"mixture": f"{ARTIFACTS}/select_images/{mixture}"},
+            example="dmat combine-selections --mixture pool",
+        ),
+        Stage(
             "mix_images",
             "State which real and generated images an arm trains on.",
             ("arm",),
@@ -326,7 +346,7 @@ STAGES: dict[str, Stage] = {
             "Compare all arms in one page.",
             (),
             settings=_report_settings,
-            inputs=lambda p: {path: f"{ARTIFACTS}/{path}" for path in REPORT_INPUTS},
+            inputs=_report_inputs,
             outputs=lambda p: {"report": f"{ARTIFACTS}/write_report/report"},
             example="dmat write-report",
         ),

@@ -18,7 +18,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from dmat import files, tracking
+from dmat import NONE, files, tracking
 from dmat.config import MixImages, Params, TrialSettings
 from dmat.devices import Compute
 from dmat.errors import Diverged, DmatError, Interrupted, Pruned, UnfitError, first_line
@@ -286,8 +286,8 @@ def _trial_settings(plan: Study, values: Mapping[str, Any]) -> TrialSettings:
     """Settings of a trial. `config` has checked each value alone. Raises UnfitError if they do not fit together."""
     settings = plan.trial.with_values(values)
     drawn = settings.arm.batch // settings.arm.cutmix_copies
-    generated = round(drawn * settings.arm.generated_share)
-    if settings.selection is not None and not 0 < generated < drawn:
+    generated = int(drawn * settings.arm.generated_share)
+    if settings.arm.images != NONE and not 0 < generated < drawn:
         raise UnfitError(
             f"generated_share {settings.arm.generated_share} of {drawn} images leaves {generated} generated ones; "
             f"expected some of both kinds"
