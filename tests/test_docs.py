@@ -17,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 PARAMETERS = (ROOT / "docs" / "parameters.md").read_text()
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 LEFT_OUT = "–"  # a key that params.yaml leaves out
-RECORDS = {**config.SECTIONS, **{name: kind.record for name, kind in config.LISTS.items() if kind.parent or not kind.section}}
+RECORDS = {
+    **config.SECTIONS,
+    **{name: kind.record for name, kind in config.LISTS.items() if kind.parent or not kind.section},
+}
 
 Key = tuple[str, str]  # section, dotted path inside it
 

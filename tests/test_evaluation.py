@@ -72,7 +72,8 @@ def trained():
 @pytest.fixture
 def subject(trained):
     model, images, labels = trained
-    return Subject("model", model, images, labels, Ball("linf", 0.09), auto_attack.suite(QUICK.auto_attack, 4), True)
+    suite = auto_attack.suite(QUICK.auto_attack, 4)
+    return Subject("model", model, 4, images, labels, Ball("linf", 0.09), suite, True)
 
 
 def _evaluation(folder, subject, compute, settings=QUICK, **identity):

@@ -38,8 +38,8 @@ def test_positions_of_a_selection_count_up_and_can_be_inverted(weights, turn):
     assert np.array_equal(turns.selections(positions[7:9]), selections[7:9])  # at any position, alone
 
 
-def test_any_part_of_the_sequence_has_the_shares(rng=np.random.default_rng(1)):
-    weights = (5, 2, 1)
+def test_any_part_of_the_sequence_has_the_shares():
+    weights, rng = (5, 2, 1), np.random.default_rng(1)
     selections = Turns((10, 10, 10), weights).selections(np.arange(8000))
     for start, length in rng.integers(1, 4000, (200, 2)):
         counts = np.bincount(selections[start : start + length], minlength=3)

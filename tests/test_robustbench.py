@@ -203,7 +203,7 @@ def test_flags_equal_those_of_autoattack_on_the_robustbench_model(tmp_path, norm
     labels[::20] = (labels[::20] + 1) % 10
     settings = config.evaluation({"pgd_steps": 1, "shard": 100, "batch": 100, "sweep": []})
     suite = auto_attack.suite("standard", 10)
-    subject = Subject("model", compute.model_to_device(model), pixels, labels, Ball(norm, epsilon), suite)
+    subject = Subject("model", compute.model_to_device(model), 10, pixels, labels, Ball(norm, epsilon), suite)
     evaluated = [measures.measure_shard(subject, settings, k, compute)["auto_attack"] for k in range(2)]
     direct = []
     for number, part in enumerate((slice(0, 100), slice(100, 200))):

@@ -168,9 +168,9 @@ class Evaluation:
         identity: Mapping[str, object],
     ):
         _refuse_bad_images(subject)
-        if settings.pgd_loss == "dlr" and subject.model.logits.out_features < 3:
+        if settings.pgd_loss == "dlr" and subject.classes < 3:
             raise DmatError(
-                f"pgd_loss is dlr and the model has {subject.model.logits.out_features} classes; expected 3 or more, "
+                f"pgd_loss is dlr and the model has {subject.classes} classes; expected 3 or more, "
                 f"as the loss compares with the third logit; set pgd_loss: cw"
             )
         self.folder, self.subject, self.settings, self.compute = folder, subject, settings, compute
@@ -466,7 +466,7 @@ def _different_batch_size(batch: int) -> int:
 
 
 def _refuse_bad_images(subject: Subject) -> None:
-    images, labels, classes = subject.images, subject.labels, subject.model.logits.out_features
+    images, labels, classes = subject.images, subject.labels, subject.classes
     largest = float(np.sqrt(np.prod(images.shape[1:])))
     if subject.ball.norm == "l2" and subject.ball.epsilon > largest:
         raise DmatError(

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmat import plugins, seeds
 from dmat.data.pixels import iter_batches
@@ -20,7 +20,6 @@ from dmat.evaluation.checks import trivial_radius
 from dmat.robust import attacks, auto_attack, prediction
 from dmat.robust.attacks import OBJECTIVES, Ball
 from dmat.robust.auto_attack import Suite
-from dmat.robust.networks import Classifier
 
 _FEWER_STEPS_DIVISOR = 4  # the weaker PGD of `checks.more_steps` makes a quarter of the steps
 
@@ -48,12 +47,14 @@ class AttackSettings(Protocol):
 class Subject:
     """A classifier, the images that it is attacked on, and the attacks.
 
-    model: on the device, float32, in evaluation mode, frozen. images float32 [N, C, H, W] in [0, 1], labels int64 [N],
-    both on the CPU. full_suite: all measures; else clean and PGD accuracy only. suite: None for no AutoAttack.
+    model: images [B, C, H, W] -> logits [B, K], on the device, float32, in evaluation mode, frozen. classes: K.
+    images float32 [N, C, H, W] in [0, 1], labels int64 [N], both on the CPU. full_suite: all measures; else clean and
+    PGD accuracy only. suite: None for no AutoAttack.
     """
 
     name: str
-    model: Classifier
+    model: nn.Module
+    classes: int
     images: Tensor
     labels: Tensor
     ball: Ball

@@ -21,6 +21,15 @@ def write_table(path: Path, columns: Mapping[str, np.ndarray]) -> None:
         pyarrow.parquet.write_table(pyarrow.table(dict(columns)), file)
 
 
+def write_results(
+    folder: Path, rows: Mapping[str, np.ndarray], summary: Mapping[str, object], protocol: Mapping[str, object]
+) -> None:
+    """Writes the table, the protocol and the summary of one model. rows: columns [N]."""
+    write_table(folder / PER_IMAGE, rows)
+    files.write_json(folder / PROTOCOL, dict(protocol))
+    files.write_json(folder / SUMMARY, dict(summary))
+
+
 def read_table(path: Path) -> dict[str, np.ndarray]:
     """The columns [N] of a table that `write_table` wrote, by name."""
     import pyarrow.parquet

@@ -164,7 +164,7 @@ def _evaluations(
             )
             evaluations[name] = Evaluation(
                 job.work / "shards" / name,
-                Subject(name, model, images, labels, ball, suite, full_suite),
+                Subject(name, model, split_shards.classes, images, labels, ball, suite, full_suite),
                 settings,
                 compute,
                 {

@@ -24,7 +24,7 @@ from dmat.errors import DmatError
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation, EvaluationProtocol, Summary, Verdict
 from dmat.evaluation.measures import Subject, images_sha256
-from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, write_table
+from dmat.evaluation.table import write_results
 from dmat.models import importing, leaderboard
 from dmat.models.loading import SUFFIX, expect_pair, open_classifier
 from dmat.pipeline import code_identity
@@ -106,7 +106,7 @@ class DirectEvaluation:
             images, labels = images[: settings.images], labels[: settings.images]
         self.compute.model_to_device(model)
         ball = Ball(self.threat.norm, float(self.threat.epsilon))
-        subject = Subject("model", model, images, labels, ball, suite, full_suite=True)
+        subject = Subject("model", model, classes, images, labels, ball, suite, full_suite=True)
         self.identity: EvaluationIdentity = {
             "weights": self.sidecar["sha256"],
             "network": files.fingerprint({name: self.sidecar[name] for name in _NETWORK_KEYS}),
@@ -201,10 +201,8 @@ class DirectEvaluation:
         verdict = evaluation.verdict(columns, self.all_images, copies, self.source.split)
         summary, protocol = evaluation.summary(columns, verdict), self.protocol()
         rows = {"index": np.arange(count), "label": evaluation.subject.labels.numpy()}
-        write_table(folder / PER_IMAGE, rows | evaluation.rows(columns, verdict))
         evaluation.draw(folder, columns, self.threat.epsilon.text, self.names, verdict)
-        files.write_json(folder / PROTOCOL, protocol)
-        files.write_json(folder / SUMMARY, summary)
+        write_results(folder, rows | evaluation.rows(columns, verdict), summary, protocol)
         return DirectResult(summary, verdict, protocol)
 
     def _candidate(self, result: DirectResult) -> tracking.RegistryCandidate:

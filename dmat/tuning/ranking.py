@@ -91,7 +91,7 @@ def rank(context: TrialContext, trial: FrozenTrial) -> None:
     ball = Ball(sidecar["threat"]["norm"], WrittenNumber(sidecar["threat"]["epsilon"]))
     evaluation = Evaluation(
         plan.trial_folder(trial.number) / "auto_attack",
-        Subject("validation", model, images, labels, ball, suite, full_suite=True),
+        Subject("validation", model, validation.classes, images, labels, ball, suite, full_suite=True),
         settings.model_copy(update={"sweep": ()}),
         compute,
         {
