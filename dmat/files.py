@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -73,13 +74,18 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON value. Raises DmatError if the file is missing or is not JSON."""
+    """Reads a JSON value. Raises DmatError if the file is missing, cannot be read or is not JSON."""
     try:
-        return json.loads(path.read_text())
+        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would wait for a writer
+            raise DmatError(f"{path} is not a file; expected JSON; delete it and run its stage again")
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise missing(path) from None
-    except ValueError as error:
-        raise DmatError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+    except OSError as error:
+        raise DmatError(f"{path} cannot be read ({error.strerror}); expected JSON; make it readable") from None
+    except (ValueError, RecursionError) as error:
+        cause = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise DmatError(f"{path} is not valid JSON ({cause}); delete it and run its stage again") from None
 
 
 def read_record(path: Path, **types: type | tuple[type, ...]) -> dict[str, Any]:

@@ -1154,6 +1154,48 @@ def test_models_that_cannot_be_opened_are_refused(tmp_path, imported):
     )
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    ({"network": {"depth": 6_000_004}}, "depth is 6000004, not a whole number from 1 to 10,000"),
+    ({"network": {"width": 10**400}}, "width is 1000000000"),
+    ({"network": {"width": 9_999}}, "does not fit the network its sidecar describes"),
+    ({"classes": 10**8}, "classes is 100000000, not a whole number from 2 to 10,000"),
+    ({"channels": 0}, "channels is 0"),
+    ({"mean": [10**400, 0, 0]}, "mean is"),
+    ({"image_shape": [10**30, 32, 3]}, "image_shape is"),
+])  # fmt: skip
+def test_sizes_of_a_sidecar_are_checked_before_memory_is_taken(imported, change, words):
+    path, _ = imported
+    text = path.with_suffix(".json").read_text()
+    sidecar = json.loads(text)
+    network = sidecar["network"] | change.get("network", {})
+    try:
+        path.with_suffix(".json").write_text(json.dumps(sidecar | change | {"network": network}))
+        with pytest.raises(DmatError, match=words):
+            dmat.load_model(path)
+    finally:
+        path.with_suffix(".json").write_text(text)
+
+
+def test_json_that_is_no_json_ends_in_one_sentence(tmp_path):
+    path = tmp_path / "file.json"
+    for content in (b"[" * 100_000, b"\xff\xfe\x00", b"", b'{"a": 1'):
+        path.write_bytes(content)
+        with pytest.raises(DmatError, match="is not valid JSON"):
+            files.read_json(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DmatError, match="is not a file; expected JSON"):
+        files.read_json(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DmatError, match="is not a file; expected JSON"):
+        files.read_json(path)
+    loop = tmp_path / "loop.json"
+    loop.symlink_to(loop)
+    with pytest.raises(DmatError, match="cannot be read"):
+        files.read_json(loop)
+
+
 def test_load_model_is_ready_to_use(imported):
     path, model = imported
     threads = torch.get_num_threads()

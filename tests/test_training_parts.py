@@ -292,7 +292,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     model = torch.nn.Linear(3, 2)
     state = {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}
     with pytest.raises(DmatError, match=r"weight is \(2, 4\), expected \(2, 3\); use the file and sidecar of one run"):
-        weights.fill(model, state, tmp_path / "w.safetensors")
+        weights.fill(lambda: model, state, tmp_path / "w.safetensors")
 
 
 class Harmful:
@@ -332,7 +332,7 @@ def test_weights_give_back_tensors_and_sidecar(stored):
     assert sidecar["network"] == {"depth": 10}
     assert sidecar["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     other = ready_models()[1]
-    assert weights.fill(other, state, path) is other
+    assert weights.fill(lambda: other, state, path) is other
     assert same(dict(other.state_dict()), state)
 
 
@@ -409,7 +409,7 @@ def test_tensors_of_another_network_are_refused(stored):
     state = {("logits" + name[1:] if name[0] == "3" else name): tensor for name, tensor in model.state_dict().items()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(DmatError) as refused:
-        weights.fill(model, state, path)
+        weights.fill(lambda: model, state, path)
     assert str(refused.value) == (
         f"{path} does not fit the network its sidecar describes: missing ['3.bias', '3.weight'], unexpected "
         f"['logits.bias', 'logits.weight']; use the file and sidecar of one run"

@@ -87,8 +87,7 @@ def load_denoiser(path: Path, compute: Compute) -> tuple[Preconditioned, Denoise
     """
     state, sidecar = weights.read(path, "denoiser")
     sidecar = _with_todays_keys(sidecar, path)
-    model = build(sidecar, path)
-    weights.fill(model, state, path)
+    model = weights.fill(lambda: build(sidecar, path), state, path)
     compute.model_to_device(model).eval().requires_grad_(False)
     return model, sidecar
 

@@ -13,6 +13,7 @@ from dmat.training import weights
 from dmat.training.weights import ClassifierSidecar, Kind, NetworkRecord
 
 SUFFIX = ".safetensors"
+_MAX_SIZE = 10_000  # of any length in a sidecar: building a deeper network would take minutes before it is refused
 
 
 class ModelDescription(ClassifierSidecar):
@@ -30,8 +31,7 @@ def open_classifier(path: Path) -> tuple[Classifier, ClassifierSidecar]:
     Raises DmatError if one of the two files is missing, damaged or does not fit the other.
     """
     state, sidecar = weights.read(path, "classifier")
-    model = build(sidecar, path)
-    weights.fill(model, state, path)
+    model = weights.fill(lambda: build(sidecar, path), state, path)
     model.eval().requires_grad_(False)
     return model, sidecar
 
@@ -79,10 +79,20 @@ def _expect_possible(data_spec: DataSpec, spec: NetworkRecord, sidecar: Classifi
     """Raises ValueError for the first value that no network can have; the message names the value and what is valid."""
     names = sidecar.get("class_names")
     for key, value, valid, expected in (
-        ("classes", data_spec.classes, _is_whole_number(data_spec.classes, 2), "a whole number from 2"),
-        ("channels", data_spec.channels, _is_whole_number(data_spec.channels, 1), "a whole number from 1"),
-        ("depth", spec["depth"], _is_whole_number(spec["depth"], 1), "a whole number from 1"),
-        ("width", spec["width"], _is_whole_number(spec["width"], 0), "a whole number"),
+        (
+            "classes",
+            data_spec.classes,
+            _is_whole_number(data_spec.classes, 2),
+            f"a whole number from 2 to {_MAX_SIZE:,}",
+        ),
+        (
+            "channels",
+            data_spec.channels,
+            _is_whole_number(data_spec.channels, 1),
+            f"a whole number from 1 to {_MAX_SIZE:,}",
+        ),
+        ("depth", spec["depth"], _is_whole_number(spec["depth"], 1), f"a whole number from 1 to {_MAX_SIZE:,}"),
+        ("width", spec["width"], _is_whole_number(spec["width"], 0), f"a whole number up to {_MAX_SIZE:,}"),
         ("activation", spec["activation"], spec["activation"] in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
         (
             "mean",
@@ -110,11 +120,20 @@ def _expect_possible(data_spec: DataSpec, spec: NetworkRecord, sidecar: Classifi
         ),
     ):
         if not valid:
-            raise ValueError(f"{key} is {value!r}, not {expected}")
+            raise ValueError(f"{key} is {shown(value)}, not {expected}")
+
+
+def shown(value: object) -> str:
+    """A value of a sidecar for a message: its beginning, and of a large number its digits."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _is_whole_number(value: object, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= _MAX_SIZE
 
 
 def _are_finite_numbers(values: tuple[object, ...], count: int) -> bool:

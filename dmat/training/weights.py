@@ -3,10 +3,11 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict, cast, overload
+from typing import Literal, NotRequired, TypedDict, TypeVar, cast, overload
 
+import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ BEST, LAST = "best.safetensors", "last.safetensors"  # of a classifier; the last
 DENOISER = "denoiser.safetensors"
 
 Kind = Literal["classifier", "denoiser"]
+Module = TypeVar("Module", bound=nn.Module)
 ThreatRecord = dict[str, str]  # a threat model as JSON: norm, and epsilon as written
 
 
@@ -188,15 +190,19 @@ def licences(sidecar: Sidecar) -> dict[str, str]:
     return {key: value for key, value in values.items() if value and value != "unknown"}
 
 
-def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
-    """Loads a state dict (tensors of any shape) into the model and returns it.
+def fill(build: Callable[[], Module], state: dict[str, Tensor], path: Path) -> Module:
+    """Builds a model, loads a state dict (tensors of any shape) into it and returns it.
 
-    Raises DmatError if names are missing or unexpected, or a shape differs.
+    The sizes of a network come from a sidecar, which people edit: no memory is asked for before they are known to fit
+    the file. Raises DmatError if names are missing or unexpected, or a shape differs.
     """
+    with torch.device("meta"):  # shapes only
+        model = build()
     if problem := misfit({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, state):
         raise DmatError(
             f"{path} does not fit the network its sidecar describes: {problem}; use the file and sidecar of one run"
         )
+    model = build()
     model.load_state_dict(state)
     return model
 
