@@ -1,4 +1,4 @@
-"""AutoAttack through the authors' package: linear classifiers, the package's own results, suites per class count."""
+"""AutoAttack: linear classifiers, the results of the authors' package, suites per class count."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from dmat.errors import DmatError
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball, logit_margin
 from dmat.robust.auto_attack import ATTACKS, MISCLASSIFIED, ROBUST, STANDARD
+from dmat.robust.fab import to_hyperplane
 
 CLASSES = 10
 
@@ -79,9 +80,8 @@ CONVOLVING = _Convolving(10).to(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("model", "norm"), [(_Curved(10), "linf"), (CONVOLVING, "linf"), (CONVOLVING, "l2")])
-def test_separate_attacks_equal_one_call_of_the_package(model, norm):
-    """Same flags and same images, although each attack is called separately and images are channels-last; several
-    batches, the last one short."""
+def test_flags_equal_those_of_one_call_of_the_package(model, norm):
+    """Same flags, with images in channels-last memory; several batches, the last one short."""
     images = _images(22, (3, 5, 5))
     with torch.no_grad():
         labels = model(images).argmax(1)
@@ -97,9 +97,11 @@ def test_separate_attacks_equal_one_call_of_the_package(model, norm):
         batch=13,
     )
     package = AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=ball.epsilon, seed=5)
-    package_worst, prediction = package.run_standard_evaluation(images, labels, batch_size=13)
+    _, prediction = package.run_standard_evaluation(images, labels, batch_size=13)
     assert torch.equal(prediction == labels, broken_by == ROBUST)
-    assert torch.equal(worst, package_worst.detach())
+    assert ball.size(worst - images).max() <= ball.epsilon * (1 + 1e-5)
+    assert 0 <= worst.min() <= worst.max() <= 1
+    assert torch.equal(worst[broken_by < 0], images[broken_by < 0])
     assert 1 < int((broken_by == ROBUST).sum()) < 19
     assert len(set(broken_by.tolist())) >= 3, "more than one attack breaks images"
 
@@ -195,3 +197,84 @@ def test_square_uses_no_gradient_and_stays_inside():
     assert ball.size(strong - images).max() <= 0.1 + 1e-6
     broken = [int((model(adversarial).argmax(1) != labels).sum()) for adversarial in (weak, strong)]
     assert broken[0] < broken[1]
+
+
+PACKAGE_NORMS = {"linf": "Linf", "l2": "L2"}
+MODELS = {"curved": _Curved(10), "convolving": CONVOLVING}
+
+
+def package_of(model, ball, seed=5):
+    package = AutoAttack(model, norm=PACKAGE_NORMS[ball.norm], eps=ball.epsilon, seed=seed)
+    package.logger.setLevel("ERROR")
+    return package
+
+
+@pytest.fixture(scope="module")
+def attacked_images():
+    images = _images(40, (3, 5, 5))
+    return images, {name: model(images).argmax(1) for name, model in MODELS.items()}
+
+
+@pytest.mark.parametrize(("name", "norm", "epsilon"), [
+    ("convolving", "linf", 0.02), ("convolving", "l2", 0.12), ("curved", "linf", 0.03), ("curved", "l2", 0.25),
+])  # fmt: skip
+@pytest.mark.parametrize("attack", ["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"])
+def test_every_attack_breaks_the_images_that_the_package_breaks(attacked_images, name, norm, epsilon, attack):
+    images, labels = attacked_images[0], attacked_images[1][name]
+    model, ball = MODELS[name], Ball(norm, epsilon)
+    _, broken_by = auto_attack.attack(model, images, labels, ball, auto_attack.suite([attack], 10), seed=5, batch=29)
+    package = package_of(model, ball)
+    package.attacks_to_run = [attack]
+    _, prediction = package.run_standard_evaluation(images, labels, batch_size=29)
+    assert torch.equal(prediction != labels, broken_by == 0)
+
+
+def test_square_makes_the_queries_of_the_package(attacked_images):
+    images, labels = attacked_images[0], attacked_images[1]["convolving"]
+    for norm, epsilon in (("linf", 0.02), ("l2", 0.12)):
+        package = package_of(CONVOLVING, Ball(norm, epsilon))
+        package.square.n_queries = 120
+        package.square.seed = 5
+        expected = package.square.perturb(images, labels)
+        worst = auto_attack.square(CONVOLVING, images, labels, Ball(norm, epsilon), 120, 5)
+        broken = (expected != images).flatten(1).any(1)
+        assert 0 < int(broken.sum()) < 40
+        assert torch.equal((worst != images).flatten(1).any(1), broken)
+        assert (worst - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_move_to_a_hyperplane_is_the_shortest_inside_the_box(norm):
+    """Against a search by bisection over the length of the move, in float64."""
+    generator = torch.Generator().manual_seed(2)
+    points = torch.rand(60, 12, generator=generator, dtype=torch.float64)
+    points[:, 3] = 0.0  # without room to one side
+    w = torch.randn(60, 12, generator=generator, dtype=torch.float64)
+    w[:, 5] = 0.0
+    b = (w * points).sum(1) + torch.linspace(-3, 3, 60, dtype=torch.float64)
+    moves = to_hyperplane(points, w, b, norm)
+    assert ((points + moves >= -1e-12) & (points + moves <= 1 + 1e-12)).all()
+    side = torch.where((w * points).sum(1) >= b, 1.0, -1.0)[:, None]
+    room = torch.where(w * side > 0, points, 1 - points)
+    rate = torch.ones_like(w) if norm == "linf" else w.abs()
+    low, high = torch.zeros(60, 1, dtype=torch.float64), torch.full((60, 1), 1e6, dtype=torch.float64)
+    for _ in range(200):
+        t = (low + high) / 2
+        covered = (w.abs() * torch.minimum(t * rate, room)).sum(1, keepdim=True)
+        reached = covered >= ((w * points).sum(1) - b).abs()[:, None]
+        low, high = torch.where(reached, low, t), torch.where(reached, t, high)
+    expected = -side * w.sign() * torch.minimum(high * rate, room)
+    reachable = (w * (points + moves)).sum(1).sub(b).abs() < 1e-9
+    assert 20 < int(reachable.sum()) < 60
+    assert moves == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_package_itself_can_decide(attacked_images):
+    images, labels = attacked_images[0], attacked_images[1]["curved"]
+    arguments = (MODELS["curved"], images, labels, Ball("linf", 0.03), auto_attack.suite("standard", 10), 5, 29)
+    _, ours = auto_attack.attack(*arguments)
+    worst, by_package = auto_attack.attack(*arguments, code="pyautoattack")
+    assert torch.equal(ours, by_package)
+    package = package_of(MODELS["curved"], arguments[3])
+    expected, _ = package.run_standard_evaluation(images, labels, batch_size=29)
+    assert torch.equal(worst, expected.detach())  # the images are the package's too

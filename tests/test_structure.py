@@ -49,7 +49,7 @@ WITH_PLUGINS = {*STAGES} - {"select_images", "combine_selections", "mix_images",
 SUBJECTS = ROWS[2]  # these do not import each other
 HOMES = {  # package -> the only modules that import it
     "mlflow": {"dmat.tracking.stores", "dmat.tracking.run_record", "dmat.tracking.registry"},
-    "pyautoattack": {"dmat.robust.auto_attack"},
+    "pyautoattack": {"dmat.robust.authors_package"},
     "torch_fidelity": {"dmat.metrics.quality", "dmat.models.feature_networks"},
     "torchmetrics": set(),  # a witness of tests
     "typer": {

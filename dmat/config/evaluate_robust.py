@@ -1,6 +1,6 @@
 """Settings of evaluate_robust."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -32,6 +32,9 @@ class EvaluateRobust(Record):
     sweep: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.25, 0.5, 0.75, 1.5, 2.0)  # multiples of epsilon
     auto_attack: Annotated[str | tuple[str, ...], BeforeValidator(_attacks)] = "standard"
     auto_attack_seed: Seed = 1
+    auto_attack_code: Literal["dmat", "pyautoattack"] = (
+        "dmat"  # which code runs the attacks; both break the same images
+    )
     shard: Count = 250  # images of a shard, which has its own seed: the unit of resuming and of sharing work
     batch: Count = 250  # images at a time, within a shard
     check_images: Count = 200  # number of images that the checks of the model use

@@ -88,6 +88,7 @@ class EvaluationProtocol(TypedDict):
     pgd: str
     auto_attack: str  # name of the suite, or "none"
     attacks: list[str]
+    attacks_by: str  # the code that ran them, "dmat" or "pyautoattack"
     targets: int  # wrong classes that a targeted attack tries
     seeds: dict[str, int | str]
     shard: int
@@ -384,6 +385,7 @@ class Evaluation:
             "pgd": f"PGD-{settings.pgd_steps}, loss {settings.pgd_loss}, {step}, restarts {settings.pgd_restarts}",
             "auto_attack": suite.name if suite else "none",
             "attacks": list(suite.attacks) if suite else [],
+            "attacks_by": settings.auto_attack_code,
             "targets": suite.targets if suite else 0,
             "seeds": {"pgd": settings.pgd_seed, "auto_attack": f"{settings.auto_attack_seed} + number of the shard"},
             "shard": settings.shard,

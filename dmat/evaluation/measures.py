@@ -7,7 +7,7 @@ Legend: B images of the shard, N images, C channels, H height, W width, R radii 
 
 import dataclasses
 import hashlib
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class AttackSettings(Protocol):
     pgd_restarts: int
     pgd_seed: int
     auto_attack_seed: int
+    auto_attack_code: Literal["dmat", "pyautoattack"]
     sweep: tuple[float, ...]  # multiples of epsilon
     shard: int
     batch: int
@@ -193,6 +194,7 @@ class _Shard:
             suite,
             self.settings.auto_attack_seed + self.number,
             self.settings.batch,
+            self.settings.auto_attack_code,
         )
         return worst.cpu(), broken_by.cpu()
 

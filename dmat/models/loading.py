@@ -61,7 +61,7 @@ def build(sidecar: ClassifierSidecar, path: Path) -> Classifier:
         data_spec = DataSpec(sidecar["classes"], sidecar["channels"], tuple(sidecar["mean"]), tuple(sidecar["std"]))
         name, shape = spec["name"], (spec["depth"], spec["width"], spec["activation"])
         _expect_possible(data_spec, spec, sidecar)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DmatError(
             f"{path.with_suffix('.json')} does not describe a network ({type(error).__name__}: {error}); expected "
             f"network, classes, channels, mean, std and image_shape; bring back the sidecar that was written with "

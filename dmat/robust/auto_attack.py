@@ -1,23 +1,26 @@
-"""AutoAttack (Croce and Hein 2020) through the authors' package, which only this file imports.
+"""AutoAttack (Croce and Hein 2020): which images a suite of attacks breaks.
+
+The attacks are dmat's own. They draw the random numbers of the authors' package, in its order, and break the same
+images (`tests/test_auto_attack.py` compares the two image by image).
 
 Shapes: B images, C channels, H height, W width, K classes.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from dmat.errors import DmatError
+from dmat.robust import square as square_search
+from dmat.robust.apgd import apgd
 from dmat.robust.attacks import Ball
+from dmat.robust.authors_package import package_attacks
+from dmat.robust.fab import fab
+from dmat.robust.passes import Goal, LogitsOf, Passes
 
-if TYPE_CHECKING:
-    from pyautoattack import AutoAttack
-
-_NORMS = {"linf": "Linf", "l2": "L2"}
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 _CLASSES_NEEDED = {"apgd-dlr": 3, "apgd-t": 4}  # the loss compares with the third and the fourth logit
@@ -67,19 +70,20 @@ def suite(attacks: str | Sequence[str], classes: int) -> Suite:
 
 
 def attack(
-    logits_of: Callable[[Tensor], Tensor],
+    logits_of: LogitsOf,
     images: Tensor,
     labels: Tensor,
     ball: Ball,
     attack_suite: Suite,
     seed: int,
     batch: int,
+    code: str = "dmat",
 ) -> tuple[Tensor, Tensor]:
     """Runs the attacks of a suite. Returns adversarial images [B, C, H, W] and `broken_by`, int64 [B].
 
     images [B, C, H, W] in [0, 1], labels int64 [B], on the device of the model, which is in evaluation mode and
-    float32. Each attack of the package runs on the images that are still classified correctly, in batches of `batch`,
-    each with `seed`, as one call of the package does.
+    float32. Each attack runs on the images that are still classified correctly, in batches of `batch`, each with
+    `seed`, as in one call of the authors' package. code: "dmat", or "pyautoattack" for that package itself.
     The adversarial image of an image that no attack broke is the image itself. broken_by: position in
     `attack_suite.attacks`, MISCLASSIFIED (wrong without any attack) or ROBUST.
     Raises DmatError if images are too small for Square in l2.
@@ -89,81 +93,65 @@ def attack(
             f"images are {images.shape[2]} pixels high; expected {_MIN_HEIGHT_L2_SQUARE} or more, because the l2 "
             f"version of Square stacks {_MIN_HEIGHT_L2_SQUARE} squares vertically; choose the other attacks"
         )
-    package = _package(logits_of, ball, attack_suite, seed, images.device)
+    passes = Passes(logits_of)
+    if code == "pyautoattack":
+        run = package_attacks(logits_of, ball, attack_suite.targets, seed, images.device)
+    else:
+        run = functools.partial(_run, passes, ball, attack_suite.targets, seed)
     images = images.contiguous()
-    adversarial = images.detach().clone()
+    adversarial = images.clone()
     broken_by = torch.full_like(labels, ROBUST)
-    with torch.no_grad():
-        correct = torch.cat([logits_of(x).argmax(1) for x in images.split(batch)]) == labels  # [B]
+    correct = torch.cat([passes.logits(x).argmax(1) for x in images.split(batch)]) == labels  # [B]
     broken_by[~correct] = MISCLASSIFIED
     for number, name in enumerate(attack_suite.attacks):
-        robust = torch.nonzero(broken_by == ROBUST)[:, 0]  # indices
-        if not len(robust):
-            break
-        package.attacks_to_run = [name]
-        attacked, prediction = package.run_standard_evaluation(images[robust], labels[robust], batch_size=batch)
-        broken = prediction != labels[robust]
-        adversarial[robust[broken]] = attacked[broken].detach()
-        broken_by[robust[broken]] = number
+        for rows in torch.nonzero(broken_by == ROBUST)[:, 0].split(batch):
+            if not len(rows):
+                continue
+            x, y = images[rows], labels[rows]
+            attacked = run(name, x, y)
+            broken = passes.logits(attacked).argmax(1) != y  # the same batch as the package's decides
+            adversarial[rows[broken]] = attacked[broken]
+            broken_by[rows[broken]] = number
     return adversarial, broken_by
 
 
-def _package(
-    logits_of: Callable[[Tensor], Tensor],  # [B, C, H, W] -> [B, K]
-    ball: Ball,
-    attack_suite: Suite,
-    seed: int,
-    device: torch.device,
-) -> "AutoAttack":
-    """Builds the package's standard version with the suite's number of targets. `attack` sets the attacks to run."""
-    from pyautoattack import AutoAttack
+def _run(passes: Passes, ball: Ball, targets: int, seed: int, name: str, images: Tensor, labels: Tensor) -> Tensor:
+    """Runs one attack. Returns an adversarial image where it found one, else the image: [B, C, H, W].
 
-    wrapped = _PackageModel(logits_of)  # the package looks for parameters of a module
-    package = AutoAttack(
-        wrapped, norm=_NORMS[ball.norm], eps=float(ball.epsilon), version="standard", seed=seed, device=str(device)
-    )
-    package.apgd_targeted.n_target_classes = attack_suite.targets
-    package.fab.n_target_classes = attack_suite.targets
-    return package
-
-
-class _PackageModel(torch.nn.Module):
-    """Wraps the model for the package: [B, C, H, W] -> [B, K].
-
-    The package gets contiguous images and gradients, which its `view`s need. The model gets channels-last images,
-    which make convolutions faster.
+    images [B, C, H, W], labels int64 [B]. targets: number of wrong classes that a targeted attack tries, those with the
+    highest logits first.
     """
+    generator = torch.Generator().manual_seed(seed)
+    if name in ("apgd-ce", "apgd-dlr"):
+        return apgd(passes, images, Goal(name.removeprefix("apgd-"), labels), ball, generator)[0]
+    if name == "square":
+        return square_search.square(passes, images, labels, ball, generator)[0]
+    if name == "fab":
+        return fab(passes, images, Goal("nearest", labels), ball)[0]
+    ranking = passes.logits(images).sort(1, descending=True).indices  # [B, K]
+    adversarial, robust = images.clone(), torch.arange(len(images), device=images.device)
+    for rank in range(1, targets + 1):
+        if not len(robust):
+            break
+        x, y, target = images[robust], labels[robust], ranking[robust, rank]
+        if name == "apgd-t":
+            attacked, broken = apgd(passes, x, Goal("dlr-targeted", y, target), ball, generator)
+        else:
+            attacked, broken = fab(passes, x, Goal("difference", y, target), ball)
+        adversarial[robust[broken]] = attacked[broken]
+        robust = robust[~broken]
+    return adversarial
 
-    def __init__(self, logits_of: Callable[[Tensor], Tensor]):  # [B, C, H, W] -> [B, K]
-        super().__init__()
-        self.logits_of = logits_of
 
-    def forward(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K]
-        result: Tensor = self.logits_of(_ChannelsLast.apply(images))
-        return result
-
-
-class _ChannelsLast(Function):
-    """Converts images to channels-last memory, and their gradients back to contiguous memory."""
-
-    @staticmethod
-    def forward(ctx: object, images: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
-        return images.contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> Tensor:  # one [B, C, H, W] -> [B, C, H, W]
-        return gradients[0].contiguous()
-
-
-def square(
-    logits_of: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, ball: Ball, queries: int, seed: int
-) -> Tensor:
+def square(logits_of: LogitsOf, images: Tensor, labels: Tensor, ball: Ball, queries: int, seed: int) -> Tensor:
     """Runs the black-box attack Square (Andriushchenko et al. 2020) with `queries` queries per image.
 
-    images [B, C, H, W] in [0, 1], labels int64 [B] -> adversarial images [B, C, H, W].
+    images [B, C, H, W] in [0, 1], labels int64 [B] -> adversarial images [B, C, H, W], where an image is broken.
     """
-    package = _package(logits_of, ball, Suite(("square",), 1, standard=False), seed, images.device)
-    package.square.n_queries = queries
-    package.square.seed = seed
-    result: Tensor = package.square.perturb(images.contiguous(), labels)
-    return result.detach()
+    passes, images = Passes(logits_of), images.contiguous()
+    generator = torch.Generator().manual_seed(seed)
+    adversarial, correct = images.clone(), torch.nonzero(passes.logits(images).argmax(1) == labels)[:, 0]
+    if len(correct):
+        found, _ = square_search.square(passes, images[correct], labels[correct], ball, generator, queries)
+        adversarial[correct] = found
+    return adversarial
