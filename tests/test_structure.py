@@ -41,6 +41,7 @@ ROWS = (
     ("dmat.config", "dmat.recipes", "dmat.project"),
     ("dmat.training", "dmat.tracking", "dmat.models", "dmat.evaluation", "dmat.report"),
     ("dmat.job", "dmat.jobs"),
+    ("dmat.engine",),
     ("dmat.pipeline",),
     ("dmat.tuning", "dmat.upkeep"),
     ("cli",),
@@ -82,6 +83,8 @@ HOMES = {  # package -> the only modules that import it
     "plotly": {"dmat.report.charts", "dmat.report.page"},
     "jinja2": {"dmat.report.page"},
     "dvc": set(),
+    "dask": {"dmat.engine.clusters"},
+    "distributed": {"dmat.engine.clusters"},
 }
 
 
@@ -351,7 +354,7 @@ def test_constraints_hold_every_direct_dependency(root):
 
 def test_what_a_module_imports_is_a_dependency(root):
     """A plain install has all that is imported outside `dmat.tuning`, which needs the extra `tune`, and but for the
-    weights of a feature network, which are the extra `measures`."""
+    weights of a feature network, which are the extra `measures`, and for Dask, which is the extra `cluster`."""
     import tomllib
 
     def names(lines: list[str]) -> set[str]:
@@ -359,13 +362,14 @@ def test_what_a_module_imports_is_a_dependency(root):
 
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     plain, extras = names(project["dependencies"]), project["optional-dependencies"]
-    tune, measures = names(extras["tune"]), names(extras["measures"])
+    tune = names(extras["tune"])
+    more = {"dmat.models.feature_networks": names(extras["measures"]), "dmat.engine.clusters": names(extras["cluster"])}
     brings = importlib.metadata.packages_distributions()
     outside = {*sys.stdlib_module_names, "dmat", "cli", "pydantic_core"}  # which pydantic pins
     seen = set()
     for module in _modules(root):
         available = plain | tune if module.startswith("dmat.tuning") else plain
-        available = plain | measures if module == "dmat.models.feature_networks" else available
+        available = available | more.get(module, set())
         for package in {name.partition(".")[0] for name in _imports(root, module)} - outside:
             distributions = {name.lower().replace("_", "-") for name in brings[package]}
             assert distributions & available, f"{module} imports {package}, which {sorted(distributions)} brings"

@@ -18,7 +18,7 @@ NO_NAMES = {
 FIELDS_IN_JSON = {("dmat/evaluation/checks.py", "found"), ("dmat/upkeep/doctor.py", "found")}  # written with asdict
 NO_CLASSES = {
     *("Ahead", "Courier", "Memory", "Recipe", "Facts", "Bench", "Wanted", "Fraction", "Settings", "Candidate"),
-    *("Outcome", "Found", "Stored", "Unread"),
+    *("Found", "Stored", "Unread"),
 }
 NO_CONSTANTS = {"MOST", "HALF", "BYTES", "MOST_DEATHS"}
 NO_PHRASES = (

@@ -117,8 +117,8 @@ class LongRun:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a signal asked this process to stop."""
-        return self._interruption.received is not None
+        """Whether this process was asked to stop."""
+        return self._interruption.requested
 
     def __enter__(self) -> Self:
         self._interruption.__enter__()

@@ -1,0 +1,598 @@
+"""The engine on Dask: workers of this machine, or a cluster that runs already. Only this module imports Dask.
+
+Driver and task exchange messages through queues on the scheduler, so that each needs a connection to the scheduler
+alone: all tasks write to the queue of the driver, and each attempt to run a task reads an inbox of its own. The driver
+sends a pulse to each inbox: a task that gets none for too long knows that its driver is gone. A task runs in a thread
+of its worker, where signals cannot be handled, and which nobody can cancel; so the inbox is also how a task learns that
+it has to stop.
+"""
+
+import contextlib
+import dataclasses
+import ipaddress
+import logging
+import queue
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self, TypedDict
+
+import dask
+from distributed import Client, Future, KilledWorker, Nanny, Queue, Scheduler, SpecCluster, get_client
+from distributed.protocol.pickle import dumps, loads
+from distributed.security import Security
+
+from dmat import files
+from dmat.engine.tasks import (
+    CLUSTER_VARIABLE,
+    EngineOptions,
+    Message,
+    Outcome,
+    Task,
+    ignore,
+    refuse_message,
+    run_task,
+)
+from dmat.errors import Diverged, DmatError, Interrupted, UnfitError, first_line
+from dmat.training import interruption
+
+_LOOPBACK = "127.0.0.1"
+_CONNECT_TIMEOUT = 30.0  # seconds
+_POLL_SECONDS = 0.2  # between two looks of the driver at what has no message: signals, killed workers
+_PULSES = 10  # per patience of a task
+_SIZE_SECONDS = 5.0  # between two questions for the number of workers
+_MAX_FILE_BYTES = 1 << 20  # of a file that names a cluster
+_STOPPED = 128 + signal.SIGTERM  # exit code of a task that stops without a signal of its own
+_BECAUSE_OF_ERROR = "stopped because its driver ended with an error; the same command resumes from here"
+_KINDS: dict[str, type[DmatError]] = {kind.__name__: kind for kind in (DmatError, Diverged, UnfitError)}
+_CONFIGURATION = {  # of a local cluster
+    "distributed.worker.profile.enabled": False,  # it samples every thread each 10 ms
+    "distributed.scheduler.worker-saturation": 1.0,  # a worker that is killed then takes no waiting task along
+    "distributed.nanny.pre-spawn-environ": {},  # the default sets OMP_NUM_THREADS, which the driver decides
+    "distributed.scheduler.work-stealing": False,
+    "distributed.admin.system-monitor.gil.enabled": False,
+}
+
+
+def start(options: EngineOptions, expect: Callable[[], None] | None = None) -> "DaskEngine":
+    """Starts a cluster of `options.workers` processes on this machine, which end with this process.
+
+    Its certificates exist in memory alone, and it listens on the loopback interface. Raises DmatError if it does not
+    start.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="dmat-cluster-"))
+    security = Security.temporary()
+    common = {"host": _LOOPBACK, "protocol": "tls://", "security": security}
+    scheduler = {
+        **common,
+        "port": 0,
+        "allowed_failures": options.allowed_failures,
+        "dashboard": bool(options.dashboard),
+        "dashboard_address": options.dashboard or None,
+    }
+    worker = {
+        **common,
+        "nthreads": 1,
+        "memory_limit": 0,  # shards in mapped memory count as the worker's, which would be paused
+        "dashboard": False,
+        "local_directory": str(folder),
+        "preload": [__name__],
+        "silence_logs": logging.CRITICAL,
+    }
+    environments = options.environments
+    workers = {
+        number: {"cls": Nanny, "options": {**worker, "env": dict(environments[number % len(environments)])}}
+        for number in range(options.workers)
+    }
+    try:
+        with dask.config.set(_CONFIGURATION):
+            cluster = SpecCluster(
+                workers=workers,
+                scheduler={"cls": Scheduler, "options": scheduler},
+                security=security,
+                silence_logs=logging.CRITICAL,
+                name=folder.name,
+            )
+            client = Client(cluster, timeout=_CONNECT_TIMEOUT)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise DmatError(
+            f"{options.workers} workers did not start on this machine ({first_line(error)}); expected all of them; "
+            f"look at the limits on processes and memory, or ask for fewer"
+        ) from error
+    return DaskEngine(client, options, expect, cluster, folder)
+
+
+def dask_setup(worker: object) -> None:
+    """Called by Dask in each local worker. A signal to the process group is for the driver, which tells its tasks."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def join(cluster: str, options: EngineOptions, expect: Callable[[], None] | None = None) -> "DaskEngine":
+    """Connects to the scheduler of a cluster that runs.
+
+    cluster: its address, or the path of a JSON file with the key `address`: a scheduler file of Dask, or the file of a
+    parent process. Raises DmatError if it does not answer, and if it is another machine without TLS.
+    """
+    address, security = _read_cluster(cluster)
+    try:
+        client = Client(address, security=security, timeout=_CONNECT_TIMEOUT)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DmatError(
+            f"no cluster answers at {address} ({first_line(error)}); expected a Dask scheduler; start it, or look at "
+            f"the address"
+        ) from error
+    return DaskEngine(client, options, expect)
+
+
+def _read_cluster(cluster: str) -> tuple[str, Security]:
+    """Address and certificates of a cluster. Raises DmatError for a file that is not one, and for a lack of TLS."""
+    address, security = cluster, Security()  # as Dask is configured
+    if "://" not in cluster and not cluster.rpartition(":")[2].isdecimal():
+        path = Path(cluster)
+        if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
+            raise DmatError(
+                f"--cluster is {cluster!r}, which is neither an address nor a scheduler file; expected one, such as "
+                f"tls://HOST:8786 or the file that `dask scheduler --scheduler-file FILE` writes"
+            )
+        record = files.read_record(path, address=str)
+        address, tls = record["address"], record.get("tls")
+        if isinstance(tls, dict) and tls.keys() == _certificates(security).keys():
+            security = Security(**{f"tls_{name}": text for name, text in tls.items()})
+    protocol, _, location = address.rpartition("://")
+    if protocol == "tls":
+        if not all(_certificates(security).values()):
+            raise DmatError(
+                f"the cluster at {address} uses TLS, and Dask's configuration names no certificates of a client; "
+                f"expected distributed.comm.tls.ca-file and .client.cert and .client.key; set them"
+            )
+    elif not _is_loopback(location.rpartition(":")[0]):
+        raise DmatError(
+            f"the cluster at {address} has no TLS: everybody who reaches it could run code in its workers; expected "
+            f"tls://... with certificates of clients, or an address of this machine"
+        )
+    return address, security
+
+
+def _certificates(security: Security) -> dict[str, str | None]:
+    """What a client proves itself with: texts, or paths of files; None where there is none."""
+    return {name: getattr(security, f"tls_{name}") for name in ("ca_file", "client_cert", "client_key")}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class DaskEngine:
+    """Runs tasks on the workers of a cluster. See `Engine`.
+
+    cluster, folder: of a local cluster, which `close` ends; None: the cluster stays.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        options: EngineOptions,
+        expect: Callable[[], None] | None,
+        cluster: SpecCluster | None = None,
+        folder: Path | None = None,
+    ):
+        self._client, self._options, self._expect = client, options, expect
+        self._cluster, self._folder = cluster, folder
+
+    @property
+    def size(self) -> int:
+        """How many threads the workers have together; 1 while there is no worker yet."""
+        return max(1, sum(self._client.nthreads().values()))
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Environment variables with which child processes use this engine's cluster."""
+        assert self._client.scheduler is not None
+        record = {"address": self._client.scheduler.address, "tls": _certificates(self._client.security)}
+        self._folder = self._folder or Path(tempfile.mkdtemp(prefix="dmat-cluster-"))
+        path = self._folder / "cluster.json"  # in a folder that only this user may read
+        files.write_json(path, record)
+        return {CLUSTER_VARIABLE: str(path)}
+
+    def run(
+        self,
+        next_task: Callable[[], Task | None],
+        *,
+        on_outcome: Callable[[Outcome], None],
+        on_message: Callable[[Task, Message], Message] = refuse_message,
+        on_lost: Callable[[Task], None] = ignore,
+        check_interruption: Callable[[], None] = ignore,
+    ) -> None:
+        """See `Engine.run`."""
+        callbacks = _Callbacks(on_outcome, on_message, on_lost)
+        try:
+            with _Conversation(self._client, self._options, self._expect, callbacks) as conversation:
+                self._keep_busy(conversation, next_task, check_interruption)
+        except OSError as error:
+            raise DmatError(
+                f"the scheduler does not answer any more ({first_line(error)}); expected it to run until all tasks "
+                f"have ended; start it and run the same command again: it resumes"
+            ) from error
+
+    def _keep_busy(
+        self,
+        conversation: "_Conversation",
+        next_task: Callable[[], Task | None],
+        check_interruption: Callable[[], None],
+    ) -> None:
+        size, asked_size, ended = 0, -_SIZE_SECONDS, -1
+        while True:
+            _check(check_interruption, conversation)
+            if time.monotonic() - asked_size > _SIZE_SECONDS:
+                size, asked_size = self.size, time.monotonic()
+            while len(conversation.running) < size and ended != conversation.ended:
+                if (task := next_task()) is None:
+                    ended = conversation.ended
+                else:
+                    conversation.submit(task)
+            if not conversation.running and ended == conversation.ended:
+                return
+            conversation.receive(_POLL_SECONDS)
+
+    def close(self) -> None:
+        """Ends the workers of a local cluster, and the connection to any other."""
+        self._client.close()
+        if self._cluster is not None:
+            self._cluster.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _check(check_interruption: Callable[[], None], conversation: "_Conversation") -> None:
+    """Checks for signals to the driver. After one, tells all tasks to stop, and waits for their outcomes."""
+    try:
+        check_interruption()
+    except BaseException as error:
+        conversation.stop(error, outcomes=True)
+        raise
+
+
+@dataclasses.dataclass(frozen=True)
+class _Callbacks:
+    on_outcome: Callable[[Outcome], None]
+    on_message: Callable[[Task, Message], Message]
+    on_lost: Callable[[Task], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Assignment:
+    """What a worker gets. channel: name of the driver's queue in this call of `Engine.run`."""
+
+    task: Task
+    number: int
+    channel: str
+    patience: float
+    expect: Callable[[], None] | None
+
+
+class _Note(TypedDict):
+    """A message of an attempt to run a task. The driver answers all but the last."""
+
+    event: str  # "started", then any number of "message", then "ended"
+    number: int  # of the task
+    attempt: str
+    content: Any
+
+
+class _Ending(TypedDict):
+    """The content of the message "ended"."""
+
+    result: bytes
+    error: tuple[str, str, int] | None  # name of the class, sentence, exit code
+    abandoned: bool  # the task stopped because it heard nothing of the driver
+
+
+class _Letter(TypedDict):
+    """What is in the inbox of an attempt: a pulse if both are None."""
+
+    answer: Message | None
+    stop: tuple[int, str] | None  # exit code and sentence
+
+
+_PULSE: _Letter = {"answer": None, "stop": None}
+_FAILED = ("error", "cancelled", "lost")  # states of a future without a result
+
+
+@dataclasses.dataclass
+class _Running:
+    """A task that has no outcome yet. attempt: the one that counts; "" before the task started."""
+
+    task: Task
+    future: Future[None]
+    attempt: str = ""
+    lost_workers: int = 0
+
+
+class _Conversation:
+    """The driver's side of one call of `Engine.run`. ended: number of tasks that have an outcome."""
+
+    def __init__(
+        self, client: Client, options: EngineOptions, expect: Callable[[], None] | None, callbacks: _Callbacks
+    ):
+        self._client, self._options, self._expect, self._callbacks = client, options, expect, callbacks
+        self._channel = f"dmat-{secrets.token_hex(8)}"
+        self._queue = Queue(self._channel, client=client)
+        self._notes: queue.SimpleQueue[_Note | Exception] = queue.SimpleQueue()
+        self._inboxes: dict[str, Queue] = {}  # attempt -> inbox
+        self.running: dict[int, _Running] = {}
+        self.ended, self._submitted = 0, 0
+        self._stop: tuple[int, str] | None = None
+        self._closed = threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._listen, self._send_pulses)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
+        try:
+            if error is not None and not isinstance(error, OSError):
+                self.stop(error, outcomes=False)
+        finally:
+            self._closed.set()
+            with contextlib.suppress(OSError):
+                self._queue.put(None)  # ends the listening thread
+                for thread in self._threads:
+                    thread.join()
+                for closing in (self._queue, *self._inboxes.values()):
+                    closing.close()
+
+    def _listen(self) -> None:
+        """Passes the notes of the tasks on to the main thread. Inboxes are opened here, as it may be busy for long."""
+        try:
+            while (note := self._queue.get()) is not None:
+                if note["event"] == "started":
+                    self._inboxes[note["attempt"]] = Queue(note["attempt"], client=self._client)
+                self._notes.put(note)
+        except Exception as error:  # the connection to the scheduler is lost
+            self._notes.put(error)
+
+    def _send_pulses(self) -> None:
+        while not self._closed.wait(self._options.patience / _PULSES):
+            for attempt in list(self._inboxes):
+                with contextlib.suppress(OSError):  # the listening thread meets the same error
+                    self._send(attempt, _PULSE)
+
+    def _send(self, attempt: str, letter: _Letter) -> None:
+        if (inbox := self._inboxes.get(attempt)) is not None:
+            inbox.put(letter)
+
+    def _forget(self, attempt: str) -> None:
+        if (inbox := self._inboxes.pop(attempt, None)) is not None:
+            inbox.close()
+
+    def submit(self, task: Task, lost_workers: int = 0) -> None:
+        """Hands a task to the cluster."""
+        self._submitted += 1
+        number = self._submitted
+        assignment = _Assignment(task, number, self._channel, self._options.patience, self._expect)
+        future = self._client.submit(_run_assignment, assignment, key=f"{self._channel}-{number}", pure=False)
+        self.running[number] = _Running(task, future, lost_workers=lost_workers)
+
+    def receive(self, timeout: float) -> None:
+        """Waits for one message, at most `timeout` seconds, and handles it; then looks for killed workers."""
+        with contextlib.suppress(queue.Empty):
+            self._handle(self._notes.get(timeout=timeout))
+        for number, running in [pair for pair in self.running.items() if pair[1].future.status in _FAILED]:
+            with contextlib.suppress(queue.Empty):
+                while True:  # the outcome of this task may wait
+                    self._handle(self._notes.get_nowait())
+            if self.running.get(number) is running:
+                self._handle_failure(number, running)
+
+    def _handle(self, note: _Note | Exception) -> None:
+        if isinstance(note, Exception):
+            raise note
+        number, attempt = note["number"], note["attempt"]
+        running = self.running.get(number)
+        if note["event"] == "started" and running is not None and self._stop is None:
+            if running.attempt:  # the scheduler runs the task again
+                self._lose(running)
+            running.attempt = attempt
+            if running.lost_workers > self._options.allowed_failures:
+                self._fail_after_losses(number, running)
+        counts = running is not None and running.attempt == attempt and number in self.running
+        if note["event"] == "ended":
+            self._forget(attempt)
+            if running is not None and counts:
+                self._end(number, running, note["content"])
+        elif self._stop is not None or running is None or not counts:
+            stop = self._stop or (_STOPPED, "another worker computes this task, or it is no longer needed")
+            self._send(attempt, {"answer": None, "stop": stop})
+        else:
+            answer = {} if note["event"] == "started" else self._callbacks.on_message(running.task, note["content"])
+            self._send(attempt, {"answer": answer, "stop": None})
+
+    def _end(self, number: int, running: _Running, ending: _Ending) -> None:
+        if ending["abandoned"] and self._stop is None:  # this process stood still, or the network did
+            self._run_again(number, running)
+            return
+        error = None if ending["error"] is None else _rebuilt(*ending["error"])
+        result = None if error else loads(ending["result"])
+        self._finish(number, Outcome(running.task, result, error, running.lost_workers))
+
+    def _finish(self, number: int, outcome: Outcome) -> None:
+        running = self.running.pop(number)
+        running.future.release()
+        self.ended += 1
+        self._callbacks.on_outcome(outcome)
+
+    def _handle_failure(self, number: int, running: _Running) -> None:
+        error = running.future.exception() if running.future.status == "error" else None
+        if self._stop is not None:
+            self._finish(number, self._interrupted(running))
+        elif error is None or isinstance(error, KilledWorker):
+            self._run_again(number, running)
+        else:
+            sentence = (
+                f"{running.task.name} could not start in a worker ({type(error).__name__}: {first_line(error)}); "
+                f"expected a worker with the same dmat and Python as this process; install them there"
+            )
+            self._finish(number, Outcome(running.task, error=DmatError(sentence), lost_workers=running.lost_workers))
+
+    def _run_again(self, number: int, running: _Running) -> None:
+        self._lose(running)
+        if running.lost_workers > self._options.allowed_failures:
+            self._fail_after_losses(number, running)
+        else:
+            del self.running[number]
+            self.submit(running.task, running.lost_workers)
+
+    def _lose(self, running: _Running) -> None:
+        running.lost_workers += 1
+        self._forget(running.attempt)
+        self._callbacks.on_lost(running.task)
+
+    def _fail_after_losses(self, number: int, running: _Running) -> None:
+        sentence = (
+            f"{running.task.name} lost its worker {running.lost_workers} times; expected at most "
+            f"{self._options.allowed_failures} times; look for what kills it: memory, or a limit of time"
+        )
+        self._finish(number, Outcome(running.task, error=DmatError(sentence), lost_workers=running.lost_workers))
+
+    def stop(self, error: BaseException, *, outcomes: bool) -> None:
+        """Tells all tasks to stop, and waits until they did, or for `time_to_save`. outcomes: whether to pass them on.
+
+        A second Ctrl-C raises KeyboardInterrupt here: then nothing is waited for.
+        """
+        if self._stop is not None:
+            return
+        self._stop = (error.exit_code, str(error)) if isinstance(error, Interrupted) else (_STOPPED, _BECAUSE_OF_ERROR)
+        if not outcomes:
+            self._callbacks = _Callbacks(ignore, refuse_message, ignore)
+        for number, running in list(self.running.items()):
+            if running.attempt:
+                self._send(running.attempt, {"answer": None, "stop": self._stop})
+            else:
+                running.future.cancel()
+                self._finish(number, self._interrupted(running))
+        deadline = time.monotonic() + self._options.time_to_save
+        while self.running and time.monotonic() < deadline:
+            self.receive(_POLL_SECONDS)
+        for number, running in list(self.running.items()):
+            self._finish(number, self._interrupted(running))
+
+    def _interrupted(self, running: _Running) -> Outcome:
+        assert self._stop is not None
+        return Outcome(running.task, error=Interrupted(*self._stop), lost_workers=running.lost_workers)
+
+
+def _rebuilt(kind: str, sentence: str, exit_code: int) -> DmatError | Interrupted:
+    """The error of a task as it was in the worker."""
+    return Interrupted(exit_code, sentence) if kind == Interrupted.__name__ else _KINDS.get(kind, DmatError)(sentence)
+
+
+# In a worker
+
+
+def _run_assignment(assignment: _Assignment) -> None:
+    """Runs a task in a worker. Its outcome is a message to the driver, not the result of this function."""
+    with _WorkerContext(assignment) as context:
+        context.end(_attempt(assignment, context))
+
+
+def _attempt(assignment: _Assignment, context: "_WorkerContext") -> Outcome:
+    """Runs the task, if the driver still waits for this attempt and this worker is what it expects."""
+    try:
+        context.start()
+        if assignment.expect is not None:
+            assignment.expect()
+    except (DmatError, Interrupted) as error:
+        return Outcome(assignment.task, error=error)
+    with interruption.asking(context.check_interruption):
+        return run_task(assignment.task, context)
+
+
+class _WorkerContext:
+    """The task's side of the conversation. A thread reads the inbox."""
+
+    def __init__(self, assignment: _Assignment):
+        client = get_client()
+        self._assignment, self._attempt = assignment, secrets.token_hex(8)
+        self._notes = Queue(assignment.channel, client=client)
+        self._inbox = Queue(self._attempt, client=client)
+        self._answers: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._heard, self._stop = time.monotonic(), (0, "")
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(OSError):
+            self._inbox.put(None)  # ends the thread
+            self._thread.join()
+            self._inbox.close()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(Exception):  # without a connection nothing is heard, and patience ends
+            while (letter := self._inbox.get()) is not None:
+                self._heard = time.monotonic()
+                if letter["stop"] is not None:
+                    self._stop = (letter["stop"][0], letter["stop"][1])
+                elif letter["answer"] is not None:
+                    self._answers.put(letter["answer"])
+
+    def _is_abandoned(self) -> bool:
+        return time.monotonic() - self._heard > self._assignment.patience
+
+    def check_interruption(self) -> None:
+        if self._stop[1]:
+            raise Interrupted(*self._stop)
+        if self._is_abandoned():
+            raise Interrupted(
+                _STOPPED,
+                f"{self._assignment.task.name} heard nothing of its driver for {self._assignment.patience:.0f} s; run "
+                f"the driver's command again: it resumes from here",
+            )
+
+    def start(self) -> None:
+        """Reports to the driver, and waits until it accepts this attempt."""
+        self._request("started", {})
+
+    def ask(self, message: Message) -> Message:
+        return self._request("message", message)
+
+    def _request(self, event: str, content: Message) -> Message:
+        self.check_interruption()
+        self._send(event, content)
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._answers.get(timeout=_POLL_SECONDS)
+            self.check_interruption()
+
+    def end(self, outcome: Outcome) -> None:
+        """Sends the outcome to the driver."""
+        error, result = outcome.error, b""
+        try:
+            result = dumps(outcome.result)
+        except Exception as refusal:
+            error = DmatError(f"the result of {outcome.task.name} cannot travel to the driver: {first_line(refusal)}")
+        described = (type(error).__name__, str(error), getattr(error, "exit_code", 0)) if error is not None else None
+        abandoned = isinstance(error, Interrupted) and not self._stop[1] and self._is_abandoned()
+        ending: _Ending = {"result": result, "error": described, "abandoned": abandoned}
+        with contextlib.suppress(OSError):  # nobody waits for it any more
+            self._send("ended", ending)
+
+    def _send(self, event: str, content: Any) -> None:
+        note: _Note = {
+            "event": event, "number": self._assignment.number, "attempt": self._attempt, "content": content
+        }  # fmt: skip
+        self._notes.put(note)
