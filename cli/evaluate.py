@@ -8,6 +8,7 @@ import typer
 
 from cli import stages
 from cli.models import offer_plugins
+from dmat.engine import EngineOptions
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES
 from dmat.workspace import Instance
@@ -20,8 +21,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(
         _STAGE.command,
         help=f"{_STAGE.summary}\n\nGive either an arm and a seed of params.yaml, or --model and --images for files "
-        f"that no stage made. Several processes may share one evaluation: start it once without --worker, then any "
-        f"number of times with --worker; or start it by torchrun."
+        f"that no stage made. --workers and --cluster divide the work; jobs of an array may each compute --shards."
         f"\n\nExample: {_STAGE.example}\n\nExample: dmat evaluate-robust --model wang.safetensors --images "
         f"cifar-10-batches-py --against robustbench",
     )(_evaluate)
@@ -80,10 +80,9 @@ def _evaluate(
         str | None, typer.Option(help="Row of the leaderboard. [default: the name of the model's file]")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; only with --model. [default: auto]")] = None,
-    worker: Annotated[
-        bool,
-        typer.Option("--worker", help="Compute shards of an evaluation that another process runs without --worker."),
-    ] = False,
+    shards: Annotated[str, typer.Option(help=stages.SHARDS_HELP, metavar="A:B")] = "",
+    workers: Annotated[int | None, typer.Option(help=stages.WORKERS_HELP, min=0)] = None,
+    cluster: Annotated[str, typer.Option(help=stages.CLUSTER_HELP)] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Set earlier work aside and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and the time left.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="No progress bar; the result as JSON.")] = False,
@@ -98,10 +97,7 @@ def _evaluate(
                   "--batch": batch, "--to": to, "--against": against, "--entry": entry, "--args": args,
                   "--data": data, "--activation": activation, "--split": split, "--device": device,
                   "--classes-in-order": classes_in_order or None}  # fmt: skip
-    if worker and fresh:
-        raise DmatError(
-            "--fresh came with --worker; a worker continues existing work; say --fresh where it was started"
-        )
+    numbers = stages.shard_numbers(shards, fresh)
     if model is None and images is None:
         unexpected = [name for name, value in direct_options.items() if value is not None]
         missing = [name for name, value in stage_options.items() if value is None]
@@ -115,7 +111,8 @@ def _evaluate(
                 f"{', '.join(unexpected)} came with --arm; expected --model and --images; change params.yaml"
             )
         instance = cast(Instance, {"arm": arm, "seed": seed})  # both were given
-        stages.run(_STAGE, instance, params or Path("params.yaml"), fresh, dry_run, as_json, worker)
+        path = params or Path("params.yaml")
+        stages.run(_STAGE, instance, path, fresh, dry_run, as_json, numbers, workers, cluster)
         return
     for name, value in model_options.items():
         if value is None:
@@ -146,7 +143,7 @@ def _evaluate(
         overrides |= {"batch": batch}
     _evaluate_model(
         model_source, images, split, classes_in_order, (norm, epsilon), overrides, folder, (against, entry),
-        device or "auto", worker, fresh, dry_run, as_json, params,
+        device or "auto", numbers, EngineOptions(workers or 0, cluster), fresh, dry_run, as_json, params,
     )  # fmt: skip
 
 
@@ -160,7 +157,8 @@ def _evaluate_model(
     folder: Path,
     against: tuple[str | None, str | None],
     device: str,
-    worker: bool,
+    shards: range | None,
+    options: EngineOptions,
     fresh: bool,
     dry_run: bool,
     as_json: bool,
@@ -189,10 +187,10 @@ def _evaluate_model(
     if dry_run:
         typer.echo(json.dumps(direct.estimate(), indent=2))
         return
-    if worker or not direct_evaluation.is_main_process():
-        direct.run_worker(quiet=as_json)
+    if shards is not None:
+        direct.run_shards(shards, quiet=as_json)
         return
-    result = direct.run(fresh, quiet=as_json)
+    result = direct.run(fresh, as_json, options)
     comparison = direct_evaluation.compare_with_robustbench(direct, result, row) if row else []
     if as_json:
         typer.echo(json.dumps(result.summary | ({"against": comparison} if comparison else {}), sort_keys=True))

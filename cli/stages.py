@@ -1,6 +1,7 @@
 """One command per stage, built from the table `STAGES`."""
 
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -17,6 +18,9 @@ from dmat.pipeline import STAGES, Stage
 from dmat.workspace import Instance, Workspace
 
 _PLANNED_FINGERPRINT = "DMAT_PLANNED"  # environment variable: fingerprint of what several processes compute together
+SHARDS_HELP = "Compute only the shards A to B - 1, and publish nothing: for arrays of jobs that share runs/."
+WORKERS_HELP = "Divide the shards over this many processes of this machine. [default: compute.workers of params.yaml]"
+CLUSTER_HELP = "Divide the shards over the workers of this Dask cluster: address, or scheduler file."
 _INSTANCE_OPTIONS = {
     "generator": (str, "Name in `generators` of params.yaml."),
     "image_set": (str, "Name in `image_sets` of params.yaml."),
@@ -41,9 +45,10 @@ def _command(stage: Stage) -> Callable[..., None]:
     """A function whose signature Typer reads: the options of the stage's keys, then those of every stage."""
 
     def command(
-        fresh: bool, dry_run: bool, as_json: bool, params: Path, shards: str = "", **instance: str | int
-    ) -> None:
-        run(stage, instance, params, fresh, dry_run, as_json, shards=_shard_numbers(shards) if shards else None)
+        fresh: bool, dry_run: bool, as_json: bool, params: Path, shards: str = "", workers: int | None = None,
+        cluster: str = "", **instance: str | int,
+    ) -> None:  # fmt: skip
+        run(stage, instance, params, fresh, dry_run, as_json, shard_numbers(shards, fresh), workers, cluster)
 
     instance_options = [
         _keyword_parameter(name, Annotated[kind, typer.Option(help=help_text)])
@@ -51,10 +56,11 @@ def _command(stage: Stage) -> Callable[..., None]:
         if name in stage.keys
     ]
     if stage.by_shards:
-        help_text = "Compute only the shards A to B - 1, and publish nothing: for arrays of jobs that share runs/."
-        instance_options.append(
-            _keyword_parameter("shards", Annotated[str, typer.Option(help=help_text, metavar="A:B")], "")
-        )
+        instance_options += [
+            _keyword_parameter("shards", Annotated[str, typer.Option(help=SHARDS_HELP, metavar="A:B")], ""),
+            _keyword_parameter("workers", Annotated[int | None, typer.Option(help=WORKERS_HELP, min=0)], None),
+            _keyword_parameter("cluster", Annotated[str, typer.Option(help=CLUSTER_HELP)], ""),
+        ]
     common_options = [
         _keyword_parameter(
             "fresh", Annotated[bool, typer.Option("--fresh", help="Set earlier work aside and start over.")], False
@@ -76,20 +82,20 @@ def _keyword_parameter(name: str, annotation: object, default: object = inspect.
 
 
 def run(
-    stage: Stage, instance: Instance, path: Path, fresh: bool, dry_run: bool, as_json: bool, worker: bool = False,
-    shards: range | None = None,
+    stage: Stage, instance: Instance, path: Path, fresh: bool, dry_run: bool, as_json: bool,
+    shards: range | None = None, workers: int | None = None, cluster: str = "",
 ) -> None:  # fmt: skip
     """Runs one instance of a stage, as its command does.
 
-    path: the parameter file. worker, shards: compute for the process that publishes the result, and publish nothing:
-    what no other process computes, or these shards.
+    path: the parameter file. shards: compute these, and publish nothing. workers, cluster: of what divides the shards;
+    None: as the parameter file says.
     """
     from dmat import tracking
     from dmat.workspace import find_workspace
 
     workspace = find_workspace(path.resolve().parent)
     try:
-        _run(stage, instance, path, workspace, fresh, dry_run, as_json, worker, shards)
+        _run(stage, instance, path, workspace, fresh, dry_run, as_json, shards, workers, cluster)
     except Exception as error:
         with contextlib.suppress(Exception):  # the error must be shown even if recording it fails
             tracking.record_stage_error(workspace.home, error)
@@ -98,12 +104,16 @@ def run(
 
 def _run(
     stage: Stage, instance: Instance, path: Path, workspace: Workspace, fresh: bool, dry_run: bool,
-    as_json: bool, worker: bool, shards: range | None,
+    as_json: bool, shards: range | None, workers: int | None, cluster: str,
 ) -> None:  # fmt: skip
     from dmat import config, processes
-    from dmat.pipeline import execution, planning
+    from dmat.engine import EngineOptions
+    from dmat.pipeline import division, execution, planning
 
     params = config.load(path)
+    local_workers = (0 if cluster else params.compute.workers) if workers is None else workers
+    options = EngineOptions(local_workers if stage.by_shards else 0, cluster)
+    params = division.with_threads_divided(params, options)
     plan = planning.plan(stage, instance, params, workspace)
     if "RANK" in os.environ and os.environ.get(_PLANNED_FINGERPRINT, plan.fingerprint) != plan.fingerprint:
         raise DmatError(
@@ -112,9 +122,6 @@ def _run(
         )
     if dry_run:
         typer.echo(json.dumps(plan.describe() | execution.estimate(plan, params, workspace), indent=2))
-        return
-    if worker:
-        execution.run_worker(plan, params, workspace, quiet=as_json)
         return
     if shards is not None:
         execution.run_shards(plan, params, workspace, shards, quiet=as_json)
@@ -129,7 +136,15 @@ def _run(
         _start_together(process_count)
     started = time.monotonic()
     metrics = execution.execute(
-        plan, params, workspace, fresh=fresh, quiet=as_json, reload_params=lambda: config.load(path)
+        plan,
+        params,
+        workspace,
+        fresh=fresh,
+        quiet=as_json,
+        reload_params=lambda: config.load(path),
+        compute_shards=functools.partial(division.compute_shards, workspace=workspace, path=path, options=options)
+        if stage.by_shards and options.has_workers
+        else None,
     )
     if not processes.world().is_main_process:
         return
@@ -143,8 +158,14 @@ def _run(
             typer.echo(note, err=True)
 
 
-def _shard_numbers(text: str) -> range:
-    """The range that `--shards` names. Raises DmatError for anything but two whole numbers."""
+def shard_numbers(text: str, fresh: bool) -> range | None:
+    """The range that `--shards` names; None without it. Raises DmatError for anything but two whole numbers."""
+    if not text:
+        return None
+    if fresh:
+        raise DmatError(
+            "--fresh came with --shards, which only adds shards; say --fresh in the command without --shards"
+        )
     first, colon, end = text.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal()):
         raise DmatError(f"--shards is {text!r}; expected the first number and the number after the last, such as 0:10")

@@ -6,8 +6,6 @@ Run alone: pytest tests/test_evaluate_command.py
 import json
 import re
 import shutil
-import subprocess
-import sys
 import types
 
 import numpy as np
@@ -60,37 +58,29 @@ def elsewhere(model, tmp_path):
 # --- several processes
 
 
-def test_workers_give_the_result_of_an_uninterrupted_evaluation(finished, unevaluated):
-    """Two workers start first, one is killed while it runs; then the evaluation itself."""
+def test_jobs_of_an_array_give_the_result_of_an_uninterrupted_evaluation(finished, unevaluated):
+    """Two jobs start first, one is killed while it runs; then the evaluation itself."""
     folder = unevaluated.folder
-    helpers = [forked.Command(folder, "evaluate-robust", *OPTIONS, "--worker", output=f".output-{k}") for k in range(2)]
-    helpers[0].kill_after(1.5)
+    jobs = [
+        forked.Command(folder, "evaluate-robust", *OPTIONS, "--shards", numbers, output=f".output-{numbers}")
+        for numbers in ("0:4", "4:9")
+    ]
+    jobs[0].kill_after(1.5)
     unevaluated.run("evaluate_robust")
-    assert helpers[1].wait()[0] == 0
+    assert jobs[1].wait()[0] == 0
     assert unevaluated.outputs("evaluate_robust") == finished.outputs("evaluate_robust")
 
 
-def test_a_worker_alone_computes_all_shards_and_publishes_nothing(finished, unevaluated):
-    _dmat(unevaluated.folder, *OPTIONS, "--worker")
+def test_shards_alone_are_computed_and_not_published(finished, unevaluated):
+    count = json.loads(_dmat(unevaluated.folder, *OPTIONS, "--dry-run"))["shards"]
+    assert f"has the shards 0 to {count - 1};" in _dmat(unevaluated.folder, *OPTIONS, "--shards", "0:99", code=2)
+    _dmat(unevaluated.folder, *OPTIONS, "--shards", f"0:{count}")
     assert not (unevaluated.folder / "artifacts/evaluate_robust").exists()
     estimate = json.loads(_dmat(unevaluated.folder, *OPTIONS, "--dry-run"))
     assert estimate["shards"] == estimate["shards_done"] > 8
     assert estimate["seconds_left"] == 0
     assert "step 0.05," in estimate["protocol"]["pgd"]
     unevaluated.run("evaluate_robust")
-    assert unevaluated.outputs("evaluate_robust") == finished.outputs("evaluate_robust")
-
-
-def test_torchrun_shares_one_evaluation(finished, unevaluated):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "cli.main", "evaluate-robust"]
-    done = subprocess.run(
-        [sys.executable, *command, *OPTIONS, "--json"],
-        cwd=unevaluated.folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
     assert unevaluated.outputs("evaluate_robust") == finished.outputs("evaluate_robust")
 
 
@@ -319,7 +309,9 @@ REFUSED = {
     "options of an import": ((*MODEL, "--data", "cifar10", "--activation", "silu"), "--data, --activation came with"),
     "split of a stage": (("--arm", "generated", "--seed", "1", "--split", "test"), "--split came with --arm"),
     "device of a stage": (("--arm", "generated", "--seed", "1", "--device", "cpu"), "--device came with --arm"),
-    "a fresh worker": ((*MODEL, "--worker", "--fresh"), "--fresh came with --worker"),
+    "fresh shards": ((*MODEL, "--shards", "0:1", "--fresh"), "--fresh came with --shards"),
+    "shards": ((*MODEL, "--shards", "1"), "--shards is '1'; expected the first number"),
+    "too many shards": ((*MODEL, "--shards", "0:99"), "the evaluation of model.safetensors has the shards 0 to"),
     "a folder": (("--model", ".", "--images", "test"), "is a folder"),
     "no place": ((*MODEL, "--to", "/proc/nowhere"), "no folder can be made"),
     "another split": ((*MODEL, "--split", "train"), "holds the split test, not train"),
@@ -373,7 +365,7 @@ def test_the_same_weights_in_another_network_are_another_evaluation(elsewhere):
     _edited(elsewhere / "model.json", {"mean": [0.9]})
     text = _dmat(elsewhere, *MODEL, "--attacks", "none", code=2)
     assert "holds another evaluation (network differ)" in text
-    assert "network" in _dmat(elsewhere, *MODEL, "--attacks", "none", "--worker", code=2)
+    assert "network" in _dmat(elsewhere, *MODEL, "--attacks", "none", "--shards", "0:1", code=2)
 
 
 def test_a_parameter_file_sets_the_number_of_images(elsewhere, finished):
@@ -418,7 +410,7 @@ def test_a_folder_of_another_evaluation_is_refused_without_fresh(elsewhere):
     text = _dmat(elsewhere, *MODEL, "--attacks", "none", "--epsilon", "1/10", code=2)
     assert "holds another evaluation (threat, settings differ)" in text
     assert "holds another evaluation" in _dmat(
-        elsewhere, *MODEL, "--attacks", "none", "--epsilon", "1/10", "--worker", code=2
+        elsewhere, *MODEL, "--attacks", "none", "--epsilon", "1/10", "--shards", "0:1", code=2
     )
     _dmat(elsewhere, *MODEL, "--attacks", "none", "--epsilon", "1/10", "--fresh")
     assert files.read_json(elsewhere / "model-evaluation/protocol.json")["threat"]["epsilon"] == "1/10"

@@ -12,7 +12,6 @@ import os
 import signal
 import time
 
-import filelock
 import numpy as np
 import pytest
 import torch
@@ -82,7 +81,7 @@ def _evaluation(folder, subject, compute, settings=QUICK, **identity):
 
 def _done(folder, subject, compute, settings=QUICK):
     evaluation = _evaluation(folder, subject, compute, settings)
-    work.compute_all(evaluation.tasks, wait=True, quiet=True)
+    work.compute_all(evaluation.tasks, quiet=True)
     return evaluation
 
 
@@ -161,7 +160,7 @@ def test_flags_do_not_depend_on_order_or_on_existing_shards(tmp_path, subject, c
         task = resumed.tasks[number]
         task.path.parent.mkdir(parents=True, exist_ok=True)
         task.compute()
-    work.compute_all(resumed.tasks, wait=True, quiet=True)
+    work.compute_all(resumed.tasks, quiet=True)
     resumed_columns = resumed.columns()
     assert all(np.array_equal(resumed_columns[name], uninterrupted[name]) for name in uninterrupted)
 
@@ -180,15 +179,15 @@ class _SlowShards:
         return {"pid": np.array([os.getpid()]), "number": np.array([number])}
 
 
-def _work(folder, count, seconds, wait):
-    work.compute_all(_SlowShards(folder, count, seconds).tasks, wait=wait, quiet=True)
+def _work(folder, count, seconds):
+    work.compute_all(_SlowShards(folder, count, seconds).tasks, quiet=True)
 
 
 _context = multiprocessing.get_context("forkserver")
 
 
-def _workers(folder, count, seconds, waits):
-    processes = [_context.Process(target=_work, args=(folder, count, seconds, wait)) for wait in waits]
+def _workers(folder, count, seconds, workers=1):
+    processes = [_context.Process(target=_work, args=(folder, count, seconds)) for _ in range(workers)]
     for process in processes:
         process.start()
     return processes
@@ -196,7 +195,7 @@ def _workers(folder, count, seconds, waits):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_share_the_shards_and_compute_each_once(tmp_path, workers):
-    started = _workers(tmp_path, 12, 0.1, [True] + [False] * (workers - 1))
+    started = _workers(tmp_path, 12, 0.1, workers)
     for process in started:
         process.join(60)
         assert process.exitcode == 0
@@ -206,25 +205,16 @@ def test_workers_share_the_shards_and_compute_each_once(tmp_path, workers):
 
 
 def test_the_shard_of_a_killed_worker_is_computed_by_another(tmp_path):
-    (killed,) = _workers(tmp_path, 2, 30, [False])
+    (killed,) = _workers(tmp_path, 2, 30)
     while not list(tmp_path.glob("*.lock")):
         time.sleep(0.02)
-    (waiting,) = _workers(tmp_path, 2, 0.1, [True])  # takes the other one, then waits for the first
+    (waiting,) = _workers(tmp_path, 2, 0.1)  # takes the other one, then waits for the first
     time.sleep(1.5)
     assert waiting.is_alive()
     os.kill(killed.pid, signal.SIGKILL)
     waiting.join(30)
     assert waiting.exitcode == 0
     assert {int(task.read()["pid"][0]) for task in _SlowShards(tmp_path, 2, 0).tasks} == {waiting.pid}
-
-
-def test_a_worker_ends_when_no_shard_is_left_to_claim(tmp_path):
-    with filelock.FileLock(tmp_path / "shard-0.lock"):
-        (helper,) = _workers(tmp_path, 2, 0.01, [False])
-        helper.join(20)
-        assert helper.exitcode == 0
-    assert not _SlowShards(tmp_path, 2, 0).tasks[0].done
-    assert _SlowShards(tmp_path, 2, 0).tasks[1].done
 
 
 def test_remaining_time_is_estimated_from_finished_shards(tmp_path):
@@ -257,7 +247,7 @@ def test_a_damaged_shard_is_refused_and_recomputed(tmp_path, subject, compute, d
         path.write_bytes(bytes(data) if damage == "altered" else bytes(data[:100]))
     with pytest.raises(DmatError, match=r"shard-00001.npz is missing or was altered.*run the same command again"):
         evaluation.columns()
-    work.compute_all(evaluation.tasks, wait=True, quiet=True)
+    work.compute_all(evaluation.tasks, quiet=True)
     assert {name: values.tolist() for name, values in evaluation.columns().items()} == before
 
 
@@ -270,7 +260,7 @@ def test_shards_of_another_model_are_refused(tmp_path, subject, compute):
 def test_nothing_is_computed_beside_shards_of_another_model(tmp_path, subject, compute):
     _done(tmp_path, subject, compute)
     other = _evaluation(tmp_path, subject, compute, weights="other")
-    for action in (work.estimate, lambda task_list: work.compute_all(task_list, wait=False, quiet=True)):
+    for action in (work.estimate, lambda task_list: work.compute_all(task_list, quiet=True)):
         with pytest.raises(DmatError, match=r"belongs to another evaluation \(weights differ\)"):
             action(other.tasks)
 
@@ -282,7 +272,7 @@ def test_a_shard_with_an_incomplete_record_is_not_done(tmp_path, subject, comput
     (tmp_path / "shard-00000.json").write_text(json.dumps(entry))
     done = work.estimate(evaluation.tasks)
     assert done["shards_done"] == done["shards"] - 1
-    work.compute_all(evaluation.tasks, wait=True, quiet=True)
+    work.compute_all(evaluation.tasks, quiet=True)
     assert files.read_json(tmp_path / "shard-00000.json")["sha256"] == before["sha256"]
 
 

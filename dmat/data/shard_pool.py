@@ -23,11 +23,11 @@ from dmat.errors import DmatError
 _LOCK_TIMEOUT = 0.2  # seconds between two attempts to lock a shard that another process computes
 
 
-def expect_numbers(numbers: range, count: int, image_set: str) -> None:
-    """Raises DmatError unless these are numbers of shards of a set that has `count`. image_set: its name."""
+def expect_numbers(numbers: range, count: int, owner: str) -> None:
+    """Raises DmatError unless these are numbers of shards of what has `count`. owner: its name, for the message."""
     if not 0 <= numbers.start < numbers.stop <= count:
         raise DmatError(
-            f"--shards is {numbers.start}:{numbers.stop}; image set {image_set} has the shards 0 to {count - 1}; "
+            f"--shards is {numbers.start}:{numbers.stop}; {owner} has the shards 0 to {count - 1}; "
             f"expected two numbers from 0 to {count}, the lower first"
         )
 

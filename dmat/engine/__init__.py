@@ -6,10 +6,9 @@ workers.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 
-from dmat.engine.tasks import CLUSTER_VARIABLE, Engine, EngineOptions, InProcessEngine, Outcome, Task, TaskContext
+from dmat.engine.tasks import Engine, EngineOptions, InProcessEngine, Outcome, Task, TaskContext
 
 __all__ = ["Engine", "EngineOptions", "Outcome", "Task", "TaskContext", "open_engine"]
 
@@ -25,13 +24,12 @@ def open_engine(options: EngineOptions, expect: Callable[[], None] | None = None
     driver would; this becomes the error of the task's outcome. Never called in this process.
     Raises DmatError if the cluster does not answer or may not be used.
     """
-    cluster = os.environ.get(CLUSTER_VARIABLE) or options.cluster
-    if not cluster and not options.workers:
+    if not options.has_workers:
         yield InProcessEngine()
         return
     from dmat.engine import clusters  # loads Dask
 
-    engine = clusters.join(cluster, options, expect) if cluster else clusters.start(options, expect)
+    engine = clusters.join(options, expect) if options.joined_cluster else clusters.start(options, expect)
     try:
         yield engine
     finally:

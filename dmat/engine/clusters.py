@@ -114,13 +114,13 @@ def dask_setup(worker: object) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def join(cluster: str, options: EngineOptions, expect: Callable[[], None] | None = None) -> "DaskEngine":
-    """Connects to the scheduler of a cluster that runs.
+def join(options: EngineOptions, expect: Callable[[], None] | None = None) -> "DaskEngine":
+    """Connects to the scheduler of the cluster `options.joined_cluster`.
 
-    cluster: its address, or the path of a JSON file with the key `address`: a scheduler file of Dask, or the file of a
+    That is its address, or the path of a JSON file with the key `address`: a scheduler file of Dask, or the file of a
     parent process. Raises DmatError if it does not answer, and if it is another machine without TLS.
     """
-    address, security = _read_cluster(cluster)
+    address, security = _read_cluster(options.joined_cluster)
     try:
         client = Client(address, security=security, timeout=_CONNECT_TIMEOUT)
     except (OSError, ValueError, RuntimeError) as error:

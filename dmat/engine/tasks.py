@@ -1,6 +1,7 @@
 """Tasks, what they see of their engine and how they end; the engine that runs them in this process."""
 
 import dataclasses
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -31,6 +32,16 @@ class EngineOptions:
     patience: float = 30.0
     time_to_save: float = 120.0
     environments: tuple[Mapping[str, str], ...] = ({},)
+
+    @property
+    def joined_cluster(self) -> str:
+        """The cluster to join, "" for none. That of the parent process comes first: its children must not use two."""
+        return os.environ.get(CLUSTER_VARIABLE) or self.cluster
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether tasks run outside this process."""
+        return bool(self.joined_cluster or self.workers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,11 +120,10 @@ class ShardTask:
             return {name: saved[name] for name in saved.files}
 
 
-def compute_all(tasks: Sequence[ShardTask], *, wait: bool, quiet: bool) -> None:
-    """Computes the shards that no other process computes. The progress bar also counts those of other processes.
+def compute_all(tasks: Sequence[ShardTask], *, quiet: bool) -> None:
+    """Computes the shards that no other process computes, and waits for the others.
 
-    wait: return only when all shards are done, and take over those that other processes leave behind. Without it,
-    return as soon as no shard is free.
+    Takes over what other processes leave behind. The progress bar also counts their shards.
     """
     for task in tasks:
         task.path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,8 +135,6 @@ def compute_all(tasks: Sequence[ShardTask], *, wait: bool, quiet: bool) -> None:
             if not pending:
                 return
             if not any(_compute_if_free(task) for task in pending):  # the first free one, then `pending` anew
-                if not wait:
-                    return
                 time.sleep(_POLL_SECONDS)
 
 

@@ -15,6 +15,7 @@ from dmat.config import EvaluateRobust, WrittenNumber
 from dmat.data import overlap, shards
 from dmat.data.mixes import open_mix
 from dmat.data.pixels import load_all
+from dmat.data.shard_pool import expect_numbers
 from dmat.data.shards import Shards
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation, Summary
@@ -42,7 +43,7 @@ def run(settings: EvaluateRobust, job: Job) -> Result:
     evaluations = _evaluations(settings, job, models)
     best = evaluations["best"]
     copies = _copies(test, len(best.subject.labels), job)  # before hours of attacks: it fails if images are missing
-    work.compute_all(_tasks(evaluations), wait=True, quiet=job.quiet)
+    work.compute_all(_tasks(evaluations), quiet=job.quiet)
     columns = {name: evaluation.columns() for name, evaluation in evaluations.items()}
     verdict = best.verdict(columns["best"], len(test), copies, test.manifest["split"])
     threat, class_names = sidecars["best"]["threat"], test.manifest["class_names"]
@@ -110,9 +111,21 @@ def _copies(test: Shards, count: int, job: Job) -> dict[str, np.ndarray]:
     return copies
 
 
-def run_worker(settings: EvaluateRobust, job: Job) -> None:
-    """Computes shards that no other process computes, until none is free."""
-    work.compute_all(_tasks(_evaluations(settings, job, _models(job))), wait=False, quiet=job.quiet)
+def pending_shards(settings: EvaluateRobust, job: Job) -> list[int]:
+    """Numbers of the shards that are not done, in the order in which `run` computes them."""
+    tasks = _tasks(_evaluations(settings, job, _models(job)))
+    return [number for number, task in enumerate(tasks) if not task.done]
+
+
+def run_shards(settings: EvaluateRobust, job: Job, numbers: range) -> None:
+    """Computes some of the shards for the process that publishes the evaluation, which may run later.
+
+    numbers: of the shards, from 0, in the order in which `run` computes them. Raises DmatError for numbers of shards
+    that the evaluation does not have.
+    """
+    tasks = _tasks(_evaluations(settings, job, _models(job)))
+    expect_numbers(numbers, len(tasks), f"the evaluation of {job.instance['arm']}-{job.instance['seed']}")
+    work.compute_all(tasks[numbers.start : numbers.stop], quiet=job.quiet)
 
 
 def estimate(settings: EvaluateRobust, job: Job) -> dict[str, object]:

@@ -51,6 +51,14 @@ def run(settings: ImageSet | ImportedImageSet, job: Job) -> Result:
     return _import(settings, job) if isinstance(settings, ImportedImageSet) else _generate(settings, job)
 
 
+def pending_shards(settings: ImageSet | ImportedImageSet, job: Job) -> range:
+    """Numbers of the shards that workers compute. Those that the pool has cost them no time.
+
+    None of an imported set, which is read from end to end.
+    """
+    return range(0 if isinstance(settings, ImportedImageSet) else -(-(settings.images or 0) // settings.shard))
+
+
 def run_shards(settings: ImageSet | ImportedImageSet, job: Job, numbers: range) -> None:
     """Computes some of the set's shards for the process that publishes it, which may run later and elsewhere.
 
@@ -61,7 +69,7 @@ def run_shards(settings: ImageSet | ImportedImageSet, job: Job, numbers: range) 
             f"image set {job.instance['image_set']} is imported from {settings.source}, which is read from end to end; "
             f"expected a set that is generated; start the stage without --shards"
         )
-    expect_numbers(numbers, -(-(settings.images or 0) // settings.shard), str(job.instance["image_set"]))
+    expect_numbers(numbers, len(pending_shards(settings, job)), f"image set {job.instance['image_set']}")
     generation, sidecar, _ = _open(settings, job)
     for _ in _records(_pool_of(generation, sidecar, job), settings, generation.maker, job, numbers):
         pass

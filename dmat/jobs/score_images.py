@@ -72,13 +72,18 @@ def run(settings: ScoreImages, job: Job) -> Result:
     )
 
 
+def pending_shards(settings: ScoreImages, job: Job) -> range:
+    """Numbers of the shards that workers score. Those whose scores the pool has cost them no time."""
+    return range(len(shards.open_shards(job.inputs["images"], verify=False).images))
+
+
 def run_shards(settings: ScoreImages, job: Job, numbers: range) -> None:
     """Scores some of the set's shards for the process that publishes the scores, which may run later.
 
     numbers: of the shards, from 0. Raises DmatError for numbers of shards that the set does not have.
     """
     images = shards.open_shards(job.inputs["images"], verify=numbers)
-    expect_numbers(numbers, len(images.images), str(job.instance["image_set"]))
+    expect_numbers(numbers, len(images.images), f"image set {job.instance['image_set']}")
     model, pool = _open(images, settings, job)
     for _ in _records(images, model, pool, settings, job, numbers):
         pass

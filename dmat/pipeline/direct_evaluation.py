@@ -4,7 +4,9 @@ Everything is written to one folder: shards to `work/`, and when all are done th
 pictures. In a project the evaluation is tracked like a stage; elsewhere it is not.
 """
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, NotRequired, TypedDict
@@ -13,13 +15,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dmat import config, devices, files, plugins, processes, tracking
+from dmat import config, devices, files, plugins, tracking
 from dmat.config import EvaluateRobust, Threat
 from dmat.data import overlap
 from dmat.data.image_source import ImageSource, listing
 from dmat.data.pixels import to_float
+from dmat.data.shard_pool import expect_numbers
 from dmat.data.sources import recognise
 from dmat.devices import Compute
+from dmat.engine import EngineOptions, Task, TaskContext
 from dmat.errors import DmatError
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation, EvaluationProtocol, Summary, Verdict
@@ -27,7 +31,7 @@ from dmat.evaluation.measures import Subject, images_sha256
 from dmat.evaluation.table import write_results
 from dmat.models import importing, leaderboard
 from dmat.models.loading import SUFFIX, expect_pair, open_classifier
-from dmat.pipeline import code_identity
+from dmat.pipeline import code_identity, division
 from dmat.pipeline.work_folder import lock, set_aside
 from dmat.robust import auto_attack
 from dmat.robust.attacks import Ball
@@ -143,17 +147,22 @@ class DirectEvaluation:
             "labels_are": self.labels_are,
         }
 
-    def run_worker(self, quiet: bool) -> None:
-        """Computes shards that no other process is computing, until none is left."""
+    def run_shards(self, numbers: range, quiet: bool) -> None:
+        """Computes some of the shards and writes no result: a later run of the same request finds them.
+
+        numbers: of the shards, from 0. Raises DmatError for numbers of shards that the evaluation does not have.
+        """
+        tasks = self.evaluation.tasks
+        expect_numbers(numbers, len(tasks), f"the evaluation of {self.request.model.name}")
         make_folder(self.request.folder)
         self._expect_same_request()
         with Interruption(at_once=True):
-            work.compute_all(self.evaluation.tasks, wait=False, quiet=quiet)
+            work.compute_all(tasks[numbers.start : numbers.stop], quiet=quiet)
 
-    def run(self, fresh: bool, quiet: bool) -> DirectResult:
+    def run(self, fresh: bool, quiet: bool, options: EngineOptions) -> DirectResult:
         """Computes the missing shards and writes the results. The same request resumes, or returns a finished result.
 
-        fresh: sets earlier work aside and starts over. quiet: no progress bar.
+        fresh: sets earlier work aside and starts over. quiet: no progress bar. options: of the workers, if any.
         """
         folder = self.request.folder
         make_folder(folder)
@@ -166,7 +175,9 @@ class DirectEvaluation:
             files.write_json(folder / _IDENTITY_FILE, self.identity)
             with self._tracked() as run:
                 with Interruption(at_once=True):  # inside, so that the tracked run records the signal
-                    work.compute_all(self.evaluation.tasks, wait=True, quiet=quiet)
+                    if options.has_workers:
+                        self._compute_in_workers(options, quiet)
+                    work.compute_all(self.evaluation.tasks, quiet=quiet)
                     self._expect_same_code()
                     result = self._write(folder)
                 for name, value in result.verdict.tags.items():
@@ -174,6 +185,19 @@ class DirectEvaluation:
                 run.register(self._candidate(result))
                 run.finish_with(_numbers(result.summary), sorted(folder.glob("*.png")))
         return result
+
+    def _compute_in_workers(self, options: EngineOptions, quiet: bool) -> None:
+        request, images = self.request, Path(self.request.images)
+        request = dataclasses.replace(  # a worker is in another folder
+            request,
+            model=request.model.resolve(),
+            images=str(images.resolve()) if images.exists() else request.images,
+            folder=request.folder.resolve(),
+        )
+        arguments = (request, self.identity, division.WorkerCompute.of(self.compute))
+        numbers = [number for number, task in enumerate(self.evaluation.tasks) if not task.done]
+        tasks = [Task(f"shard {number}", _compute_shard, (*arguments, number)) for number in numbers]
+        division.run_tasks(tasks, options, label="evaluate", quiet=quiet)
 
     def _tracked(self) -> tracking.Run:
         request = self.request
@@ -321,14 +345,25 @@ def result_lines(result: DirectResult) -> list[str]:
     return lines + result.verdict.sentences
 
 
+def _compute_shard(
+    context: TaskContext, request: Request, identity: EvaluationIdentity, compute: division.WorkerCompute, number: int
+) -> None:
+    """Computes one shard in a worker, if it would make the same evaluation as the driver."""
+    if request.home is not None:
+        with contextlib.suppress(DmatError):  # the driver has read it
+            config.load(request.home / "params.yaml")  # allows the networks that it names by import path
+    direct = DirectEvaluation(request, compute.resolve())
+    if direct.identity != identity:
+        raise DmatError(
+            f"a worker on {os.uname().nodename} would evaluate another model or other images than the driver; expected "
+            f"no change until the evaluation ended; run the same command again"
+        )
+    direct.run_shards(range(number, number + 1), quiet=True)
+
+
 def resolve_compute(device: str) -> Compute:
     """Resolves a device for an evaluation in single precision. device: auto, cpu or cuda."""
     return devices.resolve(device, "fp32", torch.get_num_threads())
-
-
-def is_main_process() -> bool:
-    """Whether this process writes the results; under torchrun the other processes only compute."""
-    return processes.world().is_main_process
 
 
 def _threat(request: Request, sidecar: ClassifierSidecar) -> Threat:

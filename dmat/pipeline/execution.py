@@ -6,6 +6,7 @@ DVC lost before it wrote its lock file is published again instead of computed ag
 were computed. Nothing is published if code, settings or inputs on disk differ by then from those that were used.
 """
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from dmat.pipeline.work_folder import Finished
 from dmat.processes import World
 from dmat.training.interruption import Interruption
 from dmat.training.long_run import Watcher
-from dmat.workspace import FINISHED, METRICS, PICTURES, RESULT, ProvenanceExtras, Workspace
+from dmat.workspace import METRICS, PICTURES, RESULT, ProvenanceExtras, Workspace
 
 
 def execute(
@@ -34,12 +35,14 @@ def execute(
     fresh: bool = False,
     quiet: bool = False,
     reload_params: Callable[[], Params] | None = None,
+    compute_shards: Callable[[Plan, Job], None] | None = None,
 ) -> Metrics:
     """Runs, resumes or republishes one instance; returns its metrics.
 
     fresh: sets earlier work aside and starts over. quiet: no progress bar.
     reload_params: reads the parameter file again, to detect changes before publishing; None if `params` does not come
-    from a file. Under `torchrun` the main process does all this. The others only take part in the computation and
+    from a file. compute_shards: computes all shards elsewhere before the job, which then finds them; for a stage with
+    `by_shards`. Under `torchrun` the main process does all this. The others only take part in the computation and
     return {}.
     Raises DmatError, and Interrupted on a signal.
     """
@@ -48,7 +51,7 @@ def execute(
     if process_count > 1 and plan.stage.processes == "one":
         raise DmatError(
             f"{plan.stage.name} was started in {process_count} processes; expected one, as only "
-            f"{_stage_names('together', 'shared')} take several; start it without torchrun"
+            f"{_stage_names()} take several; start it without torchrun"
         )
     world = processes.world()
     if not world.is_main_process:
@@ -61,7 +64,7 @@ def execute(
         finished = work_folder.verify_finished(plan.work)
         world.broadcast(None if finished else b"compute")
         if finished is None:
-            finished = _compute(plan, params, workspace, quiet, fresh)
+            finished = _compute(plan, params, workspace, quiet, fresh, compute_shards)
         _expect_same_code(plan, workspace)
         if reload_params is not None:
             _expect_unchanged(plan, reload_params, workspace)
@@ -127,41 +130,36 @@ def _run_follower(plan: Plan, params: Params, workspace: Workspace, world: World
     """The part of every process under `torchrun` but the main one: the same computation, in a temporary folder."""
     if world.broadcast(None) is None:
         return {}
-    if plan.stage.processes == "shared":
-        run_worker(plan, params, workspace, quiet=True)
-        return {}
     with tempfile.TemporaryDirectory() as folder, Interruption(at_once=True):
         run(plan, new_job(plan, params, workspace, resolve(params), Path(folder), quiet=True))
     return {}
 
 
-def run_worker(plan: Plan, params: Params, workspace: Workspace, *, quiet: bool = False) -> None:
-    """Computes parts of a shared stage beside the process that publishes it, which may start later.
-
-    Raises DmatError for a stage that several processes cannot share.
-    """
-    if plan.stage.processes != "shared":
-        raise DmatError(f"{plan.stage.name} cannot be shared; expected one of {_stage_names('shared')}; start it once")
-    if (plan.work / FINISHED).exists():
-        return
-    plan.work.mkdir(parents=True, exist_ok=True)
-    with Interruption(at_once=True):
-        plan.stage.job.run_worker(plan.settings, new_job(plan, params, workspace, resolve(params), plan.work, quiet))
-
-
-def run_shards(plan: Plan, params: Params, workspace: Workspace, numbers: range, *, quiet: bool = False) -> None:
+def run_shards(
+    plan: Plan,
+    params: Params,
+    workspace: Workspace,
+    numbers: range,
+    *,
+    quiet: bool = False,
+    compute: Compute | None = None,
+    fresh: bool = False,
+) -> None:
     """Computes some shards of an instance and publishes nothing: a later run of the whole instance finds them.
 
     Any number of processes may do so at once, on machines that share the project's `runs/`. numbers: of the shards.
+    compute: what to compute with; None: as the parameters say. fresh: computes shards again that are there.
     """
     with Interruption(at_once=True):
-        job = new_job(plan, params, workspace, compute_of(plan.stage, params), plan.work, quiet)
+        compute = _for_stage(plan.stage, compute or resolve(params))
+        plan.work.mkdir(parents=True, exist_ok=True)
+        job = new_job(plan, params, workspace, compute, plan.work, quiet, fresh=fresh)
         plan.stage.job.run_shards(plan.settings, job, numbers)
 
 
 def estimate(plan: Plan, params: Params, workspace: Workspace) -> dict[str, object]:
-    """How much of a shared stage is done and how long the rest takes; {} for other stages and finished results."""
-    if plan.stage.processes != "shared" or plan.finished:
+    """How much is done and how long the rest takes; {} for stages that cannot tell, and for finished results."""
+    if plan.finished or not hasattr(plan.stage.job, "estimate"):
         return {}
     values: dict[str, object] = plan.stage.job.estimate(
         plan.settings, new_job(plan, params, workspace, resolve(params), plan.work, quiet=True)
@@ -169,9 +167,9 @@ def estimate(plan: Plan, params: Params, workspace: Workspace) -> dict[str, obje
     return values
 
 
-def _stage_names(*processes: str) -> str:
-    """Names of the stages of these kinds of `Stage.processes`, for a message."""
-    return ", ".join(stage.name for stage in STAGES.values() if stage.processes in processes)
+def _stage_names() -> str:
+    """Names of the stages that several processes compute together, for a message."""
+    return ", ".join(stage.name for stage in STAGES.values() if stage.processes == "together")
 
 
 def run(plan: Plan, job: Job) -> Result:
@@ -207,11 +205,17 @@ def new_job(
 
 def compute_of(stage: Stage, params: Params) -> Compute:
     """Device, precision and threads of a stage; single precision for a stage with `float32`."""
-    compute = resolve(params)
+    return _for_stage(stage, resolve(params))
+
+
+def _for_stage(stage: Stage, compute: Compute) -> Compute:
     return compute.exact() if stage.float32 else compute
 
 
-def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fresh: bool) -> Finished:
+def _compute(
+    plan: Plan, params: Params, workspace: Workspace, quiet: bool, fresh: bool,
+    compute_shards: Callable[[Plan, Job], None] | None,
+) -> Finished:  # fmt: skip
     compute = compute_of(plan.stage, params)
     started = time.time()
     tracked = tracking.open_run(
@@ -232,6 +236,9 @@ def _compute(plan: Plan, params: Params, workspace: Workspace, quiet: bool, fres
     job = new_job(plan, params, workspace, compute, plan.work, quiet, fresh=fresh)
     with tracked:  # ends the tracked run with the status that fits what happened inside
         with Interruption(at_once=True):  # inside, so that the tracked run records the signal
+            if compute_shards is not None:
+                compute_shards(plan, job)
+                job = dataclasses.replace(job, fresh=False)
             result = run(plan, job)
         for name, value in result.tags.items():
             tracked.tag(name, value)

@@ -33,10 +33,10 @@ class Stage:
     They return the record of the stage's settings, the paths read, the paths written, and the settings of the models
     that the instance opens, which may name code of the project as its own settings may.
     example: a command line for `--help`.
-    processes: "one" process only; "together": several that compute in step with each other; "shared": several that
-    divide the work.
+    processes: "one" process only; "together": several that compute in step with each other.
     float32: the stage computes in single precision, whatever the precision of the other stages.
-    by_shards: whether its command takes `--shards`, and its job has `run_shards`.
+    by_shards: whether workers can divide its shards. Its command takes `--shards`, `--workers` and `--cluster`, and its
+    job has `pending_shards` and `run_shards`.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Stage:
     inputs: Callable[..., Paths]
     outputs: Callable[..., Paths]
     example: str
-    processes: Literal["one", "together", "shared"] = "one"
+    processes: Literal["one", "together"] = "one"
     float32: bool = False
     by_shards: bool = False
     model_settings: Callable[..., "tuple[Record, ...]"] = lambda params, **instance: ()
@@ -337,8 +337,8 @@ STAGES: dict[str, Stage] = {
             },
             outputs=lambda p, arm, seed: {"evaluation": f"{ARTIFACTS}/evaluate_robust/{arm}-{seed}"},
             example="dmat evaluate-robust --arm generated --seed 1",
-            processes="shared",
             float32=True,
+            by_shards=True,
             model_settings=lambda p, arm, seed: (p.arms[arm].network,),
         ),
         Stage(

@@ -100,7 +100,7 @@ def rank(context: TrialContext, trial: FrozenTrial) -> None:
             "settings": files.fingerprint(settings.plain()),
         },
     )
-    work.compute_all(evaluation.shards, wait=True, quiet=True)
+    work.compute_all(evaluation.shards, quiet=True)
     value = wilson(evaluation.columns()["auto_attack"]).plain() | {"attacks": suite.name}
     context.study.set_user_attr(f"{_PREFIX}{trial.number}", value)
 
