@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 repro: .venv/ready
 	$(BIN)/dmat doctor --fix
 	$(BIN)/dmat lock --check
-	$(BIN)/dvc repro; status=$$?; $(BIN)/dmat runs sync; exit $$status
+	$(BIN)/dmat repro; status=$$?; $(BIN)/dmat runs sync; exit $$status
 	@cat artifacts/write_report/report/table.md
 	@echo "The whole comparison: artifacts/write_report/report/report.html; every run: make ui"
 

@@ -17,12 +17,10 @@ def add(context, a, b):
 
 
 def describe(context):
-    """Process, variables and signals of the worker."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    """Process and variables of the worker."""
     return {
         "pid": os.getpid(),
         "device": os.environ.get("DEVICE"),
-        "ignored": all(handler == signal.SIG_IGN for handler in handlers.values()),
         "torch": "torch" in sys.modules,
     }
 
@@ -76,7 +74,14 @@ def accept():
     """A worker that is as expected."""
 
 
-def wait_for_start(context, folder):
-    """Waits until `run_until_asked` runs in the same folder."""
-    while not list(Path(folder).glob("started-*")):
+def wait_for_start(context, folder, count=1):
+    """Waits until as many other tasks have started in the same folder."""
+    while len(list(Path(folder).glob("started-*"))) < count:
         time.sleep(POLL)
+    return os.getpid()
+
+
+def start_and_wait(context, folder, count):
+    """Starts, and waits until as many tasks have."""
+    (Path(folder) / f"started-{os.getpid()}").touch()
+    return wait_for_start(context, folder, count)

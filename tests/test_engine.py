@@ -126,8 +126,12 @@ def test_workers_have_their_environment_and_no_signals(cluster):
     """Ctrl-C in a terminal goes to every process of the group: the workers must not die of it."""
     assert cluster.size == 2
     seen = described(cluster)
+    for pid in seen:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(pid, number)
+    assert described(cluster) == seen
     assert {worker["device"] for worker in seen.values()} == {"a", "b"}
-    assert all(worker["ignored"] and not worker["torch"] for worker in seen.values())
+    assert not any(worker["torch"] for worker in seen.values())
     assert os.getpid() not in seen
 
 
@@ -218,6 +222,33 @@ def test_the_file_of_a_cluster_is_private(cluster):
     path = Path(cluster.environment[tasks.CLUSTER_VARIABLE])
     assert json.loads(path.read_text())["address"].startswith("tls://127.0.0.1:")
     assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_task_in_the_driver_occupies_no_worker(cluster, tmp_path):
+    """Both workers compute, and the task in this process waits for what they do."""
+    here = Task("here", engine_tasks.wait_for_start, (str(tmp_path), 2), in_driver=True)
+    calls = [here, *(Task(f"worker {k}", engine_tasks.start_and_wait, (str(tmp_path), 2)) for k in range(2))]
+    ended = outcomes(cluster, *calls)
+    assert ended.keys() == {"here", "worker 0", "worker 1"}
+    assert not any(outcome.error for outcome in ended.values())
+    assert ended["here"].result == os.getpid()
+    assert os.getpid() not in {ended[f"worker {k}"].result for k in range(2)}
+
+
+def test_a_stop_reaches_a_task_in_the_driver(cluster, tmp_path):
+    waiting, ended = [Task("here", engine_tasks.run_until_asked, (str(tmp_path),), in_driver=True)], []
+
+    def check_interruption():
+        if list(tmp_path.glob("started-*")):
+            raise Interrupted(75, "stopped by SIGUSR1")
+
+    with pytest.raises(Interrupted, match="SIGUSR1"):
+        cluster.run(
+            lambda: waiting.pop() if waiting else None, on_outcome=ended.append, check_interruption=check_interruption
+        )
+    assert (tmp_path / f"started-{os.getpid()}").exists()
+    assert (tmp_path / "saved").exists()
+    assert (type(ended[0].error), ended[0].error.exit_code) == (Interrupted, 75)
 
 
 def test_a_result_that_cannot_travel_is_an_error(cluster):

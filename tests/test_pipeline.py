@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from dmat import config
+from dmat import config, files
 from tests import browser, fork_server, forked, servers
 
 pytestmark = pytest.mark.timeout(2000)  # a whole `dvc repro` on a machine that is busy with other work
@@ -113,6 +113,43 @@ def test_the_pipeline_runs_and_ends_with_a_comparison(project):
     assert not re.findall(
         r"""(?:src|href)=["'](?!data:|#)""", re.sub(r"<script.+?</script>", "", page, flags=re.DOTALL)
     )
+
+
+def test_dmat_repro_gives_what_dvc_repro_gives(project, tmp_path_factory, tiny_params_once):
+    """Two stages at once, shards in workers: every byte but that of provenance and report, and one parent run."""
+    from tests.conftest import ROOT
+
+    parallel = Project(tmp_path_factory.mktemp("parallel"), ROOT, tiny_params_once)
+    text = parallel.run("dmat", "repro", "--workers", "2", "--json", real=True, DMAT_TRACKING="on")
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert sum(line["state"] == "done" for line in lines) == PIPELINE_STAGES
+    open_instances, most = set(), 0
+    for line in lines:
+        (open_instances.add if line["state"] == "started" else open_instances.discard)(line["instance"])
+        most = max(most, len(open_instances))
+    assert most >= 2, "nothing ran side by side"
+    checksums = [
+        {
+            path.relative_to(folder).as_posix(): files.sha256(path)
+            for path in (folder / "artifacts").rglob("*")
+            if path.is_file() and not {"provenance", "write_report"} & {*path.relative_to(folder).parts}
+        }
+        for folder in (project.folder, parallel.folder)
+    ]
+    assert checksums[0] == checksums[1]
+    assert len(checksums[0]) > 60
+    parallel.run("dmat", "runs", "sync")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{parallel.folder}/mlruns/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("dmat").experiment_id])
+    (parent,) = [run for run in runs if run.data.tags["dmat.stage"] == "dvc"]
+    assert parent.info.run_name == "dmat repro --workers 2 --json"
+    assert {run.data.tags.get("mlflow.parentRunId") for run in runs if run is not parent} == {parent.info.run_id}
+    assert len(runs) == PIPELINE_STAGES + 1
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert parallel.run("dvc", "status").strip() == "Data and pipelines are up to date."
+    assert parallel.run("dmat", "repro", "--json", real=True).strip() == '{"instances": 0}'
 
 
 def test_the_table_is_made_of_per_image_results(project):

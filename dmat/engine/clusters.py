@@ -111,7 +111,7 @@ def start(options: EngineOptions, expect: Callable[[], None] | None = None) -> "
 def dask_setup(worker: object) -> None:
     """Called by Dask in each local worker. A signal to the process group is for the driver, which tells its tasks."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by the processes that a task starts
 
 
 def join(options: EngineOptions, expect: Callable[[], None] | None = None) -> "DaskEngine":
@@ -235,7 +235,7 @@ class DaskEngine:
             _check(check_interruption, conversation)
             if time.monotonic() - asked_size > _SIZE_SECONDS:
                 size, asked_size = self.size, time.monotonic()
-            while len(conversation.running) < size and ended != conversation.ended:
+            while conversation.occupied < size and ended != conversation.ended:
                 if (task := next_task()) is None:
                     ended = conversation.ended
                 else:
@@ -283,7 +283,7 @@ class _Assignment:
 class _Note(TypedDict):
     """A message of an attempt to run a task. The driver answers all but the last."""
 
-    event: str  # "started", then any number of "message", then "ended"
+    event: str  # "started", then any number of "message", then "ended"; of a thread of the driver only "outcome"
     number: int  # of the task
     attempt: str
     content: Any
@@ -310,12 +310,20 @@ _FAILED = ("error", "cancelled", "lost")  # states of a future without a result
 
 @dataclasses.dataclass
 class _Running:
-    """A task that has no outcome yet. attempt: the one that counts; "" before the task started."""
+    """A task that has no outcome yet.
+
+    future: None for a task in a thread of this process. attempt: the one that counts; "" before the task started.
+    """
 
     task: Task
-    future: Future[None]
+    future: Future[None] | None
     attempt: str = ""
     lost_workers: int = 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether Dask gave up the task."""
+        return self.future is not None and self.future.status in _FAILED
 
 
 class _Conversation:
@@ -331,7 +339,7 @@ class _Conversation:
         self._inboxes: dict[str, Queue] = {}  # attempt -> inbox
         self.running: dict[int, _Running] = {}
         self.ended, self._submitted = 0, 0
-        self._stop: tuple[int, str] | None = None
+        self.stop_request: tuple[int, str] | None = None
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._listen, self._send_pulses)]
 
@@ -377,19 +385,34 @@ class _Conversation:
         if (inbox := self._inboxes.pop(attempt, None)) is not None:
             inbox.close()
 
+    @property
+    def occupied(self) -> int:
+        """How many workers have a task."""
+        return sum(not running.task.in_driver for running in self.running.values())
+
     def submit(self, task: Task, lost_workers: int = 0) -> None:
-        """Hands a task to the cluster."""
+        """Hands a task to the cluster, or starts it in a thread."""
         self._submitted += 1
         number = self._submitted
+        if task.in_driver:
+            self.running[number] = _Running(task, None)
+            threading.Thread(target=self._run_here, args=(number, task), daemon=True).start()
+            return
         assignment = _Assignment(task, number, self._channel, self._options.patience, self._expect)
         future = self._client.submit(_run_assignment, assignment, key=f"{self._channel}-{number}", pure=False)
         self.running[number] = _Running(task, future, lost_workers=lost_workers)
+
+    def _run_here(self, number: int, task: Task) -> None:
+        context = _ThreadContext(self)
+        with interruption.asking(context.check_interruption):
+            outcome = run_task(task, context)
+        self._notes.put({"event": "outcome", "number": number, "attempt": "", "content": outcome})
 
     def receive(self, timeout: float) -> None:
         """Waits for one message, at most `timeout` seconds, and handles it; then looks for killed workers."""
         with contextlib.suppress(queue.Empty):
             self._handle(self._notes.get(timeout=timeout))
-        for number, running in [pair for pair in self.running.items() if pair[1].future.status in _FAILED]:
+        for number, running in [pair for pair in self.running.items() if pair[1].failed]:
             with contextlib.suppress(queue.Empty):
                 while True:  # the outcome of this task may wait
                     self._handle(self._notes.get_nowait())
@@ -401,7 +424,11 @@ class _Conversation:
             raise note
         number, attempt = note["number"], note["attempt"]
         running = self.running.get(number)
-        if note["event"] == "started" and running is not None and self._stop is None:
+        if note["event"] == "outcome":
+            if running is not None:
+                self._finish(number, note["content"])
+            return
+        if note["event"] == "started" and running is not None and self.stop_request is None:
             if running.attempt:  # the scheduler runs the task again
                 self._lose(running)
             running.attempt = attempt
@@ -412,15 +439,15 @@ class _Conversation:
             self._forget(attempt)
             if running is not None and counts:
                 self._end(number, running, note["content"])
-        elif self._stop is not None or running is None or not counts:
-            stop = self._stop or (_STOPPED, "another worker computes this task, or it is no longer needed")
+        elif self.stop_request is not None or running is None or not counts:
+            stop = self.stop_request or (_STOPPED, "another worker computes this task, or it is no longer needed")
             self._send(attempt, {"answer": None, "stop": stop})
         else:
             answer = {} if note["event"] == "started" else self._callbacks.on_message(running.task, note["content"])
             self._send(attempt, {"answer": answer, "stop": None})
 
     def _end(self, number: int, running: _Running, ending: _Ending) -> None:
-        if ending["abandoned"] and self._stop is None:  # this process stood still, or the network did
+        if ending["abandoned"] and self.stop_request is None:  # this process stood still, or the network did
             self._run_again(number, running)
             return
         error = None if ending["error"] is None else _rebuilt(*ending["error"])
@@ -428,14 +455,16 @@ class _Conversation:
         self._finish(number, Outcome(running.task, result, error, running.lost_workers))
 
     def _finish(self, number: int, outcome: Outcome) -> None:
-        running = self.running.pop(number)
-        running.future.release()
+        future = self.running.pop(number).future
+        if future is not None:
+            future.release()
         self.ended += 1
         self._callbacks.on_outcome(outcome)
 
     def _handle_failure(self, number: int, running: _Running) -> None:
+        assert running.future is not None
         error = running.future.exception() if running.future.status == "error" else None
-        if self._stop is not None:
+        if self.stop_request is not None:
             self._finish(number, self._interrupted(running))
         elif error is None or isinstance(error, KilledWorker):
             self._run_again(number, running)
@@ -471,15 +500,17 @@ class _Conversation:
 
         A second Ctrl-C raises KeyboardInterrupt here: then nothing is waited for.
         """
-        if self._stop is not None:
+        if self.stop_request is not None:
             return
-        self._stop = (error.exit_code, str(error)) if isinstance(error, Interrupted) else (_STOPPED, _BECAUSE_OF_ERROR)
+        self.stop_request = (
+            (error.exit_code, str(error)) if isinstance(error, Interrupted) else (_STOPPED, _BECAUSE_OF_ERROR)
+        )
         if not outcomes:
             self._callbacks = _Callbacks(ignore, refuse_message, ignore)
         for number, running in list(self.running.items()):
             if running.attempt:
-                self._send(running.attempt, {"answer": None, "stop": self._stop})
-            else:
+                self._send(running.attempt, {"answer": None, "stop": self.stop_request})
+            elif running.future is not None:
                 running.future.cancel()
                 self._finish(number, self._interrupted(running))
         deadline = time.monotonic() + self._options.time_to_save
@@ -489,13 +520,27 @@ class _Conversation:
             self._finish(number, self._interrupted(running))
 
     def _interrupted(self, running: _Running) -> Outcome:
-        assert self._stop is not None
-        return Outcome(running.task, error=Interrupted(*self._stop), lost_workers=running.lost_workers)
+        assert self.stop_request is not None
+        return Outcome(running.task, error=Interrupted(*self.stop_request), lost_workers=running.lost_workers)
 
 
 def _rebuilt(kind: str, sentence: str, exit_code: int) -> DmatError | Interrupted:
     """The error of a task as it was in the worker."""
     return Interrupted(exit_code, sentence) if kind == Interrupted.__name__ else _KINDS.get(kind, DmatError)(sentence)
+
+
+class _ThreadContext:
+    """What a task in a thread of the driver sees of the engine."""
+
+    def __init__(self, conversation: _Conversation):
+        self._conversation = conversation
+
+    def ask(self, message: Message) -> Message:
+        raise AssertionError("a task in the driver's process has nobody to ask")
+
+    def check_interruption(self) -> None:
+        if (stop := self._conversation.stop_request) is not None:
+            raise Interrupted(*stop)
 
 
 # In a worker

@@ -50,11 +50,13 @@ class Task:
 
     name: for messages, such as "trial 7"; unique among the tasks of one `Engine.run`. function: of a module, because a
     worker imports it; called as `function(context, *arguments)`. Its result and its arguments are picklable and small.
+    in_driver: it runs in a thread of the driver's process and occupies no worker, because it waits for workers itself.
     """
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
+    in_driver: bool = False
 
 
 class TaskContext(Protocol):

@@ -6,7 +6,7 @@ records its progress in the work folder; it also ends the run of a training that
 """
 
 from dmat.tracking.open_runs import reap, set_aside, sync
-from dmat.tracking.parents import record_stage_error
+from dmat.tracking.parents import begin_parent, record_stage_error
 from dmat.tracking.registry import RegistryCandidate
 from dmat.tracking.run_record import FILES, parameters
 from dmat.tracking.runs import Run, adopt, open_run, recorded_runs, seconds_before
@@ -18,6 +18,7 @@ __all__ = [
     "Run",
     "adopt",
     "artifact_folder",
+    "begin_parent",
     "connect",
     "open_run",
     "parameters",

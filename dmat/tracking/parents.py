@@ -11,6 +11,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import psutil
+
 from dmat import files, liveness
 from dmat.errors import Interrupted, first_line
 from dmat.redaction import redacted
@@ -18,33 +20,53 @@ from dmat.tracking import dvc_process, open_runs, origin, sender, stores
 from dmat.tracking.run_record import RunRecord
 
 _NICENESS = 5
+_PARENTS = Path("mlruns") / "parents"
+_VARIABLE = "DMAT_PARENT"  # environment variable of the stages of `dmat repro`: name of the folder below _PARENTS
 
 
 def folder_above(home: Path, root: Path) -> Path | None:
-    """The folder with the record of the run of the `dvc` process above this one; None for a direct command.
+    """The folder with the record of the run of the `dvc` or `dmat repro` above this process; None for a direct command.
 
     Writes the record and starts the waiting process if no stage did so yet. root: the folder with `dvc.lock`.
     """
-    ancestor, store = dvc_process.outermost(), stores.identity(home)
+    if name := os.environ.get(_VARIABLE):
+        return home / _PARENTS / name
+    ancestor = dvc_process.outermost()
     if ancestor is None:
         return None
-    dvc, process_identity, arguments = ancestor
-    folder = _folder(home, dvc.pid, process_identity)
+    dvc, _, arguments = ancestor
+    return _begin(home, root, dvc, " ".join(["dvc", *arguments]))
+
+
+def begin_parent(home: Path, root: Path, command: str) -> dict[str, str]:
+    """Begins the parent run of stages that this process starts, also on other machines.
+
+    Returns the environment variables with which they find it. command: its name. Nothing if tracking is off.
+    """
+    if os.environ.get("DMAT_TRACKING", "on") == "off":
+        return {}
+    return {_VARIABLE: _begin(home, root, psutil.Process(), command).name}
+
+
+def _begin(home: Path, root: Path, process: psutil.Process, command: str) -> Path:
+    """Writes the record of the run of a process, unless it has one. Returns its folder."""
+    store, process_identity = stores.identity(home), liveness.identity(process.pid)
+    folder = _folder(home, process.pid, process_identity)
     folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(folder, store)
     with record.lock:
         record.refresh()
         if record["about"] is None:
-            command = redacted(" ".join(["dvc", *arguments]))
+            command = redacted(command)
             tags = {
                 "dmat.stage": "dvc",
                 "dmat.command": command,
                 **{k.replace("_", "."): str(v) for k, v in origin.git(home).items()},
             }
-            about = {"name": command, "tags": tags, "settings": {}, "started": dvc.create_time(), "parent": None}
-            record.update(about=about | {"root": open_runs.relative(home, root), "dvc": dvc.pid})
-            open_runs.write(home, folder, dvc.pid, by_children=True)
-            _start_watching(home, folder, dvc.pid, process_identity)
+            about = {"name": command, "tags": tags, "settings": {}, "started": process.create_time(), "parent": None}
+            record.update(about=about | {"root": open_runs.relative(home, root), "dvc": process.pid})
+            open_runs.write(home, folder, process.pid, by_children=True)
+            _start_watching(home, folder, process.pid, process_identity)
     return folder
 
 
@@ -53,10 +75,14 @@ def record_stage_error(home: Path, error: BaseException) -> None:
 
     The stage may have failed before it had a run of its own. KILLED after Interrupted, else FAILED.
     """
-    ancestor = dvc_process.outermost() if "DVC_STAGE" in os.environ else None
-    if ancestor is None:
+    if "DVC_STAGE" not in os.environ:
         return
-    folder = _folder(home, ancestor[0].pid, ancestor[1])
+    if name := os.environ.get(_VARIABLE):
+        folder = home / _PARENTS / name
+    elif (ancestor := dvc_process.outermost()) is not None:
+        folder = _folder(home, ancestor[0].pid, ancestor[1])
+    else:
+        return
     if folder.is_dir() and (record := RunRecord(folder, stores.identity(home)))["stopped"] is None:
         status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
         record.update(stopped={"status": status, "error": f"{os.environ['DVC_STAGE']}: {first_line(error)}"})
@@ -83,7 +109,7 @@ def main() -> None:
 
 
 def _folder(home: Path, pid: int, process_identity: str) -> Path:
-    return home / "mlruns" / "parents" / f"{pid}-{files.fingerprint([process_identity, stores.identity(home)])}"
+    return home / _PARENTS / f"{pid}-{files.fingerprint([process_identity, stores.identity(home)])}"
 
 
 def _start_watching(home: Path, folder: Path, pid: int, process_identity: str) -> None:
