@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dmat.pipeline.repro import Progress
+    from dmat.pipeline.repro import InstanceProgress
 
 
 def add_to(app: typer.Typer) -> None:
@@ -64,7 +64,7 @@ def _repro(
         raise typer.Exit(failure.exit_code)
 
 
-def _show(progress: "Progress", as_json: bool) -> None:
+def _show(progress: "InstanceProgress", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(progress)))
         return

@@ -91,10 +91,10 @@ def test_a_worker_with_other_inputs_refuses(project):
     plan, params, workspace = planned(project)
     compute = division.WorkerCompute.of(execution.resolve(params))
     path = str(project.folder / "params.yaml")
-    shards = division._Shards(workspace, path, plan.stage.name, plan.instance, "0" * 32, compute, False)
+    request = division._ShardRequest(workspace, path, plan.stage.name, plan.instance, "0" * 32, compute, False)
     with pytest.raises(DmatError, match="would compute generate_images edm18 from other parameters or inputs"):
-        division._compute_shard(None, shards, 0)
-    elsewhere = dataclasses.replace(shards, params="/elsewhere/params.yaml")
+        division._compute_shard(None, request, 0)
+    elsewhere = dataclasses.replace(request, params="/elsewhere/params.yaml")
     with pytest.raises(DmatError, match=r"finds no /elsewhere/params\.yaml"):
         division._compute_shard(None, elsewhere, 0)
 

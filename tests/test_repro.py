@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dmat import tracking
 from dmat.engine import EngineOptions, Outcome
 from dmat.errors import DmatError, Interrupted
 from dmat.pipeline import dvc_graph, repro
+from dmat.tracking import dvc_process, parents
 from tests import forked
 
 ROOT = Path(__file__).parent.parent
@@ -154,23 +156,23 @@ def test_only_stages_with_shards_are_in_the_driver_and_know_the_cluster(schedule
     assert (second.name, second.in_driver) == ("evaluate_robust@y-1", True)
     assert second.arguments[2] == {"DMAT_PARENT": "p", "DMAT_CLUSTER": "file"}
     assert scheduler.next_task() is None
-    scheduler.end(Outcome(first, repro._Run(0, 1.0, "")))
+    scheduler.end(Outcome(first, repro._CommandEnd(0, 1.0, "")))
     names = [scheduler.next_task().name for _ in range(2)]
     assert names == ["generate_images@x", "train_robust@y-1"]  # no third coordinator beside two workers
     assert scheduler.next_task() is None
-    scheduler.end(Outcome(second, repro._Run(0, 1.0, "")))
+    scheduler.end(Outcome(second, repro._CommandEnd(0, 1.0, "")))
     assert scheduler.next_task().name == "score_images@x"
 
 
 @pytest.mark.parametrize(
     ("run_", "state", "exit_code", "sentence"),
     [
-        (repro._Run(0, 1.0, "Running stage 'a':"), "done", 0, ""),
-        (repro._Run(0, 1.0, "Stage 'a' didn't change, skipping"), "unchanged", 0, ""),
-        (repro._Run(0, 1.0, "Stage 'a' is cached - skipping run, checking out outputs"), "restored", 0, ""),
-        (repro._Run(255, 1.0, "x\nerror: a; b\nERROR: failed to run: dmat, exited with 2"), "failed", 2, "error: a; b"),
-        (repro._Run(255, 1.0, "ERROR: no disk"), "failed", 255, "ERROR: no disk"),
-        (repro._Run(-9, 1.0, ""), "failed", -9, "it wrote nothing"),
+        (repro._CommandEnd(0, 1.0, "Running stage 'a':"), "done", 0, ""),
+        (repro._CommandEnd(0, 1.0, "Stage 'a' didn't change, skipping"), "unchanged", 0, ""),
+        (repro._CommandEnd(0, 1.0, "Stage 'a' is cached - skipping run, checking out outputs"), "restored", 0, ""),
+        (repro._CommandEnd(255, 1.0, "error: a\nERROR: failed to run: dmat, exited with 2"), "failed", 2, "error: a"),
+        (repro._CommandEnd(255, 1.0, "ERROR: no disk"), "failed", 255, "ERROR: no disk"),
+        (repro._CommandEnd(-9, 1.0, ""), "failed", -9, "it wrote nothing"),
     ],
 )
 def test_what_is_said_of_the_end_of_a_command(run_, state, exit_code, sentence):
@@ -223,3 +225,22 @@ def test_the_command_prints_a_line_for_each_start_and_end(project, call, monkeyp
     code, out, err = call("repro", "--workers", "1")
     assert "b: failed in " in out
     assert err.splitlines() == ["b: error: b is broken"]
+
+
+def test_stages_find_the_run_of_their_driver_by_its_name(tmp_path, monkeypatch):
+    """Also on another machine, where no `dmat repro` is above them. An error of theirs is that of the run."""
+    monkeypatch.setenv("DMAT_TRACKING", "off")
+    assert tracking.begin_parent(tmp_path, tmp_path, "dmat repro") == {}
+    monkeypatch.setenv("DMAT_TRACKING", "on")
+    monkeypatch.setattr(parents, "_start_watching", lambda *_: None, raising=False)
+    environment = tracking.begin_parent(tmp_path, tmp_path, "dmat repro --workers 2")
+    assert tracking.begin_parent(tmp_path, tmp_path, "dmat repro --workers 2") == environment
+    monkeypatch.setattr(dvc_process, "outermost", lambda: None)
+    assert parents.folder_above(tmp_path, tmp_path) is None
+    for name, value in (environment | {"DVC_STAGE": "train_robust@generated-1"}).items():
+        monkeypatch.setenv(name, value)
+    folder = parents.folder_above(tmp_path, tmp_path)
+    assert json.loads((folder / "tracking.json").read_text())["about"]["name"] == "dmat repro --workers 2"
+    tracking.record_stage_error(tmp_path, DmatError("no images"))
+    stopped = json.loads((folder / "tracking.json").read_text())["stopped"]
+    assert stopped == {"status": "FAILED", "error": "train_robust@generated-1: no images"}

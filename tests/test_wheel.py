@@ -62,9 +62,10 @@ def test_a_plain_install_is_light(wheel):
     assert {"torch", "torchvision", "mlflow", "dvc", "typer", "pyautoattack"} <= plain
     assert plain.isdisjoint(
         {"optuna", "optuna-dashboard", "sqlalchemy", "scipy", "psycopg[binary]", "dvc-s3", "pytest", "torchmetrics"}
+        | {"dask", "distributed", "dask-jobqueue"}
     )
     assert {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra")} == {
-        *("tune", "team", "measures", "all", "dev"),
+        *("tune", "team", "measures", "cluster", "all", "dev"),
     }
 
 

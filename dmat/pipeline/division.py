@@ -56,7 +56,7 @@ class WorkerCompute:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shards:
+class _ShardRequest:
     """Of which instance a worker computes a shard, and how."""
 
     workspace: Workspace
@@ -85,14 +85,14 @@ def gpu_environments() -> tuple[Mapping[str, str], ...]:
 
 def compute_shards(plan: Plan, job: Job, workspace: Workspace, path: Path, options: EngineOptions) -> None:
     """Computes the shards of an instance in workers. path: of the parameter file. Raises what `run_tasks` raises."""
-    shards = _Shards(
+    request = _ShardRequest(
         workspace, str(path.resolve()), plan.stage.name, plan.instance, plan.fingerprint,
         WorkerCompute.of(job.compute), job.fresh,
     )  # fmt: skip
     title = f"{plan.stage.name} {plan.stage.instance_name(plan.instance)}"
     numbers = plan.stage.job.pending_shards(plan.settings, job)
     run_tasks(
-        [Task(f"shard {number} of {title}", _compute_shard, (shards, number)) for number in numbers],
+        [Task(f"shard {number} of {title}", _compute_shard, (request, number)) for number in numbers],
         options,
         label=plan.stage.name,
         quiet=job.quiet,
@@ -127,22 +127,22 @@ def run_tasks(tasks: Sequence[Task], options: EngineOptions, *, label: str, quie
         )
 
 
-def _compute_shard(context: TaskContext, shards: _Shards, number: int) -> None:
+def _compute_shard(context: TaskContext, request: _ShardRequest, number: int) -> None:
     """Computes one shard in a worker."""
-    path, stage = Path(shards.params), STAGES[shards.stage]
+    path, stage = Path(request.params), STAGES[request.stage]
     if not path.is_file():
         raise DmatError(
             f"a worker on {os.uname().nodename} finds no {path}; expected the folder of the project at the same path "
             f"on every machine; mount it there"
         )
     params = config.load(path)
-    plan = planning.plan(stage, shards.instance, params, shards.workspace)
-    if plan.fingerprint != shards.fingerprint:
+    plan = planning.plan(stage, request.instance, params, request.workspace)
+    if plan.fingerprint != request.fingerprint:
         raise DmatError(
-            f"a worker on {os.uname().nodename} would compute {stage.name} {stage.instance_name(shards.instance)} from "
+            f"a worker on {os.uname().nodename} would compute {stage.name} {stage.instance_name(plan.instance)} from "
             f"other parameters or inputs than the driver; expected no change until it ended; run the same command again"
         )
-    compute = shards.compute.resolve()
+    compute = request.compute.resolve()
     execution.run_shards(
-        plan, params, shards.workspace, range(number, number + 1), quiet=True, compute=compute, fresh=shards.fresh
+        plan, params, request.workspace, range(number, number + 1), quiet=True, compute=compute, fresh=request.fresh
     )

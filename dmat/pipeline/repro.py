@@ -33,7 +33,7 @@ State = Literal["started", "done", "unchanged", "restored", "failed", "stopped",
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class InstanceProgress:
     """A line for people and programs: what happens to an instance.
 
     state: "unchanged" if DVC found nothing to do, "restored" if it had the result in its cache, "skipped" if something
@@ -48,23 +48,23 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class _CommandEnd:
     """How `dvc repro --single-item` ended. text: the end of what it wrote."""
 
     exit_code: int
     seconds: float
     text: str
 
-    def progress(self, instance: str) -> Progress:
+    def progress(self, instance: str) -> InstanceProgress:
         """What to say of it."""
         if self.exit_code == 0:
             state: State = "unchanged" if "didn't change, skipping" in self.text else "done"
             state = "restored" if "is cached - skipping run" in self.text else state
-            return Progress(instance, state, self.seconds)
+            return InstanceProgress(instance, state, self.seconds)
         codes = re.findall(r"exited with (-?\d+)", self.text)
         lines = [line for line in self.text.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith(("error: ", "ERROR: "))]
-        return Progress(
+        return InstanceProgress(
             instance,
             "failed",
             self.seconds,
@@ -77,9 +77,9 @@ def run(
     root: Path,
     waits: Waits,
     options: EngineOptions,
-    report: Callable[[Progress], None],
+    report: Callable[[InstanceProgress], None],
     start: Callable[[], Mapping[str, str]] = dict,
-) -> Progress | None:
+) -> InstanceProgress | None:
     """Runs instances until all have ended, or nothing more can start. Returns the first failure.
 
     waits: see `instances_to_run`. report: called when an instance starts and ends. start: called before the first
@@ -93,7 +93,7 @@ def run(
         engine.run(
             scheduler.next_task,
             on_outcome=scheduler.end,
-            on_lost=lambda task: report(Progress(task.name, "started")),
+            on_lost=lambda task: report(InstanceProgress(task.name, "started")),
             check_interruption=interruption.raise_if_received,
         )
     scheduler.skip_rest()
@@ -109,13 +109,13 @@ class _Scheduler:
         waits: Waits,
         engine: Engine,
         environment: Mapping[str, str],
-        report: Callable[[Progress], None],
+        report: Callable[[InstanceProgress], None],
     ):
         self._root, self._waits, self._engine, self._environment = root, waits, engine, dict(environment)
         self._report = report
         self._waiting, self._ended = list(waits), set[str]()
         self._coordinating = 0  # tasks in this process
-        self.failure: Progress | None = None
+        self.failure: InstanceProgress | None = None
 
     def next_task(self) -> Task | None:
         """The first instance, in DVC's order, that reads nothing that is still to be made."""
@@ -125,7 +125,7 @@ class _Scheduler:
                 self._waiting.remove(name)
                 self._coordinating += in_driver
                 environment = {**self._environment, **(self._engine.environment if in_driver else {})}
-                self._report(Progress(name, "started"))
+                self._report(InstanceProgress(name, "started"))
                 return Task(name, run_instance, (str(self._root), name, environment), in_driver)
         return None
 
@@ -134,9 +134,9 @@ class _Scheduler:
         name = outcome.task.name
         self._coordinating -= outcome.task.in_driver
         if isinstance(outcome.error, Interrupted):
-            progress = Progress(name, "stopped", exit_code=outcome.error.exit_code)
+            progress = InstanceProgress(name, "stopped", exit_code=outcome.error.exit_code)
         elif outcome.error is not None:
-            progress = Progress(name, "failed", sentence=str(outcome.error), exit_code=2)
+            progress = InstanceProgress(name, "failed", sentence=str(outcome.error), exit_code=2)
         else:
             progress = outcome.result.progress(name)
         if progress.state == "failed":
@@ -148,7 +148,7 @@ class _Scheduler:
     def skip_rest(self) -> None:
         """Reports the instances that cannot start."""
         for name in self._waiting:
-            self._report(Progress(name, "skipped"))
+            self._report(InstanceProgress(name, "skipped"))
 
 
 def coordinates_workers(instance: str) -> bool:
@@ -157,7 +157,7 @@ def coordinates_workers(instance: str) -> bool:
     return stage is None or stage.by_shards
 
 
-def run_instance(context: TaskContext, root: str, name: str, environment: Mapping[str, str]) -> _Run:
+def run_instance(context: TaskContext, root: str, name: str, environment: Mapping[str, str]) -> _CommandEnd:
     """Runs `dvc repro --single-item` of an instance, again if another process of DVC was in its way.
 
     If the task is asked to stop, the command gets what Ctrl-C would send it, and saves. Raises Interrupted then.
@@ -170,7 +170,7 @@ def run_instance(context: TaskContext, root: str, name: str, environment: Mappin
             exit_code = _run_command(context, root, name, os.environ | environment, log.fileno())
         text = path.read_bytes()[-_MAX_TAIL:].decode(errors="replace")
         if exit_code == 0 or not any(sentence in text for sentence in _LOCKED):
-            return _Run(exit_code, time.monotonic() - started, text)
+            return _CommandEnd(exit_code, time.monotonic() - started, text)
         context.check_interruption()
         time.sleep(_RETRY_SECONDS)
 
