@@ -133,7 +133,7 @@ def _run(
     if process_count > 1 and stage.processes == "together" and "RANK" not in os.environ:
         # torchrun restarts all if one fails: it must stay the same training.
         os.environ[_PLANNED_FINGERPRINT] = plan.fingerprint
-        _start_together(process_count)
+        start_together(process_count)
     started = time.monotonic()
     metrics = execution.execute(
         plan,
@@ -172,7 +172,7 @@ def shard_numbers(text: str, fresh: bool) -> range | None:
     return range(int(first), int(end))
 
 
-def _start_together(process_count: int) -> None:
+def start_together(process_count: int) -> None:
     """Replaces this process by `torchrun`, which runs the same command in several processes. The parent of this process
     sees no difference."""
     from dmat import processes

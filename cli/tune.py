@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.stages import start_together
 from dmat.errors import DmatError
 
 if TYPE_CHECKING:
@@ -23,6 +24,17 @@ _STORAGE = Annotated[
         show_default=False,
     ),
 ]
+_WORKERS = Annotated[
+    int | None,
+    typer.Option(
+        help="Compute trials side by side in this many processes of this machine, each with a GPU in turn; 0: one "
+        "after the other, in this process. [default: compute.workers of params.yaml]",
+        min=0,
+    ),
+]
+_CLUSTER = Annotated[
+    str, typer.Option(help="Compute trials in the workers of this Dask cluster: address, or scheduler file.")
+]
 _JSON = Annotated[bool, typer.Option("--json", help="The result as JSON.")]
 
 
@@ -35,7 +47,7 @@ def add_to(app: typer.Typer) -> None:
     )
     group.command(
         "start",
-        help="Run, resume or join the study of params.yaml: short trials, stopped early on validation PGD accuracy; "
+        help="Run or resume the study of params.yaml: short trials, stopped early on validation PGD accuracy; "
         "the best are ranked by AutoAttack.\n\nExample: dmat tune start --trials 40 --workers 4",
     )(_start)
     group.command("status", help="Show the progress of the study and its best trial.\n\nExample: dmat tune status")(
@@ -57,12 +69,8 @@ def _start(
     trials: Annotated[
         int, typer.Option(help="Total number of trials, earlier ones included; 0: as in params.yaml.", min=0)
     ] = 0,
-    workers: Annotated[
-        int, typer.Option(help="Number of worker processes on this machine; GPUs are assigned to them in turn.", min=1)
-    ] = 1,
-    worker: Annotated[
-        bool, typer.Option("--worker", help="Work for a study that another command runs: no report, no progress bar.")
-    ] = False,
+    workers: _WORKERS = None,
+    cluster: _CLUSTER = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Set the earlier study aside and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="No progress bar; the result as JSON.")] = False,
@@ -70,20 +78,27 @@ def _start(
     params: _PARAMS = Path("params.yaml"),
 ) -> None:
     from dmat import processes, tuning
+    from dmat.engine import EngineOptions
+    from dmat.pipeline import division
 
-    if worker and (fresh or workers > 1):
-        raise DmatError("--worker is a single process; expected it without --fresh and --workers; leave them out")
     loaded, workspace, study = _study(params, storage)
     total = trials or study.settings.trials
+    local_workers = (0 if cluster else loaded.compute.workers) if workers is None else workers
     if dry_run:
-        typer.echo(json.dumps({**study.describe(), "trials": total, "workers": workers}, indent=2))
+        typer.echo(json.dumps({**study.describe(), "trials": total, "workers": local_workers}, indent=2))
         return
-    if worker:
-        tuning.end_with_starter()
+    engine = EngineOptions(local_workers, cluster)
+    if loaded.compute.processes > 1 and processes.torchrun_processes() == 1:
+        if engine.has_workers:
+            raise DmatError(
+                f"compute.processes is {loaded.compute.processes}, and trials would run in workers; expected either "
+                f"one training on several processes or several trainings; leave one of them out"
+            )
+        start_together(loaded.compute.processes)
     started = time.monotonic()
-    options = tuning.StudyOptions(total, 0 if worker else workers, fresh, quiet=as_json or worker)
-    summary = tuning.run(study, loaded, workspace, options)
-    if worker or not processes.world().is_main_process:
+    options = tuning.StudyOptions(total, engine, fresh, quiet=as_json)
+    summary = tuning.run(study, division.with_threads_divided(loaded, engine), workspace, options)
+    if not processes.world().is_main_process:
         return
     if as_json:
         typer.echo(json.dumps(summary, sort_keys=True))

@@ -73,10 +73,10 @@ HOMES = {  # package -> the only modules that import it
     "sklearn": {"dmat.data.sources"},
     "optuna": {
         f"dmat.tuning.{name}"
-        for name in ("applying", "ranking", "report", "sampling", "space", "storage", "trials", "worker")
+        for name in ("applying", "driver", "ranking", "report", "sampling", "space", "storage", "studies", "trials")
     },
     "optuna_dashboard": {"dmat.tuning.dashboard"},
-    "sqlalchemy": {"dmat.tuning.claims", "dmat.tuning.storage"},
+    "sqlalchemy": {"dmat.tuning.storage"},
     "ruamel": {"dmat.tuning.applying", "dmat.yaml_file"},
     "yaml": {"dmat.dvc_lock"},
     "PIL": {"dmat.data.image_export", "dmat.data.formats.image_files"},

@@ -1,11 +1,11 @@
-"""Studies: a trial equals a training, bad trials stop early, a killed study ends as an undisturbed one, and any number
-of workers share one study.
+"""Studies: a trial equals a training, bad trials stop early, a killed study ends as an undisturbed one, trials run on
+workers, and any number of drivers share one study.
 
 Run alone: pytest tests/test_tuning.py
 """
 
+import contextlib
 import csv
-import functools
 import json
 import os
 import random
@@ -13,19 +13,22 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 import urllib.request
 
 import optuna
 import psutil
 import pytest
-import sqlalchemy
 import torch
 import yaml
+from optuna.storages import RDBStorage
 
 from dmat import config, files, tuning
 from dmat.errors import DmatError, Interrupted, Pruned
 from dmat.pipeline import code_identity
-from dmat.tuning import leading, trials, worker
+from dmat.training.interruption import Interruption
+from dmat.tuning import storage, trials
+from dmat.tuning.driver import Driver
 from dmat.workspace import find_workspace
 from tests import forked
 from tests.databases import STORES, database_url
@@ -40,8 +43,8 @@ def _start(project, trials=TRIALS, *arguments, output=".output", **environment):
     )
 
 
-def _study(project, trials=TRIALS, code=0, arguments=(), **environment):
-    exit_code, text = _start(project, trials, *arguments, **environment).wait()
+def _study(project, trials=TRIALS, code=0, arguments=(), output=".output", **environment):
+    exit_code, text = _start(project, trials, *arguments, output=output, **environment).wait()
     assert exit_code == code, text
     return text
 
@@ -201,57 +204,69 @@ def test_params_without_a_study_are_refused(finished, tmp_path):
     assert "has no section `tune`" in _study(project, code=2)
 
 
-@pytest.fixture
-def small(finished, tmp_path, monkeypatch):
-    """A study in this process whose trials take no time: their value is computed from their parameters."""
-    project = finished.copy_without("nothing", tmp_path / "small")
+def _value(values):
+    """What a trial without a training is worth."""
+    return float(values["beta"] / 10 - abs(values["learning_rate"] - 0.3) + values["generated_share"] / 3)
+
+
+def _quick_study(project, monkeypatch):
+    """Runs the study of a project in this process; its trials take no time."""
     project.write({"tune": {"pruner": "none"}})
 
     def compute(context, values, folder, watcher):
-        value = float(values["beta"] / 10 - abs(values["learning_rate"] - 0.3) + values["generated_share"] / 3)
         for seen in (128, 256):
-            watcher(seen, {tuning.OBJECTIVE: value * seen / 256})
-        return value
+            watcher(seen, {tuning.OBJECTIVE: _value(values) * seen / 256})
+        return _value(values)
 
     monkeypatch.setattr(trials, "compute", compute)
 
-    def run(total, fresh=False):
+    def run(total, fresh=False, url=None):
         params = config.load(project.folder / "params.yaml")
         workspace = find_workspace(project.folder)
         options = tuning.StudyOptions(total, fresh=fresh, quiet=True)
-        return tuning.run(tuning.plan(params, workspace), params, workspace, options)
+        return tuning.run(tuning.plan(params, workspace, url), params, workspace, options)
 
     run.project = project
     return run
+
+
+@pytest.fixture
+def small(finished, tmp_path, monkeypatch):
+    """A study in this process whose trials take no time: their value is computed from their parameters."""
+    return _quick_study(finished.copy_without("nothing", tmp_path / "small"), monkeypatch)
 
 
 def _curve(project):
     return next((project.folder / "runs/tune").glob("generated-*/metrics.jsonl")).read_text()
 
 
-@pytest.mark.parametrize("trial", [0, 3, 12], ids=["known", "drawn at random", "drawn by TPE"])
-@pytest.mark.parametrize("call", ["suggest_float", "enqueue_trial", "ask"])
-def test_a_trial_killed_while_it_is_created_stays_the_same_trial(small, monkeypatch, trial, call):
-    small(14)
-    undisturbed = _table(small.project), _curve(small.project)
-    owner = optuna.Trial if call == "suggest_float" else optuna.Study
-    real, calls = getattr(owner, call), []
+@pytest.fixture(scope="module")
+def fourteen_trials(finished, tmp_path_factory):
+    """Table and curve of an undisturbed study."""
+    with pytest.MonkeyPatch.context() as patch:
+        project = finished.copy_without("nothing", tmp_path_factory.mktemp("fourteen") / "project")
+        _quick_study(project, patch)(14)
+    return _table(project), _curve(project)
 
-    def killed(self, *arguments, **options):
-        # not a call on the sampler's study in memory
-        if not (owner is optuna.Study and "fixed_distributions" in options):
-            calls.append(arguments)
-        result = real(self, *arguments, **options)
-        if len(calls) == (3 * trial + 2 if call == "suggest_float" else trial + 1):
+
+@pytest.mark.parametrize("trial", [0, 12], ids=["known", "drawn by TPE"])
+@pytest.mark.parametrize("call", ["create_new_trial", "record_heartbeat", "set_trial_param"])
+def test_a_trial_killed_while_it_is_created_stays_the_same_trial(small, fourteen_trials, monkeypatch, trial, call):
+    real, calls = getattr(RDBStorage, call), []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        result = real(*arguments)
+        if len(calls) == (3 * trial + 2 if call == "set_trial_param" else trial + 1):
             raise SystemExit("killed")
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, call, killed)
+        patch.setattr(RDBStorage, call, killed)
         with pytest.raises(SystemExit):
-            small(14, fresh=True)
+            small(14)
     small(14)
-    assert (_table(small.project), _curve(small.project)) == undisturbed
+    assert (_table(small.project), _curve(small.project)) == fourteen_trials
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -260,11 +275,11 @@ def test_a_kill_around_the_report_that_a_trial_ended_loses_and_doubles_nothing(s
     undisturbed = _table(small.project), _curve(small.project)
     real, calls = optuna.Study.tell, []
 
-    def tell(self, *arguments):
+    def tell(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 3 and when == "before":
             raise SystemExit("killed")
-        real(self, *arguments)
+        real(*arguments, **options)
         if len(calls) == 3:
             raise SystemExit("killed")
 
@@ -286,7 +301,7 @@ def test_a_signal_while_a_trial_is_pruned_ends_the_command_after_it(small, monke
 
     def compute(context, values, folder, watcher):
         (folder / "here").touch()
-        with leading.Interruption():
+        with Interruption():
             os.kill(os.getpid(), signal.SIGTERM)
             raise Pruned("behind the other trials")
 
@@ -358,28 +373,121 @@ def test_an_exception_is_tried_again_up_to_a_limit_and_never_ends_the_study(smal
     assert rows[1]["reason"] == reason
 
 
-def test_a_trial_that_kills_its_workers_ends_with_that_reason(small, monkeypatch):
-    monkeypatch.setattr(worker.Claims, "lost_workers", lambda self, key: 6 * (key == "trial-0001"))
+class _Killed(BaseException):
+    """Ends a command as kill -9 does: nothing of the driver runs after it."""
+
+
+@pytest.fixture
+def without_end(monkeypatch):
+    monkeypatch.setattr(Driver, "_saving_counts", lambda self: contextlib.nullcontext())
+
+
+def test_a_trial_that_kills_its_process_fails_with_that_reason(
+    small, monkeypatch, without_end
+):
+    real = trials.compute
+
+    def compute(context, values, folder, watcher):
+        if folder.name == "trial-0001":
+            raise _Killed
+        return real(context, values, folder, watcher)
+
+    monkeypatch.setattr(trials, "compute", compute)
+    for _ in range(trials.MAX_LOST_WORKERS + 1):
+        with pytest.raises(_Killed):
+            small(3)
     small(3)
     assert [row["state"] for row in _table(small.project)] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert _table(small.project)[1]["reason"] == "6 workers were killed in it"
 
 
-def test_a_worker_that_lost_its_trial_leaves_it_alone(small, monkeypatch):
-    """A worker that slept longer than its claim lasts must not report into a trial that another worker has taken."""
-    real, lost = worker.Claims.holds, []
+def test_a_trial_of_a_driver_that_was_killed_long_ago_keeps_its_number(small, monkeypatch, without_end):
+    monkeypatch.setattr(storage, "GRACE", 1)
+    real = trials.compute
 
-    def holds(self, key, within=0.0):
-        if key == "trial-0001" and not lost:
-            lost.append(key)
-            return False
-        return real(self, key, within)
+    def compute(context, values, folder, watcher):
+        raise _Killed
 
-    monkeypatch.setattr(worker.Claims, "holds", holds)
-    small(3)
+    monkeypatch.setattr(trials, "compute", compute)
+    with pytest.raises(_Killed):
+        small(2)
+    monkeypatch.setattr(trials, "compute", real)
+    time.sleep(2.5)
+    assert small(2)["complete"] == 2
+    assert [int(row["trial"]) for row in _table(small.project)] == [0, 1]
+
+
+def test_a_trial_that_is_stopped_often_is_not_one_that_kills_its_process(small, monkeypatch):
+    real, stops = trials.compute, [1] * (trials.MAX_LOST_WORKERS + 2)
+
+    def compute(context, values, folder, watcher):
+        if stops:
+            stops.pop()
+            raise Interrupted(143, "stopped")
+        return real(context, values, folder, watcher)
+
+    monkeypatch.setattr(trials, "compute", compute)
+    while stops:
+        with pytest.raises(Interrupted):
+            small(1)
+    assert small(1)["complete"] == 1
+
+
+def test_a_driver_that_slept_leaves_its_trial_to_the_one_that_resumed_it(small, monkeypatch):
+    """Its next report is refused, and the trial that repeats the lost one counts in its place."""
+    real, lost = trials.compute, []
+
+    def compute(context, values, folder, watcher):
+        if folder.name == "trial-0001" and not lost:
+            rdb = storage.connect(f"sqlite:///{small.project.folder}/runs/tune/studies.db")
+            (study,) = [optuna.load_study(study_name=name, storage=rdb) for name in optuna.get_all_study_names(rdb)]
+            lost.append(study.trials[1])
+            rdb.set_trial_state_values(lost[0]._trial_id, optuna.trial.TrialState.FAIL)
+            rdb.get_heartbeat_stale_trial_callback()(study, lost[0])
+        return real(context, values, folder, watcher)
+
+    monkeypatch.setattr(trials, "compute", compute)
+    summary = small(3)
     assert lost
-    assert [row["state"] for row in _table(small.project)] == ["COMPLETE"] * 3
-    assert len({row["trial"] for row in _table(small.project)}) == 3
+    assert (summary["trials"], summary["complete"]) == (3, 3)
+    assert [int(row["trial"]) for row in _table(small.project)] == [0, 2, 3]
+    rows = {int(row["trial"]): row for row in _table(small.project)}
+    assert float(rows[2]["beta"]) == lost[0].params["beta"], "taken before a new one"
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_drivers_of_two_folders_share_a_study_and_one_resumes_what_a_killed_one_left(
+    finished, tmp_path, request, monkeypatch, without_end, store
+):
+    monkeypatch.setattr(storage, "HEARTBEAT", 1)
+    monkeypatch.setattr(storage, "GRACE", 1)
+    url = database_url(store, request, tmp_path)
+    projects = [finished.copy_without("nothing", tmp_path / name) for name in ("here", "there")]
+    here, there = (_quick_study(project, monkeypatch) for project in projects)
+    real, computed = trials.compute, []
+
+    def compute(context, values, folder, watcher):
+        watcher(64, {tuning.OBJECTIVE: 0.25})
+        if folder == next((projects[1].folder / "runs/tune").glob("generated-*/trial-0001"), None):
+            raise _Killed
+        computed.append(folder)
+        return real(context, values, folder, watcher)
+
+    monkeypatch.setattr(trials, "compute", compute)
+    with pytest.raises(_Killed):
+        there(4, url=url)
+    summary = here(4, url=url)
+    assert (summary["trials"], summary["complete"], summary["fail"]) == (4, 4, 0)
+    (name,) = optuna.get_all_study_names(url)
+    study = optuna.load_study(study_name=name, storage=url)
+    assert {trial.state.name for trial in study.trials} == {"COMPLETE", "FAIL"}
+    lost, repeated = study.trials[1], next(trial for trial in study.trials if trial.system_attrs.get("retry_history"))
+    assert (lost.state.name, repeated.system_attrs["retry_history"], repeated.params) == ("FAIL", [1], lost.params)
+    assert repeated.intermediate_values.keys() == {64, 128, 256}, "its reports are kept"
+    assert [folder.name for folder in computed].count("trial-0001") == 1, "the folder of the first attempt"
+    assert here(4, url=url) == summary
+    monkeypatch.setattr(trials, "compute", real)
+    assert there(5, url=url)["complete"] == 5, "the other driver comes back"
 
 
 @pytest.mark.parametrize(
@@ -447,97 +555,53 @@ def test_without_a_pruner_every_trial_is_complete_and_sees_all_images(studied, t
     assert {(row["state"], row["images_seen"]) for row in _table(project)} == {("COMPLETE", "640")}
 
 
-@pytest.mark.parametrize("store", STORES)
-def test_workers_killed_at_random_lose_no_trial_and_double_none(finished, tmp_path, request, store):
-    """A leader and two helpers. Four times a helper with a trial is killed with -9; benchmarks/tune_workers.py does the
-    same at a larger size."""
-    project = finished.copy_without("nothing", tmp_path / "many")
-    project.write({"tune": {"sampler": "random"}})
-    total, rng, url = 12, random.Random(3), database_url(store, request, tmp_path)
-    storages = {"DMAT_STUDIES": url}
-    leader = _start(project, total, **storages)
-    helpers = [_start(project, total, "--worker", output=f".output-{k}", **storages) for k in range(2)]
-    engine, killed = sqlalchemy.create_engine(url), 0
-    query = "select count(*) from dmat_claims where pid = :pid and holder is not null and item like 'trial-%'"
-
-    def has_a_trial_or_ended(helper):
-        if helper.process.exitcode is not None:
-            return True
-        try:
-            with engine.connect() as connection:
-                return connection.execute(sqlalchemy.text(query), {"pid": helper.process.pid}).scalar() > 0
-        except sqlalchemy.exc.SQLAlchemyError:  # the table is not there yet
-            return False
-
-    for k in (0, 1, 0, 1):
-        forked.until(functools.partial(has_a_trial_or_ended, helpers[k]), 120)
-        killed += helpers[k].kill_after(rng.uniform(0, 0.2))
-        helpers[k] = _start(project, total, "--worker", output=f".output-{k}", **storages)
-    results = [command.wait() for command in (leader, *helpers)]
-    assert [code for code, _ in results] == [0, 0, 0], results
-    assert killed >= 2
-    study = optuna.load_study(study_name=None, storage=url)
-    assert [trial.number for trial in study.trials] == list(range(total))
-    assert all(trial.state.is_finished() for trial in study.trials)
-    folder = next((project.folder / "runs/tune").glob("generated-*"))
-    for trial in study.trials:
-        lines = (folder / f"trial-{trial.number:04d}/metrics.jsonl").read_text().splitlines()
-        reports = {record["images_seen"]: record["validation_robust"] for record in map(json.loads, lines)}
-        assert len(reports) == len(lines), "no report twice"
-        assert trial.intermediate_values == reports
-        assert trial.state.name == "PRUNED" or list(reports) == [128, 256, 384, 512, 640]
-    assert sum(trial.user_attrs["workers_killed"] for trial in study.trials) >= 1
-    assert json.loads(results[0][1])["trials"] == total
-    assert len(_table(project)) == total
+def _reports(folder, number):
+    """Images seen -> accuracy, as the training wrote them; no line twice."""
+    lines = (folder / f"trial-{number:04d}/metrics.jsonl").read_text().splitlines()
+    reports = {record["images_seen"]: record["validation_robust"] for record in map(json.loads, lines)}
+    assert len(reports) == len(lines)
+    return reports
 
 
-def test_machines_that_share_no_folder_share_a_study(finished, tmp_path, request):
-    """Two projects with equal settings and data on one storage: one restarts and ends the trial that the other left."""
-    url, total = database_url("sqlite", request, tmp_path), 6
-    local, remote = (finished.copy_without("nothing", tmp_path / name) for name in ("here", "there"))
-    for project in (local, remote):
-        project.write({"tune": {"sampler": "random", "pruner": "none"}})
-    remote_worker = _start(remote, total, "--worker", DMAT_STUDIES=url)
-    forked.until(lambda: list((remote.folder / "runs/tune").glob("generated-*/trial-0001/metrics.jsonl")))
-    assert remote_worker.kill_after(0.1)
-    _study(local, total, DMAT_STUDIES=url)
-    study = optuna.load_study(study_name=None, storage=url)
-    assert [(trial.number, trial.state.name) for trial in study.trials] == [(k, "COMPLETE") for k in range(total)]
-    assert {tuple(trial.intermediate_values) for trial in study.trials} == {(128, 256, 384, 512, 640)}
-    made_locally = {path.name for path in (local.folder / "runs/tune").glob("generated-*/trial-*")}
-    assert made_locally == {f"trial-{k:04d}" for k in range(1, total)}
-    assert [int(row["trial"]) for row in _table(local)] == list(range(total))
-
-
-def test_real_workers_are_replaced_when_killed_and_end_with_their_leader(finished, tmp_path):
-    project = finished.copy_without("nothing", tmp_path / "real")
-    command = [sys.executable, "-m", "cli.main", "tune", "start", "--trials", "100", "--workers", "2", "--json"]
+def test_a_killed_worker_and_a_killed_driver_lose_no_trial_and_double_none(finished, tmp_path):
+    """benchmarks/tune_workers.py does the same at a larger size."""
+    project = _project_without_study(finished, tmp_path / "workers")
+    project.write({"tune": {"pruner": "none"}})
+    command = [sys.executable, "-m", "cli.main", "tune", "start", "--trials", "4", "--workers", "2", "--json"]
     started = subprocess.Popen(
         command, cwd=project.folder, env={**os.environ, "DMAT_TRACKING": "off"}, stderr=subprocess.PIPE, text=True
     )
-    tree = psutil.Process(started.pid)
-
-    def ended():
-        return len(list((project.folder / "runs/tune").glob("generated-*/trial-*/result/classifier")))
-
+    runs = project.folder / "runs/tune"
     try:
-        forked.until(lambda: ended() >= 1, 200)
-        workers = tree.children()
-        assert len(workers) == 2
-        workers[1].kill()  # not the first, to show that every worker is watched
-        forked.until(
-            lambda: len([child for child in tree.children() if child.is_running()]) == 2 and tree.children() != workers,
-            60,
-        )
-        before = ended()
-        forked.until(lambda: ended() >= before + 2, 200)
-        workers = tree.children()
+        forked.until(lambda: list(runs.glob("generated-*/trial-*/checkpoint.dmat")) or started.poll() is not None, 200)
+        tree = psutil.Process(started.pid).children(recursive=True)
+        holders = [process for process in tree if _has_open(process, "lock")]
+        assert len(holders) == 2, (holders, started.poll())
+        holders[0].kill()
+        url = f"sqlite:///{runs}/studies.db"
+        forked.until(lambda: any(trial.user_attrs.get("workers_killed") for trial in _only_study(url).trials), 60)
     finally:
         started.kill()
         started.wait()
-    forked.until(lambda: not any(child.is_running() and child.status() != "zombie" for child in workers), 120)
-    exit_code, text = forked.run(project.folder, "tune", "status")
-    assert (exit_code, "process" in text) == (0, False), text
+    forked.until(lambda: not any(process.is_running() and process.status() != "zombie" for process in tree), 60)
+    assert "no process; `dmat tune start` resumes it" in forked.run(project.folder, "tune", "status")[1]
+    _study(project, 4)
+    (folder,) = runs.glob("generated-*")
+    trials_of_study = _only_study(url).trials
+    assert [(trial.number, trial.state.name) for trial in trials_of_study] == [(k, "COMPLETE") for k in range(4)]
+    assert all(trial.intermediate_values == _reports(folder, trial.number) for trial in trials_of_study)
+    assert sum(trial.user_attrs["workers_killed"] for trial in trials_of_study) >= 1
+
+
+def _only_study(url):
+    (name,) = optuna.get_all_study_names(url)
+    return optuna.load_study(study_name=name, storage=url)
+
+
+def _has_open(process, name):
+    with contextlib.suppress(psutil.Error):
+        return any(file.path.endswith(f"/{name}") and "/trial-" in file.path for file in process.open_files())
+    return False
 
 
 def _together(project):
@@ -623,7 +687,7 @@ def test_the_best_are_ranked_by_autoattack_on_validation_and_the_first_becomes_a
     assert arm.beta == pytest.approx(summary["best"]["beta"])
 
 
-def test_status_names_the_workers_and_a_study_that_was_not_begun(finished, tmp_path):
+def test_a_study_has_one_driver_in_a_folder_which_status_names(finished, tmp_path):
     project = finished.copy_without("nothing", tmp_path / "status")
     code, text = forked.run(project.folder, "tune", "status")
     assert code == 2
@@ -632,13 +696,15 @@ def test_status_names_the_workers_and_a_study_that_was_not_begun(finished, tmp_p
     first = _start(project, 40)
     forked.until(lambda: list((project.folder / "runs/tune").glob("generated-*/trial-0000/metrics.jsonl")))
     _, text = forked.run(project.folder, "tune", "status", "--json")
-    status = json.loads(text)
-    assert f"process {first.process.pid}" in status["at_work"][0]
-    assert "is being computed by process" in _study(project, 40, code=2, arguments=["--fresh"])
+    assert f"process {first.process.pid}" in json.loads(text)["at_work"][0]
+    for arguments in ([], ["--fresh"]):
+        text = _study(project, 40, code=2, arguments=arguments, output=".second")
+        assert f"is being computed by process {first.process.pid}; expected one `dmat tune start` in a folder" in text
+        assert "--workers" in text
     first.signal(signal.SIGTERM)
     assert first.wait()[0] == 143
     _, text = forked.run(project.folder, "tune", "status", "--json")
-    assert "no worker; `dmat tune start` resumes it" in json.loads(text)["at_work"][0]
+    assert "no process; `dmat tune start` resumes it" in json.loads(text)["at_work"][0]
 
 
 def test_the_dashboard_shows_the_same_storage_on_this_machine_alone(studied):

@@ -1,13 +1,9 @@
-"""Parts of studies without training: claims of work, spaces, imported trials, what samplers see, the winner's arm.
+"""Parts of studies without training: spaces, imported trials, what samplers see, the winner's arm, storages.
 
 Run alone: pytest tests/test_tuning_parts.py
 """
 
 import dataclasses
-import os
-import subprocess
-import threading
-import time
 
 import numpy as np
 import optuna
@@ -18,134 +14,8 @@ from optuna.trial import TrialState, create_trial
 
 from dmat import config
 from dmat.errors import ConfigError, DmatError
-from dmat.tuning import applying, claims, sampling, space, storage
-from dmat.tuning.claims import Claims
+from dmat.tuning import applying, sampling, space, storage
 from dmat.tuning.plan import Study
-from dmat.tuning.worker import _next_trial, _with_all_values
-from tests.databases import STORES, database_url
-
-
-@pytest.fixture(params=STORES)
-def engine(request, tmp_path):
-    created = sqlalchemy.create_engine(database_url(request.param, request, tmp_path))
-    yield created
-    created.dispose()
-
-
-def _row(engine, key):
-    with engine.begin() as connection:
-        return connection.execute(sqlalchemy.text(f"select * from dmat_claims where item = '{key}'")).mappings().one()
-
-
-def _set(engine, key, **values):
-    assignments = ", ".join(f"{name} = :{name}" for name in values)
-    with engine.begin() as connection:
-        connection.execute(sqlalchemy.text(f"update dmat_claims set {assignments} where item = '{key}'"), values)
-
-
-def test_a_claim_has_one_holder_until_it_is_given_back(engine):
-    with Claims(engine, "study") as first, Claims(engine, "study") as second, Claims(engine, "other") as other:
-        assert first.take("a")
-        assert first.take("a"), "its own"
-        assert not second.take("a")
-        assert other.take("a"), "of another study"
-        assert (first.holds("a"), second.holds("a")) == (True, False)
-        assert f"process {os.getpid()}" in second.holder("a")
-        second.release("a")
-        assert first.holds("a"), "only the holder can give a claim back"
-        first.release("a")
-        assert second.holder("a") is None
-        assert second.take("a")
-        assert second.lost_workers("a") == 0
-    with Claims(engine, "study") as third:
-        assert third.take("a"), "the end of a block gives everything back"
-
-
-def test_a_claim_of_a_process_that_is_gone_is_free_at_once_and_of_a_silent_one_after_a_minute(engine):
-    with Claims(engine, "study") as first, Claims(engine, "study") as second:
-        assert first.take("a")
-        ended = subprocess.Popen(["true"])
-        ended.wait()
-        _set(engine, "a", pid=ended.pid)
-        assert second.take("a")
-        assert first.holds("a", within=20), "a recent answer counts, because no claim is taken in that time"
-        assert not first.holds("a"), "the worker that lost it learns so"
-        assert not first.holds("a", within=20)
-        assert second.lost_workers("a") == 1
-        _set(engine, "a", place="another machine", pid=1, holder="x")
-        assert not first.take("a"), "the state of the other machine is unknown"
-        _set(engine, "a", renewed=_row(engine, "a")["renewed"] - claims.STALE - 1)
-        assert first.take("a")
-        assert first.lost_workers("a") == 2
-
-
-def test_a_process_id_that_another_process_has_now_is_no_sign_of_life(engine):
-    with Claims(engine, "study") as first, Claims(engine, "study") as second:
-        assert first.take("a")
-        _set(engine, "a", born=_row(engine, "a")["born"] - 1000)
-        assert second.take("a")
-
-
-def test_a_clock_step_frees_no_claim_of_a_living_process(engine, monkeypatch):
-    linux = pytest.importorskip("psutil._pslinux")
-    with Claims(engine, "study") as first, Claims(engine, "study") as second:
-        assert first.take("a")
-        real = linux.boot_time
-        monkeypatch.setattr(linux, "boot_time", lambda: real() + 5)
-        assert not second.take("a")
-        # of an earlier dmat: a time of day, and a `place` without its unit
-        _set(engine, "a", born=1.8e9, place=_row(engine, "a")["place"].removesuffix("/ticks"))
-        assert not second.take("a"), "it becomes stale if it is not renewed"
-
-
-def test_claims_are_renewed_during_the_work(engine, monkeypatch):
-    monkeypatch.setattr(claims, "RENEW", 0.05)
-    with Claims(engine, "study") as worker_claims:
-        assert worker_claims.take("a")
-        _set(engine, "a", renewed=0.0)
-        deadline = time.monotonic() + 20
-        while _row(engine, "a")["renewed"] == 0.0:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-
-def _in_threads(count, work):
-    """Runs `work` in `count` threads and waits for all."""
-    threads = [threading.Thread(target=work) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def test_of_many_workers_at_once_each_item_has_one_holder(engine):
-    barrier, claimed = threading.Barrier(4), []
-
-    def work():
-        with Claims(engine, "study") as worker_claims:
-            barrier.wait()
-            claimed.extend(number for number in range(20) if worker_claims.take(f"item-{number}"))
-            barrier.wait()
-
-    _in_threads(4, work)
-    assert sorted(claimed) == list(range(20))
-
-
-def test_exclusive_blocks_run_one_at_a_time(engine):
-    inside, counts = [], []
-
-    def work():
-        with Claims(engine, "study") as worker_claims:
-            for _ in range(5):
-                with worker_claims.exclusive():
-                    inside.append(1)
-                    counts.append(len(inside))
-                    time.sleep(0.01)
-                    inside.pop()
-
-    _in_threads(3, work)
-    assert len(counts) == 15
-    assert max(counts) == 1
 
 
 def _study(root, tmp_path, changes):
@@ -413,39 +283,21 @@ def test_what_is_applied_is_what_is_read(root, tmp_path, head):
     assert (after.tune, after.arms["generated"]) == (before.tune, before.arms["generated"])
 
 
-def test_a_trial_that_ended_between_look_and_claim_is_left_alone(root, tmp_path):
-    plan, *_ = _study(root, tmp_path, {})
-    study = optuna.create_study()
-    study.enqueue_trial(plan.points[0])
-    number = study.ask(fixed_distributions=space.distributions(plan)).number
-    assert _with_all_values(plan, study, number).params == plan.points[0]
-    study.tell(number, 0.5)
-    assert _with_all_values(plan, study, number) is None
-
-
-def test_a_trial_that_a_paused_process_holds_does_not_block_the_others(root, tmp_path, engine):
-    plan, *_ = _study(root, tmp_path, {})
-    study = optuna.create_study()
-    with Claims(engine, "study") as paused, Claims(engine, "study") as live:
-        assert _next_trial(plan, study, paused, 2).number == 0
-        paused.release("trial-0000")  # as if it had become stale; its file lock stays
-        assert _next_trial(plan, study, live, 2).number == 0
-        live.release("trial-0000")
-        assert _next_trial(plan, study, live, 2, avoid=[0]).number == 1
-        assert _next_trial(plan, study, paused, 2, avoid=[0]) is True, "no trial is free now, but not all are done"
-
-
 @pytest.mark.parametrize(
     ("point", "fragments"),
     [
         ({"beta": "5/2"}, ["enqueue.0.beta is '5/2'", "a number from"]),
         ({"network.width": 2.5}, ["network.width is 2.5", "whole number"]),
         ({"augmentation": "crop4"}, ["augmentation is 'crop4'", "none, crop1"]),
+        ({"beta": 2.0}, ["enqueue.0 leaves out batch, which is 64 in the arm; expected one of 32, 128; name it"]),
+        ({"batch": 128}, ["enqueue.0 leaves out learning_rate, which is 0.2 in the arm; expected from 0.3 to 0.5"]),
     ],
 )
 def test_points_outside_the_space_are_refused(root, tmp_path, point, fragments):
+    arm_is_outside = {"batch": {"choices": [32, 128]}, "learning_rate": {"low": 0.3, "high": 0.5}}
+    space_of_point = SPACE | (arm_is_outside if "leaves out" in fragments[0] else {})
     with pytest.raises(ConfigError) as refused:
-        _study(root, tmp_path, {"space": SPACE, "enqueue": [point]})
+        _study(root, tmp_path, {"space": space_of_point, "enqueue": [point]})
     assert all(fragment in str(refused.value) for fragment in fragments), str(refused.value)
 
 

@@ -34,7 +34,7 @@ from dmat.config.select_images import SelectImages, Selection
 from dmat.config.train_diffusion import DenoiserNetwork, DenoiserTraining, Generator, PublishedGenerator
 from dmat.config.train_robust import Arm, Threat, TrainRobust, step_problem
 from dmat.config.train_scorer import TrainScorer
-from dmat.config.tune import IMAGE_SET, SELECTION, Choices, Dimension, Range, TrialSettings, Tune
+from dmat.config.tune import IMAGE_SET, SELECTION, Choices, Dimension, Range, TrialSettings, Tune, nested_values
 from dmat.config.write_report import Report, WriteReport
 
 __all__ = [
@@ -87,6 +87,7 @@ __all__ = [
     "expect_name",
     "load",
     "merge",
+    "nested_values",
     "noise_process",
     "step_problem",
     "threat",

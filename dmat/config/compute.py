@@ -14,5 +14,5 @@ class ComputeSettings(Record):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: Annotated[int, Field(ge=0, le=4096)] = 0  # per process; 0: the number of cores
     processes: Annotated[int, Field(ge=1, le=4096)] = 1  # on this machine, for the trainings of classifiers
-    workers: Annotated[int, Field(ge=0, le=4096)] = 0  # processes that divide shards; 0: none but the command's own
+    workers: Annotated[int, Field(ge=0, le=4096)] = 0  # processes for shards and trials; 0: the command's own
     save_every_seconds: Positive = 60.0  # between two checkpoints

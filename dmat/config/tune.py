@@ -37,6 +37,15 @@ class Range(Record):
         """Key -> value, for the values that must be valid by themselves."""
         return {"low": self.low, "high": self.high}
 
+    def contains(self, value: object) -> bool:
+        """Whether a value lies in the interval."""
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    @property
+    def words(self) -> str:
+        """For messages."""
+        return f"from {self.low} to {self.high}"
+
 
 class Choices(Record):
     """A list of values of a parameter: one without an order, or one of which only some values shall be tried."""
@@ -53,6 +62,15 @@ class Choices(Record):
     def ends(self) -> dict[str, Any]:
         """Key -> value, for the values that must be valid by themselves: all of them."""
         return {f"choices.{k}": value for k, value in enumerate(self.choices)}
+
+    def contains(self, value: object) -> bool:
+        """Whether a value is one of the choices. 1, 1.0 and true are different."""
+        return any(value == choice and type(value) is type(choice) for choice in self.choices)
+
+    @property
+    def words(self) -> str:
+        """For messages."""
+        return f"one of {', '.join(map(str, self.choices))}"
 
 
 def _range_or_choices(value: object) -> object:
@@ -126,20 +144,12 @@ class TrialSettings:
     def with_values(self, values: Mapping[str, object]) -> "TrialSettings":
         """A copy with other values, by dotted name, and with all step sizes. Raises UnfitError if they are not valid
         together."""
-        parts: dict[str, dict[str, Any]] = {"": {}, IMAGE_SET: {}, SELECTION: {}}
-        for name, value in values.items():
-            first, _, rest = name.partition(".")
-            part, path = (first, rest) if first in (IMAGE_SET, SELECTION) else ("", name)
-            *parents, last = path.split(".")
-            target = parts[part]
-            for key in parents:
-                target = target.setdefault(key, {})
-            target[last] = value
+        of_arm, of_image_set, of_selection = nested_values(values)
         try:
             return TrialSettings(
-                _with_changes(self.arm, parts[""]).with_step_sizes(),
-                self.image_set and _with_changes(self.image_set, parts[IMAGE_SET]),
-                self.selection and _with_changes(self.selection, parts[SELECTION]),
+                _with_changes(self.arm, of_arm).with_step_sizes(),
+                self.image_set and _with_changes(self.image_set, of_image_set),
+                self.selection and _with_changes(self.selection, of_selection),
             )
         except pydantic.ValidationError as error:
             sentences = [sentence("trial", error_details, TrainRobust) for error_details in error.errors()]
@@ -151,6 +161,20 @@ class TrialSettings:
         if self.image_set is not None and self.selection is not None:
             values |= {IMAGE_SET: self.image_set.plain(), SELECTION: self.selection.plain()}
         return values
+
+
+def nested_values(values: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Values with dotted names as nested mappings: those of the arm, of its image set and of its selection."""
+    parts: dict[str, dict[str, Any]] = {"": {}, IMAGE_SET: {}, SELECTION: {}}
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        part, path = (first, rest) if first in (IMAGE_SET, SELECTION) else ("", name)
+        *parents, last = path.split(".")
+        target = parts[part]
+        for key in parents:
+            target = target.setdefault(key, {})
+        target[last] = value
+    return parts[""], parts[IMAGE_SET], parts[SELECTION]
 
 
 def study_problems(study: Tune, trial: TrialSettings) -> Iterator[str]:
@@ -218,20 +242,18 @@ def _point_problems(path: str, study: Tune, trial: TrialSettings, point: Mapping
         dimension = study.space.get(name)
         if dimension is None:
             yield f"{path}.{name} is not in the space; expected some of {name_list(study.space)}"
-        elif isinstance(dimension, Choices) and not any(
-            value == choice and type(value) is type(choice) for choice in dimension.choices
-        ):
-            yield f"{path}.{name} is {value!r}; expected one of {', '.join(map(str, dimension.choices))}"
+        elif isinstance(dimension, Choices) and not dimension.contains(value):
+            yield f"{path}.{name} is {value!r}; expected {dimension.words}"
         elif isinstance(dimension, Range) and (
             type(value) not in (int, float)
-            or not dimension.low <= value <= dimension.high
+            or not dimension.contains(value)
             or (_is_whole(trial, name) and value != int(value))
         ):
             kind = "whole number" if _is_whole(trial, name) else "number"
-            yield f"{path}.{name} is {value!r}; expected a {kind} from {dimension.low} to {dimension.high}"
+            yield f"{path}.{name} is {value!r}; expected a {kind} {dimension.words}"
     for name, dimension in study.space.items():
-        if name not in point and isinstance(dimension, Range) and not _arm_value_is_inside(trial, name, dimension):
-            yield f"{path} leaves out {name}, and the arm's lies outside the space; name it in the point"
+        if name not in point and (outside := _arm_value_outside(trial, name, dimension)):
+            yield f"{path} leaves out {name}, which is {outside}; name it in the point"
 
 
 def _is_whole(trial: TrialSettings, name: str) -> bool:
@@ -241,11 +263,14 @@ def _is_whole(trial: TrialSettings, name: str) -> bool:
         return False
 
 
-def _arm_value_is_inside(trial: TrialSettings, name: str, dimension: Range) -> bool:
+def _arm_value_outside(trial: TrialSettings, name: str, dimension: Range | Choices) -> str:
+    """The arm's value and the dimension in which it does not lie, for a message; "" if it does."""
     try:
-        return dimension.low <= float(WrittenNumber(trial.value_of(name))) <= dimension.high
+        value = trial.value_of(name)
+        number_or_choice = float(WrittenNumber(value)) if isinstance(dimension, Range) else value
     except (DmatError, ValueError):  # reported elsewhere
-        return True
+        return ""
+    return "" if dimension.contains(number_or_choice) else f"{value!r} in the arm; expected {dimension.words}"
 
 
 def _is_numeric(value: object) -> bool:

@@ -31,27 +31,38 @@ class Finished(TypedDict):
     checksum: NotRequired[str]  # of the other keys; in the file only
 
 
+_ADVICE = "wait for it, or stop it and run the same command again: it resumes from the last checkpoint"
+
+
 @contextlib.contextmanager
-def lock(work: Path) -> Iterator[None]:
+def lock(work: Path, advice: str = _ADVICE, timeout: float = 0) -> Iterator[None]:
     """Holds the lock of a work folder, so that no second process writes there.
 
-    Raises DmatError with the id of the process that holds the lock.
+    timeout: seconds for a process that holds the lock. Raises DmatError with its id, and the advice, after them.
     """
-    file_lock = filelock.FileLock(work / "lock", timeout=0)
+    file_lock = filelock.FileLock(work / "lock", timeout=timeout)
     holder_path = work / "holder.json"
     try:
         file_lock.acquire()
     except filelock.Timeout:
         pid = json.loads(holder_path.read_text())["pid"] if holder_path.exists() else "unknown"
-        raise DmatError(
-            f"{work} is being computed by process {pid}; wait for it, or stop it and run the same command "
-            f"again: it resumes from the last checkpoint"
-        ) from None
+        raise DmatError(f"{work} is being computed by process {pid}; {advice}") from None
     try:
         files.write_json(holder_path, {"pid": os.getpid()})
         yield
     finally:
         file_lock.release()
+
+
+def is_locked(work: Path) -> bool:
+    """Whether a process holds the lock of a work folder."""
+    if not (work / "lock").exists():
+        return False
+    try:
+        with filelock.FileLock(work / "lock", timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
 
 
 def resumable_paths(work: Path) -> list[Path]:

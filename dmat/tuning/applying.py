@@ -33,7 +33,7 @@ def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: st
                     f"{path} has {section}.{key}, which no study wrote; expected a free name; say --name ANOTHER"
                 )
     arm = dict(raw["arms"][plan.settings.arm] or {})
-    arm = config.merge(arm, _nested(winner.params, ""))
+    arm = config.merge(arm, config.nested_values(winner.params)[0])
     written = [f"arms.{name}"]
     if images:
         arm["images"] = name
@@ -69,27 +69,10 @@ def _was_applied(arms: Any, name: str) -> bool:
     return comment is not None and any(_MARK in part.value for part in comment if hasattr(part, "value"))
 
 
-def _nested(values: dict[str, Any], first: str) -> dict[str, Any]:
-    """Nested mapping of the values with dotted names that belong to `first`. first: "" for the arm itself, or
-    IMAGE_SET or SELECTION of config."""
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        head, _, rest = name.partition(".")
-        section, path = (head, rest) if head in (config.IMAGE_SET, config.SELECTION) else ("", name)
-        if section != first:
-            continue
-        *above, last = path.split(".")
-        mapping = nested
-        for key in above:
-            mapping = mapping.setdefault(key, {})
-        mapping[last] = value
-    return nested
-
-
 def _image_entries(raw: Any, selection: str, winner: FrozenTrial, name: str) -> dict[str, dict[str, Any]]:
     """Entries of the lists of image sets and selections that the winner needs; none if it changes no images.
     selection: that of the arm."""
-    of_set, of_selection = _nested(winner.params, config.IMAGE_SET), _nested(winner.params, config.SELECTION)
+    _, of_set, of_selection = config.nested_values(winner.params)
     if not of_set and not of_selection:
         return {}
     entry = config.merge(raw["selections"][selection], of_selection)

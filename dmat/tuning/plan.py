@@ -55,7 +55,7 @@ class Study:
         valid_points: list[dict[str, Any]] = []
         for point in (arm_point, *(arm_point | dict(point) for point in self.settings.enqueue)):
             if (
-                all(inside(self.settings.space[name], value) for name, value in point.items())
+                all(self.settings.space[name].contains(value) for name, value in point.items())
                 and point not in valid_points
             ):
                 valid_points.append(point)
@@ -76,13 +76,6 @@ class Study:
             "storage": redaction.address(self.storage),
             "work": str(self.folder),
         }
-
-
-def inside(dimension: config.Dimension, value: Any) -> bool:
-    """Whether a value lies in a dimension of a space."""
-    if isinstance(dimension, config.Choices):
-        return any(value == choice and type(value) is type(choice) for choice in dimension.choices)
-    return isinstance(value, int | float) and dimension.low <= value <= dimension.high
 
 
 def plan(params: Params, workspace: Workspace, storage: str | None = None) -> Study:

@@ -1,7 +1,7 @@
 """Ranks the best trials by AutoAttack on the validation split, because the order by PGD can differ.
 
-The results are attributes of the study (Optuna does not allow changes of ended trials). A worker ranks a trial if it
-has the weights: on the machine that computed it, or on any that shares the folder of the project.
+The results are attributes of the study (Optuna does not allow changes of ended trials). A driver ranks the trials whose
+weights are in its folder.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from dmat import files
 from dmat.config import WrittenNumber
 from dmat.data import shards
 from dmat.data.pixels import load_all
+from dmat.engine import TaskContext
 from dmat.evaluation import work
 from dmat.evaluation.evaluate import Evaluation
 from dmat.evaluation.measures import Subject
@@ -30,11 +31,6 @@ from dmat.tuning.trials import VALUES_FILE, TrialContext
 from dmat.workspace import RESULT
 
 _PREFIX = "auto_attack."  # of an attribute of the study; the number of the trial follows
-
-
-def ranking_key(number: int) -> str:
-    """Key of the claim for ranking a trial."""
-    return f"rank-{number:04d}"
 
 
 def candidates(plan: Study, study: optuna.Study) -> list[FrozenTrial]:
@@ -53,7 +49,7 @@ def auto_attack_results(study: optuna.Study) -> dict[int, dict[str, Any]]:
 
 
 def missing(plan: Study, study: optuna.Study) -> list[FrozenTrial]:
-    """Candidates without a ranking whose weights this machine has."""
+    """Candidates without a ranking whose weights this project has."""
     results = auto_attack_results(study)
     return [trial for trial in candidates(plan, study) if trial.number not in results and _has_weights(plan, trial)]
 
@@ -76,13 +72,14 @@ def _has_weights(plan: Study, trial: FrozenTrial) -> bool:
     return all(values.get(name, value) == value for name, value in trial.params.items())
 
 
-def rank(context: TrialContext, trial: FrozenTrial) -> None:
-    """Attacks the weights of a trial and writes the accuracy into the study. Resumes from existing shards."""
-    assert context.study is not None
+def rank(engine: TaskContext, context: TrialContext, path: Path, folder: Path) -> dict[str, Any]:
+    """Attacks the weights at `path` on the validation split; a task of the engine. Resumes from the shards in `folder`.
+
+    Returns the accuracy: value, low, high, n and the name of the attacks.
+    """
     plan, compute = context.plan, context.compute.exact()
     validation = shards.open_shards(context.workspace.at(plan.inputs["validation"]["path"]))
     settings = context.params.evaluate_robust
-    path = weights_of(plan, trial)
     model, sidecar = load_classifier(path, validation, compute)
     images, labels = load_all(validation)
     suite = auto_attack.suite(
@@ -90,7 +87,7 @@ def rank(context: TrialContext, trial: FrozenTrial) -> None:
     )
     ball = Ball(sidecar["threat"]["norm"], WrittenNumber(sidecar["threat"]["epsilon"]))
     evaluation = Evaluation(
-        plan.trial_folder(trial.number) / "auto_attack",
+        folder,
         Subject("validation", model, validation.classes, images, labels, ball, suite, full_suite=True),
         settings.model_copy(update={"sweep": ()}),
         compute,
@@ -100,9 +97,15 @@ def rank(context: TrialContext, trial: FrozenTrial) -> None:
             "settings": files.fingerprint(settings.plain()),
         },
     )
-    work.compute_all(evaluation.shards, quiet=True)
-    value = wilson(evaluation.columns()["auto_attack"]).plain() | {"attacks": suite.name}
-    context.study.set_user_attr(f"{_PREFIX}{trial.number}", value)
+    for shard in evaluation.shards:
+        engine.check_interruption()
+        work.compute_all([shard], quiet=True)
+    return {**wilson(evaluation.columns()["auto_attack"]).plain(), "attacks": suite.name}
+
+
+def record(study: optuna.Study, number: int, result: Mapping[str, Any]) -> None:
+    """Writes the result of `rank` for a trial into the study."""
+    study.set_user_attr(f"{_PREFIX}{number}", dict(result))
 
 
 def best(plan: Study, study: optuna.Study) -> FrozenTrial | None:

@@ -1,14 +1,13 @@
 """The search space of a study as Optuna distributions, and the import of trials of studies with another space."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, create_trial
 
 from dmat import config
-from dmat.tuning.plan import Study, inside
+from dmat.tuning.plan import Study
 
 ORIGIN = "imported_from"  # user attribute of a trial that another study made: {"study": name, "trial": number}
 
@@ -27,17 +26,6 @@ def _distribution(plan: Study, name: str, dimension: config.Dimension) -> BaseDi
     return FloatDistribution(dimension.low, dimension.high, log=log)
 
 
-def suggest(trial: Trial, search_space: Mapping[str, BaseDistribution]) -> None:
-    """Sets all values of a trial that it does not have yet."""
-    for name, distribution in search_space.items():
-        if isinstance(distribution, CategoricalDistribution):
-            trial.suggest_categorical(name, distribution.choices)
-        elif isinstance(distribution, IntDistribution):
-            trial.suggest_int(name, distribution.low, distribution.high, log=distribution.log)
-        elif isinstance(distribution, FloatDistribution):
-            trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
-
-
 def fitting(plan: Study, study: str, trials: Sequence[FrozenTrial]) -> Iterator[FrozenTrial]:
     """Ended trials of a study with another space, as trials of this study.
 
@@ -50,7 +38,7 @@ def fitting(plan: Study, study: str, trials: Sequence[FrozenTrial]) -> Iterator[
             continue
         values = {name: trial.params.get(name, plan.own_value(name)) for name in search_space}
         left_out = [name for name in trial.params if name not in search_space]
-        if all(inside(plan.settings.space[name], value) for name, value in values.items()) and all(
+        if all(plan.settings.space[name].contains(value) for name, value in values.items()) and all(
             trial.params[name] == plan.own_value(name) for name in left_out
         ):
             yield create_trial(
@@ -64,5 +52,15 @@ def fitting(plan: Study, study: str, trials: Sequence[FrozenTrial]) -> Iterator[
 
 
 def origin(study: str, trial: FrozenTrial) -> dict[str, Any]:
-    """Study and number of the computed trial, also for an imported one."""
-    return dict(trial.user_attrs.get(ORIGIN) or {"study": study, "trial": trial.number})
+    """Study and number of the computed trial, also for an imported one. The number names its work folder."""
+    return dict(trial.user_attrs.get(ORIGIN) or {"study": study, "trial": first_number(trial)})
+
+
+def earlier_numbers(trial: FrozenTrial) -> list[int]:
+    """Numbers of the lost trials that this one repeats, in their order; none for most trials."""
+    return list(trial.system_attrs.get("retry_history", ()))  # of RetryHeartbeatStaleTrialCallback
+
+
+def first_number(trial: FrozenTrial) -> int:
+    """The number under which the trial was computed first, which names its work folder."""
+    return [*earlier_numbers(trial), trial.number][0]

@@ -1,25 +1,31 @@
 """The storage of studies: a SQLite file of the project, or a database server for several machines."""
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import optuna
 import sqlalchemy
 import sqlalchemy.exc
-from optuna.storages import RDBStorage
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from dmat import redaction
 from dmat.errors import DmatError, first_line
 from dmat.tuning import sampling, space
-from dmat.tuning.claims import Claims
 from dmat.tuning.plan import Study
+from dmat.tuning.trials import MAX_LOST_WORKERS
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+HEARTBEAT, GRACE = 20, 120  # seconds: between two signs of life of a running trial; without one it counts as lost
 _TRANSFER_KEY, _READY = "dmat.kin", "dmat.ready"  # attributes of a study
 _WAIT = 60.0  # seconds for another process that writes to the same SQLite file
+_IMPORT_TIMEOUT = 10.0  # seconds for the process that created the study to import trials
 
 
 @contextlib.contextmanager
@@ -27,7 +33,7 @@ def explain_storage_errors(url: str) -> Iterator[None]:
     """Turns errors of the storage inside the block into DmatError with a clear message."""
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
         first = first_line(error.__cause__ or error, url)
         if url.startswith("sqlite:"):
             path = url.removeprefix("sqlite:///")
@@ -44,6 +50,7 @@ def explain_storage_errors(url: str) -> Iterator[None]:
 def connect(url: str) -> RDBStorage:
     """Opens the storage; creates it if it does not exist. Raises DmatError if that fails."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats have been called so since Optuna 2.9
     if url.startswith("sqlite:///"):
         Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -64,10 +71,10 @@ def connect(url: str) -> RDBStorage:
     try:
         with explain_storage_errors(url):
             try:
-                return RDBStorage(url, engine_kwargs=options)
+                return _open(url, options)
             except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError):
                 time.sleep(1)  # another process is creating the tables
-                return RDBStorage(url, engine_kwargs=options)
+                return _open(url, options)
     except RuntimeError as error:
         raise DmatError(
             f"the studies in {redaction.address(url)} were written by another version of Optuna than the "
@@ -81,36 +88,65 @@ def connect(url: str) -> RDBStorage:
         ) from error
 
 
+def _open(url: str, options: dict[str, Any]) -> RDBStorage:
+    retry = RetryHeartbeatStaleTrialCallback(MAX_LOST_WORKERS, inherit_intermediate_values=True)
+    return RDBStorage(
+        url,
+        engine_kwargs=options,
+        heartbeat_interval=HEARTBEAT,
+        grace_period=GRACE,
+        heartbeat_stale_trial_callback=retry,
+    )
+
+
+@contextlib.contextmanager
+def heartbeats(storage: RDBStorage, running: Mapping[int, FrozenTrial]) -> Iterator[None]:
+    """Inside the block a thread gives signs of life of the running trials, which may change meanwhile."""
+    closing = threading.Event()
+
+    def record_until_closed() -> None:
+        while not closing.wait(HEARTBEAT):
+            # Tried again; a storage that stays away ends the study at the next report.
+            with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, StorageInternalError):
+                for trial in tuple(running.values()):
+                    storage.record_heartbeat(trial._trial_id)
+
+    thread = threading.Thread(target=record_until_closed, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join()
+
+
 def find(storage: RDBStorage, name: str) -> optuna.Study | None:
     """The study of this name, or None."""
     names = {summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)}
     return optuna.load_study(study_name=name, storage=storage) if name in names else None
 
 
-def begin(storage: RDBStorage, plan: Study, claims: Claims) -> optuna.Study:
+def begin(storage: RDBStorage, plan: Study) -> optuna.Study:
     """Opens the study; creates it if needed, with the trials of related studies that fit its space."""
-    study = optuna.create_study(
-        storage=storage,
-        study_name=plan.name,
-        direction="maximize",
-        load_if_exists=True,
-        pruner=sampling.pruner(plan.settings),
-        sampler=optuna.samplers.RandomSampler(),  # never asked: `sampling.propose` gives all values
-    )
-    if study.user_attrs.get(_READY):
-        return study
-    with claims.exclusive():
-        if not study.user_attrs.get(_READY):
-            study.set_user_attr(_TRANSFER_KEY, plan.transfer_key)
-            origins = [space.origin(plan.name, trial) for trial in study.get_trials(deepcopy=False)]
-            for other in _related_studies(storage, plan):
-                for trial in space.fitting(plan, other.study_name, other.get_trials(deepcopy=False)):
-                    origin = trial.user_attrs[space.ORIGIN]
-                    # Not trials of this study from one that was set aside.
-                    if origin not in origins and origin["study"] != plan.name:
-                        study.add_trial(trial)
-                        origins.append(origin)
-            study.set_user_attr(_READY, True)
+    pruner = sampling.pruner(plan.settings)
+    try:
+        study = optuna.create_study(storage=storage, study_name=plan.name, direction="maximize", pruner=pruner)
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(storage=storage, study_name=plan.name, pruner=pruner)
+        deadline = time.monotonic() + _IMPORT_TIMEOUT  # after it, the process that created the study has ended
+        while not study.user_attrs.get(_READY) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    if not study.user_attrs.get(_READY):
+        study.set_user_attr(_TRANSFER_KEY, plan.transfer_key)
+        origins = [space.origin(plan.name, trial) for trial in study.get_trials(deepcopy=False)]
+        for other in _related_studies(storage, plan):
+            for trial in space.fitting(plan, other.study_name, current_trials(other)):
+                origin = trial.user_attrs[space.ORIGIN]
+                # Not trials of this study from one that was set aside.
+                if origin not in origins and origin["study"] != plan.name:
+                    study.add_trial(trial)
+                    origins.append(origin)
+        study.set_user_attr(_READY, True)
     return study
 
 
@@ -122,6 +158,13 @@ def set_aside(storage: RDBStorage, study: optuna.Study) -> None:
     optuna.delete_study(study_name=study.study_name, storage=storage)
 
 
+def current_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """All trials but those that were lost and that a later one repeats."""
+    trials = study.get_trials(deepcopy=False)
+    repeated = {number for trial in trials for number in space.earlier_numbers(trial)}
+    return [trial for trial in trials if trial.number not in repeated]
+
+
 def own_trials(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     """The trials that this study computes itself, without imported ones; `--trials` counts these."""
     return [trial for trial in trials if space.ORIGIN not in trial.user_attrs]
@@ -129,7 +172,7 @@ def own_trials(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
     """All ended trials, including imported ones."""
-    return study.get_trials(deepcopy=False, states=ENDED)
+    return [trial for trial in current_trials(study) if trial.state.is_finished()]
 
 
 def _related_studies(storage: RDBStorage, plan: Study) -> list[optuna.Study]:

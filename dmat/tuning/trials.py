@@ -1,140 +1,136 @@
-"""One trial: a short run of `train_robust` that reports to its study, and exactly one recorded state for any outcome.
+"""One trial: a short run of `train_robust` as a task of the engine. It reports to the driver and waits for the verdict.
 
-Under `torchrun` all processes train. Only the main process uses the study. At each report it tells the others whether
-to continue, so that all stop at the same step.
+A trial whose process was killed resumes from the checkpoint in its folder, wherever it runs next. Under `torchrun` all
+processes train. The main process talks to the driver. At each report it tells the others whether to continue, so that
+all stop at the same step.
 """
 
 import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import filelock
-import optuna
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from dmat import NONE, files, tracking
 from dmat.config import MixImages, Params, TrialSettings
 from dmat.devices import Compute
+from dmat.engine import TaskContext
 from dmat.errors import Diverged, DmatError, Interrupted, Pruned, UnfitError, first_line
 from dmat.job import Job
 from dmat.jobs import mix_images, train_robust
 from dmat.pipeline import code_identity, work_folder
+from dmat.pipeline.division import WorkerCompute
 from dmat.training.long_run import Watcher
-from dmat.tuning import images, sampling
-from dmat.tuning.claims import RENEW, Claims
+from dmat.tuning import images
 from dmat.tuning.plan import CODE_STAGES, Study, plugin_identities
-from dmat.tuning.storage import explain_storage_errors
 from dmat.workspace import PICTURES, RESULT, Workspace
 
 VALUES_FILE = "trial.json"  # in the folder of a trial: its values
 OBJECTIVE = "validation_robust"  # accuracy in [0, 1] of the EMA weights
 MAX_LOST_WORKERS = 5  # killed workers that a trial survives; one more and it counts as failed
+CONTINUE, PRUNE, LOST = "continue", "prune", "lost"  # verdicts of the driver on a report
+NO_TRIAL = b"none"  # what the other processes get, before their patience ends, while there is nothing to train
+_LOCK_TIMEOUT = 120.0  # seconds for the process that computed a trial before to save and end
 _CONTINUE, _PRUNED, _STOP = "", "pruned ", "stop "  # messages of the main process to the others at a report
-
-
-class LostError(DmatError):
-    """Another worker has taken this trial."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrialOutcome:
-    """The recorded end of a trial. value: the objective, None unless complete. reason: "" if complete."""
-
-    state: TrialState
-    value: float | None
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialContext:
-    """What a worker needs to compute trials. study, claims: only in the main process."""
+    """What all trials of a study have in common."""
 
     plan: Study
     params: Params
     workspace: Workspace
     compute: Compute
-    save_seconds: float
-    study: optuna.Study | None = None
-    claims: Claims | None = None
+
+    @property
+    def for_workers(self) -> "TrialContext":
+        """Without the address of the storage, which may hold a password and which only the driver uses."""
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, storage=""))
 
 
-def trial_key(number: int) -> str:
-    """Key of the claim for computing a trial."""
-    return f"trial-{number:04d}"
+@dataclasses.dataclass(frozen=True)
+class TrialTask:
+    """A trial to compute. folder: its work folder; lost_workers: how many processes were killed in it."""
+
+    number: int
+    values: dict[str, Any]
+    folder: Path
+    lost_workers: int = 0
 
 
-def run(context: TrialContext, trial: FrozenTrial) -> TrialOutcome | None:
-    """Computes a trial to its end and records it in the study and in MLflow; resumes the work of an earlier worker.
+@dataclasses.dataclass(frozen=True)
+class TrialOutcome:
+    """The end of a trial. value: the objective, None unless complete. reason: "" if complete.
 
-    Returns None if another process still computes it. Raises LostError if another worker took it meanwhile, Interrupted
-    on a signal (after saving its state), and DmatError if the study cannot continue.
+    state: None if the trial belongs to another driver now. seconds: of all attempts. report_seconds: mean time that the
+    training waited for a verdict.
     """
-    assert context.study is not None and context.claims is not None
-    folder = context.plan.trial_folder(trial.number)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Against an earlier holder on this file system that only slept.
-    lock = filelock.FileLock(folder / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        return None
-    try:
-        _expect_own_files(context, trial, folder)
-        return _run(context, context.study, context.claims, trial, folder)
-    finally:
-        lock.release()
+
+    state: TrialState | None
+    value: float | None = None
+    reason: str = ""
+    seconds: float = 0.0
+    report_seconds: float = 0.0
 
 
-def _run(context: TrialContext, study: optuna.Study, claims: Claims, trial: FrozenTrial, folder: Path) -> TrialOutcome:
-    report_time = _ReportTime()
-    tracked = tracking.open_run(
-        context.workspace.home,
-        folder,
-        stage="train_robust",
-        instance_name=f"trial {trial.number}",
-        settings=_settings(context.plan, trial),
-        inputs=context.plan.inputs,
-        compute=context.compute.describe(),
-        root=context.workspace.root,
-        parent=context.plan.folder,
-        tags={
-            "optuna.study": context.plan.name,
-            "optuna.trial": str(trial.number),
-            "dmat.arm": context.plan.settings.arm,
-        },
-    )
-    with tracked:
-        started = time.time()
-        outcome = _compute_outcome(context, trial, folder, _watcher(context, study, claims, trial, report_time))
-        for stage_name in CODE_STAGES:  # results of other code are never reported
-            code_identity.expect(stage_name, context.workspace.root, again=True)
-        expect_same_plugins(context.plan)
-        if outcome.state == TrialState.COMPLETE:
-            tracked.finish_with({f"best_{OBJECTIVE}": outcome.value}, sorted((folder / PICTURES).glob("*.png")))
-        elif outcome.state == TrialState.PRUNED:
-            tracked.end_as("KILLED", f"pruned: {outcome.reason}")
-        else:
-            tracked.end_as("FAILED", outcome.reason)
-        tracked.tag("optuna.state", outcome.state.name)
-        _expect_held(claims, trial)
-        with _unless_ended(trial):
-            live = optuna.Trial(study, trial._trial_id)
-            live.set_user_attr("seconds", round(tracking.seconds_before(folder) + time.time() - started, 1))
-            live.set_user_attr("reason", outcome.reason)
-            live.set_user_attr("report_seconds", round(report_time.seconds / max(1, report_time.reports), 4))
-            live.set_user_attr("workers_killed", claims.lost_workers(trial_key(trial.number)))
-    # last: all else is recorded before, and a kill before this line only makes the trial end once more
-    if study.get_trials(deepcopy=False)[trial.number].state.is_finished():
-        raise _ended_elsewhere(trial)
-    study.tell(trial.number, outcome.value, outcome.state)
-    (folder / "checkpoint.dmat").unlink(missing_ok=True)  # as large as the network, and not needed any more
-    return outcome
+class _LostError(DmatError):
+    """Another driver resumed this trial."""
+
+
+def expect(root: Path, compute: WorkerCompute) -> None:
+    """Raises DmatError in a worker that has other code than the driver, or cannot compute as the driver would.
+
+    root: of the project.
+    """
+    for stage_name in CODE_STAGES:
+        code_identity.expect(stage_name, root)
+    compute.resolve()
+
+
+def run(engine: TaskContext, context: TrialContext, trial: TrialTask) -> TrialOutcome:
+    """Computes a trial to its end and records it in MLflow; resumes the work of an earlier process.
+
+    Raises Interrupted, after saving, if it has to stop, and DmatError if the study cannot continue.
+    """
+    plan, workspace = context.plan, context.workspace
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    with work_folder.lock(trial.folder, timeout=_LOCK_TIMEOUT):
+        _expect_own_files(trial, workspace)
+        reporter = _Reporter(engine, context)
+        tracked = tracking.open_run(
+            workspace.home,
+            trial.folder,
+            stage="train_robust",
+            instance_name=f"trial {trial.number}",
+            settings=_settings(plan, trial.values),
+            inputs=plan.inputs,
+            compute=context.compute.describe(),
+            root=workspace.root,
+            parent=plan.folder,
+            tags={"optuna.study": plan.name, "optuna.trial": str(trial.number), "dmat.arm": plan.settings.arm},
+        )
+        with tracked:
+            outcome = _compute_outcome(context, trial, reporter)
+            for stage_name in CODE_STAGES:  # results of other code are never reported
+                code_identity.expect(stage_name, workspace.root, again=True)
+            expect_same_plugins(plan)
+            if outcome.state == TrialState.COMPLETE:
+                tracked.finish_with(
+                    {f"best_{OBJECTIVE}": outcome.value}, sorted((trial.folder / PICTURES).glob("*.png"))
+                )
+            elif outcome.state == TrialState.FAIL:
+                tracked.end_as("FAILED", outcome.reason)
+            else:
+                tracked.end_as("KILLED", f"pruned: {outcome.reason}" if outcome.state else outcome.reason)
+            tracked.tag("optuna.state", outcome.state.name if outcome.state else "LOST")
+        seconds = round(tracking.seconds_before(trial.folder), 1)
+    return dataclasses.replace(outcome, seconds=seconds, report_seconds=reporter.mean_seconds)
 
 
 def expect_same_plugins(plan: Study) -> None:
@@ -148,48 +144,49 @@ def expect_same_plugins(plan: Study) -> None:
         )
 
 
-def _expect_own_files(context: TrialContext, trial: FrozenTrial, folder: Path) -> None:
+def _expect_own_files(trial: TrialTask, workspace: Workspace) -> None:
     """Sets the folder of a trial aside if it has other values: it may be of a study whose storage was moved away, and a
     checkpoint does not contain the values of its trial."""
-    values_path = folder / VALUES_FILE
-    if values_path.exists() and files.read_json(values_path) != {"params": trial.params}:
-        work_folder.set_aside(folder, context.workspace.home)
-    files.write_json(values_path, {"params": trial.params})
+    values_path = trial.folder / VALUES_FILE
+    if values_path.exists() and files.read_json(values_path) != {"params": trial.values}:
+        work_folder.set_aside(trial.folder, workspace.home)
+    files.write_json(values_path, {"params": trial.values})
 
 
-def _settings(plan: Study, trial: FrozenTrial) -> dict[str, Any]:
+def _settings(plan: Study, values: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return plan.trial.with_values(trial.params).plain()
+        return plan.trial.with_values(values).plain()
     except UnfitError:
-        return {**plan.trial.plain(), **trial.params}
+        return {**plan.trial.plain(), **values}
 
 
-def _compute_outcome(context: TrialContext, trial: FrozenTrial, folder: Path, watcher: Watcher) -> TrialOutcome:
+def _compute_outcome(context: TrialContext, trial: TrialTask, reporter: "_Reporter") -> TrialOutcome:
     """Computes a trial and turns its end into a state. Raises only errors that end the study or the worker."""
-    assert context.claims is not None
-    if (lost_workers := context.claims.lost_workers(trial_key(trial.number))) > MAX_LOST_WORKERS:
-        return TrialOutcome(TrialState.FAIL, None, f"{lost_workers} workers were killed in it")
-    context.compute.world.broadcast(json.dumps({"values": trial.params}).encode())  # `worker.follow` waits for it
-    attempts = 0
+    if trial.lost_workers > MAX_LOST_WORKERS:
+        return TrialOutcome(TrialState.FAIL, reason=f"{trial.lost_workers} workers were killed in it")
+    world, attempts = context.compute.world, 0
+    world.broadcast(json.dumps(trial.values).encode())  # `follow` waits for it
     while True:
         try:
-            return TrialOutcome(TrialState.COMPLETE, compute(context, trial.params, folder, watcher), "")
+            return TrialOutcome(TrialState.COMPLETE, compute(context, trial.values, trial.folder, reporter))
         except Pruned as stop:
-            return TrialOutcome(TrialState.PRUNED, None, str(stop))
+            return TrialOutcome(TrialState.PRUNED, reason=str(stop))
+        except _LostError as error:
+            return TrialOutcome(None, reason=str(error))
         except (Diverged, UnfitError) as error:
-            return TrialOutcome(TrialState.FAIL, None, str(error))
+            return TrialOutcome(TrialState.FAIL, reason=str(error))
         except (DmatError, Interrupted):
             raise
         except Exception as error:
-            if is_out_of_memory(error):
-                return TrialOutcome(TrialState.FAIL, None, f"out of memory: {first_line(error)}")
+            if _is_out_of_memory(error):
+                return TrialOutcome(TrialState.FAIL, reason=f"out of memory: {first_line(error)}")
             attempts += 1
-            if context.compute.world.size > 1:  # the other processes are still in the step: all are started again
+            if world.size > 1:  # the other processes are still in the step: all are started again
                 raise
             if attempts > context.plan.settings.retries:
                 last_error = f"{type(error).__name__}: {first_line(error)}"
                 return TrialOutcome(
-                    TrialState.FAIL, None, f"ended with an exception {attempts} times, last {last_error}"
+                    TrialState.FAIL, reason=f"ended with an exception {attempts} times, last {last_error}"
                 )
 
 
@@ -205,7 +202,7 @@ def compute(context: TrialContext, values: Mapping[str, Any], folder: Path, watc
         trial_workspace.root,
         folder,
         context.compute,
-        context.save_seconds,
+        context.params.compute.save_every_seconds,
         quiet=True,
         watcher=watcher,
     )
@@ -216,8 +213,9 @@ def compute(context: TrialContext, values: Mapping[str, Any], folder: Path, watc
     return cast(float, result.metrics["best_validation_robust"])
 
 
-def follow(context: TrialContext, values: Mapping[str, Any]) -> None:
-    """The part of the other processes under `torchrun`: the same training, in a temporary folder."""
+def follow(context: TrialContext) -> None:
+    """The part of the other processes under `torchrun`: the same trainings, in temporary folders, until the main
+    process broadcasts b"". It broadcasts NO_TRIAL while it waits."""
 
     def watch(images_seen: int, _: dict[str, float]) -> None:
         message = (context.compute.world.broadcast(None) or b"").decode()
@@ -226,60 +224,45 @@ def follow(context: TrialContext, values: Mapping[str, Any]) -> None:
         if message.startswith(_STOP):
             raise DmatError(message.removeprefix(_STOP))
 
-    with tempfile.TemporaryDirectory() as folder:
+    while message := context.compute.world.broadcast(None):
+        if message == NO_TRIAL:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                compute(context, json.loads(message), Path(folder), watch)
+            except (Pruned, Diverged, UnfitError):
+                continue  # in all processes alike
+
+
+class _Reporter:
+    """The watcher of a trial: reports validation PGD accuracy against images seen and waits for the verdict. Raises
+    Pruned, in all processes, if the driver says so."""
+
+    def __init__(self, engine: TaskContext, context: TrialContext):
+        self._engine, self._context = engine, context
+        self._seconds, self._reports = 0.0, 0
+
+    @property
+    def mean_seconds(self) -> float:
+        """Time per report: what the study costs its trainings."""
+        return round(self._seconds / max(1, self._reports), 4)
+
+    def __call__(self, images_seen: int, values: dict[str, float]) -> None:
+        world, started = self._context.compute.world, time.monotonic()
         try:
-            compute(context, values, Path(folder), watch)
-        except (Pruned, Diverged, UnfitError):
-            return  # in all processes alike
-
-
-def _watcher(
-    context: TrialContext, study: optuna.Study, claims: Claims, frozen: FrozenTrial, report_time: "_ReportTime"
-) -> Watcher:
-    """Reports validation PGD accuracy against images seen; raises Pruned when the study says so, in all processes."""
-    trial = optuna.Trial(study, frozen._trial_id)
-    reported = set(frozen.intermediate_values)  # a resumed trial repeats its last report
-    world = context.compute.world
-
-    def watch(images_seen: int, values: dict[str, float]) -> None:
-        try:
-            with report_time.counted(), explain_storage_errors(context.plan.storage), _unless_ended(frozen):
-                _expect_held(claims, frozen, within=RENEW + 5)
-                if images_seen not in reported:
-                    trial.report(values[OBJECTIVE], images_seen)
-                    reported.add(images_seen)
-                stop = sampling.should_stop(trial, images_seen, context.plan.settings)
-        except DmatError as error:
+            verdict = self._engine.ask({"images_seen": images_seen, "value": values[OBJECTIVE]})["verdict"]
+        except (DmatError, Interrupted) as error:
             world.broadcast(f"{_STOP}{error}".encode())
             raise
-        pruner = context.plan.settings.pruner
+        self._seconds += time.monotonic() - started
+        self._reports += 1
+        pruner = self._context.plan.settings.pruner
         reason = f"{values[OBJECTIVE]:.4f} after {images_seen} images is behind the other trials ({pruner})"
-        world.broadcast(f"{_PRUNED}{reason}".encode() if stop else _CONTINUE.encode())
-        if stop:
+        world.broadcast((_CONTINUE if verdict == CONTINUE else f"{_PRUNED}{reason}").encode())
+        if verdict == LOST:
+            raise _LostError("another driver resumed it, because this one gave no sign of life for too long")
+        if verdict == PRUNE:
             raise Pruned(reason)
-
-    return watch
-
-
-def _expect_held(claims: Claims, trial: FrozenTrial, within: float = 0.0) -> None:
-    if not claims.holds(trial_key(trial.number), within):
-        raise LostError(
-            f"trial {trial.number} was taken by another worker, because this one did not answer for a minute; "
-            f"that worker resumes it"
-        )
-
-
-@contextmanager
-def _unless_ended(trial: FrozenTrial) -> Iterator[None]:
-    """Raises LostError if Optuna refuses a change because another worker ended the trial."""
-    try:
-        yield
-    except optuna.exceptions.UpdateFinishedTrialError as error:
-        raise _ended_elsewhere(trial) from error
-
-
-def _ended_elsewhere(trial: FrozenTrial) -> LostError:
-    return LostError(f"trial {trial.number} was ended by another worker, whose result is kept")
 
 
 def _trial_settings(plan: Study, values: Mapping[str, Any]) -> TrialSettings:
@@ -295,21 +278,7 @@ def _trial_settings(plan: Study, values: Mapping[str, Any]) -> TrialSettings:
     return settings
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
-
-
-class _ReportTime:
-    """Measures the time that reports take: the cost of a study for its trainings."""
-
-    def __init__(self) -> None:
-        self.seconds, self.reports = 0.0, 0
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.seconds += time.monotonic() - started
-        self.reports += 1

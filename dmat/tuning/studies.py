@@ -1,0 +1,188 @@
+"""Runs and shows a study: the command around its driver, which has the MLflow run and writes the report."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
+
+from dmat import ARTIFACTS, files, redaction, tracking
+from dmat.config import Params
+from dmat.engine import EngineOptions, open_engine
+from dmat.errors import DmatError
+from dmat.pipeline import code_identity, execution, work_folder
+from dmat.pipeline.division import WorkerCompute, gpu_environments
+from dmat.training.interruption import Interruption
+from dmat.training.long_run import MetricsLog
+from dmat.tuning import applying, driver, ranking, report, storage, trials
+from dmat.tuning.plan import CODE_STAGES, STAGE_NAME, Study, changes_images
+from dmat.tuning.storage import explain_storage_errors
+from dmat.tuning.trials import MAX_LOST_WORKERS, TrialContext
+from dmat.workspace import Workspace
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyOptions:
+    """Options of a command. total: trials of the study. engine: where trials run."""
+
+    total: int
+    engine: EngineOptions = dataclasses.field(default_factory=EngineOptions)
+    fresh: bool = False
+    quiet: bool = False
+
+
+def run(plan: Study, params: Params, workspace: Workspace, options: StudyOptions) -> dict[str, Any]:
+    """Runs or resumes a study until enough trials have ended and the best are ranked; returns its summary.
+
+    Raises Interrupted on a signal, after saving the running trials, and DmatError on bad input, if another process
+    computes this study in this folder, or if the code is not that of code.yaml.
+    """
+    for stage_name in CODE_STAGES:
+        code_identity.expect(stage_name, workspace.root)
+    compute = execution.resolve(params)
+    context = TrialContext(plan, params, workspace, compute)
+    if compute.world.size > 1 and changes_images(plan.settings.space):
+        raise DmatError(
+            f"the space of study {plan.name} changes images, which one process makes, and {compute.world.size} were "
+            f"started; expected one for each trial; remove compute.processes and torchrun"
+        )
+    if not compute.world.is_main_process:
+        trials.follow(context)
+        return {}
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    import torch._dynamo  # noqa: F401 - by the first optimiser; seconds that no trial should be charged with
+
+    advice = "expected one `dmat tune start` in a folder; wait for it; --workers and --cluster run trials side by side"
+    # Errors of the storage are explained for all access inside.
+    with (
+        work_folder.lock(plan.folder, advice),
+        Interruption(at_once=not options.engine.has_workers) as interruption,
+        explain_storage_errors(plan.storage),
+    ):
+        rdb = storage.connect(plan.storage)
+        if options.fresh:
+            _start_over(plan, workspace, rdb)
+        study = storage.begin(rdb, plan)
+        if not _finished(plan, study, options.total):
+            _compute(context, study, rdb, options, interruption)
+        files.publish(plan.folder / "result", workspace.at(str(folder_of(plan))))
+        return report.summary(plan, study)
+
+
+def _compute(
+    context: TrialContext, study: optuna.Study, rdb: RDBStorage, options: StudyOptions, interruption: Interruption
+) -> None:
+    """Runs trials until enough have ended, and writes the report, as one tracked run."""
+    plan = context.plan
+    tracked = tracking.open_run(
+        context.workspace.home,
+        plan.folder,
+        stage=STAGE_NAME,
+        instance_name=plan.settings.arm,
+        settings=plan.settings.plain(),
+        inputs=plan.inputs,
+        compute=context.compute.describe(),
+        root=context.workspace.root,
+        fingerprint=plan.fingerprint,
+        tags={"optuna.study": plan.name, "optuna.storage": redaction.address(plan.storage)},
+    )
+    files.write_json(plan.folder / "study.json", plan.describe())
+    bar = tqdm(total=options.total, unit=" trials", desc=f"tune {plan.settings.arm}", disable=options.quiet)
+    expect = functools.partial(trials.expect, context.workspace.root, WorkerCompute.of(context.compute))
+    engine_options = dataclasses.replace(
+        options.engine, allowed_failures=MAX_LOST_WORKERS, environments=gpu_environments()
+    )
+    with tracked, bar, MetricsLog(plan.folder / "metrics.jsonl") as log, open_engine(engine_options, expect) as engine:
+
+        def on_trial_end() -> None:
+            """Writes all rows again: a killed process may have reported a trial to the study but not to this log, which
+            ignores rows that it has."""
+            for count, values in report.course(study):
+                log.write(count, values)
+            bar.update(len(storage.own_trials(storage.ended(study))) - bar.n)
+            if (best := ranking.best(plan, study)) is not None:
+                bar.set_postfix_str(report.in_words(best))
+
+        on_trial_end()
+        work = driver.Driver(context, study, rdb, options.total, not engine_options.has_workers, on_trial_end)
+        work.run(engine, interruption.raise_if_received)
+        summary, attachments = report.write(plan, study)
+        tracked.describe(report.markdown(plan, study))
+        tracked.finish_with(summary, attachments)
+    files.write_json(plan.folder / "finished.json", {"trials": summary["trials"], "ranked": summary["ranked"]})
+
+
+def _start_over(plan: Study, workspace: Workspace, rdb: RDBStorage) -> None:
+    """Sets the study aside. Raises DmatError if a driver of another folder computes one of its trials."""
+    study = storage.find(rdb, plan.name)
+    if study is None:
+        return
+    optuna.storages.fail_stale_trials(study)
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        if not driver.is_of_folder(trial, plan.folder):
+            raise DmatError(
+                f"trial {trial.number} of study {plan.name} is being computed by {driver.process_of(trial)}; expected "
+                f"nobody at work where --fresh sets it aside; stop that command first"
+            )
+    storage.set_aside(rdb, study)
+    work_folder.set_aside(plan.folder, workspace.home)
+
+
+def _finished(plan: Study, study: optuna.Study, total: int) -> bool:
+    """Whether the report covers all trials, enough have ended, and nothing is left to rank."""
+    path = plan.folder / "finished.json"
+    record = files.read_json(path) if path.exists() else {"trials": 0, "ranked": []}
+    ended = storage.ended(study)
+    reported = record["trials"] == len(ended) and record["ranked"] == sorted(ranking.auto_attack_results(study))
+    return reported and total <= len(storage.own_trials(ended)) and not ranking.missing(plan, study)
+
+
+def folder_of(plan: Study) -> Path:
+    """Folder in which the report of a study is published."""
+    return Path(ARTIFACTS) / STAGE_NAME / plan.settings.arm
+
+
+def status(plan: Study) -> dict[str, Any]:
+    """The summary so far, and who computes each unfinished trial. Raises DmatError if the study does not exist."""
+    rdb = storage.connect(plan.storage)
+    with explain_storage_errors(plan.storage):
+        study = _begun(plan, rdb)
+        at_work = [
+            f"trial {trial.number}: {len(trial.intermediate_values)} reports, "
+            f"{_process_of(trial, plan) or 'no process; `dmat tune start` resumes it'}"
+            for trial in storage.current_trials(study)
+            if not trial.state.is_finished()
+        ]
+        return {**report.summary(plan, study), "at_work": at_work}
+
+
+def _process_of(trial: FrozenTrial, plan: Study) -> str:
+    """The process that drives a trial, as it named itself; "" if that has ended, as far as this folder shows."""
+    if trial.state != TrialState.RUNNING:
+        return ""
+    is_left = driver.is_of_folder(trial, plan.folder) and not work_folder.is_locked(plan.folder)
+    return "" if is_left else driver.process_of(trial)
+
+
+def apply_best(path: Path, plan: Study, params: Params, name: str, seeds: list[int]) -> tuple[int, list[str]]:
+    """Writes the best trial as an arm into the file. Returns its number and the written keys."""
+    rdb = storage.connect(plan.storage)
+    with explain_storage_errors(plan.storage):
+        winner = ranking.best(plan, _begun(plan, rdb))
+    if winner is None:
+        raise DmatError(f"study {plan.name} has no complete trial; expected one; `dmat tune start` runs some")
+    return winner.number, applying.apply(path, plan, params, winner, name, seeds)
+
+
+def _begun(plan: Study, rdb: RDBStorage) -> optuna.Study:
+    study = storage.find(rdb, plan.name)
+    if study is None:
+        raise DmatError(
+            f"study {plan.name} was not begun in {plan.describe()['storage']}; expected one of these settings and "
+            f"data; start it with `dmat tune start`, or say with --storage where it is"
+        )
+    return study
