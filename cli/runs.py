@@ -73,7 +73,7 @@ def add_to(app: typer.Typer) -> None:
 def _sync() -> None:
     from dmat import tracking
 
-    for line in tracking.sync(_home(), report=True):
+    for line in tracking.sync(_home()):
         typer.echo(line)
 
 

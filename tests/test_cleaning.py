@@ -305,7 +305,7 @@ def test_a_folder_that_changed_after_the_survey_is_kept(project):
 def test_a_run_not_fully_sent_to_mlflow_is_kept(project):
     work = project.done()
     aside = project.put(f"{WORK}/before-20260101-000000/checkpoint.dmat", b"x").parent
-    note = {"pid": 1, "started": 0.0, "host": "h", "by_children": False, "store": "embedded"}
+    note = {"pid": 1, "started": "gone", "host": "h", "by_children": False, "store": "embedded"}
     for name, folder in (("work", work), ("aside", aside)):
         relative = str(folder.relative_to(project.folder))
         project.put(f"mlruns/active/{name}.json", json.dumps(note | {"folder": relative}).encode())

@@ -4,7 +4,7 @@ Run alone: pytest tests/test_parents.py
 """
 
 import hashlib
-import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -17,7 +17,7 @@ import pytest
 from dmat import files, liveness, tracking
 from dmat.errors import DmatError, Interrupted
 from dmat.tracking import dvc_process, open_runs, parents, queries, sender
-from tests import forked
+from tests import forked, senders
 
 _STAGE = """
 import time
@@ -98,14 +98,16 @@ def test_the_run_of_a_repro_ends_by_itself_as_dvc_did(repro, tmp_path, ends):
 def fake_dvc(tmp_path, monkeypatch):
     """A process that passes for `dvc repro`; its stages run in this process."""
     monkeypatch.setenv("DVC_STAGE", "mix_images@one")
-    monkeypatch.setattr(sender, "shared_sender", sender.start_thread_sender)
+    monkeypatch.setattr(sender, "_start", senders.start_thread)
     process = subprocess.Popen(["sleep", "600"])
     dvc_identity = liveness.identity(process.pid)
     monkeypatch.setattr(dvc_process, "outermost", lambda: (psutil.Process(process.pid), dvc_identity, ["repro"]))
-    monkeypatch.setattr(parents, "_start_watching", lambda *_: None)
+    process.status = queue.SimpleQueue()
+    monkeypatch.setattr(liveness, "wait_for_end", lambda *_: process.status.get())
     yield process
     process.kill()
     process.wait()
+    process.status.put(None)
 
 
 def _stage(home, error=None, name="one"):
@@ -123,18 +125,12 @@ def _stage(home, error=None, name="one"):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def _end(home, process, monkeypatch, status):
-    """Runs what the watching process does after `dvc` has ended; returns status and error of the run of `dvc repro`.
-
-    status: exit status of `dvc` as the system reports it.
-    """
+def _end(home, process, status):
+    """Ends `dvc`; returns status and error of the run of `dvc repro`. status: of `dvc`, as the system reports it."""
     process.kill()
     process.wait()
-    (folder,) = (home / "mlruns" / "parents").iterdir()
-    monkeypatch.setattr(liveness, "wait_for_end", lambda *_: status)
-    monkeypatch.setattr(sys, "argv", ["", str(home), str(folder), str(process.pid), "known"])
-    monkeypatch.setattr(os, "nice", lambda _: 0)
-    parents.main()
+    process.status.put(status)
+    forked.until(lambda: not open_runs.read(home), 60)
     run = queries.find_run(home, "dvc repro")
     return run.status, run.tags.get("dmat.error", "")
 
@@ -151,24 +147,24 @@ _KILLED_BY_9, _CODE_255 = signal.SIGKILL.value, 255 << 8
         (_CODE_255, ("FAILED", "dvc ended with code 255")),  # a stage that is not of dmat failed
     ],
 )
-def test_a_parent_of_finished_children_ends_as_its_process(tmp_path, fake_dvc, monkeypatch, status, ending):
+def test_a_parent_of_finished_children_ends_as_its_process(tmp_path, fake_dvc, status, ending):
     (tmp_path / "dvc.lock").write_text(_stage(tmp_path))
-    assert _end(tmp_path, fake_dvc, monkeypatch, status) == ending
+    assert _end(tmp_path, fake_dvc, status) == ending
 
 
-def test_without_an_exit_status_the_files_of_dvc_decide(tmp_path, fake_dvc, monkeypatch):
+def test_without_an_exit_status_the_files_of_dvc_decide(tmp_path, fake_dvc):
     (tmp_path / "dvc.lock").write_text(_stage(tmp_path))
     entry = {"pid": fake_dvc.pid, "cmd": "dvc repro"}
     files.write_json(tmp_path / ".dvc" / "tmp" / "rwlock", {"read": {"in": [entry]}, "write": {}})
     ending = ("KILLED", "dvc was killed while it reproduced a stage")
-    assert _end(tmp_path, fake_dvc, monkeypatch, None) == ending
+    assert _end(tmp_path, fake_dvc, None) == ending
 
 
-def test_a_result_that_dvc_did_not_record_is_a_failure(tmp_path, fake_dvc, monkeypatch):
+def test_a_result_that_dvc_did_not_record_is_a_failure(tmp_path, fake_dvc):
     (tmp_path / "dvc.lock").write_text(f"the one before: {_stage(tmp_path)}")
     _stage(tmp_path, name="two")
     ending = ("FAILED", "dvc did not record the result of mix_images two")
-    assert _end(tmp_path, fake_dvc, monkeypatch, None) == ending
+    assert _end(tmp_path, fake_dvc, None) == ending
 
 
 @pytest.mark.parametrize(
@@ -178,10 +174,10 @@ def test_a_result_that_dvc_did_not_record_is_a_failure(tmp_path, fake_dvc, monke
         (Interrupted(143, "stopped"), ("KILLED", "")),
     ],
 )
-def test_a_parent_ends_as_the_worst_of_its_children(tmp_path, fake_dvc, monkeypatch, error, ending):
+def test_a_parent_ends_as_the_worst_of_its_children(tmp_path, fake_dvc, error, ending):
     with pytest.raises(type(error)):
         _stage(tmp_path, error)
-    assert _end(tmp_path, fake_dvc, monkeypatch, None) == ending
+    assert _end(tmp_path, fake_dvc, None) == ending
 
 
 def test_a_stage_that_fails_before_it_has_a_run_fails_its_parent(tmp_path, fake_dvc, monkeypatch):
@@ -193,16 +189,16 @@ def test_a_stage_that_fails_before_it_has_a_run_fails_its_parent(tmp_path, fake_
 
     with pytest.raises(SystemExit):
         main()
-    status, reason = _end(tmp_path, fake_dvc, monkeypatch, None)
+    status, reason = _end(tmp_path, fake_dvc, None)
     assert status == "FAILED"
     assert reason.startswith("mix_images@one: params.yaml: ")
 
 
-def test_a_failure_that_another_attempt_fixed_does_not_count(tmp_path, fake_dvc, monkeypatch):
+def test_a_failure_that_another_attempt_fixed_does_not_count(tmp_path, fake_dvc):
     """As when torchrun restarts all processes after one was lost."""
     (tmp_path / "dvc.lock").write_text(_stage(tmp_path))
     parents.record_stage_error(tmp_path, DmatError("process 0 of 2 lost another one"))
-    assert _end(tmp_path, fake_dvc, monkeypatch, 0) == ("FINISHED", "")
+    assert _end(tmp_path, fake_dvc, 0) == ("FINISHED", "")
 
 
 def test_a_clock_step_starts_no_second_parent(tmp_path, fake_dvc, monkeypatch):
@@ -217,7 +213,6 @@ def test_a_clock_step_starts_no_second_parent(tmp_path, fake_dvc, monkeypatch):
 def test_a_deleted_project_is_not_recreated(tmp_path, monkeypatch):
     home = tmp_path / "gone"
     monkeypatch.setattr(liveness, "wait_for_end", lambda *_: 0)
-    monkeypatch.setattr(os, "nice", lambda _: 0)
-    monkeypatch.setattr(sys, "argv", ["", str(home), str(home / "mlruns" / "parents" / "1-a"), "1", "known"])
-    parents.main()
+    parents.watch(home, home / "mlruns" / "parents" / "1-a", 1, "started")
+    sender.follow(home)
     assert not home.exists()

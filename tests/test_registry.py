@@ -4,6 +4,7 @@ Run alone: pytest tests/test_registry.py
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -185,9 +186,11 @@ def _send_waiting_run(home, folder, model, message):
     end = {"status": "FINISHED", "error": "", "metrics": {}, "pictures": [], "models": [model], "ended": 2.0}
     record.update(about=about, ending=end)
     uploader = run_record.RunUploader(home, record)
-    with uploader.exclusive(), pytest.warns(UserWarning, match=message):
-        uploader.connect(live=False)
+    with uploader.exclusive():
+        uploader.connect()
         uploader.send_end("FINISHED", record["ending"])
+    (warning,) = record["warnings"]
+    assert re.search(message, warning)
     return record["run"]
 
 

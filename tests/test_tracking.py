@@ -17,15 +17,26 @@ from dmat import files, liveness, tracking
 from dmat.errors import DmatError, Interrupted
 from dmat.tracking import dvc_process, open_runs, runs, sender, stores
 from dmat.training.long_run import MetricsLog
-from tests import forked, servers
+from tests import forked, senders, servers
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("DMAT_TRACKING", "on")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(runs, "_SENDER_TIMEOUT", 120.0)
+    monkeypatch.setattr(sender, "_start", senders.start_thread)
+    monkeypatch.setattr(sender, "SEND_EVERY", 0.05)
+    monkeypatch.setattr(runs, "_unreachable_stores", set())
     return tmp_path
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """Sends from a process, as a user's run does."""
+    monkeypatch.setattr(sender, "_start", _START)
+
+
+_START = sender._start
 
 
 def _open(home, name="one", parent=None):
@@ -35,13 +46,6 @@ def _open(home, name="one", parent=None):
         home, work, stage="train_robust", instance_name=name, settings={"beta": 5.0, "threat": {"epsilon": "8/255"}},
         inputs={"train": {"path": "p", "sha256": "abc"}}, compute={"device": "cpu"}, parent=parent,
     )  # fmt: skip
-
-
-@pytest.fixture
-def thread_sender(monkeypatch):
-    """Runs the sender as a thread of this process, so that a test can patch what it uses; it sends without a pause."""
-    monkeypatch.setattr(sender, "SEND_EVERY", 0.05)
-    monkeypatch.setattr(sender, "shared_sender", sender.start_thread_sender)
 
 
 @pytest.fixture
@@ -98,8 +102,9 @@ def test_inputs_are_data_sets_of_the_run(home):
     assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "train")]
 
 
-def test_processor_and_memory_are_sampled_during_a_run(home, thread_sender, monkeypatch):
+def test_processor_and_memory_are_sampled_during_a_run(home, monkeypatch):
     monkeypatch.setattr(runs, "_SAMPLE_EVERY", 0.2)
+    monkeypatch.setattr(runs, "_LOOK_EVERY", 0.2)
     with _open(home) as run:
         run.provenance()  # waits for the store
         ends = time.time() + 2
@@ -131,7 +136,7 @@ def dead_pid():
 def _as_if_dead(home, pid):
     """Turns every tracked run of this process into one of a process that has ended."""
     for path in (home / "mlruns" / "active").glob("*.json"):
-        files.write_json(path, files.read_json(path) | {"pid": pid, "started": 0.0})
+        files.write_json(path, files.read_json(path) | {"pid": pid, "started": "gone"})
 
 
 _KILLED = """
@@ -173,27 +178,81 @@ def test_a_run_killed_with_9_is_ended_as_killed_with_all_its_metrics(home, kille
     assert tracking.sync(home) == []
 
 
-@pytest.mark.parametrize("another_comes", ["while it goes on", "at its end"])
-def test_a_sender_that_dies_loses_nothing_and_another_takes_over(home, warned, monkeypatch, another_comes):
-    monkeypatch.setattr(runs, "_SAMPLE_EVERY", 0.2 if another_comes == "while it goes on" else 1000.0)
+@pytest.mark.parametrize("look", ["while it continues", "at its end"])
+def test_a_sender_that_dies_loses_nothing_and_another_takes_over(home, process, warned, monkeypatch, look):
+    monkeypatch.setattr(runs, "_LOOK_EVERY", 0.2 if look == "while it continues" else 1000.0)
     with _open(home) as run:
         run.provenance()  # waits until it sends
-        child = next(p for p in psutil.Process().children() if "sender.main" in " ".join(servers.command_line(p)))
+        (child,) = _senders(home)
         _log(home, 10, loss=2.0)
-        os.kill(child.pid, signal.SIGKILL)
-        forked.until(lambda: bool(warned), 20)
-        if another_comes == "while it goes on":
+        child.kill()
+        if look == "while it continues":
             forked.until(lambda: files.read_json(home / "runs" / "one" / "tracking.json")["sent"] > 0, 60)
-    assert ["ended with code -9" in line for line in warned] == [True]
+    assert ["MLflow ended; the run continues, and another one" in line for line in warned] == [True]
     (stored_run,) = _runs(home)[1]
     assert (stored_run.info.status, _metrics(stored_run)) == ("FINISHED", {"loss": 2.0})
+    forked.until(lambda: not _senders(home), 20)
 
 
-def test_where_no_process_can_be_started_a_thread_sends(home, monkeypatch):
+def test_a_sender_that_always_dies_stops_no_run(home, warned, monkeypatch):
+    """As where MLflow crashes at its import."""
+    monkeypatch.setattr(sender, "_start", lambda home: subprocess.Popen(["true"]).pid)
+    with _open(home) as run:
+        _log(home, 10, loss=2.0)
+        assert run.provenance()["mlflow_run"] is None
+    assert len(warned) == runs._MAX_SENDERS
+    assert tracking.sync(home) == ["train_robust one: FINISHED"]
+    assert [_metrics(run) for run in _runs(home)[1]] == [{"loss": 2.0}]
+
+
+def test_a_project_has_one_sender_that_ends_with_its_last_run(home, process):
+    with _open(home) as first:
+        first.provenance()
+        with _open(home, "two") as second:
+            second.provenance()
+            (child,) = _senders(home)
+        assert _senders(home) == [child]
+    forked.until(lambda: not _senders(home), 20)
+    assert [run.info.status for run in _runs(home)[1]] == ["FINISHED", "FINISHED"]
+    assert not list((home / "mlruns" / "active").glob(".sender-*"))
+
+
+def test_a_run_that_begins_while_the_sender_ends_is_sent(home, monkeypatch):
+    """The sender finds no run, and before it gives up, one begins."""
+    read, second, begins = sender._markers, _open(home, "two"), []
+
+    def begin_meanwhile(home):
+        markers = read(home)
+        if not markers and not begins:
+            begins.append(threading.Thread(target=second.__enter__))
+            begins[0].start()
+            record = home / "runs" / "two" / "tracking.json"
+            forked.until(lambda: record.exists() and files.read_json(record)["about"], 20)
+        return markers
+
+    monkeypatch.setattr(sender, "_markers", begin_meanwhile)
+    with _open(home):
+        pass
+    forked.until(lambda: begins and not begins[0].is_alive(), 20)
+    assert second.provenance()["mlflow_run"]
+    second.__exit__(None, None, None)
+    assert [run.info.status for run in _runs(home)[1]] == ["FINISHED", "FINISHED"]
+
+
+def _senders(home):
+    """Sending processes of this project."""
+    running = [process for process in psutil.process_iter(["cmdline", "status"]) if process.info["cmdline"]]
+    return [
+        process
+        for process in running
+        if "sender.main" in " ".join(process.info["cmdline"]) and str(home) in process.info["cmdline"]
+    ]
+
+
+def test_where_no_process_can_be_started_a_thread_sends(home, process, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError("Resource temporarily unavailable")
 
-    monkeypatch.setattr(sender, "_shared", None)
     monkeypatch.setattr(sender.subprocess, "Popen", refuse)
     with _open(home):
         _log(home, 10, loss=2.0)
@@ -235,14 +294,6 @@ def test_a_clock_step_ends_no_living_run(home, step_clock, seconds):
     ((_, marker),) = open_runs.read(home)
     assert open_runs.alive(marker)
     assert tracking.sync(home) == []
-
-
-def test_a_marker_of_an_earlier_dmat_is_judged_by_the_time_of_day(home):
-    open_runs.write(home, home / "runs" / "one", os.getpid())
-    ((_, marker),) = open_runs.read(home)
-    started = psutil.Process().create_time()
-    assert open_runs.alive(marker | {"started": started})
-    assert not open_runs.alive(marker | {"started": started - 10})
 
 
 def test_a_process_id_means_another_process_after_a_boot_whatever_the_process_name(home, monkeypatch):
@@ -297,6 +348,24 @@ def test_a_parent_ends_as_its_children_did(home, dead_pid):
     }
 
 
+def test_a_parent_is_not_ended_before_its_children_were_sent(home, dead_pid, monkeypatch):
+    """The store fails when the end of the child is sent, and answers again right after."""
+    folders = [home / "runs" / name for name in ("study", "one")]
+    for folder, parent in zip(folders, (None, "runs/study"), strict=True):
+        record = runs.RunRecord(folder, stores.EMBEDDED)
+        record.update(about={"name": folder.name, "tags": {}, "settings": {}, "started": 1.0, "parent": parent})
+        open_runs.write(home, folder, os.getpid(), by_children=parent is None)
+    record.update(ending={"status": "FAILED", "error": "", "metrics": {}, "pictures": [], "ended": 2.0})
+    _as_if_dead(home, dead_pid)
+    answers, real_connect = iter([_unreachable]), stores.connect
+    monkeypatch.setattr(stores, "connect", lambda home: next(answers, real_connect)(home))
+    sender.follow(home)
+    assert len(open_runs.read(home)) == 2
+    sender.follow(home)
+    assert open_runs.read(home) == []
+    assert {run.info.run_name: run.info.status for run in _runs(home)[1]} == {"study": "FAILED", "one": "FAILED"}
+
+
 def test_markers_of_another_store_and_of_living_processes_are_left_alone(home, dead_pid, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     (home / "runs" / "x" / "elsewhere").mkdir(parents=True)
@@ -304,16 +373,15 @@ def test_markers_of_another_store_and_of_living_processes_are_left_alone(home, d
     _as_if_dead(home, dead_pid)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     open_runs.write(home, home / "runs" / "x" / "alive", os.getpid())
-    assert tracking.sync(home) == []
-    assert [path.name for path, _ in open_runs.read(home)] == ["x-alive.json", "x-elsewhere.json"]
-    assert tracking.sync(home, report=True) == [
+    assert tracking.sync(home) == [
         "1 of another store, http://127.0.0.1:9: set MLFLOW_TRACKING_URI to it and run this again"
     ]
+    assert [path.name for path, _ in open_runs.read(home)] == ["x-alive.json", "x-elsewhere.json"]
 
 
 @pytest.mark.parametrize("known_before", [False, True], ids=["never reached", "lost on the way"])
 @pytest.mark.parametrize("process_ends", [False, True], ids=["in its process", "by another"])
-def test_an_outage_loses_no_metric(home, thread_sender, monkeypatch, warned, dead_pid, known_before, process_ends):
+def test_an_outage_loses_no_metric(home, monkeypatch, warned, dead_pid, known_before, process_ends):
     """`dmat runs sync` sends what an outage held back: points, final metrics and status, each once."""
     if known_before:
         with pytest.raises(Interrupted), _open(home):
@@ -327,15 +395,14 @@ def test_an_outage_loses_no_metric(home, thread_sender, monkeypatch, warned, dea
             run.tag("optuna.state", "COMPLETE")
             run.finish_with({"best": 1.0}, [])
         assert time.monotonic() - started < 15
-        # a run does not wait for a silent server; its last attempt must fall into the outage
-        assert run._end_sent.wait(60)
+        _until_given_up(home)  # a run does not wait for a silent server; its last attempt must fall into the outage
         assert ["cannot be reached (nobody answers); the run continues" in line for line in warned] == [True]
         with pytest.raises(DmatError, match=r"cannot be reached .nobody answers.; 0 of 1 runs .* run the same command"):
-            tracking.sync(home, report=True)
+            tracking.sync(home)
     if process_ends:
         _as_if_dead(home, dead_pid)
     assert tracking.sync(home) == ["train_robust one: FINISHED"]
-    assert tracking.sync(home, report=True) == []
+    assert tracking.sync(home) == []
     client, stored_runs = _runs(home)
     assert [run.info.status for run in stored_runs] == ["FINISHED"]
     steps = [point.step for point in client.get_metric_history(stored_runs[0].info.run_id, "loss")]
@@ -344,16 +411,18 @@ def test_an_outage_loses_no_metric(home, thread_sender, monkeypatch, warned, dea
     assert stored_runs[0].data.tags["optuna.state"] == "COMPLETE"
 
 
+def _until_given_up(home):
+    """Waits until the sender has ended: no run is active, and the end of each was attempted."""
+    forked.until(lambda: not sender._process_file(home).exists(), 60)
+
+
 def _unreachable(home):
     raise ConnectionError("nobody answers")
 
 
-def test_a_stage_waits_for_a_slow_server_only_until_it_answers(home, thread_sender, monkeypatch, warned):
+def test_a_stage_waits_for_a_slow_server_only_until_it_answers(home, monkeypatch, warned):
     """With a shorter timeout a stage gave up on a busy machine, and its provenance never had a run."""
-    monkeypatch.undo()
     assert runs._SENDER_TIMEOUT >= 60
-    monkeypatch.setenv("DMAT_TRACKING", "on")
-    monkeypatch.setattr(sender, "shared_sender", sender.start_thread_sender)
     real_connect = stores.connect
     monkeypatch.setattr(stores, "connect", lambda home: time.sleep(1) or real_connect(home))
     with _open(home) as run:
@@ -362,7 +431,7 @@ def test_a_stage_waits_for_a_slow_server_only_until_it_answers(home, thread_send
     assert recorded["work"] == "runs/one"
 
 
-def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, thread_sender, monkeypatch, warned):
+def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, monkeypatch, warned):
     """As for the trials of a study, which are runs of one process."""
 
     def slow(home):
@@ -381,7 +450,9 @@ def test_only_the_first_run_waits_for_a_server_that_does_not_answer(home, thread
     assert ["cannot be reached" in line for line in warned] == [True]
 
 
-def test_a_server_that_comes_back_gets_all_points_during_the_run(home, thread_sender, monkeypatch, warned):
+def test_a_server_that_comes_back_gets_all_points_during_the_run(home, monkeypatch, warned):
+    monkeypatch.setattr(sender, "SEND_EVERY", 1.0)
+    monkeypatch.setattr(runs, "_LOOK_EVERY", 0.05)
     answers = iter([_unreachable, _unreachable])
     real_connect = stores.connect
     monkeypatch.setattr(stores, "connect", lambda home: next(answers, real_connect)(home))
@@ -408,7 +479,7 @@ def test_a_point_that_was_sent_but_not_recorded_is_not_sent_again(home):
     assert [(point.step, point.value) for point in history] == [(10, 2.0), (20, 1.0)]
 
 
-def test_a_password_in_the_address_of_the_server_is_neither_shown_nor_stored(home, thread_sender, monkeypatch, warned):
+def test_a_password_in_the_address_of_the_server_is_neither_shown_nor_stored(home, monkeypatch, warned):
     """Nothing listens there, and errors of the library repeat the address. Another user or host is another store."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:s3cret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -429,7 +500,7 @@ def test_a_password_in_the_address_of_the_server_is_neither_shown_nor_stored(hom
 
 def _failing_sync(home):
     with pytest.raises(DmatError) as refused:
-        tracking.sync(home, report=True)
+        tracking.sync(home)
     return [str(refused.value)]
 
 
@@ -446,7 +517,7 @@ def test_a_record_with_a_password_from_an_earlier_version_is_found_and_rewritten
     files.write_json(path, marker | {"store": with_password})
     assert open_runs.read(home) == [(path, marker)]
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    (line,) = tracking.sync(home, report=True)
+    (line,) = tracking.sync(home)
     assert "http://alice:***@127.0.0.1:9: set MLFLOW_TRACKING_URI to it (its password for ***)" in line
 
 
@@ -465,7 +536,7 @@ def test_two_records_of_one_run_keep_each_others_updates_and_create_it_once(home
     for record in (first, second):
         uploader = sender.RunUploader(home, record)
         with uploader.exclusive():
-            uploader.connect(live=False)
+            uploader.connect()
     assert first["run"] == second["run"]
     assert len(_runs(home)[1]) == 1
     first.update(seconds=5.0)
@@ -500,7 +571,7 @@ def test_a_study_set_aside_during_an_outage_takes_its_trials_with_it(home, dead_
         _log(home, attempt, "tune/study/trial-0000", loss=float(attempt))
     assert sorted(path.parent.name for path in study.rglob("trial-0000")) == ["before-1", "before-2", "study"]
     _as_if_dead(home, dead_pid)
-    assert len(tracking.sync(home, report=True)) == 6
+    assert len(tracking.sync(home)) == 6
     assert open_runs.read(home) == []
     stored_runs = _runs(home)[1]
     studies = {run.info.run_id: run.data.metrics["best"] for run in stored_runs if "best" in run.data.metrics}
@@ -523,10 +594,38 @@ def test_a_run_that_was_started_again_is_not_ended_for_its_predecessor(home, dea
     ((path, stale),) = open_runs.read(home)
     runs.RunRecord(work, stores.EMBEDDED).update(ending=None)
     open_runs.write(home, work, os.getpid())
-    assert open_runs._sync_run(home, path, stale, ()) == []
+    uploader = sender.RunUploader(home, runs.RunRecord(work, stores.EMBEDDED))
+    assert open_runs.complete(uploader, path, stale) == []
     assert path.exists()
     open_runs._unlink_unchanged(home, path, stale)
     assert path.exists()
+
+
+def test_a_run_resumed_while_its_end_is_sent_is_active_again(home, monkeypatch):
+    """Its process was killed. Between two requests about that, the same command runs again."""
+    with pytest.raises(Interrupted), _open(home):
+        raise Interrupted(143, "stopped")
+    work = home / "runs" / "one"
+    runs.RunRecord(work, stores.EMBEDDED).update(ending=None)
+    open_runs.write(home, work, 1, attempt=0.0)
+    (marker_path,) = (home / "mlruns" / "active").glob("*.json")
+    files.write_json(marker_path, files.read_json(marker_path) | {"started": "another boot"})
+    real_connect, second = stores.connect, _open(home)
+
+    def connect_after_the_second_began(home):
+        monkeypatch.setattr(stores, "connect", real_connect)
+        second.__enter__()
+        return real_connect(home)
+
+    monkeypatch.setattr(stores, "connect", connect_after_the_second_began)
+    ((path, marker),) = open_runs.read(home)
+    assert open_runs.complete(sender.RunUploader(home, runs.RunRecord(work, stores.EMBEDDED)), path, marker)
+    second.provenance()
+    (run,) = _runs(home)[1]
+    assert (run.info.status, "dmat.error" in run.data.tags) == ("RUNNING", False)
+    second.__exit__(None, None, None)
+    (run,) = _runs(home)[1]
+    assert (run.info.status, "dmat.error" in run.data.tags) == ("FINISHED", False)
 
 
 def test_a_resumed_run_does_not_keep_the_reason_of_its_last_end(home):
@@ -551,7 +650,7 @@ def test_damaged_markers_and_records_stop_nothing(home):
         with pytest.warns(UserWarning, match="is damaged; MLflow gets a new run"), _open(home):
             pass
     assert sorted(run.info.status for run in _runs(home)[1]) == ["FINISHED", "FINISHED", "KILLED"]
-    assert tracking.sync(home, report=True) == [
+    assert tracking.sync(home) == [
         f"{active / name} is not a readable marker file of a run; delete it" for name in ("a-empty.json", "b-cut.json")
     ]
 
@@ -581,7 +680,7 @@ def test_runs_of_another_machine_are_left_until_a_person_says_it_is_gone(home, d
     _as_if_dead(home, dead_pid)
     ((path, marker),) = open_runs.read(home)
     files.write_json(path, marker | {"host": "elsewhere"})
-    assert tracking.sync(home, report=True) == [
+    assert tracking.sync(home) == [
         "1 of machine elsewhere: if it is gone for good, `dmat runs reap elsewhere`"
     ]
     assert tracking.reap(home, []) == ["1 of machine elsewhere: if it is gone for good, `dmat runs reap elsewhere`"]
@@ -625,7 +724,7 @@ def _server(folder, port):
     return server
 
 
-def test_a_server_killed_during_a_run_lacks_nothing_after_sync(home, thread_sender, monkeypatch, warned):
+def test_a_server_killed_during_a_run_lacks_nothing_after_sync(home, monkeypatch, warned):
     port = servers.free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -643,10 +742,10 @@ def test_a_server_killed_during_a_run_lacks_nothing_after_sync(home, thread_send
                 _log(home, step, loss=1.0 / (step + 1))
             assert time.monotonic() - started < 5  # logging did not wait for the server
             run.finish_with({"best": 1.0}, [])
-        assert run._end_sent.wait(60)
+        _until_given_up(home)
         assert len(warned) == 1
         server = _server(home, port)
-        assert tracking.sync(home, report=True) == ["train_robust one: FINISHED"]
+        assert tracking.sync(home) == ["train_robust one: FINISHED"]
         client, (stored_run,) = _runs(home)
         points = client.get_metric_history(stored_run.info.run_id, "loss")
         assert [(point.step, point.value) for point in points] == [(step, 1.0 / (step + 1)) for step in range(40)]
@@ -656,7 +755,7 @@ def test_a_server_killed_during_a_run_lacks_nothing_after_sync(home, thread_send
         server.wait()
 
 
-def test_a_lost_answer_does_not_duplicate_points(home, thread_sender, monkeypatch, warned):
+def test_a_lost_answer_does_not_duplicate_points(home, monkeypatch, warned):
     """The server stored the points, but its answer never arrived."""
     from mlflow import MlflowClient
 
@@ -669,6 +768,8 @@ def test_a_lost_answer_does_not_duplicate_points(home, thread_sender, monkeypatc
             raise ConnectionError("the answer was lost")
 
     monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    monkeypatch.setattr(sender, "SEND_EVERY", 1.0)
+    monkeypatch.setattr(runs, "_LOOK_EVERY", 0.05)
     with _open(home):
         _log(home, 10, loss=2.0)
         deadline = time.monotonic() + 60

@@ -114,7 +114,7 @@ def test_the_wheel_is_what_runs(installed, root):
     assert module.is_relative_to(installed.bin.parent)
     assert installed.ask("from dmat.tracking import origin; print(origin.code())") == dmat.__version__
     # the processes that dmat starts find it without a path that would put all packages before Python's own modules
-    script = "from dmat.tracking import sender; print([sender.popen_options('')['env']['PYTHONPATH']])"
+    script = "from dmat.tracking import sender; print([sender.popen_options('.')['env']['PYTHONPATH']])"
     assert installed.ask(script) == "['']"
 
 

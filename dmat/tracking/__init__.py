@@ -1,7 +1,7 @@
 """Tracking with MLflow; the only importer of it. One run per stage instance, runs of one `dvc repro` under one parent.
 
-Training never waits for MLflow. Metrics are written to `metrics.jsonl` first. A separate process sends new ones and
-records its progress in the work folder; it also ends the run of a training that was killed. The next command or
+Training never waits for MLflow. Metrics are written to `metrics.jsonl` first. A separate process sends what is new and
+records its progress in the work folder; it also ends the run of a training that was killed. The next run or
 `dmat runs sync` sends what an outage delayed, and ends runs whose sending process died too.
 """
 

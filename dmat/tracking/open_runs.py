@@ -1,23 +1,21 @@
 """Marker files in `mlruns/active/`: one for each run that has not ended in its store yet.
 
-A marker file outlives the process of its run. `sync` then sends what the store lacks: metrics, and the recorded end of
-the run or KILLED.
+A marker file outlives the process of its run. `complete` then sends what the store lacks: metrics, and the recorded end
+of the run or KILLED.
 """
 
 import contextlib
 import platform
-import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import filelock
-import psutil
 
 from dmat import files, liveness, redaction
 from dmat.errors import DmatError, first_line
 from dmat.tracking import stores
-from dmat.tracking.run_record import FILES, RunRecord, RunUploader, read_tracking
+from dmat.tracking.run_record import FILES, METRICS_LOG, RECORD, SYSTEM_LOG, RunRecord, RunUploader, read_tracking
 
 LOST = "the process ended without a final status: it was killed, or the machine stopped"
 
@@ -28,18 +26,21 @@ class Marker(TypedDict):
     folder: str  # with the record of the run, see `relative`
     host: str  # name of the machine
     pid: int  # of the process that executes the run
-    started: str | float  # `liveness.identity` of that process; earlier versions: its start in seconds since 1970
+    started: str  # `liveness.identity` of that process
     by_children: bool  # the status of the run is that of its children
     store: str  # see `stores.identity`
+    attempt: NotRequired[float | None]  # `started` of the record; None: of any
+    ended: NotRequired[bool]  # the run ended, and its process may still run
 
 
 _KEYS = Marker.__required_keys__
 
 
-def write(home: Path, folder: Path, pid: int, by_children: bool = False) -> None:
+def write(home: Path, folder: Path, pid: int, by_children: bool = False, attempt: float | None = None) -> None:
     """Writes the marker file of the run recorded in `folder`, which process `pid` of this machine executes.
 
-    by_children: the status of the run is that of its children.
+    by_children: the status of the run is that of its children. attempt: `started` of a record that is written after
+    this file; until then, `complete` sees that the run was started again.
     """
     marker: Marker = {
         "pid": pid,
@@ -48,8 +49,17 @@ def write(home: Path, folder: Path, pid: int, by_children: bool = False) -> None
         "folder": relative(home, folder),
         "by_children": by_children,
         "store": stores.identity(home),
+        "attempt": attempt,
     }
-    _write(home, folder, marker)
+    with lock(home):
+        files.write_json(_path(home, folder), marker)
+
+
+def mark_ended(home: Path, folder: Path) -> None:
+    """Marks the run in `folder` as ended; its record has its ending. Does nothing if the marker file is gone."""
+    with lock(home):
+        if (marker := _read(path := _path(home, folder))) is not None:
+            files.write_json(path, marker | {"ended": True})
 
 
 def read(home: Path) -> list[tuple[Path, Marker]]:
@@ -74,20 +84,12 @@ def alive(marker: Marker) -> bool:
     """
     if elsewhere(marker):
         return True
-    if isinstance(marker["started"], str):
-        return liveness.is_running(marker["pid"], marker["started"])
-    return _is_running_since(marker["pid"], marker["started"])
+    return liveness.is_running(marker["pid"], marker["started"])
 
 
-def _is_running_since(pid: int, start_time: float) -> bool:
-    """The check for marker files of earlier versions, which hold the start as seconds since 1970; wrong after a step
-    of the clock."""
-    try:
-        process = psutil.Process(pid)
-        same_start = abs(process.create_time() - start_time) < 1
-        return bool(same_start and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+def has_ended(marker: Marker) -> bool:
+    """Whether a run has ended: it says so, or its process is gone."""
+    return marker.get("ended", False) or not alive(marker)
 
 
 def elsewhere(marker: Marker) -> bool:
@@ -101,7 +103,7 @@ def set_aside(home: Path, work: Path, target: Path) -> None:
     Folders of child runs (trials of a study) that have not ended either move with it.
     """
     parent = relative(home, work)
-    for marker in [marker for _, marker in read(home) if _parent(folder_of(home, marker)) == parent]:
+    for marker in [marker for _, marker in read(home) if parent_of(folder_of(home, marker)) == parent]:
         folder = folder_of(home, marker)
         with _moved(home, folder, target / folder.name):
             target.mkdir(exist_ok=True)
@@ -109,44 +111,69 @@ def set_aside(home: Path, work: Path, target: Path) -> None:
             RunRecord(folder, marker["store"]).update(about=about)
             folder.rename(target / folder.name)
     with _moved(home, work, target):
-        for name in ("metrics.jsonl", "tracking.json"):
+        for name in (METRICS_LOG, SYSTEM_LOG, RECORD):
             if (work / name).exists():
                 target.mkdir(exist_ok=True)
                 (work / name).rename(target / name)
 
 
-def sync(home: Path, report: bool = False, dead_hosts: Collection[str] = (), wait: float = 0) -> list[str]:
-    """Sends to the store what is missing of runs whose process has ended. Returns a line for each run.
+def sync(home: Path, dead_hosts: Collection[str] = ()) -> list[str]:
+    """Sends to the store what is missing of runs that have ended.
 
-    report: for a person who asked: raises DmatError if the store cannot be reached, and adds lines about what is left;
-    without it, warns and returns. dead_hosts: machines whose processes have all ended. wait: seconds to wait for
-    another process that syncs; after them the work is left to that process.
+    dead_hosts: machines whose processes have all ended. Returns a line for each run, and lines about what is left.
+    Raises DmatError if the store cannot be reached.
     """
     identity = stores.identity(home)
     pending = [
         (path, marker)
         for path, marker in read(home)
-        if marker["store"] == identity and _needs_sync(home, marker, dead_hosts)
+        if marker["store"] == identity and (has_ended(marker) or marker["host"] in dead_hosts)
     ]
-    lines = []
-    lock = filelock.FileLock(home / "mlruns" / "sync.lock", timeout=60 if report else wait)
+    lines: list[str] = []
     try:
-        if pending:
-            with lock:
-                # parents last: their status is that of their children
-                for path, marker in sorted(pending, key=lambda entry: entry[1]["by_children"]):
-                    lines += _sync_run(home, path, marker, dead_hosts)
-    except filelock.Timeout:
-        return []  # another process syncs
-    except Exception as error:  # an unreachable store must not stop a stage
-        if report:
-            raise DmatError(
-                f"MLflow at {stores.masked_uri(home)} cannot be reached ({first_line(error)}); {len(lines)} of "
-                f"{len(pending)} runs were brought up to date; start it or correct MLFLOW_TRACKING_URI, and run "
-                f"the same command again"
-            ) from error
-        warnings.warn(f"earlier runs could not be brought up to date ({first_line(error)})", stacklevel=1)
-    return lines + (_unsynced(home, identity) if report else [])
+        # parents last: their status is that of their children
+        for path, marker in sorted(pending, key=lambda entry: entry[1]["by_children"]):
+            record = RunRecord(folder_of(home, marker), marker["store"])
+            lines += complete(RunUploader(home, record), path, marker)
+    except Exception as error:  # of MLflow or of the network
+        raise DmatError(
+            f"MLflow at {stores.masked_uri(home)} cannot be reached ({first_line(error)}); {len(lines)} of "
+            f"{len(pending)} runs were brought up to date; start it or correct MLFLOW_TRACKING_URI, and run "
+            f"the same command again"
+        ) from error
+    return lines + _unsynced(home, identity)
+
+
+def complete(uploader: RunUploader, path: Path, marker: Marker) -> list[str]:
+    """Sends what the store lacks of a run that has ended, and removes its marker file. Returns lines for people.
+
+    Does nothing if the run was started again, or completed by another process, since `marker` was read. May raise any
+    exception of MLflow.
+    """
+    home, record = uploader.home, uploader.record
+    with lock(home):  # nobody moves it now
+        if not record.folder.is_dir():
+            path.unlink(missing_ok=True)
+            return [f"{record.folder.name}: its record is gone"]
+    with uploader.exclusive():
+        if _read(path) != marker:
+            return []
+        if record["about"] is None:
+            _unlink_unchanged(home, path, marker)
+            return [f"{record.folder.name}: its record is gone"]
+        uploader.connect()
+        uploader.send_new_metrics()
+        ending = record["ending"]
+        if marker["by_children"]:
+            ending = _ending(**uploader.ending_by_children())
+        elif ending is None:
+            change_times = [
+                file.stat().st_mtime for file in record.folder.iterdir() if file.name not in FILES and file.is_file()
+            ]
+            ending = _ending("KILLED", LOST, max(change_times, default=record["about"]["started"]))
+        uploader.send_end(ending["status"], ending)
+        _unlink_unchanged(home, path, marker)
+    return [f"{record['about']['name']}: {ending['status']}", *record["warnings"]]
 
 
 def reap(home: Path, names: Collection[str]) -> list[str]:
@@ -161,9 +188,9 @@ def reap(home: Path, names: Collection[str]) -> list[str]:
     this_host = platform.node()
     if this_host in names:
         raise DmatError(f"{this_host} is this machine; expected another; `dmat runs sync` ends what died here")
-    lines = sync(home, report=True, dead_hosts=machines & set(names))
+    lines = sync(home, machines & set(names))
     client, experiment = stores.connect_or_raise(home)
-    running = {run.info.run_id: run for run in client.search_runs([experiment], "attributes.status = 'RUNNING'")}
+    running = {run.info.run_id: run for run in stores.search_runs(client, experiment, "attributes.status = 'RUNNING'")}
     markers = {read_tracking(folder_of(home, marker)).get("run"): marker for _, marker in read(home)}
     for name in [name for name in names if name not in machines]:
         matches = [run for run in running if len(name) >= 4 and run.startswith(name)]
@@ -191,11 +218,6 @@ def reap(home: Path, names: Collection[str]) -> list[str]:
     return lines or ["no run died elsewhere"]
 
 
-def remove(home: Path, folder: Path) -> None:
-    with _lock(home):
-        _path(home, folder).unlink(missing_ok=True)
-
-
 def exists(home: Path, folder: Path) -> bool:
     """Whether the run in `folder` has a marker file: it has not ended in its store yet."""
     return _path(home, folder).exists()
@@ -210,7 +232,7 @@ def relative(home: Path, folder: Path) -> str:
 def _moved(home: Path, folder: Path, target: Path) -> Iterator[None]:
     """Moves the marker file of a run around the block, which moves its record. A kill inside leaves one marker file too
     many, never too few."""
-    with filelock.FileLock(folder / "sending.lock", timeout=120), _lock(home):
+    with filelock.FileLock(folder / "sending.lock", timeout=120), lock(home):
         path = _path(home, folder)
         marker = _read(path)
         if marker is not None:
@@ -219,49 +241,10 @@ def _moved(home: Path, folder: Path, target: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _parent(folder: Path) -> str | None:
+def parent_of(folder: Path) -> str | None:
     """The folder with the record of the parent of the run in `folder`."""
     about = read_tracking(folder).get("about")
     return about.get("parent") if isinstance(about, dict) else None
-
-
-def _needs_sync(home: Path, marker: Marker, dead_hosts: Collection[str]) -> bool:
-    """Whether a run has ended: it recorded its ending, or its process is gone."""
-    if marker["host"] in dead_hosts and elsewhere(marker):
-        return True
-    if alive(marker):
-        return not marker["by_children"] and RunRecord(folder_of(home, marker), marker["store"])["ending"] is not None
-    return True
-
-
-def _sync_run(home: Path, path: Path, marker: Marker, dead_hosts: Collection[str]) -> list[str]:
-    """Sends what the store lacks of one run. Does nothing if the run was started again or ended since `marker` was
-    read."""
-    folder = folder_of(home, marker)
-    with _lock(home):  # nobody moves it now
-        if not folder.is_dir():
-            path.unlink(missing_ok=True)
-            return [f"{folder.name}: its record is gone"]
-    uploader = RunUploader(home, RunRecord(folder, marker["store"]))
-    with uploader.exclusive():
-        if _read(path) != marker or not _needs_sync(home, marker, dead_hosts):
-            return []
-        if uploader.record["about"] is None:
-            _unlink_unchanged(home, path, marker)
-            return [f"{folder.name}: its record is gone"]
-        uploader.connect(live=False)
-        uploader.send_new_metrics()
-        ending = uploader.record["ending"]
-        if marker["by_children"]:
-            ending = _ending(**uploader.ending_by_children())
-        elif ending is None:
-            change_times = [
-                file.stat().st_mtime for file in folder.iterdir() if file.name not in FILES and file.is_file()
-            ]
-            ending = _ending("KILLED", LOST, max(change_times, default=uploader.record["about"]["started"]))
-        uploader.send_end(ending["status"], ending)
-        _unlink_unchanged(home, path, marker)
-    return [f"{uploader.record['about']['name']}: {ending['status']}"]
 
 
 def _ending(status: str, error: str, ended: float) -> dict[str, Any]:
@@ -315,21 +298,14 @@ def _read(path: Path) -> Marker | None:
     return cast(Marker, marker) | {"store": redaction.address(marker["store"])}
 
 
-def _write(home: Path, folder: Path, marker: Marker) -> None:
-    path = _path(home, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(home):
-        files.write_json(path, marker)
-
-
 def _unlink_unchanged(home: Path, path: Path, marker: Marker) -> None:
     """Removes a marker file unless its run was started again meanwhile."""
-    with _lock(home):
+    with lock(home):
         if _read(path) == marker:
             path.unlink(missing_ok=True)
 
 
-def _lock(home: Path) -> filelock.FileLock:
+def lock(home: Path) -> filelock.FileLock:
     """Lock to hold while a marker file is written, or compared and removed; never during requests to a store."""
     (home / "mlruns" / "active").mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(home / "mlruns" / "active" / ".lock", timeout=60)

@@ -29,17 +29,22 @@ DEFAULTS: dict[str, Any] = {
     "run": None,  # id in the store
     "parent": None,  # id of the parent run
     "sent": 0,  # bytes of metrics.jsonl that the store has
+    "sent_system": 0,  # bytes of system.jsonl that the store has
     "seconds": 0.0,  # duration of all attempts so far
     # name, tags, settings, inputs, started, git, code, folder of the parent's record, behind (the ancestors); of a
     # parent also root (the folder with dvc.lock) and dvc (its pid)
     "about": None,
     "tags": {},  # set after the start of the run
     "ending": None,  # status, error, metrics, pictures, models, ended; None while the run is active
+    "announced": None,  # `started` of the attempt that the store has as active
+    "problem": "",  # why the last attempt to send failed
+    "warnings": [],  # sentences for the user about what the store did not take
     "restored": {},  # of a parent: stage instances that DVC restored -> ids of the runs that computed them
     "stopped": None,  # of a parent: status and error if `dvc` or a stage failed in a way that no child run shows
 }
 WORK = "dmat.work"  # tag: the work folder of a run, relative to the project's home where it is below
-FILES = ("tracking.json", "tracking.lock", "sending.lock", origin.PATCH)
+RECORD, METRICS_LOG, SYSTEM_LOG = "tracking.json", "metrics.jsonl", "system.jsonl"  # in the folder of a run
+FILES = (RECORD, SYSTEM_LOG, "tracking.lock", "sending.lock", origin.PATCH)
 
 
 class RunRecord:
@@ -53,7 +58,7 @@ class RunRecord:
     def __init__(self, folder: Path, store_identity: str):
         """store_identity: see `stores.identity`."""
         self.folder, self._identity = folder, store_identity
-        self._path = folder / "tracking.json"
+        self._path = folder / RECORD
         self.lock = filelock.FileLock(folder / "tracking.lock", timeout=60)
         self._values = self._read()
 
@@ -90,7 +95,7 @@ class RunRecord:
 def read_tracking(folder: Path) -> dict[str, Any]:
     """Content of tracking.json of a folder; empty if it is missing. A damaged file gives a warning and an empty result,
     because tracking never stops a run."""
-    path = folder / "tracking.json"
+    path = folder / RECORD
     if not path.exists():
         return {}
     try:
@@ -112,6 +117,7 @@ class RunUploader:
     def __init__(self, home: Path, record: RunRecord):
         self.home, self.record = home, record
         self._client: Any = None
+        self._is_connected = False
         self._sent_points: set[tuple[str, int]] | None = None  # name and step; None: ask the store
         self._sent_tags: dict[str, str] = {}
 
@@ -122,10 +128,13 @@ class RunUploader:
             self.record.refresh()
             yield
 
-    def connect(self, live: bool) -> None:
-        """Creates the run in the store, or finds it. live: the run is active now; False: it is only being completed."""
-        self._client, experiment = stores.connect(self.home)
+    def connect(self) -> None:
+        """Creates the run in the store, or finds it and tells the store that it was started again."""
         about = self.record["about"]
+        is_announced = self.record["announced"] == about["started"]
+        if self._is_connected and is_announced:
+            return
+        self._client, experiment = stores.connect(self.home)
         existing_run = stores.run_or_none(self._client, self.record["run"])
         if existing_run is None:
             parent_run_id = self._parent_run_id(about["parent"])
@@ -135,16 +144,18 @@ class RunUploader:
             )
             self._log_params(run.info.run_id, about["settings"])
             self._log_inputs(run.info.run_id, about.get("inputs", {}))
-            self._sent_points = set()
-            self.record.update(run=run.info.run_id, parent=parent_run_id, sent=0)
+            self._sent_points, self._sent_tags = set(), {}
+            self.record.update(run=run.info.run_id, parent=parent_run_id, sent=0, sent_system=0)
             self._link_restored_runs(about)
-        elif live:
+        elif not is_announced:
             self._client.update_run(self.record["run"], status="RUNNING")
             self.tag("dmat.resumed", "true")
             if "dmat.error" in existing_run.data.tags:  # of an earlier attempt
                 self._client.delete_tag(self.record["run"], "dmat.error")
-        if (existing_run is None or live) and (patch := self.record.folder / origin.PATCH).exists():
+        if (existing_run is None or not is_announced) and (patch := self.record.folder / origin.PATCH).exists():
             self._client.log_artifact(self.record["run"], str(patch))
+        self.record.update(announced=about["started"])
+        self._is_connected = True
 
     def tag(self, name: str, value: str) -> None:
         """Sets a tag of the run."""
@@ -157,22 +168,23 @@ class RunUploader:
                 self.tag(name, value)
                 self._sent_tags[name] = value
 
-    def send_system_metrics(self, values: Mapping[str, float], seconds: float) -> None:
-        """Sends a sample of system metrics. seconds: time since the start of the run, used as the step."""
-        self._log_now([(name, value, int(seconds)) for name, value in values.items()])
-
     def send_new_metrics(self) -> None:
-        """Sends the complete lines of metrics.jsonl that were not sent yet, in batches of complete lines."""
-        path = self.record.folder / "metrics.jsonl"
-        if not path.exists():
-            return
-        with open(path, "rb") as file:
-            file.seek(self.record["sent"])
-            unsent = file.read()
-        lines = unsent[: unsent.rfind(b"\n") + 1].splitlines(keepends=True)
-        for batch in _batches(lines):
-            self._log(self._without_sent([point for line in batch for point in _metric_points(line)]))
+        """Sends the complete lines of metrics.jsonl and system.jsonl that were not sent yet."""
+        for batch in self._unsent(METRICS_LOG, "sent"):
+            self._log(self._without_sent([point for line in batch for point in _metric_points(line, "images_seen")]))
             self.record.update(sent=self.record["sent"] + sum(map(len, batch)))
+        for batch in self._unsent(SYSTEM_LOG, "sent_system"):  # a sample that arrives twice does no harm
+            self._log_now([point for line in batch for point in _metric_points(line, "seconds")])
+            self.record.update(sent_system=self.record["sent_system"] + sum(map(len, batch)))
+
+    def _unsent(self, name: str, sent: str) -> Iterator[list[bytes]]:
+        """Batches of complete lines of a file. sent: key of the record that says how many bytes the store has."""
+        path = self.record.folder / name
+        if path.exists():
+            with open(path, "rb") as file:
+                file.seek(self.record[sent])
+                unsent = file.read()
+            yield from _batches(unsent[: unsent.rfind(b"\n") + 1].splitlines(keepends=True))
 
     def send_end(self, status: str, ending: Mapping[str, Any]) -> None:
         """Sends final metrics, pictures, tags, models and the status. ending: see `ending` of the record."""
@@ -189,20 +201,15 @@ class RunUploader:
             candidate = dataclasses.replace(candidate, weights=self.home / candidate.weights)
             if problem := registry.register(self._client, run, candidate):
                 self.tag("dmat.not_registered", problem[:_MAX_TAG])
-                warnings.warn(problem, stacklevel=1)
+                self.record.update(warnings=[*self.record["warnings"], problem])
         self._client.set_terminated(run, status=status, end_time=int(1000 * ending["ended"]))
 
     def ending_by_children(self) -> dict[str, Any]:
         """Status, error and end time of a parent whose process has ended. Also writes the description of the run."""
         run = self._client.get_run(self.record["run"])
         experiment = run.info.experiment_id
-        condition, children, token = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'", list[Any](), None
-        while True:
-            page = self._client.search_runs([experiment], condition, page_token=token)
-            children += page
-            token = page.token
-            if not token:
-                break
+        condition = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+        children = stores.search_runs(self._client, experiment, condition)
         self.tag(
             overview.DESCRIPTION_TAG, overview.description(children, self.record["restored"], experiment)[:_MAX_TAG]
         )
@@ -237,7 +244,7 @@ class RunUploader:
         if uploader.record["about"] is None:  # the record belongs to another store
             return None
         with uploader.exclusive():
-            uploader.connect(live=False)
+            uploader.connect()
         run: str = uploader.record["run"]
         return run
 
@@ -312,11 +319,11 @@ def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value)[:_MAX_PARAMETER] for name, value in _leaves(settings)}
 
 
-def _metric_points(line: bytes) -> list[tuple[str, float, int]]:
-    """Name, value and step (images seen) of each number in a line of metrics.jsonl; empty for a damaged line."""
+def _metric_points(line: bytes, step: str) -> list[tuple[str, float, int]]:
+    """Name, value and step of each number in a line of JSON; empty for a damaged line. step: name of the step in it."""
     try:
         record = json.loads(line)
-        return [(name, value, record["images_seen"]) for name, value in record.items() if name != "images_seen"]
+        return [(name, value, record[step]) for name, value in record.items() if name != step]
     except (ValueError, KeyError, AttributeError):
         return []
 

@@ -1,27 +1,31 @@
 """The tracked run of one stage instance: the interface of tracking for jobs."""
 
+import contextlib
 import dataclasses
+import json
 import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from dmat.errors import Interrupted
+from dmat.errors import DmatError, Interrupted
 from dmat.redaction import redacted
 from dmat.tracking import open_runs, origin, overview, parents, sender, stores
 from dmat.tracking.registry import RegistryCandidate
-from dmat.tracking.run_record import WORK, RunRecord, read_tracking
+from dmat.tracking.run_record import SYSTEM_LOG, WORK, RunRecord, read_tracking
 from dmat.tracking.system import SystemMonitor
 
 if TYPE_CHECKING:
     from dmat.workspace import CodeOrigin, InputRecord, RunOrigin
 
 _SAMPLE_EVERY = 10.0  # seconds between two samples of system metrics
-_MAX_SENDERS = 3  # senders that a run starts before it ends, if they die
-_SENDER_TIMEOUT = 120.0  # seconds that the end of a stage waits for the sender to answer: sent, failed or ended
+_LOOK_EVERY = 2.0  # seconds between two looks at the sending process, which tries again after five seconds
+_MAX_SENDERS = 3  # sending processes that a run starts if they die
+_SENDER_TIMEOUT = 120.0  # seconds that the end of a stage waits until its run was sent or the store failed
+_POLL_SECONDS = 0.05  # while it waits
 _unreachable_stores = set[str]()  # did not answer last time: warned about once, and runs do not wait for them
 
 
@@ -36,20 +40,20 @@ class Run:
         self._record = RunRecord(folder, stores.identity(home))
         self._store = stores.masked_uri(home)
         self._about, self._enabled = about, enabled
-        self._is_closing, self._answered, self._end_sent = threading.Event(), threading.Event(), threading.Event()
+        self._is_closing, self._looking = threading.Event(), threading.Lock()
         self._final_values: tuple[dict[str, float], list[str]] = ({}, [])
         self._tags: dict[str, str] = {}
         self._models: list[dict[str, Any]] = []
         self._status: tuple[str, str] | None = None
         self._started = time.time()
-        self._sender_starts = 0
+        self._lost_senders = self._shown_warnings = 0
 
     def __enter__(self) -> Self:
         if self._enabled:
-            self._record.update(about=self._about, ending=None, tags=self._tags)
-            open_runs.write(self.home, self.folder, os.getpid())
-            self._start_sender()
-            threading.Thread(target=self._sample_system, daemon=True).start()
+            open_runs.write(self.home, self.folder, os.getpid(), attempt=self._about["started"])
+            self._record.update(about=self._about, ending=None, tags=self._tags, problem="", warnings=[])
+            sender.ensure(self.home, self.folder)
+            threading.Thread(target=self._monitor, daemon=True).start()
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
@@ -71,17 +75,14 @@ class Run:
             "ended": time.time(),
         }
         try:
-            self._record.update(
-                seconds=self._record["seconds"] + time.time() - self._started, ending=ending, tags=self._tags
-            )
+            seconds = self._record["seconds"] + time.time() - self._started
+            self._record.update(seconds=seconds, ending=ending, tags=self._tags, problem="")
         finally:
             self._is_closing.set()
             if self._enabled:
-                if self._sender.has_ended:
-                    self._start_sender()
-                self._sender.close(self.folder)
+                open_runs.mark_ended(self.home, self.folder)
                 if self._store not in _unreachable_stores:
-                    self._end_sent.wait(_SENDER_TIMEOUT)
+                    self._wait_until(lambda: not open_runs.exists(self.home, self.folder))
 
     def finish_with(self, metrics: Mapping[str, Any], pictures: list[Path]) -> None:
         """Sets final metrics and pictures (paths in the work folder), which are sent when the block ends."""
@@ -115,8 +116,7 @@ class Run:
         (`dmat.report.lineage.mlflow_runs`).
         """
         if self._enabled:
-            self._answered.wait(_SENDER_TIMEOUT)
-            self._record.refresh()
+            self._wait_until(self._is_announced)
         code: CodeOrigin = self._about["git"] | self._about["code"]
         return {
             "mlflow_run": self._record["run"],
@@ -127,39 +127,56 @@ class Run:
             "host_cores": os.cpu_count(),
         }
 
-    def _start_sender(self) -> None:
-        self._end_sent.clear()
-        self._sender_starts += 1
-        self._sender = sender.shared_sender()
-        self._sender.open(self.home, self.folder, stores.identity(self.home), self._handle_answer)
+    def _is_announced(self) -> bool:
+        return bool(self._record["announced"] == self._about["started"])
 
-    def _sample_system(self) -> None:
-        """The thread that samples system metrics until the block ends, and starts a new sender if one died."""
-        monitor = SystemMonitor()
-        while not self._is_closing.wait(_SAMPLE_EVERY):
-            if self._sender.has_ended and self._sender_starts < _MAX_SENDERS:
-                self._start_sender()
-            self._sender.send_system_metrics(self.folder, monitor.sample(), time.time() - self._started)
+    def _monitor(self) -> None:
+        """The thread that looks at the sending process and samples system metrics until the block ends."""
+        monitor, next_sample = SystemMonitor(), time.monotonic() + _SAMPLE_EVERY
+        while not self._is_closing.wait(_LOOK_EVERY):
+            self._look()
+            if time.monotonic() < next_sample:
+                continue
+            next_sample += _SAMPLE_EVERY
+            sample = {"seconds": int(time.time() - self._started), **monitor.sample()}
+            with contextlib.suppress(OSError), open(self.folder / SYSTEM_LOG, "a") as file:  # a full disk stops no run
+                file.write(json.dumps(sample) + "\n")
 
-    def _handle_answer(self, event: str, text: str) -> None:
-        """Handles an answer of the sender about this run. event: `what` of a `sender.Answer`; text: its text."""
-        if event == "warned":
-            warnings.warn(text, stacklevel=1)
-            return
-        if event == "reached":
-            _unreachable_stores.discard(self._store)
-        elif event == "gone":
-            warnings.warn(f"{text}; the run continues with a new one", stacklevel=1)
-        elif event == "failed" and self._store not in _unreachable_stores:
-            _unreachable_stores.add(self._store)
-            warnings.warn(
-                f"MLflow at {self._store} cannot be reached ({text}); the run continues, its metrics are in "
-                f"{self.folder / 'metrics.jsonl'} and are sent later",
-                stacklevel=1,
-            )
-        self._answered.set()
-        if event in ("ended", "gone"):
-            self._end_sent.set()
+    def _wait_until(self, is_done: Callable[[], bool]) -> None:
+        """Waits until the sending process has done something, has failed or does not run, for 120 s at most."""
+        deadline, was_done = time.monotonic() + _SENDER_TIMEOUT, is_done()
+        while self._look() and not was_done and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            was_done = is_done()  # before the last look, which shows its warnings
+
+    def _look(self) -> bool:
+        """Tells the user what the sending process recorded, and starts another if it died. Returns whether it works."""
+        with self._looking:
+            was_lost = False
+            with contextlib.suppress(DmatError, OSError):  # a full disk
+                was_lost = self._lost_senders < _MAX_SENDERS and sender.ensure(self.home, self.folder)
+            self._record.refresh()
+            for text in self._record["warnings"][self._shown_warnings :]:
+                warnings.warn(text, stacklevel=1)
+                self._shown_warnings += 1
+            if problem := self._record["problem"]:
+                if self._store not in _unreachable_stores:
+                    _unreachable_stores.add(self._store)
+                    warnings.warn(
+                        f"MLflow at {self._store} cannot be reached ({problem}); the run continues, its metrics are in "
+                        f"{self.folder / 'metrics.jsonl'} and are sent later",
+                        stacklevel=1,
+                    )
+                return False
+            if self._is_announced():
+                _unreachable_stores.discard(self._store)
+            if was_lost:
+                self._lost_senders += 1
+                warnings.warn(
+                    "the process that sends to MLflow ended; the run continues, and another one was started",
+                    stacklevel=1,
+                )
+            return self._lost_senders < _MAX_SENDERS
 
 
 def open_run(
@@ -229,7 +246,7 @@ def adopt(home: Path, folder: Path, run: str, name: str) -> None:
         record.refresh()
         if record["about"] is None:
             about = {"name": name, "tags": {}, "settings": {}, "started": time.time(), "parent": None}
-            record.update(run=run, about=about)
+            record.update(run=run, about=about, announced=about["started"])
 
 
 def seconds_before(work: Path) -> float:

@@ -122,6 +122,24 @@ def run_or_none(client: Any, run_id: str | None) -> Any:
         raise
 
 
+def search_runs(client: Any, experiment: str, condition: str = "", limit: int = 0) -> list[Any]:
+    """MLflow runs of an experiment that meet a condition, the newest first. limit: at most so many; 0: all."""
+    runs: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            condition,
+            max_results=min(1000, limit - len(runs)) if limit else 1000,
+            order_by=["start_time DESC"],
+            page_token=token,
+        )
+        runs += page
+        token = page.token
+        if not token or len(runs) == limit:
+            return runs
+
+
 @contextlib.contextmanager
 def _quiet_logging() -> Iterator[None]:
     """Hides what MLflow and alembic log about every migration of a new store."""
