@@ -18,11 +18,11 @@ from dmat import files, tracking
 from dmat.errors import DmatError
 from dmat.evaluation.table import write_table
 from dmat.metrics.intervals import paired_difference
-from dmat.tracking import queries
+from dmat.tracking import queries, sender
 from dmat.training.long_run import MetricsLog
 from dmat.upkeep import comparing
 from dmat.workspace import Workspace
-from tests import forked
+from tests import forked, senders
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,10 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DMAT_TRACKING", "on")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr(sender, "_start", senders.start_thread)
         for name, stage, beta, accuracy in (
             ("real-1", "train_robust", 5.0, 0.5),
-            ("mixed-1", "train_robust", 6.0, 0.7),
+            ("mixed-1", "train_robust", 6.0, 7 * 0.1),  # 17 digits
             ("real-1", "evaluate_robust", None, 0.45),
             ("mixed-1", "evaluate_robust", None, 0.65),
         ):
@@ -117,7 +118,7 @@ def test_a_summary_holds_the_first_metrics_of_its_list():
 
 def test_list_by_a_metric_is_best_first(home):
     runs = json.loads(_dmat(home, "list", "--sort", "best_pgd", "--json"))
-    assert [run["metrics"]["best_pgd"] for run in runs] == [0.7, 0.65, 0.5, 0.45]
+    assert [run["metrics"]["best_pgd"] for run in runs] == [7 * 0.1, 0.65, 0.5, 0.45]
     text = _dmat(home, "list", "--sort", "best_gpd", code=2)
     assert "no run has the metric 'best_gpd'; expected one of best_pgd, loss" in text
 

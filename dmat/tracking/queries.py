@@ -6,6 +6,7 @@ through MLflow.
 
 import contextlib
 import dataclasses
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from dmat.errors import DmatError
 from dmat.tracking import stores
 from dmat.tracking.run_record import WORK, read_tracking
 
-_IDS_PER_QUERY = 900  # SQLite allows at least 999 parameters in one query
 _SHORT_ID_LENGTH = 8  # characters of a run id in output for people
 
 
@@ -134,75 +134,43 @@ def _from_file(path: Path, tags: Mapping[str, str], status: str | None, limit: i
         if status:
             conditions.append("r.status = ?")
             values.append(status)
-        query = (
-            "select r.run_uuid, r.name, r.status, r.start_time, r.end_time from runs r join experiments e "
-            f"on e.experiment_id = r.experiment_id where {' and '.join(conditions)} order by r.start_time desc"
-        )
-        rows = database.execute(f"{query} limit {int(limit)}" if limit else query, values).fetchall()
-        ids = [row[0] for row in rows]
-        tables = {
-            table: _by_run(database, table, columns, ids)
-            for table, columns in (("tags", "value"), ("params", "value"), ("latest_metrics", "value"))
-        }
+        mappings = [
+            f"(select json_group_object(key, {value}) from {table} where run_uuid = r.run_uuid)"
+            # a number as text: SQLite writes 15 of its 17 digits into JSON
+            for table, value in (("tags", "value"), ("params", "value"), ("latest_metrics", "printf('%!.17g', value)"))
+        ]
+        rows = database.execute(
+            f"select r.run_uuid, r.name, r.status, r.start_time, r.end_time, {', '.join(mappings)} from runs r join "
+            "experiments e on e.experiment_id = r.experiment_id "
+            f"where {' and '.join(conditions)} order by r.start_time desc limit ?",
+            [*values, limit or -1],
+        ).fetchall()
     return [
         TrackedRun(
-            id_, name or "", status_, started / 1000, ended / 1000 if ended else None,
-            tables["tags"].get(id_, {}), tables["params"].get(id_, {}), tables["latest_metrics"].get(id_, {}),
+            id_, name or "", status_, started / 1000, ended / 1000 if ended else None, json.loads(tags_),
+            json.loads(params), {key: float(value) for key, value in json.loads(metrics).items()},
         )
-        for id_, name, status_, started, ended in rows
+        for id_, name, status_, started, ended, tags_, params, metrics in rows
     ]  # fmt: skip
-
-
-def _by_run(database: sqlite3.Connection, table: str, column: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    values_by_run: dict[str, dict[str, Any]] = {}
-    for batch in _batches(ids):
-        placeholders = ",".join("?" * len(batch))
-        for run, key, value in database.execute(
-            f"select run_uuid, key, {column} from {table} where run_uuid in ({placeholders})", batch
-        ):
-            values_by_run.setdefault(run, {})[key] = value
-    return values_by_run
-
-
-def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(ids), _IDS_PER_QUERY):
-        yield ids[start : start + _IDS_PER_QUERY]
 
 
 def _from_mlflow(home: Path, tags: Mapping[str, str], status: str | None, limit: int) -> list[TrackedRun]:
     client, experiment = stores.connect_or_raise(home)
     conditions = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
     conditions += [f"attributes.status = '{status}'"] if status else []
-    runs: list[Any] = []
-    token = None
-    while True:
-        page_size = min(1000, limit - len(runs)) if limit else 1000
-        page = client.search_runs(
-            [experiment],
-            " and ".join(conditions),
-            max_results=page_size,
-            order_by=["start_time DESC"],
-            page_token=token,
+    return [
+        TrackedRun(
+            run.info.run_id,
+            run.info.run_name or "",
+            run.info.status,
+            run.info.start_time / 1000,
+            run.info.end_time / 1000 if run.info.end_time else None,
+            run.data.tags,
+            run.data.params,
+            run.data.metrics,
         )
-        runs += page
-        token = page.token
-        if not token or (limit and len(runs) >= limit):
-            return [_convert_run(run) for run in runs]
-
-
-def _convert_run(run: Any) -> TrackedRun:
-    info, data = run.info, run.data
-    ended = info.end_time / 1000 if info.end_time else None
-    return TrackedRun(
-        info.run_id,
-        info.run_name or "",
-        info.status,
-        info.start_time / 1000,
-        ended,
-        data.tags,
-        data.params,
-        data.metrics,
-    )
+        for run in stores.search_runs(client, experiment, " and ".join(conditions), limit)
+    ]
 
 
 def short_id(id_: str) -> str:
