@@ -48,14 +48,29 @@ def was_killed(root: Path, pid: int) -> bool:
     """
     dvc_root = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), root)
     try:
-        rwlock = json.loads((dvc_root / ".dvc" / "tmp" / "rwlock").read_text())
+        return any(entry_pid == pid for entry_pid, _ in rwlock_entries(dvc_root))
+    except (OSError, DmatError):  # missing, or incomplete because of the kill
+        return False
+
+
+def rwlock_entries(root: Path) -> list[tuple[int, str]]:
+    """Pid and command of each entry of `.dvc/tmp/rwlock`: processes that read or write stages, or were killed.
+
+    Raises DmatError if the file is damaged.
+    """
+    path = root / ".dvc" / "tmp" / "rwlock"
+    try:
+        rwlock = json.loads(path.read_text())
         entries = [
             *rwlock.get("write", {}).values(),
             *(reader for readers in rwlock.get("read", {}).values() for reader in readers),
         ]
-        return any(entry["pid"] == pid for entry in entries)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing, or incomplete because of the kill
-        return False
+        return [(int(entry["pid"]), str(entry["cmd"])) for entry in entries]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DmatError(
+            f"{path} cannot be read ({type(error).__name__}: {error}), so every dvc command stops; "
+            f"delete it while no dvc runs"
+        ) from None
 
 
 def unrecorded(root: Path, runs: Collection[str]) -> list[str]:

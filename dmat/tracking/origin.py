@@ -105,6 +105,7 @@ def _git(folder: Path, *arguments: str, differs: bool = False) -> bytes:
     """
     directory = next(path for path in (folder, *folder.parents) if path.is_dir())
     environment = {name: value for name, value in os.environ.items() if name not in _IGNORED_VARIABLES}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"  # otherwise `git status` writes its index
     result = subprocess.run(["git", *arguments], cwd=directory, env=environment, capture_output=True, check=False)
     if result.returncode not in ((0, 1) if differs else (0,)):
         raise subprocess.CalledProcessError(result.returncode, arguments)

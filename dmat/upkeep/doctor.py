@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import sqlite3
-import subprocess
 import tempfile
 import time
 import urllib.error
@@ -23,7 +22,7 @@ from dmat.config import Params
 from dmat.errors import ConfigError, DmatError
 from dmat.pipeline import STAGES, code_identity
 from dmat.redaction import redacted
-from dmat.tracking import open_runs, stores
+from dmat.tracking import open_runs, origin, stores
 from dmat.upkeep import dvc_files, machine, recorded, work_folders
 from dmat.upkeep.machine import NOTE, OK, PROBLEM, CheckResult
 from dmat.upkeep.work_folders import WorkFolder
@@ -91,30 +90,15 @@ def _device(project: ProjectState) -> Iterator[CheckResult]:
 
 
 def _git(project: ProjectState) -> Iterator[CheckResult]:
-    def run_git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", *arguments]  # otherwise `git status` writes its index
-        return subprocess.run(command, cwd=project.workspace.root, capture_output=True, text=True, check=True).stdout
-
-    consequence = "results will not record which code computed them; "
-    try:
-        run_git("rev-parse", "--git-dir")
-    except (OSError, subprocess.CalledProcessError):
-        yield NOTE, "no repository here, or no git", f"{consequence}`git init` and commit"
-        return
-    try:
-        commit = run_git("rev-parse", "HEAD").strip()
-    except subprocess.CalledProcessError:
-        yield NOTE, "a repository without a commit", f"{consequence}commit"
-        return
-    changed_count = len(run_git("status", "--porcelain", "--untracked-files=no").splitlines())
-    if changed_count:
-        yield (
-            NOTE,
-            f"commit {commit[:12]}, changed files: {changed_count}",
-            "commit, or results are marked as of changed code",
-        )
+    git = origin.git(project.workspace.root)
+    if not git:
+        advice = "results will not record which code computed them; `git init` and commit"
+        yield NOTE, "no git repository with a commit here, or no git", advice
+    elif git["git_dirty"]:
+        advice = "commit, or results are marked as of changed code"
+        yield NOTE, f"commit {git['git_commit'][:12]}, and files differ from it", advice
     else:
-        yield OK, f"commit {commit[:12]}, nothing changed", ""
+        yield OK, f"commit {git['git_commit'][:12]}, nothing changed", ""
 
 
 def _params(project: ProjectState) -> Iterator[CheckResult]:

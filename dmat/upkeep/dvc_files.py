@@ -6,7 +6,6 @@ Formats of DVC 3.67 (`dvc/rwlock.py`, `dvc/lock.py`, `dvc/stage/cache.py`). Chan
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import psutil
 from dmat import dvc_lock, yaml_file
 from dmat.data import dvc_cache
 from dmat.errors import DmatError
+from dmat.tracking import dvc_process
 from dmat.upkeep import work_folders
 
 
@@ -43,31 +43,14 @@ def rwlock_holders(root: Path) -> list[RwlockHolder]:
 
     Raises DmatError if the file is damaged.
     """
-    path = root / ".dvc" / "tmp" / "rwlock"
-    if not path.exists():
+    if not (root / ".dvc" / "tmp" / "rwlock").exists():
         return []
     try:
-        entries = _rwlock_entries(path)
-    except (ValueError, TypeError, KeyError, AttributeError):
+        entries = dvc_process.rwlock_entries(root)
+    except DmatError:
         time.sleep(0.2)  # DVC writes it in place, so it may have been incomplete
-        try:
-            entries = _rwlock_entries(path)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DmatError(
-                f"{path} cannot be read ({type(error).__name__}: {error}), so every dvc command stops; "
-                f"delete it while no dvc runs"
-            ) from None
+        entries = dvc_process.rwlock_entries(root)
     return [RwlockHolder(pid, command, entries.count((pid, command))) for pid, command in sorted(set(entries))]
-
-
-def _rwlock_entries(path: Path) -> list[tuple[int, str]]:
-    """Pid and command of each entry."""
-    rwlock = json.loads(path.read_text())
-    entries = [
-        *rwlock.get("write", {}).values(),
-        *(reader for readers in rwlock.get("read", {}).values() for reader in readers),
-    ]
-    return [(int(entry["pid"]), str(entry["cmd"])) for entry in entries]
 
 
 def repository_holder(root: Path) -> str | None:
