@@ -114,7 +114,7 @@ def evaluate(
         }
         shards = folder / "work" if folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         evaluation = Evaluation(shards, subject, evaluate_robust, compute, identity)
-        work.compute_all(evaluation.tasks, wait=True, quiet=quiet)
+        work.compute_all(evaluation.tasks, quiet=quiet)
         columns = evaluation.columns()
         pixel_bytes = pixels.permute(0, 2, 3, 1).contiguous().numpy()
         copies = {"earlier images": overlap.repeated(overlap.digests(pixel_bytes))}
