@@ -152,6 +152,7 @@ def square(logits_of: LogitsOf, images: Tensor, labels: Tensor, ball: Ball, quer
     generator = torch.Generator().manual_seed(seed)
     adversarial, correct = images.clone(), torch.nonzero(passes.logits(images).argmax(1) == labels)[:, 0]
     if len(correct):
-        found, _ = square_search.square(passes, images[correct], labels[correct], ball, generator, queries)
-        adversarial[correct] = found
+        adversarial[correct], _ = square_search.square(
+            passes, images[correct], labels[correct], ball, generator, queries
+        )
     return adversarial

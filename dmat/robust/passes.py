@@ -27,7 +27,7 @@ class Goal:
     targets: Tensor | None = None
 
     def rows(self, rows: Tensor) -> "Goal":
-        """The goal of some of the images. rows: int64 or bool."""
+        """The goal of some of the images. rows: int64 [M]."""
         return Goal(self.kind, self.labels[rows], None if self.targets is None else self.targets[rows])
 
     def values(self, logits: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class _Search:
         self.channels, self.height, self.width = images.shape[1:]
 
     def keep(self, index: Tensor) -> None:
-        """Forgets all images but those at `index`, int64."""
+        """Forgets all images but those at `index`, int64 [M]."""
         self.images, self.points = self.images[index], self.points[index]
 
     def accept(self, better: Tensor, candidates: Tensor) -> None:
@@ -73,9 +73,11 @@ class _Search:
         return math.sqrt(share * self.height * self.width)
 
     def _random(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1), of any shape."""
         return torch.rand(*shape, generator=self.generator)
 
     def _signs(self, *shape: int) -> Tensor:
+        """Random signs, of any shape."""
         return torch.sign(2 * self._random(*shape) - 1).to(self.images.device)
 
     def _corner(self, side: int) -> tuple[slice, slice]:
@@ -93,7 +95,7 @@ class _LinfSearch(_Search):
         self.low, self.high = self.images - self.epsilon, self.images + self.epsilon
         return (self.images + self.epsilon * stripes).clamp_(0, 1)
 
-    def keep(self, index: Tensor) -> None:
+    def keep(self, index: Tensor) -> None:  # int64 [M]
         super().keep(index)
         self.low, self.high = self.low[index], self.high[index]
 
@@ -148,7 +150,7 @@ class _L2Search(_Search):
         return (self.images + perturbation / length * self.epsilon).clamp_(0, 1)
 
     def _bump(self, side: int) -> Tensor:
-        """A positive and a negative hill beside each other, of length 1: [side, side]. One draw decides the axis."""
+        """A positive and a negative hill beside each other, of length 1: [S, S]. One draw decides the axis."""
         half = side // 2
         bump = torch.cat([_hill(half, side), -_hill(side - half, side)])
         bump = bump / (bump**2).sum().sqrt()
@@ -156,7 +158,7 @@ class _L2Search(_Search):
 
 
 def _hill(height: int, width: int) -> Tensor:
-    """The sum of 1 / k^2 over all rectangles k that cover a pixel, which grow around the middle: [height, width].
+    """The sum of 1 / k^2 over all rectangles k that cover a pixel, which grow around the middle: [H, W].
 
     Scaled to length 1 (Andriushchenko et al. 2020, section 4.2).
     """
