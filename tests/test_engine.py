@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dmat.engine import EngineOptions, Task, open_engine, tasks
@@ -249,6 +250,16 @@ def test_a_stop_reaches_a_task_in_the_driver(cluster, tmp_path):
     assert (tmp_path / f"started-{os.getpid()}").exists()
     assert (tmp_path / "saved").exists()
     assert (type(ended[0].error), ended[0].error.exit_code) == (Interrupted, 75)
+
+
+def test_nothing_listens_but_on_the_loopback_interface(cluster):
+    here = psutil.Process()
+    processes = [here, *(process for process in here.children() if process.pid in described(cluster))]
+    connections = [connection for process in processes for connection in process.net_connections("tcp")]
+    sockets = [connection for connection in connections if connection.status == "LISTEN"]
+    assert len(processes) == 3
+    assert {socket.laddr.ip for socket in sockets} == {"127.0.0.1"}
+    assert 8787 not in {socket.laddr.port for socket in sockets}
 
 
 def test_a_result_that_cannot_travel_is_an_error(cluster):

@@ -42,6 +42,7 @@ from dmat.errors import Diverged, DmatError, Interrupted, UnfitError, first_line
 from dmat.training import interruption
 
 _LOOPBACK = "127.0.0.1"
+_NO_DASHBOARD = f"{_LOOPBACK}:0"  # Dask serves HTTP in any case, by default on all interfaces
 _CONNECT_TIMEOUT = 30.0  # seconds
 _POLL_SECONDS = 0.2  # between two looks of the driver at what has no message: signals, killed workers
 _PULSES = 10  # per patience of a task
@@ -50,11 +51,12 @@ _MAX_FILE_BYTES = 1 << 20  # of a file that names a cluster
 _STOPPED = 128 + signal.SIGTERM  # exit code of a task that stops without a signal of its own
 _BECAUSE_OF_ERROR = "stopped because its driver ended with an error; the same command resumes from here"
 _KINDS: dict[str, type[DmatError]] = {kind.__name__: kind for kind in (DmatError, Diverged, UnfitError)}
-_CONFIGURATION = {  # of a local cluster
+_CONFIGURATION: dict[str, object] = {  # of a local cluster
     "distributed.worker.profile.enabled": False,  # it samples every thread each 10 ms
     "distributed.scheduler.worker-saturation": 1.0,  # a worker that is killed then takes no waiting task along
     "distributed.nanny.pre-spawn-environ": {},  # the default sets OMP_NUM_THREADS, which the driver decides
     "distributed.scheduler.work-stealing": False,
+    "distributed.worker.http.routes": [],  # HTTP has no certificates: every local user could read
     "distributed.admin.system-monitor.gil.enabled": False,
 }
 
@@ -73,13 +75,14 @@ def start(options: EngineOptions, expect: Callable[[], None] | None = None) -> "
         "port": 0,
         "allowed_failures": options.allowed_failures,
         "dashboard": bool(options.dashboard),
-        "dashboard_address": options.dashboard or None,
+        "dashboard_address": options.dashboard or _NO_DASHBOARD,
     }
     worker = {
         **common,
         "nthreads": 1,
         "memory_limit": 0,  # shards in mapped memory count as the worker's, which would be paused
         "dashboard": False,
+        "dashboard_address": _NO_DASHBOARD,
         "local_directory": str(folder),
         "preload": [__name__],
         "silence_logs": logging.CRITICAL,
@@ -90,7 +93,8 @@ def start(options: EngineOptions, expect: Callable[[], None] | None = None) -> "
         for number in range(options.workers)
     }
     try:
-        with dask.config.set(_CONFIGURATION):
+        routes: dict[str, object] = {} if options.dashboard else {"distributed.scheduler.http.routes": []}
+        with dask.config.set(_CONFIGURATION | routes):
             cluster = SpecCluster(
                 workers=workers,
                 scheduler={"cls": Scheduler, "options": scheduler},
