@@ -21,7 +21,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
-from dmat import files
+from dmat import files, liveness
 from dmat.pipeline import code_identity
 from dmat.upkeep import doctor, dvc_files, machine
 from dmat.upkeep.doctor import Finding
@@ -457,14 +457,12 @@ def test_other_stores_and_no_tracking_are_noted(project, monkeypatch):
 
 
 def test_tracked_runs_of_dead_processes(project, dead):
-    import psutil
-
     record = {"folder": "runs/x", "host": platform.node(), "by_children": False, "store": "embedded"}
-    alive = record | {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    alive = record | {"pid": os.getpid(), "started": liveness.identity(os.getpid())}
     folder = project / "mlruns/active"
     files.write_json(folder / "a.json", alive)
     assert only_finding(project, "tracked runs") == (OK, "running: 1", "")
-    files.write_json(folder / "b.json", record | {"pid": dead})
+    files.write_json(folder / "b.json", record | {"pid": dead, "started": alive["started"]})
     files.write_json(folder / "c.json", {**alive, "started": "another boot"})  # another process has the number now
     mark, message, do = only_finding(project, "tracked runs")
     assert (mark, message) == (NOTE, "running: 1; process gone: 2")
