@@ -496,8 +496,12 @@ def read(root: Path) -> CodeLock:
 
 
 def write(root: Path, locked: CodeLock) -> None:
-    """Writes code.yaml in `root`. Values are quoted, because YAML reads some identities as numbers."""
-    lines = [f"{stage}: {_quote(locked.identities[stage])}\n" for stage in STAGES]
+    """Writes code.yaml in `root`. Values are quoted, because YAML reads some identities as numbers.
+
+    A stage that is newer than the file is not in it until `dmat lock` adds it.
+    """
+    locked_stages = [stage for stage in STAGES if stage in locked.identities]
+    lines = [f"{stage}: {_quote(locked.identities[stage])}\n" for stage in locked_stages]
     for stage in [stage for stage in STAGES if locked.same.get(stage)]:
         lines += [] if f"{_SAME_KEY}:\n" in lines else [f"{_SAME_KEY}:\n"]
         lines.append(f"  {stage}:\n")
