@@ -125,6 +125,17 @@ def test_a_stage_missing_from_code_yaml_is_reported(project, dmat):
     assert (code, "code.yaml has no mix_images; expected a line for each stage; run `dmat lock`" in output) == (2, True)
 
 
+def test_same_keeps_results_in_a_project_that_lacks_a_new_stage(edited, dmat):
+    locked = code_identity.read(edited.folder)
+    fewer = {stage: identity for stage, identity in locked.identities.items() if stage != "combine_selections"}
+    code_identity.write(edited.folder, code_identity.CodeLock(fewer, locked.same))
+    code, text = dmat(edited.folder, "lock", "--same", "mix_images", "--why", "tidier")
+    assert (code, "mix_images        the same" in text) == (0, True)
+    assert "combine_selections" not in code_identity.read(edited.folder).identities
+    assert dmat(edited.folder, "lock")[0] == 0
+    assert set(code_identity.read(edited.folder).identities) == {*STAGES}
+
+
 @pytest.mark.parametrize("identity", ["1" * 32, "0" * 31 + "9", "1e" + "3" * 30, "0x" + "1" * 30, "null", "0o17"])
 def test_an_identity_that_yaml_could_take_for_a_number_stays_text(project, identity):
     """In dmat's reader and in DVC's."""
