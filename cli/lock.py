@@ -45,7 +45,7 @@ def _lock(
     for stage_name, identity in current.identities.items():
         old = before.identities.get(stage_name, "none")
         typer.echo(
-            f"{stage_name:18s}" + ("unchanged" if old == identity else f"{old[:12]} -> {identity[:12]} (it reruns)")
+            f"{stage_name:17s} " + ("unchanged" if old == identity else f"{old[:12]} -> {identity[:12]} (it reruns)")
         )
     if check and current != before:
         raise DmatError(
@@ -65,4 +65,4 @@ def _accept(same: list[str], why: str) -> None:
     workspace = current_workspace()
     params = config.load(workspace.at("params.yaml"))
     for stage_name in same:
-        typer.echo(f"{stage_name:18s}the same: {locking.accept(workspace, params, STAGES[stage_name], why)}")
+        typer.echo(f"{stage_name:17s} the same: {locking.accept(workspace, params, STAGES[stage_name], why)}")

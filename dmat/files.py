@@ -78,7 +78,7 @@ def read_json(path: Path) -> Any:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would wait for a writer
             raise DmatError(f"{path} is not a file; expected JSON; delete it and run its stage again")
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise missing(path) from None
     except OSError as error:

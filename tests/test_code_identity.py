@@ -233,7 +233,8 @@ EDITS = [  # file, old text, new text, the stages whose identity changes
     ("data/shards.py", "\n\n\ndef ", "\n\n\n# A comment.\ndef ", set()),
     ("robust/networks.py", '"""', '"""More words. ', set()),
     ("data/shards.py", "SCHEMA = 1", "SCHEMA = 2", WITH_DATA),
-    ("seeds.py", "digest_size=16", "digest_size=32", WITH_DATA - {"select_images"} | {"write_report"}),
+    ("seeds.py", "digest_size=16", "digest_size=32",
+     WITH_DATA - {"select_images", "combine_selections"} | {"write_report"}),
     ("modes.py", "layer.momentum = momentum", "layer.momentum = 1 - momentum",
      {"train_scorer", "train_diffusion", "train_robust"}),
     ("robust/step_size.py", "else epsilon / 4", "else epsilon / 5", {"train_robust", "evaluate_robust"}),
@@ -385,14 +386,23 @@ def test_every_module_that_a_stage_loads_counts_or_is_a_carrier(tmp_path, tiny_p
     params["write_report"]["baseline"] = "generated"
     params["evaluate_robust"] |= {"auto_attack": ["apgd-ce"], "images": 20}
     params["train_robust"] |= {"images_seen": 320}
+    params["selections"]["hard"] = {"image_set": "edm18", "band": "hard"}
+    params["mixtures"] = {"pool": {"of": {"edm18_best": 0.5, "hard": 0.5}}}
     project = Project(tmp_path, params)
-    options = {**STAGE_OPTIONS, "write_report": []}
-    commands = {stage_name: [stage.command, *options[stage_name], "--json"] for stage_name, stage in STAGES.items()}
+    options = {
+        **STAGE_OPTIONS, "combine_selections": ["--mixture", "pool"], "write_report": [],
+        "measure_images hard": ["--selection", "hard"], "select_images hard": ["--selection", "hard"],
+    }  # fmt: skip
+    names = [*STAGES]
+    for again in ("select_images hard", "measure_images hard"):  # the report and the mixture read two selections
+        names.insert(names.index("measure_images"), again)
+    commands = {name: [STAGES[name.split()[0]].command, *options[name], "--json"] for name in names}
     arguments = [sys.executable, "-m", "tests.imports_seen", str(project.folder), json.dumps(commands)]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     unseen, checked = set(), 0
-    for stage, pairs in json.loads(done.stdout).items():
+    for name, pairs in json.loads(done.stdout).items():
+        stage = name.split()[0]
         closure, carriers = closure_of(stage), carriers_of(stage)
         for importer, imported in pairs:
             if importer in closure and imported != "dmat":

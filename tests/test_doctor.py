@@ -296,7 +296,7 @@ def test_unreadable_dvc_files_are_a_problem(project, name):
 
 
 def test_the_command_must_be_on_path(project, monkeypatch):
-    assert only_finding(project, "dvc")[:2] == (OK, "stages in dvc.yaml: 11, instances in dvc.lock: 0")
+    assert only_finding(project, "dvc")[:2] == (OK, "stages in dvc.yaml: 12, instances in dvc.lock: 0")
     monkeypatch.setenv("PATH", "/usr/bin")
     assert "not on PATH" in only_finding(project, "dvc")[1]
 

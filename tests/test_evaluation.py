@@ -296,7 +296,7 @@ def test_invalid_images_are_refused(tmp_path, subject, compute, kind):
 def test_a_loss_that_needs_three_classes_is_refused(tmp_path, subject, compute):
     two = _Small()
     two.logits = torch.nn.Linear(32, 2)
-    binary = dataclasses.replace(subject, model=two, labels=subject.labels % 2)
+    binary = dataclasses.replace(subject, model=two, classes=2, labels=subject.labels % 2)
     with pytest.raises(DmatError, match="pgd_loss is dlr and the model has 2 classes; expected 3 or more"):
         _evaluation(tmp_path, binary, compute, QUICK.model_copy(update={"pgd_loss": "dlr"}))
 

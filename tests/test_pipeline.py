@@ -148,7 +148,7 @@ def test_dmat_repro_gives_what_dvc_repro_gives(project, tmp_path_factory, tiny_p
     assert {run.data.tags.get("mlflow.parentRunId") for run in runs if run is not parent} == {parent.info.run_id}
     assert len(runs) == PIPELINE_STAGES + 1
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert parallel.run("dvc", "status").strip() == "Data and pipelines are up to date."
+    assert parallel.run("dvc", "status", "dvc.yaml").strip() == "Data and pipelines are up to date."
     assert parallel.run("dmat", "repro", "--json", real=True).strip() == '{"instances": 0}'
 
 

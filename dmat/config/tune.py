@@ -128,7 +128,8 @@ class TrialSettings:
         first, _, rest = name.partition(".")
         record = {IMAGE_SET: self.image_set, SELECTION: self.selection}.get(first, self.arm)
         if record is None:
-            raise DmatError(f"{name} is not known: the arm has no selection of its own; leave it out")
+            reason = "has no generated images" if self.arm.images == NONE else "trains on a mixture"
+            raise DmatError(f"{name} is not known: the arm {reason}; leave it out")
         value: Any = (record.with_step_sizes() if isinstance(record, TrainRobust) else record).plain()
         for key in (rest if first in (IMAGE_SET, SELECTION) else name).split("."):
             keys = sorted(value) if isinstance(value, Mapping) else []

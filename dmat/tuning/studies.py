@@ -10,7 +10,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from dmat import ARTIFACTS, files, redaction, tracking
+from dmat import ARTIFACTS, files, processes, redaction, tracking
 from dmat.config import Params
 from dmat.engine import EngineOptions, open_engine
 from dmat.errors import DmatError
@@ -43,13 +43,14 @@ def run(plan: Study, params: Params, workspace: Workspace, options: StudyOptions
     """
     for stage_name in CODE_STAGES:
         code_identity.expect(stage_name, workspace.root)
-    compute = execution.resolve(params)
-    context = TrialContext(plan, params, workspace, compute)
-    if compute.world.size > 1 and changes_images(plan.settings.space):
+    # Before joining the group: the first process that fails would break it for the others.
+    if (process_count := processes.torchrun_processes()) > 1 and changes_images(plan.settings.space):
         raise DmatError(
-            f"the space of study {plan.name} changes images, which one process makes, and {compute.world.size} were "
+            f"the space of study {plan.name} changes images, which one process makes, and {process_count} were "
             f"started; expected one for each trial; remove compute.processes and torchrun"
         )
+    compute = execution.resolve(params)
+    context = TrialContext(plan, params, workspace, compute)
     if not compute.world.is_main_process:
         trials.follow(context)
         return {}
