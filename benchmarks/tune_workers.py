@@ -173,6 +173,7 @@ def _runs(folders: list[Path], trials: list[optuna.trial.FrozenTrial]) -> dict[s
 
 
 def main() -> None:
+    os.environ["DMAT_TRACKING"] = "on"  # the fixtures of the tests switch it off
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--storage", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--kill", choices=["workers", "driver", "one-of-two"], default="workers")
