@@ -6,9 +6,11 @@ from pyautoattack import AutoAttack
 
 from dmat.errors import DmatError
 from dmat.robust import auto_attack
+from dmat.robust.apgd import apgd
 from dmat.robust.attacks import Ball, logit_margin
 from dmat.robust.auto_attack import ATTACKS, MISCLASSIFIED, ROBUST, STANDARD
-from dmat.robust.fab import to_hyperplane
+from dmat.robust.fab import fab, to_hyperplane
+from dmat.robust.passes import Goal, Passes
 
 CLASSES = 10
 
@@ -278,3 +280,43 @@ def test_the_package_itself_can_decide(attacked_images):
     package = package_of(MODELS["curved"], arguments[3])
     expected, _ = package.run_standard_evaluation(images, labels, batch_size=29)
     assert torch.equal(worst, expected.detach())  # the images are the package's too
+
+
+class _Recording(torch.nn.Module):
+    """A model that keeps the images of every pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.passes = model, []
+
+    def forward(self, images):
+        self.passes.append(images.detach().clone().contiguous())
+        return self.model(images)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("attack", ["apgd-ce", "apgd-dlr", "apgd-t", "fab-t"])
+def test_every_pass_is_of_the_images_of_the_package(norm, attack):
+    """On images that are not broken, so that all stay in the batch: flags alone would hide other steps."""
+    images, ball = _images(6, (3, 5, 5)), Ball(norm, 1e-3)
+    model, recorded = MODELS["curved"], {name: _Recording(MODELS["curved"]) for name in ("package", "ours")}
+    with torch.no_grad():
+        labels, ranking = model(images).argmax(1), model(images).sort(1, descending=True).indices
+    package, passes = package_of(recorded["package"], ball), Passes(recorded["ours"])
+    torch.manual_seed(5)
+    if attack == "fab-t":
+        package.fab.target_class = 2
+        package.fab.attack_single_run(images, labels, is_targeted=True)
+        _, broken = fab(passes, images, Goal("difference", labels, ranking[:, 1]), ball)
+    else:
+        code, loss = (package.apgd_targeted, "dlr-targeted") if attack == "apgd-t" else (package.apgd, attack[5:])
+        code.loss, package.apgd_targeted.y_target = loss, ranking[:, 1]
+        code.init_hyperparam(images)
+        code.attack_single_run(images, labels)
+        goal = Goal(loss, labels, ranking[:, 1] if attack == "apgd-t" else None)
+        _, broken = apgd(passes, images, goal, ball, torch.Generator().manual_seed(5))
+    assert not broken.any()
+    ours = recorded["ours"].passes
+    assert len(ours) == (200 if attack == "fab-t" else 101)
+    for step, (expected, image) in enumerate(zip(recorded["package"].passes[-len(ours) :], ours, strict=True)):
+        assert (expected - image).abs().max() < 1e-5, step

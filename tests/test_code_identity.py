@@ -241,7 +241,7 @@ EDITS = [  # file, old text, new text, the stages whose identity changes
     ("models/classifiers.py", '"initial weights", 0', '"initial weights", 1', CLASSIFIERS | {"train_diffusion"}),
     ("diffusion/samplers.py", "rho", "rho_", {"generate_images"}),
     ("metrics/pictures.py", "def sheet(", "def sheet_(", {"write_report"}),
-    ("tracking/runs.py", "def adopt(", "def adopt_(", set()),
+    ("tracking/runs.py", "def seconds_before(", "def seconds_before_(", set()),
     ("pipeline/execution.py", "def estimate(", "def estimate_(", set()),
     ("report/page.js", "", "// More.\n", {"write_report"}),
     ("report/page.html.j2", "", "<!-- more -->", {"write_report"}),

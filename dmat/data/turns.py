@@ -2,9 +2,9 @@
 
 A mixture is an endless sequence of turns, and each turn belongs to one selection. A pattern of W turns repeats for
 ever: w_k of them belong to selection k, spread as evenly as whole turns allow (smooth weighted round robin). Any part
-of the sequence therefore has the wanted shares to within a few turns. A turn is one image, or, where selections rotate,
-all generated images of an epoch. Position p of the training and position q within a selection are functions of each
-other.
+of the sequence therefore has the shares as written, to within a few turns. A turn is one image, or, where selections
+rotate, all generated images of an epoch. Position p of the training and position q within a selection are functions of
+each other.
 
 Shapes: N positions, K selections, W turns in the pattern.
 """

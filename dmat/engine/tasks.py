@@ -121,7 +121,7 @@ class Engine(Protocol):
         next_task: called when a worker is idle. After None it is called again when a task has ended.
         on_outcome: called once per task. on_message: its return value is the answer.
         on_lost: called when a task's worker was killed; the task runs again.
-        check_interruption: may raise. Then every task is told to stop, saves, and has its outcome; after that the
+        check_interruption: may raise. Then every task is asked to stop, saves, and has its outcome; after that the
         exception is raised. If another callback raises, the tasks stop too, without outcomes.
         All callbacks are called in the calling thread, one at a time.
         """

@@ -36,7 +36,7 @@ State = Literal["started", "done", "unchanged", "restored", "failed", "stopped",
 class InstanceProgress:
     """A line for people and programs: what happens to an instance.
 
-    state: "unchanged" if DVC found nothing to do, "restored" if it had the result in its cache, "skipped" if something
+    state: "unchanged" if nothing was out of date, "restored" if it had the result in its cache, "skipped" if something
     that it reads failed. seconds: since its start. sentence: why it failed. exit_code: of the command of the stage.
     """
 

@@ -82,7 +82,7 @@ class _State:
         return logits.argmax(1) != self.goal.labels
 
     def check(self, interval: int) -> None:
-        """Halves the step sizes of images whose goal rises too seldom or found no better point, and moves these back to
+        """Halves the step sizes of images whose goal rises too seldom or has no new maximum, and moves these back to
         their best point (Croce and Hein 2020, conditions 1 and 2)."""
         values = torch.stack(self.values[-(interval + 1) :])  # [interval + 1, B]; one less at the first check
         rising = (values[1:] > values[:-1]).sum(0)

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dmat.robust.attacks import Ball
-from dmat.robust.passes import LogitsOf
+from dmat.robust.attacks import Ball, Logits
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 
 
 def package_attacks(
-    logits_of: LogitsOf, ball: Ball, targets: int, seed: int, device: torch.device
+    logits_of: Logits, ball: Ball, targets: int, seed: int, device: torch.device
 ) -> Callable[[str, Tensor, Tensor], Tensor]:
     """A function of the name of an attack, images [B, C, H, W] and labels [B]: adversarial images [B, C, H, W].
 
@@ -48,7 +47,7 @@ class _PackageModel(torch.nn.Module):
     which make convolutions faster.
     """
 
-    def __init__(self, logits_of: LogitsOf):
+    def __init__(self, logits_of: Logits):
         super().__init__()
         self.logits_of = logits_of
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from dmat.errors import DmatError
 from dmat.robust import square as square_search
 from dmat.robust.apgd import apgd
-from dmat.robust.attacks import Ball
+from dmat.robust.attacks import Ball, Logits
 from dmat.robust.authors_package import package_attacks
 from dmat.robust.fab import fab
-from dmat.robust.passes import Goal, LogitsOf, Passes
+from dmat.robust.passes import Goal, Passes
 
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -70,7 +70,7 @@ def suite(attacks: str | Sequence[str], classes: int) -> Suite:
 
 
 def attack(
-    logits_of: LogitsOf,
+    logits_of: Logits,
     images: Tensor,
     labels: Tensor,
     ball: Ball,
@@ -143,7 +143,7 @@ def _run(passes: Passes, ball: Ball, targets: int, seed: int, name: str, images:
     return adversarial
 
 
-def square(logits_of: LogitsOf, images: Tensor, labels: Tensor, ball: Ball, queries: int, seed: int) -> Tensor:
+def square(logits_of: Logits, images: Tensor, labels: Tensor, ball: Ball, queries: int, seed: int) -> Tensor:
     """Runs the black-box attack Square (Andriushchenko et al. 2020) with `queries` queries per image.
 
     images [B, C, H, W] in [0, 1], labels int64 [B] -> adversarial images [B, C, H, W], where an image is broken.

@@ -4,13 +4,11 @@ Shapes: B batch, C channels, H height, W width, K classes.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-LogitsOf = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> logits [B, K]
+from dmat.robust.attacks import Logits, cross_entropy, logit_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +31,11 @@ class Goal:
     def values(self, logits: Tensor) -> Tensor:
         """The value of each image, [B]. logits [B, K]."""
         if self.kind == "ce":
-            return F.cross_entropy(logits, self.labels, reduction="none")
-        label = _column(logits, self.labels)
+            return cross_entropy(self.labels)(logits)
         if self.kind == "dlr":
-            largest = logits.topk(3, dim=1).values  # [B, 3]
-            other = torch.where(logits.argmax(1) == self.labels, largest[:, 1], largest[:, 0])
-            return -(label - other) / (largest[:, 0] - largest[:, 2] + 1e-12)
+            return logit_ratio(self.labels)(logits)
         assert self.targets is not None
-        difference = _column(logits, self.targets) - label
+        difference = _column(logits, self.targets) - _column(logits, self.labels)
         if self.kind == "difference":
             return difference
         largest = logits.topk(4, dim=1).values  # [B, 4]
@@ -50,7 +45,7 @@ class Goal:
 class Passes:
     """The passes of one model. Images are contiguous; the model gets channels-last images, which convolve faster."""
 
-    def __init__(self, logits_of: LogitsOf):
+    def __init__(self, logits_of: Logits):
         self._logits_of = logits_of
 
     def logits(self, images: Tensor) -> Tensor:

@@ -9,14 +9,13 @@ from dmat.tracking.open_runs import reap, set_aside, sync
 from dmat.tracking.parents import begin_parent, record_stage_error
 from dmat.tracking.registry import RegistryCandidate
 from dmat.tracking.run_record import FILES, parameters
-from dmat.tracking.runs import Run, adopt, open_run, recorded_runs, seconds_before
+from dmat.tracking.runs import Run, open_run, recorded_runs, seconds_before
 from dmat.tracking.stores import artifact_folder, connect, store_uri
 
 __all__ = [
     "FILES",
     "RegistryCandidate",
     "Run",
-    "adopt",
     "artifact_folder",
     "begin_parent",
     "connect",

@@ -238,17 +238,6 @@ def open_run(
     )
 
 
-def adopt(home: Path, folder: Path, run: str, name: str) -> None:
-    """Writes a record of a run that another machine executes, so that child runs find their parent. Does nothing if
-    `folder` has a record."""
-    record = RunRecord(folder, stores.identity(home))
-    with record.lock:
-        record.refresh()
-        if record["about"] is None:
-            about = {"name": name, "tags": {}, "settings": {}, "started": time.time(), "parent": None}
-            record.update(run=run, about=about, announced=about["started"])
-
-
 def seconds_before(work: Path) -> float:
     """Seconds that earlier attempts at this work took."""
     return float(read_tracking(work).get("seconds", 0.0))
