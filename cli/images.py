@@ -343,6 +343,8 @@ def _description_lines(description: "SetDescription") -> list[tuple[str, str]]:
 
 def _plan_lines(result: "SetPlan") -> list[tuple[str, str]]:
     """Names and values that `dmat images plan` shows."""
+    from dmat import machine_speed
+
     reused = f", {amount(result['reused_bytes'])} of them exist" if result["reused_bytes"] else ""
     lines = [
         ("images", f"{result['images']:,} in {result['shards']:,} shards"),
@@ -354,7 +356,11 @@ def _plan_lines(result: "SetPlan") -> list[tuple[str, str]]:
     if result["device_memory_bytes"] is not None:
         lines.append(("GPU memory", f"{amount(result['device_memory_bytes'])} at the peak"))
     speed = f"{result['images_per_second']:,.1f} images per second on {result['device']}"
-    return [*lines, ("time", f"{result['hours']:,.2f} hours of one device, {speed}")]
+    hours = f"{result['hours']:,.2f} hours of one process"
+    machine = machine_speed.read()
+    if machine is not None and machine.process_throughput is not None and result["device"] == "cpu":
+        hours += f", {result['hours'] / machine.process_throughput:,.2f} of two at once (--workers 2)"
+    return [*lines, ("time", f"{hours}, {speed}")]
 
 
 def _ranges(numbers: list[int]) -> str:

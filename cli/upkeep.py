@@ -21,7 +21,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(
         "doctor",
         help="Check versions, hardware, disk, parameters, DVC, MLflow and unfinished work, and say what to do. "
-        "Changes nothing without --fix; exit code 2 if there is a PROBLEM.\n\nExample: dmat doctor",
+        "Changes nothing without --fix or --bench; exit code 2 if there is a PROBLEM.\n\nExample: dmat doctor",
     )(_doctor)
     app.command(
         "clean",
@@ -39,11 +39,24 @@ def _doctor(
             help="Run no checks; repair what a kill or an edit during a run damaged, and say what was repaired.",
         ),
     ] = False,
+    bench: Annotated[
+        bool,
+        typer.Option(
+            "--bench",
+            help="Run no checks; measure for a minute how fast this machine multiplies matrices, runs two processes "
+            "at once and uses its disk. Estimates use it. Nothing else should run meanwhile.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
+    from dmat import machine_speed
     from dmat.upkeep import doctor, machine
     from dmat.workspace import find_workspace
 
+    if bench:
+        speed = doctor.bench(find_workspace(Path.cwd()), lambda line: typer.echo(line, err=as_json))
+        typer.echo(json.dumps(dataclasses.asdict(speed), indent=2) if as_json else f"written to {machine_speed.path()}")
+        return
     if fix:
         repaired = doctor.fix(find_workspace(Path.cwd()))
         typer.echo(json.dumps(repaired) if as_json else "\n".join(repaired or ["nothing to repair"]))

@@ -1,7 +1,6 @@
 """The device and precision of a run: resolved once, then passed on as a value."""
 
 import dataclasses
-import functools
 import os
 import time
 from typing import TypedDict
@@ -122,12 +121,8 @@ def resolve(device: str = "auto", precision: str = "auto", threads: int = 0) -> 
     return Compute(torch_device, resolved_precision, reason, torch.get_num_threads(), joined_world)
 
 
-@functools.cache
 def matrix_peak(compute: Compute) -> float:
-    """Measures the FLOP/s of a large matrix product in the precision of `compute`, best of 5.
-
-    It is the denominator of model FLOPs utilisation (MFU).
-    """
+    """Measures the FLOP/s of a large matrix product in the precision of `compute`, best of 5."""
     size = 8192 if compute.device.type == "cuda" else 1024
     dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
     a, b = (torch.ones(size, size, device=compute.device, dtype=dtype) for _ in range(2))  # [size, size] each

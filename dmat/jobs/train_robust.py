@@ -6,7 +6,7 @@ EMA: exponential moving average of the weights (weight averaging).
 import math
 from typing import cast
 
-from dmat import devices, files
+from dmat import files, machine_speed
 from dmat.config import TrainRobust
 from dmat.data import augmentation, shards
 from dmat.data.batches import open_batches
@@ -108,5 +108,5 @@ def _speed(images_per_second: float, flops_per_image: int, compute: Compute) -> 
     return {
         "images_per_second": images_per_second,
         "flops_per_second": flops_per_second,
-        "model_flops_utilisation": flops_per_second / devices.matrix_peak(compute),
+        "model_flops_utilisation": flops_per_second / machine_speed.matrix_peak(compute),
     }

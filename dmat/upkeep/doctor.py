@@ -17,9 +17,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dmat import ARTIFACTS, config, dvc_lock, tracking
+from dmat import ARTIFACTS, config, dvc_lock, machine_speed, tracking
 from dmat.config import Params
 from dmat.errors import ConfigError, DmatError
+from dmat.machine_speed import MachineSpeed
 from dmat.pipeline import STAGES, code_identity
 from dmat.redaction import redacted
 from dmat.tracking import open_runs, origin, stores
@@ -56,10 +57,7 @@ class ProjectState:
 
 def examine(workspace: Workspace) -> Iterator[Finding]:
     """Runs all checks; yields each finding as soon as its check has it."""
-    try:
-        project = ProjectState(workspace, config.load(workspace.at("params.yaml")))
-    except (DmatError, OSError, ValueError):
-        project = ProjectState(workspace, None)  # the check of params.yaml reports why
+    project = _read_project(workspace)
     for name, check in CHECKS.items():
         try:
             for mark, finding, advice in check(project):
@@ -74,6 +72,13 @@ def examine(workspace: Workspace) -> Iterator[Finding]:
             )
 
 
+def _read_project(workspace: Workspace) -> ProjectState:
+    try:
+        return ProjectState(workspace, config.load(workspace.at("params.yaml")))
+    except (DmatError, OSError, ValueError):
+        return ProjectState(workspace, None)  # the check of params.yaml reports why
+
+
 def fix(workspace: Workspace) -> list[str]:
     """Repairs what a kill or an edit during a run damaged; keeps the damaged files. Returns a sentence per repair."""
     if any(
@@ -85,8 +90,29 @@ def fix(workspace: Workspace) -> list[str]:
     return [*dvc_lock.restore(workspace.root, workspace.home), *recorded.set_aside(workspace)]
 
 
+def bench(workspace: Workspace, report: Callable[[str], None]) -> MachineSpeed:
+    """Measures this machine, and writes the measurement for estimates. report: called with a sentence per part."""
+    from dmat.upkeep.bench import measure  # loads torch
+
+    compute = _read_project(workspace).compute
+    speed = measure(compute.device, compute.threads, workspace.home, report)
+    machine_speed.write(speed)
+    return speed
+
+
 def _device(project: ProjectState) -> Iterator[CheckResult]:
     yield from machine.device(project.compute.device, project.compute.precision, project.compute.threads)
+
+
+def _speed(project: ProjectState) -> Iterator[CheckResult]:
+    speed = machine_speed.read()
+    if speed is None:
+        yield NOTE, "not measured", "`dmat doctor --bench` on an idle machine, and estimates use what it finds"
+        return
+    peak = max(speed.matrix_peaks.values(), default=0.0)
+    throughput = "" if speed.process_throughput is None else f", two processes {speed.process_throughput:.2f} times one"
+    disk = f"disk {speed.disk_write / 1e6:,.0f} MB/s written, {speed.disk_read / 1e6:,.0f} read"
+    yield OK, f"matrix products {peak / 1e9:,.0f} GFLOP/s{throughput}, {disk}; measured {speed.measured}", ""
 
 
 def _git(project: ProjectState) -> Iterator[CheckResult]:
@@ -315,6 +341,7 @@ CHECKS: dict[str, Callable[[ProjectState], Iterator[CheckResult]]] = {
     "versions": lambda project: machine.versions(project.workspace.root),
     "device": _device,
     "threads": lambda project: machine.threads(project.compute.threads),
+    "speed": _speed,
     "memory": lambda project: machine.memory(),
     "disk": lambda project: machine.disks(
         {"the project": project.workspace.root, "runs/": project.workspace.home / "runs"}
