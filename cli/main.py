@@ -10,7 +10,7 @@ from typing import Any, TextIO, cast
 
 import typer
 
-from cli import evaluate, images, lock, models, project, recipes, repro, runs, sources, stages, tune, upkeep
+from cli import evaluate, images, lock, models, plan, project, recipes, repro, runs, sources, stages, tune, upkeep
 from dmat import __version__
 from dmat.errors import DmatError, Interrupted
 from dmat.redaction import RedactingStream
@@ -53,6 +53,7 @@ repro.add_to(app)
 tune.add_to(app)
 project.add_to(app)
 recipes.add_to(app)
+plan.add_to(app)
 sources.add_to(app)
 runs.add_to(app)
 models.add_to(app)

@@ -1,28 +1,26 @@
-"""The paper's experiments and small versions of them, as complete parameter files. params.yaml is one of them."""
+"""The paper's experiments, those of later work, and small versions of them. params.yaml is one of them.
+
+A recipe is a file `NAME.yaml` beside this one. Its first line is `# NAME: SUMMARY`. Either it is a complete parameter
+file, or it also says where its values are from (`experiments`), and then usually only what differs from another recipe.
+"""
 
 from pathlib import Path
 
 from dmat import files
-from dmat.errors import DmatError
+from dmat.recipes import flat_file
+from dmat.recipes.experiments import Experiment, differences, load, source_file, summaries
 
-_FOLDER = Path(__file__).parent
-
-
-def summaries() -> dict[str, str]:
-    """Name of each recipe -> its first comment line, without the name at its start."""
-    paths = sorted(_FOLDER.glob("*.yaml"))
-    return {path.stem: path.read_text().splitlines()[0].removeprefix(f"# {path.stem}: ") for path in paths}
+__all__ = ["Experiment", "differences", "load", "read", "summaries", "use"]
 
 
 def read(name: str) -> str:
-    """The text of a recipe. Raises DmatError for an unknown name."""
-    if name not in summaries():
-        raise DmatError(f"recipe is {name!r}; expected one of {', '.join(summaries())}")
-    return (_FOLDER / f"{name}.yaml").read_text()
+    """The text of a recipe as a complete parameter file. Raises DmatError for an unknown name."""
+    experiment = load(name)
+    return source_file(name).read_text() if experiment.is_flat else flat_file.text(experiment)
 
 
 def use(name: str, target: Path) -> Path | None:
-    """Writes a recipe to `target`.
+    """Writes a recipe to `target`, as a complete parameter file.
 
     An existing file with other content is renamed first. Returns its new path, or None if nothing was renamed.
     """
