@@ -6,7 +6,12 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from dmat import ARTIFACTS, config, recipes
+from dmat.errors import DmatError
+from dmat.evaluation.table import PER_IMAGE, write_table
 from dmat.metrics.power import VarianceComponents, images_needed, variance_components
+from dmat.pipeline import detection
+from dmat.workspace import Workspace
 
 
 def test_one_seed_has_the_variance_of_mcnemars_test():
@@ -48,3 +53,30 @@ def test_the_number_of_images_gives_the_power(seeds):
 def test_no_number_of_images_replaces_seeds():
     assert images_needed(VarianceComponents(0.05, 1e-4, 0.05), 2, 0.005, 0.8) is None
     assert images_needed(VarianceComponents(0.05, None, 0.0), 1, 0.005, 0.8) > 0
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """Tables of two arms and two seeds with flags of 400 images."""
+    generator = np.random.default_rng(2)
+    for arm, share in (("real_only", 0.5), ("generated", 0.6)):
+        for seed in (1, 2):
+            flags = {"best_auto_attack": generator.random(400) < share, "best_pgd": np.ones(400, bool)}
+            folder = tmp_path / ARTIFACTS / "evaluate_robust" / f"{arm}-{seed}"
+            folder.mkdir(parents=True)
+            write_table(folder / PER_IMAGE, flags)
+    return Workspace(tmp_path, tmp_path)
+
+
+def test_the_plan_reads_the_headline_of_all_seeds(workspace):
+    params = config.check({**recipes.load("digits").values, "seeds": [1, 2]})[0]
+    (result,) = detection.plan(params, workspace, 0.005, 0.8)
+    assert (result.arm, result.baseline, result.measure) == ("generated", "real_only", "best_auto_attack")
+    assert (result.images, result.seeds) == (400, 2)
+    assert 0.02 < result.difference < 0.18
+    assert list(result.needed) == [1, 2, 3, 5, 10, 20]
+    with pytest.raises(DmatError, match="--detect is out of range"):
+        detection.plan(params, workspace, 0.0, 0.8)
+    more = config.check({**recipes.load("digits").values, "seeds": [1, 2, 3]})[0]
+    with pytest.raises(DmatError, match=r"real_only-3.* does not exist"):
+        detection.plan(more, workspace, 0.005, 0.8)

@@ -46,7 +46,7 @@ def variance_components(differences: np.ndarray) -> VarianceComponents:
 def images_needed(components: VarianceComponents, seeds: int, detect: float, power: float) -> int | None:
     """Number of test images for which a difference of `detect`, as a share of 1, is seen with probability `power`.
 
-    None if no number of images is enough, because the seeds alone vary too much.
+    None if any number of images is too small, because the seeds alone vary too much.
     """
     normal = NormalDist()
     standard_error = detect / (normal.inv_cdf(1 - ERROR / 2) + normal.inv_cdf(power))

@@ -1,8 +1,8 @@
 """What a recipe costs before anything runs: disk, memory and hours of each stage, from the operations it needs.
 
 Hours = operations / (published peak of the GPU x utilisation). Operations are counted from the networks, by torch's
-counter, and from the lengths in the recipe. Utilisation was measured for one GPU and network (docs/log.md, 2026-11-26); elsewhere the
-same fraction is stated, which is an assumption.
+counter, and from the lengths in the recipe. Utilisation was measured for one GPU and network (docs/log.md, 2026-11-26);
+elsewhere the same fraction is stated, which is an assumption.
 """
 
 import math
@@ -35,7 +35,7 @@ class Gpu(NamedTuple):
     memory: float
 
 
-GPUS = {  # NVIDIA's data sheets of each product; GeForce: the white papers of GA102 and AD102. Sparse peaks are twice these
+GPUS = {  # NVIDIA's data sheets; GeForce: the white papers of GA102 and AD102. Sparse peaks are twice these
     "a100": Gpu("A100 SXM 80 GB", 312e12, 19.5e12, 80e9),
     "h100": Gpu("H100 SXM", 989e12, 67e12, 80e9),
     "h200": Gpu("H200 SXM", 989e12, 67e12, 141e9),
@@ -120,11 +120,12 @@ def notes(gpu: str, costs: Sequence[StageCost]) -> list[str]:
     """What a reader of a plan must know, and which stages do not fit into the memory of the GPU."""
     device = GPUS[gpu]
     return [
-        f"{device.title}: {device.bf16 / 1e12:.0f} TFLOP/s dense in bf16, {device.fp32 / 1e12:.3g} in fp32, as published;"
-        f" {device.memory / 1e9:.0f} GB. Utilisation {BF16_UTILISATION:.2f} of the bf16 peak and {FP32_UTILISATION:.2f} of"
-        f" the fp32 peak: measured on an H200 with WRN-28-10, stated elsewhere; small networks reach far less.",
-        "Hours leave out reading, saving and the CPU. AutoAttack counts images that stay robust: the published share of "
-        "them, else all. Memory is an estimate; files in sources/ are not counted.",
+        f"{device.title}: {device.bf16 / 1e12:.0f} TFLOP/s dense in bf16, {device.fp32 / 1e12:.3g} in fp32, as "
+        f"published; {device.memory / 1e9:.0f} GB. Utilisation {BF16_UTILISATION:.2f} of the bf16 peak and "
+        f"{FP32_UTILISATION:.2f} of the fp32 peak: measured on an H200 with WRN-28-10, stated elsewhere; small networks "
+        f"reach far less.",
+        "Hours leave out reading, saving and the CPU. AutoAttack counts images that stay robust: the published share "
+        "of them, else all. Memory is an estimate; files in sources/ are not counted.",
         *(
             f"{cost.stage} needs more memory than the GPU has; {_ADVICE[cost.stage]}."
             for cost in costs
@@ -217,9 +218,10 @@ class _Planner:
         return forward * (settings.images_seen * per_image + evaluations * judged)
 
     def memory(self, settings: ClassifierTraining) -> float:
-        """Weights, gradients, momentum and EMA, and the activations of a batch in bf16."""
+        """Weights, gradients, momentum and EMA, and the activations of the trained passes of a batch in bf16."""
+        passes = 1 if settings.loss in ("standard", "pgd_at") else 2  # clean and adversarial, one backward pass
         cost = self.classifier(settings.network)
-        return 4 * _WEIGHT * cost.parameters + 2 * settings.batch * cost.activations
+        return 4 * _WEIGHT * cost.parameters + 2 * passes * settings.batch * cost.activations
 
     def disk(self, settings: ClassifierTraining) -> float:
         """Best and last weights, and a checkpoint."""
@@ -296,7 +298,7 @@ def network_cost(model: nn.Module, shape: tuple[int, int, int]) -> NetworkCost:
     """What one image of `shape` (C, H, W) costs. model: on the device meta."""
     activations = 0
 
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # [1, ...] each
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # inputs: [1, C, H, W]
         nonlocal activations
         activations += inputs[0].numel()
 

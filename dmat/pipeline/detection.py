@@ -20,7 +20,7 @@ SEEDS = (1, 2, 3, 5, 10, 20)
 class Detection(NamedTuple):
     """What an arm and the baseline say about it. Differences are shares of 1.
 
-    needed: number of seeds -> of test images; None where no number is enough.
+    needed: number of seeds -> of test images; None where any number is too small.
     """
 
     arm: str

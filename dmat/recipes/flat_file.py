@@ -36,7 +36,7 @@ def _head(experiment: Experiment) -> str:
 
 
 def published_sentence(experiment: Experiment) -> str:
-    """What the authors report; empty if no number is available."""
+    """What the authors report; empty if they report none."""
     headings = {"clean": "clean", "auto_attack": "AutoAttack"}
     numbers = [f"{headings[key]} {experiment.published[key]} %" for key in headings if key in experiment.published]
     return f"Published: {', '.join(numbers)} {experiment.published['source']}." if numbers else ""
