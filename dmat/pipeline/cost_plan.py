@@ -122,8 +122,8 @@ def notes(gpu: str, costs: Sequence[StageCost]) -> list[str]:
     return [
         f"{device.title}: {device.bf16 / 1e12:.0f} TFLOP/s dense in bf16, {device.fp32 / 1e12:.3g} in fp32, as "
         f"published; {device.memory / 1e9:.0f} GB. Utilisation {BF16_UTILISATION:.2f} of the bf16 peak and "
-        f"{FP32_UTILISATION:.2f} of the fp32 peak: measured on an H200 with WRN-28-10, stated elsewhere; small networks "
-        f"reach far less.",
+        f"{FP32_UTILISATION:.2f} of the fp32 peak: measured on an H200 with WRN-28-10, stated elsewhere; small "
+        f"networks reach far less.",
         "Hours leave out reading, saving and the CPU. AutoAttack counts images that stay robust: the published share "
         "of them, else all. Memory is an estimate; files in sources/ are not counted.",
         *(
