@@ -72,7 +72,7 @@ _WEIGHT = 4  # bytes of a parameter: weights, gradients and optimiser are float3
 _PROCESSES = "`compute.processes` divides each batch among several GPUs"
 _ADVICE = {  # where a stage does not fit into the memory of a GPU
     "train_scorer": _PROCESSES,
-    "train_diffusion": f"{_PROCESSES}, and `accumulation_steps` computes it in parts",
+    "train_diffusion": "`accumulation_steps` computes each batch in parts",
     "train_robust": _PROCESSES,
     "evaluate_robust": "a smaller `evaluate_robust.batch` fits",
 }
