@@ -39,7 +39,7 @@ def _doctor(
             help="Run no checks; repair what a kill or an edit during a run damaged, and say what was repaired.",
         ),
     ] = False,
-    bench: Annotated[
+    measure: Annotated[
         bool,
         typer.Option(
             "--bench",
@@ -53,8 +53,8 @@ def _doctor(
     from dmat.upkeep import doctor, machine
     from dmat.workspace import find_workspace
 
-    if bench:
-        speed = doctor.bench(find_workspace(Path.cwd()), lambda line: typer.echo(line, err=as_json))
+    if measure:
+        speed = doctor.measure_machine(find_workspace(Path.cwd()), lambda line: typer.echo(line, err=as_json))
         typer.echo(json.dumps(dataclasses.asdict(speed), indent=2) if as_json else f"written to {machine_speed.path()}")
         return
     if fix:

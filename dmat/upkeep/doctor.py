@@ -90,7 +90,7 @@ def fix(workspace: Workspace) -> list[str]:
     return [*dvc_lock.restore(workspace.root, workspace.home), *recorded.set_aside(workspace)]
 
 
-def bench(workspace: Workspace, report: Callable[[str], None]) -> MachineSpeed:
+def measure_machine(workspace: Workspace, report: Callable[[str], None]) -> MachineSpeed:
     """Measures this machine, and writes the measurement for estimates. report: called with a sentence per part."""
     from dmat.upkeep.bench import measure  # loads torch
 
