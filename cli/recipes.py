@@ -49,7 +49,7 @@ def _list() -> None:
 def _show(
     name: Name,
     plan: Annotated[bool, typer.Option("--plan", help="Print what it costs instead.")] = False,
-    gpu: Annotated[str, typer.Option(help="Of the plan: a100, h100, h200, b200, l40s, rtx3090 or rtx4090.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="GPU of the plan; an unknown name is answered with all names.")] = "h100",
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
 ) -> None:
     from dmat import recipes

@@ -80,3 +80,6 @@ def test_the_plan_reads_the_headline_of_all_seeds(workspace):
     more = config.check({**recipes.load("digits").values, "seeds": [1, 2, 3]})[0]
     with pytest.raises(DmatError, match=r"real_only-3.* does not exist"):
         detection.plan(more, workspace, 0.005, 0.8)
+    single = config.check({**recipes.load("digits").values, "seeds": [2]})[0]
+    (result,) = detection.plan(single, workspace, 0.005, 0.8)
+    assert list(result.needed) == [1]  # how seeds vary is unknown

@@ -76,7 +76,8 @@ _ADVICE = {  # where a stage does not fit into the memory of a GPU
     "train_robust": _PROCESSES,
     "evaluate_robust": "a smaller `evaluate_robust.batch` fits",
 }
-_CHECKPOINT = {"classifier": 4, "denoiser": 4}  # copies of the weights: live, EMA, optimiser (SGD 1, Adam 2), best
+# Copies of the weights in a checkpoint. Classifier: live, EMA, momentum, best. Denoiser: live, EMA, two of Adam.
+_CHECKPOINT = 4
 
 
 class StageCost(NamedTuple):
@@ -122,8 +123,8 @@ def notes(gpu: str, costs: Sequence[StageCost]) -> list[str]:
     return [
         f"{device.title}: {device.bf16 / 1e12:.0f} TFLOP/s dense in bf16, {device.fp32 / 1e12:.3g} in fp32, as "
         f"published; {device.memory / 1e9:.0f} GB. Utilisation {BF16_UTILISATION:.2f} of the bf16 peak and "
-        f"{FP32_UTILISATION:.2f} of the fp32 peak: measured on an H200 with WRN-28-10, stated elsewhere; small "
-        f"networks reach far less.",
+        f"{FP32_UTILISATION:.2f} of the fp32 peak: measured on an H200 in trainings of a WRN-28-10, stated elsewhere; "
+        f"small networks reach far less.",
         "Hours leave out reading, saving and the CPU. AutoAttack counts images that stay robust: the published share "
         "of them, else all. Memory is an estimate; files in sources/ are not counted.",
         *(
@@ -193,8 +194,9 @@ class _Planner:
     ) -> StageCost:
         device = GPUS[self.gpu]
         per_second = device.fp32 * FP32_UTILISATION if fp32 else device.bf16 * BF16_UTILISATION
-        measured = (
-            self.gpu == _MEASURED_ON
+        measured = (  # in fp32 a training was measured, no evaluation
+            not fp32
+            and self.gpu == _MEASURED_ON
             and network is not None
             and (network.name, network.depth, network.width) == _MEASURED_NETWORK
         )
@@ -225,7 +227,7 @@ class _Planner:
 
     def disk(self, settings: ClassifierTraining) -> float:
         """Best and last weights, and a checkpoint."""
-        return (2 + _CHECKPOINT["classifier"]) * _WEIGHT * self.classifier(settings.network).parameters
+        return (2 + _CHECKPOINT) * _WEIGHT * self.classifier(settings.network).parameters
 
     def evaluation(self, arm: Arm) -> float:
         """Operations of PGD on best and last weights and on the radii of the curve, and of AutoAttack."""
@@ -259,7 +261,7 @@ class _Planner:
         generators = self.params.generators.values()
         trained = [(generator, self.denoiser(generator)) for generator in generators if generator.source == NONE]
         imported = [self.denoiser(generator) for generator in generators if generator.source != NONE]
-        disk = sum((1 + _CHECKPOINT["denoiser"]) * _WEIGHT * cost.parameters for _, cost in trained)
+        disk = sum((1 + _CHECKPOINT) * _WEIGHT * cost.parameters for _, cost in trained)
         disk += sum(_WEIGHT * cost.parameters for cost in imported)
         memories = [
             5 * _WEIGHT * cost.parameters + 2 * generator.batch * cost.activations / generator.accumulation_steps

@@ -20,7 +20,7 @@ SEEDS = (1, 2, 3, 5, 10, 20)
 class Detection(NamedTuple):
     """What an arm and the baseline say about it. Differences are shares of 1.
 
-    needed: number of seeds -> of test images; None where any number is too small.
+    needed: number of seeds -> of test images; None where any number is too small. Of one seed if there is one.
     """
 
     arm: str
@@ -75,6 +75,7 @@ def _detection(
     flags = [np.stack([table[measure] for table in tables[name]]).astype(float) for name in (arm, baseline)]  # [S, N]
     differences = flags[0] - flags[1]
     components = power.variance_components(differences)
+    answerable = SEEDS if components.seed is not None else SEEDS[:1]  # of one seed alone nothing says how seeds vary
     return Detection(
         arm,
         baseline,
@@ -83,5 +84,5 @@ def _detection(
         len(differences),
         float(differences.mean()),
         components,
-        {seeds: power.images_needed(components, seeds, detect, probability) for seeds in SEEDS},
+        {seeds: power.images_needed(components, seeds, detect, probability) for seeds in answerable},
     )

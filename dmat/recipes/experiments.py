@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dmat import yaml_file
+from dmat.config.merging import merge
 from dmat.errors import DmatError
 
 LABELS = {
@@ -91,17 +92,19 @@ def load(name: str) -> Experiment:
 
 
 def patched(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` merged in by RFC 7396: mappings by key, null removes a key, all else replaces."""
-    result = dict(base)
-    for key, value in changes.items():
-        if value is None:
-            result.pop(key, None)
-        elif isinstance(value, Mapping):
-            below = result.get(key)
-            result[key] = patched(below if isinstance(below, Mapping) else {}, value)
-        else:
-            result[key] = value
-    return result
+    """`base` with `changes` merged in by RFC 7396: mappings by key, null removes a key, all else replaces.
+
+    base: without nulls.
+    """
+    return _without_nulls(merge(base, changes))
+
+
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_nulls(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def leaves(values: Mapping[str, Any], location: Location = ()) -> Iterator[tuple[Location, Any]]:

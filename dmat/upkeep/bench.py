@@ -1,6 +1,6 @@
 """`dmat doctor --bench`: measures what this machine computes and writes in a second, in about a minute.
 
-Shapes: N batch.
+Shapes: B batch.
 """
 
 import datetime
@@ -105,8 +105,8 @@ def _train_on_request(pipe: "Connection") -> None:
     statistics_of_images = (0.5,) * _CHANNELS
     network = wide_resnet(DataSpec(_CLASSES, _CHANNELS, statistics_of_images, statistics_of_images), 10, 1, "silu")
     optimiser = torch.optim.SGD(network.parameters(), 1e-3)
-    images = torch.rand(_BATCH, _CHANNELS, _SIZE, _SIZE)  # [N, 3, 32, 32]
-    labels = torch.randint(_CLASSES, (_BATCH,))  # [N]
+    images = torch.rand(_BATCH, _CHANNELS, _SIZE, _SIZE)  # [B, 3, 32, 32]
+    labels = torch.randint(_CLASSES, (_BATCH,))  # [B]
     while True:
         seconds = pipe.recv()
         started, count = time.monotonic(), 0
