@@ -15,6 +15,7 @@ from dmat.errors import ConfigError, DmatError
 from dmat.robust.step_size import default_step
 
 SEVEN_COPIES = {"images": "edm18_best", "generated_share": 0.7, "cutmix": 1.0, "cutmix_copies": 7}
+VIT = {"name": "vit", "depth": 12, "width": 3, "activation": "gelu"}
 PREACT = {"name": "preact_resnet", "depth": 18, "activation": "relu"}
 
 # dotted key, its new value, fragments that the error must hold (besides the section)
@@ -50,7 +51,9 @@ BAD = [
     ("train_robust.generated_sampling", "twice", ["is 'twice'", "'with_replacement'"]),
     ("train_robust.batch_norm_momentum", 1.5, ["is 1.5", "less than or equal to 1"]),
     ("train_robust.start_divisor", 0.5, ["is 0.5", "greater than or equal to 1"]),
-    ("train_robust.network.activation", "gelu", ["is 'gelu'", "'relu' or 'silu'"]),
+    ("train_robust.network.activation", "tanh", ["is 'tanh'", "'relu', 'silu' or 'gelu'"]),
+    ("train_robust.network", VIT | {"width": 0}, ["width is missing", "1 or more"]),
+    ("train_robust.network", VIT | {"name": "ra_wide_resnet", "depth": 12}, ["depth is 12", "6 n + 4"]),
     ("train_robust.label_smoothing", 2.0, ["is 2.0", "less than or equal to 1"]),
     ("train_robust.augmentation", "blur", ["is 'blur'", "'crop1'"]),
     ("arms.generated.generated_share", 1.5, ["is 1.5", "less than or equal to 1"]),

@@ -29,9 +29,10 @@ class Network(Record):
 
     @pydantic.model_validator(mode="after")
     def _depth_and_width_fit(self) -> Self:
-        if self.name in ("wide_resnet", "wide_resnet_symmetric") and (self.depth - 4) % 6:
+        wide = self.name in ("wide_resnet", "wide_resnet_symmetric", "ra_wide_resnet")
+        if wide and (self.depth - 4) % 6:
             raise ValueError(f"depth is {self.depth}; expected 6 n + 4, for example 10, 16 or 28")
-        if self.name in ("wide_resnet", "wide_resnet_symmetric") and self.width == 0:
+        if (wide or self.name == "vit") and self.width == 0:
             raise ValueError("width is missing; expected 1 or more, for example 10")
         if self.name == "preact_resnet" and self.depth not in (18, 34):
             raise ValueError(f"depth is {self.depth}; expected 18 or 34 with preact_resnet")
