@@ -14,7 +14,8 @@ from dmat.config import WrittenNumber
 from dmat.errors import ConfigError, DmatError
 from dmat.robust.step_size import default_step
 
-SEVEN_COPIES = {"images": "edm18_best", "generated_share": 0.7, "cutmix": 1.0, "cutmix_copies": 7}
+GENERATED = {"images": "edm18_best", "generated_share": 0.7}
+VIT = {"name": "vit", "depth": 12, "width": 3, "activation": "gelu"}
 PREACT = {"name": "preact_resnet", "depth": 18, "activation": "relu"}
 
 # dotted key, its new value, fragments that the error must hold (besides the section)
@@ -32,7 +33,16 @@ BAD = [
     ("train_robust.threat.epsilon", "eight", ["is 'eight'", "8/255"]),
     ("train_robust.threat.epsilon", 0, ["is 0", "above 0"]),
     ("train_robust.threat.norm", "l3", ["is 'l3'", "'linf' or 'l2'"]),
-    ("train_robust.loss", "mart", ["is 'mart'", "'trades', 'standard', 'pgd_at' or 'ikl'"]),
+    ("train_robust.loss", "hinge", ["is 'hinge'", "'trades', 'standard', 'pgd_at', 'ikl', 'mart', 'lse' or"]),
+    ("arms.generated", GENERATED | {"loss": "mart", "cutmix": 1.0}, ["loss 'mart'", "one label per image"]),
+    ("arms.generated", GENERATED | {"loss": "consistency", "cutmix": 1.0}, ["two views of the same image"]),
+    ("arms.generated", GENERATED | {"loss": "consistency", "batch": 63}, ["batch is 63", "an even number"]),
+    ("arms.generated", GENERATED | {"loss": "standard", "awp_gamma": 0.01}, ["awp_gamma is 0.01 and loss"]),
+    ("train_robust.awp_gamma", -0.01, ["is -0.01", "greater than or equal to 0"]),
+    ("train_robust.schedule", "cyclic", ["is 'cyclic'", "'one_cycle', 'cosine' or 'step'"]),
+    ("train_robust.milestones", [0.75, 0.5], ["milestones is [0.75, 0.5]", "rising fractions"]),
+    ("train_robust.milestones", [0.5, 1.0], ["is 1.0", "less than 1"]),
+    ("train_robust.momentum_lowest", 0.96, ["momentum_lowest is 0.96", "at most momentum_highest, 0.95"]),
     ("train_robust.attack_steps", 0, ["attack_steps is 0", "loss is 'trades'"]),
     ("train_robust.network.depth", 12, ["depth is 12", "6 n + 4"]),
     ("train_robust.network", PREACT | {"depth": 20}, ["depth is 20", "18 or 34"]),
@@ -41,7 +51,7 @@ BAD = [
     ("train_robust.cutmix", -1.0, ["is -1.0", "greater than or equal to 0"]),
     ("train_robust.cutmix_copies", 2, ["cutmix_copies is 2 and cutmix 0", "cutmix: 1.0"]),
     ("train_robust.cutmix_copies", 0, ["is 0", "greater than or equal to 1"]),
-    ("arms.generated", SEVEN_COPIES, ["cutmix_copies is 7", "divisor of batch"]),
+    ("arms.generated", GENERATED | {"cutmix": 1.0, "cutmix_copies": 7}, ["cutmix_copies is 7", "divisor of batch"]),
     ("train_robust.momentum", 1.0, ["is 1.0", "less than 1"]),
     ("train_robust.temperature", 0.0, ["is 0.0", "greater than 0"]),
     ("train_robust.patience", -1, ["is -1", "greater than or equal to 0"]),
@@ -50,9 +60,12 @@ BAD = [
     ("train_robust.generated_sampling", "twice", ["is 'twice'", "'with_replacement'"]),
     ("train_robust.batch_norm_momentum", 1.5, ["is 1.5", "less than or equal to 1"]),
     ("train_robust.start_divisor", 0.5, ["is 0.5", "greater than or equal to 1"]),
-    ("train_robust.network.activation", "gelu", ["is 'gelu'", "'relu' or 'silu'"]),
+    ("train_robust.network.activation", "tanh", ["is 'tanh'", "'relu', 'silu' or 'gelu'"]),
+    ("train_robust.network", VIT | {"width": 0}, ["width is missing", "1 or more"]),
+    ("train_robust.network", VIT | {"name": "ra_wide_resnet", "depth": 12}, ["depth is 12", "6 n + 4"]),
     ("train_robust.label_smoothing", 2.0, ["is 2.0", "less than or equal to 1"]),
     ("train_robust.augmentation", "blur", ["is 'blur'", "'crop1'"]),
+    ("arms.generated.generated_share", 1.0, ["generated_share is 1.0", "below 1", "every batch has real images"]),
     ("arms.generated.generated_share", 1.5, ["is 1.5", "less than or equal to 1"]),
     ("arms.generated.generated_share", 0.0, ["has generated_share 0.0", "above 0"]),
     ("arms.generated.images", "edm5_best", ["is 'edm5_best'", "expected one of edm18_best, or none"]),
@@ -239,6 +252,22 @@ def _load(tmp_path, params):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(params))
     return config.load(path)
+
+
+def test_names_of_losses_in_the_checks_are_those_of_the_losses(root):
+    """The checks of `config` name losses, because it imports their table only to check a value."""
+    from dmat.robust import losses
+
+    section = yaml.safe_load((root / "params.yaml").read_text())["train_robust"]
+    for name in losses.LOSSES:
+        copies = config.TrainRobust.model_validate(section | {"loss": name}).copies
+        assert copies == (2 if name in losses.WITH_TWO_VIEWS else 1)
+        mixes = name not in (*losses.WITH_TWO_VIEWS, *losses.WITHOUT_MIXED_TARGETS)
+        if mixes:
+            config.TrainRobust.model_validate(section | {"loss": name, "cutmix": 1.0})
+        else:
+            with pytest.raises(ValueError, match=r"cutmix is 1\.0"):
+                config.TrainRobust.model_validate(section | {"loss": name, "cutmix": 1.0})
 
 
 @pytest.mark.parametrize(("key", "value", "fragments"), BAD, ids=[f"{key}={value}"[:50] for key, value, _ in BAD])

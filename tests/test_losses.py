@@ -102,6 +102,16 @@ class Slow:
             x = self.pull_back(images, torch.stack(moved), settings.ball)
         return x.detach()
 
+    def ascend(self, images, x, objective, settings):
+        """PGD from x on any objective of the logits."""
+        for _ in range(settings.steps):
+            x = x.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(objective(self.forward(x)[0]).sum(), x)
+            length = (gradient**2).flatten(1).sum(1).sqrt()[:, None, None, None]
+            unit = gradient.sign() if settings.ball.norm == "linf" else gradient / length
+            x = self.pull_back(images, x.detach() + settings.step_size * unit - images, settings.ball)
+        return x.detach()
+
     @staticmethod
     def pull_back(images, perturbation, ball):
         rows = []
@@ -204,16 +214,17 @@ def test_l2_attack_of_trades_starts_outside_the_pixel_range():
 @pytest.mark.parametrize("name", losses.ADVERSARIAL)
 @pytest.mark.parametrize("norm", SETTINGS)
 def test_starts_are_those_of_the_published_code(name, norm):
-    """linf: uniform in the ball. l2: 0.001 x Gaussian, but pgd_at on the sphere towards a random image."""
+    """linf: uniform in the ball, but mart 0.001 x Gaussian. l2: 0.001 x Gaussian, but pgd_at on the sphere towards a
+    random image."""
     model, images, labels, _ = example_batch(norm)
     epsilon = SETTINGS[norm].ball.epsilon
     images = images.repeat(50, 1, 1, 1)
     drawn = losses.draw_start(name, SETTINGS[norm].ball, seeds.stream(1, "attack/start"), tuple(images.shape))
     numbers = drawn.flatten().double().numpy()
-    if norm == "linf":
-        assert stats.kstest(numbers, "uniform", args=(-epsilon, 2 * epsilon)).pvalue > 0.001
-    elif name != "pgd_at":
+    if name == "mart" or (norm == "l2" and name != "pgd_at"):
         assert stats.kstest(numbers, "norm", args=(0, 0.001)).pvalue > 0.001
+    elif norm == "linf":
+        assert stats.kstest(numbers, "uniform", args=(-epsilon, 2 * epsilon)).pvalue > 0.001
     else:
         assert stats.kstest(numbers, "uniform").pvalue > 0.001
         inputs = []
@@ -264,7 +275,7 @@ def test_robust_term_is_zero_without_radius():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("name", [name for name in losses.LOSSES if name not in ("mart", "lse")])  # tests of their own
 def test_label_smoothing_spreads_over_every_class(name, smoothing):
     model, images, labels, start = example_batch("linf")
     settings = dataclasses.replace(SETTINGS["linf"], label_smoothing=smoothing, steps=1)
@@ -404,18 +415,19 @@ def test_ikl_weighed_with_predictions_has_the_gradient_of_the_divergence():
     torch.testing.assert_close(actual[1], expected[1] - expected[0], rtol=1e-5, atol=1e-6)
 
 
+def logits_in_evaluation(before, x):
+    """Logits of the example network with its running statistics."""
+    mean, variance = before.norm.running_mean, before.norm.running_var
+    h = F.conv2d(x, before.conv.weight, padding=1)
+    h = (h - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+    h = F.silu(h * before.norm.weight[:, None, None] + before.norm.bias[:, None, None])
+    return before.logits(h.reshape(len(h), 5, 2, 3, 2, 3).mean((3, 5)).flatten(1))
+
+
 @pytest.mark.parametrize("norm", SETTINGS)
 def test_pgd_at_trains_on_the_images_that_maximise_cross_entropy_in_evaluation_mode(norm):
     model, images, labels, start = example_batch(norm)
     settings, before = SETTINGS[norm], copy.deepcopy(model)
-    mean, variance = before.norm.running_mean, before.norm.running_var
-
-    def logits_in_evaluation(x):
-        h = F.conv2d(x, before.conv.weight, padding=1)
-        h = (h - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
-        h = F.silu(h * before.norm.weight[:, None, None] + before.norm.bias[:, None, None])
-        return before.logits(h.reshape(len(h), 5, 2, 3, 2, 3).mean((3, 5)).flatten(1))
-
     if norm == "l2":  # published: a random image, brought to the distance epsilon
         start = torch.rand(images.shape, dtype=torch.float64)
         direction = start - images
@@ -424,7 +436,7 @@ def test_pgd_at_trains_on_the_images_that_maximise_cross_entropy_in_evaluation_m
         x = Slow.pull_back(images, start, settings.ball)
     for _ in range(settings.steps):
         x = x.detach().requires_grad_(True)
-        (g,) = torch.autograd.grad(F.cross_entropy(logits_in_evaluation(x), labels, reduction="sum"), x)
+        (g,) = torch.autograd.grad(F.cross_entropy(logits_in_evaluation(before, x), labels, reduction="sum"), x)
         unit = g.sign() if norm == "linf" else g / g.flatten(1).norm(dim=1)[:, None, None, None]
         x = Slow.pull_back(images, x.detach() + settings.step_size * unit - images, settings.ball)
     parameters = {name: p.detach().clone().requires_grad_(True) for name, p in model.named_parameters()}
@@ -438,7 +450,7 @@ def test_pgd_at_trains_on_the_images_that_maximise_cross_entropy_in_evaluation_m
     assert max_difference({name: p.grad for name, p in model.named_parameters()}, gradients) < 1e-5
     assert loss.clean_logits is None
     assert not loss.clean.any()
-    torch.testing.assert_close(model.norm.running_mean, 0.7 * mean + 0.3 * batch_mean)
+    torch.testing.assert_close(model.norm.running_mean, 0.7 * before.norm.running_mean + 0.3 * batch_mean)
     assert model.norm.num_batches_tracked == 1
 
 
@@ -460,6 +472,142 @@ def test_trades_attacks_mixed_targets_without_smoothing():
     torch.testing.assert_close(loss.clean.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     divergence = slow.divergence(slow.forward(images)[0], slow.forward(x)[0]).detach()
     torch.testing.assert_close(loss.robust.double(), divergence, rtol=1e-4, atol=1e-5)
+
+
+def compare_step(model, loss, expected, parameters, tolerance=1e-5):
+    """Values per image and gradients of the model equal those of the reference, whose parameters are plain tensors."""
+    expected.mean().backward()
+    loss.total.mean().backward()
+    torch.testing.assert_close(loss.total.double(), expected, rtol=tolerance, atol=1e-6)
+    gradients = {name: p.grad for name, p in parameters.items()}
+    assert max_difference({name: p.grad for name, p in model.named_parameters()}, gradients) < tolerance
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("norm", SETTINGS)
+def test_mart_equals_the_definition_of_wang_et_al_2020(norm, smoothing):
+    """Probability by probability, in float64; the attack maximises cross-entropy in evaluation mode."""
+    model, images, labels, _ = example_batch(norm)
+    settings, before = dataclasses.replace(SETTINGS[norm], label_smoothing=smoothing), copy.deepcopy(model)
+    start = losses.draw_start("mart", settings.ball, seeds.stream(1, "attack/start"), tuple(images.shape)).double()
+    parameters = {name: p.detach().clone().requires_grad_(True) for name, p in model.named_parameters()}
+    slow, frozen = Slow(parameters), Slow({})
+    frozen.forward = lambda x: (logits_in_evaluation(before, x), None)
+    x = frozen.ascend(images, images + start, lambda z: F.cross_entropy(z, labels, reduction="none"), settings)
+    (clean_logits, (clean_mean, _)), (adversarial_logits, (adversarial_mean, _)) = slow.forward(images), slow.forward(x)
+    values = []
+    for n, a, label in zip(clean_logits.softmax(1), adversarial_logits.softmax(1), labels.tolist(), strict=True):
+        target = [smoothing / CLASSES + (1 - smoothing if k == label else 0) for k in range(CLASSES)]
+        boosted = -sum(t * a[k].log() for k, t in enumerate(target))
+        boosted = boosted - (1 - max(a[k] for k in range(CLASSES) if k != label)).log()
+        divergence = sum(n[k] * (n[k].log() - a[k].log()) for k in range(CLASSES))
+        values.append(boosted + settings.beta * divergence * (1 - n[label]))
+    loss = losses.mart(model, images, labels, start, settings)
+    compare_step(model, loss, torch.stack(values), parameters)
+    assert not loss.clean.any()
+    torch.testing.assert_close(loss.robust, loss.total.detach())
+    torch.testing.assert_close(loss.adversarial.double(), x, rtol=1e-6, atol=1e-6)
+    mean = before.norm.running_mean
+    for batch_mean in (clean_mean, adversarial_mean):
+        mean = 0.7 * mean + 0.3 * batch_mean
+    torch.testing.assert_close(model.norm.running_mean, mean, rtol=1e-6, atol=1e-8)
+    assert model.norm.num_batches_tracked == 2
+
+
+def test_mart_is_finite_where_the_wrong_class_is_certain():
+    """float32 has no number between p and 1 there: log(1 - p) of probabilities would be minus infinity."""
+    logits = torch.tensor([[0.0, 200.0, -5.0, 0.0]])
+
+    class Certain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(1))
+
+        def forward(self, images):
+            return logits + self.bias * torch.tensor([0.0, 1.0, 0.0, 0.0]) + images.sum() * 0
+
+    model, images = Certain(), torch.rand(1, 1, 2, 2)
+    settings = LossSettings(Ball("linf", 0.1), steps=0, step_size=0.0, beta=0.0, label_smoothing=0.0)
+    loss = losses.mart(model, images, torch.tensor([0]), torch.zeros_like(images), settings)
+    loss.total.sum().backward()
+    rest = torch.tensor([0.0, -5.0, 0.0]).double().logsumexp(0) - 200
+    assert loss.total.item() == pytest.approx(200 - rest.item(), rel=1e-6)
+    assert model.bias.grad.item() == pytest.approx(2, rel=1e-6)  # one of each term: p of the wrong class is 1
+
+
+def test_mart_refuses_mixed_targets():
+    model, images, labels, start = example_batch("linf")
+    with pytest.raises(TypeError, match="mart needs labels"):
+        losses.mart(model, images, F.one_hot(labels, CLASSES).double(), start, SETTINGS["linf"])
+
+
+@pytest.mark.parametrize("targets", ["labels", "smoothed", "mixed"])
+@pytest.mark.parametrize("norm", SETTINGS)
+def test_lse_equals_the_definition_of_pang_et_al(norm, targets):
+    """Squared differences one by one, in float64; the attack maximises the distance to the clean prediction."""
+    model, images, labels, start = example_batch(norm)
+    smoothing = 0.3 if targets == "smoothed" else 0.0
+    settings = dataclasses.replace(SETTINGS[norm], label_smoothing=smoothing)
+    expected = torch.full((6, CLASSES), smoothing / 3).double()
+    expected[range(6), labels] = 1 - smoothing  # published: nothing of the smoothing stays at the label
+    if targets == "mixed":
+        one_hot = F.one_hot(labels, CLASSES).double()
+        labels = expected = 0.7 * one_hot + 0.3 * one_hot.roll(1, 0)
+    parameters = {name: p.detach().clone().requires_grad_(True) for name, p in model.named_parameters()}
+    slow = Slow(parameters)
+    aim = expected if targets == "mixed" else slow.forward(images)[0].detach().softmax(1)
+    x = slow.pull_back(images, start, settings.ball) if norm == "linf" else images + start
+    x = slow.ascend(images, x, lambda z: ((z.softmax(1) - aim) ** 2).sum(1), settings)
+    clean, adversarial = slow.forward(images)[0].softmax(1), slow.forward(x)[0].softmax(1)
+    values = [
+        sum((clean[i, k] - expected[i, k]) ** 2 + settings.beta * (adversarial[i, k] - clean[i, k]) ** 2
+            for k in range(CLASSES))
+        for i in range(6)
+    ]  # fmt: skip
+    loss = losses.lse(model, images, labels, start, settings)
+    compare_step(model, loss, torch.stack(values), parameters)
+    torch.testing.assert_close(loss.total.detach(), loss.clean + settings.beta * loss.robust)
+    assert loss.robust.mean() > 0.001
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_consistency_adds_the_divergence_between_the_views_to_trades(temperature):
+    model, images, _, start = example_batch("linf")
+    labels = torch.tensor([2, 2, 0, 0, 3, 3])
+    settings = dataclasses.replace(SETTINGS["linf"], alpha=3.0, temperature=temperature)
+    parameters = {name: p.detach().clone().requires_grad_(True) for name, p in model.named_parameters()}
+    slow = Slow(parameters)
+    _, cross_entropy, divergence, _ = slow.trades(images, labels, start, settings)
+    softened = (slow.forward(slow.attack(images, start, settings))[0] / temperature).softmax(1)
+    pairs = []
+    for p, q in softened.reshape(3, 2, CLASSES):
+        m = [(p[k] + q[k]) / 2 for k in range(CLASSES)]
+        sides = [sum(r[k] * (r[k] / m[k]).log() for k in range(CLASSES)) for r in (p, q)]
+        pairs += [(sides[0] + sides[1]) / 2] * 2
+    assert torch.stack(pairs).min() > 1e-4
+    loss = losses.consistency(model, images, labels, start, settings)
+    compare_step(model, loss, cross_entropy + settings.beta * divergence + 3.0 * torch.stack(pairs), parameters)
+    torch.testing.assert_close(loss.clean + settings.beta * loss.robust, loss.total.detach())
+
+
+@pytest.mark.parametrize("name", losses.ADVERSARIAL)
+@pytest.mark.parametrize("norm", SETTINGS)
+def test_a_loss_repeats_its_adversarial_images_without_a_step(name, norm):
+    """As adversarial weight perturbation needs it: same images, values and gradients; no attack."""
+    model, images, labels, _ = example_batch(norm)
+    settings = dataclasses.replace(SETTINGS[norm], alpha=2.0)
+    start = losses.draw_start(name, settings.ball, seeds.stream(1, "attack/start"), tuple(images.shape))
+    results = []
+    for _ in range(2):
+        with modes.untracked_batch_norm(model):
+            loss = losses.LOSSES[name](model, images, labels, start, settings, MEANS)
+        gradients = torch.autograd.grad(loss.total.mean(), [*model.parameters()])
+        results.append((loss.adversarial, loss.total.detach(), *gradients))
+        start = losses.start_at(name, settings.ball, images, loss.adversarial)
+        settings = dataclasses.replace(settings, steps=0)
+    assert (results[0][0] - images).abs().max() > 0.05
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
 
 def test_class_means_are_those_of_the_last_epoch():

@@ -945,7 +945,7 @@ def test_pieces_of_a_file_must_not_overlap_nor_be_compressed(tmp_path):
             {"activation": "relu"},
             "--activation is relu; networks of this kind have silu; expected the same; omit it",
         ),
-        ({}, {"activation": "gelu"}, "--activation is 'gelu'; expected one of relu, silu"),
+        ({}, {"activation": "tanh"}, "--activation is 'tanh'; expected one of relu, silu, gelu"),
     ],
 )
 def test_contradictions_are_refused(tmp_path, args, options, message):
@@ -1135,7 +1135,7 @@ def test_models_that_cannot_be_opened_are_refused(tmp_path, imported):
     )
     assert refusal(path, device="tpu").startswith("device is 'tpu' (")
     sidecar = json.loads(path.with_suffix(".json").read_text())
-    for name, change in (("lacks", {"mean": None}), ("other", {"network": sidecar["network"] | {"name": "vit"}})):
+    for name, change in (("lacks", {"mean": None}), ("other", {"network": sidecar["network"] | {"name": "convnext"}})):
         path.with_suffix(".json").write_text(json.dumps(sidecar | change))
         messages[name] = refusal(path)
     assert messages["lacks"] == (
@@ -1144,8 +1144,8 @@ def test_models_that_cannot_be_opened_are_refused(tmp_path, imported):
         f"{path.name}"
     )
     assert messages["other"] == (
-        f"{path.with_suffix('.json')} names the network 'vit'; this dmat has wide_resnet, wide_resnet_symmetric, "
-        f"preact_resnet; use the dmat that wrote it"
+        f"{path.with_suffix('.json')} names the network 'convnext'; this dmat has wide_resnet, "
+        f"wide_resnet_symmetric, preact_resnet, ra_wide_resnet, vit; use the dmat that wrote it"
     )
     path.with_suffix(".json").unlink()
     assert refusal(path) == (

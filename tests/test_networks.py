@@ -121,13 +121,20 @@ def slow_features(state, images, depth, mean, std, act):
     return act(slow_norm(x, state, "batchnorm")).mean((2, 3))
 
 
+SLOW_ACTIVATIONS = {
+    "relu": lambda x: x.clamp(min=0),
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+}
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("depth", "width", "channels", "size"), [(10, 2, 3, 8), (16, 1, 1, 12)])
 def test_logits_equal_the_network_written_from_its_tensor_names(depth, width, channels, size, activation):
     model = network(depth, width, activation, channels=channels)
     images = torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(1))
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    act = torch.relu if activation == "relu" else lambda x: x * torch.sigmoid(x)
+    act = SLOW_ACTIVATIONS[activation]
     features = slow_features(state, images.double(), depth, CIFAR_MEAN[:channels], CIFAR_STD[:channels], act)
     logits = features @ state["logits.weight"].T + state["logits.bias"]
     torch.testing.assert_close(model.features(images).double(), features, rtol=1e-4, atol=1e-5)
@@ -194,9 +201,10 @@ INITIALISATIONS = {
     "wide_resnet_symmetric": ((10, 4), fan_out_normal, True),
     "preact_resnet": ((18, 0), uniform_by_fan_in, False),  # Rebuffi et al. 2021's file initialises nothing
 }
+assert {*NETWORKS} - {*INITIALISATIONS} == {"ra_wide_resnet", "vit"}  # which have test files of their own
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", INITIALISATIONS)
 def test_initialisation_is_the_published_one(name):
     """Convolutions by the rule of the network, the last layer by torch's; batch norm 1 and 0 with momentum 0.01."""
     size, std_of, bias_is_zero = INITIALISATIONS[name]
@@ -294,3 +302,5 @@ def test_a_step_of_trades_costs_what_the_scaling_study_reports(depth, width):
     step = flops.forward(model, (3, 32, 32)) * flops.forward_passes_per_step("trades", 10)
     assert step / sum(p.numel() for p in model.parameters()) == pytest.approx(7822, rel=0.01)
     assert [flops.forward_passes_per_step(loss, 10) for loss in ("standard", "pgd_at", "ikl")] == [3, 23, 27]
+    assert [flops.forward_passes_per_step(loss, 10) for loss in ("mart", "lse", "consistency")] == [26, 27, 27]
+    assert [flops.forward_passes_per_step(loss, 10, True) for loss in ("pgd_at", "trades")] == [26, 33]

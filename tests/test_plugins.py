@@ -416,7 +416,7 @@ def test_code_that_defines_nothing_is_refused_with_one_message(tmp_path, import_
 def test_activations_cannot_be_plugins(project):
     project.params = config.merge(project.params, {"train_robust": {"network": {"activation": "my_parts:WIDTH"}}})
     project.write()
-    with pytest.raises(ConfigError, match="activation is 'my_parts:WIDTH'; expected 'relu' or 'silu'"):
+    with pytest.raises(ConfigError, match="activation is 'my_parts:WIDTH'; expected 'relu', 'silu' or 'gelu'"):
         project.load()
 
 

@@ -99,6 +99,17 @@ def test_two_processes_compute_what_one_computes(project, single_process):
     assert provenance["compute"]["processes"] == 2
 
 
+def test_two_processes_keep_views_together_and_perturb_weights_as_one(project, tmp_path):
+    """From params.yaml on. Half a batch alone has another gradient, and so another perturbation."""
+    changes = {"loss": "consistency", "alpha": 2.0, "temperature": 0.5, "augmentation": "crop1", "awp_gamma": 0.02}
+    project.write({"train_robust": changes | {"learning_rate": 0.05}})
+    project.run("mix_images")
+    alone = project.copy_without("train_robust", tmp_path / "alone")
+    alone.run("train_robust")
+    run(project, 2)
+    assert_close(result(project), result(alone))
+
+
 def test_processes_without_synchronisation_differ_from_one(project, single_process):
     """Guards the test above: half a batch has other statistics."""
     project.write({"train_robust": {"synchronise_batch_norm": False}})

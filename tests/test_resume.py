@@ -1,5 +1,6 @@
 """Both trainings, interrupted and resumed, equal an uninterrupted run, bit for bit; what a resume refuses."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -20,9 +21,10 @@ from dmat.data.shards import open_shards, write_set
 from dmat.diffusion import augmentation_pipe
 from dmat.diffusion.formulations import EDM, Preconditioned
 from dmat.diffusion.unet import UNet
-from dmat.errors import Diverged, DmatError, Interrupted
+from dmat.errors import Diverged, DmatError, Interrupted, UnfitError
+from dmat.processes import World
 from dmat.robust.attacks import Ball
-from dmat.robust.losses import LOSSES, LossSettings
+from dmat.robust.losses import LOSSES, WITH_TWO_VIEWS, LossSettings
 from dmat.robust.networks import DataSpec, wide_resnet
 from dmat.training import classifier, denoiser, ema
 from dmat.training.long_run import LongRun, MetricsLog
@@ -88,9 +90,14 @@ def test_classifier_resumes_bit_for_bit(tmp_path, shards, compute, robust_settin
     assert logs[0] == logs[1]
 
 
+TWO_VIEWS = Mix(48, 0, 16, 0.0, copies=2)
 # Each option that affects a step, once: (settings, mix)
 STEP_VARIANTS = {
-    **{f"loss {name}": ({"loss": name}, None) for name in LOSSES},
+    **{f"loss {name}": ({"loss": name}, TWO_VIEWS if name in WITH_TWO_VIEWS else None) for name in LOSSES},
+    **{f"schedule {name}": ({"schedule": name}, None) for name in ("cosine", "step")},
+    "perturbed weights": ({"awp_gamma": 0.05, "awp_warmup": 0.3}, None),
+    "perturbed weights with pgd_at": ({"awp_gamma": 0.05, "loss": "pgd_at"}, None),
+    "perturbed weights with ikl": ({"awp_gamma": 0.05, "loss": "ikl"}, None),
     **{f"augmentation {name}": ({"augmentation": name}, None) for name in AUGMENTATIONS},
     "cutmix": ({"cutmix": 1.0}, None),
     "cutmix with ikl": ({"cutmix": 1.0, "loss": "ikl"}, None),
@@ -122,6 +129,14 @@ def test_the_variants_differ(tmp_path, shards, compute, robust_settings):
         "loss trades",
         "loss ikl",
         "loss pgd_at",
+        "loss mart",
+        "loss lse",
+        "loss consistency",
+        "schedule cosine",
+        "schedule step",
+        "perturbed weights",
+        "perturbed weights with pgd_at",
+        "perturbed weights with ikl",
         "cutmix",
         "cutmix with ikl",
         "cutmix copies",
@@ -134,6 +149,12 @@ def test_the_variants_differ(tmp_path, shards, compute, robust_settings):
         outcome = _train_classifier(tmp_path / variant.replace(" ", "-"), shards, compute, settings, mix=mix)
         ends[variant] = outcome.last["logits.weight"].flatten()[:8].tolist()
     assert len({tuple(values) for values in ends.values()}) == len(ends)
+
+
+def test_two_views_of_an_image_stay_in_one_process(tmp_path, shards, compute, robust_settings):
+    settings = robust_settings.model_copy(update={"loss": "consistency", "batch": 18})
+    with pytest.raises(UnfitError, match="a batch of 18 images in 2 processes splits two views of an image"):
+        _train_classifier(tmp_path, shards, dataclasses.replace(compute, world=World(0, 2)), settings)
 
 
 class _Spoiled(MixedBatches):

@@ -34,6 +34,7 @@ with warnings.catch_warnings():
     from robustbench.model_zoo.architectures import resnet as other_preact
     from robustbench.model_zoo.architectures import wide_resnet as trades_like
     from robustbench.model_zoo.architectures.dm_wide_resnet import DMPreActResNet, DMWideResNet, Swish
+    from robustbench.model_zoo.architectures.robustarch_wide_resnet import get_model
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
     from robustbench.model_zoo.models import model_dicts
     from robustbench.utils import load_model
@@ -153,6 +154,19 @@ def test_robustbench_loads_the_preact_export_as_the_published_model(tmp_path):
     folder.mkdir(parents=True)
     exporting.export(path, "robustbench", folder / "Gowal2021Improving_R18_ddpm_100m.pt")
     assert_same_logits(load_model("Gowal2021Improving_R18_ddpm_100m", tmp_path / "models", "cifar10", "Linf"), model, 8)
+
+
+def test_the_ra_wrn_70_16_of_robustbench_is_imported_with_the_same_logits(tmp_path):
+    """In float64: logits of random weights at this depth are near 1e6."""
+    torch.manual_seed(4)
+    reference = randomise_batch_norms(get_model("ra_wrn70_16"))
+    torch.save({"state_dict": {f"module.{k}": v for k, v in reference.state_dict().items()}}, tmp_path / "theirs.pt")
+    result = importing.import_model(tmp_path / "theirs.pt", data="cifar10")
+    model = dmat.load_model(result.path)
+    assert result.sidecar["network"]["name"] == "ra_wide_resnet"
+    assert list(model.state_dict()) == list(reference.state_dict())
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in reference.parameters()) == 267_240_802
+    assert_same_logits(reference, model, 2, torch.float64)
 
 
 @pytest.mark.parametrize(("depth", "prefix"), [(18, ""), (18, "module."), (34, "model.")])

@@ -103,6 +103,43 @@ def test_an_epoch_is_rounded_up_to_whole_batches(batch, epoch_steps):
         assert rate_and_momentum == pytest.approx(expected[step // math.ceil(50_000 / batch)])
 
 
+def torch_rates(scheduler_of, steps, peak):
+    """Learning rate of every step of a scheduler of torch."""
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler, rates = scheduler_of(optimiser), []
+    for _ in range(steps):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        scheduler.step()
+    return rates
+
+
+def test_the_published_cyclic_schedule_is_one_cycle_at_every_batch():
+    """OneCycleLR with pct_start 0.25, stepped after each of 98 batches of 3 epochs."""
+    expected = torch_one_cycle(3 * 98, 0.2, pct_start=0.25)
+    assert schedules.epochs(512, 512, 3 * 98) == (1, 3 * 98)
+    actual = [schedules.one_cycle(step, 3 * 98, 0.2, warmup=0.25) for step in range(3 * 98)]
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 40, 400])
+def test_half_cosine_equals_torch(steps):
+    expected = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps), steps, 0.2)
+    actual = [schedules.half_cosine(step, steps, 0.2) for step in range(steps)]
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("steps", "milestones", "epochs"), [(200, (0.5, 0.75), [100, 150]), (110, (100 / 110, 105 / 110), [100, 105])]
+)
+def test_step_decay_equals_torch(steps, milestones, epochs):
+    """Rice et al. 2020's epochs, and those of Wang et al.'s code in a run of 110."""
+    expected = torch_rates(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, epochs, 0.1), steps, 0.2)
+    actual = [schedules.step_decay(step, steps, 0.2, milestones, 0.1) for step in range(steps)]
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
+    assert len(set(actual)) == 3
+
+
 def test_an_epoch_shorter_than_a_batch_is_one_batch():
     assert schedules.epochs(1, 128, 10) == (1, 10)
     assert schedules.epochs(256, 128, 9) == (2, 5)  # the last epoch is cut short

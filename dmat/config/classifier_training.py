@@ -18,6 +18,8 @@ from dmat.config.fields import (
     named_in,
 )
 
+_Inside = Annotated[float, Field(gt=0, lt=1)]  # a fraction of a run, at neither end
+
 
 class Network(Record):
     """Architecture of a classifier: a name of `robust.networks.NETWORKS` or an import path of the project's code."""
@@ -29,9 +31,10 @@ class Network(Record):
 
     @pydantic.model_validator(mode="after")
     def _depth_and_width_fit(self) -> Self:
-        if self.name in ("wide_resnet", "wide_resnet_symmetric") and (self.depth - 4) % 6:
+        wide = self.name in ("wide_resnet", "wide_resnet_symmetric", "ra_wide_resnet")
+        if wide and (self.depth - 4) % 6:
             raise ValueError(f"depth is {self.depth}; expected 6 n + 4, for example 10, 16 or 28")
-        if self.name in ("wide_resnet", "wide_resnet_symmetric") and self.width == 0:
+        if (wide or self.name == "vit") and self.width == 0:
             raise ValueError("width is missing; expected 1 or more, for example 10")
         if self.name == "preact_resnet" and self.depth not in (18, 34):
             raise ValueError(f"depth is {self.depth}; expected 18 or 34 with preact_resnet")
@@ -49,15 +52,20 @@ class ClassifierTraining(Record):
     network: Network
     loss: Annotated[str, named_in("dmat.robust.losses", "LOSSES")]
     beta: NotNegative = 0.0
-    alpha: NotNegative = 0.0  # of ikl
-    temperature: Positive = 4.0  # of ikl: of the predictions that its class means are computed from
+    alpha: NotNegative = 0.0  # of ikl and consistency
+    temperature: Positive = 4.0  # of the predictions that ikl averages per class and consistency compares
     label_smoothing: Share = 0.0
     attack_steps: Natural = 0
     attack_step_size: StepSize = NOT_GIVEN
+    awp_gamma: NotNegative = 0.0  # perturbation of the weights relative to their norm; 0: off
+    awp_warmup: Share = 0.0  # of the run, without perturbation of the weights
     images_seen: Count  # length of the run
     batch: Count
     learning_rate: Positive  # at the peak
-    warmup: Share = 0.025  # of the run
+    schedule: Literal["one_cycle", "cosine", "step"] = "one_cycle"
+    milestones: Annotated[tuple[_Inside, ...], Field(strict=False)] = (0.5, 0.75)  # of step: fractions of the run
+    milestone_factor: Annotated[float, Field(gt=0, le=1)] = 0.1  # of step, on the rate at each milestone
+    warmup: Share = 0.025  # of one_cycle, as are the divisors and the cycle of the momentum: fraction of the run
     start_divisor: Annotated[float, Field(ge=1, le=1e30)] = 25.0  # the learning rate starts at the peak divided by this
     end_divisor: Annotated[float, Field(ge=1, le=1e30)] = 1e4  # and ends at its start divided by this
     schedule_every: Count  # images between two changes of the learning rate
@@ -89,10 +97,44 @@ class ClassifierTraining(Record):
             )
         return self
 
+    @property
+    def copies(self) -> int:
+        """Images of a batch that come from one drawn image: two views with `consistency`, copies with CutMix."""
+        return 2 if self.loss == "consistency" else self.cutmix_copies
+
     @pydantic.model_validator(mode="after")
     def _copies_fill_the_batch(self) -> Self:
         if self.cutmix_copies > 1 and not self.cutmix:
             raise ValueError(f"cutmix_copies is {self.cutmix_copies} and cutmix 0; expected cutmix: 1.0, or 1 copy")
         if self.batch % self.cutmix_copies:
             raise ValueError(f"cutmix_copies is {self.cutmix_copies}; expected a divisor of batch, {self.batch}")
+        if self.loss == "consistency" and self.batch % 2:
+            raise ValueError(
+                f"batch is {self.batch}; expected an even number, as consistency takes two views per image"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _loss_takes_the_images(self) -> Self:
+        if self.cutmix and self.loss in ("mart", "consistency"):
+            why = "needs one label per image" if self.loss == "mart" else "compares two views of the same image"
+            raise ValueError(f"cutmix is {self.cutmix} and loss {self.loss!r}, which {why}; expected cutmix: 0.0")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _weights_are_perturbed_against_an_attack(self) -> Self:
+        if self.awp_gamma and self.loss == "standard":
+            raise ValueError(
+                f"awp_gamma is {self.awp_gamma} and loss is 'standard'; expected 0, or a loss that attacks the images"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _schedule_is_ordered(self) -> Self:
+        if self.momentum_lowest > self.momentum_highest:
+            raise ValueError(
+                f"momentum_lowest is {self.momentum_lowest}; expected at most momentum_highest, {self.momentum_highest}"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones is {list(self.milestones)}; expected rising fractions such as [0.5, 0.75]")
         return self

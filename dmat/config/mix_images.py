@@ -26,6 +26,6 @@ class MixImages(Record):
             batch=arm.batch,
             images_seen=arm.images_seen,
             generated_sampling=arm.generated_sampling,
-            copies=arm.cutmix_copies,
+            copies=arm.copies,
             reshuffle_steps=-(-arm.schedule_every // arm.batch) if arm.real_sampling == "reshuffled" else 0,
         )

@@ -45,7 +45,7 @@ class TrainRobust(ClassifierTraining):
     """Settings of adversarial training."""
 
     threat: Threat
-    generated_share: Share = 0.0  # of each batch
+    generated_share: Share = 0.0  # of each batch; below 1
     real_sampling: Literal["without_replacement", "reshuffled"] = "without_replacement"
     generated_sampling: Sampling = "without_replacement"
 
@@ -54,6 +54,14 @@ class TrainRobust(ClassifierTraining):
         for name in ("attack_step_size", "selection_step_size"):
             if (sentence := step_problem(self.threat, getattr(self, name))) is not None:
                 raise ValueError(f"{name} {sentence}")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _batches_have_real_images(self) -> Self:
+        if self.generated_share == 1:
+            raise ValueError(
+                f"generated_share is {self.generated_share}; expected below 1, because every batch has real images"
+            )
         return self
 
     def with_step_sizes(self) -> Self:

@@ -227,7 +227,7 @@ def _share_problems(path: str, study: Tune, trial: TrialSettings, dimension: Ran
     if trial.arm.images == NONE:
         yield f"tune.space has generated_share and arm {study.arm} has no generated images; leave it out"
         return
-    drawn_count = trial.arm.batch // trial.arm.cutmix_copies
+    drawn_count = trial.arm.batch // trial.arm.copies
     shares = [value for value in dimension.ends.values() if _is_numeric(value)]
     counts = [round(drawn_count * share) for share in shares]
     if shares and (min(counts) < 1 or max(counts) > drawn_count - 1):

@@ -45,6 +45,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
         settings.beta,
         settings.label_smoothing,
         settings.alpha,
+        settings.temperature,
     )
     with job.long_run(settings.images_seen) as run:
         outcome = classifier.train(
@@ -59,7 +60,12 @@ def run(settings: TrainRobust, job: Job) -> Result:
             job.compute,
         )
     forward = flops.forward(model, (real.shape[2], *real.shape[:2]))
-    step_flops = forward * flops.forward_passes_per_step(settings.loss, settings.attack_steps)
+    # passes per image, of steps with and without perturbation of the weights
+    passes, perturbed = (
+        flops.forward_passes_per_step(settings.loss, settings.attack_steps, perturbs_weights)
+        for perturbs_weights in (False, settings.awp_gamma > 0)
+    )
+    step_flops = round(forward * (passes + (perturbed - passes) * (1 - settings.awp_warmup)))
     folder = job.result / "classifier"
     sidecar = classifier_sidecar(
         settings.network,

@@ -415,7 +415,8 @@ def _model_name_in_args(network: layouts.NetworkInFile) -> str:
     """Name of the network in args.txt. The code of Wang et al. 2023 has DeepMind's layouts with swish (SiLU) only."""
     if network.network == "preact_resnet":
         return f"preact-resnet{network.depth}-swish"
-    return f"wrn-{network.depth}-{network.width}{'-swish' if network.network == 'wide_resnet' else ''}"
+    family = "ra-wrn" if network.network == "ra_wide_resnet" else "wrn"
+    return f"{family}-{network.depth}-{network.width}{'-swish' if network.network == 'wide_resnet' else ''}"
 
 
 def _normalisation(

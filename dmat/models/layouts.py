@@ -5,6 +5,8 @@ A `CheckpointLayout` translates a tensor name of dmat's network into the name in
 - `wide_resnet`: Gowal et al. 2020 (DeepMind), used by Wang et al. 2023 and by RobustBench's DMWideResNet.
 - `wide_resnet_symmetric`: TRADES (Zhang et al. 2019) and Carmon et al. 2019; also RobustBench's WideResNet. Such files
   may hold `sub_block1`, a group of blocks that no forward pass visits. Stride 2 is padded on all sides.
+- `ra_wide_resnet`: Peng et al. 2023 and RobustBench's `robustarch_wide_resnet`: a `wide_resnet` of other sizes with
+  squeeze-excitation in each block.
 - `preact_resnet`: Rebuffi et al. 2021 (DeepMind), used by Gowal et al. 2021, Rade and Moosavi-Dezfooli 2022, Wang et
   al. 2023 and by RobustBench's DMPreActResNet.
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from dmat.errors import DmatError
 from dmat.robust.networks import NETWORKS, PREACT_BLOCKS, DataSpec
+from dmat.robust.ra_wide_resnet import ra_blocks, ra_channels
 from dmat.training import weights
 
 _AVERAGE_NAMES = ("ema", "swa", "avg", "average", "averaged")
@@ -74,6 +77,7 @@ class CheckpointLayout:
     first: str  # its first convolution
     groups: tuple[str, ...]  # for each group, a convolution of its block {}
     normalises: bool  # with mean and std of its data, which are not in the file
+    gated: bool = False  # whether blocks have squeeze-excitation
 
 
 _WIDE = tuple(f"layer.{group}.block.{{}}.conv_0.weight" for group in range(3))
@@ -82,8 +86,10 @@ _PREACT = tuple(f"layer_{group}.{{}}.conv_2d_1.weight" for group in range(4))
 LAYOUTS = {
     "wide_resnet": CheckpointLayout(_unchanged_name, "init_conv.weight", _WIDE, normalises=True),
     "wide_resnet_symmetric": CheckpointLayout(_trades_name, "init_conv.weight", _WIDE, normalises=False),
+    "ra_wide_resnet": CheckpointLayout(_unchanged_name, "init_conv.weight", _WIDE, normalises=True, gated=True),
     "preact_resnet": CheckpointLayout(_unchanged_name, "conv_2d.weight", _PREACT, normalises=True),
 }
+_GATE = "layer.0.block.0.se.fc1.weight"  # of squeeze-excitation
 _OTHER_RESNET = "layer1.0.conv1.weight"  # in every ResNet and PreActResNet with torchvision's names
 
 
@@ -124,12 +130,16 @@ class TensorGroups:
             for prefix, names in self.groups.items()
             for network, layout in LAYOUTS.items()
             if all(layout.name_in_file(name) in names for name in (layout.first, layout.groups[0].format(0)))
+            and (_GATE in names) == layout.gated
         }
 
 
 def title(name: str, depth: int, width: int) -> str:
-    """Name of a network of NETWORKS in papers: WRN-28-10, PreActResNet-18."""
-    return f"PreActResNet-{depth}" if name == "preact_resnet" else f"WRN-{depth}-{width}"
+    """Name of a network of NETWORKS in papers: WRN-28-10, RaWRN-70-16, PreActResNet-18, ViT-12-12."""
+    if name == "preact_resnet":
+        return f"PreActResNet-{depth}"
+    family = {"ra_wide_resnet": "RaWRN", "vit": "ViT"}.get(name, "WRN")
+    return f"{family}-{depth}-{width}"
 
 
 def group_by_wrappers(names: Iterable[str], path: Path) -> TensorGroups:
@@ -243,6 +253,9 @@ def _read_sizes(present: Mapping[str, Tensor], network: str, prefix: str, path: 
     counts = _count_blocks(present, layout)
     if network == "preact_resnet":
         depth, width = _preact_depth(counts, path), 0
+    elif network == "ra_wide_resnet":
+        depth = _ra_depth(counts, path)
+        width = _ra_width(size("logits.weight", 1, 2), path)
     else:
         depth, width = _wide_depth(counts, path), _width_factor(size("layer.0.block.0.conv_1.weight", 0, 4), path)
     return depth, width, DataSpec(size("logits.weight", 0, 2), size(layout.first, 1, 4), (0.0,), (1.0,))
@@ -286,6 +299,29 @@ def _preact_depth(counts: tuple[int, ...], path: Path) -> int:
         f"{path} has groups of {_join_counts(counts)} blocks; expected {expected}; download the file again, or save "
         f"the whole state_dict"
     )
+
+
+def _ra_depth(counts: tuple[int, ...], path: Path) -> int:
+    """Depth of a RaWRN from the number of blocks in each group."""
+    depth = 4 + 6 * round(11 * counts[0] / ra_blocks(70)[0])
+    if counts != ra_blocks(depth):
+        raise DmatError(
+            f"{path} has groups of {_join_counts(counts)} blocks with squeeze-excitation; expected "
+            f"{_join_counts(ra_blocks(70))}, as RaWRN-70-16 has, or a smaller network in proportion; download the file "
+            f"again, or save the whole state_dict"
+        )
+    return depth
+
+
+def _ra_width(channels: int, path: Path) -> int:
+    """Width of a RaWRN: the factor on 54 channels of its last group."""
+    per_width = ra_channels(1)[-1]
+    if channels % per_width:
+        raise DmatError(
+            f"{path}: the last group has {channels} channels; expected a multiple of {per_width}, as RaWRN-70-16 has "
+            f"{ra_channels(16)[-1]}; dmat reads no other width"
+        )
+    return channels // per_width
 
 
 def _join_counts(counts: tuple[int, ...]) -> str:

@@ -179,6 +179,15 @@ def divergence(target_log_probabilities: Tensor) -> Objective:
     return lambda logits: F.kl_div(logits.float().log_softmax(1), target, reduction="none", log_target=True).sum(1)
 
 
+def squared_error(target_log_probabilities: Tensor) -> Objective:
+    """Returns the objective |p - target|^2 of LSE's inner attack (Pang et al. 2022): the squared l2 distance.
+
+    target_log_probabilities: [B, K]; no gradient flows through them.
+    """
+    target = target_log_probabilities.detach().exp()
+    return lambda logits: ((logits.float().softmax(1) - target) ** 2).sum(1)
+
+
 def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns the logit of the label minus the largest other logit, [B]: negative where the prediction is wrong.
 

@@ -2,7 +2,7 @@
 
     loss(model, images, targets, start, settings, class_means) -> Loss
 
-images: [B, C, H, W] in [0, 1].
+images: [B, C, H, W] in [0, 1]; for losses in `WITH_TWO_VIEWS` rows 2 k and 2 k + 1 are two views of one image.
 targets: labels int64 [B], or class probabilities float [B, K] of mixed images (these are not smoothed, as published).
 start: where the attack begins, [B, C, H, W], as `draw_start` draws it for the loss.
 class_means: [K, K], the weights of `ikl`; other losses ignore it.
@@ -12,6 +12,7 @@ Shapes: B batch, C channels, H height, W width, K classes.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -33,7 +34,8 @@ class LossSettings:
     step_size: float  # in pixels of [0, 1]
     beta: float  # weight of the adversarial term: robustness against clean accuracy
     label_smoothing: float
-    alpha: float = 0.0  # ikl only: weight of its cross-entropy
+    alpha: float = 0.0  # weight of the cross-entropy of ikl, of the divergence between views of consistency
+    temperature: float = 1.0  # of the two predictions that consistency compares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +43,11 @@ class Loss:
     """Per-image values [B], which the caller averages, and the logits [B, K] behind them. Detached, but for `total`."""
 
     total: Tensor
-    clean: Tensor  # label-smoothed cross-entropy on the clean images; zeros for pgd_at, which has none
+    clean: Tensor  # the term on the clean images; zeros for pgd_at and mart, which have none
     robust: Tensor  # the adversarial term before beta; zeros for standard training
     clean_logits: Tensor | None
     adversarial_logits: Tensor | None
+    adversarial: Tensor | None = None  # the images [B, C, H, W] that the attack ended with
 
 
 LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor, LossSettings, Tensor | None], Loss]
@@ -54,7 +57,14 @@ def draw_start(name: str, ball: Ball, generator: np.random.Generator, shape: tup
     """Draws the `start` [B, C, H, W] of the loss `name`: perturbations, but images in [0, 1] for `pgd_at` in l2."""
     if name == "pgd_at" and ball.norm == "l2":
         return seeds.uniform(generator, shape)
+    if name == "mart":
+        return 0.001 * seeds.normal(generator, shape)  # in both norms
     return ball.training_start(generator, shape)
+
+
+def start_at(name: str, ball: Ball, images: Tensor, adversarial: Tensor) -> Tensor:
+    """Returns the `start` from which the loss `name` arrives at `adversarial` without a step. All [B, C, H, W]."""
+    return adversarial if name == "pgd_at" and ball.norm == "l2" else adversarial - images
 
 
 def trades(
@@ -72,13 +82,104 @@ def trades(
     It uses batch statistics and does not update running statistics. Two passes update them, the clean one first.
     images and start [B, C, H, W], targets [B] or [B, K] -> values [B].
     """
-    clean_logits, adversarial_logits = _clean_and_adversarial_logits(model, images, targets, start, settings)
-    clean = _cross_entropy(clean_logits, targets, settings)
-    # log_target keeps 0 * log 0 at 0; the clamped version of other implementations changes the gradient.
-    robust = F.kl_div(
-        adversarial_logits.log_softmax(1), clean_logits.log_softmax(1), reduction="none", log_target=True
-    ).sum(1)
-    return _detached(clean + settings.beta * robust, clean, robust, clean_logits, adversarial_logits)
+    passes = _trades_passes(model, images, targets, start, settings)
+    clean, robust = _cross_entropy(passes.clean_logits, targets, settings), passes.divergence()
+    return passes.loss(clean + settings.beta * robust, clean, robust)
+
+
+def consistency(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    start: Tensor,
+    settings: LossSettings,
+    class_means: Tensor | None = None,
+) -> Loss:
+    """TRADES with consistency regularisation (Tack et al. 2022), as in Wang et al. 2023's code.
+
+    `trades` + alpha * JS(p_adversarial of the first view || that of the second), both softened by settings.temperature.
+    JS is the Jensen-Shannon divergence: the mean of KL(p || m) and KL(q || m) with m the mean of p and q. Its gradient
+    reaches both views. Rows 2 k and 2 k + 1 are views of one image: independent augmentations with attacks of their
+    own. Both get the value of their pair, so the mean over images is the mean over pairs. `robust` is (beta * KL +
+    alpha * JS) / beta. Attack, passes and shapes are those of `trades`.
+    images and start [B, C, H, W], B even, targets [B] or [B, K] -> values [B].
+    """
+    passes = _trades_passes(model, images, targets, start, settings)
+    clean = _cross_entropy(passes.clean_logits, targets, settings)
+    softened = (passes.adversarial_logits / settings.temperature).log_softmax(1)
+    pairs = _jensen_shannon(softened[0::2], softened[1::2])  # [B / 2]
+    adversarial = settings.beta * passes.divergence() + settings.alpha * pairs.repeat_interleave(2)
+    return passes.loss(clean + adversarial, clean, _before_beta(adversarial, settings))
+
+
+def lse(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    start: Tensor,
+    settings: LossSettings,
+    class_means: Tensor | None = None,
+) -> Loss:
+    """Squared error in place of TRADES's cross-entropy and KL: LSE, which trains for SCORE (Pang et al. 2022).
+
+    |p_clean - y|^2 + beta * |p_adversarial - p_clean|^2, squared l2 distances of probabilities, with the gradient
+    through both predictions. The inner attack maximises the distance to the detached clean prediction (for mixed
+    images: to their targets). Label smoothing s makes y 1 - s at the label and s / (K - 1) elsewhere, as published:
+    unlike the other losses it leaves no mass of s at the label. The published code can also clip the robust term; here
+    it is not clipped, which is its default. Passes and start are those of `trades`.
+    images and start [B, C, H, W], targets [B] or [B, K] -> values [B].
+    """
+    passes = _trades_passes(model, images, targets, start, settings, attacks.squared_error)
+    clean_probabilities = passes.clean_logits.softmax(1)
+    classes = clean_probabilities.shape[1]
+    if targets.ndim == 1:
+        other = settings.label_smoothing / (classes - 1)
+        targets = (1 - classes * other) * F.one_hot(targets, classes) + other
+    clean = ((clean_probabilities - targets) ** 2).sum(1)
+    robust = ((passes.adversarial_logits.softmax(1) - clean_probabilities) ** 2).sum(1)
+    return passes.loss(clean + settings.beta * robust, clean, robust)
+
+
+def mart(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    start: Tensor,
+    settings: LossSettings,
+    class_means: Tensor | None = None,
+) -> Loss:
+    """MART (Wang et al. 2020, the surrogate of its equation 7): misclassified clean images count more.
+
+    BCE(p_adversarial, y) + beta * KL(p_clean || p_adversarial) * (1 - p_clean(y)), where BCE is -log p(y) -
+    log(1 - the largest probability of another class). The gradient flows through all of them. Logarithms are exact;
+    the published code adds 1e-4 and smaller constants inside them. label_smoothing smooths the first term of BCE; the
+    paper has none. `robust` is the whole loss. The attack maximises the cross-entropy, with the model in evaluation
+    mode; its first gradient is taken at images + start, not clipped. Two passes update running statistics, the clean
+    one first. The published code has linf alone; in l2 the same is done in the l2 ball.
+    images and start [B, C, H, W], labels [B] -> values [B]. Raises TypeError for mixed targets [B, K].
+    """
+    if targets.ndim != 1:
+        raise TypeError("mart needs labels; mixed images have none")
+    with modes.frozen(model), modes.mode(model, training=False):
+        adversarial = attacks.pgd(
+            model,
+            images,
+            attacks.cross_entropy(targets),
+            settings.ball,
+            start,
+            settings.steps,
+            settings.step_size,
+            clip_start=False,
+        )
+    passes = _TrainedPasses(model(images).float(), model(adversarial).float(), adversarial)
+    logits, label = passes.adversarial_logits, targets[:, None]
+    # log(1 - p_j) as log sum of the others minus log sum of all: exact where p_j is near 1
+    strongest_other = logits.scatter(1, label, -torch.inf).argmax(1, keepdim=True)  # [B, 1]
+    log_rest = logits.scatter(1, strongest_other, -torch.inf).logsumexp(1) - logits.logsumexp(1)
+    boosted = _cross_entropy(logits, targets, settings) - log_rest
+    misclassified = 1 - passes.clean_logits.softmax(1).gather(1, label)[:, 0]
+    total = boosted + settings.beta * passes.divergence() * misclassified
+    return passes.loss(total, torch.zeros_like(total), total)
 
 
 def ikl(
@@ -99,7 +200,8 @@ def ikl(
     """
     if class_means is None:
         raise TypeError("ikl needs class_means")
-    clean_logits, adversarial_logits = _clean_and_adversarial_logits(model, images, targets, start, settings)
+    passes = _trades_passes(model, images, targets, start, settings)
+    clean_logits, adversarial_logits = passes.clean_logits, passes.adversarial_logits
     clean = _cross_entropy(clean_logits, targets, settings)
     weights = class_means[targets] if targets.ndim == 1 else targets @ class_means  # [B, K], rows sum to 1
     difference = clean_logits - adversarial_logits  # [B, K]
@@ -108,8 +210,7 @@ def ikl(
     weighted_mse = (weights * centred**2).sum(1) / 2  # [B]
     soft_cross_entropy = -(clean_logits.detach().softmax(1) * adversarial_logits.log_softmax(1)).sum(1)  # [B]
     adversarial = settings.beta * weighted_mse + settings.alpha * soft_cross_entropy
-    robust = adversarial / settings.beta if settings.beta else adversarial
-    return _detached(clean + adversarial, clean, robust, clean_logits, adversarial_logits)
+    return passes.loss(clean + adversarial, clean, _before_beta(adversarial, settings))
 
 
 def pgd_at(
@@ -135,7 +236,7 @@ def pgd_at(
         )
     logits = model(adversarial).float()
     robust = _cross_entropy(logits, targets, settings)
-    return Loss(robust, robust.detach() * 0, robust.detach(), None, logits.detach())
+    return Loss(robust, robust.detach() * 0, robust.detach(), None, logits.detach(), adversarial)
 
 
 def standard(
@@ -152,9 +253,19 @@ def standard(
     return Loss(clean, clean.detach(), clean.detach() * 0, logits.detach(), None)
 
 
-LOSSES: dict[str, LossFunction] = {"trades": trades, "standard": standard, "pgd_at": pgd_at, "ikl": ikl}
-ADVERSARIAL = ("trades", "pgd_at", "ikl")  # losses that run an attack
+LOSSES: dict[str, LossFunction] = {
+    "trades": trades,
+    "standard": standard,
+    "pgd_at": pgd_at,
+    "ikl": ikl,
+    "mart": mart,
+    "lse": lse,
+    "consistency": consistency,
+}
+ADVERSARIAL = tuple(name for name in LOSSES if name != "standard")  # losses that run an attack
 WITH_CLASS_MEANS = ("ikl",)  # losses that need class_means
+WITH_TWO_VIEWS = ("consistency",)  # losses of pairs of rows
+WITHOUT_MIXED_TARGETS = ("mart",)  # losses that need labels [B]
 
 
 class ClassMeans:
@@ -196,10 +307,42 @@ class ClassMeans:
         self.means, self._sums = state["means"].to(self.means.device), state["sums"].to(self.means.device)
 
 
-def _clean_and_adversarial_logits(
-    model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, settings: LossSettings
-) -> tuple[Tensor, Tensor]:
-    """Returns clean and adversarial logits [B, K], float32, with gradients.
+@dataclasses.dataclass(frozen=True)
+class _TrainedPasses:
+    """The two trained passes of a step: logits [B, K], float32, with gradients. adversarial: images [B, C, H, W]."""
+
+    clean_logits: Tensor
+    adversarial_logits: Tensor
+    adversarial: Tensor
+
+    def divergence(self) -> Tensor:
+        """Returns KL(p_clean || p_adversarial), [B]."""
+        # log_target keeps 0 * log 0 at 0; the clamped version of other implementations changes the gradient.
+        return F.kl_div(
+            self.adversarial_logits.log_softmax(1), self.clean_logits.log_softmax(1), reduction="none", log_target=True
+        ).sum(1)
+
+    def loss(self, total: Tensor, clean: Tensor, robust: Tensor) -> Loss:
+        """Returns the result of a loss; detaches all but the total. total, clean and robust [B]."""
+        return Loss(
+            total,
+            clean.detach(),
+            robust.detach(),
+            self.clean_logits.detach(),
+            self.adversarial_logits.detach(),
+            self.adversarial,
+        )
+
+
+def _trades_passes(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    start: Tensor,
+    settings: LossSettings,
+    objective: Callable[[Tensor], attacks.Objective] = attacks.divergence,
+) -> _TrainedPasses:
+    """Runs the attack of `trades` on an objective of the detached log-probabilities of the clean pass [B, K].
 
     images and start [B, C, H, W], targets [B] or [B, K]. The clean pass, which updates running statistics, comes before
     the attack, which needs its prediction. The numbers equal those of one more pass without tracking, as published, at
@@ -211,21 +354,26 @@ def _clean_and_adversarial_logits(
         adversarial = attacks.pgd(
             model,
             images,
-            attacks.divergence(target),
+            objective(target),
             settings.ball,
             start,
             settings.steps,
             settings.step_size,
             clip_start=settings.ball.norm == "linf",
         )
-    return clean_logits, model(adversarial).float()
+    return _TrainedPasses(clean_logits, model(adversarial).float(), adversarial)
+
+
+def _jensen_shannon(first: Tensor, second: Tensor) -> Tensor:  # log-probabilities [B, K] each -> [B]
+    mean = torch.logaddexp(first, second) - math.log(2)
+    divergences = (F.kl_div(mean, side, reduction="none", log_target=True).sum(1) for side in (first, second))
+    return sum(divergences, start=torch.zeros_like(first[:, 0])) / 2
+
+
+def _before_beta(adversarial: Tensor, settings: LossSettings) -> Tensor:  # [B] -> [B]
+    return adversarial / settings.beta if settings.beta else adversarial
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, settings: LossSettings) -> Tensor:  # [B, K], [B(, K)] -> [B]
     smoothing = settings.label_smoothing if targets.ndim == 1 else 0.0
     return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
-
-
-def _detached(total: Tensor, clean: Tensor, robust: Tensor, clean_logits: Tensor, adversarial_logits: Tensor) -> Loss:
-    """Detaches all but the total. total, clean and robust [B]; logits [B, K]."""
-    return Loss(total, clean.detach(), robust.detach(), clean_logits.detach(), adversarial_logits.detach())

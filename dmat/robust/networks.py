@@ -6,40 +6,16 @@ published (TensorFlow-style "same" padding for stride 2: right and bottom only),
 Shapes: B batch, C channels, H height, W width, K classes, F features; H' and W' after a stride.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+from dmat.robust.classifier_parts import ACTIVATIONS, Classifier, DataSpec, Normalise, initialise
+from dmat.robust.ra_wide_resnet import ra_wide_resnet
+from dmat.robust.vision_transformer import vit
 
-
-@dataclasses.dataclass(frozen=True)
-class DataSpec:
-    """What a network must know of its data: number of classes, channels, and each channel's mean and std in [0, 1]."""
-
-    classes: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-class Classifier(nn.Module):
-    """Base class of all networks: `features`, then a last layer called `logits`. Normalisation is inside."""
-
-    logits: nn.Linear
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B, C, H, W] in [0, 1] -> logits [B, K]."""
-        result: Tensor = self.logits(self.features(images))
-        return result
-
-    def features(self, images: Tensor) -> Tensor:
-        """Computes the input of the last layer: images [B, C, H, W] in [0, 1] -> [B, F]."""
-        raise NotImplementedError
+__all__ = ["ACTIVATIONS", "NETWORKS", "PREACT_BLOCKS", "Classifier", "DataSpec", "Normalise"]
 
 
 def wide_resnet(data_spec: DataSpec, depth: int, width: int, activation: str) -> "WideResNet":
@@ -67,25 +43,9 @@ NETWORKS: dict[str, Callable[[DataSpec, int, int, str], Classifier]] = {
     "wide_resnet": wide_resnet,
     "wide_resnet_symmetric": wide_resnet_symmetric,
     "preact_resnet": preact_resnet,
+    "ra_wide_resnet": ra_wide_resnet,
+    "vit": vit,
 }
-
-
-class Normalise(nn.Module):
-    """Computes (x - mean) / std per channel: [B, C, H, W] -> [B, C, H, W].
-
-    The constants [C, 1, 1] are not part of the state dict, as in the published networks.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
-        return (x - self.mean) / self.std
 
 
 class WideResNet(Classifier):
@@ -106,7 +66,7 @@ class WideResNet(Classifier):
         self.batchnorm = nn.BatchNorm2d(widths[3], momentum=0.01)
         self.activation = activation()
         self.logits = nn.Linear(widths[3], data_spec.classes)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def features(self, images: Tensor) -> Tensor:
         """Computes the input of the last layer: images [B, C, H, W] in [0, 1] -> [B, 64 * width]."""
@@ -216,18 +176,6 @@ class WideBlock(nn.Module):
         return h + (x if self.shortcut is None else self.shortcut(active))
 
 
-def _initialise(layer: nn.Module) -> None:
-    """Initialises one layer as the published code does.
-
-    Convolutions: normal with std sqrt(2 / (k * k * out)), k the kernel size. Linear layers: bias 0.
-    """
-    if isinstance(layer, nn.Conv2d):
-        fan_out = layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels
-        nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
-    elif isinstance(layer, nn.Linear):
-        nn.init.zeros_(layer.bias)
-
-
 class SymmetricBlock(WideBlock):
     """A block of stride 2 that pads one pixel on every side; names and sizes are those of `WideBlock`.
 
@@ -237,7 +185,7 @@ class SymmetricBlock(WideBlock):
     def __init__(self, width: int, out_width: int, activation: type[nn.Module]):
         super().__init__(width, out_width, 2, activation)
         self.conv_0.padding = (1, 1)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, width, H, W] -> [B, out_width, H', W']
         active = self.activation_0(self.batchnorm_0(x))

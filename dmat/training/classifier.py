@@ -24,7 +24,7 @@ from dmat.data.mixing import Mix
 from dmat.data.pixels import iter_batches, to_float
 from dmat.devices import Compute
 from dmat.errors import Diverged, UnfitError
-from dmat.robust import attacks, losses
+from dmat.robust import attacks, losses, weight_perturbation
 from dmat.robust.attacks import Ball
 from dmat.training import ema, schedules
 from dmat.training.checkpoints import State
@@ -48,10 +48,14 @@ class ClassifierSettings(Protocol):
 
     @property
     def on_divergence(self) -> str: ...
+    @property
+    def schedule(self) -> str: ...
 
     images_seen: int
     batch: int
     learning_rate: float
+    milestones: tuple[float, ...]
+    milestone_factor: float
     warmup: float
     start_divisor: float
     end_divisor: float
@@ -70,6 +74,8 @@ class ClassifierSettings(Protocol):
     cutmix: float
     cutmix_copies: int
     temperature: float
+    awp_gamma: float
+    awp_warmup: float
     evaluate_every: int
     selection_steps: int
     patience: int
@@ -123,6 +129,11 @@ def train(
         raise UnfitError(
             f"a batch of {settings.batch} images does not divide among {world.size} processes; expected a multiple; "
             f"change batch or the number of processes"
+        )
+    if settings.loss in losses.WITH_TWO_VIEWS and settings.batch // world.size % 2:
+        raise UnfitError(
+            f"a batch of {settings.batch} images in {world.size} processes splits two views of an image; expected an "
+            f"even number of images in each process, as loss {settings.loss} needs; change batch"
         )
     loss_function = plugins.find(losses.LOSSES, settings.loss)
     augment = plugins.find(AUGMENTATIONS, settings.augmentation)
@@ -211,12 +222,21 @@ def train(
         images, targets = _augmented(inputs, augment, batches.mix, classes, settings, step, seed, compute)
         own = slice(rows.start - inputs.first_row, rows.stop - inputs.first_row)
         images, targets, start = compute.to_device(images[own]), targets[own], compute.to_device(inputs.start)
-        with modes.mode(model, training=True), compute.autocast():
-            loss = loss_function(model, images, targets, start, loss_settings, class_means.means)
+        perturbs_weights, step_settings = settings.awp_gamma > 0 and step >= settings.awp_warmup * steps, loss_settings
+        if perturbs_weights:
+            with modes.untracked_batch_norm(model), modes.mode(model, training=True), compute.autocast():
+                loss = loss_function(model, images, targets, start, loss_settings, class_means.means)
+            start, step_settings = _without_attack(loss, images, loss_settings, settings)
+            optimiser.zero_grad(set_to_none=True)
+            (loss.total.mean() / world.size).backward()
+            world.sum_gradients(model, loss.total.new_zeros(0))
+        with weight_perturbation.perturbed(model, settings.awp_gamma if perturbs_weights else 0.0):
+            with modes.mode(model, training=True), compute.autocast():
+                loss = loss_function(model, images, targets, start, step_settings, class_means.means)
+            optimiser.zero_grad(set_to_none=True)
+            (loss.total.mean() / world.size).backward()  # the mean of the whole batch, once gradients are summed
         if settings.loss in losses.WITH_CLASS_MEANS and loss.clean_logits is not None:
             class_means.add(world.sum(class_means.batch_sums(loss.clean_logits, targets)))
-        optimiser.zero_grad(set_to_none=True)
-        (loss.total.mean() / world.size).backward()  # the mean of the whole batch, once gradients are summed
         values = _step_values(loss, targets)
         if world.size > 1:
             packed = torch.cat([values, values.new_tensor([float(run.stop_requested)])])  # [6]
@@ -301,9 +321,10 @@ def _load_step(
 def _drawn_rows(batches: MixedBatches, settings: ClassifierSettings, rows: slice) -> slice:
     """The drawn images that this process loads and augments for its `rows` of the batch: whole parts.
 
-    All with CutMix, which mixes any two images of a batch.
+    All with CutMix, which mixes any two images of a batch, and with two views, whose rows are not those drawn.
     """
-    return slice(0, batches.mix.drawn) if settings.cutmix else batches.mix.rows_of_parts(rows)
+    draws_all = settings.cutmix or settings.loss in losses.WITH_TWO_VIEWS
+    return slice(0, batches.mix.drawn) if draws_all else batches.mix.rows_of_parts(rows)
 
 
 def _augmented(
@@ -319,19 +340,43 @@ def _augmented(
     """Augments the inputs of a step on the device, each part of the batch with randomness named by (seed, step, part).
 
     Returns images [D, C, H, W] in [0, 1] and targets: labels int64 [D]. With CutMix, which needs all drawn images of
-    the batch, images [B, C, H, W] and class probabilities float [B, K] for B = D * cutmix_copies.
+    the batch, images [B, C, H, W] and class probabilities float [B, K] for B = D * cutmix_copies. With a loss of two
+    views, images [2 D, C, H, W] and labels [2 D]: each drawn image twice in a row, augmented independently.
     """
-    images, targets = to_float(compute.to_device(inputs.images)), compute.to_device(inputs.labels)
+    pixels, targets = to_float(compute.to_device(inputs.images)), compute.to_device(inputs.labels)
     size = mix.drawn // mix.parts
     first = step * mix.parts + inputs.first_row // size
-    images = torch.cat(
-        [augment(part, seeds.stream(seed, "augmentation", first + k)) for k, part in enumerate(images.split(size))]
-    )
+
+    def view(purpose: str) -> Tensor:
+        """Augments all images: [D, C, H, W]."""
+        parts = enumerate(pixels.split(size))
+        return torch.cat([augment(part, seeds.stream(seed, purpose, first + k)) for k, part in parts])
+
+    images = view("augmentation")
+    if settings.loss in losses.WITH_TWO_VIEWS:
+        images = torch.stack([images, view("augmentation/second view")], dim=1).flatten(0, 1)
+        targets = targets.repeat_interleave(2)
     if settings.cutmix:
         one_hot, generator = F.one_hot(targets, classes).float(), seeds.stream(seed, "cutmix", step)  # [D, K]
         copies = [cutmix(images, one_hot, generator, settings.cutmix) for _ in range(settings.cutmix_copies)]
         images, targets = (torch.cat(tensors) for tensors in zip(*copies, strict=True))
     return images, targets
+
+
+def _without_attack(
+    loss: losses.Loss, images: Tensor, loss_settings: losses.LossSettings, settings: ClassifierSettings
+) -> tuple[Tensor, losses.LossSettings]:
+    """Returns start [B, C, H, W] and settings with which the same loss repeats its adversarial images without a step.
+
+    images: [B, C, H, W]. Raises UnfitError if the loss has none.
+    """
+    if loss.adversarial is None:
+        raise UnfitError(
+            f"awp_gamma is {settings.awp_gamma} and loss {settings.loss} returns no adversarial images; expected them "
+            f"in Loss.adversarial; set awp_gamma: 0.0, or return them"
+        )
+    start = losses.start_at(settings.loss, loss_settings.ball, images, loss.adversarial)
+    return start, dataclasses.replace(loss_settings, steps=0)
 
 
 class _Throughput:
@@ -364,7 +409,8 @@ class _Throughput:
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, list[nn.Parameter] | float]]:
     """Splits parameters for the optimiser: no weight decay in normalisation layers (Wang et al.'s code)."""
-    norms = {id(p) for layer in model.modules() if isinstance(layer, modes.BATCH_NORMS) for p in layer.parameters()}
+    kinds = (*modes.BATCH_NORMS, nn.LayerNorm)
+    norms = {id(p) for layer in model.modules() if isinstance(layer, kinds) for p in layer.parameters()}
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if id(p) not in norms], "weight_decay": weight_decay},
@@ -375,18 +421,24 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, l
 def _set_learning_rate(
     optimiser: torch.optim.Optimizer, epoch: int, epochs: int, settings: ClassifierSettings, factor: float
 ) -> None:
-    """Sets learning rate, times `factor`, and momentum of an epoch of the one-cycle schedule."""
-    rate, momentum = schedules.one_cycle(
-        epoch,
-        epochs,
-        settings.learning_rate,
-        warmup=settings.warmup,
-        start_divisor=settings.start_divisor,
-        end_divisor=settings.end_divisor,
-        momentum=(settings.momentum_lowest, settings.momentum_highest)
-        if settings.cycle_momentum
-        else (settings.momentum, settings.momentum),
-    )
+    """Sets learning rate, times `factor`, and momentum of an epoch of the schedule."""
+    peak, momentum = settings.learning_rate, settings.momentum
+    if settings.schedule == "cosine":
+        rate = schedules.half_cosine(epoch, epochs, peak)
+    elif settings.schedule == "step":
+        rate = schedules.step_decay(epoch, epochs, peak, settings.milestones, settings.milestone_factor)
+    else:
+        rate, momentum = schedules.one_cycle(
+            epoch,
+            epochs,
+            peak,
+            warmup=settings.warmup,
+            start_divisor=settings.start_divisor,
+            end_divisor=settings.end_divisor,
+            momentum=(settings.momentum_lowest, settings.momentum_highest)
+            if settings.cycle_momentum
+            else (momentum, momentum),
+        )
     for group in optimiser.param_groups:
         group["lr"], group["momentum"] = factor * rate, momentum
 

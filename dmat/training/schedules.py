@@ -32,6 +32,9 @@ def one_cycle(
 
     Equal to torch's for runs of 1 / warmup steps or more. A shorter run starts at the peak (torch: just below it, or a
     division by zero at exactly 1 / warmup steps).
+
+    The schedules `cosinew` and `cyclic` of Wang et al.'s code are this one: cosinew steps once per epoch, cyclic at
+    every batch and with a warm-up of 0.25.
     """
     first, last = warmup * steps - 1, steps - 1
     start, end = peak / start_divisor, peak / start_divisor / end_divisor
@@ -41,6 +44,23 @@ def one_cycle(
         return _cosine(start, peak, fraction), _cosine(high, low, fraction)
     fraction = min(1.0, (step - max(first, 0)) / max(last - max(first, 0), 1))
     return _cosine(peak, end, fraction), _cosine(low, high, fraction)
+
+
+def half_cosine(step: int, steps: int, peak: float) -> float:
+    """Returns the learning rate at step 0 .. steps - 1: half a cosine from peak to (nearly) 0, without warm-up.
+
+    The schedule `cosine` of Wang et al.'s code, from Carmon et al. 2019.
+    """
+    return _cosine(peak, 0.0, step / steps)
+
+
+def step_decay(step: int, steps: int, peak: float, milestones: tuple[float, ...], factor: float) -> float:
+    """Returns the learning rate at step 0 .. steps - 1: peak, multiplied by `factor` at each milestone.
+
+    milestones: fractions of the run, rounded to whole steps. (0.5, 0.75) and 0.1 are those of Rice et al. 2020. The
+    schedule `step` of Wang et al.'s code, torch's MultiStepLR, has epochs 100 and 105.
+    """
+    return peak * factor ** sum(step >= round(milestone * steps) for milestone in milestones)
 
 
 def ramp_then_cosine(progress: float, peak: float, ramp: float) -> float:

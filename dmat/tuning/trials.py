@@ -268,7 +268,7 @@ class _Reporter:
 def _trial_settings(plan: Study, values: Mapping[str, Any]) -> TrialSettings:
     """Settings of a trial. `config` has checked each value alone. Raises UnfitError if they do not fit together."""
     settings = plan.trial.with_values(values)
-    drawn = settings.arm.batch // settings.arm.cutmix_copies
+    drawn = settings.arm.batch // settings.arm.copies
     generated = int(drawn * settings.arm.generated_share)
     if settings.arm.images != NONE and not 0 < generated < drawn:
         raise UnfitError(
