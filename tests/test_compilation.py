@@ -45,17 +45,17 @@ def rounded(monkeypatch):
 
 @pytest.fixture
 def train(tmp_path, tiny_params):
-    """Trains 10 steps: train(folder, compile, loss, stop_at), which gets a signal before the step `stop_at`."""
+    """Trains 10 steps: train(folder, choice, loss, stop_at), which gets a signal before the step `stop_at`."""
     rng = np.random.default_rng(0)
     write_set(tmp_path / "set", rng.integers(0, 256, (48, 8, 8, 1), np.uint8), np.arange(48) % 4,
               class_names=list("abcd"), metadata={})  # fmt: skip
     shards = open_shards(tmp_path / "set")
     section = tiny_params["train_robust"] | {"images_seen": 80, "batch": 8, "evaluate_every": 40, "schedule_every": 8}
 
-    def run_training(folder, compile, loss="trades", stop_at=-1):
+    def run_training(folder, choice, loss="trades", stop_at=-1):
         torch.manual_seed(3)
         settings = config.TrainRobust.model_validate(section | {"loss": loss})
-        compute = dataclasses.replace(devices.resolve("cpu", "fp32", threads=1), compile=compile)
+        compute = dataclasses.replace(devices.resolve("cpu", "fp32", threads=1), compile=choice)
         model = wide_resnet(DataSpec(4, 1, (0.4,), (0.3,)), 10, 1, "silu")
         loss_settings = LossSettings(Ball("linf", 0.1), 2, 0.05, 5.0, 0.1, 3.0)
         with _StopAt(tmp_path / folder, compute, 80, quiet=True) as run:
@@ -134,15 +134,14 @@ def test_what_auto_decided_stays(train, rounded, monkeypatch):
     assert same(train("parts", "auto"), whole)
 
 
-def test_a_model_that_does_not_compile(train, monkeypatch):
+def test_a_model_that_does_not_compile(train, rounded, monkeypatch):
     """auto trains it eagerly, on says what to do."""
 
-    def broken(model, **options):
+    def broken(self, images):
         raise torch._dynamo.exc.Unsupported("a call of print")
 
     times(monkeypatch, 2.0, 1.0)
     monkeypatch.setattr(_Rounded, "forward", broken)
-    monkeypatch.setattr(compiler, "compiled", lambda model, **options: _Rounded(model))
     assert same(train("auto", "auto"), train("off", "off"))
     with pytest.raises(DmatError, match=r"compile is on.*a call of print.*as one graph; set compile: off"):
         train("on", "on")
