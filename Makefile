@@ -4,7 +4,7 @@ BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test test-slow test-gpu test-robustbench check ui clean-env
+.PHONY: repro smoke test test-slow test-gpu test-robustbench check ui clean-env
 
 repro: .venv/ready
 	$(BIN)/dmat doctor --fix
@@ -12,6 +12,11 @@ repro: .venv/ready
 	$(BIN)/dmat repro; status=$$?; $(BIN)/dmat runs sync; exit $$status
 	@cat artifacts/write_report/report/table.md
 	@echo "The whole comparison: artifacts/write_report/report/report.html; every run: make ui"
+
+# Every stage with tiny sizes, in a folder of its own.
+smoke: .venv/ready
+	folder=$$(mktemp -d) && dmat init $$folder/smoke --recipe smoke && cd $$folder/smoke && dmat repro --workers 2 \
+		&& cat artifacts/write_report/report/table.md
 
 test: check
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder

@@ -1,14 +1,15 @@
-"""Seconds of one TRADES step, attack included, compared with the published plain step of the same size.
+"""Seconds of one TRADES step, attack included: the published plain step, and ours, eager and compiled.
 
-    python benchmarks/trades_step.py --depth 10 --width 4 --size 32 --batch 64 --repeats 7
-    python benchmarks/trades_step.py --device cuda --depth 28 --width 10 --batch 512 2048   # a GPU
-    ... --compiled   # our network through torch.compile as well
-    ... --profile    # also the slowest kernels of one of our steps
+    python benchmarks/trades_step.py --threads 1 2 --batch 32            # a CPU
+    python benchmarks/trades_step.py --depth 28 --width 10 --batch 512 1024 --sides plain ours-bf16 ours-bf16-compiled
+    ... --profile    # also the slowest kernels of a step of the last side
 
-Plain: fp32, NCHW, eager, every convolution padded by a copy, parameters that require gradients during the attack, one
-more clean forward pass for the targets of the attack. Ours: what `training.classifier` runs. The two alternate within
-each repeat, so that other load on the machine affects both. Prints one JSON line per batch size: medians, and the
-fraction of the measured matrix peak of the machine (2048 x 2048 products; 8192 on a GPU).
+plain: the step of Wang et al.'s code: fp32, NCHW, eager, SiLU in place, the first convolution of a block padded by a
+copy, one more clean forward pass for the targets of the attack. ours: what `training.classifier` runs, in fp32 or bf16,
+eager or compiled. All sides alternate within each repeat, so that other load on the machine affects all. Prints a JSON
+line per number of threads and batch size: medians in seconds, ratios of the plain median to them, and the fraction of
+the measured matrix peak of the machine in the side's precision (MFU; on a GPU fp32 convolutions use TF32, and the fp32
+peak does not). Needs torch and numpy alone.
 Shapes: B batch, C channels, H height, W width.
 """
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmat import devices, modes
+from dmat import compiler, devices, modes
 from dmat.devices import Compute
 from dmat.robust import flops, losses
 from dmat.robust.attacks import Ball
@@ -32,23 +33,26 @@ from dmat.robust.networks import DataSpec, WideBlock, WideResNet, wide_resnet
 
 DATA_SPEC = DataSpec(10, 3, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 STEPS, STEP_SIZE, EPSILON, BETA = 10, 2 / 255, 8 / 255, 5.0
+SIDES = ["plain", "ours-fp32", "ours-fp32-compiled", "ours-bf16", "ours-bf16-compiled"]
 
 
 def padded_block(block: WideBlock, x: Tensor) -> Tensor:
-    """Computes a block whose convolutions pad by a copy. [B, C, H, W] -> [B, C', H', W']."""
+    """Computes a block whose first convolution pads by a copy. [B, C, H, W] -> [B, C', H', W']."""
     active = block.activation_0(block.batchnorm_0(x))
     sides = (1, 1, 1, 1) if block.conv_0.stride[0] == 1 else (0, 1, 0, 1)
     h = F.conv2d(F.pad(active, sides), block.conv_0.weight, stride=block.conv_0.stride)
-    h = block.activation_1(block.batchnorm_1(h))
-    h = F.conv2d(F.pad(h, (1, 1, 1, 1)), block.conv_1.weight)
+    h = block.conv_1(block.activation_1(block.batchnorm_1(h)))
     return h + (x if block.shortcut is None else block.shortcut(active))
 
 
 def plain_network(model: WideResNet) -> nn.Module:
-    """Copies a network into contiguous memory, with blocks that pad by a copy."""
+    """Copies a network into contiguous memory, with SiLU in place and blocks that pad by a copy."""
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    for block in [layer for layer in plain.modules() if isinstance(layer, WideBlock)]:
-        block.forward = padded_block.__get__(block)  # type: ignore[method-assign]
+    for layer in plain.modules():
+        if isinstance(layer, WideBlock):
+            layer.forward = padded_block.__get__(layer)  # type: ignore[method-assign]
+        elif isinstance(layer, nn.SiLU):
+            layer.inplace = True
     return plain.train()
 
 
@@ -79,29 +83,20 @@ def our_step(
 ) -> None:
     """Trains one TRADES step as `training.classifier` does. x and start [B, C, H, W], y int64 [B]."""
     loss_settings = losses.LossSettings(Ball("linf", EPSILON), STEPS, STEP_SIZE, BETA, 0.1)
+    optimiser.zero_grad(set_to_none=True)
     with modes.mode(model, training=True), compute.autocast():
         loss = losses.trades(model, compute.to_device(x), y, start, loss_settings)
-    optimiser.zero_grad(set_to_none=True)
     loss.total.mean().backward()
     optimiser.step()
 
 
-def seconds(step: Callable[[], None], device: torch.device) -> float:
+def seconds(step: Callable[[], None], compute: Compute) -> float:
     """Returns the wall time of a step in seconds, until the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    compute.synchronise()
     started = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    compute.synchronise()
     return time.perf_counter() - started
-
-
-def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measures the FLOP/s of a large matrix product, best of 10."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b), device) for _ in range(10))
 
 
 def kernels(step: Callable[[], None], count: int = 16) -> list[str]:
@@ -113,67 +108,74 @@ def kernels(step: Callable[[], None], count: int = 16) -> list[str]:
     return [f"{100 * times[key] / sum(times.values()):.1f} % {key[:90]}" for key in longest]
 
 
-def measure(args: argparse.Namespace, batch: int, compute: Compute) -> dict[str, Any]:
-    """Times both steps for one batch size. Returns the record to print."""
+def step_of(side: str, model: WideResNet, batch: tuple[Tensor, Tensor, Tensor], compute: Compute) -> Callable[[], None]:
+    """Returns a step of one side, on a copy of the model. batch: x [B, C, H, W], y int64 [B], start [B, C, H, W]."""
+    if side == "plain":
+        network = plain_network(model).to(compute.device)
+        optimiser = torch.optim.SGD(network.parameters(), 0.01, 0.9, nesterov=True)
+        return lambda: plain_step(network, optimiser, *batch)
+    ours = compute.model_to_device(copy.deepcopy(model))
+    optimiser = torch.optim.SGD(ours.parameters(), 0.01, 0.9, nesterov=True)
+    module = compiler.compiled(ours, fullgraph=True) if side.endswith("-compiled") else ours
+    return lambda: our_step(module, optimiser, *batch, compute)
+
+
+def measure(args: argparse.Namespace, threads: int, batch: int) -> dict[str, Any]:
+    """Times the sides for one number of threads and one batch size. Returns the record to print."""
+    computes = {
+        side: devices.resolve(args.device, "bf16" if "bf16" in side else "fp32", threads) for side in args.sides
+    }
+    compute = computes[args.sides[0]]
     torch.manual_seed(0)
     model = wide_resnet(DATA_SPEC, args.depth, args.width, "silu")
-    plain = plain_network(model).to(compute.device)
-    compute.model_to_device(model)
-    if args.compiled:
-        model.compile()
-    x = torch.rand(batch, 3, args.size, args.size).to(compute.device)
-    y = torch.randint(10, (batch,)).to(compute.device)
-    start = ((2 * torch.rand(x.shape) - 1) * EPSILON).to(compute.device)
-    optimisers = [torch.optim.SGD(m.parameters(), 0.01, 0.9, nesterov=True) for m in (plain, model)]
-    steps = (
-        lambda: plain_step(plain, optimisers[0], x, y, start),
-        lambda: our_step(model, optimisers[1], x, y, start, compute),
-    )
-    for step in steps * args.warm_up:
-        step()
-    times = [[seconds(step, compute.device) for step in steps] for _ in range(args.repeats)]
-    plain_seconds, our_seconds = (statistics.median(column) for column in zip(*times, strict=True))
+    x = torch.rand(batch, 3, args.size, args.size)
+    tensors = (x, torch.randint(10, (batch,)), (2 * torch.rand(x.shape) - 1) * EPSILON)
+    inputs = tuple(tensor.to(compute.device) for tensor in tensors)
+    steps = {side: step_of(side, model, inputs, computes[side]) for side in args.sides}  # type: ignore[arg-type]
+    warm_ups = {side: [seconds(step, compute) for _ in range(args.warm_up)] for side, step in steps.items()}
+    times = [{side: seconds(step, compute) for side, step in steps.items()} for _ in range(args.repeats)]
+    medians = {side: statistics.median(row[side] for row in times) for side in steps}
     step_flops = (
         batch * flops.forward(model, (3, args.size, args.size)) * flops.forward_passes_per_step("trades", STEPS)
     )
-    dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
+    peaks = {side: devices.matrix_peak(computes[side]) for side in steps}
     return {
         "network": f"WRN-{args.depth}-{args.width}",
         "size": args.size,
         "batch": batch,
-        **compute.describe(),
-        "plain_seconds": round(plain_seconds, 4),
-        "our_seconds": round(our_seconds, 4),
-        "ratio": round(statistics.median(a / b for a, b in times), 2),
-        "images_per_second": round(batch / our_seconds, 1),
-        "gflops_per_second": round(step_flops / our_seconds / 1e9),
-        "peak_gflops": round(peak(compute.device, dtype) / 1e9),
-        "share_of_peak": round(step_flops / our_seconds / peak(compute.device, dtype), 3),
+        **{key: value for key, value in compute.describe().items() if not key.startswith("precision")},
+        "bf16_in_hardware": devices.resolve(args.device, "auto", threads).reason,
         "repeats": args.repeats,
-        "compiled": args.compiled,
-        **({"profile": kernels(steps[1])} if args.profile else {}),
+        "first_seconds": {side: round(values[0], 1) for side, values in warm_ups.items()},  # with compilation
+        "seconds": {side: round(value, 4) for side, value in medians.items()},
+        "times_as_fast_as_plain": {
+            side: round(medians["plain"] / value, 2) for side, value in medians.items() if "plain" in medians
+        },
+        "images_per_second": {side: round(batch / value, 1) for side, value in medians.items()},
+        "peak_gflops": {side: round(value / 1e9) for side, value in peaks.items()},
+        "share_of_peak": {side: round(step_flops / medians[side] / peaks[side], 3) for side in steps},
+        **({"profile": kernels(steps[args.sides[-1]])} if args.profile else {}),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads", type=int, nargs="+", default=[0])
     parser.add_argument("--depth", type=int, default=10)
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch", type=int, nargs="+", default=[64])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    compute = devices.resolve(args.device, args.precision, args.threads)
-    if compute.device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = True
-    for batch in args.batch:
-        print(json.dumps(measure(args, batch, compute)), flush=True)
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = True  # torch's default, with which the published code ran
+    for threads in args.threads:
+        for batch in args.batch:
+            print(json.dumps(measure(args, threads, batch)), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from dmat.processes import World
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
+COMPILE = ("auto", "on", "off")
 
 
 class ComputeRecord(TypedDict):
@@ -25,6 +26,7 @@ class ComputeRecord(TypedDict):
     threads: int  # of torch on the CPU
     processes: int  # that compute together
     torch: str  # version
+    compiled: NotRequired[bool]  # of the result of a training: its steps were compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Compute:
     reason: str  # why this precision, for people
     threads: int  # of torch on the CPU
     world: World = dataclasses.field(default_factory=World)  # the processes that compute together
+    compile: str = "off"  # whether trainings of classifiers compile their steps: "auto", "on" or "off"
 
     def exact(self) -> "Compute":
         """Returns the same device in float32, the precision of reported accuracies.
@@ -71,6 +74,11 @@ class Compute:
         """Moves the model to the device, its weights in channels-last memory."""
         return model.to(self.device).to(memory_format=torch.channels_last)
 
+    def synchronise(self) -> None:
+        """Waits until a GPU has computed what it was given; the CPU has."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def describe(self) -> ComputeRecord:
         """Returns device, precision, threads, processes and torch version, to report beside results."""
         cuda = self.device.type == "cuda"
@@ -96,16 +104,19 @@ def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def resolve(device: str = "auto", precision: str = "auto", threads: int = 0) -> Compute:
+def resolve(device: str = "auto", precision: str = "auto", threads: int = 0, compilation: str = "off") -> Compute:
     """Resolves "auto" for this machine and sets torch's number of threads.
 
     threads=0 means one per core that this process may use, divided among the processes on this machine. Joins the other
-    processes of `torchrun`. Raises DmatError for an unknown device or precision, or if CUDA is not available.
+    processes of `torchrun`. compilation="auto" stays: each training decides it. Raises DmatError for an unknown device,
+    precision or compilation, or if CUDA is not available.
     """
     if device not in DEVICES:
         raise DmatError(f"device is {device!r}; expected one of {', '.join(DEVICES)}")
     if precision not in PRECISIONS:
         raise DmatError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if compilation not in COMPILE:
+        raise DmatError(f"compile is {compilation!r}; expected one of {', '.join(COMPILE)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise DmatError("device is 'cuda' but torch finds no CUDA device; install a driver or set device: auto")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -118,7 +129,7 @@ def resolve(device: str = "auto", precision: str = "auto", threads: int = 0) -> 
         torch.device("cuda", joined_world.local) if kind == "cuda" and joined_world.size > 1 else torch.device(kind)
     )
     reason = hardware_reason if precision == "auto" else "asked for"
-    return Compute(torch_device, resolved_precision, reason, torch.get_num_threads(), joined_world)
+    return Compute(torch_device, resolved_precision, reason, torch.get_num_threads(), joined_world, compilation)
 
 
 def matrix_peak(compute: Compute) -> float:
@@ -130,8 +141,7 @@ def matrix_peak(compute: Compute) -> float:
     for _ in range(6):  # the first product is a warm-up
         started = time.perf_counter()
         a @ b
-        if compute.device.type == "cuda":
-            torch.cuda.synchronize(compute.device)
+        compute.synchronise()
         times.append(time.perf_counter() - started)
     return 2 * size**3 / min(times[1:])
 

@@ -74,4 +74,5 @@ class Result:
     description: str = ""  # of the MLflow run, Markdown
     attachments: Sequence[Path] = ()  # files to open in the MLflow run
     models: Sequence[tracking.RegistryCandidate] = ()  # for the registry
+    compiled: bool = False  # whether the steps of a training were compiled
     pools: Sequence[str] = ()  # names of the pools whose shards the result holds

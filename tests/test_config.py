@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cli.main import main
-from dmat import config, yaml_file
+from dmat import config, recipes, yaml_file
 from dmat.config import WrittenNumber
 from dmat.errors import ConfigError, DmatError
 from dmat.robust.step_size import default_step
@@ -617,3 +617,9 @@ def test_an_unconditional_generator_maps_no_classes(params):
     params["image_sets"]["edm18"]["classes"] = [0]
     _, (problem,) = config.check(params)
     assert problem == "image_sets.edm18.classes has no effect, as generator edm is not conditional; leave it out"
+
+
+@pytest.mark.parametrize("name", recipes.summaries())
+def test_every_recipe_is_valid(name, tmp_path):
+    recipes.use(name, tmp_path / "params.yaml")
+    assert config.load(tmp_path / "params.yaml").arms

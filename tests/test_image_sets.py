@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cli.main import main
-from dmat import config, files
+from dmat import compiler, config, files
 from dmat.data import npz_stream, shards
 from dmat.data.formats import image_files
 from dmat.data.mixes import open_mix
@@ -270,14 +270,14 @@ def test_compiled_samples_are_a_set_of_their_own(project):
 def test_the_model_is_compiled_where_the_set_says_so(project, monkeypatch, compiled):
     """Images alone do not show it: compiled ones may be the same."""
     calls = []
-    monkeypatch.setattr(Preconditioned, "compile", lambda self, **options: calls.append(options))
+    monkeypatch.setattr(compiler, "compiled", lambda model: calls.append(type(model)) or model)
     project.write({"image_sets": {"edm18": {"compile": compiled}}})
     params, workspace = config.load(project.folder / "params.yaml"), Workspace(project.folder, project.folder)
     plan = planning.plan(STAGES["generate_images"], {"image_set": "edm18"}, params, workspace)
     job = execution.new_job(plan, params, workspace, execution.resolve(params), plan.work, quiet=True)
     generate_images.block_of(0, plan.settings, job)
     project.write({"image_sets": {"edm18": {"compile": False}}})
-    assert calls == [{"dynamic": False}] * compiled
+    assert calls == [Preconditioned] * compiled
 
 
 # --- single images

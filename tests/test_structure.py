@@ -35,7 +35,7 @@ ROWS = (
             "dmat.modes",
             "dmat.liveness",
         ),
-        *("dmat.processes", "dmat.devices", "dmat.machine_speed", "dmat.workspace", "dmat.plugins"),
+        *("dmat.processes", "dmat.devices", "dmat.compiler", "dmat.machine_speed", "dmat.workspace", "dmat.plugins"),
     ),
     ("dmat.data", "dmat.diffusion", "dmat.robust", "dmat.metrics"),
     ("dmat.config", "dmat.recipes", "dmat.project"),

@@ -12,6 +12,7 @@ class ComputeSettings(Record):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # the steps of trainings of classifiers
     threads: Annotated[int, Field(ge=0, le=4096)] = 0  # per process; 0: the number of cores
     processes: Annotated[int, Field(ge=1, le=4096)] = 1  # on this machine, for the trainings of classifiers
     workers: Annotated[int, Field(ge=0, le=4096)] = 0  # processes for shards and trials; 0: the command's own

@@ -11,8 +11,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmat import files, plugins, seeds
+from dmat import compiler, files, plugins, seeds
 from dmat.config import ImageSet, ImportedImageSet
 from dmat.data import croissant, dvc_cache, image_import, npz_stream, shards
 from dmat.data.data_sets import NOT_STATED
@@ -31,7 +29,7 @@ from dmat.data.shards import ArrayName, SetMetadata, ShardEntry, ShardRecord
 from dmat.devices import Compute
 from dmat.diffusion import schedule_search
 from dmat.diffusion.formulations import Preconditioned
-from dmat.diffusion.samplers import SAMPLERS, SEARCHED, called_levels, guided, noise_levels
+from dmat.diffusion.samplers import SAMPLERS, SEARCHED, Denoiser, called_levels, guided, noise_levels
 from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
@@ -234,7 +232,7 @@ class _Generation:
     an unconditional model.
     """
 
-    model: Preconditioned
+    denoiser: Denoiser
     image_shape: tuple[int, int, int]  # H, W, C
     class_map: np.ndarray
     levels: list[float]  # of noise, from the highest to the lowest, then 0
@@ -277,8 +275,9 @@ class _Generation:
         classes = None
         if len(self.class_map):
             classes = torch.from_numpy(self.class_map[self.labels(indices)]).to(self.compute.device)
-        with self.compute.autocast(), _compiler_errors(self.settings.compile):
-            model = guided(self.model, sampler.guidance)
+        errors = compiler.errors("compile is true", "write compile: false")
+        with self.compute.autocast(), errors if self.settings.compile else contextlib.nullcontext():
+            model = guided(self.denoiser, sampler.guidance)
             searched = {"levels": self.levels} if sampler.schedule == SEARCHED else {}
             images = plugins.find(SAMPLERS, sampler.name)(
                 model, noise("latents"), classes, sampler, lambda step: noise(f"churn/{step}"), **searched
@@ -338,23 +337,12 @@ def _open(settings: ImageSet, job: Job) -> tuple[_Generation, DenoiserSidecar, l
             f"{min(called):.6g}; generator {generator} accepts {lowest} to {highest}; expected levels inside; change "
             f"schedule, sigma_min, sigma_max or s_churn of the sampler"
         )
-    if settings.compile:
-        model.compile(dynamic=False)
-    return _Generation(model, (height, width, channels), classes, levels, settings, job.compute), sidecar, class_names
-
-
-@contextlib.contextmanager
-def _compiler_errors(compiled: bool) -> Iterator[None]:
-    """Turns errors of torch.compile inside the block into a DmatError, if the model is compiled."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not compiled or shutil.which(os.environ.get("CXX", "g++")):
-            raise
-        raise DmatError(
-            f"compile is true, and torch cannot compile the model ({type(error).__name__}); expected a C++ compiler; "
-            f"install g++, or write compile: false"
-        ) from error
+    denoiser = compiler.compiled(model) if settings.compile else model
+    return (
+        _Generation(denoiser, (height, width, channels), classes, levels, settings, job.compute),
+        sidecar,
+        class_names,
+    )
 
 
 def _levels(

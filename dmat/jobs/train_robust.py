@@ -79,6 +79,8 @@ def run(settings: TrainRobust, job: Job) -> Result:
         beta=settings.beta,
         mix_sha256=files.sha256(job.inputs["mix"] / MIX),
     )
+    if outcome.compiled:
+        sidecar["compiled"] = True
     if generated is not None:  # whose licence the classifier inherits
         sidecar["licence_of_data"] = "; ".join(
             dict.fromkeys(images.manifest["licence"] for images in (real, *(part.images for part in generated.parts)))
@@ -100,7 +102,8 @@ def run(settings: TrainRobust, job: Job) -> Result:
         "forward_flops": forward,
         "training_flops": step_flops * last["images_seen"],
     }
-    return Result(metrics, measured=_speed(outcome.images_per_second, step_flops, job.compute))
+    measured = _speed(outcome.images_per_second, step_flops, job.compute)
+    return Result(metrics, measured=measured, compiled=outcome.compiled)
 
 
 def _speed(images_per_second: float, flops_per_image: int, compute: Compute) -> dict[str, float]:

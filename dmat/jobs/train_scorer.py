@@ -34,6 +34,9 @@ def run(settings: TrainScorer, job: Job) -> Result:
             job.compute,
         )
     sidecar = classifier_sidecar(settings.network, data_spec, real, job.compute)
+    if outcome.compiled:
+        sidecar["compiled"] = True
     weights.save(job.result / "scorer" / weights.BEST, outcome.best, sidecar)
     curves.draw(job.pictures, outcome, "scorer")
-    return Result({"validation_clean": outcome.best_accuracy, "best_images_seen": outcome.best_images_seen})
+    metrics = {"validation_clean": outcome.best_accuracy, "best_images_seen": outcome.best_images_seen}
+    return Result(metrics, compiled=outcome.compiled)

@@ -181,7 +181,7 @@ def run(plan: Plan, job: Job) -> Result:
 def resolve(params: Params) -> Compute:
     """Resolves the device, precision and threads that a parameter file asks for."""
     settings = params.compute
-    return devices.resolve(settings.device, settings.precision, settings.threads)
+    return devices.resolve(settings.device, settings.precision, settings.threads, settings.compile)
 
 
 def new_job(
@@ -246,6 +246,10 @@ def _compute(
             tracked.describe(result.description)
         for model in result.models:
             tracked.register(model)
+        record = compute.describe()
+        if result.compiled:
+            record["compiled"] = True
+            tracked.tag("compute.compiled", str(True))
         metrics, measured = dict(result.metrics), dict(result.measured)
         files.write_json(plan.work / METRICS, metrics)
         extras: ProvenanceExtras = {}
@@ -267,7 +271,7 @@ def _compute(
                 **extras,
                 "settings": plan.settings.plain(),
                 "inputs": plan.inputs,
-                "compute": compute.describe(),
+                "compute": record,
                 "seconds": round(tracking.seconds_before(plan.work) + time.time() - started, 1),
                 "measured": measured,
                 "outputs": {path: files.checksum(source) for path, source in _published_sources(plan).items()},

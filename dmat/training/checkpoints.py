@@ -26,6 +26,7 @@ class Header(TypedDict):
     images_seen: int
     precision: str  # "fp32" or "bf16"
     threads: int
+    compiled: NotRequired[bool | None]  # steps of a classifier; None: not decided yet; missing: False
     schema: NotRequired[int]  # this key and the next: added by `save`
     sha256: NotRequired[str]  # of the state
 

@@ -9,6 +9,7 @@ Shapes: B batch, N images of the validation split, C channels, H height, W width
 
 import copy
 import dataclasses
+import functools
 import math
 import time
 from typing import Protocol, TypedDict
@@ -28,6 +29,7 @@ from dmat.robust import attacks, losses, weight_perturbation
 from dmat.robust.attacks import Ball
 from dmat.training import ema, schedules
 from dmat.training.checkpoints import State
+from dmat.training.compilation import Compilation
 from dmat.training.long_run import LongRun
 from dmat.training.prefetcher import Prefetcher
 
@@ -103,6 +105,7 @@ class TrainedClassifier:
     best_accuracy: float  # the accuracy that selects: robust if selection_steps > 0, else clean; in [0, 1]
     history: list[dict[str, float]]  # a record per evaluation
     images_per_second: float  # of training steps in this process, without evaluations; 0 if it trained none
+    compiled: bool  # whether steps were compiled
 
 
 def train(
@@ -178,6 +181,7 @@ def train(
 
     if (checkpoint := run.resume()) is not None:
         restore(checkpoint)
+    compilation = Compilation(model, run, compute)
     throughput, stop_requested, rows = _Throughput(), False, world.local_rows(settings.batch)
     prefetcher = Prefetcher(lambda step: _load_step(batches, settings, loss_settings.ball, step, seed, compute), steps)
     while True:
@@ -222,19 +226,22 @@ def train(
         images, targets = _augmented(inputs, augment, batches.mix, classes, settings, step, seed, compute)
         own = slice(rows.start - inputs.first_row, rows.stop - inputs.first_row)
         images, targets, start = compute.to_device(images[own]), targets[own], compute.to_device(inputs.start)
+        backward = functools.partial(_backward, loss_function, images, targets, class_means.means, compute)
+        optimiser.zero_grad(set_to_none=True)  # before the attack, which needs neither their memory nor their type
+        if compilation.due(step):
+            throughput.stop()
+            compilation.prepare(functools.partial(backward, start, loss_settings), steps - step)
+            throughput.start()
+        module = compilation.module(step)
         perturbs_weights, step_settings = settings.awp_gamma > 0 and step >= settings.awp_warmup * steps, loss_settings
         if perturbs_weights:
-            with modes.untracked_batch_norm(model), modes.mode(model, training=True), compute.autocast():
-                loss = loss_function(model, images, targets, start, loss_settings, class_means.means)
-            start, step_settings = _without_attack(loss, images, loss_settings, settings)
-            optimiser.zero_grad(set_to_none=True)
-            (loss.total.mean() / world.size).backward()
+            with modes.untracked_batch_norm(model):
+                loss = backward(start, loss_settings, module)
             world.sum_gradients(model, loss.total.new_zeros(0))
+            start, step_settings = _without_attack(loss, images, loss_settings, settings)
         with weight_perturbation.perturbed(model, settings.awp_gamma if perturbs_weights else 0.0):
-            with modes.mode(model, training=True), compute.autocast():
-                loss = loss_function(model, images, targets, start, step_settings, class_means.means)
             optimiser.zero_grad(set_to_none=True)
-            (loss.total.mean() / world.size).backward()  # the mean of the whole batch, once gradients are summed
+            loss = backward(start, step_settings, module)
         if settings.loss in losses.WITH_CLASS_MEANS and loss.clean_logits is not None:
             class_means.add(world.sum(class_means.batch_sums(loss.clean_logits, targets)))
         values = _step_values(loss, targets)
@@ -259,6 +266,7 @@ def train(
         progress["best_accuracy"],
         progress["history"],
         throughput.images_per_second(),
+        bool(run.compiled),
     )
 
 
@@ -293,6 +301,26 @@ def evaluate(
     clean, robust = compute.world.sum(torch.tensor([clean, robust], device=compute.device)).tolist()
     measured = {"validation_clean": clean / len(labels)}
     return measured | ({"validation_robust": robust / len(labels)} if settings.selection_steps else {})
+
+
+def _backward(
+    loss_function: losses.LossFunction,
+    images: Tensor,
+    targets: Tensor,
+    class_means: Tensor,
+    compute: Compute,
+    start: Tensor,
+    loss_settings: losses.LossSettings,
+    model: nn.Module,
+) -> losses.Loss:
+    """Adds the gradients of a step to those of the model and returns its loss.
+
+    images and start [B, C, H, W], targets [B] or [B, K], class_means [K, K].
+    """
+    with modes.mode(model, training=True), compute.autocast():
+        loss = loss_function(model, images, targets, start, loss_settings, class_means)
+    (loss.total.mean() / compute.world.size).backward()  # the mean of the whole batch, once gradients are summed
+    return loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,6 +103,7 @@ class LongRun:
         self.path, self._rollback_path = folder / "checkpoint.dmat", folder / "roll-back.dmat"
         self.metrics = MetricsLog(folder / "metrics.jsonl", watcher)
         self.compute, self.total, self.save_seconds = compute, total, save_seconds
+        self.compiled: bool | None = None  # whether steps are compiled; None: not decided; part of every checkpoint
         self._interruption = Interruption()
         self._bar = tqdm(
             total=total,
@@ -149,6 +150,7 @@ class LongRun:
                 f"note: resumed with {self.compute.threads} threads instead of {header['threads']}; the last digits "
                 f"of the result may differ from an uninterrupted run"
             )
+        self.compiled = header.get("compiled", False)
         self._bar.update(header["images_seen"])
         return state
 
@@ -173,6 +175,10 @@ class LongRun:
         self._write(self.path, images_seen, state)
         self._saved_at = time.monotonic()
 
+    def save_soon(self) -> None:
+        """Makes the next `checkpoint_if_due` save."""
+        self._saved_at = -math.inf
+
     def save_rollback(self, images_seen: int, state: State) -> None:
         """Writes a second checkpoint, to roll back to. `save` does not overwrite it."""
         self._write(self._rollback_path, images_seen, state)
@@ -189,6 +195,7 @@ class LongRun:
                 "images_seen": images_seen,
                 "precision": self.compute.precision,
                 "threads": self.compute.threads,
+                "compiled": self.compiled,
             }
             checkpoints.save(path, header, state)
 

@@ -57,6 +57,7 @@ class Sidecar(TypedDict):
     image_shape: list[int]  # H, W, C
     licence_of_data: NotRequired[str]
     precision: NotRequired[str]  # of the training: "fp32" or "bf16"; missing in imports
+    compiled: NotRequired[bool]  # True if the steps of the training were compiled; else missing
 
 
 class NetworkSidecar(Sidecar):

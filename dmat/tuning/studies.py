@@ -49,7 +49,8 @@ def run(plan: Study, params: Params, workspace: Workspace, options: StudyOptions
             f"the space of study {plan.name} changes images, which one process makes, and {process_count} were "
             f"started; expected one for each trial; remove compute.processes and torchrun"
         )
-    compute = execution.resolve(params)
+    # Trials are short, and their values must not depend on a measured time.
+    compute = dataclasses.replace(execution.resolve(params), compile="off")
     context = TrialContext(plan, params, workspace, compute)
     if not compute.world.is_main_process:
         trials.follow(context)

@@ -68,8 +68,9 @@ def _compare_results(stage: Stage, workspace: Workspace, params: Params, identit
             # As deep as any work folder, so that pools of shards are in the temporary folder too.
             work = Path(folder) / stage.name / "work"
             work.mkdir(parents=True)
+            recorded = dataclasses.replace(compute, compile="on" if recorded_compute.get("compiled") else "off")
             job = execution.new_job(
-                plan, params, workspace, compute, work, quiet=True, watcher=_stop_at_first_record, fresh=True
+                plan, params, workspace, recorded, work, quiet=True, watcher=_stop_at_first_record, fresh=True
             )
             compare = _COMPARISONS.get(stage.name, _compare_all)
             try:
