@@ -60,7 +60,8 @@ def test_processes_are_counted_only_where_torchrun_started_them(monkeypatch, var
 
 
 def test_pictures_are_drawn_in_a_terminal_of_a_notebook(tmp_path):
-    code = "from dmat.metrics import pictures as p; from pathlib import Path; p.save(p.new_figure(4, 2)[0], Path('a.png'))"
+    code = "import pathlib; from dmat.metrics import pictures; "
+    code += "pictures.save(pictures.new_figure(4, 2)[0], pathlib.Path('a.png'))"
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "a.png").exists()
