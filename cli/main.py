@@ -6,6 +6,7 @@ import errno
 import re
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 import typer
@@ -15,10 +16,12 @@ from dmat import __version__
 from dmat.errors import DmatError, Interrupted
 from dmat.redaction import RedactingStream
 
-# Errors that the user can fix: a disk or folder that is full, read-only, forbidden or not what the path says.
+# Errors that the user can fix: a disk or folder that is full, read-only, forbidden or not what the path says; too many
+# open files; a file system without locks or out of order.
 _FIXABLE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.EIO, errno.ESTALE),
 }
 
 _USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError, for which typer has no public name
@@ -65,6 +68,11 @@ upkeep.add_to(app)
 def main() -> None:
     """Runs the command line; never returns. Secrets are masked in everything that is written to stderr."""
     with contextlib.redirect_stderr(cast(TextIO, RedactingStream(sys.stderr))):
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            typer.echo("error: the working folder was deleted; expected one that exists; `cd` to a project", err=True)
+            sys.exit(2)
         try:
             _run()
         except Exception:  # a defect of dmat; printed here, where secrets are masked

@@ -123,7 +123,7 @@ def resolve(device: str = "auto", precision: str = "auto", threads: int = 0, com
     native, hardware_reason = _native_bf16(kind)
     resolved_precision = ("bf16" if native else "fp32") if precision == "auto" else precision
     joined_world = processes.world()
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or "1")
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
     torch_device = (
         torch.device("cuda", joined_world.local) if kind == "cuda" and joined_world.size > 1 else torch.device(kind)

@@ -4,6 +4,8 @@ Deletes nothing: existing files are replaced by rename.
 """
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _CHUNK_SIZE = 1 << 20
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # CIFS, shared folders of VirtualBox and some FUSE file systems
 
 
 def missing(path: Path) -> DmatError:
@@ -45,8 +48,10 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        # numpy gives no errno if the system wrote fewer bytes than it was given
+        cause = error.strerror or f"the disk or the quota is full: {error}"
         raise DmatError(
-            f"{path}: could not be written ({error.strerror}); free or unlock the folder and run the same command again"
+            f"{path}: could not be written ({cause}); free or unlock the folder and run the same command again"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -54,10 +59,13 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable, so that they survive a power cut."""
+    """Makes renames inside `folder` durable, so that they survive a power cut, where the file system can do that."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(handle)
 
@@ -219,8 +227,10 @@ def publish(source: Path, target: Path) -> None:
     disk at any moment.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ("new", "old"):  # of a process that was killed here; the result is still in its work folder
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.{suffix}"):
+            _remove(leftover)
     staged = target.with_name(f".{target.name}.{os.getpid()}.new")
-    _remove(staged)
     if source.is_dir():
         for file in visible_files(source):
             copy = staged / file.relative_to(source)

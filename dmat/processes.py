@@ -101,8 +101,11 @@ class World:
 
 
 def torchrun_processes() -> int:
-    """Returns how many processes `torchrun` started; 1 without it. Does not join them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Returns how many processes `torchrun` started; 1 without it. Does not join them.
+
+    `torchrun` sets RANK and WORLD_SIZE; a scheduler may set one of them alone.
+    """
+    return int(os.environ.get("WORLD_SIZE") or "1") if os.environ.get("RANK") else 1
 
 
 # Environment of a process that must run dmat's own `cli`, even if the folder it starts in has a module of this name.
@@ -123,7 +126,7 @@ def world() -> World:
     size = torchrun_processes()
     if size == 1:
         return World()
-    joined = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    joined = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK") or "0"))
     if not torch.distributed.is_initialized():
         gpu = torch.cuda.is_available()
         if gpu:

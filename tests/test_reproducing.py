@@ -127,7 +127,11 @@ def test_a_project_below_the_top_of_its_repository_is_reproduced(tmp_path, tiny_
     _git(top, "commit", "-qm", "two")
     (folder / "dvc.lock").write_text("new: 2\n")
     assert origin.git(folder)["git_dirty"] is False
-    (top / "other").write_text("changed")
+    (top / "other").write_text("of somebody else")
+    origin.write_patch(folder, tmp_path)
+    assert origin.git(folder)["git_dirty"] is False
+    assert "somebody else" not in (tmp_path / origin.PATCH).read_text()
+    (folder / "params.yaml").write_text("changed: 1")
     assert origin.git(folder)["git_dirty"] is True
 
 
@@ -192,7 +196,7 @@ def test_a_patch_restores_uncommitted_changes(project, tmp_path):
     ids=lambda option: next(iter(option)),
 )  # fmt: skip
 def test_a_patch_applies_with_any_git_settings(tmp_path, monkeypatch, settings):
-    """The patch is written from a subfolder; line ends, trailing spaces and odd names are restored byte for byte."""
+    """Line ends, trailing spaces and odd names are restored byte for byte."""
     project, before, tree = tmp_path / "p", "".join(f"{n}\n\n" for n in range(30)), tmp_path / "t"
     (project / "below").mkdir(parents=True)
     (project / ".gitattributes").write_text("*.txt diff=upper\n")
@@ -209,7 +213,7 @@ def test_a_patch_applies_with_any_git_settings(tmp_path, monkeypatch, settings):
     (project / "below/old").rename(project / "below/new")
     _git(project, "add", "--intent-to-add", "below/new")
     (project / "dvc.lock").write_text("new: 1\n")
-    origin.write_patch(project / "below", tmp_path)
+    origin.write_patch(project, tmp_path)
     _git(project, "worktree", "add", "--detach", str(tree))
     reproducing.apply_patch(tree, tmp_path / origin.PATCH)
     for name in ("long.txt", "ä b.crlf", "below/new", "dvc.lock"):

@@ -15,7 +15,7 @@ import pytest
 
 from dmat import files, liveness, tracking
 from dmat.errors import DmatError, Interrupted
-from dmat.tracking import dvc_process, open_runs, runs, sender, stores
+from dmat.tracking import dvc_process, open_runs, run_record, runs, sender, stores
 from dmat.training.long_run import MetricsLog
 from tests import forked, senders, servers
 
@@ -55,6 +55,34 @@ def warned(monkeypatch):
     messages: list[str] = []
     monkeypatch.setattr(runs, "warnings", SimpleNamespace(warn=lambda text, stacklevel: messages.append(text)))
     return messages
+
+
+@pytest.mark.parametrize("is_started_again", [False, True])
+def test_a_run_deleted_in_the_ui_stops_no_other(home, is_started_again):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in ("one", "two"):  # their process was killed
+        run = _open(home, name)
+        run._record.update(about=run._about, ending=None, tags={})
+        open_runs.write(home, run.folder, dead.pid)
+        uploader = run_record.RunUploader(home, run._record)
+        with uploader.exclusive():
+            uploader.connect()
+    client, experiment = stores.connect(home)
+    deleted = files.read_json(home / "runs/one/tracking.json")["run"]
+    client.delete_run(deleted)
+    if is_started_again:
+        with _open(home, "one"):
+            pass
+    else:
+        assert "was deleted in MLflow" in tracking.sync(home)[0]
+    tracking.sync(home)
+    assert not open_runs.read(home)
+    states = {run.info.run_name: run.info.status for run in client.search_runs([experiment])}
+    again = {"train_robust one": "FINISHED"} if is_started_again else {}
+    assert states == {"train_robust two": "KILLED", **again}
+    client.delete_experiment(experiment)
+    assert stores.connect(home)[1] == experiment
 
 
 def _runs(home):

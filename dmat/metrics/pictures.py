@@ -5,6 +5,7 @@ matplotlib is loaded where it is used and writes no date or version, so equal in
 Shapes: N images, H height, W width, C channels, K classes.
 """
 
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -323,11 +324,11 @@ def _legend_outside(figure: "Figure", axes: "Axes") -> None:
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Any]:
     """Returns a figure of `width` (at least 4) times `height` inches, and its axes: one, or an array of several."""
-    import matplotlib
-
-    matplotlib.use("agg")
+    # Before the import, which fails if the variable names a module of another environment, as notebooks do.
+    os.environ["MPLBACKEND"] = "agg"
     from matplotlib import pyplot
 
+    pyplot.switch_backend("agg")  # if somebody else imported it before
     return pyplot.subplots(rows, columns, figsize=(max(width, 4), height), layout="constrained")
 
 

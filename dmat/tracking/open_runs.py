@@ -15,7 +15,16 @@ import filelock
 from dmat import files, liveness, redaction
 from dmat.errors import DmatError, first_line
 from dmat.tracking import stores
-from dmat.tracking.run_record import FILES, METRICS_LOG, RECORD, SYSTEM_LOG, RunRecord, RunUploader, read_tracking
+from dmat.tracking.run_record import (
+    FILES,
+    METRICS_LOG,
+    RECORD,
+    SYSTEM_LOG,
+    RunDeletedError,
+    RunRecord,
+    RunUploader,
+    read_tracking,
+)
 
 LOST = "the process ended without a final status: it was killed, or the machine stopped"
 
@@ -53,6 +62,12 @@ def write(home: Path, folder: Path, pid: int, by_children: bool = False, attempt
     }
     with lock(home):
         files.write_json(_path(home, folder), marker)
+
+
+def remove(home: Path, folder: Path) -> None:
+    """Removes the marker file of the run in `folder`: nothing is sent of it any more."""
+    with lock(home):
+        _path(home, folder).unlink(missing_ok=True)
 
 
 def mark_ended(home: Path, folder: Path) -> None:
@@ -155,6 +170,15 @@ def complete(uploader: RunUploader, path: Path, marker: Marker) -> list[str]:
         if not record.folder.is_dir():
             path.unlink(missing_ok=True)
             return [f"{record.folder.name}: its record is gone"]
+    try:
+        return _complete(uploader, path, marker)
+    except RunDeletedError as error:
+        _unlink_unchanged(home, path, marker)
+        return [str(error)]
+
+
+def _complete(uploader: RunUploader, path: Path, marker: Marker) -> list[str]:
+    home, record = uploader.home, uploader.record
     with uploader.exclusive():
         if _read(path) != marker:
             return []

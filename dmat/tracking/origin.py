@@ -14,8 +14,7 @@ import dmat
 from dmat import files
 
 PATCH = "git.patch"
-# DVC rewrites it after every stage: a patch contains it, but its changes do not make a work tree dirty. It lies in the
-# top folder of the repository or in the project below it.
+# DVC rewrites it after every stage: a patch contains it, but its changes do not make a work tree dirty.
 _DVC_LOCK = "dvc.lock"
 _MAX_PATCH_BYTES = 10_000_000
 # Arguments of git that fix the format: a patch must apply whatever a person configured for the display of differences.
@@ -33,25 +32,27 @@ _PACKAGES = ("numpy", "pyautoattack", "scikit-learn", "torch", "torchvision")
 
 
 def git(folder: Path) -> dict[str, Any]:
-    """git_commit, and git_dirty: whether tracked files (but dvc.lock) differ from it. Empty outside a repository."""
+    """git_commit, and git_dirty: whether tracked files of the project (but dvc.lock) differ from it.
+
+    folder: the project; what others keep beside it in one repository does not count. Empty outside a repository.
+    """
     try:
         head = _git(folder, "rev-parse", "HEAD").decode().strip()
-        locks = [f":(top,exclude){_DVC_LOCK}", f":(exclude){_DVC_LOCK}"]
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", *locks)
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){_DVC_LOCK}")
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"git_commit": head, "git_dirty": bool(changes.strip())}
 
 
 def write_patch(folder: Path, target: Path) -> None:
-    """Writes `target`/git.patch for `git apply`: the differences of tracked files from their commit.
+    """Writes `target`/git.patch for `git apply`: the differences of tracked files below `folder` from their commit.
 
     The patch contains dvc.lock, also an untracked one, because it names the data. No file is left if nothing differs or
     if the patch is larger than 10 MB.
     """
     try:
-        patch = _git(folder, *_DIFF, "HEAD", "--", ":/")
-        untracked = _git(folder, "ls-files", "--others", "--full-name", "-z", "--", f":(top){_DVC_LOCK}", _DVC_LOCK)
+        patch = _git(folder, *_DIFF, "HEAD", "--", ".")
+        untracked = _git(folder, "ls-files", "--others", "--full-name", "-z", "--", _DVC_LOCK)
         for name in filter(None, os.fsdecode(untracked).split("\0")):
             top = Path(os.fsdecode(_git(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
             patch += _git(top, *_DIFF, "--no-index", "--", os.devnull, name, differs=True)

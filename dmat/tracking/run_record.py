@@ -47,6 +47,10 @@ RECORD, METRICS_LOG, SYSTEM_LOG = "tracking.json", "metrics.jsonl", "system.json
 FILES = (RECORD, SYSTEM_LOG, "tracking.lock", "sending.lock", origin.PATCH)
 
 
+class RunDeletedError(DmatError):
+    """The run was deleted in its store, which accepts no change of it any more."""
+
+
 class RunRecord:
     """The file `tracking.json` of a folder. A record belongs to one store; with another store it starts empty,
     but for `seconds`.
@@ -123,10 +127,27 @@ class RunUploader:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Excludes other threads and processes from uploading this run; first reads what they wrote into the record."""
+        """Excludes other threads and processes from uploading this run; first reads what they wrote into the record.
+
+        An error of MLflow in the block becomes a RunDeletedError if it is because the run was deleted there.
+        """
         with filelock.FileLock(self.record.folder / "sending.lock", timeout=120):
             self.record.refresh()
-            yield
+            try:
+                yield
+            except Exception as error:
+                if self._was_deleted():
+                    name = self.record["about"]["name"]
+                    raise RunDeletedError(
+                        f"{name}: its run was deleted in MLflow; it is not tracked further"
+                    ) from error
+                raise
+
+    def _was_deleted(self) -> bool:
+        with contextlib.suppress(Exception):  # the store does not answer
+            run = stores.run_or_none(self._client, self.record["run"])
+            return run is not None and stores.is_deleted(run)
+        return False
 
     def connect(self) -> None:
         """Creates the run in the store, or finds it and tells the store that it was started again."""
@@ -136,6 +157,8 @@ class RunUploader:
             return
         self._client, experiment = stores.connect(self.home)
         existing_run = stores.run_or_none(self._client, self.record["run"])
+        if existing_run is not None and stores.is_deleted(existing_run) and not is_announced:
+            existing_run = None  # the work was started again
         if existing_run is None:
             parent_run_id = self._parent_run_id(about["parent"])
             tags = about["tags"] | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
@@ -245,8 +268,7 @@ class RunUploader:
             return None
         with uploader.exclusive():
             uploader.connect()
-        run: str = uploader.record["run"]
-        return run
+            return None if uploader._was_deleted() else uploader.record["run"]
 
     def _link_restored_runs(self, about: Mapping[str, Any]) -> None:
         """Links, in the parent run of a whole `dvc repro`, the runs of this run's ancestors that DVC restored."""

@@ -25,7 +25,7 @@ from dmat import files, liveness
 from dmat.errors import DmatError, first_line
 from dmat.tracking import open_runs, parents, stores
 from dmat.tracking.open_runs import Marker
-from dmat.tracking.run_record import RunRecord, RunUploader
+from dmat.tracking.run_record import RunDeletedError, RunRecord, RunUploader
 
 SEND_EVERY = 5.0  # seconds
 _MAX_RETRY_SECONDS = 60.0  # longest interval between two attempts at a store that does not answer
@@ -172,6 +172,10 @@ class _FollowedRun:
                 open_runs.complete(self.uploader, self.path, self.marker)
                 return True
             wait, self.retry = self._send(), SEND_EVERY
+        except RunDeletedError as error:
+            self.uploader.record.update(warnings=[*self.uploader.record["warnings"], str(error)])
+            open_runs.remove(self.home, self.folder)
+            return True
         except Exception as error:  # any failure of tracking must leave the run alone
             problem, self.retry = first_line(error), min(2 * self.retry, _MAX_RETRY_SECONDS)
         record = self.uploader.record

@@ -13,6 +13,7 @@ from dmat import redaction
 from dmat.errors import DmatError, first_line
 
 EXPERIMENT = "dmat"
+_DELETED = "deleted"  # lifecycle stage in MLflow: hidden, with its name taken, until `mlflow gc`
 EMBEDDED = "embedded"  # identity of a project's own store; stays the same when the project is moved
 # Without it the UI opens its view for language models.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -50,7 +51,7 @@ def artifact_folder(home: Path) -> Path:
 
 
 def connect(home: Path) -> tuple[Any, str]:
-    """An MLflow client and the id of the experiment, which is created if missing.
+    """An MLflow client and the id of the experiment, which is created if missing and restored if it was deleted.
 
     A lock protects the creation of the embedded store: if two processes open a new SQLite store at once, one fails.
     """
@@ -66,6 +67,8 @@ def connect(home: Path) -> tuple[Any, str]:
         if experiment is None:
             location = None if _server() else artifact_folder(home).as_uri()
             return client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=_EXPERIMENT_TAGS)
+        if experiment.lifecycle_stage == _DELETED:  # its name stays taken, so there is no other one to create
+            client.restore_experiment(experiment.experiment_id)
         return client, experiment.experiment_id
 
 
@@ -120,6 +123,11 @@ def run_or_none(client: Any, run_id: str | None) -> Any:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
+
+
+def is_deleted(run: Any) -> bool:
+    """Whether an MLflow run was deleted, as in the UI. It accepts no change any more."""
+    return bool(run.info.lifecycle_stage == _DELETED)
 
 
 def search_runs(client: Any, experiment: str, condition: str = "", limit: int = 0) -> list[Any]:
