@@ -5,7 +5,7 @@ tests/test_evaluate_command.py; the checks themselves in tests/test_checks.py.
 """
 
 import dataclasses
-import hashlib
+import functools
 import json
 import multiprocessing
 import os
@@ -170,11 +170,12 @@ class _SlowShards:
 
     def __init__(self, folder, count, seconds):
         self.tasks = [
-            ShardTask(folder / f"shard-{k}", 1, {"shard": k}, lambda k=k: self._make(k, seconds)) for k in range(count)
+            ShardTask(folder / f"shard-{k}", 1, 1, {"shard": k}, functools.partial(self._make, k, seconds))
+            for k in range(count)
         ]
 
     @staticmethod
-    def _make(number, seconds):
+    def _make(number, seconds, report):
         time.sleep(seconds)
         return {"pid": np.array([os.getpid()]), "number": np.array([number])}
 
@@ -217,18 +218,34 @@ def test_the_shard_of_a_killed_worker_is_computed_by_another(tmp_path):
     assert {int(task.read()["pid"][0]) for task in _SlowShards(tmp_path, 2, 0).tasks} == {waiting.pid}
 
 
-def test_remaining_time_is_estimated_from_finished_shards(tmp_path):
-    tasks = [ShardTask(tmp_path / part / f"shard-{k}", 10, {"shard": k}, dict) for part in ("a", "b") for k in range(4)]
-    assert work.estimate(tasks) == {"shards": 8, "shards_done": 0, "seconds_left": None}
-    for task, seconds in ((tasks[0], 20.0), (tasks[1], 40.0), (tasks[2], 30.0)):
-        task.path.parent.mkdir(exist_ok=True)
-        task.path.with_suffix(".npz").write_bytes(b"")
-        digest = hashlib.sha256(b"").hexdigest()
-        task.path.with_suffix(".json").write_text(
-            json.dumps({"identity": dict(task.identity), "seconds": seconds, "images": 10, "sha256": digest})
-        )
-    assert work.estimate(tasks) == {"shards": 8, "shards_done": 3, "seconds_left": None}
-    assert work.estimate(tasks[:4]) == {"shards": 4, "shards_done": 3, "seconds_left": 30.0}
+def _finished(task, seconds, robust=None, **record):
+    """Writes the files of a shard as if it had been computed."""
+    task.path.parent.mkdir(exist_ok=True)
+    columns = {} if robust is None else {"auto_attack": np.arange(task.images) < robust}
+    np.savez(task.path.with_suffix(".npz"), **columns)
+    record |= {"identity": dict(task.identity), "seconds": seconds, "images": task.images}
+    record["sha256"] = files.sha256(task.path.with_suffix(".npz"))
+    task.path.with_suffix(".json").write_text(json.dumps(record))
+
+
+def test_remaining_time_is_estimated_from_passes(tmp_path):
+    """Shards that nobody began: as many passes as their peers took; in a folder without any, as if nothing breaks."""
+    tasks = [
+        ShardTask(tmp_path / part / f"shard-{k}", 10, 1000, {"shard": k}, dict) for part in "ab" for k in range(3)
+    ]
+    state = work.Monitor(tasks).estimate()
+    assert (state["shards_done"], state["passes_left"], state["seconds_left"]) == (0, 6000, None)
+    _finished(tasks[0], 20.0, passes=400)
+    _finished(tasks[1], 40.0, passes=800)
+    state = work.Monitor(tasks).estimate()
+    assert (state["shards"], state["shards_done"], state["passes_done"]) == (6, 2, 1200)
+    assert state["passes_left"] == 600 + 3 * 1000
+    assert state["seconds_left"] == 3600 * 60 / 1200
+    assert state["bounds"] is None
+    for task in tasks[2:]:
+        _finished(task, 1.0)  # of an earlier version, which counted no passes
+    state = work.Monitor(tasks).estimate()
+    assert (state["passes_done"], state["passes_left"], state["seconds_left"]) == (1200 + 4 * 1000, 0, 0)
 
 
 # --- refusals
@@ -260,7 +277,10 @@ def test_shards_of_another_model_are_refused(tmp_path, subject, compute):
 def test_nothing_is_computed_beside_shards_of_another_model(tmp_path, subject, compute):
     _done(tmp_path, subject, compute)
     other = _evaluation(tmp_path, subject, compute, weights="other")
-    for action in (work.estimate, lambda task_list: work.compute_all(task_list, quiet=True)):
+    for action in (
+        lambda task_list: work.Monitor(task_list).estimate(),
+        lambda task_list: work.compute_all(task_list, quiet=True),
+    ):
         with pytest.raises(DmatError, match=r"belongs to another evaluation \(weights differ\)"):
             action(other.tasks)
 
@@ -270,7 +290,7 @@ def test_a_shard_with_an_incomplete_record_is_not_done(tmp_path, subject, comput
     evaluation = _done(tmp_path, subject, compute)
     before = files.read_json(tmp_path / "shard-00000.json")
     (tmp_path / "shard-00000.json").write_text(json.dumps(entry))
-    done = work.estimate(evaluation.tasks)
+    done = work.Monitor(evaluation.tasks).estimate()
     assert done["shards_done"] == done["shards"] - 1
     work.compute_all(evaluation.tasks, quiet=True)
     assert files.read_json(tmp_path / "shard-00000.json")["sha256"] == before["sha256"]

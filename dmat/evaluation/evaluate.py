@@ -5,6 +5,7 @@ Legend: B batch, N images, C channels, H height, W width, K classes.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from dmat.errors import DmatError
 from dmat.evaluation import checks, measures
 from dmat.evaluation.checks import Check, CheckRecord
 from dmat.evaluation.measures import Subject
+from dmat.evaluation.progress import Meter, Report
 from dmat.evaluation.work import Columns, ShardTask
 from dmat.metrics import pictures
 from dmat.metrics.intervals import AccuracyRecord, wilson
@@ -181,21 +183,27 @@ class Evaluation:
         # dmat's version comes from its source: it may be used from a tree that was never installed
         versions = {"dmat": __version__, **{name: version(name) for name in ("torch", "pyautoattack")}}
         computed_by = {"device": compute.describe()["device"], "precision": compute.precision, "versions": versions}
+        passes, mixed = measures.passes_per_image(subject, settings), _mixed(subject.labels.numpy(), settings.shard)
         self._shards = [
             ShardTask(
                 folder / f"shard-{number:05d}",
                 positions.stop - positions.start,
+                (positions.stop - positions.start) * passes,
                 {**shard_identity, "shard": number},
-                lambda number=number: measures.measure_shard(subject, settings, number, compute),  # type: ignore[misc]
+                functools.partial(measures.measure_shard, subject, settings, number, compute),
                 computed_by,
+                suite=subject.suite is not None,
+                mixed=mixed,
             )
             for number, positions in enumerate(slices)
         ]
         self._checked_positions = _evenly_spaced(len(subject.labels), settings.check_images)
         black_box = {**shard_identity, "shard": "black box of spread images"}
+        checked = len(self._checked_positions)
         self._black_box = ShardTask(
-            folder / "black-box", len(self._checked_positions), black_box, self._run_square, computed_by
-        )
+            folder / "black-box", checked, checked * (settings.check_queries + 4), black_box, self._run_square,
+            computed_by,
+        )  # fmt: skip
 
     @property
     def shards(self) -> list[ShardTask]:
@@ -212,9 +220,10 @@ class Evaluation:
         parts = [task.read() for task in self._shards]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _run_square(self) -> Columns:
+    def _run_square(self, report: Report) -> Columns:
         """Robust flags under Square, a black-box attack with `check_queries` queries, of evenly spaced images."""
-        model, settings, robust_flags = self.subject.model, self.settings, []
+        settings, robust_flags = self.settings, []
+        model = Meter(self.subject.model, self._black_box.passes, self._black_box.images, report)
         images, labels = self.subject.images[self._checked_positions], self.subject.labels[self._checked_positions]
         for _, image_batch, label_batch in iter_batches(images, labels, settings.batch):
             x, y = self.compute.to_device(image_batch), label_batch.to(self.compute.device)
@@ -460,6 +469,21 @@ def _interval(flags: np.ndarray) -> tuple[float, float, float]:  # [N] -> accura
 def _evenly_spaced(count: int, limit: int) -> np.ndarray:
     """Positions int64 [N] of up to `limit` of `count` images, evenly spaced because sets may be sorted by class."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)
+
+
+def _mixed(labels: np.ndarray, shard: int) -> bool:
+    """Whether classes are divided over shards as in a random order, int64 [N]; a set sorted by class is not.
+
+    Pearson's chi-square of shards and classes, for random orders: mean (S - 1)(K - 1) N / (N - 1) and nearly twice that
+    as variance. Five standard deviations above it are no accident.
+    """
+    counts = np.zeros((-(-len(labels) // shard), labels.max() + 1))
+    np.add.at(counts, (np.arange(len(labels)) // shard, labels), 1)
+    counts = counts[:, counts.any(0)]
+    expected = counts.sum(1, keepdims=True) * counts.sum(0) / len(labels)
+    freedom = (counts.shape[0] - 1) * (counts.shape[1] - 1)
+    chi_square = float(((counts - expected) ** 2 / expected).sum()) * (len(labels) - 1) / len(labels)
+    return chi_square <= freedom + 5 * float(np.sqrt(2 * freedom))
 
 
 def _different_batch_size(batch: int) -> int:

@@ -17,10 +17,13 @@ from dmat import plugins, seeds
 from dmat.data.pixels import iter_batches
 from dmat.devices import Compute
 from dmat.evaluation.checks import trivial_radius
+from dmat.evaluation.progress import Meter, Report
 from dmat.robust import attacks, auto_attack, prediction
 from dmat.robust.attacks import OBJECTIVES, Ball
 from dmat.robust.auto_attack import Suite
+from dmat.robust.passes import GRADIENT
 
+_AFTER_SUITE = 2  # passes of an image after the suite: does its adversarial image break it, and the saved logits
 _FEWER_STEPS_DIVISOR = 4  # the weaker PGD of `checks.more_steps` makes a quarter of the steps
 
 
@@ -80,8 +83,24 @@ def shard_slice(number: int, size: int, count: int) -> slice:
     return slice(number * size, min((number + 1) * size, count))
 
 
-def measure_shard(subject: Subject, settings: AttackSettings, number: int, compute: Compute) -> dict[str, np.ndarray]:
-    """Computes the columns [B] of one shard.
+def passes_per_image(subject: Subject, settings: AttackSettings) -> int:
+    """Forward passes of `measure_shard` for an image that nothing breaks (see `GRADIENT`)."""
+    pgd, few = (
+        settings.pgd_restarts * (GRADIENT * steps + 1) + 1
+        for steps in (settings.pgd_steps, fewer_steps(settings.pgd_steps))
+    )
+    passes = 1 + pgd + 1
+    if subject.full_suite:
+        passes += GRADIENT + 1 + few + (len(settings.sweep) + 1) * pgd
+    if subject.suite is not None:
+        passes += 1 + subject.suite.passes + _AFTER_SUITE - 1
+    return passes
+
+
+def measure_shard(
+    subject: Subject, settings: AttackSettings, number: int, compute: Compute, report: Report = lambda progress: None
+) -> dict[str, np.ndarray]:
+    """Computes the columns [B] of one shard, and reports its progress.
 
     prediction int64. clean, pgd bool: the prediction is right, and right also under PGD. adversarial float32
     [B, C, H, W]: the image with which AutoAttack broke the model, else PGD's last attempt. attacked int64: the
@@ -89,7 +108,7 @@ def measure_shard(subject: Subject, settings: AttackSettings, number: int, compu
     With `full_suite` also fgsm, pgd_few, grey bool and sweep bool [B, R]. With a suite also auto_attack bool and
     broken_by int64 (`auto_attack.attack`).
     """
-    shard = _Shard(subject, settings, number, compute)
+    shard = _Shard(subject, settings, number, compute, report)
     logits = shard.logits(shard.images)
     clean = logits.argmax(1) == shard.labels
     adversarial = shard.pgd(subject.ball, settings.pgd_steps, "")
@@ -117,13 +136,15 @@ def measure_shard(subject: Subject, settings: AttackSettings, number: int, compu
 class _Shard:
     """Attacks on the images [B, C, H, W] of one shard, batch by batch. Images and results are on the CPU."""
 
-    def __init__(self, subject: Subject, settings: AttackSettings, number: int, compute: Compute):
+    def __init__(self, subject: Subject, settings: AttackSettings, number: int, compute: Compute, report: Report):
         self.subject, self.settings, self.number, self.compute = subject, settings, number, compute
         positions = shard_slice(number, settings.shard, len(subject.labels))
         self.images, self.labels = subject.images[positions], subject.labels[positions]
+        count = len(self.labels)
+        self.model = Meter(subject.model, count * passes_per_image(subject, settings), count, report)
 
     def logits(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K]
-        return prediction.logits(self.subject.model, images, self.compute, self.settings.batch)
+        return prediction.logits(self.model, images, self.compute, self.settings.batch)
 
     def is_correct(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> bool [B]
         return self.logits(images).argmax(1) == self.labels
@@ -141,7 +162,7 @@ class _Shard:
         ]
         adversarial = [
             attacks.pgd_with_restarts(
-                self.subject.model,
+                self.model,
                 self.compute.to_device(x),
                 y.to(self.compute.device),
                 plugins.find(OBJECTIVES, self.settings.pgd_loss),
@@ -157,7 +178,7 @@ class _Shard:
     def fgsm(self) -> Tensor:  # [B, C, H, W]
         adversarial = [
             attacks.fgsm(
-                self.subject.model,
+                self.model,
                 self.compute.to_device(x),
                 attacks.cross_entropy(y.to(self.compute.device)),
                 self.subject.ball,
@@ -186,8 +207,9 @@ class _Shard:
 
     def auto_attack(self, suite: Suite) -> tuple[Tensor, Tensor]:
         """Adversarial images [B, C, H, W] and `broken_by` int64 [B], as `auto_attack.attack`."""
+        after = _AFTER_SUITE * len(self.labels)
         worst, broken_by = auto_attack.attack(
-            self.subject.model,
+            self.model,
             self.compute.to_device(self.images),
             self.labels.to(self.compute.device),
             self.subject.ball,
@@ -195,6 +217,7 @@ class _Shard:
             self.settings.auto_attack_seed + self.number,
             self.settings.batch,
             self.settings.auto_attack_code,
+            lambda name, left, unbroken: self.model.expect(name, left + after, unbroken),
         )
         return worst.cpu(), broken_by.cpu()
 

@@ -1,13 +1,15 @@
-"""Distribution of shards over processes, which share a folder and nothing else.
+"""Distribution of shards over processes, which share a folder and nothing else; their progress.
 
 Each shard is one .npz file and one .json record with its identity and checksum. A process claims a shard by a file
 lock. The lock ends with the process, so the shard of a killed worker is free at once. This always works on one machine;
 several machines need a shared folder with working file locks (NFS 4 or later).
 """
 
-import statistics
+import contextlib
+import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
@@ -18,8 +20,12 @@ from tqdm import tqdm
 
 from dmat import files
 from dmat.errors import DmatError
+from dmat.evaluation import progress
+from dmat.evaluation.progress import AttackProgress, ProgressFile, Report
+from dmat.metrics.anytime import without_replacement
 
 _POLL_SECONDS = 0.5  # between two looks at which shards other processes have computed
+_SHOW_SECONDS = 2.0  # between two versions of the progress bar
 _RECORD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "identity": dict,
     "images": int,
@@ -38,6 +44,25 @@ class AttackedShardRecord(TypedDict):
     seconds: float  # of computing it
     sha256: str  # of its .npz file
     by: NotRequired[dict[str, object]]  # device and versions
+    passes: NotRequired[int]  # that it took, as `progress.Meter` counts them; earlier versions counted none
+
+
+class Bounds(TypedDict):
+    """What is certain, and what is likely, about the accuracy under the suite while it runs. Never a headline.
+
+    images: attacked in the end. broken, robust: what is certain by now; all others count both ways in low and high.
+    likely_low, likely_high: the accuracy of all `images` lies between them at every time until the end, with a
+    probability of 95 %, if the images are in random order; None if their labels show that they are not, and before the
+    first shard has ended. Accuracies are in [0, 1].
+    """
+
+    images: int
+    broken: int
+    robust: int
+    low: float
+    high: float
+    likely_low: float | None
+    likely_high: float | None
 
 
 class WorkEstimate(TypedDict):
@@ -45,22 +70,30 @@ class WorkEstimate(TypedDict):
 
     shards: int
     shards_done: int
+    passes_done: int  # forward passes of single images
+    passes_left: int  # if no image is broken that is robust so far
     seconds_left: float | None  # None where it is not known yet
+    bounds: Bounds | None  # None without a suite
 
 
 @dataclass(frozen=True)
 class ShardTask:
     """One shard: the path of its files without suffix, its identity, and how to compute it.
 
-    images: their number. make: computes the columns. computed_by: device and versions, kept in the shard's record,
-    because shards of one evaluation may come from several machines and versions.
+    images: their number. passes: that it takes if no image is broken. make: computes the columns, and reports its
+    progress. computed_by: device and versions, kept in the shard's record, because shards of one evaluation may come
+    from several machines and versions. suite: whether its images are attacked by a suite. mixed: whether the images of
+    the evaluation are in random order, as far as their labels show.
     """
 
     path: Path
     images: int
+    passes: int
     identity: Mapping[str, object]
-    make: Callable[[], Columns]
+    make: Callable[[Report], Columns]
     computed_by: Mapping[str, object] = field(default_factory=dict)
+    suite: bool = False
+    mixed: bool = False
 
     @property
     def done(self) -> bool:
@@ -70,20 +103,33 @@ class ShardTask:
         """
         return self.record() is not None
 
-    def compute(self) -> None:
-        """Computes the shard and writes its files. The record comes last: without it the shard is not done."""
+    def compute(self, show: Callable[[], None] = lambda: None) -> None:
+        """Computes the shard and writes its files. The record comes last: without it the shard is not done.
+
+        show: called when the file of its progress has changed.
+        """
         started = time.monotonic()
-        columns = self.make()
-        with files.writing(self.path.with_suffix(".npz")) as file:
-            np.savez(file, **columns)  # type: ignore[arg-type]  # its stub takes the first for allow_pickle
-        shard_record: AttackedShardRecord = {
-            "identity": dict(self.identity),
-            "images": self.images,
-            "seconds": round(time.monotonic() - started, 3),
-            "sha256": files.sha256(self.path.with_suffix(".npz")),
-            "by": dict(self.computed_by),
-        }
-        files.write_json(self.path.with_suffix(".json"), shard_record)
+        progress_file = ProgressFile(self.path)
+
+        def report(state: AttackProgress) -> None:
+            if progress_file.write(state):
+                show()
+
+        try:
+            columns = self.make(report)
+            with files.writing(self.path.with_suffix(".npz")) as file:
+                np.savez(file, **columns)  # type: ignore[arg-type]  # its stub takes the first for allow_pickle
+            shard_record: AttackedShardRecord = {
+                "identity": dict(self.identity),
+                "images": self.images,
+                "seconds": round(time.monotonic() - started, 3),
+                "sha256": files.sha256(self.path.with_suffix(".npz")),
+                "by": dict(self.computed_by),
+                "passes": progress_file.passes,
+            }
+            files.write_json(self.path.with_suffix(".json"), shard_record)
+        finally:
+            progress_file.remove()
 
     def record(self) -> AttackedShardRecord | None:
         """The record of the shard; None where the shard is missing or damaged.
@@ -119,57 +165,165 @@ class ShardTask:
         with np.load(path, allow_pickle=False) as saved:
             return {name: saved[name] for name in saved.files}
 
+    def read_column(self, name: str) -> np.ndarray:
+        """One column [B] of the shard, which is done."""
+        with np.load(self.path.with_suffix(".npz"), allow_pickle=False) as saved:
+            column: np.ndarray = saved[name]
+        return column
+
+
+class Monitor:
+    """Reads how far the shards of an evaluation are, whoever computes them. It holds neither models nor images."""
+
+    def __init__(self, tasks: Sequence[ShardTask]):
+        self._tasks = [dataclasses.replace(task, make=_computed_elsewhere) for task in tasks]
+        self._finished: dict[Path, _FinishedShard] = {}
+
+    def estimate(self) -> WorkEstimate:
+        """Passes done and left, the time that one process needs for these, and the bounds of the accuracy.
+
+        A shard that nobody has begun is expected to take as many passes per image as the finished ones of its folder;
+        without any, as if no image of it were broken. The time comes from the seconds per pass so far.
+        """
+        running: dict[Path, progress.ShardProgress] = {}
+        for task in self._tasks:
+            if task.path not in self._finished and (record := task.record()) is not None:
+                robust = int(task.read_column("auto_attack").sum()) if task.suite else 0
+                self._finished[task.path] = _FinishedShard(
+                    task.images, record.get("passes", task.passes), record["seconds"], robust
+                )
+            if task.path not in self._finished and (state := progress.read(task.path)) is not None:
+                running[task.path] = state
+        begun = [(shard.passes, shard.seconds) for shard in self._finished.values()]
+        begun += [(state["passes_done"], state["seconds"]) for state in running.values()]
+        passes_done, seconds = sum(passes for passes, _ in begun), sum(seconds for _, seconds in begun)
+        passes_left = sum(state["passes_left"] for state in running.values())
+        passes_left += sum(
+            self._expected_passes(task)
+            for task in self._tasks
+            if task.path not in self._finished and task.path not in running
+        )
+        measurable = passes_done > 0 or not passes_left
+        return {
+            "shards": len(self._tasks),
+            "shards_done": len(self._finished),
+            "passes_done": passes_done,
+            "passes_left": passes_left,
+            "seconds_left": round(passes_left * seconds / max(passes_done, 1), 1) if measurable else None,
+            "bounds": self._bounds(running),
+        }
+
+    def _expected_passes(self, task: ShardTask) -> int:
+        """Passes of a shard that nobody has begun."""
+        peers = [shard for path, shard in self._finished.items() if path.parent == task.path.parent]
+        images = sum(shard.images for shard in peers)
+        return round(task.images * sum(shard.passes for shard in peers) / images) if images else task.passes
+
+    def _bounds(self, running: Mapping[Path, progress.ShardProgress]) -> Bounds | None:
+        """Bounds of the accuracy of the images that a suite attacks; None if there are none."""
+        attacked = [task for task in self._tasks if task.suite]
+        if not attacked:
+            return None
+        images = sum(task.images for task in attacked)
+        finished = [self._finished[task.path] for task in attacked if task.path in self._finished]
+        robust = sum(shard.robust for shard in finished)
+        broken = sum(shard.images - shard.robust for shard in finished) + sum(
+            task.images - running[task.path]["unbroken"] for task in attacked if task.path in running
+        )
+        bounds: Bounds = {
+            "images": images,
+            "broken": broken,
+            "robust": robust,
+            "low": robust / images,
+            "high": 1 - broken / images,
+            "likely_low": None,
+            "likely_high": None,
+        }
+        # Shards of robust images take longer, so that those which happen to be finished are no random ones. Those
+        # before the first that is not finished are: their number is all that depends on times.
+        first = list(itertools.takewhile(lambda task: task.path in self._finished, attacked))
+        if first and attacked[0].mixed:
+            right = sum(self._finished[task.path].robust for task in first)
+            low, high = without_replacement(right, sum(task.images for task in first), images)
+            bounds["likely_low"], bounds["likely_high"] = (
+                min(max(count / images, bounds["low"]), bounds["high"]) for count in (low, high)
+            )
+        return bounds
+
+
+@dataclass(frozen=True)
+class _FinishedShard:
+    """What remains of interest of a finished shard. robust: images that survived the suite."""
+
+    images: int
+    passes: int
+    seconds: float
+    robust: int
+
+
+def _computed_elsewhere(report: Report) -> Columns:
+    raise AssertionError("a monitor computes nothing")
+
+
+@contextlib.contextmanager
+def progress_bar(monitor: Monitor, label: str, quiet: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar that counts passes and shows bounds of the accuracy; none if `quiet`.
+
+    Gives the function that brings it up to date, which does so at most every two seconds.
+    """
+    if quiet:
+        yield lambda: None
+        return
+    state, shown = monitor.estimate(), time.monotonic()
+    total = state["passes_done"] + state["passes_left"]
+    with tqdm(
+        total=total, initial=state["passes_done"], unit=" passes", unit_scale=True, desc=label, dynamic_ncols=True
+    ) as bar:
+
+        def show(at_once: bool = False) -> None:
+            nonlocal shown
+            if at_once or time.monotonic() - shown > _SHOW_SECONDS:
+                state, shown = monitor.estimate(), time.monotonic()
+                bar.n, bar.total = state["passes_done"], state["passes_done"] + state["passes_left"]
+                bar.set_postfix_str(describe(state["bounds"]))
+
+        show(at_once=True)
+        yield show
+        show(at_once=True)
+
+
+def describe(bounds: Bounds | None) -> str:
+    """The bounds for people, such as "robust 31.0 to 82.4 %, likely 70.1 to 75.3 %"; "" for None."""
+    if bounds is None:
+        return ""
+    text = f"robust {100 * bounds['low']:.1f} to {100 * bounds['high']:.1f} %"
+    if bounds["likely_low"] is not None and bounds["likely_high"] is not None:
+        text += f", likely {100 * bounds['likely_low']:.1f} to {100 * bounds['likely_high']:.1f} %"
+    return text
+
 
 def compute_all(tasks: Sequence[ShardTask], *, quiet: bool) -> None:
     """Computes the shards that no other process computes, and waits for the others.
 
-    Takes over what other processes leave behind. The progress bar also counts their shards.
+    Takes over what other processes leave behind. The progress bar also counts their passes.
     """
     for task in tasks:
         task.path.parent.mkdir(parents=True, exist_ok=True)
-    total = sum(task.images for task in tasks)
-    with tqdm(total=total, unit=" images", desc="evaluate", disable=quiet, dynamic_ncols=True) as bar:
-        while True:
-            pending = [task for task in tasks if not task.done]
-            bar.update(total - sum(task.images for task in pending) - bar.n)
-            if not pending:
-                return
-            if not any(_compute_if_free(task) for task in pending):  # the first free one, then `pending` anew
+    pending = list(tasks)
+    with progress_bar(Monitor(tasks), "evaluate", quiet) as show:
+        while pending := [task for task in pending if not task.done]:
+            if not any(_compute_if_free(task, show) for task in pending):  # the first free one, then `pending` anew
                 time.sleep(_POLL_SECONDS)
+            show()
 
 
-def _compute_if_free(task: ShardTask) -> bool:
+def _compute_if_free(task: ShardTask, show: Callable[[], None]) -> bool:
     """Computes the shard unless another process holds or has computed it. Returns whether this process computed it."""
     try:
         with filelock.FileLock(task.path.with_suffix(".lock"), timeout=0):
             if task.done:
                 return False
-            task.compute()
+            task.compute(show)
     except filelock.Timeout:
         return False
     return True
-
-
-def estimate(tasks: Sequence[ShardTask]) -> WorkEstimate:
-    """Number of shards, number done, and seconds that one process needs for the rest.
-
-    The seconds come from the median seconds per image so far, taken over the shards of one folder. They are None where
-    a folder has no finished shard yet.
-    """
-    seconds_left = 0.0
-    measurable = True
-    for folder in dict.fromkeys(task.path.parent for task in tasks):
-        folder_tasks = [task for task in tasks if task.path.parent == folder]
-        missing_images = sum(task.images for task in folder_tasks if not task.done)
-        seconds_per_image = [
-            record["seconds"] / record["images"] for task in folder_tasks if (record := task.record()) is not None
-        ]
-        if missing_images and not seconds_per_image:
-            measurable = False
-        elif missing_images:
-            seconds_left += missing_images * statistics.median(seconds_per_image)
-    return {
-        "shards": len(tasks),
-        "shards_done": sum(task.done for task in tasks),
-        "seconds_left": round(seconds_left, 1) if measurable else None,
-    }

@@ -134,7 +134,12 @@ def estimate(settings: EvaluateRobust, job: Job) -> dict[str, object]:
     evaluations = _evaluations(settings, job, models)
     test = shards.open_shards(job.inputs["test"])
     protocol = evaluations["best"].protocol(models["best"][1]["threat"], len(test))
-    return {"protocol": protocol} | work.estimate(_tasks(evaluations))
+    return {"protocol": protocol, **work.Monitor(_tasks(evaluations)).estimate()}
+
+
+def monitor(settings: EvaluateRobust, job: Job) -> work.Monitor:
+    """Reads how far the evaluation is while others compute it."""
+    return work.Monitor(_tasks(_evaluations(settings, job, _models(job))))
 
 
 def first_shard(settings: EvaluateRobust, job: Job) -> work.ShardTask:

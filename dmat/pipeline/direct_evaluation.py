@@ -134,7 +134,7 @@ class DirectEvaluation:
             "images": self.source.origin,
             "folder": str(self.request.folder),
             "protocol": self.protocol(),
-            **work.estimate(self.evaluation.tasks),
+            **work.Monitor(self.evaluation.tasks).estimate(),
         }
 
     def protocol(self) -> EvaluationProtocol:
@@ -197,7 +197,8 @@ class DirectEvaluation:
         arguments = (request, self.identity, division.WorkerCompute.of(self.compute))
         numbers = [number for number, task in enumerate(self.evaluation.tasks) if not task.done]
         tasks = [Task(f"shard {number}", _compute_shard, (*arguments, number)) for number in numbers]
-        division.run_tasks(tasks, options, label="evaluate", quiet=quiet)
+        monitor = work.Monitor(self.evaluation.tasks)
+        division.run_tasks(tasks, options, label="evaluate", quiet=quiet, monitor=monitor)
 
     def _tracked(self) -> tracking.Run:
         request = self.request

@@ -5,9 +5,10 @@ the same instance and refuses if its plan is another one. It leaves the shard wh
 that the driver then only publishes. What a shard holds does not depend on who computed it.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from dmat.config import Params
 from dmat.devices import Compute
 from dmat.engine import EngineOptions, Outcome, Task, TaskContext, open_engine
 from dmat.errors import DmatError
+from dmat.evaluation.work import Monitor, progress_bar
 from dmat.job import Job
 from dmat.pipeline import execution, planning
 from dmat.pipeline.planning import Plan
@@ -90,17 +92,23 @@ def compute_shards(plan: Plan, job: Job, workspace: Workspace, path: Path, optio
         WorkerCompute.of(job.compute), job.fresh,
     )  # fmt: skip
     title = f"{plan.stage.name} {plan.stage.instance_name(plan.instance)}"
-    numbers = plan.stage.job.pending_shards(plan.settings, job)
+    stage_job = plan.stage.job
+    numbers = stage_job.pending_shards(plan.settings, job)
+    monitor = stage_job.monitor(plan.settings, job) if hasattr(stage_job, "monitor") and not job.quiet else None
     run_tasks(
         [Task(f"shard {number} of {title}", _compute_shard, (request, number)) for number in numbers],
         options,
         label=plan.stage.name,
         quiet=job.quiet,
+        monitor=monitor,
     )
 
 
-def run_tasks(tasks: Sequence[Task], options: EngineOptions, *, label: str, quiet: bool) -> None:
-    """Runs one task per shard. label: of the progress bar; none if `quiet`.
+def run_tasks(
+    tasks: Sequence[Task], options: EngineOptions, *, label: str, quiet: bool, monitor: Monitor | None = None
+) -> None:
+    """Runs one task per shard. label: of the progress bar; none if `quiet`. monitor: shows the work inside the shards;
+    None: the bar counts shards.
 
     Raises the first error of a task, and Interrupted on a signal. The other tasks are then stopped.
     """
@@ -108,23 +116,34 @@ def run_tasks(tasks: Sequence[Task], options: EngineOptions, *, label: str, quie
         return
     waiting = iter(tasks)
     options = dataclasses.replace(options, time_to_save=_TIME_TO_SAVE, environments=gpu_environments())
-    bar = tqdm(total=len(tasks), unit=" shards", desc=label, disable=quiet, dynamic_ncols=True)
 
     def on_outcome(outcome: Outcome) -> None:
         if outcome.error is not None:
             raise outcome.error
-        bar.update()
+        shard_ended()
 
     def on_lost(task: Task) -> None:
         tqdm.write(f"note: {task.name} lost its worker, and runs again")
 
-    with Interruption() as interruption, bar, open_engine(options) as engine:
-        engine.run(
-            lambda: next(waiting, None),
-            on_outcome=on_outcome,
-            on_lost=on_lost,
-            check_interruption=interruption.raise_if_received,
-        )
+    def check() -> None:
+        interruption.raise_if_received()
+        show()
+
+    with Interruption() as interruption, contextlib.ExitStack() as stack, open_engine(options) as engine:
+        show, shard_ended = _bar(stack, len(tasks), label, quiet, monitor)
+        engine.run(lambda: next(waiting, None), on_outcome=on_outcome, on_lost=on_lost, check_interruption=check)
+
+
+def _bar(
+    stack: contextlib.ExitStack, count: int, label: str, quiet: bool, monitor: Monitor | None
+) -> tuple[Callable[[], None], Callable[[], object]]:
+    """A progress bar until the end of the stack: what to call often, and what to call when one of `count` shards has
+    ended."""
+    if monitor is not None:
+        show = stack.enter_context(progress_bar(monitor, label, quiet))
+        return show, show
+    bar = stack.enter_context(tqdm(total=count, unit=" shards", desc=label, disable=quiet, dynamic_ncols=True))
+    return lambda: None, bar.update
 
 
 def _compute_shard(context: TaskContext, request: _ShardRequest, number: int) -> None:

@@ -36,7 +36,7 @@ class Stage:
     processes: "one" process only; "together": several that compute in step with each other.
     float32: the stage computes in single precision, whatever the precision of the other stages.
     by_shards: whether workers can divide its shards. Its command takes `--shards`, `--workers` and `--cluster`, and its
-    job has `pending_shards` and `run_shards`.
+    job has `pending_shards` and `run_shards`. It may have `monitor`, which reads how far the work inside shards is.
     """
 
     name: str

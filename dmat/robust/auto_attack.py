@@ -8,18 +8,20 @@ Shapes: B images, C channels, H height, W width, K classes.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dmat.errors import DmatError
+from dmat.robust import apgd as gradient_ascent
+from dmat.robust import fab as boundary_search
 from dmat.robust import square as square_search
 from dmat.robust.apgd import apgd
 from dmat.robust.attacks import Ball, Logits
 from dmat.robust.authors_package import package_attacks
 from dmat.robust.fab import fab
-from dmat.robust.passes import Goal, Passes
+from dmat.robust.passes import GRADIENT, Goal, Passes
 
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -30,11 +32,21 @@ _STANDARD_TARGETS = 9  # wrong classes that the targeted attacks of the standard
 ROBUST, MISCLASSIFIED = -1, -2  # values of `broken_by` for images that no attack broke
 
 
+# Called when a part of an attack begins or has ended, with a name such as "apgd-t 3/9" (three of nine parts are
+# finished), the passes left if no other image is broken, and the number of images that are not broken.
+Watch = Callable[[str, int, int], None]
+
+
+def _ignore(attack_name: str, passes_left: int, unbroken: int) -> None:
+    """The watch of nobody."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Suite:
     """Attacks in their order; each runs on the images that are still robust to the earlier ones."""
 
     attacks: tuple[str, ...]
+    classes: int
     targets: int  # wrong classes that a targeted attack tries
     standard: bool  # whether a result may be called a result of standard AutoAttack
 
@@ -42,6 +54,25 @@ class Suite:
     def name(self) -> str:
         """The name to report beside a result: "standard", or "nonstandard" with the attacks."""
         return "standard" if self.standard else f"nonstandard ({', '.join(self.attacks)})"
+
+    def parts(self, name: str) -> list[int]:
+        """Forward passes that each part of an attack makes for an image that it does not break (see `GRADIENT`).
+
+        A targeted attack has one part for each target, the others one. The few passes between the parts are left out.
+        """
+        ascent = GRADIENT * (gradient_ascent.STEPS + 1)
+        passes = {
+            "apgd-t": ascent,
+            "fab": boundary_search.STEPS * (GRADIENT * self.classes + 1),
+            "fab-t": boundary_search.STEPS * (GRADIENT + 1),
+            "square": square_search.QUERIES + 1,
+        }.get(name, ascent)
+        return [passes] * (self.targets if name in ("apgd-t", "fab-t") else 1)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the whole suite for an image that nothing breaks."""
+        return sum(sum(self.parts(name)) for name in self.attacks)
 
 
 def suite(attacks: str | Sequence[str], classes: int) -> Suite:
@@ -56,7 +87,7 @@ def suite(attacks: str | Sequence[str], classes: int) -> Suite:
     targets = min(_STANDARD_TARGETS, classes - 1)
     if attacks == "standard":
         possible = tuple(name for name in STANDARD if classes >= _CLASSES_NEEDED.get(name, 2))
-        return Suite(possible, targets, standard=possible == STANDARD)
+        return Suite(possible, classes, targets, standard=possible == STANDARD)
     names = tuple(attacks)
     for name in names:
         if name not in ATTACKS:
@@ -66,7 +97,7 @@ def suite(attacks: str | Sequence[str], classes: int) -> Suite:
                 f"{name} needs {_CLASSES_NEEDED[name]} classes, the model has {classes}; expected attacks without the "
                 f"DLR loss; leave it out, or write standard"
             )
-    return Suite(names, targets, standard=names == STANDARD)
+    return Suite(names, classes, targets, standard=names == STANDARD)
 
 
 def attack(
@@ -78,12 +109,14 @@ def attack(
     seed: int,
     batch: int,
     code: str = "dmat",
+    watch: Watch = _ignore,
 ) -> tuple[Tensor, Tensor]:
     """Runs the attacks of a suite. Returns adversarial images [B, C, H, W] and `broken_by`, int64 [B].
 
     images [B, C, H, W] in [0, 1], labels int64 [B], on the device of the model, which is in evaluation mode and
     float32. Each attack runs on the images that are still classified correctly, in batches of `batch`, each with
-    `seed`, as in one call of the authors' package. code: "dmat", or "pyautoattack" for that package itself.
+    `seed`, as in one call of the authors' package. code: "dmat", or "pyautoattack" for that package itself, which is
+    watched at the end of its attacks alone.
     The adversarial image of an image that no attack broke is the image itself. broken_by: position in
     `attack_suite.attacks`, MISCLASSIFIED (wrong without any attack) or ROBUST.
     Raises DmatError if images are too small for Square in l2.
@@ -95,7 +128,8 @@ def attack(
         )
     passes = Passes(logits_of)
     if code == "pyautoattack":
-        run = package_attacks(logits_of, ball, attack_suite.targets, seed, images.device)
+        run_package = package_attacks(logits_of, ball, attack_suite.targets, seed, images.device)
+        run: _Run = lambda name, x, y, _: run_package(name, x, y)  # noqa: E731
     else:
         run = functools.partial(_run, passes, ball, attack_suite.targets, seed)
     images = images.contiguous()
@@ -103,23 +137,69 @@ def attack(
     broken_by = torch.full_like(labels, ROBUST)
     correct = torch.cat([passes.logits(x).argmax(1) for x in images.split(batch)]) == labels  # [B]
     broken_by[~correct] = MISCLASSIFIED
+    course = _Course(attack_suite, watch)
     for number, name in enumerate(attack_suite.attacks):
-        for rows in torch.nonzero(broken_by == ROBUST)[:, 0].split(batch):
-            if not len(rows):
-                continue
+        standing = torch.nonzero(broken_by == ROBUST)[:, 0]
+        course.begin(number, len(standing))
+        for rows in standing.split(batch) if len(standing) else ():
+            course.begin_batch(len(rows))
             x, y = images[rows], labels[rows]
-            attacked = run(name, x, y)
+            attacked = run(name, x, y, course.end_part)
             broken = passes.logits(attacked).argmax(1) != y  # the same batch as the package's decides
             adversarial[rows[broken]] = attacked[broken]
             broken_by[rows[broken]] = number
+            course.end_batch(int((~broken).sum()))
     return adversarial, broken_by
 
 
-def _run(passes: Passes, ball: Ball, targets: int, seed: int, name: str, images: Tensor, labels: Tensor) -> Tensor:
+_Run = Callable[[str, Tensor, Tensor, Callable[[int], None]], Tensor]
+
+
+class _Course:
+    """Counts the passes that a suite still makes if no other image is broken, and says so at the end of every part."""
+
+    def __init__(self, attack_suite: Suite, watch: Watch):
+        self._suite, self._watch = attack_suite, watch
+
+    def begin(self, number: int, standing: int) -> None:
+        """An attack of the suite begins. standing: images that are not broken."""
+        self._name, *later = self._suite.attacks[number:]
+        self._parts = self._suite.parts(self._name)
+        self._later = sum(sum(self._suite.parts(name)) for name in later)
+        self._waiting, self._survivors = standing, 0
+
+    def begin_batch(self, count: int) -> None:
+        """The attack begins with the next `count` images."""
+        self._waiting -= count
+        self._ended = 0
+        self._say(count)
+
+    def end_part(self, robust: int) -> None:
+        """A part has ended. robust: images of the batch that are not broken."""
+        self._ended += 1
+        self._say(robust)
+
+    def end_batch(self, robust: int) -> None:
+        """The attack has ended for the batch, `robust` images of which are not broken."""
+        self._survivors += robust
+        self._ended = len(self._parts)
+        self._say(0)
+
+    def _say(self, robust: int) -> None:
+        standing = self._waiting + self._survivors + robust
+        left = self._waiting * sum(self._parts) + robust * sum(self._parts[self._ended :]) + standing * self._later
+        part = f" {self._ended}/{len(self._parts)}" if len(self._parts) > 1 else ""
+        self._watch(f"{self._name}{part}", left, standing)
+
+
+def _run(
+    passes: Passes, ball: Ball, targets: int, seed: int, name: str, images: Tensor, labels: Tensor,
+    end_part: Callable[[int], None],
+) -> Tensor:  # fmt: skip
     """Runs one attack. Returns an adversarial image where it found one, else the image: [B, C, H, W].
 
     images [B, C, H, W], labels int64 [B]. targets: number of wrong classes that a targeted attack tries, those with the
-    highest logits first.
+    highest logits first. end_part: called after each target with the number of images that are not broken.
     """
     generator = torch.Generator().manual_seed(seed)
     if name in ("apgd-ce", "apgd-dlr"):
@@ -140,6 +220,7 @@ def _run(passes: Passes, ball: Ball, targets: int, seed: int, name: str, images:
             attacked, broken = fab(passes, x, Goal("difference", y, target), ball)
         adversarial[robust[broken]] = attacked[broken]
         robust = robust[~broken]
+        end_part(len(robust))
     return adversarial
 
 

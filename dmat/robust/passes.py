@@ -10,6 +10,10 @@ from torch import Tensor
 
 from dmat.robust.attacks import Logits, cross_entropy, logit_ratio
 
+# Forward passes that a forward and a backward pass are counted as: the weights are frozen, so that backward computes
+# the gradients of the activations alone, about as many operations as forward.
+GRADIENT = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
