@@ -22,9 +22,11 @@ from dmat.data.shards import open_shards, write_set
 from dmat.errors import DmatError, Interrupted
 from dmat.robust.attacks import Ball
 from dmat.robust.losses import LOSSES, LossSettings
-from dmat.robust.networks import DataSpec, wide_resnet
+from dmat.robust.networks import NETWORKS, DataSpec
 from dmat.training import classifier, compilation
 from dmat.training.long_run import LongRun
+
+DEPTHS = {"wide_resnet": 10, "vit": 2, "ra_wide_resnet": 10}
 
 
 class _Rounded(nn.Module):
@@ -45,18 +47,21 @@ def rounded(monkeypatch):
 
 @pytest.fixture
 def train(tmp_path, tiny_params):
-    """Trains 10 steps: train(folder, choice, loss, stop_at), which gets a signal before the step `stop_at`."""
+    """Trains 10 steps: train(folder, choice, loss, stop_at), which gets a signal before the step `stop_at`.
+
+    changes: of the section train_robust.
+    """
     rng = np.random.default_rng(0)
     write_set(tmp_path / "set", rng.integers(0, 256, (48, 8, 8, 1), np.uint8), np.arange(48) % 4,
               class_names=list("abcd"), metadata={})  # fmt: skip
     shards = open_shards(tmp_path / "set")
     section = tiny_params["train_robust"] | {"images_seen": 80, "batch": 8, "evaluate_every": 40, "schedule_every": 8}
 
-    def run_training(folder, choice, loss="trades", stop_at=-1):
+    def run_training(folder, choice, loss="trades", stop_at=-1, network="wide_resnet", **changes):
         torch.manual_seed(3)
-        settings = config.TrainRobust.model_validate(section | {"loss": loss})
+        settings = config.TrainRobust.model_validate(section | {"loss": loss} | changes)
         compute = dataclasses.replace(devices.resolve("cpu", "fp32", threads=1), compile=choice)
-        model = wide_resnet(DataSpec(4, 1, (0.4,), (0.3,)), 10, 1, "silu")
+        model = NETWORKS[network](DataSpec(4, 1, (0.4,), (0.3,)), DEPTHS[network], 1, "silu")
         loss_settings = LossSettings(Ball("linf", 0.1), 2, 0.05, 5.0, 0.1, 3.0)
         with _StopAt(tmp_path / folder, compute, 80, quiet=True) as run:
             run.stop_at = stop_at * 8
@@ -147,11 +152,52 @@ def test_a_model_that_does_not_compile(train, rounded, monkeypatch):
         train("on", "on")
 
 
+@pytest.fixture
+def compilations(monkeypatch):
+    """Traces with torch and runs what it traced eagerly. Holds, for each graph, whether `prepare` compiled it."""
+    graphs, preparing, prepare = [], [], compilation.Compilation.prepare
+
+    def prepare_and_say_so(self, *arguments):
+        preparing.append(True)
+        prepare(self, *arguments)
+        preparing.clear()
+
+    def backend(graph, inputs):
+        graphs.append(bool(preparing))
+        return graph.forward
+
+    monkeypatch.setattr(compilation.Compilation, "prepare", prepare_and_say_so)
+    monkeypatch.setattr(compiler, "_BACKEND", backend)
+    return graphs
+
+
+AWP = {"awp_gamma": 0.25, "awp_warmup": 0.5}  # begins two steps after compiling
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_pass_of_a_loss_is_one_graph(train, monkeypatch, loss):
-    """torch raises an error if a pass needs a second graph or a later step a new one too many."""
-    monkeypatch.setattr(compiler, "_BACKEND", "eager")
+def test_every_pass_of_a_loss_is_one_graph(train, compilations, loss):
+    """torch raises an error if a pass needs a second graph. No later step compiles, and no number differs."""
     assert same(train("on", "on", loss), train("off", "off", loss))
+    assert compilations
+    assert all(compilations)
+
+
+@pytest.mark.parametrize("changes", [{"loss": "trades"} | AWP, {"loss": "mart"} | AWP, {"network": "vit"},
+                                     {"network": "ra_wide_resnet"}])  # fmt: skip
+def test_every_pass_is_one_graph(train, compilations, changes):
+    assert same(train("on", "on", **changes), train("off", "off", **changes))
+    assert compilations
+    assert all(compilations)
+
+
+def test_weight_perturbation_resumes_compiled_bit_for_bit(train, rounded):
+    whole = train("whole", "on", **AWP)
+    assert not same(whole, train("eager", "off", **AWP))
+    assert not same(whole, train("unperturbed", "on"))
+    for stop_at in (4, 6):  # before the first perturbed step and after it
+        with pytest.raises(Interrupted):
+            train(f"parts-{stop_at}", "on", stop_at=stop_at, **AWP)
+        assert same(train(f"parts-{stop_at}", "on", **AWP), whole)
 
 
 def test_the_cache_is_in_the_folder_only_inside_the_block(tmp_path, monkeypatch):

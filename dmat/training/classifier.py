@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Protocol, TypedDict
 
 import torch
@@ -227,21 +228,13 @@ def train(
         own = slice(rows.start - inputs.first_row, rows.stop - inputs.first_row)
         images, targets, start = compute.to_device(images[own]), targets[own], compute.to_device(inputs.start)
         backward = functools.partial(_backward, loss_function, images, targets, class_means.means, compute)
+        gradients = functools.partial(_gradients, backward, model, images, start, loss_settings, settings, compute)
         optimiser.zero_grad(set_to_none=True)  # before the attack, which needs neither their memory nor their type
         if compilation.due(step):
             throughput.stop()
-            compilation.prepare(functools.partial(backward, start, loss_settings), steps - step)
+            compilation.prepare(functools.partial(gradients, settings.awp_gamma > 0), steps - step)
             throughput.start()
-        module = compilation.module(step)
-        perturbs_weights, step_settings = settings.awp_gamma > 0 and step >= settings.awp_warmup * steps, loss_settings
-        if perturbs_weights:
-            with modes.untracked_batch_norm(model):
-                loss = backward(start, loss_settings, module)
-            world.sum_gradients(model, loss.total.new_zeros(0))
-            start, step_settings = _without_attack(loss, images, loss_settings, settings)
-        with weight_perturbation.perturbed(model, settings.awp_gamma if perturbs_weights else 0.0):
-            optimiser.zero_grad(set_to_none=True)
-            loss = backward(start, step_settings, module)
+        loss = gradients(settings.awp_gamma > 0 and step >= settings.awp_warmup * steps, compilation.module(step))
         if settings.loss in losses.WITH_CLASS_MEANS and loss.clean_logits is not None:
             class_means.add(world.sum(class_means.batch_sums(loss.clean_logits, targets)))
         values = _step_values(loss, targets)
@@ -321,6 +314,31 @@ def _backward(
         loss = loss_function(model, images, targets, start, loss_settings, class_means)
     (loss.total.mean() / compute.world.size).backward()  # the mean of the whole batch, once gradients are summed
     return loss
+
+
+def _gradients(
+    backward: Callable[[Tensor, losses.LossSettings, nn.Module], losses.Loss],
+    model: nn.Module,
+    images: Tensor,
+    start: Tensor,
+    loss_settings: losses.LossSettings,
+    settings: ClassifierSettings,
+    compute: Compute,
+    perturbs_weights: bool,
+    module: nn.Module,
+) -> losses.Loss:
+    """Leaves the gradients of a step in the model, those at perturbed weights with `perturbs_weights`.
+
+    backward: `_backward` of the step. images and start [B, C, H, W]. module: runs the model. Returns the loss.
+    """
+    if perturbs_weights:
+        with modes.untracked_batch_norm(model):
+            loss = backward(start, loss_settings, module)
+        compute.world.sum_gradients(model, loss.total.new_zeros(0))
+        start, loss_settings = _without_attack(loss, images, loss_settings, settings)
+    with weight_perturbation.perturbed(model, settings.awp_gamma if perturbs_weights else 0.0):
+        model.zero_grad(set_to_none=True)
+        return backward(start, loss_settings, module)
 
 
 @dataclasses.dataclass(frozen=True)
