@@ -65,6 +65,12 @@ def test_a_recipe_is_valid_and_its_written_file_says_the_same_and_its_sources(na
         assert {label for label in experiment.labels.values() if f"# {label}" not in text} == set()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_trains_no_generator_that_makes_no_images(name):
+    params = config.check(dict(recipes.load(name).values))[0]
+    assert {*params.generators} == {entry.generator for entry in params.image_sets.values()} - {"none"}
+
+
 def test_numbers_in_brackets_are_rows_of_the_documentation(root):
     page = (root / "docs/recipe.md").read_text()
     labels = [str(text) for name in NAMES for text in (*recipes.load(name).labels.values(),
