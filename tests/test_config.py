@@ -208,7 +208,7 @@ BAD = [
     ("selections.edm18-best", {"image_set": "edm18"}, ["'edm18-best'", "letters, digits and underscores"]),
     ("arms.generated.images", ["x"], ["is ['x']", "edm18"]),
     ("arms.real_only", {}, ["images is missing", "edm18_best, or none"]),
-    ("generators", {}, ["is {}", "named entries"]),
+    ("image_sets", {}, ["is {}", "named entries"]),
     ("trian_robust", {}, ["trian_robust is not a section", "train_robust"]),
     ("tune.arm", "nobody", ["tune.arm is 'nobody'", "generated, real_only"]),
     ("tune.arm", "real_only", ["has generated_share", "real_only has no generated images"]),
@@ -590,6 +590,15 @@ def test_an_arm_names_a_selection_an_image_set_and_a_generator(tmp_path, params)
     loaded = _load(tmp_path, params)
     assert loaded.image_sets[loaded.selections[loaded.arms["generated"].images].image_set].images == 1_000_000
     assert loaded.arms["real_only"].images == config.NONE
+
+
+def test_generators_may_be_empty_where_no_image_set_names_one(params):
+    params["generators"] = {}
+    message = "image_sets.edm18.generator is 'edm'; expected one of (none defined), or none"
+    assert config.check(copy.deepcopy(params))[1] == [message]
+    params["image_sets"]["edm18"] = {"generator": "none", "source": "released.npz"}
+    checked, problems = config.check(params)
+    assert (problems, checked.generators) == ([], {})
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ The whole pipeline, compared with `dvc repro`, is in tests/test_pipeline.py.
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
-from dmat import tracking
+from dmat import recipes, tracking
 from dmat.engine import EngineOptions, Outcome
 from dmat.errors import DmatError, Interrupted
 from dmat.pipeline import dvc_graph, repro
@@ -117,6 +119,26 @@ def test_a_stage_that_divides_its_work_leaves_the_only_worker_free(project):
     assert failure is None
     assert states[-1] == ("a", "done")
     assert Path("set").read_text() == "[1, 2, 3]"
+
+
+def test_a_project_of_released_images_has_no_generator(tmp_path, monkeypatch):
+    """DVC resolves an empty list, and makes or has all that the stages read."""
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").write_text("[core]\n    no_scm = True\n")
+    for name in ("dvc.yaml", "code.yaml"):
+        shutil.copy(ROOT / name, name)
+    recipes.use("cifar10-wrn28-1m", Path("params.yaml"))
+    waits = dvc_graph.instances_to_run(tmp_path, [])
+    assert [*waits][-1] == "write_report"
+    assert len(waits) == 10
+    assert waits["write_report"] == {*waits} - {"write_report"}
+    assert waits["generate_images@released"] == {"prepare_data"}
+    made = {path for stage in Repo().index.stages for path in map(str, stage.outs)}
+    read = {path for stage in Repo().index.stages for dep in stage.deps if not (path := str(dep)).endswith(".yaml")}
+    missing = {path for path in read if not any(f"{name}/".startswith(f"{path}/") for name in made)}
+    assert missing == {"plugins", "sources/none", "sources/cifar10", "sources/wang-cifar10-1m.npz"}
 
 
 def test_targets_that_dvc_does_not_have_are_refused(project):

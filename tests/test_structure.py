@@ -205,6 +205,8 @@ def test_dvc_stages_agree_with_the_table(root):
                 assert set(entry["deps"]) - {"sources/none", "plugins"} == set(all_inputs.values())
             if stage_name == "generate_images":  # only sets that are imported read it
                 unread |= {"artifacts/prepare_data/train"}
+            if stage_name == "write_report":  # the list of generators may be empty, and DVC refuses absent folders
+                inputs -= {"artifacts/pictures/train_diffusion", "artifacts/provenance/train_diffusion"}
             assert set(entry["deps"]) - unread == inputs, stage_name
             assert ("plugins" in entry["deps"]) == (stage_name in WITH_PLUGINS)
             assert entry["params"].pop(0) == {"code.yaml": [stage_name]}

@@ -54,7 +54,7 @@ class EntryKind(NamedTuple):
 
 
 LISTS = {  # a parent's list comes before its children's
-    "generators": EntryKind(Generator, "train_diffusion", DenoiserTraining),
+    "generators": EntryKind(Generator, "train_diffusion", DenoiserTraining, may_be_empty=True),
     "image_sets": EntryKind(ImageSet, "generate_images", GenerateImages, "generator", ("generators",), True),
     "selections": EntryKind(Selection, "select_images", SelectImages, "image_set", ("image_sets",)),
     "mixtures": EntryKind(Mixture, "", Mixture, may_be_empty=True),

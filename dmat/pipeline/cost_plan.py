@@ -5,6 +5,7 @@ counter, and from the lengths in the recipe. Utilisation was measured for one GP
 elsewhere the same fraction is stated, which is an assumption.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -146,6 +147,7 @@ class _Planner:
         self.image_bytes = math.prod(self.shape) + 8  # with its label
         self.robust_share = experiment.published.get("auto_attack", 100.0) / 100
         self.networks: dict[Network, NetworkCost] = {}
+        self.denoiser = functools.cache(self.new_denoiser)  # of a generator, which many image sets share
 
     def stages(self) -> list[StageCost]:
         params, prepared = self.params, self.params.prepare_data
@@ -214,7 +216,10 @@ class _Planner:
     def training(self, settings: ClassifierTraining) -> float:
         """Operations of a training and of its evaluations on the validation split."""
         forward = self.classifier(settings.network).forward
-        per_image = flops.forward_passes_per_step(settings.loss, settings.attack_steps)
+        per_image: float = flops.forward_passes_per_step(settings.loss, settings.attack_steps)
+        if settings.awp_gamma:
+            perturbed = flops.forward_passes_per_step(settings.loss, settings.attack_steps, perturbs_weights=True)
+            per_image += (perturbed - per_image) * (1 - settings.awp_warmup)
         evaluations = math.ceil(settings.images_seen / settings.evaluate_every)
         judged = self.params.prepare_data.validation * (2 + 2 * settings.selection_steps)
         return forward * (settings.images_seen * per_image + evaluations * judged)
@@ -248,7 +253,7 @@ class _Planner:
             )
         return RELEASED_IMAGES[image_set.source]
 
-    def denoiser(self, generator: Generator) -> NetworkCost:
+    def new_denoiser(self, generator: Generator) -> NetworkCost:
         """Of an imported model: the network of the section, which is that of the published weights in every recipe."""
         augments = 9 if generator.augment_probability else 0
         label_dim = self.data.classes if generator.conditional else 0

@@ -180,21 +180,23 @@ def _report_settings(params: "Params") -> "Record":
 REPORT_INPUTS = (
     *("train_diffusion", "measure_images", "mix_images", "train_robust", "evaluate_robust"),
     "metrics/train_robust",
-    *(f"pictures/{stage_name}" for stage_name in ("train_diffusion", "measure_images", "evaluate_robust")),
+    *(f"pictures/{stage_name}" for stage_name in ("measure_images", "evaluate_robust")),
     *(
         f"provenance/{stage_name}"
         for stage_name in (
-            *("prepare_data", "train_scorer", "train_diffusion", "generate_images", "score_images", "select_images"),
-            *("measure_images", "mix_images", "train_robust", "evaluate_robust"),
+            *("prepare_data", "train_scorer", "generate_images", "score_images", "select_images", "measure_images"),
+            *("mix_images", "train_robust", "evaluate_robust"),
         )
     ),
 )
 
 
 def _report_inputs(params: "Params") -> Paths:
-    # DVC's templates have no conditions; it sees a changed mixture in mix_images.
+    # These lists may be empty, and DVC's templates have no conditions. DVC sees a changed generator in
+    # artifacts/train_diffusion, and a changed mixture in mix_images.
+    generators = ("pictures/train_diffusion", "provenance/train_diffusion") if params.generators else ()
     mixtures = ("provenance/combine_selections",) if params.mixtures else ()
-    return {path: f"{ARTIFACTS}/{path}" for path in (*REPORT_INPUTS, *mixtures)}
+    return {path: f"{ARTIFACTS}/{path}" for path in (*REPORT_INPUTS, *generators, *mixtures)}
 
 
 SCORER = f"{ARTIFACTS}/train_scorer/scorer"
