@@ -49,10 +49,10 @@ def load(path: Path) -> tuple[Header, State]:
 
 def parse(data: bytes, path: Path) -> tuple[Header, State]:
     """Parses header and state from the bytes of a checkpoint file. path: for messages. Raises DmatError like `load`."""
-    first_line, _, payload = data.partition(b"\n")
+    header_line, _, payload = data.partition(b"\n")
     advice = "delete it to start this run over, or bring back a good copy"
     try:
-        header = json.loads(first_line)
+        header = files.parse_json(header_line)
     except ValueError:
         header = None
     if not isinstance(header, dict) or not {"schema", "sha256"} <= set(header):
@@ -66,5 +66,8 @@ def parse(data: bytes, path: Path) -> tuple[Header, State]:
         raise DmatError(
             f"{path} was cut or altered (checksum {checksum[:12]}, expected {header['sha256'][:12]}); {advice}"
         )
-    state: State = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        state: State = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # hostile bytes may raise any exception; none of them is a bug of dmat
+        raise DmatError(f"{path} holds no state that torch reads ({first_line(error)}); {advice}") from None
     return cast(Header, header), state
