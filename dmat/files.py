@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
@@ -89,26 +88,40 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
+    """The content of a file. Raises DmatError if it is missing, cannot be read or has more than `limit` bytes."""
+    with reading(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise DmatError(
+                f"{path} has {size:,} bytes; expected at most {limit:,}; delete it and run its stage again"
+            )
+        return file.read()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """Opens a binary file. Raises DmatError if it is missing, not a file, or cannot be read, now or in the block."""
+    try:
+        if not path.is_file() and path.exists():  # opening a FIFO would wait for a writer
+            raise DmatError(f"{path} is not a file; expected one; remove it, and `dvc checkout` or run its stage again")
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise missing(path) from None
+    except OSError as error:
+        raise DmatError(f"{path} cannot be read ({error.strerror}); expected a file; make it readable") from None
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON value that `write_json` may have written.
 
     Raises DmatError if the file is missing or cannot be read, is larger than 256 MiB, is not JSON, or holds what no
     stage writes: NaN, infinite numbers, whole numbers of more than 20 digits, lists in lists to a depth of 50.
     """
+    data = read_bytes(path, _MAX_JSON_SIZE)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a FIFO would wait for a writer
-            raise DmatError(f"{path} is not a file; expected JSON; delete it and run its stage again")
-        if status.st_size > _MAX_JSON_SIZE:
-            raise DmatError(
-                f"{path} has {status.st_size:,} bytes; expected JSON of at most {_MAX_JSON_SIZE:,}; delete it and run "
-                f"its stage again"
-            )
-        return parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise missing(path) from None
-    except OSError as error:
-        raise DmatError(f"{path} cannot be read ({error.strerror}); expected JSON; make it readable") from None
+        return parse_json(data)
     except ValueError as error:
         raise DmatError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
 
@@ -190,7 +203,8 @@ def load_array(path: Path, mapped: bool = False) -> "np.ndarray":
     try:
         if not path.is_file():  # opening a FIFO would wait for a writer
             raise ValueError("not a file")
-        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+        with np.errstate(over="raise"):  # of the number of items
+            array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # damaged or hostile bytes may raise any exception; none of them is a bug of dmat
         raise DmatError(
             f"{path} is incomplete or not an array ({type(error).__name__}: {first_line(error)}); delete its folder "
@@ -205,20 +219,13 @@ def sha256(path: Path) -> str:
     While inode, size and times stay the same, a file is read once per process and a large file once per machine: inputs
     are hashed before and after the work, and at each start.
     """
-    try:
-        if not path.is_file() and path.exists():  # opening a FIFO would wait for a writer
-            raise DmatError(f"{path} is not a file; expected one; remove it, and `dvc checkout` or run its stage again")
-        with open(path, "rb") as file:
-            state = os.fstat(file.fileno())
-            if (cached := checksum_cache.recall(state)) is not None:
-                return cached
-            digest = hashlib.sha256()
-            while chunk := file.read(_CHUNK_SIZE):
-                digest.update(chunk)
-    except FileNotFoundError:
-        raise missing(path) from None
-    except OSError as error:
-        raise DmatError(f"{path} cannot be read ({error.strerror}); expected a file; make it readable") from None
+    with reading(path) as file:
+        state = os.fstat(file.fileno())
+        if (cached := checksum_cache.recall(state)) is not None:
+            return cached
+        digest = hashlib.sha256()
+        while chunk := file.read(_CHUNK_SIZE):
+            digest.update(chunk)
     checksum_cache.remember(state, digest.hexdigest())
     return digest.hexdigest()
 

@@ -311,7 +311,7 @@ def test_wrong_count_in_the_manifest_is_refused(tmp_path, verify):
     images, labels = random_images(3)
     write_in_shards(tmp_path, images, labels, (3,))
     change_manifest(tmp_path, lambda manifest: (manifest["shards"][0].update(count=4), manifest.update(count=4)))
-    with pytest.raises(DmatError, match=r"images-00000\.npy holds uint8 \[3, 4, 5, 3\]; its manifest says uint8 \[4, 4"):
+    with pytest.raises(DmatError, match=r"00000\.npy holds uint8 \[3, 4, 5, 3\]; its manifest says uint8 \[4, 4"):
         shards.open_shards(tmp_path, verify)
 
 

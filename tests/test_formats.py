@@ -439,7 +439,7 @@ def _lying_npz(path, shape, keep=0):
 
 PART_DAMAGE = {
     "missing": (lambda f: (f / "part2.npz").unlink(), "lacks part2.npz; expected all 3 parts"),
-    "cut": (lambda f: (f / "part2.npz").write_bytes((f / "part2.npz").read_bytes()[:-50]), "part2.npz is incomplete or not an .npz"),
+    "cut": (lambda f: (f / "part2.npz").write_bytes((f / "part2.npz").read_bytes()[:-50]), "part2.npz is incomplete"),
     "not an archive": (lambda f: (f / "part2.npz").write_bytes(b"<html>"), "part2.npz is incomplete or not an .npz"),
     "floats": (lambda f: _savez(f, image=np.zeros((6, 4, 5, 3))), "part2.npz: `image` is float64 (6, 4, 5, 3); expect"),
     "flat": (lambda f: _savez(f, image=np.zeros((6, 60), np.uint8)), "part2.npz: `image` is uint8 (6, 60); expected"),

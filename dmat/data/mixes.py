@@ -55,7 +55,7 @@ def _opened(selection: SelectionRecord, root: Path) -> SelectedImages:
     """A selection as the mix names it."""
     images = root / ARTIFACTS / "generate_images" / selection["image_set"]
     expect_selected_from(selection, images)
-    path = root / selection["path"]
+    path = root / selection.get("path", "")
     if any(checksum != selection.get(name) for name, checksum in checksums(path, selection).items()):
         raise DmatError(f"{path} changed after the mix was written; run `dvc repro` to make them agree")
     return open_selection(path, images)

@@ -119,10 +119,12 @@ def _select_runs(home: Path, tags: Mapping[str, str], status: str | None, limit:
         if not path.exists():
             return []
         try:
+            if not path.is_file():  # opening a FIFO would wait for a writer
+                raise ValueError("not a file")
             return _from_file(path, tags, status, limit)
-        except sqlite3.OperationalError:
-            pass  # a schema that the query does not fit
-        except (sqlite3.DatabaseError, ValueError, TypeError, AttributeError) as error:
+        except (sqlite3.DatabaseError, ValueError, TypeError, AttributeError, OverflowError) as error:
+            if isinstance(error, sqlite3.OperationalError) and str(error).startswith("no such"):
+                return _from_mlflow(home, tags, status, limit)  # a schema that the query does not fit
             raise DmatError(
                 f"{path} is damaged ({first_line(error)}); expected the database of MLflow; restore it from a backup, "
                 f"or move it away: a new one is made, and no result of a stage depends on it"

@@ -8,12 +8,13 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, cast
 
 import torch
+from typing_extensions import TypedDict
 
 from dmat import files
-from dmat.errors import DmatError
+from dmat.errors import DmatError, first_line
 
 SCHEMA = 1
 
@@ -44,7 +45,7 @@ def save(path: Path, header: Header, state: State) -> None:
 
 def load(path: Path) -> tuple[Header, State]:
     """Reads header and state of a checkpoint. Raises DmatError if the file cannot be trusted."""
-    return parse(path.read_bytes(), path)
+    return parse(files.read_bytes(path), path)
 
 
 def parse(data: bytes, path: Path) -> tuple[Header, State]:
@@ -62,6 +63,8 @@ def parse(data: bytes, path: Path) -> tuple[Header, State]:
             f"{path} has checkpoint schema {header.get('schema')}; this dmat reads {SCHEMA}; use the dmat "
             f"that wrote it, or {advice}"
         )
+    if problems := files.schema_problems(header, Header):
+        raise DmatError(f"{path} has a header of another kind ({problems}); {advice}")
     if (checksum := hashlib.sha256(payload).hexdigest()) != header["sha256"]:
         raise DmatError(
             f"{path} was cut or altered (checksum {checksum[:12]}, expected {header['sha256'][:12]}); {advice}"

@@ -151,7 +151,7 @@ def read(path: Path, kind: Kind) -> tuple[dict[str, Tensor], Sidecar]:
             f"pair that was written together, or run its stage again"
         )
     try:
-        return load_tensors(path.read_bytes()), sidecar
+        return load_tensors(files.read_bytes(path)), sidecar
     except SafetensorError as error:
         raise DmatError(
             f"{path} is not a .safetensors file ({first_line(error)}); expected the weights that were written with its "
@@ -184,7 +184,7 @@ def sidecar_sha256(path: Path, sidecar: Sidecar) -> str:
     Raises DmatError if the file no longer holds `sidecar`, which was read from it before.
     """
     file = path.with_suffix(".json")
-    data = file.read_bytes()
+    data = files.read_bytes(file)
     with contextlib.suppress(ValueError):
         if files.parse_json(data) == sidecar:
             return hashlib.sha256(data).hexdigest()
