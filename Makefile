@@ -4,7 +4,7 @@ BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro smoke test test-slow test-gpu test-robustbench check ui clean-env
+.PHONY: repro smoke test test-slow test-gpu test-robustbench fuzz torture check ui clean-env
 
 repro: .venv/ready
 	$(BIN)/dmat doctor --fix
@@ -30,6 +30,14 @@ test-gpu: .venv/ready
 # RobustBench brings packages that dmat has no other use for, so it has an environment of its own.
 test-robustbench: .venv-robustbench/ready
 	.venv-robustbench/bin/pytest -rP tests/test_robustbench.py
+
+# Damaged and hostile files for every reader, some ten minutes; tests/test_fuzzing.py is the short form.
+fuzz: .venv/ready
+	$(BIN)/python -m tests.fuzzing --inputs 20000 --out docs/results/fuzz.md
+
+# Damage to every kind of file of a finished project, then kills of a whole `dvc repro`; some ten minutes.
+torture: .venv/ready
+	$(BIN)/python -m tests.torture --out docs/results/torture.md
 
 check: .venv/ready
 	$(BIN)/ruff check .

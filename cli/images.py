@@ -96,10 +96,10 @@ def _info(images: Images, as_json: AsJson = False) -> None:
 def _verify(images: Images, as_json: AsJson = False, quiet: Quiet = False) -> None:
     from tqdm import tqdm
 
-    from dmat.data import manifests, set_inspection
+    from dmat.data import set_inspection, shards
 
     folder = _find(images).folder
-    with tqdm(total=manifests.read_manifest(folder)["count"], unit=" images", disable=quiet or as_json) as bar:
+    with tqdm(total=shards.read_manifest(folder)["count"], unit=" images", disable=quiet or as_json) as bar:
         check = set_inspection.verify(folder, bar.update)
     usable = [shard.entry for shard in check.shards if not shard.problems]
     damaged = [shard for shard in check.shards if shard.problems]

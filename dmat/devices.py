@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import time
-from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -11,22 +10,11 @@ import torch
 from dmat import processes
 from dmat.errors import DmatError
 from dmat.processes import World
+from dmat.workspace import ComputeRecord
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 COMPILE = ("auto", "on", "off")
-
-
-class ComputeRecord(TypedDict):
-    """A device and precision as JSON."""
-
-    device: str  # name of the GPU, or "cpu" with the capability of the CPU
-    precision: str  # "fp32" or "bf16"
-    precision_reason: str
-    threads: int  # of torch on the CPU
-    processes: int  # that compute together
-    torch: str  # version
-    compiled: NotRequired[bool]  # of the result of a training: its steps were compiled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,23 +5,30 @@ Deletes nothing: existing files are replaced by rename.
 
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from dmat import SOURCES, checksum_cache
-from dmat.errors import DmatError
+from dmat.errors import DmatError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
+    import pydantic
+
+Record = TypeVar("Record")  # a TypedDict
 
 _CHUNK_SIZE = 1 << 20
+_MAX_JSON_SIZE = 1 << 28  # bytes: manifests of a million shards
+_MAX_DIGITS = 20  # of a whole number of 64 bits
+_MAX_JSON_DEPTH = 50  # assumed: what stages write has less than ten levels
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # CIFS, shared folders of VirtualBox and some FUSE file systems
 
 
@@ -81,57 +88,129 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON value. Raises DmatError if the file is missing, cannot be read or is not JSON."""
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
+    """The content of a file. Raises DmatError if it is missing, cannot be read or has more than `limit` bytes."""
+    with reading(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise DmatError(
+                f"{path} has {size:,} bytes; expected at most {limit:,}; delete it and run its stage again"
+            )
+        return file.read()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """Opens a binary file. Raises DmatError if it is missing, not a file, or cannot be read, now or in the block."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would wait for a writer
-            raise DmatError(f"{path} is not a file; expected JSON; delete it and run its stage again")
-        return json.loads(path.read_bytes().decode())
+        if not path.is_file() and path.exists():  # opening a FIFO would wait for a writer
+            raise DmatError(f"{path} is not a file; expected one; remove it, and `dvc checkout` or run its stage again")
+        with open(path, "rb") as file:
+            yield file
     except FileNotFoundError:
         raise missing(path) from None
     except OSError as error:
-        raise DmatError(f"{path} cannot be read ({error.strerror}); expected JSON; make it readable") from None
-    except (ValueError, RecursionError) as error:
-        cause = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise DmatError(f"{path} is not valid JSON ({cause}); delete it and run its stage again") from None
+        raise DmatError(f"{path} cannot be read ({error.strerror}); expected a file; make it readable") from None
 
 
-def read_record(path: Path, **types: type | tuple[type, ...]) -> dict[str, Any]:
-    """Reads a JSON object that has a value of the given type under each key of `types`.
+def read_json(path: Path) -> Any:
+    """Reads a JSON value that `write_json` may have written.
 
-    Raises DmatError if the file holds anything else.
+    Raises DmatError if the file is missing or cannot be read, is larger than 256 MiB, is not JSON, or holds what no
+    stage writes: NaN, infinite numbers, whole numbers of more than 20 digits, lists in lists to a depth of 50.
+    """
+    data = read_bytes(path, _MAX_JSON_SIZE)
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise DmatError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def parse_json(data: bytes) -> Any:
+    """Parses UTF-8 text as JSON. Raises ValueError for anything else, and for the values that `read_json` refuses."""
+    try:
+        value = json.loads(data.decode(), parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_float)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        containers = [entry for entry in level if isinstance(entry, dict | list)]
+        if not containers:
+            return value
+        level = [child for entry in containers for child in (entry.values() if isinstance(entry, dict) else entry)]
+    raise ValueError("nested too deeply")
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"the number {text[:_MAX_DIGITS]}... has {len(text)} digits")
+    return int(text)
+
+
+def _parse_float(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
+def read_record(path: Path, schema: type[Record]) -> Record:
+    """Reads a JSON object of the keys and types of a TypedDict. Other keys stay as they are in the file.
+
+    schema: of `typing_extensions`: pydantic does not read those of `typing` before Python 3.12. Raises DmatError as
+    `read_json` does, and if the file holds anything else.
     """
     record = read_json(path)
-    if not isinstance(record, dict):
-        raise DmatError(f"{path} holds {type(record).__name__}; expected an object; delete it and run its stage again")
-    invalid = [
-        key for key, expected_type in types.items() if key not in record or not isinstance(record[key], expected_type)
-    ]
-    if invalid:
+    if problems := schema_problems(record, schema):
         raise DmatError(
-            f"{path} lacks {', '.join(invalid)}, or has values of another type there; expected what its stage wrote; "
-            f"run its stage again, or `dvc checkout`"
+            f"{path} lacks keys or has values of another type ({problems}); expected what its stage wrote; delete it "
+            f"and run its stage again, or `dvc checkout`"
         )
-    return record
+    return cast(Record, record)
+
+
+def schema_problems(value: object, schema: object) -> str:
+    """How a value differs from a type, such as a TypedDict, in words: the first three places; "" if it does not."""
+    import pydantic  # not above: `dmat --help` needs this module, and not pydantic
+
+    try:
+        _validator(schema).validate_python(value, strict=True)
+    except pydantic.ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc']))[:60] or 'all of it'}: {problem['msg'][:80]}"
+            for problem in error.errors(include_url=False, include_context=False, include_input=False)
+        ]
+        return "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if problems[3:] else "")
+    return ""
+
+
+@functools.cache
+def _validator(schema: object) -> "pydantic.TypeAdapter[object]":
+    import pydantic
+
+    return pydantic.TypeAdapter[object](schema)  # type: ignore[arg-type]  # any type
 
 
 def load_array(path: Path, mapped: bool = False) -> "np.ndarray":
-    """Reads a .npy file, an array of any shape. Raises DmatError if it is missing or incomplete.
+    """Reads a .npy file, an array of any shape. Raises DmatError if it is missing, incomplete or something else.
 
-    mapped: maps the file into memory instead, so that it takes none of the process's own.
+    The size of the file bounds the memory, whatever its header says. mapped: maps the file into memory instead, so that
+    it takes none of the process's own.
     """
     import numpy as np  # not above: `dmat --help` needs this module, and not numpy
 
+    if not path.exists():
+        raise missing(path)
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except FileNotFoundError:
-        raise missing(path) from None
-    except (ValueError, EOFError) as error:
+        if not path.is_file():  # opening a FIFO would wait for a writer
+            raise ValueError("not a file")
+        with np.errstate(over="raise"):  # of the number of items
+            array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # damaged or hostile bytes may raise any exception; none of them is a bug of dmat
         raise DmatError(
-            f"{path} is incomplete or not an array ({error}); delete its folder and run its stage again, or "
-            f"`dvc checkout`"
+            f"{path} is incomplete or not an array ({type(error).__name__}: {first_line(error)}); delete its folder "
+            f"and run its stage again, or `dvc checkout`"
         ) from None
-    return array
+    return array if mapped else np.array(array)
 
 
 def sha256(path: Path) -> str:
@@ -140,16 +219,13 @@ def sha256(path: Path) -> str:
     While inode, size and times stay the same, a file is read once per process and a large file once per machine: inputs
     are hashed before and after the work, and at each start.
     """
-    try:
-        with open(path, "rb") as file:
-            state = os.fstat(file.fileno())
-            if (cached := checksum_cache.recall(state)) is not None:
-                return cached
-            digest = hashlib.sha256()
-            while chunk := file.read(_CHUNK_SIZE):
-                digest.update(chunk)
-    except FileNotFoundError:
-        raise missing(path) from None
+    with reading(path) as file:
+        state = os.fstat(file.fileno())
+        if (cached := checksum_cache.recall(state)) is not None:
+            return cached
+        digest = hashlib.sha256()
+        while chunk := file.read(_CHUNK_SIZE):
+            digest.update(chunk)
     checksum_cache.remember(state, digest.hexdigest())
     return digest.hexdigest()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import platformdirs
+from typing_extensions import TypedDict
 
 from dmat import files
 from dmat.errors import DmatError
@@ -39,6 +40,10 @@ class MachineSpeed:
     measured: str
 
 
+# As JSON.
+_SpeedRecord = TypedDict("_SpeedRecord", MachineSpeed.__annotations__)  # type: ignore[misc]
+
+
 def path() -> Path:
     """The file of this machine. Homes may be shared by machines, so its name has that of the machine."""
     return platformdirs.user_cache_path("dmat") / f"speed-{platform.node() or 'machine'}.json"
@@ -53,17 +58,8 @@ def write(speed: MachineSpeed) -> None:
 def read() -> MachineSpeed | None:
     """The last measurement; None without one that this version can read."""
     with contextlib.suppress(DmatError):
-        record = files.read_record(
-            path(),
-            device=str,
-            torch=str,
-            matrix_peaks=dict,
-            process_throughput=(int, float, type(None)),
-            disk_write=(int, float),
-            disk_read=(int, float),
-            measured=str,
-        )
-        return MachineSpeed(**{field.name: record[field.name] for field in dataclasses.fields(MachineSpeed)})
+        record = files.read_record(path(), _SpeedRecord)
+        return MachineSpeed(**{name: record[name] for name in _SpeedRecord.__required_keys__})  # type: ignore[literal-required]
     return None
 
 

@@ -4,13 +4,12 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from dmat import ARTIFACTS
 from dmat.errors import DmatError
-
-if TYPE_CHECKING:  # importing it loads torch
-    from dmat.devices import ComputeRecord
 
 # Names in a work folder. RESULT: what is published. FINISHED: the record of a complete result (metrics, notes, code,
 # provenance, and the checksum of every file).
@@ -26,6 +25,18 @@ class InputRecord(TypedDict):
 
     path: str  # below the project; of images and a model that no stage made: as the user wrote it
     sha256: str
+
+
+class ComputeRecord(TypedDict):
+    """A device and precision as JSON."""
+
+    device: str  # name of the GPU, or "cpu" with the capability of the CPU
+    precision: str  # "fp32" or "bf16"
+    precision_reason: str
+    threads: int  # of torch on the CPU
+    processes: int  # that compute together
+    torch: str  # version
+    compiled: NotRequired[bool]  # of the result of a training: its steps were compiled
 
 
 class CodeOrigin(TypedDict, total=False):
@@ -62,7 +73,7 @@ class Provenance(RunOrigin, ProvenanceExtras):
     code: str  # identity of the stage's code, as in code.yaml
     settings: Mapping[str, object]
     inputs: dict[str, InputRecord]  # by name
-    compute: "ComputeRecord"
+    compute: ComputeRecord
     seconds: float  # of all attempts together
     measured: dict[str, float]  # what differs from run to run, such as speed
     outputs: dict[str, str]  # path below the project -> checksum

@@ -141,8 +141,8 @@ def test_npz_source_reads_the_published_layout(tmp_path, save, kind):
 
 IMAGES, LABELS = random_images(4)
 REFUSED = {
-    "no label": ({"image": IMAGES}, "lacks label; expected arrays `image` and `label`; it holds image"),
-    "neither": ({"x": IMAGES}, "lacks image, label; expected arrays `image` and `label`; it holds x"),
+    "no label": ({"image": IMAGES}, "lacks label; expected arrays `image` and `label`; save"),
+    "neither": ({"x": IMAGES}, "lacks image, label; expected arrays `image` and `label`; save"),
     "floats": ({"image": IMAGES / 255, "label": LABELS}, "`image` is float64 (4, 4, 5, 3); expected uint8 [N, H, W,"),
     "flat": ({"image": IMAGES[..., 0], "label": LABELS}, "`image` is uint8 (4, 4, 5); expected uint8 [N, H, W, 1 or"),
     "channels first": (
@@ -310,19 +310,22 @@ def test_other_schema_is_refused(tmp_path):
 def test_wrong_count_in_the_manifest_is_refused(tmp_path, verify):
     images, labels = random_images(3)
     write_in_shards(tmp_path, images, labels, (3,))
-    change_manifest(tmp_path, lambda manifest: manifest["shards"][0].update(count=4))
-    with pytest.raises(DmatError, match=r"images-00000\.npy holds 3 items; its manifest says 4; regenerate the set"):
+    change_manifest(tmp_path, lambda manifest: (manifest["shards"][0].update(count=4), manifest.update(count=4)))
+    with pytest.raises(DmatError, match=r"00000\.npy holds uint8 \[3, 4, 5, 3\]; its manifest says uint8 \[4, 4"):
         shards.open_shards(tmp_path, verify)
 
 
 @pytest.mark.parametrize(
-    ("change", "content"),
-    [({"shape": [5, 4, 3]}, "[5, 4, 3] of 3 classes"), ({"class_names": ["a", "b"]}, "[4, 5, 3] of 2 classes")],
+    ("shape", "change", "content"),
+    [
+        ((5, 4, 3), {}, "[5, 4, 3] of 3 classes"),
+        ((4, 5, 3), {"class_names": ["a", "b"], "class_counts": [2, 1]}, "[4, 5, 3] of 2 classes"),
+    ],
 )
-def test_folders_with_different_images_are_refused(tmp_path, change, content):
+def test_folders_with_different_images_are_refused(tmp_path, shape, change, content):
     images, labels = random_images(3)
     write_in_shards(tmp_path / "1", images, labels, (3,))
-    write_in_shards(tmp_path / "2", images, labels, (3,))
+    write_in_shards(tmp_path / "2", images.reshape(3, *shape), labels, (3,))
     change_manifest(tmp_path / "2", lambda manifest: manifest.update(change))
     with pytest.raises(DmatError) as refused:
         shards.open_shards([tmp_path / "1", tmp_path / "2"])

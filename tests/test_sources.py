@@ -466,11 +466,11 @@ def test_shards_are_a_source_whose_checksums_count(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"class_names": ["a", "b"]}, "has labels from 0 to 2; expected 0 to 1"),
-        ({"shards": [{}]}, "manifest.json does not describe shards of dmat"),
-        ({"shards": []}, "has no images; expected at least one"),
-        ({"shape": [1]}, "manifest.json does not describe shards of dmat"),
-        ({"class_names": None}, "manifest.json does not describe shards of dmat"),
+        ({"class_names": ["a", "b"], "class_counts": [3, 3]}, "has labels from 0 to 2; expected 0 to 1"),
+        ({"shards": [{}]}, "manifest.json: shards.0.index: Field required"),
+        ({"shards": []}, "manifest.json: it names no shards"),
+        ({"shape": [1]}, "manifest.json: shape is [1], not [H, W, 1 or 3]"),
+        ({"class_names": None}, "manifest.json: class_names: Input should be a valid list"),
         ({"schema": None}, "has schema None; this dmat reads 1"),
     ],
 )

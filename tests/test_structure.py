@@ -70,7 +70,7 @@ HOMES = {  # package -> the only modules that import it
         "cli.upkeep",
         "cli.reference",
     },
-    "pydantic": {"dmat.config"},
+    "pydantic": {"dmat.config", "dmat.files"},
     "sklearn": {"dmat.data.sources"},
     "optuna": {
         f"dmat.tuning.{name}"

@@ -9,10 +9,11 @@ The file depends on the manifest and the sizes of the files alone: no date, no n
 
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from dmat import files
 from dmat.data import licences
-from dmat.data.manifests import ARRAYS, read_manifest
-from dmat.data.shards import MANIFEST, Manifest
+from dmat.data.shards import ARRAYS, MANIFEST, Manifest, read_manifest
 from dmat.errors import DmatError
 
 NAME = "croissant.json"
@@ -71,10 +72,16 @@ def write(folder: Path, name: str) -> Path:
     return folder / NAME
 
 
+class _Named(TypedDict):
+    """A description, as far as it is compared by its keys."""
+
+    name: str
+
+
 def is_current(folder: Path) -> bool:
     """Whether croissant.json is what `write` would write for the set in this folder."""
     try:
-        written = files.read_record(folder / NAME, name=str)
+        written = files.read_record(folder / NAME, _Named)
         return written == description(folder, written["name"])
     except DmatError:
         return False

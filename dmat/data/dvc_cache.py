@@ -5,13 +5,13 @@ files inside.
 """
 
 import configparser
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dmat import ARTIFACTS, dvc_lock
+from dmat import ARTIFACTS, dvc_lock, files
 from dmat.data import shards
+from dmat.errors import DmatError
 
 JsonValue = TypeVar("JsonValue")
 
@@ -82,22 +82,22 @@ def sets_of_pool(root: Path, stage_name: str, pool: str) -> Iterator[tuple[dict[
     the code would make them run again.
     """
     for copies in cached_stage_outputs(root, stage_name):
-        files: dict[str, Path] = {}
+        set_files: dict[str, Path] = {}
         pools: object = None
         for name, copy in copies.items():
             if name.startswith(f"{ARTIFACTS}/provenance/"):
                 pools = (_read(copy, dict) or {}).get("pools")
             elif name.startswith(f"{ARTIFACTS}/{stage_name}/"):
-                files[Path(name).name] = copy
-        manifest = _read(files[shards.MANIFEST], dict) if shards.MANIFEST in files else None
+                set_files[Path(name).name] = copy
+        manifest = _read(set_files[shards.MANIFEST], dict) if shards.MANIFEST in set_files else None
         if pools == [pool] and manifest is not None:
-            yield manifest, files
+            yield manifest, set_files
 
 
 def _read(path: Path, expected_type: type[JsonValue]) -> JsonValue | None:
     """Value of a JSON file of the cache; None if the file is damaged or the value is not of the expected type."""
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError:
+        value = files.read_json(path)
+    except DmatError:
         return None
     return value if isinstance(value, expected_type) else None

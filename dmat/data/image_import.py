@@ -14,10 +14,9 @@ import numpy as np
 
 from dmat import files
 from dmat.data import croissant, shards
-from dmat.data.manifests import ARRAYS, read_manifest
 from dmat.data.npz_stream import ReleasedImages, open_released
 from dmat.data.shard_pool import ShardPool
-from dmat.data.shards import ArrayName, SetMetadata
+from dmat.data.shards import ARRAYS, ArrayName, SetMetadata, read_manifest
 from dmat.errors import DmatError
 
 MAX_SHARD = 2 << 30  # bytes of the images of a shard; two of them are in memory at a time

@@ -2,7 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import cast
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from dmat import ARTIFACTS, files
 from dmat.data.mixing import MIX, Mix
@@ -12,17 +14,27 @@ from dmat.data.shards import Shards
 from dmat.errors import DmatError
 
 
+class MixRecord(TypedDict):
+    """What mix.json says, as far as its readers need it."""
+
+    generated_images: int
+    batch: int
+    generated_share: float
+    generated_sampling: str
+    copies: int
+    reshuffle_steps: int
+    images_seen: int
+    selection: SelectionRecord | None  # None without generated images, and for a mixture
+    mixture: NotRequired[MixtureRecord]
+
+
 def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, GeneratedImages | None]:
     """The mix of an arm and its generated images; None for a mix of real images alone.
 
     real: the training split. root: of the project.
     Raises DmatError if a selection or an image set changed after the mix was written.
     """
-    record = files.read_record(
-        folder / MIX,
-        generated_images=int, batch=int, generated_share=(int, float), generated_sampling=str, copies=int,
-        reshuffle_steps=int, selection=(dict, type(None)),
-    )  # fmt: skip
+    record = files.read_record(folder / MIX, MixRecord)
     mix = Mix(
         len(real),
         record["generated_images"],
@@ -32,7 +44,7 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, GeneratedImag
         record["copies"],
         record["reshuffle_steps"],
     )
-    if (mixture := cast(MixtureRecord | None, record.get("mixture"))) is not None:
+    if (mixture := record.get("mixture")) is not None:
         mix = dataclasses.replace(mix, turns=turns_of(mixture, mix.generated_per_batch, mix.steps(mix.real)))
         return mix, CombinedImages({name: _opened(part, root) for name, part in mixture["selections"].items()})
     selection = record["selection"]
@@ -43,7 +55,7 @@ def _opened(selection: SelectionRecord, root: Path) -> SelectedImages:
     """A selection as the mix names it."""
     images = root / ARTIFACTS / "generate_images" / selection["image_set"]
     expect_selected_from(selection, images)
-    path = root / selection["path"]
+    path = root / selection.get("path", "")
     if any(checksum != selection.get(name) for name, checksum in checksums(path, selection).items()):
         raise DmatError(f"{path} changed after the mix was written; run `dvc repro` to make them agree")
     return open_selection(path, images)

@@ -7,9 +7,10 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Literal
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from dmat import files
 from dmat.data.selections import SelectedImages, SelectionRecord
@@ -33,12 +34,7 @@ def read_mixture(folder: Path) -> MixtureRecord | None:
     """The record of a mixture; None if the folder holds a selection."""
     if not (folder / MIXTURE).is_file():
         return None
-    return cast(
-        MixtureRecord,
-        files.read_record(
-            folder / MIXTURE, shape=list, classes=int, kept=int, rotate=str, shares=dict, selections=dict
-        ),
-    )
+    return files.read_record(folder / MIXTURE, MixtureRecord)
 
 
 def turns_of(record: MixtureRecord, generated_per_batch: int, steps_per_epoch: int) -> Turns:

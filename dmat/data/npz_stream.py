@@ -11,8 +11,6 @@ Shapes: N images, B images of a block, H height, W width, C channels, K classes.
 import contextlib
 import dataclasses
 import functools
-import io
-import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,17 +19,16 @@ from typing import IO, BinaryIO, TypedDict
 
 import numpy as np
 
-from dmat.data import zip_members
+from dmat.data import npz_arrays, zip_members
 from dmat.data.formats import split_files
 from dmat.data.image_source import MAX_CLASSES
+from dmat.data.npz_arrays import ArrayHeader
 from dmat.data.shards import NO_LABEL
 from dmat.data.zip_members import DamagedArchive, Member, MemberStream
 from dmat.errors import DmatError, first_line
 
 MAX_IMAGES = 1_000_000_000  # per archive: their labels take 4 GB of memory
 MAX_SIDE = 4096  # pixels
-_MAX_HEADER = 10_000  # bytes, numpy's own limit for the header of an array
-_MAX_LENGTH = 1 << 62  # of one dimension
 _MAX_NAMES = 16 << 20  # bytes of the names of all classes
 _CHUNK = 1 << 20  # bytes
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date of a member: equal images give equal archives
@@ -47,21 +44,12 @@ class PartIdentity(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class _ArrayHeader:
-    """Type and shape of an array in a member. start: number of bytes before its first item."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-
-
-@dataclasses.dataclass(frozen=True)
 class _Part:
     """One archive. class_names: None if the archive has none. ignored: names of other members."""
 
     path: Path
     images: Member
-    header: _ArrayHeader  # of the images
+    header: ArrayHeader  # of the images
     class_names: tuple[str, ...] | None
     ignored: tuple[str, ...]
     identity: PartIdentity
@@ -233,41 +221,22 @@ def _open_part(path: Path, stack: contextlib.ExitStack) -> tuple[_Part, np.ndarr
         return part, labels
 
 
-def _read_header(stream: MemberStream, kinds: str, dimensions: int) -> _ArrayHeader:
+def _read_header(stream: MemberStream, kinds: str, dimensions: int) -> ArrayHeader:
     """Reads the header of an array. kinds: numpy's letters of the types that it may have. dimensions: their number.
 
     Raises DamagedArchive for another type or number of dimensions, Fortran order, and a size that is not the member's.
     """
-    name, size = stream.member.name, stream.member.size
-    prefix = stream.read(8)
-    width = {b"\x01\x00": 2, b"\x02\x00": 4}.get(prefix[6:])  # of the length of the header, by version
-    if prefix[:6] != b"\x93NUMPY" or width is None:
-        raise DamagedArchive(f"{name} is not an array in format 1 or 2 of numpy")
-    length_bytes = stream.read(width)
-    length = int.from_bytes(length_bytes, "little")
-    if length > _MAX_HEADER:
-        raise DamagedArchive(f"{name} has a header of {length:,} bytes")
-    content = io.BytesIO(length_bytes + stream.read(length))
-    read = np.lib.format.read_array_header_1_0 if width == 2 else np.lib.format.read_array_header_2_0
-    try:
-        shape, fortran_order, dtype = read(content, max_header_size=_MAX_HEADER)
-    except Exception as error:  # as in zip_members.read_members
+    header = npz_arrays.read_header(stream, kinds)
+    if len(header.shape) != dimensions:
+        raise DamagedArchive(npz_arrays.described(stream.member.name, header))
+    if header.fortran_order and dimensions > 1:
         raise DamagedArchive(
-            f"the header of {name} is unreadable ({type(error).__name__}: {first_line(error)})"
-        ) from None
-    if not all(0 <= length < _MAX_LENGTH for length in shape):
-        raise DamagedArchive(f"{name} has an impossible shape")
-    header = f"{name} is {str(dtype)[:80]} {list(shape)[:8]}"
-    if dtype.kind not in kinds or len(shape) != dimensions or not dtype.itemsize:
-        raise DamagedArchive(header)
-    if fortran_order and dimensions > 1:
-        raise DamagedArchive(f"{header} in Fortran order, in which an image is in no one place")
-    if stream.position + math.prod(shape) * dtype.itemsize != size:
-        raise DamagedArchive(f"{header}, which {size:,} bytes do not hold exactly")
-    return _ArrayHeader(dtype, shape, stream.position)
+            f"{npz_arrays.described(stream.member.name, header)} in Fortran order, in which an image is in no one place"
+        )
+    return header
 
 
-def _read_image_header(stream: MemberStream) -> _ArrayHeader:
+def _read_image_header(stream: MemberStream) -> ArrayHeader:
     """Reads the header of the images. Raises DamagedArchive unless they are uint8 of a size that images have."""
     header = _read_header(stream, "u", 4)
     count, height, width, channels = header.shape

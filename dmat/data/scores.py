@@ -5,9 +5,10 @@ without labels of their own get them here: the scorer's, one more file per shard
 """
 
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from dmat import files
 from dmat.data import shards
@@ -30,6 +31,12 @@ class ScoreEntry(TypedDict):
     labels_sha256: NotRequired[str]
 
 
+class ScoreManifest(TypedDict):
+    """The manifest of scores, as far as its readers need it."""
+
+    shards: list[ScoreEntry]
+
+
 def score_file(entry: ShardEntry) -> str:
     """File name of a shard's scores. It contains the checksums of images and labels in the shard's manifest entry."""
     return f"{entry['images_sha256'][:16]}-{entry['labels_sha256'][:8]}.npy"
@@ -46,7 +53,7 @@ def read_scores(folder: Path, images: Shards, score: str) -> tuple[np.ndarray, n
     The labels are those of the set, or the scorer's where it has none. Raises DmatError if the scores changed after
     they were written, or belong to other images.
     """
-    recorded: list[ScoreEntry] = files.read_record(folder / shards.MANIFEST, shards=list)["shards"]
+    recorded = files.read_record(folder / shards.MANIFEST, ScoreManifest)["shards"]
     entries = images.manifest["shards"]
     expected = [score_file(entry) for entry in entries]
     if [entry["file"] for entry in recorded] != expected or any(

@@ -5,9 +5,10 @@ Where the images have no labels of their own, a selection has those that score_i
 
 import dataclasses
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from dmat import files
 from dmat.data import shards
@@ -108,12 +109,7 @@ def write_selection(
 
 def read_selection(folder: Path) -> SelectionRecord:
     """Reads the record of a selection. Raises DmatError if `write_selection` did not write it."""
-    return cast(
-        SelectionRecord,
-        files.read_record(
-            folder / SELECTION, image_set=str, shape=list, classes=int, manifest_sha256=str, pool=int, kept=int
-        ),
-    )
+    return files.read_record(folder / SELECTION, SelectionRecord)
 
 
 def open_selection(folder: Path, images: Path) -> SelectedImages:

@@ -16,8 +16,17 @@ import numpy as np
 
 from dmat import checksum_cache, files
 from dmat.data import croissant
-from dmat.data.manifests import ARRAYS, SetArray, read_manifest
-from dmat.data.shards import MANIFEST, NO_LABEL, Manifest, ShardEntry, Shards, open_shards
+from dmat.data.shards import (
+    ARRAYS,
+    MANIFEST,
+    NO_LABEL,
+    Manifest,
+    SetArray,
+    ShardEntry,
+    Shards,
+    open_shards,
+    read_manifest,
+)
 from dmat.errors import DmatError, first_line
 
 _DTYPES = {"images": np.dtype(np.uint8), "labels": np.dtype(np.int64)}

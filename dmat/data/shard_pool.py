@@ -10,7 +10,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import filelock
 import numpy as np
@@ -105,10 +104,8 @@ class ShardPool:
         path = self.folder / f"{shard}.json"
         if not path.exists():
             return None
-        checksum_keys = [CHECKSUM_KEYS[array] for array in self.arrays]
-        types: dict[str, type] = {"count": int, **dict.fromkeys([*self.arrays, *checksum_keys], str)}
         with contextlib.suppress(DmatError):
-            record = cast(ShardRecord, files.read_record(path, **types))
+            record = files.read_record(path, ShardRecord)
             if record["count"] == count and all(self._is_intact(record, array, shard) for array in self.arrays):
                 return record
         tqdm.write(f"note: {path} or its shard is damaged; the shard is computed again", file=sys.stderr)
@@ -116,8 +113,8 @@ class ShardPool:
 
     def _is_intact(self, record: ShardRecord, array: ArrayName, shard: str) -> bool:
         """Whether the file of an array is the one in the record."""
-        path = self.folder / _file_name(array, shard)
-        return record[array] == path.name and path.is_file() and files.sha256(path) == record[CHECKSUM_KEYS[array]]
+        path, checksum = self.folder / _file_name(array, shard), record.get(CHECKSUM_KEYS[array])
+        return record.get(array) == path.name and path.is_file() and files.sha256(path) == checksum
 
     def _restore_from_copy(self, shard: str, count: int) -> ShardRecord | None:
         """Links the registered copies into the pool and returns their record; None if a copy is missing or damaged."""

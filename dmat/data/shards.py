@@ -8,11 +8,13 @@ Shapes: N images, B images of a batch, H height, W width, C channels.
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Required, TypedDict
+from typing import Literal, Required, cast
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from dmat import files
 from dmat.errors import DmatError
@@ -27,6 +29,15 @@ CHECKSUM_KEYS: dict[ArrayName, Literal["images_sha256", "labels_sha256", "scores
     "labels": "labels_sha256",
     "scores": "scores_sha256",
 }
+SetArray = Literal["images", "labels"]
+# Arrays of a shard of images -> the key of its checksum.
+ARRAYS: dict[SetArray, Literal["images_sha256", "labels_sha256"]] = {
+    "images": "images_sha256",
+    "labels": "labels_sha256",
+}
+_IMAGES, _LABELS = np.dtype(np.uint8), np.dtype(np.int64)
+_SHA256 = re.compile("[0-9a-f]{64}")
+_FILE_NAME = re.compile(r"\w[\w.-]*\.npy", re.ASCII)
 
 
 class ShardRecord(TypedDict, total=False):
@@ -216,6 +227,46 @@ def write_set(
     )
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of a set, which may be of another project: no value is used before it was looked at.
+
+    Raises DmatError if it is missing, or is not one that `write_manifest` wrote. Compares no file of the set.
+    """
+    path = folder / MANIFEST
+    if not isinstance(record := files.read_json(path), dict) or (schema := record.get("schema")) != SCHEMA:
+        raise DmatError(
+            f"{path} has schema {str(schema)[:20] if isinstance(record, dict) else None}; this dmat reads {SCHEMA}; "
+            f"regenerate the set or use the dmat that wrote it"
+        )
+    problem = files.schema_problems(record, Manifest) or next(_manifest_problems(cast(Manifest, record)), "")
+    if problem:
+        raise DmatError(f"{path}: {problem}; expected what dmat wrote; restore it or fetch the set again")
+    return cast(Manifest, record)
+
+
+def _manifest_problems(manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the values of a manifest, as far as they say it themselves."""
+    shape, names, counts = manifest["shape"], manifest["class_names"], manifest["class_counts"]
+    if len(shape) != 3 or min(shape) < 1 or shape[2] not in (1, 3):
+        yield f"shape is {str(shape)[:60]}, not [H, W, 1 or 3]"
+    if not all(names) or len(set(names)) < len(names):
+        yield "class_names are not texts, all different"
+    if len(counts) != len(names) or min(counts, default=0) < 0:
+        yield f"class_counts are not {len(names)} counts, one for each of class_names"
+    if not manifest["shards"]:
+        yield "it names no shards"
+    for number, entry in enumerate(manifest["shards"]):
+        if entry["index"] != number or entry["count"] < 0:
+            yield f"shard {number} has no index {number} or no count"
+        for name, checksum in ARRAYS.items():
+            if not _FILE_NAME.fullmatch(entry[name]):
+                yield f"the {name} of shard {number} are in {entry[name][:60]!r}, not in a file of the folder"
+            if not _SHA256.fullmatch(entry[checksum]):
+                yield f"shard {number} has no SHA-256 of its {name}"
+    if manifest["count"] != (count := sum(entry["count"] for entry in manifest["shards"])):
+        yield f"count is {manifest['count']}, and the shards have {count} images"
+
+
 def open_shards(folders: Path | Iterable[Path], verify: bool | Collection[int] = True) -> Shards:
     """Opens one folder, or several folders as one set in the given order.
 
@@ -225,19 +276,17 @@ def open_shards(folders: Path | Iterable[Path], verify: bool | Collection[int] =
     classes.
     """
     folders = [folders] if isinstance(folders, Path) else list(folders)
-    manifests, images, labels = [], [], []
+    manifests, images, labels = list[Manifest](), list[np.ndarray](), list[np.ndarray]()
     for folder in folders:
-        manifest: Manifest = files.read_json(folder / MANIFEST)
-        if manifest.get("schema") != SCHEMA:
-            raise DmatError(
-                f"{folder / MANIFEST} has schema {manifest.get('schema')}; this dmat reads {SCHEMA}; "
-                f"regenerate the set or use the dmat that wrote it"
-            )
+        manifest = read_manifest(folder)
         manifests.append(manifest)
         for entry in manifest["shards"]:
             compared = verify if isinstance(verify, bool) else entry["index"] in verify
-            images.append(_open(folder / entry["images"], entry["images_sha256"], entry["count"], compared))
-            labels.append(_open(folder / entry["labels"], entry["labels_sha256"], entry["count"], compared))
+            if compared:
+                for name, checksum in ARRAYS.items():
+                    _expect_checksum(folder / entry[name], entry[checksum])
+            images.append(_open(folder / entry["images"], _IMAGES, (entry["count"], *manifest["shape"])))
+            labels.append(_open(folder / entry["labels"], _LABELS, (entry["count"],)))
     first = manifests[0]
     for folder, manifest in zip(folders, manifests, strict=True):
         if (manifest["shape"], manifest["class_names"]) != (first["shape"], first["class_names"]):
@@ -249,16 +298,20 @@ def open_shards(folders: Path | Iterable[Path], verify: bool | Collection[int] =
     return Shards(first, tuple(images), tuple(labels))
 
 
-def _open(path: Path, manifest_checksum: str, count: int, verify: bool) -> np.ndarray:
-    """Memory-maps one array of a shard: images uint8 [N, H, W, C] or labels int64 [N], N = `count`."""
-    if not path.is_file():
-        raise files.missing(path)
-    if verify and (checksum := files.sha256(path)) != manifest_checksum:
+def _expect_checksum(path: Path, manifest_checksum: str) -> None:
+    if (checksum := files.sha256(path)) != manifest_checksum:
         raise DmatError(
             f"{path} has checksum {checksum[:12]}; its manifest says {manifest_checksum[:12]}; the file was "
             f"altered or cut: restore it (`dvc checkout`) or delete the folder and run its stage again"
         )
-    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    if len(array) != count:
-        raise DmatError(f"{path} holds {len(array)} items; its manifest says {count}; regenerate the set")
+
+
+def _open(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Memory-maps one array of a shard: images uint8 [N, H, W, C] or labels int64 [N]."""
+    array = files.load_array(path, mapped=True)
+    if (array.dtype, array.shape) != (dtype, shape):
+        raise DmatError(
+            f"{path} holds {array.dtype} {list(array.shape)}; its manifest says {dtype} {list(shape)}; regenerate the "
+            f"set, or restore it (`dvc checkout`)"
+        )
     return array

@@ -20,12 +20,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, NotRequired, Self
 
 import dask
 from distributed import Client, Future, KilledWorker, Nanny, Queue, Scheduler, SpecCluster, get_client
 from distributed.protocol.pickle import dumps, loads
 from distributed.security import Security
+from typing_extensions import TypedDict
 
 from dmat import files
 from dmat.engine.tasks import (
@@ -145,9 +146,9 @@ def _read_cluster(cluster: str) -> tuple[str, Security]:
                 f"--cluster is {cluster!r}, which is neither an address nor a scheduler file; expected one, such as "
                 f"tls://HOST:8786 or the file that `dask scheduler --scheduler-file FILE` writes"
             )
-        record = files.read_record(path, address=str)
-        address, tls = record["address"], record.get("tls")
-        if isinstance(tls, dict) and tls.keys() == _certificates(security).keys():
+        record = files.read_record(path, _SchedulerFile)
+        address, tls = record["address"], record.get("tls", {})
+        if tls.keys() == _certificates(security).keys():
             security = Security(**{f"tls_{name}": text for name, text in tls.items()})
     protocol, _, location = address.rpartition("://")
     if protocol == "tls":
@@ -282,6 +283,13 @@ class _Assignment:
     channel: str
     patience: float
     expect: Callable[[], None] | None
+
+
+class _SchedulerFile(TypedDict):
+    """What the file of a scheduler holds, as far as it is used."""
+
+    address: str
+    tls: NotRequired[dict[str, str]]  # certificates, if this dmat started the scheduler
 
 
 class _Note(TypedDict):

@@ -11,10 +11,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypedDict, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from dmat import files, liveness
 from dmat.errors import DmatError
@@ -23,11 +24,6 @@ from dmat.robust.passes import GRADIENT
 
 SUFFIX = ".progress"
 _WRITE_SECONDS = 2.0  # between two versions of a file
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("attack", "process", "boot"), str),
-    **dict.fromkeys(("passes_done", "passes_left", "unbroken", "pid"), int),
-    "seconds": (int, float),
-}
 
 
 class AttackProgress(NamedTuple):
@@ -114,7 +110,7 @@ def read(path: Path) -> ShardProgress | None:
     a process of another machine still runs cannot be seen.
     """
     try:
-        progress = cast(ShardProgress, files.read_record(path.with_suffix(SUFFIX), **_FIELDS))
+        progress = files.read_record(path.with_suffix(SUFFIX), ShardProgress)
     except DmatError:  # there is none
         return None
     here = progress["boot"] == liveness.boot_id()

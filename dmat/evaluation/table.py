@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dmat import files
+from dmat.errors import DmatError, first_line
 
 PER_IMAGE = "per_image.parquet"
 SUMMARY = "summary.json"
@@ -31,8 +32,25 @@ def write_results(
 
 
 def read_table(path: Path) -> dict[str, np.ndarray]:
-    """The columns [N] of a table that `write_table` wrote, by name."""
+    """The columns [N] of a table that `write_table` wrote, by name.
+
+    Raises DmatError if it is missing, damaged, or holds something else than numbers, truth values and text.
+    """
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(path)
-    return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+    if not path.exists():
+        raise files.missing(path)
+    try:
+        if not path.is_file():  # opening a FIFO would wait for a writer
+            raise ValueError("not a file")
+        table = pyarrow.parquet.read_table(path, partitioning=None)
+        for field in table.schema:
+            if not (pyarrow.types.is_primitive(field.type) or pyarrow.types.is_string(field.type)):
+                raise TypeError(f"the column {field.name} holds {field.type}")
+        columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+    except Exception as error:  # damaged or hostile bytes may raise any exception; none of them is a bug of dmat
+        raise DmatError(
+            f"{path} is incomplete or not a table of results ({first_line(error)}); expected what its evaluation "
+            f"wrote; restore it (`dvc checkout`) or run evaluate_robust again"
+        ) from None
+    return columns

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import NotRequired
 
 import filelock
 import numpy as np
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from dmat import files
+from dmat.data import npz_arrays
 from dmat.errors import DmatError
 from dmat.evaluation import progress
 from dmat.evaluation.progress import AttackProgress, ProgressFile, Report
@@ -26,12 +28,6 @@ from dmat.metrics.anytime import without_replacement
 
 _POLL_SECONDS = 0.5  # between two looks at which shards other processes have computed
 _SHOW_SECONDS = 2.0  # between two versions of the progress bar
-_RECORD_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "identity": dict,
-    "images": int,
-    "seconds": (int, float),
-    "sha256": str,
-}
 
 Columns = dict[str, np.ndarray]
 
@@ -140,7 +136,7 @@ class ShardTask:
         if not record_path.is_file() or not array_path.is_file():
             return None
         try:
-            shard_record = cast(AttackedShardRecord, files.read_record(record_path, **_RECORD_FIELDS))
+            shard_record = files.read_record(record_path, AttackedShardRecord)
         except DmatError:
             return None
         if files.sha256(array_path) != shard_record["sha256"]:
@@ -162,14 +158,11 @@ class ShardTask:
                 f"{self.path.with_suffix('.json').name} describes; run the same command again: it computes only this "
                 f"shard again"
             )
-        with np.load(path, allow_pickle=False) as saved:
-            return {name: saved[name] for name in saved.files}
+        return npz_arrays.read_arrays(path)
 
     def read_column(self, name: str) -> np.ndarray:
         """One column [B] of the shard, which is done."""
-        with np.load(self.path.with_suffix(".npz"), allow_pickle=False) as saved:
-            column: np.ndarray = saved[name]
-        return column
+        return npz_arrays.read_arrays(self.path.with_suffix(".npz"), [name])[name]
 
 
 class Monitor:

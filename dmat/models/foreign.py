@@ -1,6 +1,5 @@
 """Reads files of other projects (weights and args.txt) without executing anything in them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dmat import files
 from dmat.errors import DmatError
 from dmat.models import torch_files
 from dmat.models.torch_files import StoredTensor, UnknownObject
@@ -129,20 +129,15 @@ def json_object(path: Path, missing: str, other: str) -> dict[str, object]:
 
     missing, other: what the file should be, for messages about no file and about a file with something else.
     """
+    if not path.is_file():  # opening a FIFO would wait for a writer
+        state = "is not a file" if path.exists() else "does not exist"
+        raise DmatError(f"{path} {state}; expected {missing}; give its path")
+    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise DmatError(f"{path} has {size} bytes; expected at most {_MAX_JSON_BYTES}; give {other}")
     try:
-        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-            raise DmatError(f"{path} has {size} bytes; expected at most {_MAX_JSON_BYTES}; give {other}")
-        parsed = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise DmatError(f"{path} does not exist; expected {missing}; give its path") from None
-    except OSError as error:
-        raise DmatError(f"{path} cannot be read ({error.strerror}); expected {missing}; give its path") from None
-    except (ValueError, RecursionError) as error:
+        parsed = files.parse_json(files.read_bytes(path))
+    except ValueError as error:
         raise DmatError(f"{path} is not valid JSON ({error}); expected one object; download it again") from None
     if not isinstance(parsed, dict):
         raise DmatError(f"{path} holds a {type(parsed).__name__}; expected a JSON object; give {other}")
     return parsed
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")

@@ -1,5 +1,6 @@
 """Imports published weights of other projects: writes weights and sidecar in dmat's format."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -190,10 +191,10 @@ def _target(file: Path, target: Path | None) -> Path:
 
 def _same_origin(target: Path, file: Path) -> bool:
     """Whether the sidecar of `target` says that it comes from `file`."""
-    try:
-        return bool(files.read_json(target.with_suffix(".json"))["origin"]["sha256"] == files.checksum(file))
-    except (DmatError, KeyError, TypeError):
-        return False
+    with contextlib.suppress(DmatError):
+        origin = files.read_record(target.with_suffix(".json"), dict[str, object]).get("origin")
+        return isinstance(origin, dict) and origin.get("sha256") == files.checksum(file)
+    return False
 
 
 def _select_candidate(

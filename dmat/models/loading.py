@@ -7,7 +7,7 @@ from typing import TypeGuard, cast
 import torch
 
 from dmat import files, plugins
-from dmat.errors import DmatError
+from dmat.errors import DmatError, first_line
 from dmat.robust.networks import ACTIVATIONS, NETWORKS, Classifier, DataSpec
 from dmat.training import weights
 from dmat.training.weights import ClassifierSidecar, Kind, NetworkRecord
@@ -72,7 +72,16 @@ def build(sidecar: ClassifierSidecar, path: Path) -> Classifier:
             f"{path.with_suffix('.json')} names the network {name!r}; this dmat has {', '.join(NETWORKS)}; "
             f"use the dmat that wrote it"
         )
-    return plugins.find(NETWORKS, name)(data_spec, *shape)
+    network = plugins.find(NETWORKS, name)
+    if name not in NETWORKS:  # the errors of a plugin are its own
+        return network(data_spec, *shape)
+    try:
+        return network(data_spec, *shape)
+    except (ArithmeticError, ValueError, RuntimeError) as error:
+        raise DmatError(
+            f"{path.with_suffix('.json')} describes a network that cannot be built ({first_line(error)}); expected "
+            f"depth and width of a {name}; bring back the sidecar that was written with {path.name}"
+        ) from None
 
 
 def _expect_possible(data_spec: DataSpec, spec: NetworkRecord, sidecar: ClassifierSidecar) -> None:

@@ -83,7 +83,7 @@ def _read(path: Path) -> RealFeatures | None:
         with safetensors.safe_open(path, "numpy") as file:
             arrays = {name: file.get_tensor(name) for name in ("features", *Moments._fields)}
             intact = (file.metadata() or {}).get("sha256") == _digest(arrays)
-    except (OSError, safetensors.SafetensorError):
+    except Exception:  # damaged bytes may raise any exception
         return None
     return RealFeatures(arrays["features"], Moments(arrays["mean"], arrays["covariance"])) if intact else None
 

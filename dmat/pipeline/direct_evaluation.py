@@ -257,7 +257,7 @@ class DirectEvaluation:
 
     def _expect_same_request(self) -> None:
         path = self.request.folder / _IDENTITY_FILE
-        if path.exists() and (recorded := files.read_json(path)) != self.identity:
+        if path.exists() and (recorded := files.read_record(path, dict[str, object])) != self.identity:
             differing = [key for key, value in self.identity.items() if recorded.get(key) != value]
             raise DmatError(
                 f"{self.request.folder} holds another evaluation ({', '.join(differing)} differ); expected an empty "

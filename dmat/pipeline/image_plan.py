@@ -13,8 +13,7 @@ import torch
 from dmat import ARTIFACTS, NONE, SOURCES, files
 from dmat.config import ImageSet, Params
 from dmat.data import npz_stream
-from dmat.data.manifests import read_manifest
-from dmat.data.shards import MANIFEST
+from dmat.data.shards import MANIFEST, read_manifest
 from dmat.errors import DmatError
 from dmat.jobs import generate_images
 from dmat.models import denoisers
@@ -22,7 +21,7 @@ from dmat.pipeline import execution, image_sets, planning
 from dmat.pipeline.planning import Plan
 from dmat.pipeline.stages import STAGES
 from dmat.training import weights
-from dmat.workspace import Workspace
+from dmat.workspace import Provenance, Workspace
 
 _RESERVE = 1 << 30  # bytes of the disk that stay free: logs, checkpoints and MLflow need some
 _SHARD_OVERHEAD = 2 * 128 + 2 * 4096  # bytes: headers of two arrays, and what the file system rounds up
@@ -144,7 +143,7 @@ def _reusable_images(folder: Path, planned: Plan, settings: ImageSet, generator:
     if not (folder / MANIFEST).is_file() or not provenance.is_file():
         return 0
     manifest = read_manifest(folder)
-    made_by = files.read_record(provenance).get("code"), manifest.get("generator_sha256"), manifest.get("seed")
+    made_by = files.read_record(provenance, Provenance)["code"], manifest.get("generator_sha256"), manifest.get("seed")
     same = made_by == (planned.code, generator, settings.seed) and manifest.get("block") == settings.block
     if not same or manifest.get("sampler") != settings.sampler.plain():
         return 0

@@ -92,5 +92,5 @@ def _measures(located: LocatedSet, manifest_sha256: str, workspace: Workspace) -
         if selection.image_set != located.name or not path.is_file() or not (selected / selections.SELECTION).is_file():
             continue
         if selections.read_selection(selected)["manifest_sha256"] == manifest_sha256:
-            measures[name] = files.read_record(path)
+            measures[name] = files.read_record(path, dict[str, object])
     return measures

@@ -10,7 +10,7 @@ from dmat.errors import DmatError
 from dmat.pipeline import code_identity, work_folder
 from dmat.pipeline.stages import STAGES, Stage
 from dmat.pipeline.work_folder import Finished
-from dmat.workspace import InputRecord, Instance, Workspace
+from dmat.workspace import InputRecord, Instance, Provenance, Workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _expect_known_source(params: Params, workspace: Workspace) -> None:
     record_path = workspace.at(stage.provenance_path({}))
     if settings.path == NONE or not record_path.exists():
         return
-    recorded = files.read_json(record_path).get("inputs", {}).get("source")
+    recorded = files.read_record(record_path, Provenance)["inputs"].get("source")
     try:
         current = _checksum(stage.name, settings, workspace.at(f"{SOURCES}/{settings.path}"))
     except DmatError:
@@ -136,7 +136,7 @@ def _expect_unaltered(input_paths: Collection[str], params: Params, workspace: W
                 if any(path == input_path or path.startswith(f"{input_path}/") for input_path in input_paths)
             ]
             record = workspace.at(stage.provenance_path(instance))
-            recorded = files.read_record(record).get("outputs", {}) if published and record.exists() else {}
+            recorded = files.read_record(record, Provenance)["outputs"] if published and record.exists() else {}
             for path in published:
                 if path in recorded and (current := files.checksum(workspace.at(path))) != recorded[path]:
                     raise DmatError(

@@ -3,17 +3,19 @@
 import dataclasses
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from dmat import ARTIFACTS, files
 from dmat.config import NONE, Params
 from dmat.data import mixes, shards
+from dmat.data.mixes import MixRecord
 from dmat.data.mixing import MIX, BatchOrder
 from dmat.errors import DmatError
 from dmat.jobs import generate_images
 from dmat.pipeline import execution, planning
 from dmat.pipeline.stages import STAGES
 from dmat.training import HISTORY
-from dmat.workspace import Workspace
+from dmat.workspace import Provenance, Workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Usage:
     finished: bool  # whether the training has a result
 
 
+class _HistoryEntry(TypedDict):
+    """An entry of history.json, as far as it is used."""
+
+    images_seen: int
+
+
 def remake(name: str, index: int, params: Params, workspace: Workspace) -> Remade:
     """Computes the image `index` of a set again, with the other images of its block, and reads the one in its shard.
 
@@ -63,7 +71,7 @@ def remake(name: str, index: int, params: Params, workspace: Workspace) -> Remad
     plan = planning.plan(stage, instance, params, workspace)
     opened = shards.open_shards(workspace.at(plan.outputs["images"]), verify=False)
     _expect_index(name, index, len(opened))
-    provenance = files.read_record(workspace.at(stage.provenance_path(instance)), fingerprint=str)
+    provenance = files.read_record(workspace.at(stage.provenance_path(instance)), Provenance)
     if provenance["fingerprint"] != plan.fingerprint:
         raise DmatError(
             f"{name} was made with other parameters, inputs or code than those of now; expected the same, to compare "
@@ -100,11 +108,11 @@ def usage(name: str, index: int, arm: str, seed: int, params: Params, workspace:
     # A mixture may have several selections of the same set.
     parts = [(int(starts[k]), selected.parts[k]) for k, used in enumerate(image_sets) if used == name]
     _expect_index(name, index, len(parts[0][1].images))
-    images_seen = files.read_record(folder / MIX, images_seen=int)["images_seen"]
+    images_seen = files.read_record(folder / MIX, MixRecord)["images_seen"]
     trained = workspace.at(STAGES["train_robust"].outputs(params, arm=arm, seed=seed)["classifier"])
     finished = (trained / HISTORY).is_file()
     if finished:  # it may have ended early
-        images_seen = int(files.read_json(trained / HISTORY)[-1]["images_seen"])
+        images_seen = files.read_record(trained / HISTORY, list[_HistoryEntry])[-1]["images_seen"]
     order = BatchOrder(mix, seed)
     positions = [start + at for start, part in parts if (at := part.position_of(index)) is not None]
     steps = sorted({step for position in positions for step in order.steps_of("generated", position, images_seen)})

@@ -1,29 +1,26 @@
 """The work folder of an instance: its lock, the record of a complete result, and setting earlier state aside."""
 
 import contextlib
-import json
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
+from typing import NotRequired
 
 import filelock
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from dmat import files, tracking
 from dmat.errors import DmatError
 from dmat.workspace import FINISHED, METRICS, PICTURES, RESULT, Provenance
 
-if TYPE_CHECKING:  # importing it loads torch
-    from dmat.job import Metrics
-
 
 class Finished(TypedDict):
     """The record of a complete result."""
 
-    metrics: "Metrics"
+    metrics: Mapping[str, float | Mapping[str, float]]  # as `job.Metrics`
     notes: list[str]  # sentences that a reader of the result must know
     code: str  # identity of the stage's code
     files: dict[str, str]  # path below the work folder -> SHA-256, of every file that is published
@@ -31,6 +28,7 @@ class Finished(TypedDict):
     checksum: NotRequired[str]  # of the other keys; in the file only
 
 
+_HOLDER = "holder.json"
 _ADVICE = "wait for it, or stop it and run the same command again: it resumes from the last checkpoint"
 
 
@@ -41,17 +39,22 @@ def lock(work: Path, advice: str = _ADVICE, timeout: float = 0) -> Iterator[None
     timeout: seconds for a process that holds the lock. Raises DmatError with its id, and the advice, after them.
     """
     file_lock = filelock.FileLock(work / "lock", timeout=timeout)
-    holder_path = work / "holder.json"
     try:
         file_lock.acquire()
     except filelock.Timeout:
-        pid = json.loads(holder_path.read_text())["pid"] if holder_path.exists() else "unknown"
-        raise DmatError(f"{work} is being computed by process {pid}; {advice}") from None
+        raise DmatError(f"{work} is being computed by process {holder(work) or 'unknown'}; {advice}") from None
     try:
-        files.write_json(holder_path, {"pid": os.getpid()})
+        files.write_json(work / _HOLDER, {"pid": os.getpid()})
         yield
     finally:
         file_lock.release()
+
+
+def holder(work: Path) -> int | None:
+    """The process that holds the lock of a work folder, or held it last; None if that cannot be read."""
+    with contextlib.suppress(DmatError):
+        return files.read_record(work / _HOLDER, dict[str, int]).get("pid")
+    return None
 
 
 def is_locked(work: Path) -> bool:
@@ -67,7 +70,7 @@ def is_locked(work: Path) -> bool:
 
 def resumable_paths(work: Path) -> list[Path]:
     """Files and folders of an earlier attempt from which this one resumes."""
-    bookkeeping = ("lock", "holder.json", *tracking.FILES)
+    bookkeeping = ("lock", _HOLDER, *tracking.FILES)
     paths = sorted(work.iterdir()) if work.exists() else []
     return [path for path in paths if path.name not in bookkeeping and not path.name.startswith(("before-", "."))]
 
@@ -86,7 +89,7 @@ def set_aside(work: Path, home: Path, keep: Collection[str] = ()) -> None:
     """
     archive = _new_archive(work)
     tracking.set_aside(home, work, archive)
-    staying = {"lock", "holder.json", *tracking.FILES, *keep}
+    staying = {"lock", _HOLDER, *tracking.FILES, *keep}
     for path in [p for p in work.iterdir() if p.name not in staying and not p.name.startswith("before-")]:
         archive.mkdir(exist_ok=True)
         path.rename(archive / path.name)
@@ -95,9 +98,9 @@ def set_aside(work: Path, home: Path, keep: Collection[str] = ()) -> None:
 def read_finished(work: Path) -> Finished | None:
     """The record of a complete result in a work folder; None without one, and for a damaged one."""
     with contextlib.suppress(DmatError):
-        record = files.read_record(work / FINISHED, metrics=dict, code=str, files=dict, provenance=dict)
+        record = files.read_record(work / FINISHED, Finished)
         if record.pop("checksum", None) == files.fingerprint(record):
-            return cast(Finished, record)
+            return record
     return None
 
 

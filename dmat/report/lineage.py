@@ -4,11 +4,13 @@ Read from `artifacts/provenance`, which each stage writes. A link holds if the f
 stage read. If a link does not hold, the chain is not the history of the result, and the link is reported as broken.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dmat import files, tracking
+from dmat.errors import DmatError
 from dmat.metrics import pictures
 from dmat.workspace import FINISHED, Provenance, Workspace, provenance_path
 
@@ -90,8 +92,9 @@ def mlflow_runs(provenance: Provenance, home: Path) -> tuple[str | None, str | N
     work = home / provenance["work"]
     for folder in (work, *sorted(work.glob("before-*"))):
         finished_path = folder / FINISHED
-        if finished_path.exists() and files.read_json(finished_path).get("provenance") == provenance:
-            return tracking.recorded_runs(folder)
+        with contextlib.suppress(DmatError):  # missing or damaged
+            if files.read_record(finished_path, dict[str, object]).get("provenance") == provenance:
+                return tracking.recorded_runs(folder)
     return None, None
 
 
@@ -132,7 +135,7 @@ class Chain:
         """The step of a stage instance, with all its ancestors. Raises DmatError where its provenance is missing."""
         title = f"{stage_name} {instance_name}"
         if title not in self._steps:
-            provenance: Provenance = files.read_json(self._workspace.at(provenance_path(stage_name, instance_name)))
+            provenance = files.read_record(self._workspace.at(provenance_path(stage_name, instance_name)), Provenance)
             links = tuple(self.link(name, **entry) for name, entry in provenance["inputs"].items())
             run, parent = mlflow_runs(provenance, self._workspace.home)
             self._steps[title] = LineageStep(

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import psutil
 
 from dmat import ARTIFACTS, files, liveness
 from dmat.errors import DmatError
+from dmat.workspace import Provenance
 
 
 def outermost() -> tuple[psutil.Process, str, list[str]] | None:
@@ -60,7 +60,7 @@ def rwlock_entries(root: Path) -> list[tuple[int, str]]:
     """
     path = root / ".dvc" / "tmp" / "rwlock"
     try:
-        rwlock = json.loads(path.read_text())
+        rwlock = files.parse_json(path.read_bytes())
         entries = [
             *rwlock.get("write", {}).values(),
             *(reader for readers in rwlock.get("read", {}).values() for reader in readers),
@@ -87,6 +87,6 @@ def unrecorded(root: Path, runs: Collection[str]) -> list[str]:
         with contextlib.suppress(DmatError, OSError):
             # a provenance file holds its time and its run, so its checksum identifies this result
             md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-            if md5 not in lock and files.read_json(path).get("mlflow_run") in runs:
+            if md5 not in lock and files.read_record(path, Provenance)["mlflow_run"] in runs:
                 instances.append(f"{path.parent.name} {path.stem}")
     return instances

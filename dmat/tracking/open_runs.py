@@ -8,9 +8,10 @@ import contextlib
 import platform
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired
 
 import filelock
+from typing_extensions import TypedDict
 
 from dmat import files, liveness, redaction
 from dmat.errors import DmatError, first_line
@@ -40,9 +41,6 @@ class Marker(TypedDict):
     store: str  # see `stores.identity`
     attempt: NotRequired[float | None]  # `started` of the record; None: of any
     ended: NotRequired[bool]  # the run ended, and its process may still run
-
-
-_KEYS = Marker.__required_keys__
 
 
 def write(home: Path, folder: Path, pid: int, by_children: bool = False, attempt: float | None = None) -> None:
@@ -313,13 +311,11 @@ def _paths(home: Path) -> list[Path]:
 def _read(path: Path) -> Marker | None:
     """Content of a marker file; None if it is missing or damaged."""
     try:
-        marker = files.read_json(path)
-    except (DmatError, OSError):
-        return None
-    if not isinstance(marker, dict) or not set(marker) >= _KEYS:
+        marker = files.read_record(path, Marker)
+    except DmatError:
         return None
     # earlier versions wrote a password into the store's address
-    return cast(Marker, marker) | {"store": redaction.address(marker["store"])}
+    return marker | {"store": redaction.address(marker["store"])}
 
 
 def _unlink_unchanged(home: Path, path: Path, marker: Marker) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmat.errors import DmatError
+from dmat.errors import DmatError, first_line
 from dmat.tracking import stores
 from dmat.tracking.run_record import WORK, read_tracking
 
@@ -118,8 +118,17 @@ def _select_runs(home: Path, tags: Mapping[str, str], status: str | None, limit:
         path = Path(address.removeprefix("sqlite:///"))
         if not path.exists():
             return []
-        with contextlib.suppress(sqlite3.OperationalError):  # a schema that the queries below do not fit
+        try:
+            if not path.is_file():  # opening a FIFO would wait for a writer
+                raise ValueError("not a file")
             return _from_file(path, tags, status, limit)
+        except (sqlite3.DatabaseError, ValueError, TypeError, AttributeError, OverflowError) as error:
+            if isinstance(error, sqlite3.OperationalError) and str(error).startswith("no such"):
+                return _from_mlflow(home, tags, status, limit)  # a schema that the query does not fit
+            raise DmatError(
+                f"{path} is damaged ({first_line(error)}); expected the database of MLflow; restore it from a backup, "
+                f"or move it away: a new one is made, and no result of a stage depends on it"
+            ) from None
     return _from_mlflow(home, tags, status, limit)
 
 

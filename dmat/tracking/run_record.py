@@ -344,9 +344,9 @@ def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
 def _metric_points(line: bytes, step: str) -> list[tuple[str, float, int]]:
     """Name, value and step of each number in a line of JSON; empty for a damaged line. step: name of the step in it."""
     try:
-        record = json.loads(line)
-        return [(name, value, record[step]) for name, value in record.items() if name != step]
-    except (ValueError, KeyError, AttributeError):
+        record = files.parse_json(line)
+        return [(name, float(value), int(record[step])) for name, value in record.items() if name != step]
+    except (ValueError, KeyError, AttributeError, TypeError):
         return []
 
 

@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from dmat import files, liveness
 from dmat.errors import DmatError, first_line
 from dmat.tracking import open_runs, parents, stores
@@ -114,9 +116,16 @@ def _process_file(home: Path) -> Path:
     return home / "mlruns" / "active" / f".sender-{name}.json"
 
 
+class _Process(TypedDict):
+    """Content of that file."""
+
+    pid: int
+    started: str  # `liveness.identity`
+
+
 def _is_running(path: Path) -> bool:
-    with contextlib.suppress(DmatError, OSError, KeyError, TypeError):  # missing or damaged
-        process = files.read_json(path)
+    with contextlib.suppress(DmatError):  # missing or damaged
+        process = files.read_record(path, _Process)
         return liveness.is_running(process["pid"], process["started"])
     return False
 

@@ -8,12 +8,13 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, cast
 
 import torch
+from typing_extensions import TypedDict
 
 from dmat import files
-from dmat.errors import DmatError
+from dmat.errors import DmatError, first_line
 
 SCHEMA = 1
 
@@ -44,15 +45,15 @@ def save(path: Path, header: Header, state: State) -> None:
 
 def load(path: Path) -> tuple[Header, State]:
     """Reads header and state of a checkpoint. Raises DmatError if the file cannot be trusted."""
-    return parse(path.read_bytes(), path)
+    return parse(files.read_bytes(path), path)
 
 
 def parse(data: bytes, path: Path) -> tuple[Header, State]:
     """Parses header and state from the bytes of a checkpoint file. path: for messages. Raises DmatError like `load`."""
-    first_line, _, payload = data.partition(b"\n")
+    header_line, _, payload = data.partition(b"\n")
     advice = "delete it to start this run over, or bring back a good copy"
     try:
-        header = json.loads(first_line)
+        header = files.parse_json(header_line)
     except ValueError:
         header = None
     if not isinstance(header, dict) or not {"schema", "sha256"} <= set(header):
@@ -62,9 +63,14 @@ def parse(data: bytes, path: Path) -> tuple[Header, State]:
             f"{path} has checkpoint schema {header.get('schema')}; this dmat reads {SCHEMA}; use the dmat "
             f"that wrote it, or {advice}"
         )
+    if problems := files.schema_problems(header, Header):
+        raise DmatError(f"{path} has a header of another kind ({problems}); {advice}")
     if (checksum := hashlib.sha256(payload).hexdigest()) != header["sha256"]:
         raise DmatError(
             f"{path} was cut or altered (checksum {checksum[:12]}, expected {header['sha256'][:12]}); {advice}"
         )
-    state: State = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        state: State = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # hostile bytes may raise any exception; none of them is a bug of dmat
+        raise DmatError(f"{path} holds no state that torch reads ({first_line(error)}); {advice}") from None
     return cast(Header, header), state

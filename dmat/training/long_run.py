@@ -77,7 +77,7 @@ class MetricsLog:
 def _images_seen(line: bytes) -> int | None:
     """Returns images_seen of a record; None for a line that is incomplete, or zeros after the machine stopped."""
     try:
-        return int(json.loads(line)["images_seen"]) if line.endswith(b"\n") else None
+        return int(files.parse_json(line)["images_seen"]) if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
         return None
 

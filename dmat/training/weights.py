@@ -2,18 +2,18 @@
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict, TypeVar, cast, overload
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from dmat import files
-from dmat.errors import DmatError
+from dmat.errors import DmatError, first_line
 
 SCHEMA = 1
 BEST, LAST = "best.safetensors", "last.safetensors"  # of a classifier; the last also of a denoiser with snapshots
@@ -150,7 +150,13 @@ def read(path: Path, kind: Kind) -> tuple[dict[str, Tensor], Sidecar]:
             f"{path} has checksum {checksum[:12]}; its sidecar says {sidecar['sha256'][:12]}; bring back the "
             f"pair that was written together, or run its stage again"
         )
-    return load_tensors(path.read_bytes()), sidecar
+    try:
+        return load_tensors(files.read_bytes(path)), sidecar
+    except SafetensorError as error:
+        raise DmatError(
+            f"{path} is not a .safetensors file ({first_line(error)}); expected the weights that were written with its "
+            f"sidecar; bring back the pair, or run its stage again"
+        ) from None
 
 
 @overload
@@ -178,9 +184,9 @@ def sidecar_sha256(path: Path, sidecar: Sidecar) -> str:
     Raises DmatError if the file no longer holds `sidecar`, which was read from it before.
     """
     file = path.with_suffix(".json")
-    data = file.read_bytes()
+    data = files.read_bytes(file)
     with contextlib.suppress(ValueError):
-        if json.dumps(json.loads(data), sort_keys=True) == json.dumps(sidecar, sort_keys=True):
+        if files.parse_json(data) == sidecar:
             return hashlib.sha256(data).hexdigest()
     raise DmatError(f"{file} changed while it was read; expected it to stay as it is; run the same command again")
 

@@ -18,6 +18,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from typing_extensions import TypedDict
 
 from dmat import files
 from dmat.engine import Engine, Outcome, Task
@@ -246,6 +247,12 @@ def process_of(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get(_DRIVER, {}).get("process", "another process"))
 
 
+class _FolderIdentity(TypedDict):
+    """Content of driver.json."""
+
+    id: str
+
+
 def _folder_identity(folder: Path, create: bool = False) -> str | None:
     """Names the drivers of a study folder, which follow each other. A copy of the folder has another name.
 
@@ -254,4 +261,4 @@ def _folder_identity(folder: Path, create: bool = False) -> str | None:
     path = folder / "driver.json"
     if create and not path.exists():
         files.write_json(path, {"id": uuid.uuid4().hex})
-    return f"{files.read_json(path)['id']}-{path.stat().st_ino}" if path.exists() else None
+    return f"{files.read_record(path, _FolderIdentity)['id']}-{path.stat().st_ino}" if path.exists() else None

@@ -27,7 +27,7 @@ from dmat.training import weights
 from dmat.tuning import space
 from dmat.tuning.plan import Study
 from dmat.tuning.storage import ended
-from dmat.tuning.trials import VALUES_FILE, TrialContext
+from dmat.tuning.trials import VALUES_FILE, TrialContext, TrialValues
 from dmat.workspace import RESULT
 
 _PREFIX = "auto_attack."  # of an attribute of the study; the number of the trial follows
@@ -68,7 +68,7 @@ def _has_weights(plan: Study, trial: FrozenTrial) -> bool:
     values_path = path.parents[2] / VALUES_FILE
     if not path.exists() or not values_path.exists():
         return False
-    values = files.read_json(values_path)["params"]
+    values = files.read_record(values_path, TrialValues)["params"]
     return all(values.get(name, value) == value for name, value in trial.params.items())
 
 

@@ -137,9 +137,9 @@ def _start_over(plan: Study, workspace: Workspace, rdb: RDBStorage) -> None:
 def _finished(plan: Study, study: optuna.Study, total: int) -> bool:
     """Whether the report covers all trials, enough have ended, and nothing is left to rank."""
     path = plan.folder / "finished.json"
-    record = files.read_json(path) if path.exists() else {"trials": 0, "ranked": []}
     ended = storage.ended(study)
-    reported = record["trials"] == len(ended) and record["ranked"] == sorted(ranking.auto_attack_results(study))
+    current = {"trials": len(ended), "ranked": sorted(ranking.auto_attack_results(study))}
+    reported = path.exists() and files.read_record(path, dict[str, object]).items() >= current.items()
     return reported and total <= len(storage.own_trials(ended)) and not ranking.missing(plan, study)
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from optuna.trial import TrialState
+from typing_extensions import TypedDict
 
 from dmat import NONE, files, tracking
 from dmat.config import MixImages, Params, TrialSettings
@@ -37,6 +38,12 @@ CONTINUE, PRUNE, LOST = "continue", "prune", "lost"  # verdicts of the driver on
 NO_TRIAL = b"none"  # what the other processes get, before their patience ends, while there is nothing to train
 _LOCK_TIMEOUT = 120.0  # seconds for the process that computed a trial before to save and end
 _CONTINUE, _PRUNED, _STOP = "", "pruned ", "stop "  # messages of the main process to the others at a report
+
+
+class TrialValues(TypedDict):
+    """Content of `VALUES_FILE`."""
+
+    params: dict[str, object]
 
 
 @dataclasses.dataclass(frozen=True)

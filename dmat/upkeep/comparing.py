@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from dmat import files, seeds
+from dmat.data import npz_arrays
 from dmat.evaluation.table import PER_IMAGE, read_table
+from dmat.evaluation.work import AttackedShardRecord
 from dmat.metrics.intervals import PairedDifference, paired_difference
 from dmat.tracking import queries
 from dmat.tracking.queries import TrackedRun
@@ -66,12 +68,19 @@ def _table(workspace: Workspace, run: TrackedRun) -> _Table | None:
 def _table_of_shards(folder: Path) -> _Table | None:
     """The table of a ranked trial; None while shards are missing. It has no labels: the checksum of the images
     identifies them."""
-    records = [files.read_json(path) for path in sorted(folder.glob("shard-*.json"))]
-    if not records or sum(record["images"] for record in records) != records[0]["identity"]["images_attacked"]:
+    records = [files.read_record(path, AttackedShardRecord) for path in sorted(folder.glob("shard-*.json"))]
+    if not records or sum(record["images"] for record in records) != records[0]["identity"].get("images_attacked"):
         return None
-    parts = []
-    for path in sorted(folder.glob("shard-*.npz")):
-        with np.load(path, allow_pickle=False) as arrays:
-            parts.append({name: arrays[name] for name in arrays.files if arrays[name].ndim == 1})
+    parts = [
+        {name: array for name, array in npz_arrays.read_arrays(path).items() if array.ndim == 1}
+        for path in sorted(folder.glob("shard-*.npz"))
+    ]
     identity = {name: value for name, value in records[0]["identity"].items() if name not in ("weights", "shard")}
-    return _Table(identity, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    return _Table(
+        identity,
+        {
+            name: np.concatenate([part[name] for part in parts])
+            for name in parts[0]
+            if all(name in part for part in parts)
+        },
+    )

@@ -15,14 +15,13 @@ import numpy as np
 
 from dmat import files
 from dmat.config import Params
-from dmat.data import shards
-from dmat.devices import ComputeRecord
+from dmat.data import npz_arrays, shards
 from dmat.errors import DmatError, Pruned
 from dmat.job import Job
 from dmat.jobs import evaluate_robust, generate_images
 from dmat.pipeline import Stage, code_identity, execution, planning
 from dmat.pipeline.planning import Plan
-from dmat.workspace import METRICS, Workspace
+from dmat.workspace import METRICS, ComputeRecord, Provenance, Workspace
 
 _COMPUTE: Final = ("device", "precision", "threads", "processes", "torch")  # what the last digits of a result depend on
 
@@ -93,7 +92,7 @@ def _finished_results(
     for instance in stage.all_instances(params):
         try:
             plan = planning.plan(stage, instance, params, workspace, identity)
-            provenance = files.read_record(workspace.at(stage.provenance_path(instance)), fingerprint=str, compute=dict)
+            provenance = files.read_record(workspace.at(stage.provenance_path(instance)), Provenance)
         except DmatError:
             continue  # an input or the result is missing
         if provenance["fingerprint"] == plan.fingerprint:
@@ -134,8 +133,7 @@ def _compare_first_record(plan: Plan, job: Job, workspace: Workspace) -> str:
 def _compare_first_shard(plan: Plan, job: Job, workspace: Workspace) -> str:
     """Compares the first shard of an evaluation."""
     task = evaluate_robust.first_shard(plan.settings, job)  # type: ignore[arg-type]
-    with np.load(plan.work / task.path.with_suffix(".npz").relative_to(job.work), allow_pickle=False) as arrays:
-        finished_arrays = {name: arrays[name] for name in arrays.files}
+    finished_arrays = npz_arrays.read_arrays(plan.work / task.path.with_suffix(".npz").relative_to(job.work))
     task.path.parent.mkdir(parents=True)
     task.compute()
     new_arrays = task.read()

@@ -17,7 +17,7 @@ from dmat.pipeline import code_identity
 from dmat.pipeline.stages import STAGES
 from dmat.upkeep import dvc_files
 from dmat.upkeep.dvc_files import DvcResult
-from dmat.workspace import Workspace
+from dmat.workspace import Provenance, Workspace
 
 _PROVENANCE = f"{ARTIFACTS}/provenance/"
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
@@ -52,7 +52,7 @@ def mismatches(workspace: Workspace) -> Iterator[Mismatch]:
         if cached is None or not result.code or not result.code.items() <= code.items():
             continue
         try:
-            provenance_record = files.read_record(cached, stage=str, instance=str, settings=dict)
+            provenance_record = files.read_record(cached, Provenance)
         except DmatError:
             continue
         dvc_settings = _recorded_settings(

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import psutil
 
@@ -44,16 +43,11 @@ class WorkFolder:
         path = self.path / FINISHED
         if not path.exists():
             return None
-        record = files.read_json(path)
-        provenance = record.get("provenance") if isinstance(record, dict) else None
-        identity = (
-            [provenance.get(key) for key in ("stage", "instance", "fingerprint")]
-            if isinstance(provenance, dict)
-            else []
-        )
+        record = files.read_record(path, Finished)
+        identity = [record["provenance"][key] for key in ("stage", "instance", "fingerprint")]
         if identity != [self.stage_name, self.instance_name, self.fingerprint]:
             raise DmatError(f"{path} is not the record of {self.path.name}; inspect the folder and delete it")
-        return cast(Finished, record)
+        return record
 
     @property
     def resumable_paths(self) -> list[Path]:
@@ -75,9 +69,7 @@ class WorkFolder:
         """The process that works in the folder, for messages; None if none does."""
         if not is_held(self.path / "lock"):
             return None
-        try:
-            pid = int(files.read_json(self.path / "holder.json")["pid"])
-        except (DmatError, OSError, KeyError, TypeError, ValueError):
+        if (pid := work_folder.holder(self.path)) is None:
             return "an unknown process"
         return f"process {pid}" if psutil.pid_exists(pid) else f"process {pid} of another machine"
 

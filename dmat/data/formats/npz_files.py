@@ -3,13 +3,12 @@
 Shapes: N images, H height, W width, C channels, K classes.
 """
 
-import math
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from dmat.data import npz_arrays
 from dmat.data.data_sets import NOT_STATED
 from dmat.data.formats.split_files import files_of_splits
 from dmat.data.image_source import (
@@ -21,14 +20,11 @@ from dmat.data.image_source import (
     numbered_classes,
     shape_text,
 )
-from dmat.errors import DmatError, first_line
+from dmat.data.npz_arrays import ArrayHeader
+from dmat.errors import DmatError
 
 SUFFIX = ".npz"
 _ARRAYS = ("image", "label", "test_image", "test_label", "class_names")
-_HEADER_READERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
 
 
 def npz(path: Path | None) -> ImageSource:
@@ -93,11 +89,10 @@ def read_parts(paths: Sequence[Path]) -> tuple[Pair, Pair | None, tuple[str, ...
 
 def _image_shape(path: Path) -> tuple[int, ...]:
     """The shape (N, H, W, C) of the images of a file; reads no pixels."""
-    for name, shape, dtype in _headers(path):
-        if name == "image":
-            _expect_images(path, name, dtype, shape)
-            return shape
-    raise DmatError(f"{path} lacks image; expected arrays `image` and `label`; save it again by numpy.savez")
+    if (header := _headers(path).get("image")) is None:
+        raise DmatError(f"{path} lacks image; expected arrays `image` and `label`; save it again by numpy.savez")
+    _expect_images(path, "image", header.dtype, header.shape)
+    return header.shape
 
 
 def _expect_images(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
@@ -106,42 +101,22 @@ def _expect_images(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...
         raise DmatError(f"{path}: `{name}` is {dtype} {shape}; expected uint8 [N, H, W, 1 or 3]")
 
 
-def _headers(path: Path) -> list[tuple[str, tuple[int, ...], np.dtype]]:
-    """Name, shape and type of each array that `npz` reads.
+def _headers(path: Path) -> dict[str, ArrayHeader]:
+    """The headers of the arrays that `npz` reads, by name.
 
     Raises DmatError if the file is not an .npz, or cannot hold what its headers say.
     """
-    if not zipfile.is_zipfile(path):
-        raise DmatError(f"{path} is not an .npz archive; expected arrays `image` and `label`; save it by numpy.savez")
-    headers = []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in set(_ARRAYS) & {member.removesuffix(".npy") for member in archive.namelist()}:
-                with archive.open(f"{name}.npy") as file:
-                    shape, _, dtype = _HEADER_READERS[np.lib.format.read_magic(file)](file)
-                headers.append((name, shape, dtype))
-    except Exception as error:  # damaged, encrypted or hostile archives may raise any exception; none is a bug of dmat
-        raise _incomplete(path, error) from None
-    expect_plausible_size(path, sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in headers))
+    headers = npz_arrays.read_headers(path, _ARRAYS)
+    expect_plausible_size(path, sum(header.nbytes for header in headers.values()))
     return headers
-
-
-def _incomplete(path: Path, error: Exception) -> DmatError:
-    cause = f"{type(error).__name__}: {first_line(error)}"
-    return DmatError(f"{path} is incomplete or not an .npz of numbers ({cause}); save it again by numpy.savez")
 
 
 def _read_file(path: Path) -> tuple[Pair, Pair | None, tuple[str, ...]]:
     """Images and labels of one file, its test images or None, and its class names or ()."""
     _headers(path)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files if name in _ARRAYS}
-            contents = ", ".join(archive.files[:5]) or "nothing"
-    except Exception as error:  # as above
-        raise _incomplete(path, error) from None
-    pair = _split(path, arrays, contents, "")
-    test = _split(path, arrays, contents, "test_") if {"test_image", "test_label"} & set(arrays) else None
+    arrays = npz_arrays.read_arrays(path, _ARRAYS)
+    pair = _split(path, arrays, "")
+    test = _split(path, arrays, "test_") if {"test_image", "test_label"} & set(arrays) else None
     if "class_names" not in arrays:
         return pair, test, ()
     names = _class_names(path, arrays["class_names"])
@@ -159,13 +134,13 @@ def _class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
     return tuple(names.tolist())
 
 
-def _split(path: Path, arrays: dict[str, np.ndarray], contents: str, prefix: str) -> Pair:
+def _split(path: Path, arrays: dict[str, np.ndarray], prefix: str) -> Pair:
     """Images uint8 [N, H, W, C] and labels int64 [N] of one split of an .npz. prefix: "" or "test_"."""
     image, label = f"{prefix}image", f"{prefix}label"
     missing = {image, label} - set(arrays)
     if missing:
         raise DmatError(
-            f"{path} lacks {', '.join(sorted(missing))}; expected arrays `{image}` and `{label}`; it holds {contents}"
+            f"{path} lacks {', '.join(sorted(missing))}; expected arrays `{image}` and `{label}`; save it again"
         )
     images, labels = arrays[image], arrays[label]
     _expect_images(path, image, images.dtype, images.shape)
