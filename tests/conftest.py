@@ -86,11 +86,11 @@ def _tiny_params() -> dict:
 
 @pytest.fixture(scope="session")
 def postgres():
-    """URL of a real PostgreSQL server, without the database name."""
+    """A real PostgreSQL server."""
     from tests.databases import server
 
-    with server() as url:
-        yield url
+    with server() as database:
+        yield database
 
 
 @pytest.fixture
