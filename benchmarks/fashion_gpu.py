@@ -1,12 +1,11 @@
 """EDM against DDPM against no generated images on Fashion-MNIST, in short pieces for one GPU.
 
     P="python benchmarks/fashion_gpu.py --folder /tmp/fashion-gpu --data /usr/share/datasets/fashion-mnist"
-    $P plan                        # settings and counted operations of every piece; computes nothing
-    $P generate --generator edm    # trains a generator and samples its images
-    $P generate --generator ddpm
-    $P train --arm real_only       # also: edm, ddpm
-    $P evaluate --arm real_only    # also: edm, ddpm; standard AutoAttack
-    $P compare                     # result.json: accuracies, and paired differences with 95 % intervals
+    $P plan                  # counted operations of every piece
+    $P generate edm          # trains a generator and samples its images; also: ddpm
+    $P train real_only       # trains the classifier of an arm; also: edm, ddpm
+    $P evaluate real_only    # attacks it with PGD and standard AutoAttack; also: edm, ddpm
+    $P compare               # result.json: accuracies, and paired differences with 95 % intervals
 
 Every command ends after --seconds at the latest, plus one training step, block of images or shard of test images, saves
 what it has, and exits with 75 while work is left; the same command resumes. `train` and `evaluate` of several arms are
@@ -48,7 +47,7 @@ from dmat.robust.networks import DataSpec, wide_resnet
 from dmat.training import ema, schedules
 
 ARMS = {"real_only": None, "edm": "edm", "ddpm": "ddpm"}  # arm -> the generator of its images
-FORMULATIONS = {"edm": "edm", "ddpm": "ddpm"}
+GENERATORS = ("edm", "ddpm")  # by their formulations
 CLASSES, SIZE = 10, 28
 EXIT_WORK_LEFT = 75
 PGD_STEPS, RESAMPLES = 40, 2000
@@ -117,7 +116,7 @@ class Piece:
 
     def _expect_same_settings(self) -> None:
         path = self.folder / "settings.json"
-        per_call = {"command", "generator", "arm", "folder", "data", "seconds", "threads"}
+        per_call = {"command", "name", "folder", "data", "seconds", "threads"}
         settings = {name: value for name, value in vars(self.args).items() if name not in per_call}
         settings["device"], settings["precision"] = self.compute.device.type, self.compute.precision
         if path.exists() and (earlier := json.loads(path.read_text())) != settings:
@@ -189,7 +188,7 @@ def new_denoiser(piece: Piece, generator: str) -> formulations.Preconditioned:
     settings = DenoiserSettings(piece.args.channels, piece.args.blocks)
     seeds.reseed_torch(piece.seed, "initial weights", 0)
     network = NETWORKS["ddpmpp"](DenoiserSpec(SIZE, SIZE, 1, CLASSES), settings)
-    formulation = formulations.FORMULATIONS[FORMULATIONS[generator]](settings)
+    formulation = formulations.FORMULATIONS[generator](settings)
     denoiser = formulations.Preconditioned(network, formulation)
     return piece.compute.model_to_device(denoiser)  # type: ignore[return-value]
 
@@ -241,7 +240,7 @@ def sampler_of(generator: str, args: argparse.Namespace) -> Sampler:
 
 def generate(piece: Piece) -> None:
     """Trains a generator and samples its images, block by block. Image k has the label k modulo 10."""
-    args, compute, generator = piece.args, piece.compute, piece.args.generator
+    args, compute, generator = piece.args, piece.compute, piece.args.name
     denoiser, sampler = train_denoiser(piece, generator), sampler_of(generator, args)
     blocks = [slice(k, min(k + args.block, args.images)) for k in range(0, args.images, args.block)]
     for block in blocks:
@@ -275,7 +274,7 @@ def generated_images(piece: Piece, generator: str) -> tuple[np.ndarray, np.ndarr
     count, size = piece.args.images, piece.args.block
     paths = [block_path(piece, generator, slice(k, min(k + size, count))) for k in range(0, count, size)]
     if missing := [path for path in paths if not path.exists()]:
-        sys.exit(f"{missing[0]} does not exist; expected it from `generate --generator {generator}`; run that first")
+        sys.exit(f"{missing[0]} does not exist; expected it from `generate {generator}`; run that first")
     return np.concatenate([np.load(path) for path in paths]), np.arange(count) % CLASSES
 
 
@@ -289,10 +288,10 @@ def new_classifier(piece: Piece) -> nn.Module:
 
 def train(piece: Piece) -> None:
     """Trains the classifier of an arm by TRADES, or resumes."""
-    args, compute, path = piece.args, piece.compute, piece.folder / f"arm-{piece.args.arm}.safetensors"
+    args, compute, path = piece.args, piece.compute, piece.folder / f"arm-{piece.args.name}.safetensors"
     if path.exists():
         return
-    generator = ARMS[args.arm]
+    generator = ARMS[args.name]
     real, generated = piece.real, generated_images(piece, generator) if generator else None
     mix = Mix(
         len(real[1]), len(generated[1]) if generated else 0, args.batch, args.generated_share if generated else 0.0
@@ -301,9 +300,11 @@ def train(piece: Piece) -> None:
     settings = losses.LossSettings(ball, args.attack_steps, args.epsilon / 4, args.beta, 0.1)
     model = new_classifier(piece)
     ema_model, steps = copy.deepcopy(model), mix.steps(args.images_seen)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]  # of batch norm, and the bias of the last layer
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}]
+    norms = {id(p) for layer in model.modules() if isinstance(layer, modes.BATCH_NORMS) for p in layer.parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) in norms], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if id(p) not in norms], "weight_decay": 5e-4},
+    ]
     optimiser = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
 
     def train_step(step: int) -> Tensor:
@@ -327,7 +328,7 @@ def train(piece: Piece) -> None:
         ema.copy_buffers(ema_model, model)
         return loss.detach()
 
-    run_steps(piece, f"arm-{args.arm}", steps, {"live": model, "ema": ema_model}, optimiser, train_step)
+    run_steps(piece, f"arm-{args.name}", steps, {"live": model, "ema": ema_model}, optimiser, train_step)
     save_weights(path, ema_model)
 
 
@@ -337,15 +338,15 @@ def evaluate(piece: Piece) -> None:
     Writes a record per shard: which images are right clean, under PGD-40 (CW margin) and under standard AutoAttack.
     """
     args, compute = piece.args, piece.compute.exact()
-    weights = piece.folder / f"arm-{args.arm}.safetensors"
+    weights = piece.folder / f"arm-{args.name}.safetensors"
     if not weights.exists():
-        sys.exit(f"{weights} does not exist; expected it from `train --arm {args.arm}`; run that first")
+        sys.exit(f"{weights} does not exist; expected it from `train {args.name}`; run that first")
     model, ball = new_classifier(piece), Ball("linf", args.epsilon)
     model.load_state_dict(load_file(weights))
     model.eval().requires_grad_(False)
     suite = auto_attack.suite("standard", CLASSES)
     for number, shard in enumerate(shards_of(piece)):
-        path = record_path(piece, args.arm, number)
+        path = record_path(piece, args.name, number)
         if path.exists():
             continue
         if piece.clock.over():
@@ -365,7 +366,7 @@ def evaluate(piece: Piece) -> None:
             "broken_by": broken_by.tolist(),
         }
         write(path, json.dumps(record).encode())
-        print(f"{args.arm}: {shard.stop:,} of {args.test:,} test images", flush=True)
+        print(f"{args.name}: {shard.stop:,} of {args.test:,} test images", flush=True)
 
 
 def shards_of(piece: Piece) -> list[slice]:
@@ -421,17 +422,15 @@ def plan(piece: Piece) -> None:
     per_image = suite.passes + auto_attack.GRADIENT * PGD_STEPS
     calls = {"edm": 2 * args.edm_steps - 1, "ddpm": args.ddpm_steps}
     denoiser = forward_of_denoiser(piece)
-    rows = [(f"generate --generator {name}", denoiser * (3 * args.generator_images_seen + calls[name] * args.images))
-            for name in FORMULATIONS]  # fmt: skip
+    rows = [(f"generate {name}", denoiser * (3 * args.generator_images_seen + calls[name] * args.images))
+            for name in GENERATORS]  # fmt: skip
     training = forward * flops.forward_passes_per_step("trades", args.attack_steps) * args.images_seen
-    rows += [(f"train --arm {arm}", training) for arm in ARMS]
-    rows += [(f"evaluate --arm {arm}", forward * per_image * args.test) for arm in ARMS]
+    rows += [(f"train {arm}", training) for arm in ARMS]
+    rows += [(f"evaluate {arm}", forward * per_image * args.test) for arm in ARMS]
     for name, operations in rows:
-        print(f"{name:28} {operations:.1e} operations")
-    print(
-        f"{'all':28} {sum(operations for _, operations in rows):.1e} operations; AutoAttack counted as if every image"
-    )
-    print("stays robust. --folder and --data as in the other commands.")
+        print(f"{name:20} {operations:.1e} operations")
+    print(f"{'all':20} {sum(operations for _, operations in rows):.1e} operations")
+    print("AutoAttack is counted as if every image stayed robust.")
 
 
 def forward_of_denoiser(piece: Piece) -> int:
@@ -480,9 +479,9 @@ def main() -> None:
     parser.add_argument("--ema-decay", type=float, default=0.995)
     parser.add_argument("--generated-share", type=float, default=0.7)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("generate").add_argument("--generator", required=True, choices=FORMULATIONS)
+    commands.add_parser("generate").add_argument("name", choices=GENERATORS)
     for name in ("train", "evaluate"):
-        commands.add_parser(name).add_argument("--arm", required=True, choices=ARMS)
+        commands.add_parser(name).add_argument("name", choices=ARMS)
     commands.add_parser("compare")
     commands.add_parser("plan")
     args = parser.parse_args()
