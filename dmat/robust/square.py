@@ -19,18 +19,26 @@ _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
 
 
 def square(
-    passes: Passes, images: Tensor, labels: Tensor, ball: Ball, generator: torch.Generator, queries: int = QUERIES
-) -> tuple[Tensor, Tensor]:
+    passes: Passes, images: Tensor, labels: Tensor, ball: Ball, generator: torch.Generator, queries: int = QUERIES,
+    attacked: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs Square with up to `queries` queries after the first. Returns images [B, C, H, W] and which are broken [B].
 
     images [B, C, H, W] in [0, 1], labels int64 [B]. generator: the next numbers are those of the package. An image that
-    is not broken is returned as it is.
+    is not broken is returned as it is. attacked: bool [B]; the others are returned as they are, and change no random
+    number in linf (in l2: none of the start).
     """
     search = (_LinfSearch if ball.norm == "linf" else _L2Search)(images, ball.epsilon, generator)
     adversarial, broken = images.clone(), torch.zeros(len(images), dtype=torch.bool, device=images.device)
     rows = torch.arange(len(images), device=images.device)
     candidates = search.first()
-    margins = torch.full((len(images),), torch.inf, device=images.device)
+    if attacked is not None:
+        rows = attacked.nonzero()[:, 0]
+        candidates = candidates[rows]
+        search.keep(rows)
+        if not len(rows):
+            return adversarial, broken
+    margins = torch.full((len(rows),), torch.inf, device=images.device)
     for query in range(queries + 1):
         if query:
             candidates = search.candidates(query - 1)
