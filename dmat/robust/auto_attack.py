@@ -16,25 +16,20 @@ from torch import Tensor
 from dmat.errors import DmatError
 from dmat.robust import apgd as gradient_ascent
 from dmat.robust import fab as boundary_search
+from dmat.robust import quick_tier
 from dmat.robust import square as square_search
 from dmat.robust.apgd import apgd, random_start
 from dmat.robust.attacks import Ball, Logits
 from dmat.robust.authors_package import package_attacks
 from dmat.robust.fab import fab
 from dmat.robust.passes import GRADIENT, Goal, Passes
+from dmat.robust.quick_tier import QuickTier
 
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-_SCOUT = "apgd-t-10"  # ten steps of APGD-T, only in the quick tier
-QUICK = ("apgd-ce", _SCOUT, "apgd-t", "fab-t", "square")
-_CLASSES_NEEDED = {"apgd-dlr": 3, "apgd-t": 4, _SCOUT: 4}  # the loss compares with the third and the fourth logit
+_CLASSES_NEEDED = {"apgd-dlr": 3, "apgd-t": 4}  # the loss compares with the third and the fourth logit
 _MIN_HEIGHT_L2_SQUARE = 5  # pixels
 _STANDARD_TARGETS = 9  # wrong classes that the targeted attacks of the standard suite try
-
-# Of the quick tier. Measured with six models of digits, linf (benchmarks/auto_attack_quick.py):
-_SCOUT_STEPS = 10
-_NEAR = -0.35  # a target whose loss stays below it in the scouting is given up
-_NEAR_IMAGES, _NEAR_TARGETS = 0.17, 0.02  # shares of robust images, and of pairs of image and target, above it
 
 ROBUST, MISCLASSIFIED = -1, -2  # values of `broken_by` for images that no attack broke
 
@@ -56,7 +51,7 @@ class Suite:
     classes: int
     targets: int  # wrong classes that a targeted attack tries
     standard: bool  # whether a result may be called a result of standard AutoAttack
-    quick: bool = False  # the quick tier (see `attack`)
+    quick: bool = False  # the quick tier (`quick_tier`)
 
     @property
     def name(self) -> str:
@@ -69,20 +64,17 @@ class Suite:
         """Forward passes that each part of an attack makes for an image that it does not break (see `GRADIENT`).
 
         A targeted attack has one part for each target, the others one. The few passes between the parts are left out.
-        Of the quick tier: what is expected of an image of which nothing is known.
         """
+        if self.quick:
+            return quick_tier.parts(name, self.targets)
         ascent = GRADIENT * (gradient_ascent.STEPS + 1)
         passes = {
-            _SCOUT: GRADIENT * (_SCOUT_STEPS + 1),
             "apgd-t": ascent,
             "fab": boundary_search.STEPS * (GRADIENT * self.classes + 1),
             "fab-t": boundary_search.STEPS * (GRADIENT + 1),
             "square": square_search.QUERIES + 1,
         }.get(name, ascent)
-        targeted = name in ("apgd-t", "fab-t", _SCOUT)
-        if self.quick and name not in ("apgd-ce", _SCOUT):
-            passes = round(passes * (_NEAR_TARGETS if targeted else _NEAR_IMAGES))
-        return [passes] * (self.targets if targeted else 1)
+        return [passes] * (self.targets if name in ("apgd-t", "fab-t") else 1)
 
     @property
     def passes(self) -> int:
@@ -104,12 +96,12 @@ def suite(attacks: str | Sequence[str], classes: int) -> Suite:
         possible = tuple(name for name in STANDARD if classes >= _CLASSES_NEEDED.get(name, 2))
         return Suite(possible, classes, targets, standard=possible == STANDARD)
     if attacks == "quick":
-        if classes < _CLASSES_NEEDED[_SCOUT]:
+        if classes < _CLASSES_NEEDED["apgd-t"]:
             raise DmatError(
-                f"auto_attack: quick needs {_CLASSES_NEEDED[_SCOUT]} classes, the model has {classes}; expected "
-                f"another suite; write standard, which has few targets here"
+                f"auto_attack is quick, which needs {_CLASSES_NEEDED['apgd-t']} classes, and the model has {classes}; "
+                f"expected another suite; write standard, which has few targets here"
             )
-        return Suite(QUICK, classes, targets, standard=False, quick=True)
+        return Suite(quick_tier.ATTACKS, classes, targets, standard=False, quick=True)
     names = tuple(attacks)
     for name in names:
         if name not in ATTACKS:
@@ -141,11 +133,6 @@ def attack(
     watched at the end of its attacks alone, and has no quick tier.
     The adversarial image of an image that no attack broke is the image itself. broken_by: position in
     `attack_suite.attacks`, MISCLASSIFIED (wrong without any attack) or ROBUST.
-    The quick tier is the standard suite without its hopeless attacks, which are most: after APGD-CE, ten steps of APGD-T
-    towards every target show which targets are near. APGD-T and FAB-T then try these alone, and Square the images that
-    have any, with the random numbers of the standard suite. So its flags differ from the standard ones where that
-    breaks an image by a target that was given up, and where the ten steps break an image that the standard suite does
-    not break.
     Raises DmatError if images are too small for Square in l2.
     """
     if ball.norm == "l2" and "square" in attack_suite.attacks and images.shape[2] < _MIN_HEIGHT_L2_SQUARE:
@@ -157,15 +144,18 @@ def attack(
     if code == "pyautoattack":
         run_package = package_attacks(logits_of, ball, attack_suite.targets, seed, images.device)
         run: _Run = lambda name, x, y, *_: run_package(name, x, y)  # noqa: E731
+    elif attack_suite.quick:
+        run = QuickTier(
+            passes, ball, attack_suite.classes, attack_suite.targets, seed, batch, len(images), images.device
+        ).run
     else:
-        run = functools.partial(_run, passes, ball, attack_suite.targets, seed)
+        run_ours = functools.partial(_run, passes, ball, attack_suite.targets, seed)
+        run = lambda name, x, y, _, end_part: run_ours(name, x, y, end_part)  # noqa: E731
     images = images.contiguous()
     adversarial = images.clone()
     broken_by = torch.full_like(labels, ROBUST)
     correct = torch.cat([passes.logits(x).argmax(1) for x in images.split(batch)]) == labels  # [B]
     broken_by[~correct] = MISCLASSIFIED
-    near = torch.ones(len(images), attack_suite.classes, dtype=torch.bool, device=images.device)
-    scouted = torch.zeros_like(correct)
     course = _Course(attack_suite, watch)
     for number, name in enumerate(attack_suite.attacks):
         standing = torch.nonzero(broken_by == ROBUST)[:, 0]
@@ -173,21 +163,15 @@ def attack(
         for rows in standing.split(batch) if len(standing) else ():
             course.begin_batch(len(rows))
             x, y = images[rows], labels[rows]
-            if name == _SCOUT:
-                attacked, near[rows] = _scout(passes, ball, attack_suite, seed, x, y, course.end_part)
-            else:
-                attacked = run(name, x, y, near[rows], course.end_part)
+            attacked = run(name, x, y, rows, course.end_part)
             broken = passes.logits(attacked).argmax(1) != y  # the same batch as the package's decides
             adversarial[rows[broken]] = attacked[broken]
-            if name == _SCOUT:  # the other attacks get these too, for the random numbers of the standard suite
-                scouted[rows[broken]] = True
-            else:
-                broken_by[rows[broken]] = number
-            course.end_batch(int((broken_by[rows] == ROBUST).sum()))
-    broken_by[scouted & (broken_by == ROBUST)] = QUICK.index(_SCOUT)
+            broken_by[rows[broken]] = number
+            course.end_batch(int((~broken).sum()))
     return adversarial, broken_by
 
 
+# Name of an attack, images [B, C, H, W], labels [B], rows [B] and `end_part`, as for `QuickTier.run`.
 _Run = Callable[[str, Tensor, Tensor, Tensor, Callable[[int], None]], Tensor]
 
 
@@ -229,21 +213,20 @@ class _Course:
 
 
 def _run(
-    passes: Passes, ball: Ball, targets: int, seed: int, name: str, images: Tensor, labels: Tensor, near: Tensor,
+    passes: Passes, ball: Ball, targets: int, seed: int, name: str, images: Tensor, labels: Tensor,
     end_part: Callable[[int], None],
 ) -> Tensor:  # fmt: skip
     """Runs one attack. Returns an adversarial image where it found one, else the image: [B, C, H, W].
 
     images [B, C, H, W], labels int64 [B]. targets: number of wrong classes that a targeted attack tries, those with the
-    highest logits first. near: bool [B, K], the targets that are tried; the others change no random number.
-    end_part: called after each target with the number of images that are not broken.
+    highest logits first. end_part: called after each target with the number of images that are not broken.
     """
     generator = torch.Generator().manual_seed(seed)
     if name in ("apgd-ce", "apgd-dlr"):
-        goal = Goal(name.removeprefix("apgd-"), labels)
-        return apgd(passes, images, goal, ball, random_start(images, ball, generator))[0]
+        start = random_start(images, ball, generator)
+        return apgd(passes, images, Goal(name.removeprefix("apgd-"), labels), ball, start)[0]
     if name == "square":
-        return square_search.square(passes, images, labels, ball, generator, attacked=near.any(1))[0]
+        return square_search.square(passes, images, labels, ball, generator)[0]
     if name == "fab":
         return fab(passes, images, Goal("nearest", labels), ball)[0]
     ranking = passes.logits(images).sort(1, descending=True).indices  # [B, K]
@@ -251,43 +234,16 @@ def _run(
     for rank in range(1, targets + 1):
         if not len(robust):
             break
-        start = random_start(images[robust], ball, generator) if name == "apgd-t" else images[robust]
-        tried = near[robust, ranking[robust, rank]]
-        rows, start = robust[tried], start[tried]
-        if len(rows):
-            x, y, target = images[rows], labels[rows], ranking[rows, rank]
-            if name == "apgd-t":
-                attacked, broken, _ = apgd(passes, x, Goal("dlr-targeted", y, target), ball, start)
-            else:
-                attacked, broken = fab(passes, x, Goal("difference", y, target), ball)
-            adversarial[rows[broken]] = attacked[broken]
-            remaining = torch.ones(len(images), dtype=torch.bool, device=images.device)
-            remaining[rows[broken]] = False
-            robust = robust[remaining[robust]]
+        x, y, target = images[robust], labels[robust], ranking[robust, rank]
+        if name == "apgd-t":
+            start = random_start(x, ball, generator)
+            attacked, broken, _ = apgd(passes, x, Goal("dlr-targeted", y, target), ball, start)
+        else:
+            attacked, broken = fab(passes, x, Goal("difference", y, target), ball)
+        adversarial[robust[broken]] = attacked[broken]
+        robust = robust[~broken]
         end_part(len(robust))
     return adversarial
-
-
-def _scout(
-    passes: Passes, ball: Ball, attack_suite: Suite, seed: int, images: Tensor, labels: Tensor,
-    end_part: Callable[[int], None],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Runs a few steps of APGD towards every target. Returns an adversarial image where it found one, else the image,
-    [B, C, H, W], and which classes are near, bool [B, K].
-
-    images [B, C, H, W], labels int64 [B]. end_part: called after each target with the number of images.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    ranking = passes.logits(images).sort(1, descending=True).indices  # [B, K]
-    adversarial, near = images.clone(), torch.zeros_like(ranking, dtype=torch.bool)
-    for rank in range(1, attack_suite.targets + 1):
-        goal = Goal("dlr-targeted", labels, ranking[:, rank])
-        start = random_start(images, ball, generator)
-        attacked, broken, highest = apgd(passes, images, goal, ball, start, _SCOUT_STEPS)
-        adversarial[broken] = attacked[broken]
-        near.scatter_(1, ranking[:, rank, None], (highest > _NEAR)[:, None])
-        end_part(len(images))
-    return adversarial, near
 
 
 def square(logits_of: Logits, images: Tensor, labels: Tensor, ball: Ball, queries: int, seed: int) -> Tensor:
