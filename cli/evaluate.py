@@ -71,7 +71,7 @@ def _evaluate(
     ] = None,
     attacks: Annotated[
         str | None,
-        typer.Option(help="standard, none, or names such as apgd-ce,square; only standard can give a headline."),
+        typer.Option(help="standard, quick, none, or names such as apgd-ce,square; only standard can give a headline."),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images at a time. [default: 250]", min=1)] = None,
     to: Annotated[Path | None, typer.Option(help="Folder of the results. [default: MODEL-evaluation]")] = None,
@@ -138,7 +138,7 @@ def _evaluate(
         )
     overrides: dict[str, int | str | list[str]] = {} if first is None else {"images": first}
     if attacks is not None:
-        overrides["auto_attack"] = attacks if attacks in ("standard", "none") else attacks.split(",")
+        overrides["auto_attack"] = attacks if attacks in ("standard", "quick", "none") else attacks.split(",")
     if batch is not None:
         overrides |= {"batch": batch}
     _evaluate_model(

@@ -19,6 +19,7 @@ from dmat.errors import DmatError
 _STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED")
 _SUMMARY_METRICS = (  # the first three that a run has are listed; a name that ends in _ begins several
     *("best_auto_attack", "best_auto_attack_subset", "best_auto_attack_nonstandard", "best_auto_attack_unchecked"),
+    "best_auto_attack_quick",
     *("auto_attack", "best_pgd", "best_validation_robust", "validation_robust", "validation_clean"),
     *("frechet_distance_", "best_validation_clean", "kept", "loss", "generated"),
 )

@@ -6,7 +6,7 @@ from pyautoattack import AutoAttack
 
 from dmat.errors import DmatError
 from dmat.robust import auto_attack
-from dmat.robust.apgd import apgd
+from dmat.robust.apgd import apgd, random_start
 from dmat.robust.attacks import Ball, logit_margin
 from dmat.robust.auto_attack import ATTACKS, MISCLASSIFIED, ROBUST, STANDARD
 from dmat.robust.fab import fab, to_hyperplane
@@ -314,7 +314,8 @@ def test_every_pass_is_of_the_images_of_the_package(norm, attack):
         code.init_hyperparam(images)
         code.attack_single_run(images, labels)
         goal = Goal(loss, labels, ranking[:, 1] if attack == "apgd-t" else None)
-        _, broken = apgd(passes, images, goal, ball, torch.Generator().manual_seed(5))
+        start = random_start(images, ball, torch.Generator().manual_seed(5))
+        _, broken, _ = apgd(passes, images, goal, ball, start)
     assert not broken.any()
     ours = recorded["ours"].passes
     assert len(ours) == (200 if attack == "fab-t" else 101)

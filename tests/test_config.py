@@ -151,7 +151,7 @@ BAD = [
     ("prepare_data.normalisation", {"mean": [0.5]}, ["prepare_data.normalisation.std is missing"]),
     ("prepare_data.normalisation", {"mean": [0.5], "std": [0.0]}, ["normalisation.std.0 is 0.0", "greater than 0"]),
     ("prepare_data.normalisation", {"mean": [127.5], "std": [0.5]}, ["mean.0 is 127.5", "less than or equal to 1"]),
-    ("evaluate_robust.auto_attack", "plus", ["is 'plus'", "'standard', 'none' or a list"]),
+    ("evaluate_robust.auto_attack", "plus", ["is 'plus'", "'standard', 'quick', 'none' or a list"]),
     ("evaluate_robust.auto_attack", ["apgd-ce", "apgd-ce"], ["expected each attack once"]),
     ("evaluate_robust.auto_attack", [], ["is []", "or a list of some of apgd-ce"]),
     ("evaluate_robust.auto_attack", 3, ["is 3", "or a list of some of apgd-ce"]),

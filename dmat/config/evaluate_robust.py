@@ -11,10 +11,10 @@ from dmat.robust.step_size import default_step
 def _attacks(value: object) -> object:
     from dmat.robust.auto_attack import ATTACKS  # late: it loads torch
 
-    if value in ("standard", "none"):
+    if value in ("standard", "quick", "none"):
         return value
     if not isinstance(value, list | tuple) or not value or any(name not in ATTACKS for name in value):
-        raise ValueError(f"expected 'standard', 'none' or a list of some of {', '.join(ATTACKS)}")
+        raise ValueError(f"expected 'standard', 'quick', 'none' or a list of some of {', '.join(ATTACKS)}")
     if len(set(value)) < len(value):
         raise ValueError("expected each attack once")
     return tuple(value)

@@ -40,6 +40,7 @@ SuiteMeasure = Literal[
     "auto_attack_unchecked",
     "auto_attack_subset",
     "auto_attack_not_test",
+    "auto_attack_quick",
     "auto_attack_nonstandard",
     "pgd",
 ]
@@ -63,10 +64,11 @@ class Summary(TypedDict, total=False):
     clean: AccuracyRecord
     fgsm: AccuracyRecord
     pgd: AccuracyRecord
-    auto_attack: AccuracyRecord  # this key and the next four: at most one of them, by `Verdict.measure`
+    auto_attack: AccuracyRecord  # this key and the next five: at most one of them, by `Verdict.measure`
     auto_attack_unchecked: AccuracyRecord
     auto_attack_subset: AccuracyRecord
     auto_attack_not_test: AccuracyRecord
+    auto_attack_quick: AccuracyRecord
     auto_attack_nonstandard: AccuracyRecord
     broken_by: dict[str, int]  # attack, "none" or "misclassified" -> number of images
     broken_by_pgd_alone: int  # images that survived the suite
@@ -175,6 +177,11 @@ class Evaluation:
             raise DmatError(
                 f"pgd_loss is dlr and the model has {subject.classes} classes; expected 3 or more, "
                 f"as the loss compares with the third logit; set pgd_loss: cw"
+            )
+        if settings.auto_attack_code != "dmat" and subject.suite is not None and subject.suite.quick:
+            raise DmatError(
+                f"auto_attack is quick and auto_attack_code {settings.auto_attack_code}, which has no quick tier; "
+                f"expected auto_attack_code: dmat; leave it out, or set auto_attack: standard"
             )
         self.folder, self.subject, self.settings, self.compute = folder, subject, settings, compute
         count = -(-len(subject.labels) // settings.shard)
@@ -333,6 +340,9 @@ class Evaluation:
         if suite is None:
             reasons.insert(0, "AutoAttack was not run.")
             measure = "pgd"
+        elif suite.quick:
+            reasons.insert(0, "The attacks are the quick tier, which gives up most targets, not standard AutoAttack.")
+            measure = "auto_attack_quick"
         elif not suite.standard:
             reasons.insert(0, f"The attacks are {suite.name}, not those of standard AutoAttack.")
             measure = "auto_attack_nonstandard"

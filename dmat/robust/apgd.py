@@ -14,33 +14,38 @@ from dmat.robust.passes import Goal, Passes
 
 STEPS = 100
 _MOMENTUM = 0.75  # alpha: share of the new step; the rest continues the last one
-_FIRST_CHECK, _SHORTER, _SHORTEST = 0.22, 0.03, 0.06  # of the steps: intervals between two checks of the step size
+FIRST_CHECK, _SHORTER, _SHORTEST = 22, 3, 6  # steps between two checks of the step size: at first, less by, at least
 _RISING = 0.75  # rho: with fewer rising steps than this share, the step size is halved
 _TINY = 1e-12
 
 
-def apgd(passes: Passes, images: Tensor, goal: Goal, ball: Ball, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Runs 100 steps of APGD from one random start. Returns images [B, C, H, W] and which of them are broken, bool [B].
+def apgd(
+    passes: Passes, images: Tensor, goal: Goal, ball: Ball, start: Tensor, steps: int = STEPS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs APGD from one start. Returns images [B, C, H, W], which of them are broken, bool [B], and the highest value
+    of the goal [B], infinity where an image is broken.
 
-    images [B, C, H, W] in [0, 1]. generator: of the start; its next numbers are those of the package. An image that is
-    not broken is returned as it is.
+    images [B, C, H, W] in [0, 1]. start [B, C, H, W]: see `random_start`. steps: the first ones of the attack with
+    `STEPS`. An image that is not broken is returned as it is.
     """
     adversarial, broken = images.clone(), torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    state = _State(passes, images, goal, ball, _start(images, ball, generator))
-    interval, since_check = max(int(_FIRST_CHECK * STEPS), 1), 0
-    for step in range(STEPS + 1):
+    highest = torch.full((len(images),), torch.inf, device=images.device)
+    state = _State(passes, images, goal, ball, start)
+    interval, since_check = FIRST_CHECK, 0
+    for step in range(steps + 1):
         if step:
             state.move(first=step == 1)
         wrong = state.evaluate(first=step == 0)
         if step and (since_check := since_check + 1) == interval:
             state.check(interval)
-            interval, since_check = max(interval - max(int(_SHORTER * STEPS), 1), max(int(_SHORTEST * STEPS), 1)), 0
+            interval, since_check = max(interval - _SHORTER, _SHORTEST), 0
         if wrong.any():
             adversarial[state.rows[wrong]] = state.evaluated[wrong]
             broken[state.rows[wrong]] = True
             if not state.keep(~wrong):
                 break
-    return adversarial, broken
+    highest[state.rows] = state.best_values
+    return adversarial, broken, highest
 
 
 class _State:
@@ -118,8 +123,11 @@ class _State:
         return (self.images + _normalised(perturbation) * length).clamp_(0, 1)
 
 
-def _start(images: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
-    """A point on the surface of the ball, in [0, 1]: [B, C, H, W]."""
+def random_start(images: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
+    """Points on the surface of the balls around images, in [0, 1]; both [B, C, H, W].
+
+    generator: the next numbers are those of the package.
+    """
     if ball.norm == "linf":
         noise = 2 * torch.rand(images.shape, generator=generator) - 1
         noise = noise / (noise.abs().flatten(1).amax(1).reshape(-1, 1, 1, 1) + _TINY)

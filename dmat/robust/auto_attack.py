@@ -16,12 +16,14 @@ from torch import Tensor
 from dmat.errors import DmatError
 from dmat.robust import apgd as gradient_ascent
 from dmat.robust import fab as boundary_search
+from dmat.robust import quick_tier
 from dmat.robust import square as square_search
-from dmat.robust.apgd import apgd
+from dmat.robust.apgd import apgd, random_start
 from dmat.robust.attacks import Ball, Logits
 from dmat.robust.authors_package import package_attacks
 from dmat.robust.fab import fab
 from dmat.robust.passes import GRADIENT, Goal, Passes
+from dmat.robust.quick_tier import QuickTier
 
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -49,10 +51,13 @@ class Suite:
     classes: int
     targets: int  # wrong classes that a targeted attack tries
     standard: bool  # whether a result may be called a result of standard AutoAttack
+    quick: bool = False  # the quick tier (`quick_tier`)
 
     @property
     def name(self) -> str:
-        """The name to report beside a result: "standard", or "nonstandard" with the attacks."""
+        """The name to report beside a result: "standard", "quick", or "nonstandard" with the attacks."""
+        if self.quick:
+            return "quick"
         return "standard" if self.standard else f"nonstandard ({', '.join(self.attacks)})"
 
     def parts(self, name: str) -> list[int]:
@@ -60,6 +65,8 @@ class Suite:
 
         A targeted attack has one part for each target, the others one. The few passes between the parts are left out.
         """
+        if self.quick:
+            return quick_tier.parts(name, self.targets)
         ascent = GRADIENT * (gradient_ascent.STEPS + 1)
         passes = {
             "apgd-t": ascent,
@@ -76,7 +83,7 @@ class Suite:
 
 
 def suite(attacks: str | Sequence[str], classes: int) -> Suite:
-    """Returns the suite of `attacks`, "standard" or names of `ATTACKS`, for a model with `classes` classes.
+    """Returns the suite of `attacks`, "standard", "quick" or names of `ATTACKS`, for a model with `classes` classes.
 
     With fewer than ten classes the targeted attacks try all wrong classes. With fewer than four the standard suite
     leaves out APGD-T, whose loss is not defined, and is no longer standard. Raises DmatError for an unknown attack, or
@@ -88,10 +95,17 @@ def suite(attacks: str | Sequence[str], classes: int) -> Suite:
     if attacks == "standard":
         possible = tuple(name for name in STANDARD if classes >= _CLASSES_NEEDED.get(name, 2))
         return Suite(possible, classes, targets, standard=possible == STANDARD)
+    if attacks == "quick":
+        if classes < _CLASSES_NEEDED["apgd-t"]:
+            raise DmatError(
+                f"auto_attack is quick, which needs {_CLASSES_NEEDED['apgd-t']} classes, and the model has {classes}; "
+                f"expected another suite; write standard, which has few targets here"
+            )
+        return Suite(quick_tier.ATTACKS, classes, targets, standard=False, quick=True)
     names = tuple(attacks)
     for name in names:
         if name not in ATTACKS:
-            raise DmatError(f"attack {name!r} is not known; expected some of {', '.join(ATTACKS)}, or standard")
+            raise DmatError(f"attack {name!r} is not known; expected some of {', '.join(ATTACKS)}, standard or quick")
         if classes < _CLASSES_NEEDED.get(name, 2):
             raise DmatError(
                 f"{name} needs {_CLASSES_NEEDED[name]} classes, the model has {classes}; expected attacks without the "
@@ -116,7 +130,7 @@ def attack(
     images [B, C, H, W] in [0, 1], labels int64 [B], on the device of the model, which is in evaluation mode and
     float32. Each attack runs on the images that are still classified correctly, in batches of `batch`, each with
     `seed`, as in one call of the authors' package. code: "dmat", or "pyautoattack" for that package itself, which is
-    watched at the end of its attacks alone.
+    watched at the end of its attacks alone, and has no quick tier.
     The adversarial image of an image that no attack broke is the image itself. broken_by: position in
     `attack_suite.attacks`, MISCLASSIFIED (wrong without any attack) or ROBUST.
     Raises DmatError if images are too small for Square in l2.
@@ -129,9 +143,14 @@ def attack(
     passes = Passes(logits_of)
     if code == "pyautoattack":
         run_package = package_attacks(logits_of, ball, attack_suite.targets, seed, images.device)
-        run: _Run = lambda name, x, y, _: run_package(name, x, y)  # noqa: E731
+        run: _Run = lambda name, x, y, *_: run_package(name, x, y)  # noqa: E731
+    elif attack_suite.quick:
+        run = QuickTier(
+            passes, ball, attack_suite.classes, attack_suite.targets, seed, batch, len(images), images.device
+        ).run
     else:
-        run = functools.partial(_run, passes, ball, attack_suite.targets, seed)
+        run_ours = functools.partial(_run, passes, ball, attack_suite.targets, seed)
+        run = lambda name, x, y, _, end_part: run_ours(name, x, y, end_part)  # noqa: E731
     images = images.contiguous()
     adversarial = images.clone()
     broken_by = torch.full_like(labels, ROBUST)
@@ -144,7 +163,7 @@ def attack(
         for rows in standing.split(batch) if len(standing) else ():
             course.begin_batch(len(rows))
             x, y = images[rows], labels[rows]
-            attacked = run(name, x, y, course.end_part)
+            attacked = run(name, x, y, rows, course.end_part)
             broken = passes.logits(attacked).argmax(1) != y  # the same batch as the package's decides
             adversarial[rows[broken]] = attacked[broken]
             broken_by[rows[broken]] = number
@@ -152,7 +171,8 @@ def attack(
     return adversarial, broken_by
 
 
-_Run = Callable[[str, Tensor, Tensor, Callable[[int], None]], Tensor]
+# Name of an attack, images [B, C, H, W], labels [B], rows [B] and `end_part`, as for `QuickTier.run`.
+_Run = Callable[[str, Tensor, Tensor, Tensor, Callable[[int], None]], Tensor]
 
 
 class _Course:
@@ -203,7 +223,8 @@ def _run(
     """
     generator = torch.Generator().manual_seed(seed)
     if name in ("apgd-ce", "apgd-dlr"):
-        return apgd(passes, images, Goal(name.removeprefix("apgd-"), labels), ball, generator)[0]
+        start = random_start(images, ball, generator)
+        return apgd(passes, images, Goal(name.removeprefix("apgd-"), labels), ball, start)[0]
     if name == "square":
         return square_search.square(passes, images, labels, ball, generator)[0]
     if name == "fab":
@@ -215,7 +236,8 @@ def _run(
             break
         x, y, target = images[robust], labels[robust], ranking[robust, rank]
         if name == "apgd-t":
-            attacked, broken = apgd(passes, x, Goal("dlr-targeted", y, target), ball, generator)
+            start = random_start(x, ball, generator)
+            attacked, broken, _ = apgd(passes, x, Goal("dlr-targeted", y, target), ball, start)
         else:
             attacked, broken = fab(passes, x, Goal("difference", y, target), ball)
         adversarial[robust[broken]] = attacked[broken]

@@ -19,33 +19,48 @@ _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
 
 
 def square(
-    passes: Passes, images: Tensor, labels: Tensor, ball: Ball, generator: torch.Generator, queries: int = QUERIES
-) -> tuple[Tensor, Tensor]:
+    passes: Passes, images: Tensor, labels: Tensor, ball: Ball, generator: torch.Generator, queries: int = QUERIES,
+    attacked: Tensor | None = None, at_once: int = 1, patience: int = QUERIES,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs Square with up to `queries` queries after the first. Returns images [B, C, H, W] and which are broken [B].
 
     images [B, C, H, W] in [0, 1], labels int64 [B]. generator: the next numbers are those of the package. An image that
     is not broken is returned as it is.
+    attacked: bool [B]; the others are returned as they are; None: all are attacked. at_once: queries of an image in one
+    call of the model, the best of which counts. patience: an image is given up after so many queries without a smaller
+    margin.
     """
     search = (_LinfSearch if ball.norm == "linf" else _L2Search)(images, ball.epsilon, generator)
     adversarial, broken = images.clone(), torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    rows = torch.arange(len(images), device=images.device)
     candidates = search.first()
-    margins = torch.full((len(images),), torch.inf, device=images.device)
-    for query in range(queries + 1):
+    rows = torch.arange(len(images), device=images.device)
+    if attacked is not None:
+        rows = rows[attacked]
+        candidates = candidates[rows]
+        search.keep(rows)
+    margins = torch.full((len(rows),), torch.inf, device=images.device)
+    improved = torch.zeros_like(rows)  # the query that gave the margin
+    query = 0
+    while query <= queries and len(rows):
+        count = min(at_once, queries + 1 - query) if query else 1
         if query:
-            candidates = search.candidates(query - 1)
-        new = logit_margin(passes.logits(candidates), labels[rows])
+            candidates = torch.cat([search.candidates(query - 1 + k) for k in range(count)])  # [count * B, C, H, W]
+        new = logit_margin(passes.logits(candidates), labels[rows].repeat(count))
+        if count > 1:
+            new, best = new.reshape(count, -1).min(0)
+            candidates = candidates[best * len(rows) + torch.arange(len(rows), device=rows.device)]
         better = new < margins
-        margins = torch.where(better, new, margins)
+        margins, improved = torch.where(better, new, margins), torch.where(better, query, improved)
         search.accept(better, candidates)
-        if (done := margins <= 0).any():
+        query += count
+        done = margins <= 0
+        ended = done | (query - improved > patience)
+        if ended.any():
             adversarial[rows[done]] = search.points[done]
             broken[rows[done]] = True
-            kept = (~done).nonzero()[:, 0]
-            rows, margins = rows[kept], margins[kept]
+            kept = (~ended).nonzero()[:, 0]
+            rows, margins, improved = rows[kept], margins[kept], improved[kept]
             search.keep(kept)
-            if not len(rows):
-                break
     return adversarial, broken
 
 

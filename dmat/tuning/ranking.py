@@ -82,9 +82,8 @@ def rank(engine: TaskContext, context: TrialContext, path: Path, folder: Path) -
     settings = context.params.evaluate_robust
     model, sidecar = load_classifier(path, validation, compute)
     images, labels = load_all(validation)
-    suite = auto_attack.suite(
-        settings.auto_attack if settings.auto_attack != "none" else "standard", validation.classes
-    )
+    by_standard = settings.auto_attack in ("none", "quick")  # ranks are called AutoAttack, which quick is not
+    suite = auto_attack.suite("standard" if by_standard else settings.auto_attack, validation.classes)
     ball = Ball(sidecar["threat"]["norm"], WrittenNumber(sidecar["threat"]["epsilon"]))
     evaluation = Evaluation(
         folder,
