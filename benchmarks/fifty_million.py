@@ -107,7 +107,7 @@ def measure(name: str, folder: Path, count: int) -> None:
 
     def watch() -> None:
         while not ended.wait(0.02):
-            for line in Path("/proc/self/status").read_text().splitlines():
+            for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
                 if line.startswith("RssAnon"):
                     peak[0] = max(peak[0], int(line.split()[1]) / 1024)
 

@@ -56,7 +56,7 @@ def make_store(folder: Path, images: int) -> None:
 
 def anonymous_memory() -> float:
     """RssAnon of this process in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) / 1024
     raise RuntimeError("no RssAnon in /proc/self/status")

@@ -49,7 +49,7 @@ def export(to: Path, params: Path) -> None:
         for trial in complete
     ]
     content = {"settings": plan.settings.plain(), "validation_images": _validation(loaded), "trials": trials}
-    to.write_text(json.dumps(content, indent=1) + "\n")
+    to.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"{len(trials)} complete trials in {to}")
 
 
@@ -62,7 +62,7 @@ class Recorded:
     """Complete learning curves of recorded trials, and the search for the trial nearest to given values."""
 
     def __init__(self, path: Path):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         settings = config.with_new_names(content["settings"])
         settings.setdefault("images_seen", settings.pop("images", None))  # the name of the length in the first studies
         settings["overrides"] = config.with_new_names(settings["overrides"])

@@ -93,9 +93,7 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
     with reading(path) as file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
-            raise DmatError(
-                f"{path} has {size:,} bytes; expected at most {limit:,}; delete it and run its stage again"
-            )
+            raise DmatError(f"{path} has {size:,} bytes; expected at most {limit:,}; delete it and run its stage again")
         return file.read()
 
 

@@ -27,7 +27,7 @@ _POLL_SECONDS = 1.0  # where the system does not announce the end of a process
 def boot_id() -> str:
     """Identifier of the current boot of this machine; "" where the system has none."""
     try:
-        return _BOOT_ID.read_text().strip()
+        return _BOOT_ID.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NotRequired
@@ -16,6 +17,8 @@ from dmat.errors import DmatError
 RESULT, PICTURES, METRICS = "result", "pictures", "metrics.json"
 FINISHED = "finished.json"
 EXPERIMENT_COPIES = "/.dvc/tmp/exps/"  # below this folder DVC runs queued experiments in copies of the project
+
+_SQLITE = "sqlite:///"
 
 Instance = Mapping[str, str | int]  # of a stage: key -> value, such as {"arm": "generated", "seed": 1}
 
@@ -96,6 +99,17 @@ class Workspace:
     def run_folder(self, stage_name: str, instance_name: str, fingerprint: str) -> Path:
         """The work folder of a stage instance with these inputs and settings."""
         return self.home / "runs" / stage_name / f"{instance_name}-{fingerprint}"
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of a SQLite file for SQLAlchemy, to which % begins the code of a character, and ? ends the path."""
+    return _SQLITE + str(path).replace("%", "%25").replace("?", "%3F")
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file of a URL of SQLite; None for another database, and for one in memory."""
+    name = urllib.parse.unquote(url.removeprefix(_SQLITE).partition("?")[0])
+    return Path(name) if url.startswith(_SQLITE) and name and name != ":memory:" else None
 
 
 def provenance_path(stage_name: str, instance_name: str) -> str:

@@ -7,7 +7,6 @@ import plotly.express
 import pyarrow.parquet
 import sklearn.datasets
 import torch
-import torch._dynamo  # imported by the first optimiser
 from pyautoattack import AutoAttack
 
 from cli import main

@@ -373,7 +373,7 @@ def _values(path: Path, generator: np.random.Generator) -> None:
     for _ in range(generator.integers(1, 3)):
         _change(value, generator)
     if path.suffix == ".yaml":
-        path.write_text(yaml.safe_dump(value, sort_keys=False))
+        path.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
     else:
         path.write_bytes(json.dumps(value).encode() + newline + rest)
 
@@ -468,7 +468,7 @@ def _bounds() -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
     try:
         yield

@@ -15,7 +15,6 @@ import pyarrow.parquet
 import pydantic
 import sklearn.datasets
 import torch
-import torch._dynamo
 from pyautoattack import AutoAttack
 
 LOADED = (plt, plotly.express, pyarrow.parquet, pydantic, sklearn.datasets, AutoAttack)
@@ -54,7 +53,7 @@ def _run(arguments: list[str], output_path: Path) -> None:
         importlib.import_module("cli.main").main()
     except SystemExit as ended:
         if not ended.code:
-            output_path.write_text(json.dumps(sorted(seen)))
+            output_path.write_text(json.dumps(sorted(seen)), encoding="utf-8")
 
 
 def main(folder: Path, commands: dict[str, list[str]]) -> dict[str, list[list[str]]]:

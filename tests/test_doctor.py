@@ -537,7 +537,7 @@ def test_checking_a_lock_does_not_hold_it(tmp_path):
     assert not (tmp_path / "lock").exists()
     (tmp_path / "lock").touch()
     assert not work_folders.is_held(tmp_path / "lock")
-    with open(tmp_path / "lock") as file:
+    with open(tmp_path / "lock", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert work_folders.is_held(tmp_path / "lock")
 

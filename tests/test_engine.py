@@ -221,7 +221,7 @@ def test_a_worker_that_differs_refuses(cluster, monkeypatch):
 
 def test_the_file_of_a_cluster_is_private(cluster):
     path = Path(cluster.environment[tasks.CLUSTER_VARIABLE])
-    assert json.loads(path.read_text())["address"].startswith("tls://127.0.0.1:")
+    assert json.loads(path.read_text(encoding="utf-8"))["address"].startswith("tls://127.0.0.1:")
     assert path.parent.stat().st_mode & 0o077 == 0
 
 

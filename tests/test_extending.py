@@ -28,7 +28,7 @@ def _follow(folder: Path) -> None:
     assert len(steps) == PAGE.count("```python") == 8
     for step in steps:
         assert (folder / step["file"]).exists() == (step["how"] == "At the end of")
-        with open(folder / step["file"], "a") as file:
+        with open(folder / step["file"], "a", encoding="utf-8") as file:
             file.write("\n\n" + step["code"])
     (field,) = FIELD.finditer(PAGE)
     path = folder / field["file"]

@@ -23,7 +23,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, name):
     [
         (lambda folder: {}["key"], "KeyError"),
         (lambda folder: bytearray(2 * fuzzing.MEMORY), "MemoryError"),
-        (lambda folder: open(folder / "fifo"), "Hang"),  # noqa: SIM115
+        (lambda folder: open(folder / "fifo", encoding="utf-8"), "Hang"),  # noqa: SIM115
     ],
     ids=["another exception", "memory", "a hang"],
 )

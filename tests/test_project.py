@@ -106,7 +106,7 @@ def test_files_in_the_way_are_named_and_nothing_is_written(tmp_path, existing, m
     for path in existing:
         target = Path(os.path.normpath(folder / path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("mine")
+        target.write_text("mine", encoding="utf-8")
     before = _files(tmp_path)
     with pytest.raises(DmatError) as error:
         project.make(folder, "digits")

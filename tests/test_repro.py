@@ -58,10 +58,10 @@ def project(tmp_path, monkeypatch):
     def write(**stages):
         entries = {}
         for name, (script, *deps) in stages.items():
-            Path(f"{name}.py").write_text(script)
+            Path(f"{name}.py").write_text(script, encoding="utf-8")
             outs = ["set"] if script == DIVIDE else [name]
             entries[name] = {"cmd": f"{sys.executable} {name}.py {name}", "deps": [f"{name}.py", *deps], "outs": outs}
-        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": entries}))
+        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": entries}), encoding="utf-8")
         return tmp_path
 
     return write
@@ -91,7 +91,7 @@ def test_what_is_independent_of_a_failure_still_runs(project):
     assert states == [("b", "started"), ("b", "done"), ("d", "started"), ("d", "done")]
     assert failure is None
     assert run(root) == ([], None)
-    assert {*yaml.safe_load(Path("dvc.lock").read_text())["stages"]} == {*"abcd"}
+    assert {*yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))["stages"]} == {*"abcd"}
     Path("c").unlink()
     assert run(root)[0][:2] == [("c", "started"), ("c", "restored")]
 
@@ -118,7 +118,7 @@ def test_a_stage_that_divides_its_work_leaves_the_only_worker_free(project):
     states, failure = run(root, EngineOptions(workers=1))
     assert failure is None
     assert states[-1] == ("a", "done")
-    assert Path("set").read_text() == "[1, 2, 3]"
+    assert Path("set").read_text(encoding="utf-8") == "[1, 2, 3]"
 
 
 def test_a_project_of_released_images_has_no_generator(tmp_path, monkeypatch):
@@ -236,7 +236,7 @@ def test_the_command_prints_a_line_for_each_start_and_end(project, call, monkeyp
     monkeypatch.setenv("DMAT_TRACKING", "off")
     project(a=(WORK,), b=(FAIL, "a"))
     tiny_params["compute"]["device"] = "cpu"
-    Path("params.yaml").write_text(yaml.safe_dump(tiny_params))
+    Path("params.yaml").write_text(yaml.safe_dump(tiny_params), encoding="utf-8")
     code, out, err = call("repro", "--json", "--workers", "1")
     lines = [json.loads(line) for line in out.splitlines()]
     assert code == 3, err

@@ -460,7 +460,7 @@ def test_metrics_are_finite_complete_lines_written_once(tmp_path):
     log.write(10, {"loss": 1.0, "bad": float("nan")})
     log.write(10, {"loss": 2.0})
     log.close()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"images_seen": 20, "lo')  # killed while writing
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write(10, {"loss": 3.0})

@@ -191,11 +191,11 @@ def test_stages_run_in_a_project_without_the_repository(installed, project):
 def _upgrade(installed: Installed, project: Path, stages: list[str]) -> None:
     """Another version of dmat reruns, after `dmat lock`, exactly the stages that it computes otherwise."""
     module = Path(installed.ask("import dmat.modes; print(dmat.modes.__file__)"))
-    before = module.read_text()
-    module.write_text(before + "\n# Of the next version.\n")
+    before = module.read_text(encoding="utf-8")
+    module.write_text(before + "\n# Of the next version.\n", encoding="utf-8")
     assert _repro(installed, project, *stages) == []
-    module.write_text(before.replace("layer.momentum = momentum", "layer.momentum = 1 - momentum"))
-    assert module.read_text() != before
+    module.write_text(before.replace("layer.momentum = momentum", "layer.momentum = 1 - momentum"), encoding="utf-8")
+    assert module.read_text(encoding="utf-8") != before
     refusal = installed.start("dmat", "train-scorer", directory=project)
     assert (refusal.returncode, "run `dmat lock`" in refusal.stderr) == (2, True), refusal.stderr
     assert _repro(installed, project, *stages) == [], "the results are still those of the code that code.yaml names"

@@ -12,6 +12,7 @@ from pydantic_core import CoreSchema, core_schema
 from dmat import NONE, SOURCES, plugins
 
 _NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
+_MAX_NAME = 100  # bytes: file systems allow 255, of which seed, fingerprint and process take up to 60
 _FRACTION = re.compile(rf"(?P<top>{_NUMBER})(/(?P<bottom>{_NUMBER}))?", re.ASCII)
 
 
@@ -55,6 +56,8 @@ def name_problem(value: str) -> str | None:
     """What was expected instead of this name of an entry; None if the name is valid."""
     if not value or not all(c.isalnum() or c in "_" for c in value):
         return "expected letters, digits and underscores only (it becomes a folder and a stage name)"
+    if (size := len(value.encode())) > _MAX_NAME:
+        return f"expected at most {_MAX_NAME} bytes, not {size} (it becomes part of the names of files)"
     return f"{NONE} says that there is none; expected another word" if value == NONE else None
 
 

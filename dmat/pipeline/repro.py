@@ -166,7 +166,7 @@ def run_instance(context: TaskContext, root: str, name: str, environment: Mappin
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     while True:
-        with open(path, "w") as log:
+        with open(path, "w", encoding="utf-8") as log:
             exit_code = _run_command(context, root, name, os.environ | environment, log.fileno())
         text = path.read_bytes()[-_MAX_TAIL:].decode(errors="replace")
         if exit_code == 0 or not any(sentence in text for sentence in _LOCKED):

@@ -45,11 +45,11 @@ def make(folder: Path, recipe: str) -> Path:
     top = _repository_top(folder)
     texts = {
         "params.yaml": params,
-        **{path: (_HERE / name).read_text() for path, name in _COPIED_FILES.items()},
+        **{path: (_HERE / name).read_text(encoding="utf-8") for path, name in _COPIED_FILES.items()},
         "README.md": _readme(folder.name, recipe),
     }
     if top in (None, folder):
-        texts[_HOOKS] = (_HERE / "pre-commit.yaml").read_text()
+        texts[_HOOKS] = (_HERE / "pre-commit.yaml").read_text(encoding="utf-8")
     _expect_no_conflicts(folder, [*texts])
     try:
         for path, text in texts.items():
@@ -65,7 +65,7 @@ def make(folder: Path, recipe: str) -> Path:
 
 def _readme(name: str, recipe: str) -> str:
     """README.md of a project with this name."""
-    text = (_HERE / "README.md").read_text()
+    text = (_HERE / "README.md").read_text(encoding="utf-8")
     values: Mapping[str, str] = {"name": name, "recipe": recipe, "summary": recipes.summaries()[recipe]}
     return re.sub(r"\{(name|recipe|summary)\}", lambda match: values[match[1]], text)
 

@@ -16,7 +16,7 @@ __all__ = ["Experiment", "differences", "load", "read", "summaries", "use"]
 def read(name: str) -> str:
     """The text of a recipe as a complete parameter file. Raises DmatError for an unknown name."""
     experiment = load(name)
-    return source_file(name).read_text() if experiment.is_flat else flat_file.text(experiment)
+    return source_file(name).read_text(encoding="utf-8") if experiment.is_flat else flat_file.text(experiment)
 
 
 def use(name: str, target: Path) -> Path | None:
@@ -25,7 +25,7 @@ def use(name: str, target: Path) -> Path | None:
     An existing file with other content is renamed first. Returns its new path, or None if nothing was renamed.
     """
     text, renamed = read(name), None
-    if target.exists() and target.read_text() != text:
+    if target.exists() and target.read_text(encoding="utf-8") != text:
         renamed = next(
             path for k in range(1, 10_000) if not (path := target.with_name(f"{target.stem}.{k}.yaml")).exists()
         )

@@ -56,7 +56,8 @@ class Experiment:
 def summaries() -> dict[str, str]:
     """Name of each recipe -> its summary."""
     paths = sorted(path for path in _FOLDER.glob("*.yaml") if "." not in path.stem)
-    return {path.stem: path.read_text().partition("\n")[0].removeprefix(f"# {path.stem}: ") for path in paths}
+    heads = {path.stem: path.read_text(encoding="utf-8").partition("\n")[0] for path in paths}
+    return {name: head.removeprefix(f"# {name}: ") for name, head in heads.items()}
 
 
 def source_file(name: str) -> Path:

@@ -18,7 +18,7 @@ import json, numpy as np
 from pathlib import Path
 
 folder = Path(".")
-manifest = json.loads((folder / "manifest.json").read_text())
+manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 shards = [  # memory-mapped: uint8 [N, H, W, C] and int64 [N]
     (np.load(folder / s["images"], mmap_mode="r"), np.load(folder / s["labels"], mmap_mode="r"))
     for s in manifest["shards"]

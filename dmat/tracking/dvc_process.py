@@ -79,7 +79,7 @@ def unrecorded(root: Path, runs: Collection[str]) -> list[str]:
     `dvc` stopped before it could record them, for example because the disk was full. runs: ids of MLflow runs.
     """
     try:
-        lock = (root / "dvc.lock").read_text()
+        lock = (root / "dvc.lock").read_text(encoding="utf-8")
     except OSError:
         lock = ""
     instances = []

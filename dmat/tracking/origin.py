@@ -44,6 +44,17 @@ def git(folder: Path) -> dict[str, Any]:
     return {"git_commit": head, "git_dirty": bool(changes.strip())}
 
 
+def is_of_another_owner(folder: Path) -> bool:
+    """Whether git refuses to read the repository because it belongs to another user, and nothing allows it."""
+    try:
+        _git(folder, "rev-parse", "HEAD")
+    except subprocess.CalledProcessError as error:
+        return b"safe.directory" in error.stderr
+    except OSError:
+        pass
+    return False
+
+
 def write_patch(folder: Path, target: Path) -> None:
     """Writes `target`/git.patch for `git apply`: the differences of tracked files below `folder` from their commit.
 
@@ -109,5 +120,5 @@ def _git(folder: Path, *arguments: str, differs: bool = False) -> bytes:
     environment["GIT_OPTIONAL_LOCKS"] = "0"  # otherwise `git status` writes its index
     result = subprocess.run(["git", *arguments], cwd=directory, env=environment, capture_output=True, check=False)
     if result.returncode not in ((0, 1) if differs else (0,)):
-        raise subprocess.CalledProcessError(result.returncode, arguments)
+        raise subprocess.CalledProcessError(result.returncode, arguments, stderr=result.stderr)
     return result.stdout

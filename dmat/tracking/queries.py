@@ -15,6 +15,7 @@ from typing import Any
 from dmat.errors import DmatError, first_line
 from dmat.tracking import stores
 from dmat.tracking.run_record import WORK, read_tracking
+from dmat.workspace import sqlite_path
 
 _SHORT_ID_LENGTH = 8  # characters of a run id in output for people
 
@@ -113,9 +114,7 @@ def work_folder(home: Path, run: TrackedRun) -> Path | None:
 
 
 def _select_runs(home: Path, tags: Mapping[str, str], status: str | None, limit: int) -> list[TrackedRun]:
-    address = stores.store_uri(home)
-    if address.startswith("sqlite:///"):
-        path = Path(address.removeprefix("sqlite:///"))
+    if (path := sqlite_path(stores.store_uri(home))) is not None:
         if not path.exists():
             return []
         try:

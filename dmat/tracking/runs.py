@@ -139,7 +139,8 @@ class Run:
                 continue
             next_sample += _SAMPLE_EVERY
             sample = {"seconds": int(time.time() - self._started), **monitor.sample()}
-            with contextlib.suppress(OSError), open(self.folder / SYSTEM_LOG, "a") as file:  # a full disk stops no run
+            path = self.folder / SYSTEM_LOG
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:  # a full disk stops no run
                 file.write(json.dumps(sample) + "\n")
 
     def _wait_until(self, is_done: Callable[[], bool]) -> None:

@@ -11,6 +11,7 @@ import filelock
 
 from dmat import redaction
 from dmat.errors import DmatError, first_line
+from dmat.workspace import sqlite_url
 
 EXPERIMENT = "dmat"
 _DELETED = "deleted"  # lifecycle stage in MLflow: hidden, with its name taken, until `mlflow gc`
@@ -27,7 +28,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdou
 
 def store_uri(home: Path) -> str:
     """MLFLOW_TRACKING_URI, or the URI of the embedded SQLite store. May hold a password: see `masked_uri`."""
-    return _server() or f"sqlite:///{home / 'mlruns' / 'mlflow.db'}"
+    return _server() or sqlite_url(home / "mlruns" / "mlflow.db")
 
 
 def masked_uri(home: Path) -> str:

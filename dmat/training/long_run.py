@@ -33,7 +33,7 @@ class MetricsLog:
         self.path, self._watcher = path, watcher
         path.parent.mkdir(parents=True, exist_ok=True)
         self._last = self._repair()
-        self._file = open(path, "a")  # noqa: SIM115 - closed by close(); one handle for the whole run
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close(); one handle for the whole run
 
     def write(self, images_seen: int, values: dict[str, float]) -> None:
         """Writes a record, unless an earlier attempt of this run has written it already."""

@@ -10,7 +10,7 @@ from dmat import config, files, plugins, redaction
 from dmat.config import Params, TrialSettings, Tune
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES, code_identity
-from dmat.workspace import InputRecord, Workspace
+from dmat.workspace import InputRecord, Workspace, sqlite_path, sqlite_url
 
 STAGE_NAME = "tune"
 CODE_STAGES = ("mix_images", "train_robust")  # stages whose code a trial computes with
@@ -104,9 +104,9 @@ def plan(params: Params, workspace: Workspace, storage: str | None = None) -> St
         identity["plugins"] = plugin_codes
     space = {"space": settings.plain()["space"], "inputs": {name: entry["sha256"] for name, entry in inputs.items()}}
     folder = workspace.run_folder(STAGE_NAME, settings.arm, files.fingerprint(identity | {"space": space}))
-    url = storage or os.environ.get(STORAGE_VARIABLE) or f"sqlite:///{folder.parent / DATABASE}"
-    if url.startswith("sqlite:///") and not url.startswith("sqlite:////") and url != "sqlite:///":
-        url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).resolve()}"  # workers start in another folder
+    url = storage or os.environ.get(STORAGE_VARIABLE) or sqlite_url(folder.parent / DATABASE)
+    if (path := sqlite_path(url)) is not None:
+        url = sqlite_url(path.resolve())  # workers start in another folder
     return Study(settings, trial, inputs, folder, url, files.fingerprint(identity), plugin_codes)
 
 

@@ -5,7 +5,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -20,6 +19,7 @@ from dmat.errors import DmatError, first_line
 from dmat.tuning import sampling, space
 from dmat.tuning.plan import Study
 from dmat.tuning.trials import MAX_LOST_WORKERS
+from dmat.workspace import sqlite_path
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 HEARTBEAT, GRACE = 20, 120  # seconds: between two signs of life of a running trial; without one it counts as lost
@@ -35,8 +35,7 @@ def explain_storage_errors(url: str) -> Iterator[None]:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
         first = first_line(error.__cause__ or error, url)
-        if url.startswith("sqlite:"):
-            path = url.removeprefix("sqlite:///")
+        if (path := sqlite_path(url)) is not None:
             raise DmatError(
                 f"{path} cannot be used as the storage of studies ({first}); bring back a good copy, or move it away: "
                 f"a new one is created and the study starts again"
@@ -51,8 +50,8 @@ def connect(url: str) -> RDBStorage:
     """Opens the storage; creates it if it does not exist. Raises DmatError if that fails."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats have been called so since Optuna 2.9
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if (path := sqlite_path(url)) is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         parsed = sqlalchemy.engine.make_url(url)
         dialect = parsed.get_backend_name()

@@ -6,7 +6,6 @@ file of it. Never touched: DVC's cache, `mlruns/`, folders that a process works 
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -368,7 +367,7 @@ def _by_provenance(results: list[DvcResult]) -> dict[str, list[DvcResult]]:
 def _matching_result(results: list[DvcResult], provenance: str, provenance_record: Provenance) -> DvcResult | None:
     """The result with exactly this provenance (with time, run and fingerprint), if DVC's cache has all its files."""
     for result in results:
-        if result.copies is not None and json.loads(result.copies[provenance].read_text()) == provenance_record:
+        if result.copies is not None and files.read_json(result.copies[provenance]) == provenance_record:
             return result
     return None
 

@@ -27,7 +27,7 @@ from dmat.tracking import open_runs, origin, stores
 from dmat.upkeep import dvc_files, machine, recorded, work_folders
 from dmat.upkeep.machine import NOTE, OK, PROBLEM, CheckResult
 from dmat.upkeep.work_folders import WorkFolder
-from dmat.workspace import FINISHED, Workspace
+from dmat.workspace import FINISHED, Workspace, sqlite_path
 
 _SERVER_TIMEOUT = 3.0  # seconds for a tracking server to answer
 
@@ -117,7 +117,10 @@ def _speed(project: ProjectState) -> Iterator[CheckResult]:
 
 def _git(project: ProjectState) -> Iterator[CheckResult]:
     git = origin.git(project.workspace.root)
-    if not git:
+    if origin.is_of_another_owner(project.workspace.root):
+        advice = "`git config --global --add safe.directory DIR`, else results will not record which code computed them"
+        yield NOTE, "the git repository belongs to another user, and git does not read it", advice
+    elif not git:
         advice = "results will not record which code computed them; `git init` and commit"
         yield NOTE, "no git repository with a commit here, or no git", advice
     elif git["git_dirty"]:
@@ -220,8 +223,8 @@ def _mlflow(project: ProjectState) -> Iterator[CheckResult]:
         yield NOTE, "off, by DMAT_TRACKING=off", "unset it to track runs"
     elif address.startswith(("http://", "https://")):
         yield _server(address, masked_uri)
-    elif address.startswith("sqlite:///"):
-        yield _database(Path(address.removeprefix("sqlite:///")))
+    elif (path := sqlite_path(address)) is not None:
+        yield _database(path)
     else:
         yield NOTE, f"{masked_uri}: a kind of store that is not checked", "start a run to see whether it answers"
 

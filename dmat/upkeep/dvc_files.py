@@ -56,7 +56,7 @@ def rwlock_holders(root: Path) -> list[RwlockHolder]:
 def repository_holder(root: Path) -> str | None:
     """The process that holds `.dvc/tmp/lock`, or None. DVC holds it while it plans, not while a stage runs."""
     lock = root / ".dvc" / "tmp" / "lock"
-    return f"process {lock.read_text().strip()}" if work_folders.is_held(lock) else None
+    return f"process {lock.read_text(encoding='utf-8').strip()}" if work_folders.is_held(lock) else None
 
 
 @dataclasses.dataclass(frozen=True)

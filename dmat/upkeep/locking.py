@@ -116,11 +116,11 @@ def _compare_first_block(plan: Plan, job: Job, workspace: Workspace) -> str:
 
 def _compare_first_record(plan: Plan, job: Job, workspace: Workspace) -> str:
     """Compares a training from its start to its first record in metrics.jsonl."""
-    with open(plan.work / "metrics.jsonl") as file:
+    with open(plan.work / "metrics.jsonl", encoding="utf-8") as file:
         finished_record = file.readline().strip()
     with contextlib.suppress(Pruned):
         execution.run(plan, job)
-    new_record = (job.work / "metrics.jsonl").read_text().splitlines()[0]
+    new_record = (job.work / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
     _expect_same(
         plan,
         f"the first record of metrics.jsonl, {new_record} and not {finished_record},"

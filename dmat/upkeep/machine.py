@@ -203,7 +203,7 @@ def _installed_version(package: str) -> str | None:
 def _pins(path: Path) -> dict[str, set[str]]:
     """Package -> the versions in its lines of constraints.txt, for any Python version and system."""
     pins: dict[str, set[str]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         if match := re.match(r"([\w.-]+)==([^\s;]+)", line):
             pins.setdefault(match[1], set()).add(match[2])
     return pins
@@ -218,4 +218,4 @@ def _control_group(name: str) -> str:
     """Content of a control group file: a limit of the container, which neither the number of cores nor the free memory
     shows. "" if there is none."""
     path = _CONTROL_GROUP / name
-    return path.read_text().strip() if path.exists() else ""
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""

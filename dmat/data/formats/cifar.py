@@ -105,7 +105,7 @@ def _read_class_names(folder: Path, layout: CifarLayout) -> tuple[tuple[str, ...
         raise DmatError(f"{path} does not exist; expected the names of the classes in it; unpack the archive again")
     if layout.key is None:
         try:
-            names = tuple(path.read_text().split())
+            names = tuple(path.read_text(encoding="utf-8").split())
         except ValueError:
             names = ()
         count = None

@@ -61,7 +61,7 @@ def _read_npz(folder: Path, names: Sequence[str]) -> ImageSource:
 
 def _read_folder(folder: Path) -> ImageSource:
     """Reads the published folder."""
-    ids = sorted(_existing(folder / _CLASSES).read_text(errors="replace").split())
+    ids = sorted(_existing(folder / _CLASSES).read_text(encoding="utf-8", errors="replace").split())
     if not ids or len(set(ids)) < len(ids):
         raise DmatError(f"{folder / _CLASSES} does not hold distinct WordNet ids; expected one per class; {_AGAIN}")
     names = _class_names(folder / _WORDS, ids)
@@ -85,7 +85,7 @@ def _existing(path: Path) -> Path:
 
 def _class_names(path: Path, ids: Sequence[str]) -> tuple[str, ...]:
     """The first word of each WordNet id; with the id behind it where two classes have the same word."""
-    lines = _existing(path).read_text(errors="replace").splitlines()
+    lines = _existing(path).read_text(encoding="utf-8", errors="replace").splitlines()
     words = {wordnet_id: text.split(",")[0].strip() for wordnet_id, _, text in (line.partition("\t") for line in lines)}
     if missing := [wordnet_id for wordnet_id in ids if not words.get(wordnet_id)]:
         raise DmatError(f"{path} has no words for {listing(missing)}; expected some for every class; {_AGAIN}")
@@ -118,7 +118,7 @@ def _validation_files(folder: Path, ids: Sequence[str]) -> tuple[list[Path], lis
     annotations, label_of = _existing(folder / _ANNOTATIONS), {wordnet_id: k for k, wordnet_id in enumerate(ids)}
     images = {path.name: path for path in files.visible_files(folder / "val/images")}
     paths, labels = list[Path](), list[int]()
-    for number, line in enumerate(annotations.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(annotations.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         name, _, rest = line.partition("\t")
         label = label_of.get(rest.partition("\t")[0])
         if label is None or name not in images:
