@@ -33,6 +33,17 @@ pathlib.Path("begun").touch()
 while True:
     time.sleep(0.02)
 """
+WRITES_WHEN_ANOTHER_WAITS = """
+import pathlib, time
+log, count = pathlib.Path(".dvc/tmp/repro/a.log"), pathlib.Path("begun")
+with count.open("a") as file:
+    file.write("x")
+while b"blocked" not in log.read_bytes():
+    time.sleep(0.002)
+print("x" * 5000, flush=True)
+time.sleep(1)
+pathlib.Path("a").touch()
+"""
 DIVIDE = """
 import pathlib
 from dmat.engine import EngineOptions, Task, open_engine
@@ -117,6 +128,25 @@ def test_a_stage_that_divides_its_work_leaves_the_only_worker_free(project):
     assert failure is None
     assert states[-1] == ("a", "done")
     assert Path("set").read_text() == "[1, 2, 3]"
+
+
+class NeverStopped:
+    def check_interruption(self):
+        pass
+
+
+def test_an_instance_waits_for_the_command_of_a_worker_that_was_killed(project):
+    """Which runs on, and writes into the log as before; nothing runs twice."""
+    root = str(project(a=(WRITES_WHEN_ANOTHER_WAITS,)))
+    ends = []
+    thread = threading.Thread(target=lambda: ends.append(repro.run_instance(NeverStopped(), root, "a", {})))
+    thread.start()
+    forked.until(Path("begun").exists, 100)
+    ends.append(repro.run_instance(NeverStopped(), root, "a", {}))
+    thread.join()
+    assert [end.exit_code for end in ends] == [0, 0]
+    assert sorted(end.progress("a").state for end in ends) == ["done", "unchanged"]
+    assert Path("begun").read_text() == "x"
 
 
 def test_targets_that_dvc_does_not_have_are_refused(project):
