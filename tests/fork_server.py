@@ -36,7 +36,7 @@ socket.send_fds(connection, [b"%"], [0, 1, 2])
 connection.sendall(json.dumps(request).encode() + b"\\n")
 answers = connection.makefile()
 process = int(answers.readline())
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, lambda received, frame: os.kill(process, received))
 code = answers.read()  # to the end of the process
 os._exit(int(code) if code else 137)

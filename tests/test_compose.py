@@ -160,9 +160,10 @@ def test_services_restart_report_health_and_keep_their_data(services: dict[str, 
     for name, service in services.items():
         assert service["restart"] == "unless-stopped", name
         assert service["healthcheck"]["test"], name
-    volumes = {name: [(v["type"], v["target"]) for v in service.get("volumes", ())] for name, service in services.items()}
-    assert {name for name, mounted in volumes.items() if ("volume" in dict(mounted))} == {"postgres", "object-store"}
-    assert {kind for mounted in volumes.values() for kind, _ in mounted} == {"volume", "bind"}  # no anonymous folder
+    mounted = {name: [volume["type"] for volume in service.get("volumes", ())] for name, service in services.items()}
+    assert {name for name, types in mounted.items() if "volume" in types} == {"postgres", "object-store"}
+    named = [volume["source"] for name in ("postgres", "object-store") for volume in services[name]["volumes"]]
+    assert named == ["postgres-data", "objects"]
 
 
 def test_a_worker_sees_the_project_at_its_path_outside(tmp_path: Path) -> None:

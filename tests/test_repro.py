@@ -35,6 +35,17 @@ pathlib.Path("begun").touch()
 while True:
     time.sleep(0.02)
 """
+WRITES_WHEN_ANOTHER_WAITS = """
+import pathlib, time
+log, count = pathlib.Path(".dvc/tmp/repro/a.log"), pathlib.Path("begun")
+with count.open("a") as file:
+    file.write("x")
+while b"blocked" not in log.read_bytes():
+    time.sleep(0.002)
+print("x" * 5000, flush=True)
+time.sleep(1)
+pathlib.Path("a").touch()
+"""
 DIVIDE = """
 import pathlib
 from dmat.engine import EngineOptions, Task, open_engine
@@ -139,6 +150,25 @@ def test_a_project_of_released_images_has_no_generator(tmp_path, monkeypatch):
     read = {path for stage in Repo().index.stages for dep in stage.deps if not (path := str(dep)).endswith(".yaml")}
     missing = {path for path in read if not any(f"{name}/".startswith(f"{path}/") for name in made)}
     assert missing == {"plugins", "sources/none", "sources/cifar10", "sources/wang-cifar10-1m.npz"}
+
+
+class NeverStopped:
+    def check_interruption(self):
+        pass
+
+
+def test_an_instance_waits_for_the_command_of_a_worker_that_was_killed(project):
+    """Which runs on, and writes into the log as before; nothing runs twice."""
+    root = str(project(a=(WRITES_WHEN_ANOTHER_WAITS,)))
+    ends = []
+    thread = threading.Thread(target=lambda: ends.append(repro.run_instance(NeverStopped(), root, "a", {})))
+    thread.start()
+    forked.until(Path("begun").exists, 100)
+    ends.append(repro.run_instance(NeverStopped(), root, "a", {}))
+    thread.join()
+    assert [end.exit_code for end in ends] == [0, 0]
+    assert sorted(end.progress("a").state for end in ends) == ["done", "unchanged"]
+    assert Path("begun").read_text() == "x"
 
 
 def test_targets_that_dvc_does_not_have_are_refused(project):

@@ -166,6 +166,7 @@ def run_instance(context: TaskContext, root: str, name: str, environment: Mappin
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     while True:
+        path.unlink(missing_ok=True)  # the command of a worker that was killed may still write to it
         with open(path, "w", encoding="utf-8") as log:
             exit_code = _run_command(context, root, name, os.environ | environment, log.fileno())
         text = path.read_bytes()[-_MAX_TAIL:].decode(errors="replace")
