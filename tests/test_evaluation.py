@@ -427,7 +427,7 @@ def test_the_quick_tier_is_never_a_headline(tmp_path, subject, compute):
     evaluation = _done(tmp_path, dataclasses.replace(subject, suite=auto_attack.suite("quick", 4)), compute)
     verdict, columns = _verdict(evaluation), evaluation.columns()
     assert verdict.measure == "auto_attack_quick"
-    assert verdict.reasons[0].startswith("The attacks are the quick tier, which gives up most targets early")
+    assert verdict.reasons[0].startswith("The attacks are the quick tier, which gives up most targets")
     summary = evaluation.summary(columns, verdict)
     assert summary["headline"] is None
     assert summary["auto_attack_quick"]["n"] == len(subject.labels)

@@ -341,7 +341,7 @@ class Evaluation:
             reasons.insert(0, "AutoAttack was not run.")
             measure = "pgd"
         elif suite.quick:
-            reasons.insert(0, "The attacks are the quick tier, which gives up most targets early, not standard AutoAttack.")
+            reasons.insert(0, "The attacks are the quick tier, which gives up most targets, not standard AutoAttack.")
             measure = "auto_attack_quick"
         elif not suite.standard:
             reasons.insert(0, f"The attacks are {suite.name}, not those of standard AutoAttack.")
