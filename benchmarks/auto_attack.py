@@ -10,9 +10,9 @@ sides alternate, and ratios are those of the medians of one run. Flags are compa
 --batch 250 they must be equal.
 
 With --workers N ours has shards of up to 250 images, which the engine divides over N processes of one thread each, as
-`dmat evaluate-robust --workers N` does. Every shard has a seed of its own, so that some flags differ. Plain runs with one
-thread and with N; the faster one is compared with. All processes have the same N cores, and have loaded the model before
-the time starts.
+`dmat evaluate-robust --workers N` does. Every shard has a seed of its own, so that some flags differ. Plain runs with
+one thread and with N; the faster one is compared with. All processes have the same N cores, and have loaded the model
+before the time starts.
 """
 
 import argparse
@@ -49,7 +49,7 @@ _NORMS = {"linf": "Linf", "l2": "L2"}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is attacked. model: None for a network with random weights. epsilon: None for that of the model, or 1/255."""
+    """What is attacked. model: None for random weights. epsilon: None for that of the model, or 1/255."""
 
     model: Path | None
     images: str

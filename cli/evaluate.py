@@ -85,7 +85,9 @@ def _evaluate(
     cluster: Annotated[str, typer.Option(help=stages.CLUSTER_HELP)] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Set earlier work aside and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and the time left.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="No progress bar; the result as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The result as JSON; progress as lines of JSON on stderr.")
+    ] = False,
     params: Annotated[
         Path | None,
         typer.Option(help="Parameter file. [default: params.yaml; with --model: none]"),
@@ -165,6 +167,7 @@ def _evaluate_model(
     params: Path | None,
 ) -> None:
     from dmat import config
+    from dmat.evaluation import work
     from dmat.pipeline import direct_evaluation
     from dmat.workspace import find_workspace
 
@@ -190,7 +193,8 @@ def _evaluate_model(
     if shards is not None:
         direct.run_shards(shards, quiet=as_json)
         return
-    result = direct.run(fresh, as_json, options)
+    with work.progress_lines(work.Monitor(direct.evaluation.tasks) if as_json else None):
+        result = direct.run(fresh, as_json, options)
     comparison = direct_evaluation.compare_with_robustbench(direct, result, row) if row else []
     if as_json:
         typer.echo(json.dumps(result.summary | ({"against": comparison} if comparison else {}), sort_keys=True))

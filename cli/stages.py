@@ -108,6 +108,7 @@ def _run(
 ) -> None:  # fmt: skip
     from dmat import config, processes
     from dmat.engine import EngineOptions
+    from dmat.evaluation.work import progress_lines
     from dmat.pipeline import division, execution, planning
 
     params = config.load(path)
@@ -135,17 +136,18 @@ def _run(
         os.environ[_PLANNED_FINGERPRINT] = plan.fingerprint
         start_together(process_count)
     started = time.monotonic()
-    metrics = execution.execute(
-        plan,
-        params,
-        workspace,
-        fresh=fresh,
-        quiet=as_json,
-        reload_params=lambda: config.load(path),
-        compute_shards=functools.partial(division.compute_shards, workspace=workspace, path=path, options=options)
-        if stage.by_shards and options.has_workers
-        else None,
-    )
+    with progress_lines(execution.monitor(plan, params, workspace) if as_json else None):
+        metrics = execution.execute(
+            plan,
+            params,
+            workspace,
+            fresh=fresh,
+            quiet=as_json,
+            reload_params=lambda: config.load(path),
+            compute_shards=functools.partial(division.compute_shards, workspace=workspace, path=path, options=options)
+            if stage.by_shards and options.has_workers
+            else None,
+        )
     if not processes.world().is_main_process:
         return
     if as_json:

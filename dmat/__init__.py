@@ -48,9 +48,10 @@ def evaluate(
     model: images [B, C, H, W] in [0, 1] -> logits [B, K], float32; normalisation belongs inside. It stays on its device
     and keeps its mode; inside it is in evaluation mode. images: floating-point [N, C, H, W] in [0, 1]. labels: class
     numbers [N]. norm: "linf" or "l2". epsilon: radius in pixels of [0, 1], a number or text such as "8/255".
-    auto_attack: "standard", "quick", "none" or names of attacks. batch: images at a time. folder: keeps finished parts, so that
-    the same call resumes after an interruption, and receives table, summary, protocol and pictures; None: nothing is
-    kept. quiet: no progress bar. settings: others of `evaluate_robust` (docs/parameters.md), such as pgd_steps=100.
+    auto_attack: "standard", "quick", "none" or names of attacks. batch: images at a time. folder: keeps finished parts,
+    so that the same call resumes after an interruption, and receives table, summary, protocol and pictures; None:
+    nothing is kept. quiet: no progress bar. settings: others of `evaluate_robust` (docs/parameters.md), such as
+    pgd_steps=100.
 
     Raises DmatError if the model, the images and the settings do not fit together.
     """

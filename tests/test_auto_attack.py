@@ -5,12 +5,14 @@ import torch
 from pyautoattack import AutoAttack
 
 from dmat.errors import DmatError
+from dmat.evaluation.progress import Meter
 from dmat.robust import auto_attack
 from dmat.robust.apgd import apgd, random_start
 from dmat.robust.attacks import Ball, logit_margin
 from dmat.robust.auto_attack import ATTACKS, MISCLASSIFIED, ROBUST, STANDARD
 from dmat.robust.fab import fab, to_hyperplane
 from dmat.robust.passes import Goal, Passes
+from dmat.robust.square import square
 
 CLASSES = 10
 
@@ -56,6 +58,23 @@ def test_robust_images_of_a_linear_classifier_match_the_closed_form(norm, epsilo
     labels = model(images).argmax(1)
     labels[:3] = (labels[:3] + 1) % classes  # wrong without any attack
     ball, attack_suite = Ball(norm, epsilon), auto_attack.suite("standard", classes)
+    worst, broken_by = auto_attack.attack(model, images, labels, ball, attack_suite, seed=1, batch=13)
+    robust = _robust(weights, model, images, labels, epsilon, norm)
+    assert 0 < int(robust.sum()) < 21
+    assert torch.equal(broken_by == ROBUST, robust)
+    assert (broken_by[:3] == MISCLASSIFIED).all()
+    assert torch.equal(worst[broken_by < 0], images[broken_by < 0])
+    assert (logit_margin(model(worst), labels)[broken_by >= 0] <= 0).all()
+    assert ball.size(worst - images).max() <= ball.epsilon + 1e-6
+
+
+@pytest.mark.parametrize(("norm", "epsilon", "classes"), [("linf", 0.06, 10), ("linf", 0.06, 4), ("l2", 0.25, 10)])
+def test_the_quick_tier_breaks_what_can_be_broken_of_a_linear_classifier(norm, epsilon, classes):
+    weights, model = _linear(classes)
+    images = _images(24)
+    labels = model(images).argmax(1)
+    labels[:3] = (labels[:3] + 1) % classes
+    ball, attack_suite = Ball(norm, epsilon), auto_attack.suite("quick", classes)
     worst, broken_by = auto_attack.attack(model, images, labels, ball, attack_suite, seed=1, batch=13)
     robust = _robust(weights, model, images, labels, epsilon, norm)
     assert 0 < int(robust.sum()) < 21
@@ -155,12 +174,15 @@ def test_misclassified_images_are_not_attacked():
         (["apgd-ce", "square"], 10, ("apgd-ce", "square"), 9, False),
         (list(STANDARD), 10, STANDARD, 9, True),
         (["apgd-dlr"], 3, ("apgd-dlr",), 2, False),
+        ("quick", 10, STANDARD, 9, False),
+        ("quick", 4, STANDARD, 3, False),
     ],
 )
 def test_suites_by_number_of_classes(requested, classes, attacks, targets, standard):
     attack_suite = auto_attack.suite(requested, classes)
     assert (attack_suite.attacks, attack_suite.targets, attack_suite.standard) == (attacks, targets, standard)
-    assert attack_suite.name.startswith("standard" if standard else "nonstandard (")
+    expected_name = "quick" if requested == "quick" else "standard" if standard else "nonstandard ("
+    assert attack_suite.name.startswith(expected_name)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +192,7 @@ def test_suites_by_number_of_classes(requested, classes, attacks, targets, stand
         (["apgd-t"], 3, "apgd-t needs 4 classes, the model has 3"),
         (["apgd-dlr"], 2, "apgd-dlr needs 3 classes, the model has 2"),
         (["pgd"], 10, "attack 'pgd' is not known; expected some of apgd-ce"),
+        ("quick", 3, "auto_attack is quick, which needs 4 classes, and the model has 3; .* write standard"),
     ],
 )
 def test_suites_that_do_not_exist_are_refused(requested, classes, message):
@@ -215,6 +238,61 @@ def package_of(model, ball, seed=5):
 def attacked_images():
     images = _images(40, (3, 5, 5))
     return images, {name: model(images).argmax(1) for name, model in MODELS.items()}
+
+
+@pytest.mark.parametrize(("name", "norm", "epsilon"), [("convolving", "linf", 0.02), ("curved", "l2", 0.25)])
+def test_the_quick_tier_has_the_flags_of_the_standard_suite_with_fewer_passes(attacked_images, name, norm, epsilon):
+    images, labels = attacked_images[0], attacked_images[1][name]
+    flags, passes = {}, {}
+    for tier in ("standard", "quick"):
+        states = []
+        meter = Meter(MODELS[name], 0, len(labels), states.append)
+        attack_suite = auto_attack.suite(tier, 10)
+        _, broken_by = auto_attack.attack(meter, images, labels, Ball(norm, epsilon), attack_suite, 5, batch=29)
+        flags[tier], passes[tier] = broken_by == ROBUST, states[-1].passes_done
+    assert 5 < int(flags["standard"].sum()) < 35
+    assert torch.equal(flags["quick"], flags["standard"])
+    assert passes["quick"] < 0.35 * passes["standard"]
+
+
+def test_hopeless_images_get_the_first_steps_alone():
+    """No class comes near the first one: neither whole attacks nor FAB-T nor Square."""
+    linear, first, states = _linear(10)[1], 10 * torch.eye(10)[0], []
+    images, labels = _images(6), torch.zeros(6, dtype=torch.int64)
+    meter = Meter(lambda images: first + 0.01 * linear(images), 0, 6, states.append)
+    attack_suite = auto_attack.suite("quick", 10)
+    _, broken_by = auto_attack.attack(meter, images, labels, Ball("linf", 0.1), attack_suite, seed=1, batch=6)
+    assert (broken_by == ROBUST).all()
+    # the first prediction, 23 gradients of APGD-CE and of 9 targets, the ranking, four predictions after attacks
+    assert states[-1].passes_done == len(labels) * (1 + 2 * 23 * (1 + 9) + 1 + 4)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_several_queries_of_square_at_once_are_as_many_queries(norm):
+    images, ball = _images(5, (3, 5, 5)), Ball(norm, 1e-3)
+    labels, counts = CONVOLVING(images).argmax(1), {}
+    for at_once in (1, 8):
+        states = []
+        passes = Passes(Meter(CONVOLVING, 0, 5, states.append))
+        generator = torch.Generator().manual_seed(1)
+        worst, broken = square(passes, images, labels, ball, generator, queries=50, at_once=at_once)
+        assert not broken.any()
+        assert torch.equal(worst, images)
+        counts[at_once] = (len(states), states[-1].passes_done)
+    assert counts == {1: (51, 5 * 51), 8: (1 + 7, 5 * 51)}
+
+
+def test_square_gives_up_images_whose_margin_stays():
+    """A constant model: the first query is the last that lowers the margin."""
+    states = []
+    model = Meter(lambda images: torch.eye(10)[torch.zeros(len(images), dtype=torch.int64)], 0, 4, states.append)
+    labels, attacked = torch.zeros(4, dtype=torch.int64), torch.tensor([True, False, True, True])
+    _, broken = square(
+        Passes(model), _images(4), labels, Ball("linf", 0.1), torch.Generator().manual_seed(1), attacked=attacked,
+        at_once=8, patience=20,
+    )  # fmt: skip
+    assert not broken.any()
+    assert states[-1].passes_done == 3 * (1 + 24)  # the first one, and whole calls of eight until more than 20
 
 
 @pytest.mark.parametrize(("name", "norm", "epsilon"), [

@@ -422,6 +422,22 @@ def test_other_attacks_have_a_nonstandard_name(tmp_path, subject, compute):
     assert "auto_attack_nonstandard" in evaluation.rows(evaluation.columns(), verdict)
 
 
+def test_the_quick_tier_is_never_a_headline(tmp_path, subject, compute):
+    """Its suite has the attacks of the standard one, whose flags may differ."""
+    evaluation = _done(tmp_path, dataclasses.replace(subject, suite=auto_attack.suite("quick", 4)), compute)
+    verdict, columns = _verdict(evaluation), evaluation.columns()
+    assert verdict.measure == "auto_attack_quick"
+    assert verdict.reasons[0].startswith("The attacks are the quick tier, which gives up most targets")
+    summary = evaluation.summary(columns, verdict)
+    assert summary["headline"] is None
+    assert summary["auto_attack_quick"]["n"] == len(subject.labels)
+    assert "auto_attack" not in summary
+    assert evaluation.protocol({"norm": "linf", "epsilon": "8/255"}, len(subject.labels))["auto_attack"] == "quick"
+    settings = config.evaluation({"auto_attack": "quick", "auto_attack_code": "pyautoattack"})
+    with pytest.raises(DmatError, match="auto_attack_code pyautoattack, which has no quick tier"):
+        Evaluation(tmp_path / "other", evaluation.subject, settings, compute, {})
+
+
 def test_without_auto_attack_there_is_no_headline(tmp_path, subject, compute):
     evaluation = _done(tmp_path, dataclasses.replace(subject, suite=None), compute)
     verdict = _verdict(evaluation)

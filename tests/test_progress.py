@@ -235,3 +235,31 @@ def test_the_bar_counts_passes_and_shows_bounds(tmp_path, capsys):
     assert "robust 80.0 to 80.0 %, likely 80.0 to 80.0 %" in shown
     work.compute_all(tasks, quiet=True)
     assert capsys.readouterr().err == ""
+
+
+def test_programs_get_lines_of_json_on_stderr(tmp_path, capsys, monkeypatch):
+    """At first and then again and again, also of shards that another process computes; stdout stays empty."""
+    monkeypatch.setattr(work, "_LINE_SECONDS", 0.01)
+    tasks = [_task(tmp_path, number) for number in range(2)]
+    _finish(tasks[0], 200)
+    _begin(tasks[1], 100)
+    lines, err = [], ""
+    with work.progress_lines(work.Monitor(tasks)):
+        while len(lines) < 3:
+            err += capsys.readouterr().err
+            lines = err.splitlines()
+    state = json.loads(lines[0])["progress"]
+    assert (state["bounds"]["low"], state["bounds"]["high"]) == (0.4, 0.6)
+    assert state["passes_done"] == 500 + 300
+    assert json.loads(lines[2])["progress"]["passes_left"] == 100
+    assert capsys.readouterr().out == ""
+    with work.progress_lines(None):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_of_json_leave_shards_of_another_request_to_the_evaluation(tmp_path, capsys):
+    _finish(_task(tmp_path, 0), 200)
+    with work.progress_lines(work.Monitor([_task(tmp_path, 0, identity={"shard": "of another"})])):
+        pass
+    assert capsys.readouterr().err == ""

@@ -8,6 +8,9 @@ several machines need a shared folder with working file locks (NFS 4 or later).
 import contextlib
 import dataclasses
 import itertools
+import json
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +31,7 @@ from dmat.metrics.anytime import without_replacement
 
 _POLL_SECONDS = 0.5  # between two looks at which shards other processes have computed
 _SHOW_SECONDS = 2.0  # between two versions of the progress bar
+_LINE_SECONDS = 10.0  # between two lines for programs
 
 Columns = dict[str, np.ndarray]
 
@@ -283,6 +287,34 @@ def progress_bar(monitor: Monitor, label: str, quiet: bool) -> Iterator[Callable
         show(at_once=True)
         yield show
         show(at_once=True)
+
+
+@contextlib.contextmanager
+def progress_lines(monitor: Monitor | None) -> Iterator[None]:
+    """Writes the estimate to stderr as a line of JSON, {"progress": `WorkEstimate`}, at first and every ten seconds.
+
+    For programs: the result on stdout stays a JSON object of its own. The estimate comes from the files beside the
+    shards, so it covers what other processes compute. monitor: None for no lines.
+    """
+    if monitor is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def write() -> None:
+        while True:
+            with contextlib.suppress(DmatError):  # shards of an earlier request, which the evaluation itself reports
+                print(json.dumps({"progress": monitor.estimate()}), file=sys.stderr, flush=True)
+            if ended.wait(_LINE_SECONDS):
+                return
+
+    thread = threading.Thread(target=write, name="progress lines", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def describe(bounds: Bounds | None) -> str:

@@ -16,6 +16,7 @@ from dmat import devices, dvc_lock, files, processes, tracking
 from dmat.config import Params
 from dmat.devices import Compute
 from dmat.errors import DmatError
+from dmat.evaluation.work import Monitor
 from dmat.job import Job, Metrics, Result
 from dmat.pipeline import code_identity, planning, results, work_folder
 from dmat.pipeline.planning import Plan
@@ -165,6 +166,15 @@ def estimate(plan: Plan, params: Params, workspace: Workspace) -> dict[str, obje
         plan.settings, new_job(plan, params, workspace, resolve(params), plan.work, quiet=True)
     )
     return values
+
+
+def monitor(plan: Plan, params: Params, workspace: Workspace) -> Monitor | None:
+    """Reads how far the evaluation of an instance is; None for other stages, and for finished results."""
+    if plan.finished or not hasattr(plan.stage.job, "monitor"):
+        return None
+    job = new_job(plan, params, workspace, resolve(params), plan.work, quiet=True)
+    stage_monitor: Monitor = plan.stage.job.monitor(plan.settings, job)
+    return stage_monitor
 
 
 def _stage_names() -> str:
