@@ -33,7 +33,20 @@ class ArmMeasures(TypedDict, total=False):
     last_gap: float
 
 
-class Comparison(TypedDict):
+class Varied(TypedDict):
+    """What the arms of an ablation vary (`report.ablation`)."""
+
+    key: str
+    values: dict[str, float | str]  # arm -> its value
+
+
+class ComparisonExtras(TypedDict, total=False):
+    """Keys that are missing where they would be empty."""
+
+    varied: Varied
+
+
+class Comparison(ComparisonExtras):
     """The comparison of all arms, as comparison.json holds it."""
 
     baseline: str  # an arm
