@@ -6,6 +6,7 @@ import pytest
 from dmat.config import WriteReport
 from dmat.metrics import pictures
 from dmat.metrics.image_measures import Measure
+from dmat.pipeline import STAGES
 from dmat.report import ablation, charts, costs, image_table, page
 from dmat.report import comparison as report
 
@@ -108,10 +109,24 @@ def test_costs_are_device_hours_of_all_ancestors_of_an_arm():
     cost = costs.arm_cost("mixed", ancestors, 2000, [1e12, 3e12])
     assert cost.hours == {"train_diffusion": 8.0, "train_robust": 1.5}
     assert cost.total == 9.5
+    parts = {"data": 0, "generator": 8 * 3600, "images": 0, "training": 5400, "evaluation": 0}
+    assert cost.seconds == parts
+    assert costs.record(cost) == {"seconds": parts, "training_flops": 4e12, "evaluation_flops": None}
+    assert costs.arm_cost("mixed", ancestors, 2000, [1e12], [2.0, 3.0]).evaluation_flops == 5
     assert cost.devices == ("H100", "cpu")
     assert (cost.training_flops, cost.images_per_second, cost.utilisation) == (4e12, 200.0, pytest.approx(0.3))
     unknown = costs.arm_cost("mixed", [_stage_record("train_robust", 1)], 0, [None])
     assert (unknown.training_flops, unknown.images_per_second, unknown.utilisation) == (None, None, None)
+
+
+def test_each_stage_of_an_arm_is_in_one_part_of_its_cost():
+    stages = [stage for part in costs.PARTS.values() for stage in part]
+    assert sorted(stages) == sorted({*STAGES} - {"measure_images", "write_report"})
+
+
+def test_passes_of_an_evaluation_are_those_of_pgd_and_of_the_images_that_stay_robust():
+    assert costs.evaluation_passes(40, 5, None) == 7 * 81
+    assert costs.evaluation_passes(40, 5, 0.5) == 7 * 81 + 5350
 
 
 HISTORY = {
@@ -262,7 +277,8 @@ REAL = _records()
           for steps in (0, 4) for name in ("none", "cutout")}, [0, 0, 9, 9],
          "train_robust.augmentation", {"0none": "none", "0cutout": "cutout", "4none": "none", "4cutout": "cutout"},
          [], "words"),
-        ({"real": REAL, "few": _records(source="1m", keep=0.1), **{name: _records(source=name) for name in ("1m", "5m")}},
+        ({"real": REAL, "few": _records(source="1m", keep=0.1), "1m": _records(source="1m"),
+          "5m": _records(source="5m")},
          [0, 100, 1000, 5000], ablation.AMOUNT, {"few": 100, "1m": 1000, "5m": 5000}, ["real"], "log"),
         ({"ddpm": _records(source="ddpm"), "edm": _records(source="edm")}, [9, 9],
          "generate_images.source", {"ddpm": "ddpm", "edm": "edm"}, [], "words"),

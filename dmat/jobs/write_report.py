@@ -77,12 +77,14 @@ def run(settings: Report, job: Job) -> Result:
         arm_comparison[key] = {run: summaries[run]["best"][key] for run in runs if summaries[run]["best"].get(key)}
     if origin.ablation is not None:
         arm_comparison["varied"] = {"key": origin.ablation.key, "values": dict(origin.ablation.values)}
+    arm_costs = _costs(settings, inputs, origin, summaries)
+    arm_comparison["costs"] = {cost.arm: costs.record(cost) for cost in arm_costs}
     folder = job.result / "report"
     files.write_json(folder / "comparison.json", arm_comparison)
     files.write_text(folder / "history.csv", _history_csv(histories))
     files.write_text(folder / "table.md", comparison.markdown(arm_comparison))
     _draw(job, settings, arm_comparison, histories, origin.ablation)
-    content = _content(settings, job, inputs, runs_by_arm, arm_comparison, summaries, histories, origin)
+    content = _content(settings, job, inputs, runs_by_arm, arm_comparison, summaries, histories, origin, arm_costs)
     files.write_text(folder / "report.html", page.render(content))
     groups = arm_comparison["arms"] | {
         f"{arm}_minus_baseline": difference for arm, difference in arm_comparison["differences"].items()
@@ -130,6 +132,37 @@ def _origin(settings: Report, job: Job, inputs: ReportInputs) -> Origin:
     mixes = {arm: inputs.json("mix_images", f"{arm}/{MIX}") for arm in settings.arms}
     image_counts = {arm: mix["generated_images"] for arm, mix in mixes.items()}
     return Origin(provenance, evaluations, ancestors, mixes, ablation.varied(ancestors, image_counts))
+
+
+def _costs(
+    settings: Report, inputs: ReportInputs, origin: Origin, summaries: dict[str, WeightsSummaries]
+) -> list[costs.Cost]:
+    """The cost of every arm."""
+    arm_costs = []
+    for arm, runs in settings.arms.items():
+        metrics: list[dict[str, float]] = [inputs.json("metrics/train_robust", f"{run}.json") for run in runs]
+        arm_costs.append(
+            costs.arm_cost(
+                arm,
+                origin.ancestors[arm],
+                sum(int(summaries[run]["last"]["images_seen"]) for run in runs),
+                [values.get("training_flops") for values in metrics],
+                [
+                    _evaluation_flops(origin.provenance[f"evaluate_robust {run}"], summaries[run]["best"], values)
+                    for run, values in zip(runs, metrics, strict=True)
+                ],
+            )
+        )
+    return costs.with_common_peak(arm_costs)
+
+
+def _evaluation_flops(record: Provenance, best: "Summary", training_metrics: Mapping[str, float]) -> float | None:
+    """Operations of an evaluation; None where the training did not count those of a forward pass."""
+    evaluation: Mapping[str, Any] = record["settings"]
+    forward, images = training_metrics.get("forward_flops"), best["clean"]["n"]
+    robust_share = best["broken_by"].get("none", 0) / images if "broken_by" in best else None
+    passes = costs.evaluation_passes(evaluation["pgd_steps"], len(evaluation["sweep"]), robust_share)
+    return None if forward is None else forward * passes * images
 
 
 def _history_csv(histories: Histories) -> str:
@@ -183,6 +216,7 @@ def _content(
     summaries: dict[str, WeightsSummaries],
     histories: Histories,
     origin: Origin,
+    arm_costs: list[costs.Cost],
 ) -> page.PageContent:
     mixes = origin.mixes
     quality: dict[str, list[MeasureRecord]] = {
@@ -199,19 +233,6 @@ def _content(
         else ["The evaluations have different protocols: do not compare their numbers."]
     )
     notes = [f"{run}: {'; '.join(notes_of_run)}." for run, notes_of_run in arm_comparison["notes"].items()]
-    arm_costs = []
-    for arm, runs in runs_by_arm.items():
-        training_metrics: list[dict[str, float]] = [inputs.json("metrics/train_robust", f"{run}.json") for run in runs]
-        total_images_seen = sum(int(summaries[run]["last"]["images_seen"]) for run in runs)
-        arm_costs.append(
-            costs.arm_cost(
-                arm,
-                origin.ancestors[arm],
-                total_images_seen,
-                [metrics.get("training_flops") for metrics in training_metrics],
-            )
-        )
-    arm_costs = costs.with_common_peak(arm_costs)
     chain = page.Picture(job.pictures / "lineage.png", "Each arrow points from a result to the stage that read it.")
     lineage.draw(list(origin.evaluations.values()), chain.path, "What the numbers of this report come from")
     # The images of a mixture are measured by their selections alone, so its arm is no point of the chart.
