@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from dmat.config import WriteReport
+from dmat.metrics import pictures
 from dmat.metrics.image_measures import Measure
-from dmat.report import charts, costs, image_table, page
+from dmat.pipeline import STAGES
+from dmat.report import ablation, charts, costs, image_table, page
 from dmat.report import comparison as report
 
 SETTINGS = WriteReport(title="t", baseline="real", bootstrap=100, seed=1)
@@ -107,10 +109,24 @@ def test_costs_are_device_hours_of_all_ancestors_of_an_arm():
     cost = costs.arm_cost("mixed", ancestors, 2000, [1e12, 3e12])
     assert cost.hours == {"train_diffusion": 8.0, "train_robust": 1.5}
     assert cost.total == 9.5
+    parts = {"data": 0, "generator": 8 * 3600, "images": 0, "training": 5400, "evaluation": 0}
+    assert cost.seconds == parts
+    assert costs.record(cost) == {"seconds": parts, "training_flops": 4e12, "evaluation_flops": None}
+    assert costs.arm_cost("mixed", ancestors, 2000, [1e12], [2.0, 3.0]).evaluation_flops == 5
     assert cost.devices == ("H100", "cpu")
     assert (cost.training_flops, cost.images_per_second, cost.utilisation) == (4e12, 200.0, pytest.approx(0.3))
     unknown = costs.arm_cost("mixed", [_stage_record("train_robust", 1)], 0, [None])
     assert (unknown.training_flops, unknown.images_per_second, unknown.utilisation) == (None, None, None)
+
+
+def test_each_stage_of_an_arm_is_in_one_part_of_its_cost():
+    stages = [stage for part in costs.PARTS.values() for stage in part]
+    assert sorted(stages) == sorted({*STAGES} - {"measure_images", "write_report"})
+
+
+def test_passes_of_an_evaluation_are_those_of_pgd_and_of_the_images_that_stay_robust():
+    assert costs.evaluation_passes(40, 5, None) == 7 * 81
+    assert costs.evaluation_passes(40, 5, 0.5) == 7 * 81 + 5350
 
 
 HISTORY = {
@@ -228,3 +244,90 @@ def test_reproduction_names_the_dmat_of_a_project_without_code():
         "by dmat 0.1.0+gabc.changed, so no commit"
         in page.reproduction({"mix_images a": _provenance(dmat="0.1.0+gabc.changed")})[0]
     )
+
+
+def _records(**settings):
+    """Provenance of an arm: of generate_images and select_images where `images` or `keep` say so, of train_robust."""
+    generated = {key: settings.pop(key) for key in ("source", "steps", "keep") if key in settings}
+    stages = []
+    if generated:
+        name = f"set{generated}"
+        image_set = {"generator": name, "source": generated.get("source"), "sampler": {"steps": generated.get("steps")}}
+        stages.append({"stage": "generate_images", "settings": image_set})
+        stages.append({"stage": "select_images", "settings": {"image_set": name, "keep": generated.get("keep", 1.0)}})
+        settings = {"generated_share": 0.7, "images": name, **settings}
+    training = {"images": "none", "generated_share": 0.0, "beta": 5.0, "augmentation": "crop4", **settings}
+    stages += [{"stage": "train_robust", "settings": training}] * 2  # two seeds
+    return [*stages, {"stage": "evaluate_robust", "settings": {"beta": name if generated else ""}}]
+
+
+REAL = _records()
+
+
+@pytest.mark.parametrize(
+    ("arms", "counts", "key", "values", "references", "scale"),
+    [
+        ({"real": REAL, "a": _records(steps=9), "b": _records(steps=4)}, [0, 9, 9],
+         "generate_images.sampler.steps", {"b": 4, "a": 9}, ["real"], "linear"),
+        ({"a": _records(steps=4), "b": _records(steps=40)}, [9, 9],
+         "generate_images.sampler.steps", {"a": 4, "b": 40}, [], "log"),
+        ({"real": REAL, **{f"share{s}": _records(steps=4, generated_share=s) for s in (0.3, 0.9)}}, [0, 9, 9],
+         "train_robust.generated_share", {"real": 0, "share0.3": 0.3, "share0.9": 0.9}, [], "linear"),
+        ({f"{steps}{name}": _records(augmentation=name, **({"steps": 4} if steps else {}))
+          for steps in (0, 4) for name in ("none", "cutout")}, [0, 0, 9, 9],
+         "train_robust.augmentation", {"0none": "none", "0cutout": "cutout", "4none": "none", "4cutout": "cutout"},
+         [], "words"),
+        ({"real": REAL, "few": _records(source="1m", keep=0.1), "1m": _records(source="1m"),
+          "5m": _records(source="5m")},
+         [0, 100, 1000, 5000], ablation.AMOUNT, {"few": 100, "1m": 1000, "5m": 5000}, ["real"], "log"),
+        ({"ddpm": _records(source="ddpm"), "edm": _records(source="edm")}, [9, 9],
+         "generate_images.source", {"ddpm": "ddpm", "edm": "edm"}, [], "words"),
+    ],
+)  # fmt: skip
+def test_the_key_in_which_alone_the_arms_differ_is_the_axis_of_an_ablation(
+    arms, counts, key, values, references, scale
+):
+    varied = ablation.varied(arms, dict(zip(arms, counts, strict=True)))
+    assert (varied.key, dict(varied.values), varied.references, varied.scale) == (key, values, references, scale)
+    assert [*varied.values] == [*values]  # in the order of the axis
+    assert sorted(arm for members in varied.series.values() for arm in members) == sorted(values)
+
+
+@pytest.mark.parametrize(
+    "arms",
+    [
+        {"real": REAL, "generated": _records(steps=4)},
+        {"a": _records(steps=4), "b": _records(steps=4)},
+        {"a": _records(steps=4, beta=3.0), "b": _records(steps=9)},
+        {"a": _records(steps=4, beta=3.0), "b": _records(steps=4), "c": _records(augmentation="none"), "d": REAL},
+        {"a": [*_records(steps=4), *_records(steps=9)], "b": _records(steps=4, beta=3.0)},  # a mixture
+    ],
+)
+def test_arms_that_differ_in_nothing_or_in_several_keys_are_no_ablation(arms):
+    counts = {arm: 9 if any(record["stage"] == "generate_images" for record in arms[arm]) else 0 for arm in arms}
+    assert ablation.varied(arms, counts) is None
+
+
+def test_ticks_of_an_ablation_do_not_touch():
+    values = {"a": 1e3, "b": 1.01e3, "c": 2e4, "d": 1.5e6}
+    varied = ablation.Ablation("k", values, {"all": [*values]}, [])
+    assert varied.ticks == [(1e3, "1k"), (1.01e3, ""), (2e4, "20k"), (1.5e6, "1.5M")]
+    words = ablation.Ablation("k", {"a": "x", "b": "y", "c": "x"}, {}, [])
+    assert (words.ticks, words.positions) == ([(0.0, "x"), (1.0, "y")], {"a": 0.0, "b": 1.0, "c": 0.0})
+
+
+def test_the_figure_of_an_ablation_shows_the_numbers_of_the_comparison(tmp_path):
+    arms = {"real": REAL, "a": _records(steps=4), "b": _records(steps=9)}
+    varied = ablation.varied(arms, {"real": 0, "a": 9, "b": 9})
+    accuracies = {arm: {"best_clean": _value(0.8, 0.7, 0.9), "best_pgd": _value(share, share - 0.1, share + 0.1)}
+                  for arm, share in (("real", 0.3), ("a", 0.5), ("b", 0.6))}  # fmt: skip
+    comparison = {"baseline": "real", "arms": accuracies, "differences": {}}
+    assert ablation.measures(comparison) == ("best_clean", "best_pgd")
+    line, reference = charts.against_varied(varied, comparison, "best_pgd")["data"]
+    assert (list(line["x"]), list(line["y"]), list(reference["y"])) == ([4, 9], [50, 60], [30, 30])
+    assert list(line["error_y"]["array"]) == pytest.approx([10, 10])
+    lines, references = ablation.panel(varied, comparison, "best_pgd")
+    assert lines == {"with generated images": [(4, 0.5, 0.4, 0.6), (9, 0.6, 0.5, pytest.approx(0.7))]}
+    assert references == {"real": 0.3}
+    pictures.ablation(tmp_path / "a.png", {"PGD": (lines, references)}, varied.ticks, varied.scale, varied.key, "t")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

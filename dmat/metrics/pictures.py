@@ -21,6 +21,7 @@ History = Sequence[Mapping[str, float]]  # of a training: a record per evaluatio
 PALETTE = ("#0b6e8f", "#d9480f", "#5f3dc4", "#2b8a3e", "#a61e4d", "#495057")
 _PNG_METADATA = {"Software": None, "Creation Time": None}
 _MAX_ROOMY_CLASSES = 20  # classes up to which rows are high and the cells of a confusion matrix hold numbers
+_MAX_LEVEL_TICK = 7  # characters of a tick beside others
 _MAX_CLASS_NAMES = 100  # that fit beside a picture; with more classes every second, third, ... gets its name
 
 
@@ -142,6 +143,52 @@ def bars(path: Path, table: dict[str, dict[str, tuple[float, float, float]]], ti
     axes.set_ylim(0, 118)  # bars start at 0; room for the legend
     axes.set_yticks(range(0, 101, 20))
     style_axes(axes, title, "", "accuracy on test, % (95 % interval)")
+    save(figure, path)
+
+
+def ablation(
+    path: Path,
+    panels: Mapping[str, tuple[Mapping[str, Sequence[tuple[float, float, float, float]]], Mapping[str, float]]],
+    ticks: Sequence[tuple[float, str]],
+    scale: str,
+    x_label: str,
+    title: str,
+) -> None:
+    """Plots accuracies against a quantity, one panel per measure, with intervals.
+
+    panels: measure -> lines and references. Lines: name -> (x, value, low, high) of each point; references: name ->
+    value, a horizontal line. Accuracies are in [0, 1]. ticks: positions and texts of the axis. scale: linear or log, or
+    words, whose points no line connects.
+    """
+    figure, row = new_figure(9.5, 4.2, columns=len(panels))
+    slanted = max(len(text) for _, text in ticks) > _MAX_LEVEL_TICK  # side by side such words would touch
+    for axes, (measure, (lines, references)) in zip(np.atleast_1d(row), panels.items(), strict=True):
+        for k, (name, points) in enumerate(lines.items()):
+            x, middle, low, high = (np.array(column) for column in zip(*points, strict=True))
+            middle, low, high = 100 * middle, 100 * low, 100 * high
+            bars = [middle - low, high - middle]
+            axes.errorbar(
+                x,
+                middle,
+                bars,
+                fmt="o" if scale == "words" else "o-",
+                color=PALETTE[k],
+                markersize=4,
+                capsize=3,
+                label=name,
+            )
+        for k, (name, value) in enumerate(references.items()):
+            axes.axhline(100 * value, color=PALETTE[5], linestyle=("--", ":", "-.")[k % 3], linewidth=1.3, label=name)
+        axes.set_xscale("log" if scale == "log" else "linear")
+        axes.set_xticks([position for position, _ in ticks], [text for _, text in ticks])
+        axes.set_xticks([], minor=True)
+        axes.margins(x=0.06, y=0.12)
+        style_axes(axes, "", x_label, f"{measure}, % (95 % interval)", legend=False)
+        if slanted:
+            axes.set_xticks(axes.get_xticks(), axes.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
+    figure.suptitle(title, fontsize=9.5)
+    handles, labels = np.atleast_1d(row)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=8, ncols=3)
     save(figure, path)
 
 

@@ -23,6 +23,7 @@ from dmat.errors import ConfigError, DmatError
 from dmat.models.classifiers import new_classifier
 from dmat.models.denoisers import new_denoiser
 from dmat.recipes import Experiment
+from dmat.report import costs
 from dmat.robust import flops
 from dmat.robust.networks import DataSpec
 
@@ -51,9 +52,6 @@ _MEASURED_ON, _MEASURED_NETWORK = "h200", ("wide_resnet", 28, 10)
 BF16_UTILISATION = 314e12 / 989e12
 FP32_UTILISATION = 512 * 27 * 10.5e9 / 6.44 / 67e12
 
-# Standard AutoAttack, forward passes for an image that no attack breaks, an input gradient counted as one more: APGD-CE
-# 100 steps, APGD-T and FAB-T 9 targets of 100 steps each, Square 5,000 queries. Broken images leave early.
-AUTO_ATTACK_PASSES = 10_700
 RELEASED_IMAGES = {  # name in sources/ -> number of images, as their authors state it
     "wang-cifar10-1m.npz": 1_000_000,
     "wang-cifar10-5m.npz": 5_000_000,
@@ -118,7 +116,7 @@ def plan(experiment: Experiment, gpu: str) -> list[StageCost]:
     return _Planner(experiment, params, gpu).stages()
 
 
-def notes(gpu: str, costs: Sequence[StageCost]) -> list[str]:
+def notes(gpu: str, stages: Sequence[StageCost]) -> list[str]:
     """What a reader of a plan must know, and which stages do not fit into the memory of the GPU."""
     device = GPUS[gpu]
     return [
@@ -130,7 +128,7 @@ def notes(gpu: str, costs: Sequence[StageCost]) -> list[str]:
         "of them, else all. Memory is an estimate; files in sources/ are not counted.",
         *(
             f"{cost.stage} needs more memory than the GPU has; {_ADVICE[cost.stage]}."
-            for cost in costs
+            for cost in stages
             if cost.memory_bytes and cost.memory_bytes > device.memory
         ),
     ]
@@ -238,9 +236,9 @@ class _Planner:
         """Operations of PGD on best and last weights and on the radii of the curve, and of AutoAttack."""
         settings = self.params.evaluate_robust
         images = settings.images or self.params.prepare_data.test
-        pgd = (2 + len(settings.sweep)) * (2 * settings.pgd_steps + 1)
-        auto_attack = 0.0 if settings.auto_attack == NONE else self.robust_share * AUTO_ATTACK_PASSES
-        return self.classifier(arm.network).forward * images * (pgd + auto_attack)
+        robust_share = None if settings.auto_attack == NONE else self.robust_share
+        passes = costs.evaluation_passes(settings.pgd_steps, len(settings.sweep), robust_share)
+        return self.classifier(arm.network).forward * images * passes
 
     def images_of(self, name: str) -> int:
         image_set = self.params.image_sets[name]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dmat.metrics.intervals import Interval
 from dmat.metrics.pictures import PALETTE, History
+from dmat.report.ablation import Ablation
 from dmat.report.comparison import HEADLINE, MEASURES, ArmMeasure, Comparison
 from dmat.report.costs import Cost
 
@@ -229,6 +230,45 @@ def quality(
         "showlegend": True,
     }
     return _chart([*lines, *points], layout), MEASURES[measure]
+
+
+def against_varied(ablation: Ablation, comparison: Comparison, measure: ArmMeasure) -> Chart:
+    """Line chart of one measure against what the arms vary, with 95 % intervals. Arms without a value are lines."""
+    import plotly.graph_objects as go
+
+    arms, positions, ticks = comparison["arms"], ablation.positions, ablation.ticks
+    traces: list[BaseTraceType] = [
+        go.Scatter(
+            name=name,
+            x=[positions[arm] for arm in members],
+            y=[100 * arms[arm][measure]["value"] for arm in members],
+            error_y=_error([arms[arm][measure] for arm in members]),
+            customdata=members,
+            mode="markers" if ablation.scale == "words" else "lines+markers",
+            marker={"size": 9, "color": PALETTE[k]},
+            line={"color": PALETTE[k], "width": 2},
+            hovertemplate="%{customdata}: %{y:.1f} %<extra></extra>",
+        )
+        for k, (name, members) in enumerate(ablation.series.items())
+    ]
+    traces += [
+        go.Scatter(
+            name=arm,
+            x=[ticks[0][0], ticks[-1][0]],
+            y=[100 * arms[arm][measure]["value"]] * 2,
+            line={"color": PALETTE[5], "width": 1.5, "dash": _DASHES[1 + k % (len(_DASHES) - 1)]},
+            mode="lines",
+            hovertemplate="%{y:.1f} %<extra>" + arm + "</extra>",
+        )
+        for k, arm in enumerate(ablation.references)
+    ]
+    x_axis = {
+        "title": ablation.key,
+        "type": "log" if ablation.scale == "log" else "linear",
+        "tickvals": [position for position, _ in ticks],
+        "ticktext": [text for _, text in ticks],
+    }
+    return _chart(traces, {"xaxis": x_axis, "yaxis": {"title": f"{MEASURES[measure]}, %"}, "showlegend": True})
 
 
 def hours(costs: Sequence[Cost], order: Sequence[str]) -> Chart:

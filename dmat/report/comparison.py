@@ -8,6 +8,7 @@ import numpy as np
 from dmat import seeds
 from dmat.metrics import intervals
 from dmat.metrics.intervals import ArmAccuracy, PairedDifference
+from dmat.report.costs import CostRecord
 
 ArmMeasure = Literal["best_clean", "best_pgd", "best_auto_attack", "last_clean", "last_pgd"]
 MEASURES: dict[ArmMeasure, str] = {  # column of the per-image table -> heading
@@ -33,7 +34,21 @@ class ArmMeasures(TypedDict, total=False):
     last_gap: float
 
 
-class Comparison(TypedDict):
+class Varied(TypedDict):
+    """What the arms of an ablation vary (`report.ablation`)."""
+
+    key: str
+    values: dict[str, float | str]  # arm -> its value
+
+
+class ComparisonExtras(TypedDict, total=False):
+    """Keys that are missing where they would be empty."""
+
+    varied: Varied
+    costs: dict[str, CostRecord]  # by arm
+
+
+class Comparison(ComparisonExtras):
     """The comparison of all arms, as comparison.json holds it."""
 
     baseline: str  # an arm

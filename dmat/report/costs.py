@@ -6,12 +6,22 @@ that DVC restored count with the hours of the run that wrote them.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from dmat.workspace import Provenance
 
 SECONDS = 3600.0  # of an hour
+PARTS = {  # part of the cost of an arm -> its stages
+    "data": ("prepare_data", "mix_images"),
+    "generator": ("train_diffusion",),
+    "images": ("train_scorer", "generate_images", "score_images", "select_images", "combine_selections"),
+    "training": ("train_robust",),
+    "evaluation": ("evaluate_robust",),
+}
+# Standard AutoAttack, forward passes for an image that no attack breaks, an input gradient counted as one more: APGD-CE
+# 100 steps, APGD-T and FAB-T 9 targets of 100 steps each, Square 5,000 queries. Broken images leave early.
+AUTO_ATTACK_PASSES = 10_700
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +29,10 @@ class Cost:
     """Cost of one arm.
 
     hours: stage -> device hours (seconds times processes). What several seeds share counts once.
-    training_flops: floating-point operations of training (`dmat.robust.flops`), summed over seeds. images_per_second,
+    training_flops, evaluation_flops: floating-point operations (`dmat.robust.flops`), summed over seeds; those of an
+    evaluation are an estimate (`evaluation_passes`). images_per_second,
     utilisation: images per second and fraction of the device's measured matrix peak (MFU) in training, means over
-    seeds. These three are None where they were not measured.
+    seeds. These four are None where they were not measured.
     """
 
     arm: str
@@ -31,6 +42,12 @@ class Cost:
     training_flops: float | None
     images_per_second: float | None
     utilisation: float | None
+    evaluation_flops: float | None = None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Part of `PARTS` -> device seconds."""
+        return {part: SECONDS * sum(self.hours.get(stage, 0.0) for stage in stages) for part, stages in PARTS.items()}
 
     @property
     def total(self) -> float:
@@ -38,13 +55,42 @@ class Cost:
         return sum(self.hours.values())
 
 
+class CostRecord(TypedDict):
+    """The cost of an arm, as comparison.json holds it."""
+
+    seconds: dict[str, float]  # of devices, by part
+    training_flops: float | None
+    evaluation_flops: float | None
+
+
+def record(cost: Cost) -> CostRecord:
+    """The cost of an arm in plain values."""
+    return {
+        "seconds": {part: round(seconds, 1) for part, seconds in cost.seconds.items()},
+        "training_flops": cost.training_flops,
+        "evaluation_flops": cost.evaluation_flops,
+    }
+
+
+def evaluation_passes(pgd_steps: int, radii: int, robust_share: float | None) -> float:
+    """Forward passes per test image of an evaluation: PGD on best and last weights and at each radius, AutoAttack.
+
+    robust_share: of the images, which AutoAttack does not break; None without AutoAttack.
+    """
+    return (2 + radii) * (2 * pgd_steps + 1) + AUTO_ATTACK_PASSES * (robust_share or 0.0)
+
+
 def arm_cost(
-    arm: str, ancestors: "Sequence[Provenance]", images_seen: int, training_flops: Sequence[float | None]
+    arm: str,
+    ancestors: "Sequence[Provenance]",
+    images_seen: int,
+    training_flops: Sequence[float | None],
+    evaluation_flops: Sequence[float | None] = (None,),
 ) -> Cost:
     """Returns the cost of an arm.
 
     ancestors: provenance of every stage instance that the arm's evaluations come from, the evaluations included.
-    training_flops: of each seed; None where it was not measured.
+    training_flops, evaluation_flops: of each seed; None where it was not measured.
     """
     hours: dict[str, float] = {}
     for record in ancestors:
@@ -56,9 +102,10 @@ def arm_cost(
         tuple(dict.fromkeys(str(record["compute"]["device"]) for record in ancestors)),
         hours,
         images_seen,
-        None if None in training_flops else sum(value for value in training_flops if value is not None),
+        _sum(training_flops),
         _mean([record.get("images_per_second") for record in speeds]),
         _mean([record.get("model_flops_utilisation") for record in speeds]),
+        _sum(evaluation_flops),
     )
 
 
@@ -90,6 +137,11 @@ def _implied_peak(cost: Cost) -> float | None:
     if not cost.utilisation or not cost.images_per_second or not cost.training_flops or not cost.images_seen:
         return None
     return cost.images_per_second * cost.training_flops / cost.images_seen / cost.utilisation
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    return sum(measured) if len(measured) == len(values) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dmat.report.charts import Chart
 from dmat.report.comparison import ArmMeasure, Comparison, per_cent, points
-from dmat.report.costs import Cost
+from dmat.report.costs import PARTS, Cost
 
 if TYPE_CHECKING:  # importing the evaluation loads much more
     from markupsafe import Markup
@@ -117,6 +117,7 @@ def render(content: PageContent) -> str:
     return environment.get_template("page.html.j2").render(
         **{field.name: getattr(content, field.name) for field in dataclasses.fields(content)},
         drawn_charts=drawn_charts,
+        cost_parts=list(PARTS),
         reproduction=reproduction(content.provenance),
         charts_json=_script(json.dumps(drawn_charts)),
         plotly_js=_script(plotly.offline.get_plotlyjs()),
