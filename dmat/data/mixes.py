@@ -28,6 +28,11 @@ class MixRecord(TypedDict):
     mixture: NotRequired[MixtureRecord]
 
 
+def _is_possible(record: MixRecord) -> bool:
+    counts = record["generated_images"], record["reshuffle_steps"], record["images_seen"]
+    return 0 < record["copies"] <= record["batch"] and 0 <= record["generated_share"] <= 1 and min(counts) >= 0
+
+
 def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, GeneratedImages | None]:
     """The mix of an arm and its generated images; None for a mix of real images alone.
 
@@ -35,6 +40,11 @@ def open_mix(folder: Path, real: Shards, root: Path) -> tuple[Mix, GeneratedImag
     Raises DmatError if a selection or an image set changed after the mix was written.
     """
     record = files.read_record(folder / MIX, MixRecord)
+    if not _is_possible(record):
+        raise DmatError(
+            f"{folder / MIX} describes no batch ({record['batch']} images in {record['copies']} copies, share "
+            f"{record['generated_share']}); expected what mix_images wrote; delete it and run mix_images again"
+        )
     mix = Mix(
         len(real),
         record["generated_images"],

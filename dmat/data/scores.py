@@ -55,8 +55,8 @@ def read_scores(folder: Path, images: Shards, score: str) -> tuple[np.ndarray, n
     """
     recorded = files.read_record(folder / shards.MANIFEST, ScoreManifest)["shards"]
     entries = images.manifest["shards"]
-    expected = [score_file(entry) for entry in entries]
-    if [entry["file"] for entry in recorded] != expected or any(
+    expected = [(score_file(entry), entry["count"]) for entry in entries]
+    if [(entry["file"], entry["count"]) for entry in recorded] != expected or any(
         ("labels" in entry) == images.labelled for entry in recorded
     ):
         raise DmatError(

@@ -11,7 +11,7 @@ from dmat.data.data_sets import DATA_SETS, NORMALISATIONS
 from dmat.errors import DmatError
 from dmat.models import foreign, layouts, published_denoisers
 from dmat.models.foreign import FileDictionary
-from dmat.models.loading import SUFFIX
+from dmat.models.loading import SUFFIX, shown
 from dmat.models.published_denoisers import PublishedDenoiser
 from dmat.robust.networks import ACTIVATIONS
 from dmat.training import weights
@@ -361,13 +361,13 @@ def _data_name(training_args: TrainingArgs, data: str | None, classes: int, args
             f"neither --args nor --data says which images the model is for; it has {classes} classes, as "
             f"{' and '.join(fits) or 'none of the known data sets'}; say --data {fits[0] if fits else 'NAME'}"
         )
-    if data_in_args is not None and data_in_args not in _DATA_IN_ARGS:
+    if data_in_args is not None and data_in_args not in list(_DATA_IN_ARGS):  # a list or a record has no hash
         raise DmatError(
-            f"{args}: data is {data_in_args!r}; expected one of {', '.join(_DATA_IN_ARGS)}; dmat knows no other"
+            f"{args}: data is {shown(data_in_args)}; expected one of {', '.join(_DATA_IN_ARGS)}; dmat knows no other"
         )
     if data is not None and data not in DATA:
         raise DmatError(f"--data is {data!r}; expected one of {', '.join(DATA)}")
-    if data_in_args is not None and data is not None and _DATA_IN_ARGS[data_in_args] != data:
+    if data_in_args is not None and data is not None and _DATA_IN_ARGS[str(data_in_args)] != data:
         raise DmatError(f"{args} says data {data_in_args!r} and --data says {data}; expected the same; omit --data")
     return data or _DATA_IN_ARGS[str(data_in_args)]
 

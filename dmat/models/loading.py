@@ -67,9 +67,9 @@ def build(sidecar: ClassifierSidecar, path: Path) -> Classifier:
             f"network, classes, channels, mean, std and image_shape; bring back the sidecar that was written with "
             f"{path.name}"
         ) from None
-    if not (isinstance(name, str) and plugins.is_path(name)) and name not in NETWORKS:
+    if not (isinstance(name, str) and plugins.is_path(name)) and name not in list(NETWORKS):
         raise DmatError(
-            f"{path.with_suffix('.json')} names the network {name!r}; this dmat has {', '.join(NETWORKS)}; "
+            f"{path.with_suffix('.json')} names the network {shown(name)}; this dmat has {', '.join(NETWORKS)}; "
             f"use the dmat that wrote it"
         )
     network = plugins.find(NETWORKS, name)
