@@ -168,7 +168,7 @@ def test_an_instance_waits_for_the_command_of_a_worker_that_was_killed(project):
     thread.join()
     assert [end.exit_code for end in ends] == [0, 0]
     assert sorted(end.progress("a").state for end in ends) == ["done", "unchanged"]
-    assert Path("begun").read_text() == "x"
+    assert Path("begun").read_text("utf-8") == "x"
 
 
 def test_targets_that_dvc_does_not_have_are_refused(project):
