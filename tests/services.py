@@ -35,7 +35,7 @@ class Process:
         self.process: psutil.Popen | None = None
 
     def start(self) -> None:
-        with open(self.folder / "log", "a") as log:
+        with open(self.folder / "log", "a", encoding="utf-8") as log:
             self.process = psutil.Popen(
                 self._command, cwd=self.folder, env={**os.environ, **self._environment}, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log,
