@@ -127,8 +127,8 @@ def _ordered(
     """An ablation whose arms are in the order of the axis: numbers rise, words stay as they are."""
     numbers = {arm: value for arm, value in values.items() if not isinstance(value, str)}
     order = sorted(numbers, key=numbers.__getitem__) if len(numbers) == len(values) else list(values)
-    in_order = {name: sorted(arms, key=order.index) for name, arms in series.items() if arms}
-    return Ablation(key, {arm: values[arm] for arm in order}, in_order, references)
+    sorted_series = {name: sorted(arms, key=order.index) for name, arms in series.items() if arms}
+    return Ablation(key, {arm: values[arm] for arm in order}, sorted_series, references)
 
 
 def _settings(records: "Iterable[Provenance]") -> Settings:
