@@ -277,10 +277,11 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
     if ancestors == above:
         raise DmatError(f"{folder} is a link to a folder that holds it; expected no such loop; remove the link")
     for entry in visible:
-        if entry.is_dir():
-            yield from _walk(folder / entry.name, ancestors)
-        elif entry.is_file():
-            yield folder / entry.name
+        path = folder / entry.name  # unlike the entry, it answers for a link to itself too
+        if path.is_dir():
+            yield from _walk(path, ancestors)
+        elif path.is_file():
+            yield path
         elif os.path.lexists(entry.path):  # otherwise it was removed meanwhile
             raise DmatError(
                 f"{entry.path} is neither a file nor a folder, or a link to nothing; expected files; restore or "

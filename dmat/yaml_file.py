@@ -61,7 +61,14 @@ class Document:
 
 def read(path: Path) -> Document:
     """Reads a file. Raises FileNotFoundError, and DmatError with the line but without the path."""
-    content = path.read_bytes()
+    if path.exists() and not path.is_file():  # opening a FIFO would wait for a writer
+        raise DmatError("it is not a file; expected YAML; restore it")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DmatError(f"it cannot be read ({error.strerror}); expected YAML; make it readable") from None
     try:
         text = content.decode()
     except UnicodeDecodeError as error:

@@ -1,5 +1,6 @@
 """Environments in which users run: file systems without some calls, variables of notebooks and schedulers, kills."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -7,8 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import sqlalchemy
 
 from dmat import files, processes
+from dmat.config import fields
+from dmat.tracking import origin
+from dmat.workspace import sqlite_path, sqlite_url
 
 
 @pytest.mark.parametrize(("number", "is_refused"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
@@ -65,3 +70,39 @@ def test_pictures_are_drawn_in_a_terminal_of_a_notebook(tmp_path):
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("name", ["100%", "a%20b", "what?", "{x}", "a#b", "a&b=c", "ä ö"])
+def test_a_database_lies_where_its_url_says(tmp_path, name):
+    path = tmp_path / name / "mlflow.db"
+    path.parent.mkdir()
+    url = sqlite_url(path)
+    assert sqlite_path(url) == path
+    engine = sqlalchemy.create_engine(url)
+    with contextlib.closing(engine.connect()) as connection:
+        connection.exec_driver_sql("create table a (b int)")
+    engine.dispose()
+    assert path.stat().st_size > 0
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("url", ["postgresql://a@b/c", "sqlite://", "sqlite:///:memory:", "http://127.0.0.1:9"])
+def test_other_stores_have_no_path(url):
+    assert sqlite_path(url) is None
+
+
+def test_a_repository_of_another_user_is_named(tmp_path, monkeypatch):
+    if os.geteuid():
+        pytest.skip("needs the right to give files away")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    assert not origin.is_of_another_owner(tmp_path)  # it has no commit, which is another problem
+    os.chown(tmp_path, 12345, 12345)
+    assert origin.is_of_another_owner(tmp_path)
+    assert origin.git(tmp_path) == {}
+
+
+def test_a_long_name_is_refused_before_it_becomes_a_file():
+    assert fields.name_problem("a" * 100) is None
+    assert "expected at most 100 bytes, not 120" in fields.name_problem("ä" * 60)

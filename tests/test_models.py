@@ -990,7 +990,7 @@ def test_missing_inputs_are_named(tmp_path):
     with pytest.raises(DmatError, match=r"args.txt is not valid JSON \(.*\); expected one object; download it again"):
         import_model(path, args)
     args.write_text('{"beta": NaN}')
-    with pytest.raises(DmatError, match=r"args.txt is not valid JSON \(NaN is not a JSON number\)"):
+    with pytest.raises(DmatError, match=r"args.txt is not valid JSON \(NaN is not a finite number\)"):
         import_model(path, args)
     args.write_text("[]")
     refused(f"{args} holds a list; expected a JSON object; give the args.txt of the training", path, args)
@@ -1156,12 +1156,12 @@ def test_models_that_cannot_be_opened_are_refused(tmp_path, imported):
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"network": {"depth": 6_000_004}}, "depth is 6000004, not a whole number from 1 to 10,000"),
-    ({"network": {"width": 10**400}}, "width is 1000000000"),
+    ({"network": {"width": 10**400}}, "is not valid JSON"),
     ({"network": {"width": 9_999}}, "does not fit the network its sidecar describes"),
     ({"classes": 10**8}, "classes is 100000000, not a whole number from 2 to 10,000"),
     ({"channels": 0}, "channels is 0"),
-    ({"mean": [10**400, 0, 0]}, "does not describe a network"),
-    ({"image_shape": [10**30, 32, 3]}, "image_shape is"),
+    ({"mean": [10**400, 0, 0]}, "is not valid JSON"),
+    ({"image_shape": [10**18, 32, 3]}, "image_shape is"),
 ])  # fmt: skip
 def test_sizes_of_a_sidecar_are_checked_before_memory_is_taken(imported, change, words):
     path, _ = imported
@@ -1184,11 +1184,11 @@ def test_json_that_is_no_json_ends_in_one_sentence(tmp_path):
             files.read_json(path)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(DmatError, match="is not a file; expected JSON"):
+    with pytest.raises(DmatError, match="is not a file; expected one"):
         files.read_json(path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(DmatError, match="is not a file; expected JSON"):
+    with pytest.raises(DmatError, match="is not a file; expected one"):
         files.read_json(path)
     loop = tmp_path / "loop.json"
     loop.symlink_to(loop)

@@ -208,5 +208,5 @@ def test_a_manifest_cannot_name_files_elsewhere(copy, name):
 
 def test_a_manifest_is_not_read_into_memory_whatever_its_size(copy, monkeypatch):
     monkeypatch.setattr(files, "_MAX_JSON_SIZE", 100)
-    with pytest.raises(DmatError, match=r"expected JSON of at most 100"):
+    with pytest.raises(DmatError, match=r"expected at most 100"):
         shards.read_manifest(copy)

@@ -249,7 +249,7 @@ ADVICE = "delete it to start this run over, or bring back a good copy"
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "run" / "checkpoint.dmat"
-    checkpoints.save(path, {"images_seen": 70, "precision": "fp32"}, STATE)
+    checkpoints.save(path, {"images_seen": 70, "precision": "fp32", "threads": 1}, STATE)
     return path
 
 

@@ -11,6 +11,7 @@ Shapes: N images.
 import dataclasses
 import math
 import pickle
+import pickletools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -169,6 +170,8 @@ def _read_pickle(path: Path) -> dict[str, object]:
     """The dictionary in a pickle, with its keys as text. Raises DmatError for anything else."""
     try:
         with open(path, "rb") as file:
+            _expect_short_memo(file.read())
+            file.seek(0)
             content = _CifarUnpickler(file).load()
     except DmatError:
         raise
@@ -181,6 +184,13 @@ def _read_pickle(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise DmatError(f"{path} holds a {type(content).__name__}; expected a dictionary; unpack the archive again")
     return {_text(key): value for key, value in content.items()}
+
+
+def _expect_short_memo(program: bytes) -> None:
+    """Raises ValueError if a pickle numbers its objects beyond its length: memory is asked for by the number."""
+    for instruction, argument, _ in pickletools.genops(program):
+        if instruction.name in ("PUT", "LONG_BINPUT") and isinstance(argument, int) and argument > len(program):
+            raise ValueError(f"it has an object number {argument}")
 
 
 def _text(value: object) -> str:
