@@ -1,13 +1,12 @@
 """What a shard costs more as a task of a Dask worker than in a plain process, in an instance of 1,000 shards.
 
-    python benchmarks/many_shards.py --workers 2
+    python benchmarks/many_shards.py --shards 1000 --tasks 60
 
-Stand-in shards of a few random images of 8x8 pixels are scored, once by one process and once by workers, one of which
-is killed in the middle. A task loads the parameters, plans the instance, compares fingerprints, takes locks and writes
-a file, as tasks of every size do; the network is so small that little else remains. Seconds per shard come from the
-times at which the files of scores appeared, so starting is left out. Prints a JSON line per way, and last the overhead:
-what a task takes of a worker beyond what the plain process takes for a shard. Fails unless both ways give the same
-bytes.
+Stand-in shards of a few random images of 8x8 pixels are scored, once by one process and once by one worker. A task
+loads the parameters, plans the instance, compares fingerprints, opens the set, takes locks and writes a file, as tasks
+of every size do; the network is so small that little else remains. Only the first tasks are measured, from the time
+when the first scores are there: seconds, and processor seconds of all processes, which other work on the machine
+changes less. Prints a JSON line per way, and last the overhead per task. Fails unless both ways give the same bytes.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -69,50 +67,49 @@ def scores(folder: Path) -> list[Path]:
     return sorted((folder / "runs/pools").glob("score_images-*/*.npy"))
 
 
-def kill_a_worker(process: subprocess.Popen, folder: Path, count: int) -> None:
-    """Kills a process that computes, once half of the shards are there."""
-    while len(scores(folder)) < count // 2 and process.poll() is None:
-        time.sleep(0.2)
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "--multiprocessing-fork" in child.cmdline() and not child.children()
-    ]
-    workers[0].kill()
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """Processor seconds of a command and of all processes that it has started."""
+    root = psutil.Process(process.pid)
+    return sum(sum(one.cpu_times()[:2]) for one in (root, *root.children(recursive=True)))
 
 
-def measure(template: Path, folder: Path, count: int, workers: int) -> dict[str, object]:
-    """Scores all shards in a copy of the project. workers: 0 for the process of the command itself."""
+def measure(template: Path, folder: Path, tasks: int, workers: int) -> dict[str, float]:
+    """Scores the first shards in a copy of the project. workers: 0 for the process of the command itself."""
     shutil.copytree(template, folder)
-    process = dmat(folder, "score-images", "--image-set", SET, "--json", *(["--workers", str(workers)] * bool(workers)))
-    if workers:
-        threading.Thread(target=kill_a_worker, args=(process, folder, count)).start()
-    finish(process)
-    times = sorted(path.stat().st_mtime for path in scores(folder))
-    assert len(times) == count, f"{len(times)} files of scores; expected {count}"
-    return {
-        "workers": workers,
-        "shards": count,
-        "seconds_per_shard": round((times[-1] - times[0]) / (count - 1), 4),
-        "checksum": files.checksum(folder / "artifacts/score_images" / SET),
-    }
+    options = ["--workers", str(workers)] if workers else []
+    process = dmat(folder, "score-images", "--image-set", SET, "--json", *options)
+    samples = []
+    while process.poll() is None and len(samples) < 2:
+        done = len(scores(folder))
+        if done >= (tasks if samples else 1):
+            samples.append((done, time.perf_counter(), cpu_seconds(process)))
+        time.sleep(0.005)
+    process.terminate()
+    process.wait()
+    if len(samples) < 2:
+        raise SystemExit(f"{process.args} ended before {tasks} shards were scored")
+    (first, *starts), (last, *ends) = samples
+    per_task = [(end - start) / (last - first) for start, end in zip(starts, ends, strict=True)]
+    return {"workers": workers, "seconds_per_shard": per_task[0], "cpu_seconds_per_shard": per_task[1]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=1000)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--tasks", type=int, default=60, help="how many of them are measured")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        template = Path(name) / "template"
+        template, folders = Path(name) / "template", [Path(name) / way for way in ("plain", "worker")]
         prepare(template, args.shards)
-        plain = measure(template, Path(name) / "plain", args.shards, 0)
-        print(json.dumps(plain), flush=True)
-        divided = measure(template, Path(name) / "divided", args.shards, args.workers)
-        print(json.dumps(divided), flush=True)
-        assert plain["checksum"] == divided["checksum"], "workers computed other scores"
-    overhead = divided["seconds_per_shard"] * args.workers - plain["seconds_per_shard"]
-    print(json.dumps({"overhead_seconds_per_task": round(overhead, 4), "load": os.getloadavg()}))
+        plain, divided = (measure(template, folder, args.tasks, n) for n, folder in enumerate(folders))
+        for result in (plain, divided):
+            print(json.dumps({"shards": args.shards, **result}), flush=True)
+        both = {path.name: path for path in scores(folders[1])}
+        pairs = [(path, both[path.name]) for path in scores(folders[0]) if path.name in both]
+        assert len(pairs) >= args.tasks, "the two ways scored different shards"
+        assert all(files.sha256(first) == files.sha256(second) for first, second in pairs)
+    overhead = {key: divided[key] - plain[key] for key in ("seconds_per_shard", "cpu_seconds_per_shard")}
+    print(json.dumps({"overhead": overhead, "load": os.getloadavg()}))
 
 
 if __name__ == "__main__":

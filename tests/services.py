@@ -135,6 +135,7 @@ class DaskCluster:
             "DASK_DISTRIBUTED__COMM__TLS__CA_FILE": str(certificate),
             "DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT": str(certificate),
             "DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY": str(key),
+            **{f"DASK_DISTRIBUTED__COMM__TIMEOUTS__{name}": f"{PATIENCE}s" for name in ("CONNECT", "TCP")},
         }
         port = free_port()
         self.address = f"tls://127.0.0.1:{port}"
@@ -142,7 +143,7 @@ class DaskCluster:
             folder, "scheduler",
             [sys.executable, "-m", "dask", "scheduler", "--host=127.0.0.1", f"--port={port}", "--protocol=tls",
              "--no-dashboard", "--dashboard-address=127.0.0.1:0", *self._files],
-            {},
+            self.environment,
         )  # fmt: skip
         self._workers: list[Process] = []
 
