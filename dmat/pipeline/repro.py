@@ -196,15 +196,15 @@ def _run_command(
     process = subprocess.Popen(
         command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )
-    started = told = time.monotonic()
+    started = reported = time.monotonic()
     bar = ""
     try:
         while (exit_code := process.poll()) is None:
             context.check_interruption()
-            if time.monotonic() - told > _TELL_SECONDS:
-                told, last = time.monotonic(), bar
+            if time.monotonic() - reported > _TELL_SECONDS:
+                reported, last = time.monotonic(), bar
                 if (bar := latest_bar(path)) != last:
-                    context.ask({"seconds": round(told - started, 1), "bar": bar})
+                    context.ask({"seconds": round(reported - started, 1), "bar": bar})
             time.sleep(_POLL_SECONDS)
         return exit_code
     except Interrupted:
