@@ -68,6 +68,9 @@ def _show(progress: "InstanceProgress", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(progress)))
         return
+    if progress.state == "running":
+        typer.echo(f"{progress.instance}: {progress.sentence}")
+        return
     seconds = f" in {progress.seconds:.0f} s" if progress.seconds else ""
     typer.echo(f"{progress.instance}: {progress.state}{seconds}")
     if progress.sentence:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from dvc.repo import Repo
 
 from dmat import recipes, tracking
-from dmat.engine import EngineOptions, Outcome
+from dmat.engine import EngineOptions, Outcome, Task
 from dmat.errors import DmatError, Interrupted
 from dmat.pipeline import dvc_graph, repro
 from dmat.tracking import dvc_process, parents
@@ -232,10 +233,45 @@ def test_what_is_said_of_the_end_of_a_command(run_, state, exit_code, sentence):
     assert (progress.state, progress.exit_code, progress.sentence) == (state, exit_code, sentence)
 
 
+def test_the_progress_bar_in_the_log_of_a_command_is_told_when_it_moves(monkeypatch, tmp_path, scheduler):
+    log, told, lines = tmp_path / "log", [], []
+    begun, nearly = "evaluate:  10%|#   | 1/9", "evaluate:  90%|### | 8/9"
+    states = ["DVC says 10%", f"\r{begun}", f"\r{begun}", f"\r{nearly}", "\n"]
+    log.write_text("")
+
+    class Command:
+        def __init__(self, *arguments, **options):
+            pass
+
+        def poll(self):
+            if not states:
+                return 0
+            with open(log, "a") as file:
+                file.write(states.pop(0))
+            return None
+
+    class Context:
+        def check_interruption(self):
+            pass
+
+        def ask(self, message):
+            told.append(message)
+            return {}
+
+    monkeypatch.setattr(subprocess, "Popen", Command)
+    monkeypatch.setattr(repro, "_TELL_SECONDS", 0)
+    monkeypatch.setattr(repro, "_POLL_SECONDS", 0.001)
+    assert repro._run_command(Context(), "root", "a", {}, 0, log) == 0
+    assert [message["bar"] for message in told] == [begun, nearly]
+    scheduler._report = lines.append
+    assert scheduler.tell(Task("a", print), told[1]) == {}
+    assert (lines[0].instance, lines[0].state, lines[0].sentence) == ("a", "running", nearly)
+
+
 def test_a_command_in_the_way_of_another_dvc_runs_again(monkeypatch, tmp_path):
     texts = ["ERROR: Unable to acquire lock. Most likely another", "'x' is busy, it is being blocked by:", ""]
 
-    def run_command(context, root, name, environment, log):
+    def run_command(context, root, name, environment, log, path):
         os.write(log, texts[0].encode())
         return 255 if texts.pop(0) else 0
 

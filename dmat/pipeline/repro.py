@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from dmat.engine import Engine, EngineOptions, Outcome, Task, TaskContext, open_engine
+from dmat.engine.tasks import Message
 from dmat.errors import Interrupted
 from dmat.pipeline.dvc_graph import Waits
 from dmat.pipeline.stages import STAGES
@@ -26,10 +27,12 @@ from dmat.training.interruption import Interruption
 _LOGS = Path(".dvc") / "tmp" / "repro"  # what the commands wrote, below the root of the project
 _POLL_SECONDS = 0.1
 _RETRY_SECONDS = 1.0
+_TELL_SECONDS = 10.0  # between two lines of an instance that runs
+_MAX_BAR = 4096  # bytes of the end of a log in which a progress bar is looked for
 _MAX_TAIL = 64 * 1024  # bytes of a log in which DVC's last words are looked for
 _LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")  # of DVC 3: dvc/lock.py, dvc/rwlock.py
 
-State = Literal["started", "done", "unchanged", "restored", "failed", "stopped", "skipped"]
+State = Literal["started", "running", "done", "unchanged", "restored", "failed", "stopped", "skipped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,8 @@ class InstanceProgress:
     """A line for people and programs: what happens to an instance.
 
     state: "unchanged" if nothing was out of date, "restored" if it had the result in its cache, "skipped" if something
-    that it reads failed. seconds: since its start. sentence: why it failed. exit_code: of the command of the stage.
+    that it reads failed. seconds: since its start. sentence: why it failed, or the progress bar of an instance that
+    runs. exit_code: of the command of the stage.
     """
 
     instance: str
@@ -93,6 +97,7 @@ def run(
         engine.run(
             scheduler.next_task,
             on_outcome=scheduler.end,
+            on_message=scheduler.tell,
             on_lost=lambda task: report(InstanceProgress(task.name, "started")),
             check_interruption=interruption.raise_if_received,
         )
@@ -128,6 +133,11 @@ class _Scheduler:
                 self._report(InstanceProgress(name, "started"))
                 return Task(name, run_instance, (str(self._root), name, environment), in_driver)
         return None
+
+    def tell(self, task: Task, message: Message) -> Message:
+        """Reports how far an instance is. message: seconds, and its progress bar."""
+        self._report(InstanceProgress(task.name, "running", message["seconds"], message["bar"]))
+        return {}
 
     def end(self, outcome: Outcome) -> None:
         """Takes note of the end of an instance."""
@@ -168,7 +178,7 @@ def run_instance(context: TaskContext, root: str, name: str, environment: Mappin
     while True:
         path.unlink(missing_ok=True)  # the command of a worker that was killed may still write to it
         with open(path, "w", encoding="utf-8") as log:
-            exit_code = _run_command(context, root, name, os.environ | environment, log.fileno())
+            exit_code = _run_command(context, root, name, os.environ | environment, log.fileno(), path)
         text = path.read_bytes()[-_MAX_TAIL:].decode(errors="replace")
         if exit_code == 0 or not any(sentence in text for sentence in _LOCKED):
             return _CommandEnd(exit_code, time.monotonic() - started, text)
@@ -176,15 +186,26 @@ def run_instance(context: TaskContext, root: str, name: str, environment: Mappin
         time.sleep(_RETRY_SECONDS)
 
 
-def _run_command(context: TaskContext, root: str, name: str, environment: Mapping[str, str], log: int) -> int:
-    """Exit code of the command, in a process group of its own: Ctrl-C in a terminal is not for it."""
+def _run_command(
+    context: TaskContext, root: str, name: str, environment: Mapping[str, str], log: int, path: Path
+) -> int:
+    """Exit code of the command, in a process group of its own: Ctrl-C in a terminal is not for it.
+
+    log: descriptor of the file at `path`, which the command writes to; its progress bar is told to the driver.
+    """
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
     process = subprocess.Popen(
         command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )
+    started = reported = time.monotonic()
+    bar = ""
     try:
         while (exit_code := process.poll()) is None:
             context.check_interruption()
+            if time.monotonic() - reported > _TELL_SECONDS:
+                reported, last = time.monotonic(), bar
+                if (bar := latest_bar(path)) != last:
+                    context.ask({"seconds": round(reported - started, 1), "bar": bar})
             time.sleep(_POLL_SECONDS)
         return exit_code
     except Interrupted:
@@ -192,6 +213,15 @@ def _run_command(context: TaskContext, root: str, name: str, environment: Mappin
             os.killpg(process.pid, signal.SIGINT)
         process.wait()
         raise
+
+
+def latest_bar(log: Path) -> str:
+    """The newest state of the progress bar that a command writes to its log; "" without one."""
+    with open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _MAX_BAR))
+        text = file.read().decode(errors="replace")
+    bars = [line.strip() for line in text.replace("\r", "\n").splitlines() if "%|" in line]
+    return bars[-1] if bars else ""
 
 
 def default_workers(threads: int, gpus: int, instances: int) -> int:
