@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 
 from dmat.errors import DmatError
 
+_POLL_SECONDS = 0.2  # between two looks whether the UI answers
 _STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED", "SCHEDULED")
 _SUMMARY_METRICS = (  # the first three that a run has are listed; a name that ends in _ begins several
     *("best_auto_attack", "best_auto_attack_subset", "best_auto_attack_nonstandard", "best_auto_attack_unchecked"),
@@ -273,7 +275,7 @@ def _ui(
     _, experiment = stores.connect_or_raise(home)
     # the bare address opens MLflow's pages for language models, where runs are hard to find
     page = f"http://{host}:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
-    typer.echo(f"MLflow UI: {page} (store {stores.masked_uri(home)}); Ctrl-C ends it")
+    typer.echo("the MLflow UI starts; its address follows when it answers", err=True)
     command = [
         sys.executable,
         "-m",
@@ -288,13 +290,17 @@ def _ui(
         "--workers",
         "1",  # for one person; each worker takes seconds to start
     ]
-    # in the environment: every user of this machine sees the arguments of a command, and the URI may hold a password
-    raise typer.Exit(_run_server(command, {"MLFLOW_BACKEND_STORE_URI": tracking.store_uri(home)}))
+    environment = {
+        # not an argument: every user of this machine sees those, and the URI may hold a password
+        "MLFLOW_BACKEND_STORE_URI": tracking.store_uri(home),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes, 1.1 GB, for language models
+    }
+    ready = f"MLflow UI: {page} (store {stores.masked_uri(home)}); Ctrl-C ends it"
+    raise typer.Exit(_run_server(command, environment, (host, port), ready))
 
 
 def _expect_free_port(host: str, port: int) -> None:
-    """Raises DmatError if the port is taken. Checked before the address is printed, because another server would answer
-    there."""
+    """Raises DmatError if the port is taken: another server would answer there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -303,10 +309,10 @@ def _expect_free_port(host: str, port: int) -> None:
             raise DmatError(f"port {port} is taken; expected a free one; name another with --port") from None
 
 
-def _run_server(command: list[str], environment: Mapping[str, str]) -> int:
+def _run_server(command: list[str], environment: Mapping[str, str], address: tuple[str, int], ready: str) -> int:
     """Runs a server that starts processes of its own, until it ends or a signal comes; returns the exit code.
 
-    A signal that ends this process ends all processes of the server.
+    Prints `ready` when it answers at `address`. A signal that ends this process ends all processes of the server.
     """
     server = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
 
@@ -316,7 +322,22 @@ def _run_server(command: list[str], environment: Mapping[str, str]) -> int:
 
     for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signal_number, stop)
+    threading.Thread(target=_announce, args=(server, address, ready), daemon=True).start()
     code = server.wait()
     with contextlib.suppress(ProcessLookupError):  # what the server left in its session
         os.killpg(server.pid, signal.SIGTERM)
     return 128 - code if code < 0 else code
+
+
+def _announce(server: "subprocess.Popen[bytes]", address: tuple[str, int], ready: str) -> None:
+    """Prints `ready` when MLflow answers at this host and port; nothing if the server ends before."""
+    import http.client  # it would slow down every start of the command line
+
+    while server.poll() is None:
+        connection = http.client.HTTPConnection(*address, timeout=5)
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+            connection.request("GET", "/health")
+            if connection.getresponse().status == http.client.OK:
+                typer.echo(ready)
+                return
+        time.sleep(_POLL_SECONDS)

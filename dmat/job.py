@@ -69,6 +69,7 @@ class Result:
 
     metrics: Metrics  # the same in every repetition
     measured: Mapping[str, float] = dataclasses.field(default_factory=dict)  # differs from run to run, such as speed
+    headlines: Mapping[str, float] = dataclasses.field(default_factory=dict)  # further metrics of the MLflow run alone
     notes: Sequence[str] = ()  # sentences that a reader of this result must know
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the MLflow run
     description: str = ""  # of the MLflow run, Markdown

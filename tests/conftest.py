@@ -1,9 +1,11 @@
 """Fixtures of all tests. Each process has one thread: tests run in parallel and would compete for the two cores."""
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -19,6 +21,18 @@ SLOWEST_FIRST = (
     *("pipeline", "tuning", "processes", "tracking", "evaluate_command", "evaluation", "kills", "auto_attack"),
     *("growth", "image_sets"),
 )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Ends what failed tests left running."""
+    from tests.servers import command_line, kill_tree
+
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        return  # its children are the workers of xdist, which do this themselves
+    children = psutil.Process().children()
+    own = [child for child in children if "multiprocessing" not in " ".join(command_line(child))]  # not its servers
+    for process in (*own, *multiprocessing.active_children()):
+        kill_tree(process.pid)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

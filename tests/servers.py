@@ -1,10 +1,39 @@
-"""Servers that tests start on this machine: a free port, a health check, and what their processes were started with."""
+"""Servers and other processes that tests start on this machine: they end with their test, however it ends."""
 
 import contextlib
 import socket
+import subprocess
 import urllib.request
+from collections.abc import Iterator
+from typing import Any
 
 import psutil
+
+
+@contextlib.contextmanager
+def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process; at the end it and its descendants are killed. options: of Popen."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kills a process and its descendants, also those in sessions of their own."""
+    if process.poll() is None:
+        kill_tree(process.pid)
+    process.communicate()
+
+
+def kill_tree(pid: int) -> None:
+    """Kills the process `pid` and its descendants. Nothing happens if it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for descendant in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descendant.kill()
 
 
 def free_port() -> int:
@@ -17,7 +46,7 @@ def healthy(port: int) -> bool:
     """Whether an MLflow server answers at this port."""
     with (
         contextlib.suppress(OSError),
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response,
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as response,
     ):
         return response.status == 200
     return False

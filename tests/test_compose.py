@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests import forked
+
 ROOT = Path(__file__).parent.parent
 PASSWORD = "p@ss/w%rd"
 SECRETS = ("POSTGRES_PASSWORD", "MLFLOW_ADMIN_PASSWORD", "MLFLOW_SECRET_KEY", "S3_SECRET_KEY")
@@ -39,7 +41,7 @@ def compose(*arguments: str, env_file: Path | str = os.devnull, **environment: s
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=forked.LIMIT,
     )
 
 
@@ -164,6 +166,10 @@ def test_services_restart_report_health_and_keep_their_data(services: dict[str, 
     assert {name for name, types in mounted.items() if "volume" in types} == {"postgres", "object-store"}
     named = [volume["source"] for name in ("postgres", "object-store") for volume in services[name]["volumes"]]
     assert named == ["postgres-data", "objects"]
+
+
+def test_server_starts_no_job_runners(services: dict[str, Any]) -> None:
+    assert services["mlflow"]["environment"]["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
 
 
 def test_a_worker_sees_the_project_at_its_path_outside(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from dmat.upkeep import doctor, dvc_files, machine
 from dmat.upkeep.doctor import Finding
 from dmat.upkeep.machine import NOTE, OK, PROBLEM
 from dmat.workspace import find_workspace
+from tests import servers
 from tests.projects import current_code_lock
 
 GIB = 1 << 30
@@ -337,15 +337,11 @@ def test_locks_of_dvc_are_read(project, dead):
     mark, message, do = only_finding(project, "dvc locks")
     assert (mark, message) == (NOTE, f"process {dvc.pid} (`dvc repro`) claims 3 paths, but is gone")
     assert "delete .dvc/tmp/rwlock" in do
-    other = subprocess.Popen(["sleep", "60"])
-    try:
+    with servers.running(["sleep", "600"]) as other:
         (folder / "rwlock").write_text(rwlock_text.replace(str(dvc.pid), str(other.pid)))
         mark, message, _ = only_finding(project, "dvc locks")
         assert mark == NOTE
         assert "belongs to another program" in message
-    finally:
-        other.kill()
-        other.wait()
     (folder / "rwlock").write_text("")
     mark, message, do = only_finding(project, "dvc locks")
     assert mark == PROBLEM
@@ -406,7 +402,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path.startswith("/slow"):
-            self.waiting.wait(10)
+            self.waiting.wait()
         self.send_response(200 if self.path == "/well/health" else 503)
         self.end_headers()
 
@@ -430,9 +426,7 @@ def test_the_health_of_a_server_is_checked(project, monkeypatch):
             f"http://{address}/other/ answers 503 Service Unavailable at /health",
         )
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{address}/slow")
-        started = time.monotonic()
         mark, message, do = only_finding(project, "mlflow")
-        assert time.monotonic() - started < 5
         assert mark == PROBLEM
         assert "does not answer (timed out)" in message
         assert "secret" not in message + do

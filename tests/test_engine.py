@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -13,12 +12,11 @@ import pytest
 
 from dmat.engine import EngineOptions, Task, open_engine, tasks
 from dmat.errors import ConfigError, Diverged, DmatError, Interrupted, UnfitError
-from tests import engine_tasks
+from tests import engine_tasks, forked, servers
 
 OPTIONS = EngineOptions(
     workers=2, patience=3.0, time_to_save=20.0, allowed_failures=1, environments=({"DEVICE": "a"}, {"DEVICE": "b"})
 )
-LIMIT = 60.0  # seconds that a test waits at most
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +45,6 @@ def outcomes(engine, *calls, **callbacks):
 
     engine.run(lambda: waiting.pop(0) if waiting else None, on_outcome=on_outcome, **callbacks)
     return ended
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_tasks_run_and_return(engine):
@@ -196,14 +187,10 @@ def test_tasks_of_a_killed_driver_save_and_stop(cluster, tmp_path, root):
     """The driver is a child of this process and uses its cluster: it starts no second one, although it asks for one."""
     environment = os.environ | cluster.environment | {"PYTHONPATH": str(root)}
     pids = set(described(cluster))
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], env=environment)
-    wait_for(lambda: list(tmp_path.glob("started-*")))
-    assert int(next(tmp_path.glob("started-*")).name.partition("-")[2]) in pids
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    killed_at = time.monotonic()
-    wait_for((tmp_path / "saved").exists)
-    assert time.monotonic() - killed_at < 2.0 + 10.0
+    with servers.running([sys.executable, "-c", DRIVER, str(tmp_path)], env=environment):
+        forked.until(lambda: list(tmp_path.glob("started-*")))
+        assert int(next(tmp_path.glob("started-*")).name.partition("-")[2]) in pids
+    forked.until((tmp_path / "saved").exists)  # the driver is killed
     assert outcomes(cluster, Task("sum", engine_tasks.add, (1, 2)))["sum"].result == 3  # the worker is free again
 
 

@@ -27,6 +27,7 @@ from dmat.metrics.intervals import wilson
 from dmat.robust import attacks, auto_attack
 from dmat.robust.attacks import Ball, logit_margin
 from dmat.robust.networks import Classifier
+from tests import forked
 
 QUICK = config.evaluation(
     {"pgd_steps": 8, "shard": 10, "batch": 6, "check_images": 12, "check_queries": 30, "sweep": [0.5, 2.0],
@@ -168,27 +169,31 @@ def test_flags_do_not_depend_on_order_or_on_existing_shards(tmp_path, subject, c
 class _SlowShards:
     """Shards that take `seconds` each and record the process that computed them."""
 
-    def __init__(self, folder, count, seconds):
+    def __init__(self, folder, count, seconds, workers=1):
         self.tasks = [
-            ShardTask(folder / f"shard-{k}", 1, 1, {"shard": k}, functools.partial(self._make, k, seconds))
+            ShardTask(
+                folder / f"shard-{k}", 1, 1, {"shard": k}, functools.partial(self._make, folder, k, seconds, workers)
+            )
             for k in range(count)
         ]
 
     @staticmethod
-    def _make(number, seconds, report):
+    def _make(folder, number, seconds, workers, report):
+        (folder / f"begun-{os.getpid()}").touch()
+        forked.until(lambda: len(list(folder.glob("begun-*"))) >= workers)  # a slow start leaves no worker without one
         time.sleep(seconds)
         return {"pid": np.array([os.getpid()]), "number": np.array([number])}
 
 
-def _work(folder, count, seconds):
-    work.compute_all(_SlowShards(folder, count, seconds).tasks, quiet=True)
+def _work(folder, count, seconds, workers):
+    work.compute_all(_SlowShards(folder, count, seconds, workers).tasks, quiet=True)
 
 
 _context = multiprocessing.get_context("forkserver")
 
 
 def _workers(folder, count, seconds, workers=1):
-    processes = [_context.Process(target=_work, args=(folder, count, seconds)) for _ in range(workers)]
+    processes = [_context.Process(target=_work, args=(folder, count, seconds, workers)) for _ in range(workers)]
     for process in processes:
         process.start()
     return processes
@@ -198,7 +203,7 @@ def _workers(folder, count, seconds, workers=1):
 def test_workers_share_the_shards_and_compute_each_once(tmp_path, workers):
     started = _workers(tmp_path, 12, 0.1, workers)
     for process in started:
-        process.join(60)
+        process.join(forked.LIMIT)
         assert process.exitcode == 0
     results = [task.read() for task in _SlowShards(tmp_path, 12, 0).tasks]
     assert [int(result["number"][0]) for result in results] == list(range(12))
@@ -206,14 +211,13 @@ def test_workers_share_the_shards_and_compute_each_once(tmp_path, workers):
 
 
 def test_the_shard_of_a_killed_worker_is_computed_by_another(tmp_path):
-    (killed,) = _workers(tmp_path, 2, 30)
-    while not list(tmp_path.glob("*.lock")):
-        time.sleep(0.02)
+    (killed,) = _workers(tmp_path, 2, 600)
+    forked.until(lambda: list(tmp_path.glob("begun-*")))
     (waiting,) = _workers(tmp_path, 2, 0.1)  # takes the other one, then waits for the first
-    time.sleep(1.5)
+    forked.until(lambda: [task for task in _SlowShards(tmp_path, 2, 0).tasks if task.done])
     assert waiting.is_alive()
     os.kill(killed.pid, signal.SIGKILL)
-    waiting.join(30)
+    waiting.join(forked.LIMIT)
     assert waiting.exitcode == 0
     assert {int(task.read()["pid"][0]) for task in _SlowShards(tmp_path, 2, 0).tasks} == {waiting.pid}
 

@@ -3,26 +3,15 @@
 Run alone: pytest tests/test_growth.py
 """
 
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from dmat.data import shards
 from tests.conftest import ROOT
-from tests.test_pipeline import Project
+from tests.test_pipeline import Clone, Project
 
 pytestmark = pytest.mark.timeout(2000)  # several `dvc repro` on a machine that is busy with other work
-
-
-class Clone(Project):
-    """A `git clone` of a project."""
-
-    def __init__(self, folder: Path, of: Project):
-        subprocess.run(["git", "clone", "-q", of.folder, folder], check=True)
-        self.folder, self.params = folder, yaml.safe_load((folder / "params.yaml").read_text())
 
 
 def _shard_counts(project, stage_name):
@@ -58,7 +47,7 @@ def test_a_larger_image_set_computes_only_new_shards_in_place_and_in_a_clone(tin
     project.run("dvc", "push", "-q")
     project.commit("more images")
     clone = Clone(tmp_path / "clone", project)
-    clone.run("dvc", "pull", "-q", "--allow-missing")  # the study of tune/dvc.yaml never ran
+    clone.run("dvc", "pull", "-q", "--allow-missing")  # most stages never ran
     clone.params["image_sets"]["more"] = {"generator": "edm", "source": "none", "images": 200}
     clone.write()
     clone.run("dvc", "repro", "score_images@more")

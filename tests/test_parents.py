@@ -62,12 +62,12 @@ def repro(tmp_path, monkeypatch):
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc" / "config").write_text("[core]\n    no_scm = True\n")
     process = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "-q"], cwd=tmp_path)
-    forked.until((tmp_path / "runs" / "one" / "begun").exists, 200)
+    forked.until((tmp_path / "runs" / "one" / "begun").exists)
     yield process
     (tmp_path / "end").touch()
     process.kill()
     process.wait()
-    forked.until(lambda: not _at_work(tmp_path), 100)
+    forked.until(lambda: not _at_work(tmp_path))
 
 
 def _at_work(home):
@@ -89,7 +89,7 @@ def test_the_run_of_a_repro_ends_by_itself_as_dvc_did(repro, tmp_path, ends):
     else:
         repro.kill()
         repro.wait()
-    forked.until(lambda: _statuses(tmp_path)["dvc"] != "RUNNING", 200)
+    forked.until(lambda: _statuses(tmp_path)["dvc"] != "RUNNING")
     assert _statuses(tmp_path)["dvc"] == {"well": "FINISHED", "killed": "KILLED"}[ends]
     assert open_runs.read(tmp_path) == [] or ends == "killed", "the stage that lost its dvc goes on"
 
@@ -130,7 +130,7 @@ def _end(home, process, status):
     process.kill()
     process.wait()
     process.status.put(status)
-    forked.until(lambda: not open_runs.read(home), 60)
+    forked.until(lambda: not open_runs.read(home))
     run = queries.find_run(home, "dvc repro")
     return run.status, run.tags.get("dmat.error", "")
 

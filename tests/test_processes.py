@@ -158,21 +158,27 @@ def test_torchrun_restarts_after_kill_9_of_one_process(project, tmp_path):
     project.write({"compute": {"processes": 2}})
     command = [sys.executable, "-m", "cli.main", "train-robust", *STAGE_OPTIONS["train_robust"], "--json"]
     environment = {**os.environ, "DMAT_TRACKING": "off"}
-    torchrun = subprocess.Popen(command, cwd=project.folder, env=environment, stdout=subprocess.PIPE, text=True)
-    forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/metrics.jsonl")), 120)
-    started = [(servers.environment(process), process) for process in psutil.Process(torchrun.pid).children()]
-    ranks = {int(environment["RANK"]): process for environment, process in started if "RANK" in environment}
-    ranks[1].kill()
-    text, _ = torchrun.communicate(timeout=300)
+    with servers.running(
+        command, cwd=project.folder, env=environment, stdout=subprocess.PIPE, text=True
+    ) as torchrun:
+        _kill_rank_1(project, torchrun)
+        text, _ = torchrun.communicate()
     assert torchrun.returncode == 0
     assert "best_validation_robust" in text
     assert identical(result(project), result(undisturbed))
 
 
+def _kill_rank_1(project, torchrun):
+    forked.until(lambda: list((project.folder / "runs/train_robust").glob("*/metrics.jsonl")))
+    started = [(servers.environment(process), process) for process in psutil.Process(torchrun.pid).children()]
+    ranks = {int(environment["RANK"]): process for environment, process in started if "RANK" in environment}
+    ranks[1].kill()
+
+
 def test_a_stage_of_one_process_is_refused_before_the_processes_join(project):
     """Joining needs all processes: if one refused and ended before, the others would fail to join."""
     command, *_ = start(project, 2, "score_images", ranks=[0])
-    code, text = command.wait(60)
+    code, text = command.wait()
     assert code == 2, text
     assert "score_images was started in 2 processes; expected one" in text
     assert "without torchrun" in text
@@ -275,7 +281,7 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch():
     workers = [forked._context.Process(target=_normalise, args=(rank, port, queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    results = dict(queue.get(timeout=120) for _ in workers)
+    results = dict(queue.get(timeout=forked.LIMIT) for _ in workers)
     for worker in workers:
         worker.join()
     torch.manual_seed(0)

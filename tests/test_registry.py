@@ -5,11 +5,14 @@ Run alone: pytest tests/test_registry.py
 
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import dmat
 from dmat import files
 from dmat.errors import DmatError
 from dmat.tracking import registry, run_record, stores
@@ -18,6 +21,7 @@ from dmat.training import weights
 from tests import forked
 
 NAME = "digits-3f2a91c0-linf-1_5"
+SIDECAR = {"kind": "classifier", "network": {"name": "a"}, "image_shape": [2, 2, 1], "classes": 2}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def _register(store, name, score, run=None, number=1.0):
     layer = nn.Linear(2, 2)
     nn.init.constant_(layer.weight, number)
     path = home / f"{run}.safetensors"
-    weights.save(path, layer.state_dict(), {"kind": "classifier", "network": {"name": "a"}})
+    weights.save(path, layer.state_dict(), SIDECAR)
     assert registry.register(client, run, _candidate(name, path, score)) is None
     return run
 
@@ -131,7 +135,7 @@ def test_an_altered_file_is_not_fetched(store, tmp_path):
 
 def _overwrite_weights(path, number):
     """Writes weights of another training to `path`."""
-    weights.save(path, {"weight": torch.full((2, 2), number)}, {"kind": "classifier", "network": {"name": "a"}})
+    weights.save(path, {"weight": torch.full((2, 2), number)}, SIDECAR)
 
 
 def _flip(path):
@@ -255,12 +259,17 @@ def test_a_pair_is_written_completely_or_not_at_all(store, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning")  # of MLflow's own code
 def test_an_evaluation_registers_its_model(finished, tmp_path):
     """The stage with tracking on: version, tags, no champion without a headline, and `dmat models list` and `get`."""
     project = finished.copy_without("evaluate_robust", tmp_path / "project")
     project.write({"evaluate_robust": {"images": 10}})
     command = project.command("evaluate_robust", DMAT_TRACKING="on")
     assert command.wait()[0] == 0
+    client, experiment = stores.connect(project.folder)
+    (run,) = client.search_runs([experiment], "params.beta = '5' and params.arm = 'generated' and params.seed = '1'")
+    assert run.data.params["generated_share"] == "0.7"
+    assert "auto_attack" not in run.data.metrics  # ten images give no headline
     (version,) = registry.list_versions(project.folder)
     tags = version["tags"]
     name = f"digits-{tags['data.test.sha256'][:8]}-linf-1_5"
@@ -274,9 +283,39 @@ def test_an_evaluation_registers_its_model(finished, tmp_path):
     assert "[" in tags["accuracy.auto_attack_subset"]
     output = _dmat(project.folder, "list", "--json")
     assert json.loads(output)[0]["version"] == 1
+    _loads_as_pyfunc(project.folder, f"models:/{name}/1")
     _dmat(project.folder, "get", f"{name}@1", "--to", "back.safetensors")
     best = project.folder / "artifacts/train_robust/generated-1/best.safetensors"
     assert (project.folder / "back.safetensors").read_bytes() == best.read_bytes()
+    project.write({"evaluate_robust": {"images": 0}})  # all: a headline
+    assert project.command("evaluate_robust", DMAT_TRACKING="on").wait()[0] == 0
+    (whole,) = client.search_runs([experiment], "params.beta = '5' and metrics.auto_attack >= 0")
+    assert whole.data.metrics["auto_attack"] == whole.data.metrics["best_auto_attack"]
+    assert [version["champion"] for version in registry.list_versions(project.folder)] == [True, False]
+
+
+def _loads_as_pyfunc(folder, uri):
+    """From safetensors by dmat's own module: the model has no pickle, and its signature refuses other images."""
+    import mlflow
+
+    mlflow.set_tracking_uri(stores.store_uri(folder))
+    try:
+        path = Path(mlflow.artifacts.download_artifacts(uri))
+        # MLflow's download adds where the files are from
+        assert {*path.iterdir()} - {path / "registered_model_meta"} == {
+            path / name for name in ("MLmodel", "best.safetensors", "best.json")
+        }
+        loaded = mlflow.pyfunc.load_model(uri)
+    finally:
+        mlflow.set_tracking_uri(None)
+    images = np.random.default_rng(1).random((3, 1, 8, 8), np.float32)
+    model = dmat.load_model(folder / "artifacts/train_robust/generated-1/best.safetensors")
+    assert np.array_equal(loaded.predict(images), model(torch.from_numpy(images)).numpy())
+    assert loaded.metadata.signature.outputs.inputs[0].shape == (-1, 10)
+    with pytest.raises(mlflow.exceptions.MlflowException, match="shape"):
+        loaded.predict(images[:, :, :5])
+    with pytest.raises(DmatError, match=r"the images have values from 0.* to 2.*; expected \[0, 1\]; divide"):
+        loaded.predict(images + 1)
 
 
 def _dmat(folder, *arguments):

@@ -112,7 +112,7 @@ def test_a_signal_reaches_the_stage_which_saves(project):
     root = project(a=(SAVE,), b=(WORK, "a"))
 
     def stop():
-        forked.until(Path("begun").exists, 100)
+        forked.until(Path("begun").exists)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     thread = threading.Thread(target=stop)

@@ -12,7 +12,8 @@ import yaml
 import dmat.project
 from dmat import config, tracking
 from dmat.errors import DmatError
-from dmat.tracking import origin, run_record
+from dmat.pipeline import STAGES
+from dmat.tracking import origin, queries, run_record
 from dmat.upkeep import reproducing
 from dmat.workspace import Workspace
 
@@ -67,6 +68,18 @@ def test_a_run_that_cannot_be_reproduced_is_refused_and_leaves_nothing(project, 
         _reproduce(project, run)
     assert not (project.parent / "tree").exists()
     assert len(_git(project, "worktree", "list").splitlines()) == 1
+
+
+def test_the_training_of_an_evaluation_is_compared_where_the_run_recorded_it(project):
+    """Earlier versions of dmat recorded the settings of the evaluation alone, and numbers as 5.0."""
+    stage, params = STAGES["evaluate_robust"], config.load(project / "params.yaml")
+    instance = {"arm": "generated", "seed": 1}
+    own = run_record.parameters(stage.settings(params, **instance).plain())
+    whole = run_record.parameters(stage.context(params, instance)) | own
+    other = whole | {"beta": "3"}
+    for recorded, differing in ((own, []), (whole, []), (other, ["beta is 5 in params.yaml and was 3"])):
+        run = queries.TrackedRun("a", "", "FINISHED", 0.0, 1.0, {"dmat.instance": "generated-1"}, recorded, {})
+        assert reproducing._compare_parameters(project, stage, run) == (instance, differing)
 
 
 def test_parameters_and_software_that_differ_are_reported(project):
@@ -159,6 +172,10 @@ def test_another_machine_alone_is_not_a_failure(project):
 
 def test_a_patch_restores_uncommitted_changes(project, tmp_path):
     assert origin.git(project)["git_dirty"] is False
+    metrics = project / "artifacts/metrics/write_report/all.json"  # in git; DVC removes it when its stage runs
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("{}")
+    _git(project, "add", metrics)
     (project / "dvc.lock").write_text("new: 1\n")  # git does not know it yet
     origin.write_patch(project, tmp_path)
     assert origin.git(project)["git_dirty"] is False

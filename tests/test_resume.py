@@ -28,6 +28,7 @@ from dmat.robust.losses import LOSSES, WITH_TWO_VIEWS, LossSettings
 from dmat.robust.networks import DataSpec, wide_resnet
 from dmat.training import classifier, denoiser, ema
 from dmat.training.long_run import LongRun, MetricsLog
+from tests import forked, servers
 
 
 @pytest.fixture
@@ -488,8 +489,8 @@ with LongRun(Path({str(tmp_path)!r}), devices.resolve("cpu", "fp32", 1), 10**9, 
     except Interrupted as stop:
         sys.exit(stop.exit_code)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=60) == 75
+    with servers.running([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(forked.LIMIT) == 75
     assert (tmp_path / "checkpoint.dmat").exists()

@@ -140,7 +140,7 @@ def test_compare_shows_what_differs_and_what_does_not(home):
     comparison = json.loads(_dmat(home, "compare", "train_robust/real-1", "train_robust/mixed-1", "--json"))
     assert comparison["differences"] == {
         "instance": ["real-1", "mixed-1"],
-        "beta": ["5.0", "6.0"],
+        "beta": ["5", "6"],
         "metric best_pgd": ["0.5", "0.7"],
     }
     assert {"stage", "input.test", "compute.device", "metric loss"} <= set(comparison["same"])

@@ -7,9 +7,9 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -221,6 +221,38 @@ def test_dvc_stages_agree_with_the_table(root):
             }
 
 
+def test_the_metrics_of_the_pipeline_are_those_of_the_report_and_lie_in_git(root):
+    """Then a clone without data compares revisions, and `dvc exp show` has no column for each number of each stage."""
+    entries = {name: entry.get("do", entry) for name, entry in _yaml(root, "dvc.yaml")["stages"].items()}
+    path = STAGES["write_report"].metrics_path({})
+    assert {name: entry["metrics"] for name, entry in entries.items() if "metrics" in entry} == {
+        "write_report": [{path: {"cache": False}}]
+    }
+    (locked,) = [out for out in _yaml(root, "dvc.lock")["stages"]["write_report"]["outs"] if out["path"] == path]
+    assert locked["md5"] == _md5((root / path).read_bytes())
+    git = functools.partial(subprocess.run, cwd=root, capture_output=True, check=False)
+    assert git(["git", "check-ignore", "--no-index", path]).returncode == 1
+    others = [stage.metrics_path(dict.fromkeys(stage.keys, "x")) for stage in STAGES.values() if stage.keys]
+    ignored = git(["git", "check-ignore", "--no-index", *others], text=True).stdout.split()
+    assert len(ignored) == len(others) == 9
+
+
+def _yaml(root: Path, name: str) -> dict:
+    return yaml.safe_load((root / name).read_text())
+
+
+def test_an_evaluation_is_searched_by_the_settings_of_its_training(root):
+    params, instance = config.load(root / "params.yaml"), {"arm": "generated", "seed": 1}
+    context = STAGES["evaluate_robust"].context(params, instance)
+    own = params.evaluate_robust.plain()
+    assert {name: context[name] for name in ("arm", "seed", "beta", "generated_share")} == {
+        "arm": "generated", "seed": 1, "beta": 5.0, "generated_share": 0.7,
+    }  # fmt: skip
+    assert not own.keys() & context.keys()
+    assert (own["batch"], context["train_robust.batch"]) == (250, 128)
+    assert STAGES["train_robust"].context(params, instance) == instance
+
+
 def test_the_options_of_an_instance_are_those_of_its_command(root):
     params, group = config.load(root / "params.yaml"), typer.main.get_command(app)
     seen = 0
@@ -301,7 +333,7 @@ def _resolved(template: dict, stage_name: str, instance: dict, params: config.Pa
         if stage.keys == (option,):
             values |= {f"item.{name}": value for name, value in entries[instance[option]].plain().items()}
     fill = lambda text: re.sub(r"\$\{([^}]+)\}", lambda m: values[m[1]], text)  # noqa: E731
-    outs = [*template["outs"], *template.get("metrics", [])]
+    outs = [*template["outs"], *(path for entry in template.get("metrics", []) for path in entry)]
     return {"cmd": fill(template["cmd"]), "params": [*template["params"]], "outs": [fill(o) for o in outs],
             "deps": [fill(d) for d in template.get("deps", [])]}  # fmt: skip
 
@@ -327,15 +359,16 @@ def test_settings_of_training_loops_are_fields_of_the_records(root):
 
 
 def test_help_is_quick_and_loads_no_torch():
-    """Under half a second on a quiet machine; one of twelve, because tests run side by side."""
+    """Under a second of the processor, whatever else runs on it; the least of three."""
     script = "import sys, cli.main; print(sorted({'torch', 'mlflow', 'numpy', 'dvc', 'ruamel'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
     times: list[float] = []
-    while len(times) < 12 and min(times, default=1.0) >= 0.5:
-        started = time.monotonic()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "cli.main", "--help"], capture_output=True, check=True)
-        times.append(time.monotonic() - started)
-    assert min(times) < 0.5, times
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 1, times
 
 
 def test_constraints_hold_every_direct_dependency(root):

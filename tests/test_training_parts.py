@@ -11,7 +11,6 @@ import os
 import pickle
 import signal
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from dmat.models import denoisers
 from dmat.training import checkpoints, ema, schedules, weights
 from dmat.training.interruption import Interruption
 from dmat.training.prefetcher import Prefetcher
+from tests import forked
 
 # --- schedules
 
@@ -638,10 +638,7 @@ def test_the_next_steps_are_made_before_they_are_asked_for():
     make = _Maker()
     steps = Prefetcher(make, 100)
     assert steps.at(0) == 0
-    for _ in range(1000):
-        if len(make.requested) == 3:
-            break
-        time.sleep(0.005)
+    forked.until(lambda: len(make.requested) == 3)
     assert make.requested == [0, 1, 2]
 
 

@@ -72,6 +72,7 @@ def run(settings: EvaluateRobust, job: Job) -> Result:
     write_table(folder / PER_IMAGE, table)
     files.write_json(folder / PROTOCOL, best.protocol(threat, len(test)))
     files.write_json(folder / SUMMARY, summary)
+    headline = summary["best"]["headline"]
     all_images = images_sha256(*load_all(test))
     candidate = registry.RegistryCandidate(
         registry.model_name(test.manifest["source"], all_images, threat["norm"], threat["epsilon"]),
@@ -82,7 +83,7 @@ def run(settings: EvaluateRobust, job: Job) -> Result:
             **weights.licences(sidecars["best"]),
             **verdict.model_tags(summary["best"], threat),
         },
-        summary["best"]["headline"]["value"] if summary["best"]["headline"] else None,
+        headline["value"] if headline else None,
         weights_sha256=sidecars["best"]["sha256"],
         sidecar_sha256=sidecar_sha256,
     )
@@ -92,7 +93,8 @@ def run(settings: EvaluateRobust, job: Job) -> Result:
         for name, value in values.items()
         if name != "headline" and (isinstance(value, int | float) or (isinstance(value, dict) and "value" in value))
     }
-    return Result(metrics, notes=verdict.sentences, tags=verdict.tags, models=[candidate])
+    headlines = {"auto_attack": headline["value"]} if headline else {}
+    return Result(metrics, headlines=headlines, notes=verdict.sentences, tags=verdict.tags, models=[candidate])
 
 
 def _copies(test: Shards, count: int, job: Job) -> dict[str, np.ndarray]:

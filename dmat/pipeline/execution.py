@@ -234,6 +234,7 @@ def _compute(
         stage=plan.stage.name,
         instance_name=plan.stage.instance_name(plan.instance),
         settings=plan.settings.plain(),
+        context=plan.stage.context(params, plan.instance),
         inputs=plan.inputs,
         compute=compute.describe(),
         root=workspace.root,
@@ -288,7 +289,9 @@ def _compute(
             },
         }
         work_folder.write_finished(plan.work, finished)
-        tracked.finish_with(metrics | measured, [*sorted(job.pictures.glob("*.png")), *result.attachments])
+        tracked.finish_with(
+            metrics | measured | dict(result.headlines), [*sorted(job.pictures.glob("*.png")), *result.attachments]
+        )
     return finished
 
 

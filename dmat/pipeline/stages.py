@@ -84,6 +84,16 @@ class Stage:
         """Path of an instance's folder of pictures below the project."""
         return f"{ARTIFACTS}/pictures/{self.name}/{self.instance_name(instance)}"
 
+    def context(self, params: "Params", instance: Instance) -> dict[str, object]:
+        """What an MLflow run can be searched by besides its own settings: the keys of the instance and, for an
+        evaluation, the settings of its training. A name that the evaluation has too begins with `train_robust.`."""
+        context: dict[str, object] = dict(instance)
+        if self.name == "evaluate_robust":
+            own = self.settings(params, **instance).plain()
+            training = STAGES["train_robust"].settings(params, **instance).plain()
+            context |= {f"train_robust.{name}" if name in own else name: value for name, value in training.items()}
+        return context
+
     def all_instances(self, params: "Params") -> list[Instance]:
         """Every instance that a parameter file asks for: all combinations of the values of its keys."""
         lists: dict[str, Iterable[str | int]] = {

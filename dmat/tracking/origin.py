@@ -3,19 +3,23 @@
 The commit is that of the project. Most projects hold no code; then `code` tells which dmat computed.
 """
 
+import contextlib
+import getpass
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import dmat
-from dmat import files
+from dmat import ARTIFACTS, files
 
 PATCH = "git.patch"
-# DVC rewrites it after every stage: a patch contains it, but its changes do not make a work tree dirty.
+# DVC rewrites them when it runs stages: a patch contains them, but their changes do not make a work tree dirty.
 _DVC_LOCK = "dvc.lock"
+_RESULTS = (_DVC_LOCK, ARTIFACTS)
 _MAX_PATCH_BYTES = 10_000_000
 # Arguments of git that fix the format: a patch must apply whatever a person configured for the display of differences.
 _DIFF = (
@@ -32,13 +36,14 @@ _PACKAGES = ("numpy", "pyautoattack", "scikit-learn", "torch", "torchvision")
 
 
 def git(folder: Path) -> dict[str, Any]:
-    """git_commit, and git_dirty: whether tracked files of the project (but dvc.lock) differ from it.
+    """git_commit, and git_dirty: whether tracked files of the project (but dvc.lock and artifacts/) differ from it.
 
     folder: the project; what others keep beside it in one repository does not count. Empty outside a repository.
     """
     try:
         head = _git(folder, "rev-parse", "HEAD").decode().strip()
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){_DVC_LOCK}")
+        results = [f":(exclude){path}" for path in _RESULTS]
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"git_commit": head, "git_dirty": bool(changes.strip())}
@@ -53,6 +58,16 @@ def is_of_another_owner(folder: Path) -> bool:
     except OSError:
         pass
     return False
+
+
+def user_and_source(command: str, git_state: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of MLflow for the columns User, Source and Version. git_state: as `git` returns it."""
+    tags = {"mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
+    with contextlib.suppress(OSError, KeyError):  # a container may run under a number without a name
+        tags["mlflow.user"] = getpass.getuser()
+    if "git_commit" in git_state:
+        tags["mlflow.source.git.commit"] = git_state["git_commit"]
+    return tags
 
 
 def write_patch(folder: Path, target: Path) -> None:

@@ -52,11 +52,12 @@ def _begin(home: Path, root: Path, process: psutil.Process, command: str) -> Pat
     with record.lock:
         record.refresh()
         if record["about"] is None:
-            command = redacted(command)
+            command, git = redacted(command), origin.git(home)
             tags = {
                 "dmat.stage": "dvc",
                 "dmat.command": command,
-                **{k.replace("_", "."): str(v) for k, v in origin.git(home).items()},
+                **origin.user_and_source(command, git),
+                **{k.replace("_", "."): str(v) for k, v in git.items()},
             }
             about = {"name": command, "tags": tags, "settings": {}, "started": process.create_time(), "parent": None}
             record.update(about=about | {"root": open_runs.relative(home, root), "dvc": process.pid})

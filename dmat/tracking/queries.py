@@ -14,7 +14,7 @@ from typing import Any
 
 from dmat.errors import DmatError, first_line
 from dmat.tracking import stores
-from dmat.tracking.run_record import WORK, read_tracking
+from dmat.tracking.run_record import SYSTEM, WORK, as_written, read_tracking
 from dmat.workspace import sqlite_path
 
 _SHORT_ID_LENGTH = 8  # characters of a run id in output for people
@@ -156,7 +156,7 @@ def _from_file(path: Path, tags: Mapping[str, str], status: str | None, limit: i
     return [
         TrackedRun(
             id_, name or "", status_, started / 1000, ended / 1000 if ended else None, json.loads(tags_),
-            json.loads(params), {key: float(value) for key, value in json.loads(metrics).items()},
+            _as_written(json.loads(params)), {key: float(value) for key, value in json.loads(metrics).items()},
         )
         for id_, name, status_, started, ended, tags_, params, metrics in rows
     ]  # fmt: skip
@@ -174,11 +174,16 @@ def _from_mlflow(home: Path, tags: Mapping[str, str], status: str | None, limit:
             run.info.start_time / 1000,
             run.info.end_time / 1000 if run.info.end_time else None,
             run.data.tags,
-            run.data.params,
+            _as_written(run.data.params),
             run.data.metrics,
         )
         for run in stores.search_runs(client, experiment, " and ".join(conditions), limit)
     ]
+
+
+def _as_written(params: Mapping[str, str]) -> dict[str, str]:
+    """Parameters as runs of all versions of dmat have them."""
+    return {name: as_written(value) for name, value in params.items()}
 
 
 def short_id(id_: str) -> str:
@@ -210,5 +215,5 @@ def _comparable_values(run: TrackedRun) -> dict[str, str]:
 
 def _without_system_metrics(metrics: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
     for name, value in metrics:
-        if not name.startswith("system/"):
+        if not name.startswith(SYSTEM):
             yield name, value

@@ -1,13 +1,15 @@
 """Evaluated models in MLflow's registry. One model name per set of test images and threat model, one version per
 evaluation.
 
-A version holds the evaluated files: the weights as safetensors and their sidecar. Their checksums are taken when an
-evaluation loads them, because its run may be sent hours later. The alias `champion` moves to a version only if that has
-a headline (standard AutoAttack, all images, every check passed) and is more robust than the champion so far.
+A version holds the evaluated files: the weights as safetensors and their sidecar, and an `MLmodel` by which
+`mlflow.pyfunc.load_model` reads them (`dmat.models.logged_model`). The checksums are taken when an evaluation loads
+the files, because its run may be sent hours later. The alias `champion` moves to a version only if that has a headline
+(standard AutoAttack, all images, every check passed) and is more robust than the champion so far.
 """
 
 import dataclasses
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -70,6 +72,7 @@ def register(client: Any, run: str, candidate: RegistryCandidate) -> str | None:
         _create_model(client, candidate.name)
         for path in (candidate.weights, candidate.weights.with_suffix(".json")):
             client.log_artifact(run, str(path), _ARTIFACT_FOLDER)
+        client.log_text(run, _mlmodel(run, candidate.weights.with_suffix(".json")), f"{_ARTIFACT_FOLDER}/MLmodel")
         if problem := _file_problem(candidate):  # the files were replaced during the upload
             return problem
         tags = {name: str(value) for name, value in candidate.tags.items()}
@@ -125,6 +128,26 @@ def fetch(home: Path, reference: str, target: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         _copy_pair(_download_verified(client, version, Path(folder)), target)
     return {"version": int(version.version), "run": version.run_id, **version.tags}
+
+
+def _mlmodel(run: str, sidecar_path: Path) -> str:
+    """Text of the file MLmodel: the signature, and the module that loads the files beside it without unpickling."""
+    import numpy as np
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    sidecar = files.read_json(sidecar_path)
+    height, width, channels = sidecar["image_shape"]
+    dtype = np.dtype("float32")
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(dtype, (-1, channels, height, width))]),
+        outputs=Schema([TensorSpec(dtype, (-1, sidecar["classes"]))]),
+    )
+    model = Model(artifact_path=_ARTIFACT_FOLDER, run_id=run, signature=signature)
+    model.add_flavor(
+        "python_function", loader_module="dmat.models.logged_model", python_version=platform.python_version()
+    )
+    return str(model.to_yaml())
 
 
 def _file_problem(candidate: RegistryCandidate) -> str | None:

@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "stopped": None,  # of a parent: status and error if `dvc` or a stage failed in a way that no child run shows
 }
 WORK = "dmat.work"  # tag: the work folder of a run, relative to the project's home where it is below
+SYSTEM = "system/"  # MLflow's group of system metrics
 RECORD, METRICS_LOG, SYSTEM_LOG = "tracking.json", "metrics.jsonl", "system.jsonl"  # in the folder of a run
 FILES = (RECORD, SYSTEM_LOG, "tracking.lock", "sending.lock", origin.PATCH)
 
@@ -228,7 +229,10 @@ class RunUploader:
         self._client.set_terminated(run, status=status, end_time=int(1000 * ending["ended"]))
 
     def ending_by_children(self) -> dict[str, Any]:
-        """Status, error and end time of a parent whose process has ended. Also writes the description of the run."""
+        """Status, error and end time of a parent whose process has ended.
+
+        Also gives the run the descriptions of its children and, as its headlines, the metrics of those described.
+        """
         run = self._client.get_run(self.record["run"])
         experiment = run.info.experiment_id
         condition = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
@@ -236,6 +240,9 @@ class RunUploader:
         self.tag(
             overview.DESCRIPTION_TAG, overview.description(children, self.record["restored"], experiment)[:_MAX_TAG]
         )
+        described = [child for child in children if overview.DESCRIPTION_TAG in child.data.tags]
+        headlines = {name: value for child in described for name, value in child.data.metrics.items()}
+        self._log([(name, value, 0) for name, value in headlines.items() if not name.startswith(SYSTEM)])
         last_end = max((child.info.end_time or 0 for child in children), default=0) / 1000
         self.record.detect_kill(self.home)
         return self._combined_status(children) | {"ended": last_end or time.time()}
@@ -338,7 +345,12 @@ class RunUploader:
 
 def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings as parameters of a run: dotted name -> value as text."""
-    return {name: str(value)[:_MAX_PARAMETER] for name, value in _leaves(settings)}
+    return {name: as_written(str(value))[:_MAX_PARAMETER] for name, value in _leaves(settings)}
+
+
+def as_written(value: str) -> str:
+    """A value as people write it: 3 and not 3.0, because MLflow compares parameters as text."""
+    return value.removesuffix(".0")
 
 
 def _metric_points(line: bytes, step: str) -> list[tuple[str, float, int]]:

@@ -15,7 +15,7 @@ from dmat.errors import DmatError, Interrupted
 from dmat.redaction import redacted
 from dmat.tracking import open_runs, origin, overview, parents, sender, stores
 from dmat.tracking.registry import RegistryCandidate
-from dmat.tracking.run_record import SYSTEM_LOG, WORK, RunRecord, read_tracking
+from dmat.tracking.run_record import METRICS_LOG, SYSTEM_LOG, WORK, RunRecord, read_tracking
 from dmat.tracking.system import SystemMonitor
 
 if TYPE_CHECKING:
@@ -85,8 +85,16 @@ class Run:
                     self._wait_until(lambda: not open_runs.exists(self.home, self.folder))
 
     def finish_with(self, metrics: Mapping[str, Any], pictures: list[Path]) -> None:
-        """Sets final metrics and pictures (paths in the work folder), which are sent when the block ends."""
-        self._final_values = (dict(flatten(metrics)), [str(path.relative_to(self.folder)) for path in pictures])
+        """Sets final metrics and pictures (paths in the work folder), which are sent when the block ends.
+
+        Whole numbers of a run with curves, such as its number of parameters, become tags: MLflow sorts charts by name,
+        and its page would begin with bars of constants.
+        """
+        values = dict(flatten(metrics))
+        if (self.folder / METRICS_LOG).exists():
+            for name in [name for name, value in values.items() if isinstance(value, int)]:
+                self.tag(f"constant.{name}", str(values.pop(name)))
+        self._final_values = (values, [str(path.relative_to(self.folder)) for path in pictures])
 
     def end_as(self, status: str, reason: str) -> None:
         """Sets the final status and its reason, whatever the end of the block."""
@@ -187,6 +195,7 @@ def open_run(
     stage: str,
     instance_name: str,
     settings: Mapping[str, Any],
+    context: Mapping[str, Any] | None = None,
     inputs: "Mapping[str, InputRecord]",
     compute: Mapping[str, Any],
     root: Path | None = None,
@@ -198,16 +207,16 @@ def open_run(
 ) -> Run:
     """The tracked run of a stage instance; resumed if `work` has a record. DMAT_TRACKING=off disables tracking.
 
-    inputs: by name. compute: device, precision, threads. root: the work tree whose code and parameters
-    are used, by default `home`. ancestors: stage instances that the inputs come from -> their `run` and its `parent`.
-    parent: folder with the record of the parent run, by default that of the `dvc` process above, if any. fingerprint:
-    of settings and inputs, if the work has its own.
+    context: further parameters of the run, for searches. inputs: by name. compute: device, precision, threads. root:
+    the work tree whose code and parameters are used, by default `home`. ancestors: stage instances that the inputs come
+    from -> their `run` and its `parent`. parent: folder with the record of the parent run, by default that of the `dvc`
+    process above, if any. fingerprint: of settings and inputs, if the work has its own.
     """
     git = origin.git(root or home)
     software = origin.software()
     about = {
         "name": f"{stage} {instance_name}",
-        "settings": dict(settings),
+        "settings": {**(context or {}), **settings},
         "inputs": {name: dict(source) for name, source in inputs.items()},
         "behind": {title: dict(ancestor) for title, ancestor in (ancestors or {}).items()},
         "started": time.time(),
@@ -218,6 +227,7 @@ def open_run(
             "dmat.instance": instance_name,
             **({"dmat.fingerprint": fingerprint} if fingerprint else {}),
             WORK: open_runs.relative(home, work),
+            **origin.user_and_source(f"dmat {stage.replace('_', '-')}", git),
             **{f"compute.{name}": str(value) for name, value in compute.items()},
             **{f"software.{name}": version for name, version in software.items()},
             **{f"input.{name}": source["sha256"] for name, source in inputs.items()},
@@ -256,4 +266,4 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix}{name}", float(value)
+            yield f"{prefix}{name}", value

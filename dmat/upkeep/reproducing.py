@@ -150,10 +150,11 @@ def _compare_parameters(tree: Path, stage: Stage, run: TrackedRun) -> tuple[Inst
             f"params.yaml at that commit has no {stage.name} {run.instance_name}; expected one of {instance_names}; "
             f"the run used another parameter file, see `dmat runs show {queries.short_id(run.id)}`"
         )
-    current = run_record.parameters(stage.settings(params, **instance).plain())
+    own = run_record.parameters(stage.settings(params, **instance).plain())
+    current = run_record.parameters(stage.context(params, instance)) | own
     differences = [
         f"{name} is {current.get(name, 'not there')} in params.yaml and was {run.params.get(name, 'not there')}"
-        for name in sorted(current.keys() | run.params.keys())
+        for name in sorted(own.keys() | run.params.keys())  # earlier versions of dmat recorded nothing else
         if current.get(name) != run.params.get(name)
     ]
     return instance, differences
