@@ -7,6 +7,7 @@ from typing import Annotated, cast
 import typer
 
 from cli import stages
+from cli.completion import names_in
 from cli.models import offer_plugins
 from dmat.engine import EngineOptions
 from dmat.errors import DmatError
@@ -28,8 +29,12 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _evaluate(
-    arm: Annotated[str | None, typer.Option(help="Name in `arms` of params.yaml.")] = None,
-    seed: Annotated[int | None, typer.Option(help="One of `seeds` of params.yaml.")] = None,
+    arm: Annotated[
+        str | None, typer.Option(help="Name in `arms` of params.yaml.", autocompletion=names_in("arms"))
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="One of `seeds` of params.yaml.", autocompletion=names_in("seeds"))
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="A .safetensors file with its sidecar beside it, or what `models import` reads.")
     ] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.amounts import amount
+from cli.completion import names_in
 from dmat.errors import DmatError
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ Images = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+ImageSet = Annotated[
+    str,
+    typer.Argument(metavar="SET", help="Name in `image_sets` of params.yaml.", autocompletion=names_in("image_sets")),
+]
 _MAX_ROWS = 100  # classes on a sheet
 
 
@@ -203,7 +208,7 @@ def _card(
 
 
 def _plan(
-    image_set: Annotated[str, typer.Argument(metavar="SET", help="Name in `image_sets` of params.yaml.")],
+    image_set: ImageSet,
     images: Annotated[
         int | None, typer.Option(help="Number of images. [default: that of params.yaml]", min=1, metavar="N")
     ] = None,
@@ -230,7 +235,7 @@ Index = Annotated[int, typer.Argument(metavar="INDEX", help="Number of the image
 
 
 def _make(
-    image_set: Annotated[str, typer.Argument(metavar="SET", help="Name in `image_sets` of params.yaml.")],
+    image_set: ImageSet,
     index: Index,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG file to write the image to.")] = None,
 ) -> None:
@@ -257,9 +262,9 @@ def _make(
 
 
 def _seen(
-    image_set: Annotated[str, typer.Argument(metavar="SET", help="Name in `image_sets` of params.yaml.")],
+    image_set: ImageSet,
     index: Index,
-    arm: Annotated[str, typer.Option(help="Name in `arms` of params.yaml.")],
+    arm: Annotated[str, typer.Option(help="Name in `arms` of params.yaml.", autocompletion=names_in("arms"))],
     seed: Annotated[int | None, typer.Option(help="One of `seeds` of params.yaml. [default: the first]")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from dmat.errors import DmatError
+from cli.completion import stage_names
+from dmat.errors import DmatError, did_you_mean
 from dmat.pipeline import STAGES
 
 
@@ -22,7 +23,11 @@ def _lock(
     check: Annotated[bool, typer.Option("--check", help="Change nothing; exit code 2 if the code changed.")] = False,
     same: Annotated[
         list[str] | None,
-        typer.Option(metavar="STAGE", help="Keep the results of a stage whose changed code still computes the same."),
+        typer.Option(
+            metavar="STAGE",
+            help="Keep the results of a stage whose changed code still computes the same.",
+            autocompletion=stage_names,
+        ),
     ] = None,
     why: Annotated[
         str, typer.Option(metavar="TEXT", help="Why the changed code computes the same; required with --same.")
@@ -35,7 +40,10 @@ def _lock(
     if bool(same) != bool(why.strip()) or (same and check):
         raise DmatError("expected --same and --why together, and --check alone; add what is missing, or leave out both")
     if unknown_stages := [stage_name for stage_name in same or [] if stage_name not in STAGES]:
-        raise DmatError(f"--same is {unknown_stages[0]!r}; expected one of {', '.join(STAGES)}; name a stage")
+        raise DmatError(
+            f"--same is {unknown_stages[0]!r}; expected one of {', '.join(STAGES)}"
+            f"{did_you_mean(unknown_stages[0], STAGES)}; name a stage"
+        )
     if same:
         _accept(same, why)
         return

@@ -28,7 +28,7 @@ _USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError, for which
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Does better generated data make classifiers more robust? Each stage is a command; `dvc repro` runs all that "
@@ -82,7 +82,7 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="dmat", standalone_mode=False)  # also under `python -m`, for completion
         sys.exit(code if isinstance(code, int) else 0)
     except _USAGE as error:
         _explain(error)

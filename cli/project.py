@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from cli.completion import recipe_names
+
 
 def add_to(app: typer.Typer) -> None:
     """Adds `dmat init` to the app."""
@@ -20,7 +22,7 @@ def _init(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A new folder, or one that has none of the files of a project.")
     ],
-    recipe: Annotated[str, typer.Option(help="One of `dmat recipes list`.")] = "digits",
+    recipe: Annotated[str, typer.Option(help="One of `dmat recipes list`.", autocompletion=recipe_names)] = "digits",
 ) -> None:
     from dmat import project
 

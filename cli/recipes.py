@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.amounts import amount
+from cli.completion import recipe_names
 
 if TYPE_CHECKING:
     from dmat.pipeline.cost_plan import StageCost
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="One of `dmat recipes list`.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="One of `dmat recipes list`.", autocompletion=recipe_names)]
 
 
 def add_to(app: typer.Typer) -> None:

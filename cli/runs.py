@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from cli.completion import stage_names
 from dmat.errors import DmatError
 
 _POLL_SECONDS = 0.2  # between two looks whether the UI answers
@@ -92,7 +93,9 @@ def _reap(
 
 
 def _list(
-    stage: Annotated[str | None, typer.Option(help="Only this stage, such as train_robust.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Only this stage, such as train_robust.", autocompletion=stage_names)
+    ] = None,
     status: Annotated[str | None, typer.Option(help="RUNNING, FINISHED, FAILED or KILLED.")] = None,
     sort: Annotated[str | None, typer.Option(help="A metric: the largest first. [default: the newest first]")] = None,
     limit: Annotated[int, typer.Option(help="Maximum number of runs; 0: all.", min=0)] = 30,

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from cli import completion
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES, Stage
 from dmat.workspace import Instance, Workspace
@@ -51,7 +52,9 @@ def _command(stage: Stage) -> Callable[..., None]:
         run(stage, instance, params, fresh, dry_run, as_json, shard_numbers(shards, fresh), workers, cluster)
 
     instance_options = [
-        _keyword_parameter(name, Annotated[kind, typer.Option(help=help_text)])
+        _keyword_parameter(
+            name, Annotated[kind, typer.Option(help=help_text, autocompletion=completion.names_in(f"{name}s"))]
+        )
         for name, (kind, help_text) in _INSTANCE_OPTIONS.items()
         if name in stage.keys
     ]

@@ -4,6 +4,7 @@ A `DmatError` is printed as its message, without a traceback, and ends the comma
 Any other exception that escapes is a defect of dmat and keeps its traceback.
 """
 
+import difflib
 from collections.abc import Iterable
 
 from dmat.redaction import redacted
@@ -48,6 +49,12 @@ class Pruned(Exception):
 
 class Diverged(DmatError):
     """Training met a NaN or infinite loss. The run ends as FAILED and its last good checkpoint stays."""
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "; did you mean X?" with the nearest name, empty if none is near."""
+    nearest = difflib.get_close_matches(str(name), names, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def first_line(error: BaseException, *urls: str) -> str:

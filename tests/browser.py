@@ -42,17 +42,40 @@ def requested_urls(driver: Any) -> list[str]:
 
 
 def overflowing_elements(driver: Any) -> list[str]:
-    """Elements that reach beyond the right edge of the window and are not inside a scrolling box. Empty: none."""
+    """Elements that reach beyond the right edge of the window, or of a table's box. Only pictures may be scrolled."""
     script = """
         const root = document.documentElement, wide = root.clientWidth, overflow = [];
         if (root.scrollWidth > wide) overflow.push("page: " + root.scrollWidth);
         for (const element of document.body.querySelectorAll("*")) {
-            if (element.closest(".scroll, pre, details:not([open]), svg")) continue;
+            if (element.closest(".picture, .wide, details:not([open]), svg")) continue;
             const box = element.getBoundingClientRect();
             if (box.width && box.right > wide + 1)
                 overflow.push(element.tagName + "." + element.className + ": " + box.right);
         }
         return overflow;"""
+    return list(driver.execute_script(script))
+
+
+def colliding_labels(driver: Any) -> list[str]:
+    """Texts of a chart that overlap by more than a pixel or leave the chart, and legends with a scroll bar."""
+    script = """
+        const collisions = [];
+        for (const chart of document.querySelectorAll("[id^=chart-]")) {
+            const frame = chart.getBoundingClientRect();
+            const texts = [...chart.querySelectorAll("text")].map(e => [e.textContent, e.getBoundingClientRect()]);
+            const shown = texts.filter(([_, box]) => box.width && box.height);
+            shown.forEach(([text, box], k) => {
+                if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1)
+                    collisions.push(chart.id + ": " + text + " leaves the chart");
+                for (const [other, next] of shown.slice(k + 1))
+                    if (Math.min(box.right, next.right) - Math.max(box.left, next.left) > 1
+                        && Math.min(box.bottom, next.bottom) - Math.max(box.top, next.top) > 1)
+                        collisions.push(chart.id + ": " + text + " on " + other);
+            });
+            for (const bar of chart.querySelectorAll(".legend .scrollbar"))
+                if (bar.getBoundingClientRect().height) collisions.push(chart.id + ": the legend scrolls");
+        }
+        return collisions;"""
     return list(driver.execute_script(script))
 
 

@@ -4,6 +4,7 @@ pictures show the values passed to them.
 Run alone: pytest tests/test_metrics.py
 """
 
+import itertools
 import math
 import statistics
 
@@ -438,6 +439,70 @@ def test_perturbations_show_their_factor_and_the_class_names(tmp_path, figures):
     captions = [[axes.get_xlabel() for axes in figure.axes] for figure in figures]
     assert (captions[0][0], captions[0][6]) == ("class 0", "class 0\n→ class 2")
     assert (captions[1][0], captions[1][6]) == ("label 0", "0 → 2")
+
+
+def arm_table(arms):
+    """Intervals at the top of the axis, where the numbers above the bars need the most room."""
+    return {f"arm_{k}": {f"measure {m}": (0.996, 0.99, 1.0) for m in range(5)} for k in range(arms)}
+
+
+HISTORY = [{"images_seen": 1000 * k, "first": 0.1 * k, "second": 0.5} for k in range(1, 5)]
+WITH_LABELS = PICTURES | {
+    **{f"bars of {k} arms": lambda path, k=k: pictures.bars(path, arm_table(k), "bars") for k in (1, 2, 4, 5, 8)},
+    "curves": lambda path: pictures.curves(path, HISTORY, ["first", "second"], "curves", "value", {"best": 2000}),
+    "runs": lambda path: pictures.arms(path, {f"arm_{k}-1": HISTORY for k in range(6)}, "first", "runs", "value"),
+}
+
+
+def colliding_labels(figure):
+    """Texts of a figure that overlap by more than a pixel, or leave it."""
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    outside_ticks = {
+        id(label)
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in axis.get_major_ticks()
+        if not min(limits := axis.get_view_interval()) <= tick.get_loc() <= max(limits)
+        for label in (tick.label1, tick.label2)
+    }
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if id(text) not in outside_ticks]
+    collisions = [
+        (first, second)
+        for (first, a), (second, b) in itertools.combinations(boxes, 2)
+        if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+    ]
+    frame = figure.bbox
+    leaving = [
+        text
+        for text, box in boxes
+        if box.x0 < -1 or box.y0 < -1 or box.x1 > frame.x1 + 1 or box.y1 > frame.y1 + 1
+    ]
+    return collisions, leaving
+
+
+@pytest.mark.parametrize("name", WITH_LABELS)
+def test_labels_of_pictures_do_not_collide(tmp_path, figures, name):
+    WITH_LABELS[name](tmp_path)
+    assert colliding_labels(figures[0]) == ([], [])
+
+
+def test_colliding_labels_are_detected(tmp_path, figures):
+    pictures.bars(tmp_path, arm_table(2), "bars")
+    axes = figures[0].axes[0]
+    axes.text(0, 50, "here")
+    axes.text(0, 50, "and here")
+    axes.text(9, 50, "outside")
+    assert colliding_labels(figures[0]) == ([("here", "and here")], ["outside"])
+
+
+def test_a_line_of_one_point_has_a_marker(tmp_path, figures):
+    pictures.curves(tmp_path, HISTORY[:1], ["first"], "curves", "value")
+    pictures.arms(tmp_path, {"arm-1": HISTORY[:1], "other-1": HISTORY}, "first", "runs", "value")
+    markers = [line.get_marker() for figure in figures for line in figure.axes[0].get_lines()]
+    assert markers == [".", ".", ""]
 
 
 def _study_trials():

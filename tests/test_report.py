@@ -156,15 +156,30 @@ def test_charts_show_the_numbers_of_the_comparison():
         "differences": {"mixed": {"best_pgd": _value(0.25, 0.125, 0.5)}},
     }
     _, mixed = charts.accuracies(comparison)["data"]
-    assert (list(mixed["x"]), list(mixed["y"])) == (["PGD, best", "AutoAttack, best"], [75, 62.5])
-    assert (mixed["error_y"]["arrayminus"], mixed["error_y"]["array"]) == ([25, 12.5], [12.5, 12.5])
+    assert (list(mixed["y"]), list(mixed["x"])) == (["PGD, best", "AutoAttack, best"], [75, 62.5])
+    assert (mixed["error_x"]["arrayminus"], mixed["error_x"]["array"]) == ([25, 12.5], [12.5, 12.5])
     (difference,) = charts.differences(comparison)["data"]
     assert (list(difference["x"]), list(difference["y"])) == ([25], ["PGD, best"])
     assert charts.differences(comparison | {"differences": {}}) is None
-    (line, point) = charts.quality(comparison, {"mixed": (3.5, "scorer")}, {"mixed": 1000})[0]["data"]
+    comparison["arms"]["other"] = {"best_pgd": _value(0.625, 0.5, 0.75)}
+    distances, counts = {"mixed": (3.5, "scorer"), "other": (2.0, "scorer")}, {"mixed": 1000, "other": 10}
+    (line, point, other) = charts.quality(comparison, distances, counts)[0]["data"]
     assert list(line["y"]) == [50, 50]  # by PGD: not every arm has a headline
     assert (list(point["x"]), list(point["y"])) == ([3.5], [75])
-    assert charts.quality(comparison, {}, {}) is None
+    assert (list(other["x"]), list(other["y"])) == ([2.0], [62.5])
+
+
+def test_a_chart_of_one_place_is_not_drawn():
+    """One point, or points above each other, show no relation."""
+    one_row = {run: rows[:1] for run, rows in HISTORY.items()}
+    assert charts.curves(NAMES, one_row, "validation_robust", {"real-1": 10, "mixed-1": 10}) is None
+    assert charts.curves(NAMES, HISTORY | {"real-1": one_row["real-1"]}, "validation_robust") is not None
+    arms = {"real": {"best_pgd": _value(0.5, 0.25, 0.625)}, "mixed": {"best_pgd": _value(0.75, 0.5, 0.875)}}
+    for distances in ({}, {"mixed": (3.5, "scorer")}, {"real": (3.5, "scorer"), "mixed": (3.5, "scorer")}):
+        assert charts.quality({"arms": arms}, distances, {"real": 10, "mixed": 10}) is None
+    point = {"epsilon": 0.5, "value": 0.5, "low": 0.25, "high": 0.75}
+    sweeps = {"real-1": [point], "mixed-1": [point]}
+    assert charts.against_epsilon(NAMES, sweeps, {"arms": arms}, {"norm": "linf", "epsilon": "0.5"}, 0.5) is None
 
 
 def test_measures_of_images_become_a_table():
@@ -189,9 +204,10 @@ def test_the_radius_is_in_the_unit_in_which_it_was_written(epsilon, number, radi
     point = {"epsilon": number, "value": 0.5, "low": 0.25, "high": 0.75}
     comparison = {"arms": {"real": {}, "mixed": {GOOD: _value(0.25, 0.125, 0.5)}}}
     threat = {"norm": "linf", "epsilon": epsilon}
-    chart = charts.against_epsilon(NAMES, {"real-1": [point], "mixed-1": [point]}, comparison, threat, number)
-    assert [trace["x"][0] for trace in chart["data"]] == [pytest.approx(radius)] * 3
-    assert [trace["y"][0] for trace in chart["data"]] == [50, 50, 25]
+    sweep = [{"epsilon": 0.0, "value": 1.0, "low": 0.5, "high": 1.0}, point]
+    chart = charts.against_epsilon(NAMES, {"real-1": sweep, "mixed-1": sweep}, comparison, threat, number)
+    assert [trace["x"][-1] for trace in chart["data"]] == [pytest.approx(radius)] * 3
+    assert [trace["y"][-1] for trace in chart["data"]] == [50, 50, 25]
     assert chart["layout"]["shapes"][0]["x0"] == pytest.approx(radius)
 
 

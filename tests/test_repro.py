@@ -246,7 +246,7 @@ def test_the_progress_bar_in_the_log_of_a_command_is_told_when_it_moves(monkeypa
         def poll(self):
             if not states:
                 return 0
-            with open(log, "a") as file:
+            with open(log, "a", encoding="utf-8") as file:
                 file.write(states.pop(0))
             return None
 

@@ -429,16 +429,36 @@ def test_a_command_without_its_extra_names_it(root, monkeypatch):
         assert main.needed_extra(ImportError("no such module", name=package)) == sentence
 
 
+RUNS_CONTENT = re.compile(  # what ruff's rules do not know, and the commonest of what they know
+    r"weights_only=False|torch\.load\((?!.*weights_only=True)|\bpickle\.load|allow_pickle=True|yaml\.load\("
+    r"|\b(?:marshal|shelve|dill|joblib|cPickle|_pickle)\b|\b(?:read_pickle|CIFAR100?)\(|(?<![.\w])(?:eval|exec)\("
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "runs"),
+    [
+        ("torch.load(path)", True),
+        ("torch.load(path, map_location='cpu', weights_only=False)", True),
+        ("torch.load(io.BytesIO(data), weights_only=True)", False),
+        ("np.load(path, allow_pickle=True)", True),
+        ("np.load(path, allow_pickle=False)", False),
+        ("pickle.loads(data)", True),
+        ("joblib.load(path)", True),
+        ("eval(text)", True),
+        ("network.eval()", False),
+    ],
+)
+def test_the_guard_sees_calls_that_run_what_they_read(line, runs):
+    assert bool(RUNS_CONTENT.search(line)) == runs
+
+
 def test_no_code_path_runs_what_a_file_holds(root):
     """No code path runs what is in a file: the only unpickler finds no class but its own stand-ins, and the reader of
     torch's files looks up no names."""
-    bad = re.compile(
-        r"weights_only=False|\bpickle\.load|allow_pickle=True|yaml\.load\(|\b(?:marshal|shelve|dill|joblib|cPickle|_pickle)\b"
-        r"|\b(?:read_pickle|CIFAR100?)\(|(?<![.\w])(?:eval|exec)\("
-    )
-    files = [*(root / "dmat").rglob("*.py"), *(root / "cli").rglob("*.py")]
+    files = [path for folder in ("dmat", "cli", "benchmarks") for path in (root / folder).rglob("*.py")]
     assert len(files) > 40
-    assert [str(f) for f in files if bad.search(f.read_text())] == []
+    assert [str(f) for f in files if RUNS_CONTENT.search(f.read_text())] == []
     assert [f.name for f in files if "Unpickler" in f.read_text()] == ["cifar.py"]
     tree = ast.parse((root / "dmat/data/formats/cifar.py").read_text())
     (reader,) = [
@@ -460,6 +480,30 @@ def test_no_code_path_runs_what_a_file_holds(root):
         assert {call for call in called if call.startswith("torch.")} == tensors[name]
         imported = {alias.name for n in ast.walk(reader) if isinstance(n, ast.Import) for alias in n.names}
         assert imported == modules | {"dataclasses", "mmap"}
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("import pickle; pickle.load(file)", "S301"),
+        ("import pickle; pickle.loads(data)", "S301"),
+        ("import marshal; marshal.loads(data)", "S302"),
+        ("import yaml; yaml.load(text)", "S506"),
+        ("eval(text)", "S307"),
+        ("exec(text)", "S102"),
+        ("import subprocess; subprocess.run(text, shell=True)", "S602"),
+        ("import os; os.system(text)", "S605"),
+    ],
+)
+def test_ruff_refuses_calls_that_run_what_they_read(root, line, rule):
+    """The rules are on, in every folder with code of dmat, and no comment turns them off there."""
+    ruff = Path(sys.executable).with_name("ruff")
+    for folder in ("dmat", "cli", "benchmarks"):
+        command = [ruff, "check", "--output-format=concise", "--stdin-filename", root / folder / "new.py", "-"]
+        result = subprocess.run(command, input=line + "\n", cwd=root, capture_output=True, text=True, check=False)
+        assert f" {rule} " in result.stdout
+    files = [path for folder in ("dmat", "cli", "benchmarks") for path in (root / folder).rglob("*.py")]
+    assert not [path for path in files if re.search(r"noqa:.*\bS\d|ruff: noqa", path.read_text())]
 
 
 def test_the_readme_tree_is_true(root):

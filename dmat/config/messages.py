@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pydantic_core import ErrorDetails
 
 from dmat.config.fields import Record
+from dmat.errors import did_you_mean
 
 _YES_OR_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}  # YAML 1.1
 
@@ -18,7 +19,9 @@ def sentence(name: str, error_details: ErrorDetails, record: type[Record]) -> st
     key_path = ".".join([name, *(str(part) for part in error_details["loc"])])
     if error_details["type"] == "extra_forbidden":
         owner = _nested_record(record, error_details["loc"][:-1])
-        return f"{key_path} is not known; expected one of {', '.join(owner.model_fields)}"
+        names = ", ".join(owner.model_fields)
+        nearest = did_you_mean(error_details["loc"][-1], owner.model_fields)
+        return f"{key_path} is not known; expected one of {names}{nearest}"
     if error_details["type"] == "missing":
         return f"{key_path} is missing; give it a value"
     message, value = error_details["msg"].removeprefix("Value error, "), error_details["input"]

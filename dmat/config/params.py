@@ -33,7 +33,7 @@ from dmat.config.train_robust import Arm, Threat, TrainRobust, step_problem
 from dmat.config.train_scorer import TrainScorer
 from dmat.config.tune import NOT_IN_A_SPACE, TrialSettings, Tune, study_problems
 from dmat.config.write_report import WriteReport
-from dmat.errors import ConfigError, DmatError
+from dmat.errors import ConfigError, DmatError, did_you_mean
 
 
 class EntryKind(NamedTuple):
@@ -184,7 +184,7 @@ class _Reader:
         """The records of the file; None if there are problems."""
         known_keys = {*SECTIONS, *LISTS, "seeds"}
         self.problems += [
-            f"{key} is not a section; expected one of {', '.join(sorted(known_keys))}"
+            f"{key} is not a section; expected one of {', '.join(sorted(known_keys))}{did_you_mean(key, known_keys)}"
             for key in self.raw
             if key not in known_keys
         ]
@@ -205,7 +205,10 @@ class _Reader:
                 self.problems += _share_problems(name, arm)
                 self.problems += _step_problems(name, arm, evaluation)
         if report is not None and arms and report.baseline not in arms:
-            self.problems.append(f"write_report.baseline is {report.baseline!r}; expected one of {name_list(arms)}")
+            self.problems.append(
+                f"write_report.baseline is {report.baseline!r}; expected one of {name_list(arms)}"
+                f"{did_you_mean(report.baseline, arms)}"
+            )
         self.problems += _import_problems(lists["generators"], entries["generators"])
         self.problems += [
             f"image_sets.{name}.generator is {NONE}, and source too; expected a generator or a source"
@@ -276,7 +279,10 @@ class _Reader:
             if not isinstance(parent, str) or parent not in choices:
                 state = "is missing" if parent is None else f"is {parent!r}"
                 none = f", or {NONE}" if kind.may_have_none else ""
-                self.problems.append(f"{path}.{kind.parent} {state}; expected one of {name_list(parents)}{none}")
+                self.problems.append(
+                    f"{path}.{kind.parent} {state}; expected one of {name_list(parents)}{none}"
+                    f"{did_you_mean(parent or '', choices)}"
+                )
                 overrides = {**overrides, kind.parent: NONE}  # so that its other problems are reported too
         base = self.raw.get(kind.section)
         merged = merge(base if isinstance(base, dict) else {}, overrides)
@@ -307,7 +313,10 @@ class _Reader:
         if study is None:
             return None
         if study.arm not in lists["arms"]:
-            self.problems.append(f"tune.arm is {study.arm!r}; expected one of {name_list(lists['arms'])}")
+            self.problems.append(
+                f"tune.arm is {study.arm!r}; expected one of {name_list(lists['arms'])}"
+                f"{did_you_mean(study.arm, lists['arms'])}"
+            )
             return None
         arm = lists["arms"][study.arm]
         if arm is None:  # its problems are reported already

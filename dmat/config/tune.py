@@ -14,7 +14,7 @@ from dmat.config.merging import merge
 from dmat.config.messages import name_list, sentence
 from dmat.config.select_images import Selection
 from dmat.config.train_robust import Arm, TrainRobust
-from dmat.errors import DmatError, UnfitError
+from dmat.errors import DmatError, UnfitError, did_you_mean
 
 
 class Range(Record):
@@ -135,7 +135,9 @@ class TrialSettings:
             keys = sorted(value) if isinstance(value, Mapping) else []
             if key not in keys:
                 raise DmatError(
-                    f"{name} is not known; expected one of {', '.join(keys)}" if keys else f"{name} is not known"
+                    f"{name} is not known; expected one of {', '.join(keys)}{did_you_mean(key, keys)}"
+                    if keys
+                    else f"{name} is not known"
                 )
             value = value[key]
         if isinstance(value, Mapping | list):

@@ -22,6 +22,7 @@ PALETTE = ("#0b6e8f", "#d9480f", "#5f3dc4", "#2b8a3e", "#a61e4d", "#495057")
 _PNG_METADATA = {"Software": None, "Creation Time": None}
 _MAX_ROOMY_CLASSES = 20  # classes up to which rows are high and the cells of a confusion matrix hold numbers
 _MAX_LEVEL_TICK = 7  # characters of a tick beside others
+_MAX_UPRIGHT_BARS = 20  # of a picture whose numbers, written above them, do not touch
 _MAX_CLASS_NAMES = 100  # that fit beside a picture; with more classes every second, third, ... gets its name
 
 
@@ -96,7 +97,8 @@ def curves(
     lines = {name: [(row["images_seen"], row[name]) for row in history if name in row] for name in names}
     lines = {name: points for name, points in lines.items() if points}
     for colour, (name, points) in zip(PALETTE, lines.items(), strict=False):
-        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), color=colour, linewidth=1.6)
+        marker = "." if len(points) == 1 else ""  # a line of one point cannot be seen
+        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), color=colour, linewidth=1.6, marker=marker)
     for k, (mark, images_seen) in enumerate((marks or {}).items()):
         axes.axvline(images_seen, color="#868e96", linestyle=("--", ":")[k % 2], linewidth=1)
         value = dict(next(iter(lines.values()), [])).get(images_seen)
@@ -121,6 +123,7 @@ def arms(path: Path, histories: Mapping[str, History], name: str, title: str, y_
             *zip(*points, strict=True),
             color=PALETTE[groups.index(group) % len(PALETTE)],
             linewidth=1.5,
+            marker="." if len(points) == 1 else "",
             label=group.replace("_", " ") if first else None,
         )
     style_axes(axes, title, "images seen", y_label)
@@ -131,6 +134,7 @@ def bars(path: Path, table: dict[str, dict[str, tuple[float, float, float]]], ti
     """Plots accuracies with intervals as bars: table[arm][measure] = (value, low, high), in [0, 1]."""
     figure, axes = new_figure(7, 3.8)
     measures = list(next(iter(table.values())))
+    rotation = 90 if len(table) * len(measures) > _MAX_UPRIGHT_BARS else 0
     width = 0.8 / len(table)
     for k, (arm, values) in enumerate(table.items()):
         x = np.arange(len(measures)) + (k - (len(table) - 1) / 2) * width
@@ -138,11 +142,12 @@ def bars(path: Path, table: dict[str, dict[str, tuple[float, float, float]]], ti
         axes.bar(x, middle, width * 0.92, color=PALETTE[k % len(PALETTE)], label=arm.replace("_", " "))
         axes.errorbar(x, middle, [middle - low, high - middle], fmt="none", ecolor="#212529", elinewidth=1, capsize=3)
         for position, value, top in zip(x, middle, high, strict=True):
-            axes.text(position, top + 0.8, f"{value:.1f}", ha="center", fontsize=7.5)
+            axes.text(position, top + 0.8, f"{value:.1f}", ha="center", fontsize=7.5, rotation=rotation)
     axes.set_xticks(range(len(measures)), measures, fontsize=8)
-    axes.set_ylim(0, 118)  # bars start at 0; room for the legend
+    axes.set_ylim(0, 113)  # bars start at 0; room for the numbers
     axes.set_yticks(range(0, 101, 20))
-    style_axes(axes, title, "", "accuracy on test, % (95 % interval)")
+    style_axes(axes, title, "", "accuracy on test, % (95 % interval)", legend=False)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=min(len(table), 4))
     save(figure, path)
 
 

@@ -8,7 +8,7 @@ from dmat import ARTIFACTS, config, files
 from dmat.config import Params
 from dmat.data import selections, set_inspection
 from dmat.data.shards import MANIFEST
-from dmat.errors import DmatError
+from dmat.errors import DmatError, did_you_mean
 from dmat.models import denoisers
 from dmat.pipeline.stages import STAGES
 from dmat.report import data_card
@@ -54,6 +54,7 @@ def output_folder(name: str, params: Params, workspace: Workspace) -> Path:
         raise DmatError(
             f"{name} is not an image set of params.yaml; expected one of {', '.join(params.image_sets) or '(none)'}; "
             f"name one of them; `info`, `verify`, `sheet`, `export` and `card` take the folder of a set too"
+            f"{did_you_mean(name, params.image_sets)}"
         )
     return workspace.at(STAGES["generate_images"].outputs(params, image_set=name)["images"])
 

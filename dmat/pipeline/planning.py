@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dmat import ARTIFACTS, NONE, SOURCES, files, plugins
 from dmat.config import Params, Record
-from dmat.errors import DmatError
+from dmat.errors import DmatError, did_you_mean
 from dmat.pipeline import code_identity, work_folder
 from dmat.pipeline.stages import STAGES, Stage
 from dmat.pipeline.work_folder import Finished
@@ -63,9 +63,11 @@ def plan(stage: Stage, instance: Instance, params: Params, workspace: Workspace,
     """
     instances = stage.all_instances(params)
     if dict(instance) not in instances:
-        names = ", ".join(stage.instance_name(valid) for valid in instances) or "(none)"
+        names = [stage.instance_name(valid) for valid in instances]
+        name = stage.instance_name(instance)
         raise DmatError(
-            f"{stage.name} has no instance {stage.instance_name(instance)!r} in params.yaml; expected one of {names}"
+            f"{stage.name} has no instance {name!r} in params.yaml; expected one of {', '.join(names) or '(none)'}"
+            f"{did_you_mean(name, names)}"
         )
     code = code_identity.expect(stage.name, workspace.root) if code is None else code
     settings = stage.settings(params, **instance)

@@ -10,7 +10,7 @@ from dmat.config import NONE, Params
 from dmat.data import mixes, shards
 from dmat.data.mixes import MixRecord
 from dmat.data.mixing import MIX, BatchOrder
-from dmat.errors import DmatError
+from dmat.errors import DmatError, did_you_mean
 from dmat.jobs import generate_images
 from dmat.pipeline import execution, planning
 from dmat.pipeline.stages import STAGES
@@ -89,7 +89,10 @@ def usage(name: str, index: int, arm: str, seed: int, params: Params, workspace:
     Raises DmatError if the arm does not train on images of the set, or its mix is missing.
     """
     if arm not in params.arms:
-        raise DmatError(f"{arm} is not an arm of params.yaml; expected one of {', '.join(params.arms)}")
+        raise DmatError(
+            f"{arm} is not an arm of params.yaml; expected one of {', '.join(params.arms)}"
+            f"{did_you_mean(arm, params.arms)}"
+        )
     image_sets = [params.selections[selection].image_set for selection in params.selections_of(arm)]
     if name not in image_sets:
         raise DmatError(

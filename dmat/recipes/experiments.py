@@ -19,7 +19,7 @@ from typing import Any
 
 from dmat import yaml_file
 from dmat.config.merging import merge
-from dmat.errors import DmatError
+from dmat.errors import DmatError, did_you_mean
 
 LABELS = {
     "measured": "by an experiment of this project, in docs/log.md",
@@ -63,7 +63,10 @@ def summaries() -> dict[str, str]:
 def source_file(name: str) -> Path:
     """The file of a recipe. Raises DmatError for an unknown name."""
     if name not in (names := summaries()):
-        raise DmatError(f"recipe is {name!r}; expected one of {', '.join(names)}; see `dmat recipes list`")
+        raise DmatError(
+            f"recipe is {name!r}; expected one of {', '.join(names)}{did_you_mean(name, names)}; "
+            f"see `dmat recipes list`"
+        )
     return _FOLDER / f"{name}.yaml"
 
 

@@ -19,10 +19,14 @@ if TYPE_CHECKING:  # importing them loads plotly and torch
 
 Chart = dict[str, object]  # data and layout, the arguments of Plotly.newPlot
 _DASHES = ("solid", "dot", "dash", "dashdot", "longdash")
+_LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"}
 
 
 def accuracies(comparison: Comparison) -> Chart:
-    """Bar chart of the accuracy of each arm by each measure, with 95 % intervals. comparison: of `compare`."""
+    """Bar chart of the accuracy of each arm by each measure, with 95 % intervals. comparison: of `compare`.
+
+    The bars are horizontal, so that the names of the measures stand side by side at no width.
+    """
     import plotly.graph_objects as go
 
     arms = comparison["arms"]
@@ -34,15 +38,16 @@ def accuracies(comparison: Comparison) -> Chart:
         traces.append(
             go.Bar(
                 name=arm,
-                x=[heading for heading, _ in labelled_values],
-                y=[100 * value["value"] for _, value in labelled_values],
-                error_y=_error([value for _, value in labelled_values]),
+                y=[heading for heading, _ in labelled_values],
+                x=[100 * value["value"] for _, value in labelled_values],
+                error_x=_error([value for _, value in labelled_values]),
+                orientation="h",
                 marker_color=colour,
-                hovertemplate="%{x}: %{y:.1f} %<extra>" + arm + "</extra>",
+                hovertemplate="%{y}: %{x:.1f} %<extra>" + arm + "</extra>",
             )
         )
-    order = {"categoryorder": "array", "categoryarray": list(MEASURES.values())}
-    layout = {"barmode": "group", "xaxis": order, "yaxis": {"title": "test images, %", "range": [0, 100]}}
+    order = {"categoryorder": "array", "categoryarray": list(MEASURES.values()), "autorange": "reversed"}
+    layout = {"barmode": "group", "yaxis": order, "xaxis": {"title": "test images, %", "range": [0, 100]}}
     return _chart(traces, layout)
 
 
@@ -83,7 +88,7 @@ def curves(
     best: Mapping[str, float] | None = None,
     unit: str = "accuracy, %",
 ) -> Chart | None:
-    """Line chart of one measure of each run over images seen; None if no run has the measure.
+    """Line chart of one measure of each run over images seen; None if no run has the measure at two times.
 
     best: run -> images seen by its best weights. With it, best and last weights are marked: the drop between them is
     what overfitting cost. measure: a key of the history. unit: title of the axis; "%" at its end multiplies by 100.
@@ -112,7 +117,14 @@ def curves(
                         hovertemplate=f"{weights_name} weights: %{{y:{number_format}}}<extra>{run}</extra>",
                     )
                 )  # fmt: skip
-    return _chart(traces, {"xaxis": {"title": "images seen"}, "yaxis": {"title": unit}}) if traces else None
+    if not _has_line(trace["x"] for trace in traces):
+        return None
+    return _chart(traces, {"xaxis": {"title": "images seen"}, "yaxis": {"title": unit, "rangemode": "nonnegative"}})
+
+
+def _has_line(positions: Iterable[Iterable[float]]) -> bool:
+    """Whether the traces of a chart have two points at different places of its horizontal axis. positions: by trace."""
+    return len({position for trace in positions for position in trace}) > 1
 
 
 def _marks(seen: Sequence[float], best: float | None) -> list[tuple[str, float, str]]:
@@ -126,8 +138,9 @@ def against_epsilon(
     comparison: Comparison,
     threat: Mapping[str, str],
     epsilon: float,
-) -> Chart:
+) -> Chart | None:
     """Chart of the PGD accuracy of the best weights against the attack radius, and of AutoAttack at epsilon.
+    None if there is only one radius.
 
     sweeps: run -> points. epsilon: as a number. threat: norm and epsilon as written.
     """
@@ -163,6 +176,8 @@ def against_epsilon(
                     hovertemplate="AutoAttack: %{y:.1f} %<extra>" + arm + "</extra>",
                 )
             )
+    if not _has_line(trace["x"] for trace in traces):
+        return None
     title = f"radius of the attack ({threat['norm']}{', × 255' if in_255ths else ''})"
     layout = {
         "xaxis": {"title": title, "rangemode": "tozero"},
@@ -188,14 +203,14 @@ def quality(
     """Chart of robust accuracy against the distance of generated from real images, and the heading of its measure.
 
     Arms without generated images are horizontal lines. distances: arm -> Fréchet distance, and the network that made
-    the features, which is the same for all arms. image_counts: arm -> number of generated images. None if no arm has
-    generated images.
+    the features, which is the same for all arms. image_counts: arm -> number of generated images. None if the generated
+    images of all arms have the same distance: a chart of one place shows no relation.
     """
     import plotly.graph_objects as go
 
     arms = comparison["arms"]
     measure: ArmMeasure = HEADLINE if all(HEADLINE in values for values in arms.values()) else "best_pgd"
-    if not distances:
+    if not _has_line([[distance] for distance, _ in distances.values()]):
         return None
     colours = _colours(arms)
     x_range = [0.0, 1.1 * max(distance for distance, _ in distances.values())]
@@ -293,7 +308,9 @@ def hours(costs: Sequence[Cost], order: Sequence[str]) -> Chart:
         "barmode": "stack",
         "xaxis": {"title": f"device {unit}"},
         "yaxis": {"autorange": "reversed"},
-        "height": 220 + 60 * len(costs),
+        "height": 260 + 60 * len(costs),
+        # high enough for one column of names on a phone, without a scroll bar
+        "legend": {**_LEGEND, "font": {"size": 11}, "maxheight": 20 * len(stages) + 20},
     }
     return _chart(traces, layout)
 
@@ -325,12 +342,12 @@ def _chart(traces: "Sequence[BaseTraceType]", layout: Mapping[str, object]) -> C
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 13},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
+        "legend": _LEGEND,
         "dragmode": False,
         "template": "none",
     }
     figure = go.Figure(list(traces), {**common, **layout})
-    figure.update_xaxes(automargin=True)
+    figure.update_xaxes(automargin=True, ticklabelstandoff=6)  # away from the lowest label of the other axis
     figure.update_yaxes(automargin=True)
     plain: Chart = figure.to_plotly_json()
     return plain

@@ -1,7 +1,9 @@
 // Draws the charts of the page in its colours. Redraws them for printing and when the colour scheme changes.
+// Labels the cells of every table with the headings of their columns: on a phone each row becomes a card.
 (function () {
   const charts = JSON.parse(document.getElementById("charts").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const touch = window.matchMedia("(hover: none)");
   const PAPER = 640; // px: width of a printed page
 
   function coloured(layout, printing) {
@@ -23,9 +25,17 @@
     for (const [name, chart] of Object.entries(charts)) {
       const element = document.getElementById("chart-" + name);
       const options = { responsive: !printing, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
-      if (printing) options.displayModeBar = false; // otherwise it appears in print under the pointer
+      // in print it would appear under the pointer; a touch screen always shows it, over the legend
+      if (printing || touch.matches) options.displayModeBar = false;
       Plotly.react(element, chart.data, coloured(chart.layout, printing), options);
     }
+  }
+
+  for (const table of document.querySelectorAll("table")) {
+    table.classList.add("cards");
+    const headings = [...table.querySelectorAll("thead th")].map((heading) => heading.textContent);
+    for (const row of table.tBodies[0].rows)
+      [...row.cells].forEach((cell, k) => { if (headings[k]) cell.dataset.label = headings[k]; });
   }
 
   draw(false);

@@ -223,7 +223,7 @@ class _Uint8Dtype:
         """Ignores byte order and alignment: single bytes have neither."""
 
 
-class _CifarUnpickler(pickle.Unpickler):
+class _CifarUnpickler(pickle.Unpickler):  # noqa: S301 - its find_class resolves stand-ins alone
     """Resolves the names that numpy 1 and 2 write for an array to stand-ins, and refuses all others."""
 
     def __init__(self, file: BinaryIO):
