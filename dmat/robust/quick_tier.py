@@ -93,7 +93,7 @@ class QuickTier:
         return adversarial
 
     def _ascend(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """APGD-CE. Arguments and result as for `run`."""
+        """APGD-CE: images [B, C, H, W], labels int64 [B] -> adversarial images [B, C, H, W], as for `run`."""
         goal, starts = Goal("ce", labels), random_start(images, self._ball, generator)
         adversarial, broken, highest = apgd(self._passes, images, goal, self._ball, starts, gradient_ascent.FIRST_CHECK)
         near = (~broken & (highest > _NEAR_CE)).nonzero()[:, 0]
@@ -103,7 +103,7 @@ class QuickTier:
     def _ascend_towards_targets(
         self, images: Tensor, labels: Tensor, rows: Tensor, generator: torch.Generator, end_part: Callable[[int], None]
     ) -> Tensor:
-        """APGD-T. Arguments and result as for `run`."""
+        """APGD-T: images [B, C, H, W], labels and rows int64 [B] -> adversarial images [B, C, H, W], as for `run`."""
         ranking = self._passes.logits(images).sort(1, descending=True).indices  # [B, K]
         adversarial, unbroken = images.clone(), torch.arange(len(images), device=images.device)
         pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # positions [M], targets [M], starts [M, C, H, W]
