@@ -310,9 +310,10 @@ def _loads_as_pyfunc(folder, uri):
         mlflow.set_tracking_uri(None)
     images = np.random.default_rng(1).random((3, 1, 8, 8), np.float32)
     model = dmat.load_model(folder / "artifacts/train_robust/generated-1/best.safetensors")
-    assert np.array_equal(loaded.predict(images), model(torch.from_numpy(images)).numpy())
+    expected = model(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(loaded.predict(images), expected, atol=1e-4)  # other threads round differently
     assert loaded.metadata.signature.outputs.inputs[0].shape == (-1, 10)
-    with pytest.raises(mlflow.exceptions.MlflowException, match="shape"):
+    with pytest.raises(mlflow.exceptions.MlflowException, match="enforce schema"):
         loaded.predict(images[:, :, :5])
     with pytest.raises(DmatError, match=r"the images have values from 0.* to 2.*; expected \[0, 1\]; divide"):
         loaded.predict(images + 1)
