@@ -152,7 +152,7 @@ def test_artifacts_are_in_the_object_store(services, project, monkeypatch, tmp_p
     assert without <= {"mix_images", "select_images"}  # they have no pictures
     (run,) = [run for run in names if names[run].startswith("train_diffusion")]
     pictures = [*(project.folder / "artifacts/pictures/train_diffusion/edm").iterdir()]
-    copies = [client.download_artifacts(run, f"pictures/{path.name}", str(tmp_path)) for path in pictures]
+    copies = [client.download_artifacts(run, path.name, str(tmp_path)) for path in pictures]
     assert [files.sha256(path) for path in pictures] == [files.sha256(path) for path in copies]
 
 
