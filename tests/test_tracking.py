@@ -110,7 +110,7 @@ def test_a_killed_and_resumed_run_is_one_run_with_each_point_once(home):
     assert [run.info.status for run in runs] == ["KILLED"]
     with _open(home) as run:
         _log(home, 20, loss=1.0, bad=float("inf"))
-        run.finish_with({"best": {"pgd": 0.5, "name": "text"}, "parameters": 77562, "accuracy": 1.0}, [])
+        run.finish_with({"best": {"pgd": 0.5, "name": "text"}, "parameters": 77562, "accuracy": 1.0, "loss": 1.0}, [])
     client, runs = _runs(home)
     assert [run.info.status for run in runs] == ["FINISHED"]
     history = client.get_metric_history(runs[0].info.run_id, "loss")

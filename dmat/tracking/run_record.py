@@ -211,10 +211,14 @@ class RunUploader:
             yield from _batches(unsent[: unsent.rfind(b"\n") + 1].splitlines(keepends=True))
 
     def send_end(self, status: str, ending: Mapping[str, Any]) -> None:
-        """Sends final metrics, pictures, tags, models and the status. ending: see `ending` of the record."""
+        """Sends final metrics, pictures, tags, models and the status. ending: see `ending` of the record.
+
+        A metric with a curve is not sent again: MLflow would draw it at step 0, before the curve.
+        """
         run = self.record["run"]
         self.send_tags()
-        self._log([(name, value, 0) for name, value in ending["metrics"].items()])
+        curves = self._names_of_curves()
+        self._log([(name, value, 0) for name, value in ending["metrics"].items() if name not in curves])
         for picture in ending["pictures"]:
             if (path := self.record.folder / picture).exists():
                 self._client.log_artifact(run, str(path))
@@ -227,6 +231,11 @@ class RunUploader:
                 self.tag("dmat.not_registered", problem[:_MAX_TAG])
                 self.record.update(warnings=[*self.record["warnings"], problem])
         self._client.set_terminated(run, status=status, end_time=int(1000 * ending["ended"]))
+
+    def _names_of_curves(self) -> set[str]:
+        path = self.record.folder / METRICS_LOG
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return {name for line in lines for name, _, _ in _metric_points(line, "images_seen")}
 
     def ending_by_children(self) -> dict[str, Any]:
         """Status, error and end time of a parent whose process has ended.
