@@ -12,7 +12,7 @@ import yaml
 from cli.main import main
 from dmat import config, files, seeds
 from dmat.errors import DmatError
-from dmat.pipeline import STAGES, code_identity
+from dmat.pipeline import STAGES, code_identity, planning
 from dmat.robust.networks import Classifier
 from dmat.upkeep import locking
 from dmat.workspace import find_workspace
@@ -205,6 +205,27 @@ def test_part_of_each_stage_is_recomputed_and_nothing_published(edited, stage):
     after = _content(edited)
     changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
     assert changed == {str(edited.folder / "code.yaml")}
+
+
+@pytest.mark.parametrize(("key", "accepted"), [("awp_gamma", True), ("learning_rate", False), ("label_smoothing", False)])
+def test_a_result_from_before_a_setting_existed_is_compared_if_the_setting_has_its_default(edited, key, accepted):
+    """Not if a value is another one: the default of `label_smoothing` is not what params.yaml says."""
+    workspace, stage = find_workspace(edited.folder), STAGES["train_scorer"]
+    locked = code_identity.read(edited.folder).identity_of("train_scorer")
+    plan = planning.plan(stage, {}, config.load(edited.folder / "params.yaml"), workspace, locked)
+    path = workspace.at(stage.provenance_path({}))
+    provenance = json.loads(path.read_text())
+    assert provenance["fingerprint"] == plan.fingerprint
+    del provenance["settings"][key]
+    older = planning.with_fingerprint(plan, provenance["settings"], workspace)
+    assert older.fingerprint != plan.fingerprint
+    plan.work.rename(older.work)
+    files.write_json(path, provenance | {"fingerprint": older.fingerprint})
+    if accepted:
+        assert _accept(edited, "train_scorer").startswith(COMPARED["train_scorer"])
+    else:
+        with pytest.raises(DmatError, match="there is no result of that code with these parameters and inputs"):
+            _accept(edited, "train_scorer")
 
 
 @pytest.mark.parametrize(

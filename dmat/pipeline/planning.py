@@ -1,8 +1,9 @@
 """Plans one instance of a stage: its settings, its checked inputs, and the fingerprint that names its work folder."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from dmat import ARTIFACTS, NONE, SOURCES, files, plugins
 from dmat.config import Params, Record
@@ -78,20 +79,26 @@ def plan(stage: Stage, instance: Instance, params: Params, workspace: Workspace,
     if any(entry["path"].startswith(f"{ARTIFACTS}/prepare_data/") for entry in inputs.values()):
         _expect_known_source(params, workspace)
     _expect_unaltered({entry["path"] for entry in inputs.values()}, params, workspace)
-    identity = {
-        "stage": stage.name,
-        "code": code,
-        "chosen": dict(instance),  # key of earlier versions: a new name would change every fingerprint
-        "settings": settings.plain(),
-        "inputs": {name: entry["sha256"] for name, entry in inputs.items()},
-    }
     paths = plugins.import_paths([record.plain() for record in (settings, *stage.model_settings(params, **instance))])
     plugin_identities = code_identity.of_plugins(paths, stage.name)
-    fingerprint = files.fingerprint(identity | ({"plugins": plugin_identities} if plugin_identities else {}))
-    work = workspace.run_folder(stage.name, stage.instance_name(instance), fingerprint)
-    return Plan(
-        stage, instance, settings, inputs, stage.outputs(params, **instance), code, plugin_identities, fingerprint, work
+    planned = Plan(
+        stage, instance, settings, inputs, stage.outputs(params, **instance), code, plugin_identities, "", Path()
     )
+    return with_fingerprint(planned, settings.plain(), workspace)
+
+
+def with_fingerprint(plan: Plan, settings: Mapping[str, Any], workspace: Workspace) -> Plan:
+    """The plan with the fingerprint, and so the work folder, that it has with these settings as JSON values."""
+    identity = {
+        "stage": plan.stage.name,
+        "code": plan.code,
+        "chosen": dict(plan.instance),  # key of earlier versions: a new name would change every fingerprint
+        "settings": settings,
+        "inputs": {name: entry["sha256"] for name, entry in plan.inputs.items()},
+    }
+    fingerprint = files.fingerprint(identity | ({"plugins": plan.plugins} if plan.plugins else {}))
+    work = workspace.run_folder(plan.stage.name, plan.stage.instance_name(plan.instance), fingerprint)
+    return dataclasses.replace(plan, fingerprint=fingerprint, work=work)
 
 
 def _checksum(stage_name: str, settings: Record, path: Path) -> str:

@@ -6,12 +6,14 @@ published.
 
 import contextlib
 import dataclasses
+import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pydantic
 
 from dmat import files
 from dmat.config import Params
@@ -95,8 +97,18 @@ def _finished_results(
             provenance = files.read_record(workspace.at(stage.provenance_path(instance)), Provenance)
         except DmatError:
             continue  # an input or the result is missing
-        if provenance["fingerprint"] == plan.fingerprint:
-            yield plan, provenance["compute"]
+        recorded = _as_recorded(plan, provenance["settings"], workspace)
+        if provenance["fingerprint"] == recorded.fingerprint:
+            yield recorded, provenance["compute"]
+
+
+def _as_recorded(plan: Plan, settings: Mapping[str, Any], workspace: Workspace) -> Plan:
+    """The plan of a result whose settings lack keys that were added since, if these have their defaults now."""
+    try:
+        completed = type(plan.settings).model_validate_json(json.dumps(settings))
+    except pydantic.ValidationError:
+        return plan
+    return planning.with_fingerprint(plan, settings, workspace) if completed == plan.settings else plan
 
 
 def _stop_at_first_record(images_seen: int, values: dict[str, float]) -> None:
