@@ -207,7 +207,9 @@ def test_part_of_each_stage_is_recomputed_and_nothing_published(edited, stage):
     assert changed == {str(edited.folder / "code.yaml")}
 
 
-@pytest.mark.parametrize(("key", "accepted"), [("awp_gamma", True), ("learning_rate", False), ("label_smoothing", False)])
+@pytest.mark.parametrize(
+    ("key", "accepted"), [("awp_gamma", True), ("learning_rate", False), ("label_smoothing", False)]
+)
 def test_a_result_from_before_a_setting_existed_is_compared_if_the_setting_has_its_default(edited, key, accepted):
     """Not if a value is another one: the default of `label_smoothing` is not what params.yaml says."""
     workspace, stage = find_workspace(edited.folder), STAGES["train_scorer"]
