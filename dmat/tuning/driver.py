@@ -18,6 +18,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from dmat import files
@@ -35,7 +36,7 @@ class Driver:
     """Computes the trials of a study until `total` have ended, and ranks the best.
 
     in_process: trials run in this process, so that a trial that kills its process kills the driver.
-    on_trial_end: called when a trial has ended.
+    on_trial_end: called when a trial has ended. quiet: no progress bar of the ranking.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Driver:
         total: int,
         in_process: bool,
         on_trial_end: Callable[[], None],
+        quiet: bool,
     ):
         self._plan, self._study, self._rdb, self._total = context.plan, study, rdb, total
+        self._quiet = quiet
         self._context = context.for_workers
         self._in_process, self._on_trial_end = in_process, on_trial_end
         self._study_id = rdb.get_study_id_from_name(study.study_name)
@@ -214,7 +217,8 @@ class Driver:
 
     def _rank(self, engine: Engine, check_interruption: Callable[[], None]) -> None:
         """Ranks the best trials whose weights are here."""
-        waiting = iter(ranking.missing(self._plan, self._study))
+        missing = ranking.missing(self._plan, self._study)
+        waiting = iter(missing)
 
         def next_task() -> Task | None:
             trial = next(waiting, None)
@@ -226,10 +230,14 @@ class Driver:
         def record(outcome: Outcome) -> None:
             if outcome.error is None:
                 ranking.record(self._study, int(outcome.task.name), outcome.result)
+                bar.update()
             elif not isinstance(outcome.error, Interrupted):
                 raise outcome.error
 
-        engine.run(next_task, on_outcome=record, check_interruption=check_interruption)
+        with tqdm(
+            total=len(missing), unit=" trials", desc="rank by AutoAttack", disable=self._quiet or not missing
+        ) as bar:
+            engine.run(next_task, on_outcome=record, check_interruption=check_interruption)
 
 
 def _number_of(task: Task) -> int:

@@ -110,7 +110,8 @@ def _compute(
                 bar.set_postfix_str(report.in_words(best))
 
         on_trial_end()
-        work = driver.Driver(context, study, rdb, options.total, not engine_options.has_workers, on_trial_end)
+        in_process = not engine_options.has_workers
+        work = driver.Driver(context, study, rdb, options.total, in_process, on_trial_end, options.quiet)
         work.run(engine, interruption.raise_if_received)
         summary, attachments = report.write(plan, study)
         tracked.describe(report.markdown(plan, study))
