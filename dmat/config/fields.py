@@ -1,7 +1,9 @@
 """Types of settings that several stages share: frozen records, numbers with limits, names."""
 
 import importlib
+import json
 import re
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Self, TypeVar
 
@@ -128,6 +130,13 @@ class Record(pydantic.BaseModel):
     def plain(self) -> dict[str, Any]:
         """The settings as JSON values, with fractions as written."""
         return self.model_dump(mode="json")
+
+    def are_those_of(self, values: Mapping[str, Any]) -> bool:
+        """Whether values as of `plain`, with the defaults of keys that they lack, are these settings."""
+        try:
+            return type(self).model_validate_json(json.dumps(values)) == self
+        except pydantic.ValidationError:
+            return False
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

@@ -6,14 +6,12 @@ published.
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import pydantic
 
 from dmat import files
 from dmat.config import Params
@@ -104,11 +102,7 @@ def _finished_results(
 
 def _as_recorded(plan: Plan, settings: Mapping[str, Any], workspace: Workspace) -> Plan:
     """The plan of a result whose settings lack keys that were added since, if these have their defaults now."""
-    try:
-        completed = type(plan.settings).model_validate_json(json.dumps(settings))
-    except pydantic.ValidationError:
-        return plan
-    return planning.with_fingerprint(plan, settings, workspace) if completed == plan.settings else plan
+    return planning.with_fingerprint(plan, settings, workspace) if plan.settings.are_those_of(settings) else plan
 
 
 def _stop_at_first_record(images_seen: int, values: dict[str, float]) -> None:
