@@ -59,8 +59,15 @@ class Project:
         work = self.work(stage, instance_name, fingerprint, **more)
         (work / "result/out").mkdir(parents=True)
         (work / "result/out/weights").write_bytes(f"{stage} {instance_name} {fingerprint}".encode() * 100)
-        provenance = {"stage": stage, "instance": instance_name, "fingerprint": fingerprint, "settings": {"beta": 5.0}}
-        files.write_json(work / "finished.json", {"metrics": {"n": 1}, "code": NOW, "provenance": provenance})
+        compute = {"device": "cpu", "precision": "fp32", "precision_reason": "", "threads": 1, "processes": 1}
+        provenance = {
+            "stage": stage, "instance": instance_name, "fingerprint": fingerprint, "code": NOW,
+            "settings": {"beta": 5.0}, "inputs": {}, "compute": compute | {"torch": "2"}, "seconds": 1.0, "measured": {}, "outputs": {},
+            "mlflow_run": None, "mlflow_parent": None, "work": f"runs/{work.name}", "finished": "2026-11-29T12:00:00Z",
+            "host_cores": 2,
+        }  # fmt: skip
+        record = {"metrics": {"n": 1}, "notes": [], "code": NOW, "files": {}, "provenance": provenance}
+        files.write_json(work / "finished.json", record)
         files.publish(work / "result/out", self.at(out or f"artifacts/{stage}/{instance_name}"))
         files.write_json(self.at(f"artifacts/metrics/{stage}/{instance_name}.json"), {"n": 1})
         files.write_json(self.at(f"artifacts/provenance/{stage}/{instance_name}.json"), provenance)

@@ -12,10 +12,8 @@ import subprocess
 import threading
 import time
 
-import boto3
 import optuna
 import pytest
-from botocore.exceptions import ClientError
 
 from dmat import files
 from dmat.pipeline import STAGES
@@ -107,6 +105,8 @@ def test_mlflow_lets_only_users_in(services):
 
 
 def test_the_object_store_refuses_another_key(services):
+    from botocore.exceptions import ClientError
+
     _bucket(services).put_object(Bucket=BUCKETS[1], Key="probe", Body=b"x")
     with pytest.raises(ClientError, match=r"SignatureDoesNotMatch|AccessDenied|InvalidAccessKeyId"):
         _bucket(services, "wrong").get_object(Bucket=BUCKETS[1], Key="probe")
@@ -201,6 +201,8 @@ def test_a_study_on_two_workers_survives_the_database_and_a_worker(services, pro
 
 
 def _bucket(services, secret=PASSWORD):
+    import boto3  # of the extra `services`, which only these tests need
+
     return boto3.client(
         "s3", endpoint_url=services.store.url, region_name="us-east-1", aws_access_key_id="dmat",
         aws_secret_access_key=secret,
