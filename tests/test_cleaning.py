@@ -62,7 +62,8 @@ class Project:
         compute = {"device": "cpu", "precision": "fp32", "precision_reason": "", "threads": 1, "processes": 1}
         provenance = {
             "stage": stage, "instance": instance_name, "fingerprint": fingerprint, "code": NOW,
-            "settings": {"beta": 5.0}, "inputs": {}, "compute": compute | {"torch": "2"}, "seconds": 1.0, "measured": {}, "outputs": {},
+            "settings": {"beta": 5.0}, "inputs": {}, "compute": compute | {"torch": "2"},
+            "seconds": 1.0, "measured": {}, "outputs": {},
             "mlflow_run": None, "mlflow_parent": None, "work": f"runs/{work.name}", "finished": "2026-11-29T12:00:00Z",
             "host_cores": 2,
         }  # fmt: skip
