@@ -6,10 +6,16 @@ from collections.abc import Collection
 from pathlib import Path
 
 import psutil
+from typing_extensions import TypedDict
 
 from dmat import ARTIFACTS, files, liveness
 from dmat.errors import DmatError
-from dmat.workspace import Provenance
+
+
+class _Tracked(TypedDict):
+    """A provenance record, as far as it is read here."""
+
+    mlflow_run: str | None
 
 
 def outermost() -> tuple[psutil.Process, str, list[str]] | None:
@@ -87,6 +93,6 @@ def unrecorded(root: Path, runs: Collection[str]) -> list[str]:
         with contextlib.suppress(DmatError, OSError):
             # a provenance file holds its time and its run, so its checksum identifies this result
             md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-            if md5 not in lock and files.read_record(path, Provenance)["mlflow_run"] in runs:
+            if md5 not in lock and files.read_record(path, _Tracked)["mlflow_run"] in runs:
                 instances.append(f"{path.parent.name} {path.stem}")
     return instances
