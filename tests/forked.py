@@ -62,9 +62,9 @@ def run(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     return Command(folder, *arguments, **environment).wait()
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Waits until a condition holds; fails after `LIMIT` seconds."""
-    deadline = time.monotonic() + LIMIT
+def until(condition: Callable[[], object], limit: float = LIMIT) -> None:
+    """Waits until a condition holds; fails after `limit` seconds."""
+    deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)

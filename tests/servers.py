@@ -24,7 +24,10 @@ def kill(process: subprocess.Popen) -> None:
     """Kills a process and its descendants, also those in sessions of their own."""
     if process.poll() is None:
         kill_tree(process.pid)
-    process.communicate()
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
 
 
 def kill_tree(pid: int) -> None:

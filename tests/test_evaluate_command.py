@@ -302,7 +302,7 @@ REFUSED = {
     "l2 in levels": ((*MODEL, "--norm", "l2", "--epsilon", "128"), "larger than the l2 distance"),
     "epsilon no number": ((*MODEL, "--epsilon", "eight"), "is 'eight'"),
     "norm": ((*MODEL, "--norm", "l1", "--epsilon", "8/255"), "is 'l1'; expected 'linf' or 'l2'"),
-    "attack": ((*MODEL, "--attacks", "pgd"), "expected 'standard', 'none' or a list of some of apgd-ce"),
+    "attack": ((*MODEL, "--attacks", "pgd"), "expected 'standard', 'quick', 'none' or a list of some of apgd-ce"),
     "split": ((*MODEL, "--split", "validation"), "expected test or train"),
     "entry": ((*MODEL, "--against", "robustbench", "--entry", "Nobody2030"), "names no data set"),
     "entry alone": ((*MODEL, "--entry", "Wang2023Better_WRN-28-10"), "--entry came without --against"),
@@ -334,7 +334,7 @@ def test_invalid_requests_give_one_error_line(elsewhere, kind):
 
 SIDECARS = {
     "threat as a string": ({"threat": "linf"}, "has the threat 'linf'; expected norm and epsilon"),
-    "activation": ({"network": {"activation": "gelu"}}, "activation is 'gelu', not one of relu, silu"),
+    "activation": ({"network": {"activation": "tanh"}}, "activation is 'tanh', not one of relu, silu"),
     "depth": ({"network": {"depth": "x"}}, "depth is 'x', not a whole number"),
     "classes": ({"classes": "10"}, "classes is '10'"),
     "std of two": ({"std": [0.3, 0.3]}, "std is"),

@@ -115,7 +115,7 @@ def test_a_folder_keeps_shards_and_results(model, images, labels, tmp_path):
     ({"norm": "l1"}, "norm"),
     ({"epsilon": 8}, "larger than the pixel range"),
     ({"steps": 5}, "steps"),
-    ({"auto_attack": "fast"}, "expected 'standard', 'none' or a list"),
+    ({"auto_attack": "fast"}, "expected 'standard', 'quick', 'none' or a list"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_sentence(model, images, labels, change, message):
     arguments = {"model": model, "images": images, "labels": labels, "epsilon": 0.01, **QUICK, **change}

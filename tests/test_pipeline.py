@@ -134,7 +134,8 @@ def test_dmat_repro_gives_what_dvc_repro_gives(project, tmp_path_factory, tiny_p
     assert sum(line["state"] == "done" for line in lines) == PIPELINE_STAGES
     open_instances, most = set(), 0
     for line in lines:
-        (open_instances.add if line["state"] == "started" else open_instances.discard)(line["instance"])
+        ended = line["state"] not in ("started", "running")
+        (open_instances.discard if ended else open_instances.add)(line["instance"])
         most = max(most, len(open_instances))
     assert most >= 2, "nothing ran side by side"
     checksums = [
@@ -201,8 +202,10 @@ def test_mlflow_has_one_parent_and_a_finished_run_for_each_stage(project):
     trained = next(run for run in children if run.data.tags["dvc.stage"] == "train_robust@generated-1")
     assert trained.data.params["beta"] == "5"
     evaluated = next(run for run in children if run.data.tags["dvc.stage"] == "evaluate_robust@generated-1")
-    assert trained.data.params.items() - {("batch", "64")} <= evaluated.data.params.items()
+    both = {"batch", "images"}  # names that an evaluation has too
+    assert {item for item in trained.data.params.items() if item[0] not in both} <= evaluated.data.params.items()
     assert evaluated.data.params["train_robust.batch"] == "64"
+    assert evaluated.data.params["train_robust.images"] == "edm18_best"
     comparison = "generated_minus_baseline.best_pgd"
     report = next(run for run in children if run.data.tags["dvc.stage"] == "write_report")
     assert parents[0].data.metrics[comparison] == report.data.metrics[comparison]
@@ -315,10 +318,6 @@ def test_a_second_repro_runs_nothing_and_an_experiment_with_another_beta_reruns_
     metrics = [name for name in gentle if name.startswith(("generated.", "real_only.", "generated_minus_baseline."))]
     # clean and PGD, best and last, and AutoAttack of the commit that was cloned; not every number of every instance
     assert len(metrics) == 3 * 5
-    shown = project.run("dvc", "exp", "show", "--csv", "--only-changed").splitlines()[0].split(",")
-    assert "arms.generated.beta" in shown
-    assert not {"arms.generated.images", "real_only.best_pgd", "train_robust.beta"} & {*shown}
-    assert len(shown) < 30
 
 
 def test_a_clone_pulls_everything_that_was_pushed_and_compares_its_metrics(project, tmp_path):

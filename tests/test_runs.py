@@ -205,7 +205,9 @@ def test_trials_that_were_ranked_are_compared_in_pairs(tmp_path):
             path.parent.mkdir(exist_ok=True)
             np.savez(path.with_suffix(".npz"), auto_attack=part, adversarial=np.zeros((10, 1, 2, 2)))
             identity = {"images": "abc", "weights": name, "shard": number, "images_attacked": 30}
-            files.write_json(path.with_suffix(".json"), {"images": 10, "identity": identity})
+            digest = files.sha256(path.with_suffix(".npz"))
+            record = {"images": 10, "identity": identity, "seconds": 1.0, "sha256": digest}
+            files.write_json(path.with_suffix(".json"), record)
     workspace = Workspace(tmp_path, tmp_path)
     differences = comparing.paired(workspace, *runs)
     assert set(differences) == {"auto_attack"}

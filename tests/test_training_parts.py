@@ -340,6 +340,7 @@ class Harmful:
 def test_loading_executes_nothing(checkpoint, capsys):
     payload = pickle.dumps(Harmful(), protocol=2)
     header = {"schema": checkpoints.SCHEMA, "sha256": hashlib.sha256(payload).hexdigest()}
+    header |= {"images_seen": 1, "precision": "fp32", "threads": 1}
     checkpoint.write_bytes(json.dumps(header).encode() + b"\n" + payload)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         checkpoints.load(checkpoint)

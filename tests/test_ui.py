@@ -28,7 +28,8 @@ def test_a_signal_to_its_process_alone_ends_the_servers_too(root, tmp_path, monk
     command = [sys.executable, "-m", "cli.main", "ui", "--port", str(port)]
     options = {"cwd": tmp_path, "env": {"PYTHONPATH": str(root), "PATH": ""}, "text": True}
     with servers.running(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **options) as started:
-        assert started.stdout.readline().startswith(f"MLflow UI: http://127.0.0.1:{port}/#/experiments/")
+        lines = iter(started.stdout.readline, "")  # the server prints lines of its own before
+        assert any(line.startswith(f"MLflow UI: http://127.0.0.1:{port}/#/experiments/") for line in lines)
         assert servers.healthy(port), "the address is printed when it answers"
         children = psutil.Process(started.pid).children(recursive=True)
         commands = [line for line in map(servers.command_line, children) if line]

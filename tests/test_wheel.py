@@ -65,7 +65,7 @@ def test_a_plain_install_is_light(wheel):
         | {"dask", "distributed", "dask-jobqueue"}
     )
     assert {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra")} == {
-        *("tune", "team", "measures", "cluster", "all", "dev"),
+        *("tune", "team", "measures", "cluster", "services", "all", "dev"),
     }
 
 

@@ -6,9 +6,10 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import torch
+from typing_extensions import TypedDict
 
 from dmat import ARTIFACTS, NONE, SOURCES, files
 from dmat.config import ImageSet, Params
@@ -21,11 +22,17 @@ from dmat.pipeline import execution, image_sets, planning
 from dmat.pipeline.planning import Plan
 from dmat.pipeline.stages import STAGES
 from dmat.training import weights
-from dmat.workspace import Provenance, Workspace
+from dmat.workspace import Workspace
 
 _RESERVE = 1 << 30  # bytes of the disk that stay free: logs, checkpoints and MLflow need some
 _SHARD_OVERHEAD = 2 * 128 + 2 * 4096  # bytes: headers of two arrays, and what the file system rounds up
 _FIRST_PROBE = 8  # images
+
+
+class _Made(TypedDict):
+    """A provenance record, as far as it is read here."""
+
+    code: str
 
 
 class SetPlan(TypedDict):
@@ -143,7 +150,7 @@ def _reusable_images(folder: Path, planned: Plan, settings: ImageSet, generator:
     if not (folder / MANIFEST).is_file() or not provenance.is_file():
         return 0
     manifest = read_manifest(folder)
-    made_by = files.read_record(provenance, Provenance)["code"], manifest.get("generator_sha256"), manifest.get("seed")
+    made_by = files.read_record(provenance, _Made)["code"], manifest.get("generator_sha256"), manifest.get("seed")
     same = made_by == (planned.code, generator, settings.seed) and manifest.get("block") == settings.block
     if not same or manifest.get("sampler") != settings.sampler.plain():
         return 0

@@ -24,7 +24,7 @@ _SET_ASIDE_NAME = re.compile(r"before-\d{8}-\d{6}")
 STUDY = "tune"  # in place of a stage name: a tuning study
 # Files that jobs write at the top of their folder; code.json by versions before code.yaml. All others are foreign.
 _JOB_FILES = re.compile(
-    r"finished\.json|code\.json|checkpoint\.dmat|metrics\.jsonl?|result|pictures|shard-\d+\.json|shards"
+    r"finished\.json|code\.json|compiled\.json|diverged\.json|compiled|checkpoint\.dmat|metrics\.jsonl?|result|pictures|shard-\d+\.json|shards"
 )
 
 

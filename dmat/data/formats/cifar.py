@@ -9,12 +9,12 @@ Shapes: N images.
 """
 
 import dataclasses
+import io
 import math
 import pickle
-import pickletools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -169,10 +169,7 @@ def _read_pickled(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
 def _read_pickle(path: Path) -> dict[str, object]:
     """The dictionary in a pickle, with its keys as text. Raises DmatError for anything else."""
     try:
-        with open(path, "rb") as file:
-            _expect_short_memo(file.read())
-            file.seek(0)
-            content = _CifarUnpickler(file).load()
+        content = _CifarUnpickler(path).load()
     except DmatError:
         raise
     except Exception as error:  # hostile bytes may raise any exception; none of them is a bug of dmat
@@ -184,13 +181,6 @@ def _read_pickle(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise DmatError(f"{path} holds a {type(content).__name__}; expected a dictionary; unpack the archive again")
     return {_text(key): value for key, value in content.items()}
-
-
-def _expect_short_memo(program: bytes) -> None:
-    """Raises ValueError if a pickle numbers its objects beyond its length: memory is asked for by the number."""
-    for instruction, argument, _ in pickletools.genops(program):
-        if instruction.name in ("PUT", "LONG_BINPUT") and isinstance(argument, int) and argument > len(program):
-            raise ValueError(f"it has an object number {argument}")
 
 
 def _text(value: object) -> str:
@@ -223,12 +213,16 @@ class _Uint8Dtype:
         """Ignores byte order and alignment: single bytes have neither."""
 
 
-class _CifarUnpickler(pickle.Unpickler):  # noqa: S301 - its find_class resolves stand-ins alone
-    """Resolves the names that numpy 1 and 2 write for an array to stand-ins, and refuses all others."""
+class _CifarUnpickler(pickle._Unpickler):
+    """Resolves the names that numpy 1 and 2 write for an array to stand-ins, and refuses all others.
 
-    def __init__(self, file: BinaryIO):
-        super().__init__(file, encoding="bytes")  # keeps text of Python 2 as bytes
-        self.file = file
+    The unpickler in C asks for memory by the numbers that a file gives its objects; this one keeps a dictionary.
+    """
+
+    def __init__(self, path: Path):
+        # from memory, so that no declared length asks for more than the file has
+        super().__init__(io.BytesIO(path.read_bytes()), encoding="bytes")  # keeps text of Python 2 as bytes
+        self.path = path
 
     def find_class(self, module: str, name: str) -> Callable[..., object]:
         """Returns a stand-in for a name that a numpy array needs. Raises DmatError for any other name."""
@@ -242,6 +236,6 @@ class _CifarUnpickler(pickle.Unpickler):  # noqa: S301 - its find_class resolves
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
             return lambda text, _: text.encode("latin-1")
         raise DmatError(
-            f"{self.file.name} names {module}.{name}, and reading that would run code; expected arrays, numbers and "
+            f"{self.path} names {module}.{name}, and reading that would run code; expected arrays, numbers and "
             f"text; download CIFAR from the page of its authors"
         )
