@@ -1402,7 +1402,8 @@ def test_the_commands_of_the_page_work(tmp_path, call, root, monkeypatch):
     np.save(tmp_path / "images.npy", images(4, 32, 32, 3))
     np.save(tmp_path / "labels.npy", np.zeros(4, np.int64))
     client, experiment = stores.connect(tmp_path)
-    weights.save(tmp_path / "best.safetensors", network(1).state_dict(), {"kind": "classifier", "image_shape": [8, 8, 1], "classes": 10})
+    sidecar = {"kind": "classifier", "image_shape": [8, 8, 1], "classes": 10}
+    weights.save(tmp_path / "best.safetensors", network(1).state_dict(), sidecar)
     digests = [files.sha256(tmp_path / f"best.{kind}") for kind in ("safetensors", "json")]
     champion = registry.RegistryCandidate("digits-3f2a91c0-linf-1_5", tmp_path / "best.safetensors", {}, 0.7, *digests)
     registry.register(client, client.create_run(experiment).info.run_id, champion)
