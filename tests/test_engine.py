@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -221,6 +222,19 @@ def test_a_task_in_the_driver_occupies_no_worker(cluster, tmp_path):
     assert not any(outcome.error for outcome in ended.values())
     assert ended["here"].result == os.getpid()
     assert os.getpid() not in {ended[f"worker {k}"].result for k in range(2)}
+
+
+def test_a_task_in_the_driver_asks_the_thread_of_the_driver(cluster):
+    here, asked = Task("here", engine_tasks.report, (3,), in_driver=True), []
+
+    def answer(task, message):
+        asked.append((task.name, message["step"], threading.current_thread() is threading.main_thread()))
+        return {"prune": message["step"] == 1}
+
+    waiting, ended = [here], []
+    cluster.run(lambda: waiting.pop() if waiting else None, on_outcome=ended.append, on_message=answer)
+    assert ended[0].result == [False, True, False]
+    assert asked == [("here", step, True) for step in range(3)]
 
 
 def test_a_stop_reaches_a_task_in_the_driver(cluster, tmp_path):

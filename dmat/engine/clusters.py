@@ -295,7 +295,7 @@ class _SchedulerFile(TypedDict):
 class _Note(TypedDict):
     """A message of an attempt to run a task. The driver answers all but the last."""
 
-    event: str  # "started", then any number of "message", then "ended"; of a thread of the driver only "outcome"
+    event: str  # "started", any number of "message", "ended"; of a thread of the driver "question" and "outcome"
     number: int  # of the task
     attempt: str
     content: Any
@@ -415,10 +415,14 @@ class _Conversation:
         self.running[number] = _Running(task, future, lost_workers=lost_workers)
 
     def _run_here(self, number: int, task: Task) -> None:
-        context = _ThreadContext(self)
+        context = _ThreadContext(self, number)
         with interruption.asking(context.check_interruption):
             outcome = run_task(task, context)
         self._notes.put({"event": "outcome", "number": number, "attempt": "", "content": outcome})
+
+    def question(self, number: int, message: Message, answers: "queue.Queue[Message]") -> None:
+        """Hands a message of a thread to the driver's own thread, which puts the answer into the queue."""
+        self._notes.put({"event": "question", "number": number, "attempt": "", "content": (message, answers)})
 
     def receive(self, timeout: float) -> None:
         """Waits for one message, at most `timeout` seconds, and handles it; then looks for killed workers."""
@@ -439,6 +443,11 @@ class _Conversation:
         if note["event"] == "outcome":
             if running is not None:
                 self._finish(number, note["content"])
+            return
+        if note["event"] == "question":
+            message, answers = note["content"]
+            if running is not None and self.stop_request is None:
+                answers.put(self._callbacks.on_message(running.task, message))
             return
         if note["event"] == "started" and running is not None and self.stop_request is None:
             if running.attempt:  # the scheduler runs the task again
@@ -544,11 +553,16 @@ def _rebuilt(kind: str, sentence: str, exit_code: int) -> DmatError | Interrupte
 class _ThreadContext:
     """What a task in a thread of the driver sees of the engine."""
 
-    def __init__(self, conversation: _Conversation):
-        self._conversation = conversation
+    def __init__(self, conversation: _Conversation, number: int):
+        self._conversation, self._number = conversation, number
 
     def ask(self, message: Message) -> Message:
-        raise AssertionError("a task in the driver's process has nobody to ask")
+        answers: queue.Queue[Message] = queue.Queue()
+        self._conversation.question(self._number, message, answers)
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return answers.get(timeout=_POLL_SECONDS)
+            self.check_interruption()
 
     def check_interruption(self) -> None:
         if (stop := self._conversation.stop_request) is not None:
