@@ -1,14 +1,15 @@
 # dmat with all extras, for the scheduler and the workers of docker-compose.yml.
 FROM python:3.12.13-slim-bookworm AS build
-# Which builds of torch to install: cpu, or cu130 for the version of CUDA that constraints.txt names.
-ARG TORCH=cpu
+# The address of an index with other builds of torch, such as those for the CPU alone, which are gigabytes smaller. Empty:
+# the builds with CUDA that constraints.txt names, which compute on a CPU too.
+ARG TORCH_INDEX=
 RUN python -m venv /opt/dmat
 ENV PATH=/opt/dmat/bin:$PATH
 WORKDIR /build
 COPY constraints.txt ./
 # By themselves: a layer of gigabytes that a change of dmat does not touch.
 RUN pip install --no-cache-dir --constraint constraints.txt \
-    --extra-index-url "https://download.pytorch.org/whl/${TORCH}" torch torchvision
+    ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} torch torchvision
 COPY pyproject.toml README.md LICENSE ./
 COPY cli cli
 COPY dmat dmat

@@ -64,7 +64,7 @@ worker: .env certificates/key.pem
 ifeq ($(GPU),)
 	$(COMPOSE) --profile worker up --build --detach --wait --scale worker=$(WORKERS) worker
 else
-	TORCH=cu130 GPU=$(GPU) $(COMPOSE) --profile worker-cuda run --build --detach --rm worker-cuda
+	GPU=$(GPU) $(COMPOSE) --profile worker-cuda run --build --detach --rm worker-cuda
 endif
 
 down: .env

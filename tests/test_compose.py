@@ -139,11 +139,12 @@ def test_images_install_only_what_constraints_pin(services: dict[str, Any]) -> N
     assert dockerfile.count("pip install") == dockerfile.count("--constraint constraints.txt") == 2
 
 
-def test_the_cuda_build_is_that_of_the_pinned_torch(services: dict[str, Any]) -> None:
-    assert services["worker"]["build"]["args"] == {"TORCH": "cpu"}
-    (toolkit,) = re.findall(r"^cuda-toolkit==(\d+)\.(\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    for name in ("Makefile", "Dockerfile"):
-        assert {*re.findall(r"\bcu\d+\b", (ROOT / name).read_text())} == {"cu" + "".join(toolkit)}, name
+def test_the_image_of_a_gpu_always_has_the_pinned_builds_with_cuda() -> None:
+    services = _config(TORCH_INDEX="https://index.example.org/cpu")["services"]
+    indexes = {name: services[name]["build"]["args"]["TORCH_INDEX"] for name in ("scheduler", "worker", "worker-cuda")}
+    assert indexes == {**dict.fromkeys(("scheduler", "worker"), "https://index.example.org/cpu"), "worker-cuda": ""}
+    assert services["worker"]["image"] != services["worker-cuda"]["image"]
+    assert re.search(r"^cuda-toolkit==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     devices = services["worker-cuda"]["deploy"]["resources"]["reservations"]["devices"]
     assert [device["capabilities"] for device in devices] == [["gpu"]]
 
@@ -209,7 +210,7 @@ def test_the_cluster_talks_by_tls_alone(services: dict[str, Any]) -> None:
     [
         (["up"], "docker compose up --build --detach --wait"),
         (["worker", "WORKERS=3"], "--profile worker up --build --detach --wait --scale worker=3 worker"),
-        (["worker", "GPU=2"], "TORCH=cu130 GPU=2"),
+        (["worker", "GPU=2"], "GPU=2 DMAT_USER="),
         (["down"], "--profile worker --profile worker-cuda down"),
     ],
 )
