@@ -1,6 +1,6 @@
 """EDM against DDPM against no generated images on Fashion-MNIST, in short pieces for one GPU.
 
-    P="python benchmarks/fashion_gpu.py --folder /tmp/fashion-gpu --data /usr/share/datasets/fashion-mnist"
+    P="python benchmarks/fashion_gpu.py --folder fashion-gpu --data /usr/share/datasets/fashion-mnist"
     $P plan                  # counted operations of every piece
     $P generate edm          # trains a generator and samples its images; also: ddpm
     $P train real_only       # trains the classifier of an arm; also: edm, ddpm
@@ -21,7 +21,6 @@ import collections
 import copy
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,13 +29,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from dmat import devices, modes, seeds
+from dmat import devices, files, modes, seeds
 from dmat.data.formats import idx
 from dmat.data.mixing import BatchOrder, Mix, ShuffledSequence
-from dmat.devices import Compute
+from dmat.data.pixels import to_bytes, to_float
 from dmat.diffusion import formulations
 from dmat.diffusion.networks import NETWORKS, DenoiserSpec
 from dmat.diffusion.samplers import SAMPLERS
@@ -122,31 +121,12 @@ class Piece:
         if path.exists() and (earlier := json.loads(path.read_text())) != settings:
             changed = [name for name in settings if settings[name] != earlier.get(name)]
             sys.exit(f"{path} has other {', '.join(changed)}; expected the same; give another --folder")
-        write(path, json.dumps(settings, indent=2).encode())
+        files.write_json(path, settings)
 
     def checkpoint(self, name: str) -> tuple[Path, dict[str, Any] | None]:
         """The checkpoint file `name` and what it holds; None if there is none."""
         path = self.folder / f"{name}.checkpoint"
         return path, torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-
-
-def write(path: Path, data: bytes) -> None:
-    """Writes a file that is complete or absent."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes an array of any shape that is complete or absent."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        np.save(file, array)
-    os.replace(part, path)
-
-
-def to_unit(images: np.ndarray, compute: Compute) -> Tensor:  # uint8 [B, H, W, C] -> float32 [B, C, H, W] in [0, 1]
-    return compute.to_device(torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255))
 
 
 def run_steps(
@@ -177,9 +157,8 @@ def run_steps(
             )
         if piece.clock.over() and step + 1 < steps:
             states = {key: model.state_dict() for key, model in models.items()}
-            part = path.with_name(path.name + ".part")
-            torch.save({**states, "optimiser": optimiser.state_dict(), "step": step + 1}, part)
-            os.replace(part, path)
+            with files.writing(path) as file:
+                torch.save({**states, "optimiser": optimiser.state_dict(), "step": step + 1}, file)
             raise WorkLeft
 
 
@@ -205,7 +184,7 @@ def train_denoiser(piece: Piece, generator: str) -> formulations.Preconditioned:
 
         def train_step(step: int) -> Tensor:
             rows, rng = order.at(step * batch, batch), seeds.stream(piece.seed, "denoiser/noise", step)
-            x, y = to_unit(images[rows], compute) * 2 - 1, torch.from_numpy(labels[rows]).to(compute.device)
+            x, y = compute.to_device(to_float(images[rows])) * 2 - 1, torch.from_numpy(labels[rows]).to(compute.device)
             sigma = denoiser.formulation.draw_sigma(rng, batch).to(compute.device)  # [B]
             noise = compute.to_device(seeds.normal(rng, tuple(x.shape)))
             optimiser.param_groups[0]["lr"] = schedules.ramp_then_cosine(step / steps, args.generator_rate, 0.05)
@@ -226,9 +205,8 @@ def train_denoiser(piece: Piece, generator: str) -> formulations.Preconditioned:
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """Writes the state dict of a model; the file is complete or absent."""
-    part = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, part)
-    os.replace(part, path)
+    with files.writing(path) as file:
+        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}))
 
 
 def sampler_of(generator: str, args: argparse.Namespace) -> Sampler:
@@ -259,8 +237,8 @@ def generate(piece: Piece) -> None:
             images = SAMPLERS[sampler.name](
                 denoiser, noise("latents"), labels, sampler, lambda step: noise(f"churn/{step}")
             )
-        pixels = (images.double() * 127.5 + 127.5).round_().clamp_(0, 255).to(torch.uint8)  # [B, C, H, W]
-        write_array(path, pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        with files.writing(path) as file:
+            np.save(file, to_bytes(images))
         print(f"{generator}: {block.stop:,} of {args.images:,} images", flush=True)
 
 
@@ -313,7 +291,7 @@ def train(piece: Piece) -> None:
         if generated:
             images = np.concatenate([images, generated[0][of_generated]])
             labels = np.concatenate([labels, generated[1][of_generated]])
-        x, y = to_unit(images, compute), torch.from_numpy(labels).to(compute.device)
+        x, y = compute.to_device(to_float(images)), torch.from_numpy(labels).to(compute.device)
         start = losses.draw_start("trades", ball, seeds.stream(piece.seed, "attack/start", step), tuple(x.shape))
         modes.set_batch_norm_momentum(model, 1.0 if step == 0 else 0.01)
         rate, momentum = schedules.one_cycle(step, steps, args.learning_rate)
@@ -351,7 +329,8 @@ def evaluate(piece: Piece) -> None:
             continue
         if piece.clock.over():
             raise WorkLeft
-        x, y = to_unit(piece.test[0][shard], compute), torch.from_numpy(piece.test[1][shard]).to(compute.device)
+        x = compute.to_device(to_float(piece.test[0][shard]))
+        y = torch.from_numpy(piece.test[1][shard]).to(compute.device)
         with torch.no_grad():
             clean = model(x).argmax(1) == y  # [B]
         start = compute.to_device(ball.random_start(seeds.stream(piece.seed, "pgd/start", number), tuple(x.shape)))
@@ -365,7 +344,7 @@ def evaluate(piece: Piece) -> None:
             "auto_attack": (broken_by == auto_attack.ROBUST).tolist(),
             "broken_by": broken_by.tolist(),
         }
-        write(path, json.dumps(record).encode())
+        files.write_json(path, record)
         print(f"{args.name}: {shard.stop:,} of {args.test:,} test images", flush=True)
 
 
@@ -410,7 +389,7 @@ def compare(piece: Piece) -> None:
         "differences": {f"{arm} - {first}": {name: difference(arm, name) for name in measures} for arm in others},
     }
     text = json.dumps(result, indent=2, default=lambda value: value.tolist())
-    write(piece.folder / "result.json", text.encode())
+    files.write_text(piece.folder / "result.json", text)
     print(text)
 
 
