@@ -191,7 +191,7 @@ def _run_command(
 ) -> int:
     """Exit code of the command, in a process group of its own: Ctrl-C in a terminal is not for it.
 
-    log: descriptor of the file at `path`, which the command writes to; its progress bar is told to the driver.
+    log: descriptor of the file at `path`, which the command writes to; the driver gets its progress bar.
     """
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
     process = subprocess.Popen(

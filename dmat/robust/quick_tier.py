@@ -70,7 +70,7 @@ class QuickTier:
         self._near = torch.zeros(count, classes, dtype=torch.bool, device=device)
 
     def run(self, name: str, images: Tensor, labels: Tensor, rows: Tensor, end_part: Callable[[int], None]) -> Tensor:
-        """Runs one attack. Returns an adversarial image where it found one, else the image: [B, C, H, W].
+        """Runs one attack. Returns the adversarial images, and unchanged those that it does not break: [B, C, H, W].
 
         images [B, C, H, W], B at most `batch`; labels int64 [B]. rows int64 [B]: which of the `count` images these are.
         end_part: called after each target of APGD-T with the number of images that are not broken.

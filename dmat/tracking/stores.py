@@ -68,7 +68,7 @@ def connect(home: Path) -> tuple[Any, str]:
         if experiment is None:
             location = None if _server() else artifact_folder(home).as_uri()
             return client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=_EXPERIMENT_TAGS)
-        if experiment.lifecycle_stage == _DELETED:  # its name stays taken, so there is no other one to create
+        if experiment.lifecycle_stage == _DELETED:  # its name stays taken: no other can be created
             client.restore_experiment(experiment.experiment_id)
         return client, experiment.experiment_id
 
