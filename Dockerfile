@@ -10,7 +10,7 @@ COPY constraints.txt ./
 # By themselves: a layer of gigabytes that a change of dmat does not touch.
 RUN pip install --no-cache-dir --constraint constraints.txt \
     ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} torch torchvision
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY cli cli
 COPY dmat dmat
 RUN pip install --no-cache-dir --constraint constraints.txt ".[all]"

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,14 @@ def test_the_image_of_a_gpu_always_has_the_pinned_builds_with_cuda() -> None:
     assert re.search(r"^cuda-toolkit==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     devices = services["worker-cuda"]["deploy"]["resources"]["reservations"]["devices"]
     assert [device["capabilities"] for device in devices] == [["gpu"]]
+
+
+def test_the_image_gets_every_file_that_the_package_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {"pyproject.toml", project["readme"], *project["license-files"]}
+    copied = re.search(r"^COPY (pyproject\.toml .*) \./$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1].split()
+    assert {*copied} == named
+    assert {f"!{name}" for name in named} <= {*(ROOT / ".dockerignore").read_text().splitlines()}
 
 
 def test_no_process_is_root_in_its_container(services: dict[str, Any]) -> None:
