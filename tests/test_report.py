@@ -9,6 +9,7 @@ from dmat.metrics.image_measures import Measure
 from dmat.pipeline import STAGES
 from dmat.report import ablation, charts, costs, image_table, page
 from dmat.report import comparison as report
+from dmat.robust import auto_attack
 
 SETTINGS = WriteReport(title="t", baseline="real", bootstrap=100, seed=1)
 
@@ -126,7 +127,9 @@ def test_each_stage_of_an_arm_is_in_one_part_of_its_cost():
 
 def test_passes_of_an_evaluation_are_those_of_pgd_and_of_the_images_that_stay_robust():
     assert costs.evaluation_passes(40, 5, None) == 7 * 81
-    assert costs.evaluation_passes(40, 5, 0.5) == 7 * 81 + 5350
+    assert costs.evaluation_passes(40, 5, 0.5) == 7 * 81 + 9721 / 2
+    assert auto_attack.suite("standard", 10).passes == costs.STANDARD_PASSES
+    assert costs.evaluation_passes(40, 5, 0.5, 1000) == 7 * 81 + 500
 
 
 HISTORY = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmat import files
+from dmat import NONE, files
 from dmat.config import Report, WrittenNumber
 from dmat.data.mixing import MIX
 from dmat.evaluation.table import PER_IMAGE, PROTOCOL, SUMMARY, read_table
@@ -157,8 +157,11 @@ def _costs(
 
 
 def _evaluation_flops(record: Provenance, best: "Summary", training_metrics: Mapping[str, float]) -> float | None:
-    """Operations of an evaluation; None where the training did not count those of a forward pass."""
+    """Operations of an evaluation; None where the training did not count those of a forward pass, and for another suite
+    than the standard one."""
     evaluation: Mapping[str, Any] = record["settings"]
+    if evaluation["auto_attack"] not in ("standard", NONE):
+        return None
     forward, images = training_metrics.get("forward_flops"), best["clean"]["n"]
     robust_share = best["broken_by"].get("none", 0) / images if "broken_by" in best else None
     passes = costs.evaluation_passes(evaluation["pgd_steps"], len(evaluation["sweep"]), robust_share)

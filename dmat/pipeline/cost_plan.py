@@ -24,7 +24,7 @@ from dmat.models.classifiers import new_classifier
 from dmat.models.denoisers import new_denoiser
 from dmat.recipes import Experiment
 from dmat.report import costs
-from dmat.robust import flops
+from dmat.robust import auto_attack, flops
 from dmat.robust.networks import DataSpec
 
 
@@ -236,8 +236,9 @@ class _Planner:
         """Operations of PGD on best and last weights and on the radii of the curve, and of AutoAttack."""
         settings = self.params.evaluate_robust
         images = settings.images or self.params.prepare_data.test
-        robust_share = None if settings.auto_attack == NONE else self.robust_share
-        passes = costs.evaluation_passes(settings.pgd_steps, len(settings.sweep), robust_share)
+        suite = None if settings.auto_attack == NONE else auto_attack.suite(settings.auto_attack, self.data.classes)
+        share, suite_passes = (None, 0) if suite is None else (self.robust_share, suite.passes)
+        passes = costs.evaluation_passes(settings.pgd_steps, len(settings.sweep), share, suite_passes)
         return self.classifier(arm.network).forward * images * passes
 
     def images_of(self, name: str) -> int:
