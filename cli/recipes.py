@@ -83,17 +83,22 @@ def _rows(costs: "list[StageCost]") -> list[str]:
             amount(cost.disk_bytes),
             amount(cost.memory_bytes) if cost.memory_bytes else "",
             f"{cost.flops:.1e}" if cost.flops else "",
-            f"{cost.hours:.2f}" if cost.flops else "",
+            _hours(cost.hours) if cost.flops else "",
             cost.speed,
         )
         for cost in costs
     ]
     total = ("all", "", amount(sum(cost.disk_bytes for cost in costs)), "", f"{sum(cost.flops for cost in costs):.1e}",
-             f"{sum(cost.hours for cost in costs):.2f}", "")  # fmt: skip
+             _hours(sum(cost.hours for cost in costs)), "")  # fmt: skip
     widths = [max(map(len, column)) for column in zip(head, *cells, total, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *cells, total)
     ]
+
+
+def _hours(hours: float) -> str:
+    """Two digits at least: "0.0034", "0.12", "5.3", "1,204"."""
+    return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
 
 
 def _use(name: Name, to: Annotated[Path, typer.Option(help="File to write.")] = Path("params.yaml")) -> None:

@@ -112,8 +112,10 @@ def test_costs_are_device_hours_of_all_ancestors_of_an_arm():
     assert cost.total == 9.5
     parts = {"data": 0, "generator": 8 * 3600, "images": 0, "training": 5400, "evaluation": 0}
     assert cost.seconds == parts
-    assert costs.record(cost) == {"seconds": parts, "training_flops": 4e12, "evaluation_flops": None}
-    assert costs.arm_cost("mixed", ancestors, 2000, [1e12], [2.0, 3.0]).evaluation_flops == 5
+    uncounted = {"generator": None, "images": None, "training": 4e12, "evaluation": None}
+    assert costs.record(cost) == {"seconds": parts, "flops": uncounted}
+    counted = costs.arm_cost("mixed", ancestors, 2000, [1e12], [2.0, 3.0], [7.0], [])
+    assert counted.flops == {"generator": 7, "images": 0, "training": 1e12, "evaluation": 5}
     assert cost.devices == ("H100", "cpu")
     assert (cost.training_flops, cost.images_per_second, cost.utilisation) == (4e12, 200.0, pytest.approx(0.3))
     unknown = costs.arm_cost("mixed", [_stage_record("train_robust", 1)], 0, [None])

@@ -43,6 +43,18 @@ def test_every_number_is_traced_to_a_file_with_its_hash(project, page):
     assert {path.split("/")[1] for path, _ in rows} >= {"evaluate_robust", "train_robust", "metrics", "provenance"}
 
 
+def test_operations_of_all_parts_are_counted(project, page):
+    """Those of the generator and its images come from what these stages counted; a training pass costs three."""
+    flops = files.read_json(page.parent / "comparison.json")["costs"]["generated"]["flops"]
+    metrics = project.folder / "artifacts/metrics"
+    trained = files.read_json(metrics / "train_diffusion/edm.json")
+    assert flops["generator"] == trained["training_flops"] == 3 * trained["forward_flops"] * 1024
+    sampled = files.read_json(metrics / "generate_images/edm18.json")["sampling_flops"]
+    assert flops["images"] == sampled == 100 * 5 * trained["forward_flops"]  # three steps of Heun
+    assert flops["training"] > 0
+    assert page.read_text().count("FLOP</td>") == 5
+
+
 def test_the_same_files_give_the_same_page(project, page):
     before = page.read_bytes()
     code, text = forked.Command(project.folder, "write-report", "--fresh").wait()

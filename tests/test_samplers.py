@@ -17,7 +17,17 @@ import torch
 
 from dmat.diffusion.exact import ExactDenoiser
 from dmat.diffusion.formulations import DDPM, IDDPM, VE, VP
-from dmat.diffusion.samplers import CHURNED, MAX_STEPS, PATHS, SAMPLERS, SEARCHED, called_levels, guided, noise_levels
+from dmat.diffusion.samplers import (
+    CHURNED,
+    MAX_STEPS,
+    PATHS,
+    SAMPLERS,
+    SEARCHED,
+    called_levels,
+    denoiser_calls,
+    guided,
+    noise_levels,
+)
 from tests.test_formulations import u_of_table_1
 
 
@@ -183,9 +193,17 @@ def test_calls_of_the_denoiser(name, schedule):
     levels = called_levels(noise_levels(settings).tolist(), settings)[:-1]
     expected = levels if name != "heun" else [levels[0], *(s for level in levels[1:] for s in (level, level))]
     assert recorder.sigmas() == pytest.approx(expected)
+    assert len(recorder.calls) == denoiser_calls(name, 8)
     for noisy, sigma, call_labels in recorder.calls:
         assert (noisy.dtype, sigma.dtype, sigma.shape) == (torch.float32, torch.float32, (2,))
         assert call_labels is labels
+
+
+@pytest.mark.parametrize("weight", [1, 1.5])
+def test_calls_of_the_network_with_guidance(weight):
+    recorder = Recorder(gaussian(0.5))
+    SAMPLERS["heun"](guided(recorder, weight), latents(2, 1, 4, 4), torch.tensor([3, 1]), Settings(steps=8))
+    assert len(recorder.calls) == denoiser_calls("heun", 8, weight)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

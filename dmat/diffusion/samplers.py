@@ -86,6 +86,12 @@ def called_levels(levels: Sequence[float], settings: SamplerSettings) -> list[fl
     return [sigma * (1 + _gamma(sigma, settings)) for sigma in levels[:-1]] + [levels[-2]]
 
 
+def denoiser_calls(sampler: str, steps: int, guidance: float = 1) -> int:
+    """How often a sampler of SAMPLERS calls the network for an image. guidance: the weight of `guided`."""
+    calls = 2 * steps - 1 if sampler == "heun" else steps
+    return calls * (1 if guidance == 1 else 2)
+
+
 def _gamma(sigma: float, settings: SamplerSettings) -> float:
     """By how much churn raises a noise level (Karras et al. 2022, Algorithm 2)."""
     inside = settings.s_churn > 0 and settings.s_min <= sigma <= settings.s_max

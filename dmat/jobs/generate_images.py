@@ -29,11 +29,11 @@ from dmat.data.shards import ArrayName, SetMetadata, ShardEntry, ShardRecord
 from dmat.devices import Compute
 from dmat.diffusion import schedule_search
 from dmat.diffusion.formulations import Preconditioned
-from dmat.diffusion.samplers import SAMPLERS, SEARCHED, Denoiser, called_levels, guided, noise_levels
+from dmat.diffusion.samplers import SAMPLERS, SEARCHED, Denoiser, called_levels, denoiser_calls, guided, noise_levels
 from dmat.errors import DmatError
 from dmat.job import Job, Result
 from dmat.metrics import pictures
-from dmat.models.denoisers import identity, licence_of_images, load_denoiser
+from dmat.models.denoisers import forward_flops, identity, licence_of_images, load_denoiser
 from dmat.training import weights
 from dmat.training.interruption import Interruption
 from dmat.training.weights import DenoiserSidecar
@@ -96,7 +96,10 @@ def _generate(settings: ImageSet, job: Job) -> Result:
             **({} if generation.labelled else {"unlabelled": True}),
         },
     )
-    return _finished(settings.images, generation.labelled, "Generated images", pool, job)
+    forward, sampler = forward_flops(sidecar, job.inputs["denoiser"] / weights.DENOISER), settings.sampler
+    flops = settings.images * denoiser_calls(sampler.name, sampler.steps, sampler.guidance) * forward
+    result = _finished(settings.images, generation.labelled, "Generated images", pool, job)
+    return dataclasses.replace(result, metrics={**result.metrics, "sampling_flops": flops})
 
 
 def _pool_of(generation: "_Generation", sidecar: DenoiserSidecar, job: Job) -> ShardPool:

@@ -27,7 +27,7 @@ from dmat.job import Job, Result
 from dmat.metrics import image_measures, pictures
 from dmat.metrics.image_measures import Measure
 from dmat.models import published_denoisers
-from dmat.models.denoisers import denoiser_sidecar, load_denoiser, new_denoiser
+from dmat.models.denoisers import denoiser_sidecar, forward_flops, load_denoiser, new_denoiser
 from dmat.models.image_judge import ImageJudge
 from dmat.training import HISTORY, SNAPSHOTS, denoiser, weights
 from dmat.training.denoiser import Judge
@@ -71,7 +71,13 @@ def _train(settings: Generator, job: Job, real: Shards) -> Result:
     weights.save(folder / weights.DENOISER, outcome.best, sidecar)
     files.write_json(folder / HISTORY, outcome.history)
     pictures.curves(job.pictures / "loss.png", outcome.history, ["loss"], "Denoising loss of the live weights", "loss")
-    metrics = {"loss": outcome.history[-1]["loss"], "parameters": sum(p.numel() for p in model.parameters())}
+    forward = forward_flops(sidecar, folder / weights.DENOISER)
+    metrics = {
+        "loss": outcome.history[-1]["loss"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "forward_flops": forward,
+        "training_flops": 3 * forward * outcome.history[-1]["images_seen"],  # forward, and twice as much backward
+    }
     if judge is not None and best is not None:
         weights.save(folder / weights.LAST, outcome.last, sidecar)
         files.write_json(folder / SNAPSHOTS, outcome.snapshots)

@@ -151,9 +151,17 @@ def _costs(
                     _evaluation_flops(origin.provenance[f"evaluate_robust {run}"], summaries[run]["best"], values)
                     for run, values in zip(runs, metrics, strict=True)
                 ],
+                _flops_of(origin.ancestors[arm], "train_diffusion", "training_flops", inputs),
+                _flops_of(origin.ancestors[arm], "generate_images", "sampling_flops", inputs),
             )
         )
     return costs.with_common_peak(arm_costs)
+
+
+def _flops_of(records: list[Provenance], stage: str, metric: str, inputs: ReportInputs) -> list[float | None]:
+    """Operations of every instance of a stage among the records; None where the stage did not count them."""
+    names = [record["instance"] for record in records if record["stage"] == stage]
+    return [inputs.json(f"metrics/{stage}", f"{name}.json").get(metric) for name in names]
 
 
 def _evaluation_flops(record: Provenance, best: "Summary", training_metrics: Mapping[str, float]) -> float | None:

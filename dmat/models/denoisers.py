@@ -24,6 +24,7 @@ from dmat.diffusion.diffusers_unet import DiffusersUNet
 from dmat.diffusion.formulations import DDPM, EDM, FORMULATIONS, Formulation, Preconditioned
 from dmat.diffusion.networks import NETWORKS, DenoiserSpec
 from dmat.errors import DmatError
+from dmat.models.network_cost import denoiser_cost
 from dmat.training import weights
 from dmat.training.weights import DenoiserSidecar
 
@@ -119,6 +120,14 @@ def describe(path: Path) -> DenoiserDescription:
         "found_sha256": checksum,
         "checksum_ok": checksum == sidecar["sha256"],
     }
+
+
+def forward_flops(sidecar: DenoiserSidecar, path: Path) -> int:
+    """Operations of a forward pass for one image. path: of the weights. Raises DmatError as `build` does."""
+    with torch.device("meta"):  # shapes only, no memory
+        model = build(sidecar, path)
+    height, width, channels = sidecar["image_shape"]
+    return denoiser_cost(model.network, DenoiserSpec(height, width, channels, sidecar["label_dim"])).forward
 
 
 def build(sidecar: DenoiserSidecar, path: Path) -> Preconditioned:

@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dmat import NONE, config
 from dmat.config import Arm, ClassifierTraining, Generator, Network, Params
 from dmat.data.data_sets import DATA_SETS, DataSet
 from dmat.diffusion import formulations
 from dmat.diffusion.networks import DenoiserSpec
+from dmat.diffusion.samplers import denoiser_calls
 from dmat.errors import ConfigError, DmatError
 from dmat.models.classifiers import new_classifier
 from dmat.models.denoisers import new_denoiser
+from dmat.models.network_cost import NetworkCost, denoiser_cost, network_cost
 from dmat.recipes import Experiment
 from dmat.report import costs
 from dmat.robust import auto_attack, flops
@@ -93,14 +93,6 @@ class StageCost(NamedTuple):
     flops: float
     hours: float
     speed: str
-
-
-class NetworkCost(NamedTuple):
-    """What one image costs in a network: parameters, operations and stored activations of a forward pass."""
-
-    parameters: int
-    forward: int
-    activations: int  # numbers that a backward pass needs
 
 
 def plan(experiment: Experiment, gpu: str) -> list[StageCost]:
@@ -259,7 +251,7 @@ class _Planner:
         spec = DenoiserSpec(self.data.size, self.data.size, self.data.channels, label_dim, augments)
         with torch.device("meta"):
             model = new_denoiser(generator.network, spec, formulations.EDM(generator.sigma_data), 0)
-        return network_cost(_Denoiser(model.network, spec), self.shape)
+        return denoiser_cost(model.network, spec)
 
     def denoisers(self) -> StageCost:
         generators = self.params.generators.values()
@@ -280,39 +272,6 @@ class _Planner:
             image_set = self.params.image_sets[name]
             if image_set.source == NONE:
                 sampler = image_set.sampler
-                calls = 2 * sampler.steps - 1 if sampler.name == "heun" else sampler.steps
-                passes = calls * (1 if sampler.guidance == 1 else 2)
+                passes = denoiser_calls(sampler.name, sampler.steps, sampler.guidance)
                 operations += count * passes * self.denoiser(self.params.generators[image_set.generator]).forward
         return self.cost("generate_images", len(sets), sum(sets.values()) * self.image_bytes, operations)
-
-
-class _Denoiser(nn.Module):
-    """The network of a denoiser as a function of images alone."""
-
-    def __init__(self, network: nn.Module, spec: DenoiserSpec):
-        super().__init__()
-        self.network, self.conditional = network, spec.label_dim > 0
-
-    def forward(self, x: Tensor) -> Tensor:  # [1, C, H, W] -> [1, C, H, W]
-        noise = torch.zeros(1, device=x.device)
-        labels = torch.zeros(1, dtype=torch.int64, device=x.device) if self.conditional else None
-        result: Tensor = self.network(x, noise, labels, None)
-        return result
-
-
-def network_cost(model: nn.Module, shape: tuple[int, int, int]) -> NetworkCost:
-    """What one image of `shape` (C, H, W) costs. model: on the device meta."""
-    activations = 0
-
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # inputs: [1, C, H, W]
-        nonlocal activations
-        activations += inputs[0].numel()
-
-    hooks = [layer.register_forward_pre_hook(count) for layer in model.modules() if not [*layer.children()]]
-    counter = FlopCounterMode(display=False)  # unlike `flops.forward`, it counts layers of any class
-    with torch.no_grad(), counter:
-        model.eval()(torch.empty(1, *shape, device="meta"))
-    for hook in hooks:
-        hook.remove()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return NetworkCost(parameters, counter.get_total_flops(), activations)

@@ -101,6 +101,21 @@ def with_fingerprint(plan: Plan, settings: Mapping[str, Any], workspace: Workspa
     return dataclasses.replace(plan, fingerprint=fingerprint, work=work)
 
 
+def as_published(plan: Plan, workspace: Workspace) -> Plan | None:
+    """The plan with the settings and the fingerprint of the published result; None without one that it would give.
+
+    The settings of an older result lack keys that were added since; it counts if these have their defaults now. Raises
+    DmatError for a damaged record.
+    """
+    path = workspace.at(plan.stage.provenance_path(plan.instance))
+    if not path.exists():
+        return None
+    recorded = files.read_record(path, Provenance)
+    if plan.settings.are_those_of(recorded["settings"]):
+        plan = with_fingerprint(plan, recorded["settings"], workspace)
+    return plan if plan.fingerprint == recorded["fingerprint"] else None
+
+
 def _checksum(stage_name: str, settings: Record, path: Path) -> str:
     """Checksum of an input. Of a source of real images only the files that are read count, not others beside them."""
     if stage_name == "prepare_data":

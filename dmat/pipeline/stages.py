@@ -203,10 +203,12 @@ REPORT_INPUTS = (
 
 def _report_inputs(params: "Params") -> Paths:
     # These lists may be empty, and DVC's templates have no conditions. DVC sees a changed generator in
-    # artifacts/train_diffusion, and a changed mixture in mix_images.
-    generators = ("pictures/train_diffusion", "provenance/train_diffusion") if params.generators else ()
-    mixtures = ("provenance/combine_selections",) if params.mixtures else ()
-    return {path: f"{ARTIFACTS}/{path}" for path in (*REPORT_INPUTS, *generators, *mixtures)}
+    # artifacts/train_diffusion, a changed image set in provenance/generate_images, and a changed mixture in mix_images.
+    parts = ("pictures", "provenance", "metrics")
+    generators = [f"{part}/train_diffusion" for part in parts] if params.generators else []
+    image_sets = ["metrics/generate_images"] if params.image_sets else []
+    mixtures = ["provenance/combine_selections"] if params.mixtures else []
+    return {path: f"{ARTIFACTS}/{path}" for path in (*REPORT_INPUTS, *generators, *image_sets, *mixtures)}
 
 
 SCORER = f"{ARTIFACTS}/train_scorer/scorer"

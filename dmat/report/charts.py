@@ -31,7 +31,7 @@ def accuracies(comparison: Comparison) -> Chart:
 
     arms = comparison["arms"]
     traces = []
-    for arm, colour in _colours(arms).items():
+    for arm, colour in arm_colours(arms).items():
         labelled_values = [
             (heading, arms[arm][measure]) for measure, heading in MEASURES.items() if measure in arms[arm]
         ]
@@ -40,7 +40,7 @@ def accuracies(comparison: Comparison) -> Chart:
                 name=arm,
                 y=[heading for heading, _ in labelled_values],
                 x=[100 * value["value"] for _, value in labelled_values],
-                error_x=_error([value for _, value in labelled_values]),
+                error_x=error_bars([value for _, value in labelled_values]),
                 orientation="h",
                 marker_color=colour,
                 hovertemplate="%{y}: %{x:.1f} %<extra>" + arm + "</extra>",
@@ -48,14 +48,14 @@ def accuracies(comparison: Comparison) -> Chart:
         )
     order = {"categoryorder": "array", "categoryarray": list(MEASURES.values()), "autorange": "reversed"}
     layout = {"barmode": "group", "yaxis": order, "xaxis": {"title": "test images, %", "range": [0, 100]}}
-    return _chart(traces, layout)
+    return chart(traces, layout)
 
 
 def differences(comparison: Comparison) -> Chart | None:
     """Chart of the paired differences from the baseline, in points; None if there is no other arm."""
     import plotly.graph_objects as go
 
-    colours = _colours(comparison["arms"])
+    colours = arm_colours(comparison["arms"])
     traces = []
     for arm, values in comparison["differences"].items():
         labelled_values = [(MEASURES[measure], value) for measure, value in values.items()]
@@ -64,7 +64,7 @@ def differences(comparison: Comparison) -> Chart | None:
                 name=f"{arm} − {comparison['baseline']}",
                 y=[heading for heading, _ in labelled_values],
                 x=[100 * value["value"] for _, value in labelled_values],
-                error_x=_error([value for _, value in labelled_values]),
+                error_x=error_bars([value for _, value in labelled_values]),
                 mode="markers",
                 marker={"color": colours[arm], "size": 9},
                 hovertemplate="%{y}: %{x:+.1f} points<extra>" + arm + "</extra>",
@@ -78,7 +78,7 @@ def differences(comparison: Comparison) -> Chart | None:
         "scattermode": "group",
         "showlegend": True,
     }
-    return _chart(traces, layout)
+    return chart(traces, layout)
 
 
 def curves(
@@ -98,7 +98,7 @@ def curves(
     factor = 100 if unit.endswith("%") else 1
     number_format = ".1f" if factor == 100 else ".4g"
     traces = []
-    colours = _colours(runs_by_arm)
+    colours = arm_colours(runs_by_arm)
     for arm, runs in runs_by_arm.items():
         for k, run in enumerate(runs):
             points = [(row["images_seen"], factor * row[measure]) for row in histories[run] if measure in row]
@@ -119,7 +119,7 @@ def curves(
                 )  # fmt: skip
     if not _has_line(trace["x"] for trace in traces):
         return None
-    return _chart(traces, {"xaxis": {"title": "images seen"}, "yaxis": {"title": unit, "rangemode": "nonnegative"}})
+    return chart(traces, {"xaxis": {"title": "images seen"}, "yaxis": {"title": unit, "rangemode": "nonnegative"}})
 
 
 def _has_line(positions: Iterable[Iterable[float]]) -> bool:
@@ -149,7 +149,7 @@ def against_epsilon(
     in_255ths = threat["epsilon"].endswith("/255")  # then the axis counts in 255ths too
     unit = 255 if in_255ths else 1
     traces: list[BaseTraceType] = []
-    colours = _colours(runs_by_arm)
+    colours = arm_colours(runs_by_arm)
     for arm, runs in runs_by_arm.items():
         for k, run in enumerate(runs):
             points = sorted(sweeps[run], key=lambda point: point["epsilon"])
@@ -158,7 +158,7 @@ def against_epsilon(
                     name=f"{run}, PGD",
                     x=[unit * point["epsilon"] for point in points],
                     y=[100 * point["value"] for point in points],
-                    error_y=_error(points),
+                    error_y=error_bars(points),
                     line={"color": colours[arm], "width": 2, "dash": _DASHES[k % len(_DASHES)]},
                     hovertemplate="radius %{x:.3g}: %{y:.1f} %<extra>" + run + "</extra>",
                 )
@@ -170,7 +170,7 @@ def against_epsilon(
                     name=f"{arm}, AutoAttack",
                     x=[unit * epsilon],
                     y=[100 * value["value"]],
-                    error_y=_error([value]),
+                    error_y=error_bars([value]),
                     mode="markers",
                     marker={"color": colours[arm], "size": 10, "symbol": "diamond"},
                     hovertemplate="AutoAttack: %{y:.1f} %<extra>" + arm + "</extra>",
@@ -194,7 +194,7 @@ def against_epsilon(
             }
         ],
     }
-    return _chart(traces, layout)
+    return chart(traces, layout)
 
 
 def quality(
@@ -212,7 +212,7 @@ def quality(
     measure: ArmMeasure = HEADLINE if all(HEADLINE in values for values in arms.values()) else "best_pgd"
     if not _has_line([[distance] for distance, _ in distances.values()]):
         return None
-    colours = _colours(arms)
+    colours = arm_colours(arms)
     x_range = [0.0, 1.1 * max(distance for distance, _ in distances.values())]
     lines = [
         go.Scatter(
@@ -231,7 +231,7 @@ def quality(
             name=f"{arm}: {image_counts[arm]:,} images",
             x=[distance],
             y=[100 * arms[arm][measure]["value"]],
-            error_y=_error([arms[arm][measure]]),
+            error_y=error_bars([arms[arm][measure]]),
             mode="markers",
             marker={"color": colours[arm], "size": 12},
             hovertemplate="distance %{x:.3g}: %{y:.1f} %<extra>" + arm + "</extra>",
@@ -244,7 +244,7 @@ def quality(
         "yaxis": {"title": f"{MEASURES[measure]}, %"},
         "showlegend": True,
     }
-    return _chart([*lines, *points], layout), MEASURES[measure]
+    return chart([*lines, *points], layout), MEASURES[measure]
 
 
 def against_varied(ablation: Ablation, comparison: Comparison, measure: ArmMeasure) -> Chart:
@@ -257,7 +257,7 @@ def against_varied(ablation: Ablation, comparison: Comparison, measure: ArmMeasu
             name=name,
             x=[positions[arm] for arm in members],
             y=[100 * arms[arm][measure]["value"] for arm in members],
-            error_y=_error([arms[arm][measure] for arm in members]),
+            error_y=error_bars([arms[arm][measure] for arm in members]),
             customdata=members,
             mode="markers" if ablation.scale == "words" else "lines+markers",
             marker={"size": 9, "color": PALETTE[k]},
@@ -283,7 +283,7 @@ def against_varied(ablation: Ablation, comparison: Comparison, measure: ArmMeasu
         "tickvals": [position for position, _ in ticks],
         "ticktext": [text for _, text in ticks],
     }
-    return _chart(traces, {"xaxis": x_axis, "yaxis": {"title": f"{MEASURES[measure]}, %"}, "showlegend": True})
+    return chart(traces, {"xaxis": x_axis, "yaxis": {"title": f"{MEASURES[measure]}, %"}, "showlegend": True})
 
 
 def hours(costs: Sequence[Cost], order: Sequence[str]) -> Chart:
@@ -312,15 +312,15 @@ def hours(costs: Sequence[Cost], order: Sequence[str]) -> Chart:
         # high enough for one column of names on a phone, without a scroll bar
         "legend": {**_LEGEND, "font": {"size": 11}, "maxheight": 20 * len(stages) + 20},
     }
-    return _chart(traces, layout)
+    return chart(traces, layout)
 
 
-def _colours(arms: Iterable[str]) -> dict[str, str]:
+def arm_colours(arms: Iterable[str]) -> dict[str, str]:
     """Arm -> colour."""
     return {arm: PALETTE[k % len(PALETTE)] for k, arm in enumerate(arms)}
 
 
-def _error(values: Sequence[Interval]) -> dict[str, object]:
+def error_bars(values: Sequence[Interval]) -> dict[str, object]:
     """Plotly error bars in per cent, from accuracies or differences with intervals as shares of 1."""
     return {
         "type": "data",
@@ -332,7 +332,7 @@ def _error(values: Sequence[Interval]) -> dict[str, object]:
     }
 
 
-def _chart(traces: "Sequence[BaseTraceType]", layout: Mapping[str, object]) -> Chart:
+def chart(traces: "Sequence[BaseTraceType]", layout: Mapping[str, object]) -> Chart:
     """A chart with the common layout. dragmode is off, so that a finger on a chart scrolls the page."""
     import plotly.graph_objects as go
 

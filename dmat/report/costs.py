@@ -30,9 +30,10 @@ class Cost:
 
     hours: stage -> device hours (seconds times processes). What several seeds share counts once.
     training_flops, evaluation_flops: floating-point operations (`dmat.robust.flops`), summed over seeds; those of an
-    evaluation are an estimate (`evaluation_passes`). images_per_second,
-    utilisation: images per second and fraction of the device's measured matrix peak (MFU) in training, means over
-    seeds. These four are None where they were not measured.
+    evaluation are an estimate (`evaluation_passes`). generator_flops, images_flops: of the trainings of its generators
+    and of the sampling of its image sets; 0 without any. images_per_second, utilisation: images per second and fraction
+    of the device's measured matrix peak (MFU) in training, means over seeds. All six are None where they were not
+    counted or measured.
     """
 
     arm: str
@@ -43,6 +44,18 @@ class Cost:
     images_per_second: float | None
     utilisation: float | None
     evaluation_flops: float | None = None
+    generator_flops: float | None = None
+    images_flops: float | None = None
+
+    @property
+    def flops(self) -> dict[str, float | None]:
+        """Part of `PARTS` -> operations, for the parts whose operations are counted."""
+        return {
+            "generator": self.generator_flops,
+            "images": self.images_flops,
+            "training": self.training_flops,
+            "evaluation": self.evaluation_flops,
+        }
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -59,17 +72,12 @@ class CostRecord(TypedDict):
     """The cost of an arm, as comparison.json holds it."""
 
     seconds: dict[str, float]  # of devices, by part
-    training_flops: float | None
-    evaluation_flops: float | None
+    flops: dict[str, float | None]  # operations, by part
 
 
 def record(cost: Cost) -> CostRecord:
     """The cost of an arm in plain values."""
-    return {
-        "seconds": {part: round(seconds, 1) for part, seconds in cost.seconds.items()},
-        "training_flops": cost.training_flops,
-        "evaluation_flops": cost.evaluation_flops,
-    }
+    return {"seconds": {part: round(seconds, 1) for part, seconds in cost.seconds.items()}, "flops": cost.flops}
 
 
 def evaluation_passes(
@@ -89,11 +97,14 @@ def arm_cost(
     images_seen: int,
     training_flops: Sequence[float | None],
     evaluation_flops: Sequence[float | None] = (None,),
+    generator_flops: Sequence[float | None] = (None,),
+    images_flops: Sequence[float | None] = (None,),
 ) -> Cost:
     """Returns the cost of an arm.
 
     ancestors: provenance of every stage instance that the arm's evaluations come from, the evaluations included.
-    training_flops, evaluation_flops: of each seed; None where it was not measured.
+    training_flops, evaluation_flops: of each seed; generator_flops, images_flops: of each generator and image set. None
+    where it was not counted.
     """
     hours: dict[str, float] = {}
     for record in ancestors:
@@ -109,6 +120,8 @@ def arm_cost(
         _mean([record.get("images_per_second") for record in speeds]),
         _mean([record.get("model_flops_utilisation") for record in speeds]),
         _sum(evaluation_flops),
+        _sum(generator_flops),
+        _sum(images_flops),
     )
 
 

@@ -102,6 +102,21 @@ def reproduction(provenance: "Mapping[str, Provenance]") -> tuple[str, list[str]
 
 def render(content: PageContent) -> str:
     """The page as HTML. Raises jinja2.UndefinedError if the template uses a name that is not defined."""
+    return render_template(
+        "page.html.j2",
+        content.charts,
+        **{field.name: getattr(content, field.name) for field in dataclasses.fields(content) if field.name != "charts"},
+        cost_parts=list(PARTS),
+        reproduction=reproduction(content.provenance),
+    )
+
+
+def render_template(name: str, charts: Mapping[str, Chart | None], **values: object) -> str:
+    """A template of this folder as HTML, with the style, the charts and the script that all pages share.
+
+    charts: by the names that the template uses; None where there is nothing to draw. values: of its other names.
+    Raises jinja2.UndefinedError if the template uses a name that is not defined.
+    """
     import jinja2
     import plotly.offline
 
@@ -113,12 +128,10 @@ def render(content: PageContent) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"per_cent": per_cent, "points": points, "tera": _tera, "duration": _duration}
-    drawn_charts = {name: chart for name, chart in content.charts.items() if chart is not None}
-    return environment.get_template("page.html.j2").render(
-        **{field.name: getattr(content, field.name) for field in dataclasses.fields(content)},
+    drawn_charts = {chart_name: chart for chart_name, chart in charts.items() if chart is not None}
+    return environment.get_template(name).render(
+        **values,
         drawn_charts=drawn_charts,
-        cost_parts=list(PARTS),
-        reproduction=reproduction(content.provenance),
         charts_json=_script(json.dumps(drawn_charts)),
         plotly_js=_script(plotly.offline.get_plotlyjs()),
         page_js=_script((_FOLDER / "page.js").read_text(encoding="utf-8")),

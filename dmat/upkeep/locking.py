@@ -7,7 +7,7 @@ published.
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,18 +91,12 @@ def _finished_results(
     """Plans of finished instances of that code with the present parameters and inputs, and their recorded compute."""
     for instance in stage.all_instances(params):
         try:
-            plan = planning.plan(stage, instance, params, workspace, identity)
-            provenance = files.read_record(workspace.at(stage.provenance_path(instance)), Provenance)
+            published = planning.as_published(planning.plan(stage, instance, params, workspace, identity), workspace)
         except DmatError:
             continue  # an input or the result is missing
-        recorded = _as_recorded(plan, provenance["settings"], workspace)
-        if provenance["fingerprint"] == recorded.fingerprint:
-            yield recorded, provenance["compute"]
-
-
-def _as_recorded(plan: Plan, settings: Mapping[str, Any], workspace: Workspace) -> Plan:
-    """The plan of a result whose settings lack keys that were added since, if these have their defaults now."""
-    return planning.with_fingerprint(plan, settings, workspace) if plan.settings.are_those_of(settings) else plan
+        if published is not None:
+            record = files.read_record(workspace.at(stage.provenance_path(instance)), Provenance)
+            yield published, record["compute"]
 
 
 def _stop_at_first_record(images_seen: int, values: dict[str, float]) -> None:
