@@ -359,23 +359,25 @@ def test_passes_of_a_trades_step():
 # --- other losses
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.2])
 @pytest.mark.parametrize("norm", SETTINGS)
-def test_ikl_equals_the_definition_of_cui_et_al(norm):
-    """Pairs of classes one by one, in float64; the attack is that of TRADES."""
+def test_ikl_equals_the_definition_of_cui_et_al(norm, gamma):
+    """Pairs of classes one by one, in float64; the attack is that of TRADES. gamma: below 1, GKL."""
     model, images, labels, start = example_batch(norm)
-    settings = dataclasses.replace(SETTINGS[norm], alpha=3.0)
+    settings = dataclasses.replace(SETTINGS[norm], alpha=3.0, gkl_gamma=gamma)
     parameters = {name: p.detach().clone().requires_grad_(True) for name, p in model.named_parameters()}
     slow = Slow(parameters)
     adversarial = slow.attack(images, start, settings)
     (clean_logits, _), (adversarial_logits, _) = slow.forward(images), slow.forward(adversarial)
-    values = []
+    values, pairs = [], [(j, k) for j in range(CLASSES) for k in range(CLASSES)]
+    means = MEANS.double() ** gamma
+    mass = sum(means[label][j] * means[label][k] for label in labels.tolist() for j, k in pairs)
     for n, a, label in zip(clean_logits, adversarial_logits, labels.tolist(), strict=True):
-        weights, squared = MEANS[label], 0
-        for j in range(CLASSES):
-            for k in range(CLASSES):
-                squared = squared + weights[j] * weights[k] * ((n[j] - n[k]) - (a[j] - a[k])) ** 2 / 4
+        weights, squared = means[label], 0
+        for j, k in pairs:
+            squared = squared + weights[j] * weights[k] * ((n[j] - n[k]) - (a[j] - a[k])) ** 2 / 4
         soft = -(n.detach().softmax(0) * a.log_softmax(0)).sum()
-        values.append(settings.beta * squared + 3.0 * soft)
+        values.append(settings.beta * squared * len(labels) / mass + 3.0 * soft)
     cross_entropy = smoothed_cross_entropy(slow.log_softmax(clean_logits), labels, settings.label_smoothing)
     expected = cross_entropy + torch.stack(values)
     expected.mean().backward()

@@ -54,6 +54,7 @@ class ClassifierTraining(Record):
     beta: NotNegative = 0.0
     alpha: NotNegative = 0.0  # of ikl and consistency
     temperature: Positive = 4.0  # of the predictions that ikl averages per class and consistency compares
+    gkl_gamma: Annotated[float, Field(gt=0, le=1)] = 1.0  # exponent of these averages; below 1, ikl is GKL
     label_smoothing: Share = 0.0
     attack_steps: Natural = 0
     attack_step_size: StepSize = NOT_GIVEN

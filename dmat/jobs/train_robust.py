@@ -46,6 +46,7 @@ def run(settings: TrainRobust, job: Job) -> Result:
         settings.label_smoothing,
         settings.alpha,
         settings.temperature,
+        settings.gkl_gamma,
     )
     with job.long_run(settings.images_seen) as run:
         outcome = classifier.train(

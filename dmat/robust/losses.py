@@ -36,6 +36,7 @@ class LossSettings:
     label_smoothing: float
     alpha: float = 0.0  # weight of the cross-entropy of ikl, of the divergence between views of consistency
     temperature: float = 1.0  # of the two predictions that consistency compares
+    gkl_gamma: float = 1.0  # exponent of the class means of ikl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +197,9 @@ def ikl(
     of the squared differences between clean and adversarial logit gaps o_j - o_k over all pairs of classes, weighted
     by w_j w_k, where w is the mean prediction for the class of the image: a row of class_means [K, K]. The gradient
     reaches both branches of wMSE. `robust` is (beta * wMSE + alpha * cross-entropy) / beta.
+    With settings.gkl_gamma below 1 it is GKL (Cui et al. 2025, "Generalized Kullback-Leibler Divergence Loss"): w is
+    w ** gamma, smoother, and the sum of all w_j w_k over the batch is scaled to B, as in the published code, so that
+    images of classes with flat means weigh more.
     images and start [B, C, H, W], targets [B] or [B, K] -> values [B].
     """
     if class_means is None:
@@ -204,10 +208,17 @@ def ikl(
     clean_logits, adversarial_logits = passes.clean_logits, passes.adversarial_logits
     clean = _cross_entropy(clean_logits, targets, settings)
     weights = class_means[targets] if targets.ndim == 1 else targets @ class_means  # [B, K], rows sum to 1
+    image_weights = None
+    if settings.gkl_gamma != 1:
+        weights = weights**settings.gkl_gamma
+        mass = weights.sum(1, keepdim=True)  # [B, 1]; its square is the sum of w_j w_k
+        weights, image_weights = weights / mass, mass[:, 0] ** 2
     difference = clean_logits - adversarial_logits  # [B, K]
     # sum_jk w_j w_k (d_j - d_k)^2 / 4 is half the variance of d under w: K terms instead of K^2
     centred = difference - (weights * difference).sum(1, keepdim=True)
     weighted_mse = (weights * centred**2).sum(1) / 2  # [B]
+    if image_weights is not None:
+        weighted_mse = weighted_mse * image_weights / image_weights.mean()
     soft_cross_entropy = -(clean_logits.detach().softmax(1) * adversarial_logits.log_softmax(1)).sum(1)  # [B]
     adversarial = settings.beta * weighted_mse + settings.alpha * soft_cross_entropy
     return passes.loss(clean + adversarial, clean, _before_beta(adversarial, settings))
