@@ -3,13 +3,14 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from dmat.errors import DmatError
 
 if TYPE_CHECKING:
+    from dmat.models.averaging import AveragedSidecar
     from dmat.models.denoisers import DenoiserDescription
     from dmat.models.loading import ModelDescription
     from dmat.training.weights import DenoiserSidecar, ImportOrigin, Sidecar
@@ -36,6 +37,12 @@ def add_to(app: typer.Typer) -> None:
         help="Write a model in the format that RobustBench or the code of Wang et al. 2023 loads."
         "\n\nExample: dmat models export best.safetensors --to robustbench best.pt",
     )(_export)
+    group.command(
+        "average",
+        help="Average the weights of several classifiers of one network: a model soup. It is a good model only where "
+        "the trainings continue from the same weights.\n\nExample: dmat models average a/best.safetensors "
+        "b/best.safetensors --to soup.safetensors",
+    )(_average)
     group.command(
         "info",
         help="Show what a model is, where it comes from and whether its file is intact; exit code 2 if it is not."
@@ -125,6 +132,25 @@ def _export(
     for note in exporting.export(model, to, file):
         typer.echo(f"note: {note}", err=True)
     typer.echo(str(file))
+
+
+def _average(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Two or more .safetensors files.")],
+    to: Annotated[Path, typer.Option(help="File to write.")],
+    shares: Annotated[
+        str, typer.Option(help="Share of each, such as 0.7,0.3; they sum to 1. [default: equal ones]")
+    ] = "",
+) -> None:
+    from dmat.models import averaging
+
+    offer_plugins()
+    try:
+        numbers = [float(share) for share in shares.split(",")] if shares else []
+    except ValueError:
+        raise DmatError(f"--shares is {shares!r}; expected numbers such as 0.7,0.3") from None
+    for part in averaging.average(models, to, numbers)["soup"]:
+        typer.echo(f"{part['share']:.3g} of {part['file']} ({part['sha256'][:12]})")
+    typer.echo(f"{to}; evaluate it: dmat evaluate-robust --model {to} --images FOLDER")
 
 
 def _info(model: Model, as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False) -> None:
@@ -244,6 +270,10 @@ def _description_lines(sidecar: "ModelDescription") -> list[tuple[str, str]]:
     ]
     if origin:
         lines += _origin_lines(origin)
+    elif "soup" in sidecar:
+        soup = cast("AveragedSidecar", sidecar)["soup"]
+        parts = [f"{part['share']:.3g} of {part['file']} ({part['sha256'][:12]})" for part in soup]
+        lines += [("from", f"an average: {' + '.join(parts)}")]
     elif "arm" in sidecar:
         lines += [
             (

@@ -53,7 +53,12 @@ _STOPPED = 128 + signal.SIGTERM  # exit code of a task that stops without a sign
 _BECAUSE_OF_ERROR = "stopped because its driver ended with an error; the same command resumes from here"
 _KINDS: dict[str, type[DmatError]] = {kind.__name__: kind for kind in (DmatError, Diverged, UnfitError)}
 _CONFIGURATION: dict[str, object] = {  # of a local cluster
-    "distributed.worker.profile.enabled": False,  # it samples every thread each 10 ms
+    # What wakes a worker's other threads makes its task wait for the interpreter: samples of every thread each 10 ms, a
+    # clock of the event loop each 20 ms, figures of the machine each 500 ms.
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "2s",
+    "distributed.admin.tick.cycle": "10s",
+    "distributed.admin.system-monitor.interval": "10s",
     "distributed.scheduler.worker-saturation": 1.0,  # a worker that is killed then takes no waiting task along
     "distributed.nanny.pre-spawn-environ": {},  # the default sets OMP_NUM_THREADS, which the driver decides
     "distributed.scheduler.work-stealing": False,
