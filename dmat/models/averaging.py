@@ -60,13 +60,13 @@ def average(paths: Sequence[Path], target: Path, shares: Sequence[float] = ()) -
         parts.append({"file": path.name, "sha256": sidecar["sha256"], "share": share})
     values = {name: value for name, value in sidecars[0].items() if name in _KEPT}
     for name in _OF_ALL:
-        found = [sidecar.get(name) for sidecar in sidecars]
-        if found[0] is not None and all(value == found[0] for value in found):
-            values[name] = found[0]
-    averaged: AveragedSidecar = {**values, "weights": "averaged", "soup": parts}  # type: ignore[typeddict-item]
+        of_each = [sidecar.get(name) for sidecar in sidecars]
+        if of_each[0] is not None and all(value == of_each[0] for value in of_each):
+            values[name] = of_each[0]
+    result: AveragedSidecar = {**values, "weights": "averaged", "soup": parts}  # type: ignore[typeddict-item]
     state = {name: mean[name].to(tensor.dtype) if name in mean else tensor for name, tensor in first.items()}
-    weights.save(target, state, averaged)
-    return averaged
+    weights.save(target, state, result)
+    return result
 
 
 def _expect_fitting(paths: Sequence[Path], shares: Sequence[float], target: Path) -> None:
