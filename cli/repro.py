@@ -59,6 +59,8 @@ def _repro(
         workers=0 if cluster or count == 1 else count, cluster=cluster, environments=environments
     )  # one process at a time needs no workers
     command = " ".join(["dmat", *sys.argv[1:]])
+    if not as_json and any(instance.startswith("evaluate_robust") for instance in waits):
+        typer.echo("meanwhile, `dmat interim` compares the arms so far")
     failure = repro.run(
         workspace.root,
         waits,
