@@ -22,12 +22,13 @@ from tests import forked, senders, servers
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(tmp_path, monkeypatch, put_store):
     monkeypatch.setenv("DMAT_TRACKING", "on")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(sender, "_start", senders.start_thread)
     monkeypatch.setattr(sender, "SEND_EVERY", 0.05)
     monkeypatch.setattr(runs, "_unreachable_stores", set())
+    put_store(tmp_path)
     return tmp_path
 
 
