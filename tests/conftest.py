@@ -19,8 +19,9 @@ torch.set_num_threads(1)
 
 # Files whose tests take minutes, the longest first: a long file that starts last leaves the other core idle.
 SLOWEST_FIRST = (
-    *("pipeline", "tuning", "processes", "tracking", "evaluate_command", "evaluation", "kills", "auto_attack"),
-    *("growth", "image_sets"),
+    *("pipeline", "tuning", "processes", "resume", "wheel", "evaluate_command", "auto_attack", "published_denoisers"),
+    *("kills", "tracking", "growth", "evaluation", "image_sets", "refusals", "code_identity", "schedule_search"),
+    *("unconditional", "models", "reproducing", "ui"),
 )
 
 
