@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from dmat import config, files
+from dmat.upkeep import doctor
+from dmat.workspace import find_workspace
 from tests import browser, fork_server, forked, servers
 
 pytestmark = pytest.mark.timeout(2000)  # a whole `dvc repro` on a machine that is busy with other work
@@ -478,25 +480,22 @@ def test_a_dvc_lock_that_a_kill_emptied_can_be_repaired(project):
     path.write_bytes(before)
 
 
-def test_a_result_that_dvc_recorded_under_other_parameters_is_detected(project):
+def test_a_result_that_dvc_recorded_under_other_parameters_is_detected(project, monkeypatch):
     """As after an edit between the end of a stage and DVC's reading of params.yaml, which no stage can notice."""
+    monkeypatch.setattr(doctor, "CHECKS", {"dvc results": doctor.CHECKS["dvc results"]})
 
     def results():
-        return [check for check in json.loads(doctor_output(project)) if check["check"] == "dvc results"]
+        return [*doctor.examine(find_workspace(project.folder))]
 
-    def doctor_output(project):
-        process = project.start("dmat", "doctor", "--json")
-        return process.communicate(timeout=1500)[0]
-
-    assert [check["mark"] for check in results()] == ["ok"]
+    assert [finding.mark for finding in results()] == [doctor.OK]
     lock = project.folder / "dvc.lock"
     before = lock.read_text()
     content = yaml.safe_load(before)
     content["stages"]["evaluate_robust@generated-1"]["params"]["params.yaml"]["evaluate_robust"]["pgd_steps"] = 7
     lock.write_text(yaml.safe_dump(content, sort_keys=False))
     (wrong,) = results()
-    assert (wrong["mark"], wrong["found"]) == (
-        "PROBLEM", "evaluate_robust@generated-1 in dvc.lock: pgd_steps is 7 there and was 3",
+    assert (wrong.mark, wrong.found) == (
+        doctor.PROBLEM, "evaluate_robust@generated-1 in dvc.lock: pgd_steps is 7 there and was 3",
     )  # fmt: skip
     lock.write_text(before)
     entries = [
@@ -508,11 +507,11 @@ def test_a_result_that_dvc_recorded_under_other_parameters_is_detected(project):
     entry.write_text(wrong_entry)
     for name in (".written.tmp", "cut"):  # what a kill leaves
         entry.with_name(name).write_text("cmd: [")
-    assert "wrong entries of DVC's run cache: 1" in results()[0]["found"]
+    assert "wrong entries of DVC's run cache: 1" in results()[0].found
     assert "run cache had a result of evaluate_robust@" in project.run("dmat", "doctor", "--fix")
     assert not entry.exists()
     assert [path.read_text() for path in (project.folder / "runs").glob("run-cache-*")] == [wrong_entry]
-    assert [check["mark"] for check in results()] == ["ok"]
+    assert [finding.mark for finding in results()] == [doctor.OK]
     entry.write_text(right_entry)
 
 
