@@ -716,8 +716,9 @@ def test_damaged_markers_and_records_stop_nothing(home):
     ]
 
 
-def test_a_moved_project_keeps_its_run_and_gets_its_pictures_at_the_new_place(home):
+def test_a_moved_project_keeps_its_run_and_gets_its_pictures_at_the_new_place(home, put_store):
     old, new = home / "old", home / "new"
+    put_store(old)
     with pytest.raises(Interrupted), _open(old):
         _log(old, 10, loss=2.0)
         raise Interrupted(143, "stopped")
