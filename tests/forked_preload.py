@@ -8,6 +8,7 @@ import pyarrow.parquet
 import sklearn.datasets
 import torch
 import torch._dynamo  # by optimisers
+import torch_fidelity
 from pyautoattack import AutoAttack
 
 from cli import main
@@ -18,4 +19,4 @@ for _stage_name in STAGES:
     importlib.import_module(f"dmat.jobs.{_stage_name}")
     code_identity.of_stage(_stage_name)  # parses source files, which is remembered by their content
 torch.set_num_threads(1)
-LOADED = (plt, plotly.express, tuning, pyarrow, sklearn, torch._dynamo, AutoAttack, main, execution)
+LOADED = (plt, plotly.express, tuning, pyarrow, sklearn, torch._dynamo, torch_fidelity, AutoAttack, main, execution)
