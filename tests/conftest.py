@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,8 +19,9 @@ torch.set_num_threads(1)
 
 # Files whose tests take minutes, the longest first: a long file that starts last leaves the other core idle.
 SLOWEST_FIRST = (
-    *("pipeline", "tuning", "processes", "tracking", "evaluate_command", "evaluation", "kills", "auto_attack"),
-    *("growth", "image_sets"),
+    *("pipeline", "tuning", "processes", "resume", "wheel", "evaluate_command", "auto_attack", "published_denoisers"),
+    *("kills", "tracking", "growth", "evaluation", "image_sets", "refusals", "code_identity", "schedule_search"),
+    *("unconditional", "models", "reproducing", "ui"),
 )
 
 
@@ -61,15 +63,36 @@ def tiny_params_once() -> dict:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A project in which every stage but the report has run once without interruption. Tests work on copies."""
+    from tests import built_once
     from tests.projects import STAGE_OPTIONS, Project
 
     params = _tiny_params()
     params["compute"]["save_every_seconds"] = 0.05
     params["evaluate_robust"] |= {"auto_attack": "standard", "shard": 5}
-    project = Project(tmp_path_factory.mktemp("finished"), params)
-    for stage_name in STAGE_OPTIONS:
-        project.run(stage_name)
-    return project
+
+    def build(folder):
+        project = Project(folder, params)
+        for stage_name in STAGE_OPTIONS:
+            project.run(stage_name)
+
+    return Project(built_once.folder(tmp_path_factory, "finished", build), params, is_new=False)
+
+
+@pytest.fixture(scope="session")
+def put_store(tmp_path_factory):
+    """Puts an embedded MLflow store without runs into a project. MLflow takes more than a second to create one."""
+    from dmat import tracking
+    from tests import built_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        store = built_once.folder(tmp_path_factory, "store", tracking.connect) / "mlruns" / "mlflow.db"
+
+    def put(home):
+        (home / "mlruns").mkdir(parents=True, exist_ok=True)
+        shutil.copy(store, home / "mlruns")
+
+    return put
 
 
 def _tiny_params() -> dict:

@@ -2,7 +2,8 @@
 
 A server imports what other projects provide, once, and forks for each command. dmat itself is imported after the fork
 from the project of the command, so that a project runs its own code. On PATH stands a small program that passes its
-arguments, environment, folder and streams on, and signals too; if it is killed, its command is killed.
+arguments, environment, folder and streams on, and signals too; if it is killed, its command is killed. To dmat, the
+parents of a command are those of that program: tracking looks for `dvc` among them.
 """
 
 import atexit
@@ -21,6 +22,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+import psutil
+
 MODULES = (
     *("torch", "torch._dynamo", "mlflow", "mlflow.tracking", "sklearn.datasets", "matplotlib.pyplot", "plotly.express"),
     *("pyarrow.parquet", "pyautoattack", "optuna", "pydantic", "ruamel.yaml", "safetensors.torch", "pandas"),
@@ -31,7 +34,7 @@ CLIENT = """
 import json, os, signal, socket, sys
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({address!r})
-request = dict(folder=os.getcwd(), arguments=sys.argv[1:], environment=dict(os.environ))
+request = dict(folder=os.getcwd(), arguments=sys.argv[1:], environment=dict(os.environ), pid=os.getpid())
 socket.send_fds(connection, [b"%"], [0, 1, 2])
 connection.sendall(json.dumps(request).encode() + b"\\n")
 answers = connection.makefile()
@@ -55,9 +58,10 @@ def folder() -> Path:
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-I", "-S", str(script)])} "$@"\n')
     program.chmod(0o755)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}  # a project is compiled once, not each time
     server = subprocess.Popen(
         [sys.executable, "-P", __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd="/",
+        env={**os.environ, **environment}, cwd="/",
     )  # fmt: skip
     assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
@@ -100,6 +104,8 @@ def _run(connection: socket.socket) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    parents = psutil.Process(request["pid"]).parents
+    psutil.Process.parents = lambda _: parents()  # type: ignore[method-assign]
     sys.path[:0] = filter(None, request["environment"].get("PYTHONPATH", "").split(":"))
     sys.argv = ["dmat", *request["arguments"]]
     connection.sendall(f"{os.getpid()}\n".encode())

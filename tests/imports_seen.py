@@ -15,9 +15,11 @@ import pyarrow.parquet
 import pydantic
 import sklearn.datasets
 import torch
+import torch._dynamo  # by optimisers
+import torch_fidelity
 from pyautoattack import AutoAttack
 
-LOADED = (plt, plotly.express, pyarrow.parquet, pydantic, sklearn.datasets, AutoAttack)
+LOADED = (plt, plotly.express, pyarrow.parquet, pydantic, sklearn.datasets, torch._dynamo, torch_fidelity, AutoAttack)
 
 
 def _watch() -> set[tuple[str, str]]:

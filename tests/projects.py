@@ -35,12 +35,13 @@ def current_code_lock() -> code_identity.CodeLock:
 
 
 class Project:
-    """A folder with params.yaml and artifacts, without git and DVC."""
+    """A folder with params.yaml and artifacts, without git and DVC. is_new: params.yaml and code.yaml are written."""
 
-    def __init__(self, folder, params):
+    def __init__(self, folder, params, is_new=True):
         self.folder, self.params = folder, copy.deepcopy(params)  # tests change their copy
-        code_identity.write(folder, current_code_lock())
-        self.write({})
+        if is_new:
+            code_identity.write(folder, current_code_lock())
+            self.write({})
 
     def write(self, changes):
         """Merges some values into params.yaml and writes it."""

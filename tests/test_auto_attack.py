@@ -50,7 +50,7 @@ def _robust(weights, model, images, labels, epsilon, norm):
 
 @pytest.mark.parametrize(
     ("norm", "epsilon", "classes"),
-    [*(("linf", 0.06, classes) for classes in (2, 3, 4, 7, CLASSES, 12)), ("l2", 0.3, 3), ("l2", 0.25, CLASSES)],
+    [*(("linf", 0.06, classes) for classes in (2, 3, 4, CLASSES, 12)), ("l2", 0.3, 3), ("l2", 0.25, CLASSES)],
 )
 def test_robust_images_of_a_linear_classifier_match_the_closed_form(norm, epsilon, classes):
     weights, model = _linear(classes)

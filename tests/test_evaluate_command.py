@@ -10,6 +10,7 @@ import types
 
 import numpy as np
 import pytest
+import yaml
 
 from dmat import config, files
 from dmat.config import NONE, MixImages
@@ -47,6 +48,8 @@ def model(finished, tmp_path_factory):
     shutil.copytree(finished.folder / "artifacts/prepare_data/test", folder / "test")
     images, labels = shards.open_shards(folder / "test").all()
     np.savez(folder / "images.npz", image=images, label=labels)
+    settings = finished.params["evaluate_robust"] | {"shard": 20}
+    (folder / "quick.yaml").write_text(yaml.safe_dump(finished.params | {"evaluate_robust": settings}))
     return folder
 
 
@@ -188,7 +191,8 @@ def test_a_model_and_a_set_of_images_are_enough(elsewhere):
 def test_all_kinds_of_images_give_the_same_flags(elsewhere):
     flags = {}
     for images in ("test", "images.npz"):
-        _dmat(elsewhere, "--model", "model.safetensors", "--images", images, *QUICK, "--to", f"to-{images}")
+        arguments = ("--model", "model.safetensors", "--images", images, "--params", "quick.yaml", *QUICK)
+        _dmat(elsewhere, *arguments, "--to", f"to-{images}")
         flags[images] = read_table(elsewhere / f"to-{images}" / "per_image.parquet")
     assert all(np.array_equal(flags["test"][name], flags["images.npz"][name]) for name in flags["test"])
 
@@ -290,6 +294,7 @@ def test_classes_are_compared_by_name(tmp_path, kind, in_order):
 # --- refusals
 
 MODEL = ("--model", "model.safetensors", "--images", "test")
+FEW_STEPS = (*MODEL, "--params", "quick.yaml", "--attacks", "none")
 REFUSED = {
     "neither": ((), "--arm and --seed are missing"),
     "half a stage": (("--arm", "generated"), "--seed is missing"),
@@ -361,16 +366,14 @@ def test_an_invalid_sidecar_gives_one_error_line(elsewhere, kind):
 
 def test_the_same_weights_in_another_network_are_another_evaluation(elsewhere):
     """The sidecar holds the normalisation: shards of the other network must never be reported."""
-    _dmat(elsewhere, *MODEL, "--attacks", "none")
+    _dmat(elsewhere, *FEW_STEPS)
     _edited(elsewhere / "model.json", {"mean": [0.9]})
-    text = _dmat(elsewhere, *MODEL, "--attacks", "none", code=2)
+    text = _dmat(elsewhere, *FEW_STEPS, code=2)
     assert "holds another evaluation (network differ)" in text
-    assert "network" in _dmat(elsewhere, *MODEL, "--attacks", "none", "--shards", "0:1", code=2)
+    assert "network" in _dmat(elsewhere, *FEW_STEPS, "--shards", "0:1", code=2)
 
 
 def test_a_parameter_file_sets_the_number_of_images(elsewhere, finished):
-    import yaml
-
     params = yaml.safe_load((finished.folder / "params.yaml").read_text())
     params["evaluate_robust"] = {**params["evaluate_robust"], "images": 7, "auto_attack": "none",
                                  "pgd_step_size": "1/10"}  # fmt: skip
@@ -406,25 +409,25 @@ def test_images_that_do_not_fit_are_refused(elsewhere, kind):
 
 
 def test_a_folder_of_another_evaluation_is_refused_without_fresh(elsewhere):
-    _dmat(elsewhere, *MODEL, "--attacks", "none")
-    text = _dmat(elsewhere, *MODEL, "--attacks", "none", "--epsilon", "1/10", code=2)
+    _dmat(elsewhere, *FEW_STEPS)
+    text = _dmat(elsewhere, *FEW_STEPS, "--epsilon", "1/10", code=2)
     assert "holds another evaluation (threat, settings differ)" in text
     assert "holds another evaluation" in _dmat(
-        elsewhere, *MODEL, "--attacks", "none", "--epsilon", "1/10", "--shards", "0:1", code=2
+        elsewhere, *FEW_STEPS, "--epsilon", "1/10", "--shards", "0:1", code=2
     )
-    _dmat(elsewhere, *MODEL, "--attacks", "none", "--epsilon", "1/10", "--fresh")
+    _dmat(elsewhere, *FEW_STEPS, "--epsilon", "1/10", "--fresh")
     assert files.read_json(elsewhere / "model-evaluation/protocol.json")["threat"]["epsilon"] == "1/10"
     assert list((elsewhere / "model-evaluation").glob("before-*"))
 
 
 @pytest.mark.parametrize("name", ["shard-00000.npz", "shard-00000.json", "black-box.npz"])
 def test_an_altered_shard_is_computed_again(elsewhere, name):
-    _dmat(elsewhere, *MODEL, "--attacks", "none")
+    _dmat(elsewhere, *FEW_STEPS)
     table = elsewhere / "model-evaluation/per_image.parquet"
     before, path = files.sha256(table), elsewhere / "model-evaluation" / "work" / name
     stamps = {shard: shard.stat().st_mtime_ns for shard in path.parent.glob("*.npz")}
     path.write_bytes(path.read_bytes()[:-40])
-    _dmat(elsewhere, *MODEL, "--attacks", "none")
+    _dmat(elsewhere, *FEW_STEPS)
     assert files.sha256(table) == before
     again = [shard.stem for shard, stamp in stamps.items() if shard.stat().st_mtime_ns != stamp]
     assert again == [path.stem]  # and no other

@@ -69,7 +69,7 @@ def trained():
     return model.eval().requires_grad_(False), images, labels
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def subject(trained):
     model, images, labels = trained
     suite = auto_attack.suite(QUICK.auto_attack, 4)
@@ -84,6 +84,17 @@ def _done(folder, subject, compute, settings=QUICK):
     evaluation = _evaluation(folder, subject, compute, settings)
     work.compute_all(evaluation.tasks, quiet=True)
     return evaluation
+
+
+@pytest.fixture(scope="module")
+def standard(subject, compute, tmp_path_factory):
+    """An evaluation by the standard suite, whose thousands of passes take a while."""
+    settings = QUICK.model_copy(update={"auto_attack": "standard"})
+    standard_subject = dataclasses.replace(subject, suite=auto_attack.suite("standard", 4))
+    return _done(tmp_path_factory.mktemp("standard"), standard_subject, compute, settings)
+
+
+SOON_BROKEN = Ball("linf", 0.45)  # in which the first attacks of a suite leave no image to the long ones
 
 
 # --- measures
@@ -340,11 +351,8 @@ def _verdict(evaluation, all_images=24):
     return evaluation.verdict(evaluation.columns(), all_images, NO_COPIES)
 
 
-def test_only_the_standard_suite_on_all_images_is_a_headline(tmp_path, subject, compute):
-    standard = dataclasses.replace(subject, suite=auto_attack.suite("standard", 4))
-    settings = QUICK.model_copy(update={"auto_attack": "standard"})
-    evaluation = _done(tmp_path / "standard", standard, compute, settings)
-    columns = evaluation.columns()
+def test_only_the_standard_suite_on_all_images_is_a_headline(standard):
+    evaluation, columns = standard, standard.columns()
     verdict = evaluation.verdict(columns, 24, NO_COPIES)
     assert verdict.reasons == (), [check for check in verdict.checks if not check.passed]
     assert verdict.measure == "auto_attack"
@@ -365,9 +373,8 @@ def test_only_the_standard_suite_on_all_images_is_a_headline(tmp_path, subject, 
     assert "of 24 test images these are exact copies: 1 of real training images; expected" in copied.reasons[0]
 
 
-def test_training_images_and_unknown_splits_give_no_headline(tmp_path, subject, compute):
-    evaluation = _done(tmp_path, dataclasses.replace(subject, suite=auto_attack.suite("standard", 4)), compute)
-    columns = evaluation.columns()
+def test_training_images_and_unknown_splits_give_no_headline(standard):
+    evaluation, columns = standard, standard.columns()
     for split, message in {"train": "of the split train, not of test", "": "pass `--split test`"}.items():
         verdict = evaluation.verdict(columns, 24, NO_COPIES, split)
         assert verdict.measure == "auto_attack_not_test"
@@ -387,8 +394,9 @@ def test_few_copies_are_noted_beside_a_headline():
 
 def test_fewer_than_20_images_give_no_headline(tmp_path, subject, compute):
     small = dataclasses.replace(
-        subject, images=subject.images[:19], labels=subject.labels[:19], suite=auto_attack.suite("standard", 4)
-    )
+        subject, images=subject.images[:19], labels=subject.labels[:19], ball=SOON_BROKEN,
+        suite=auto_attack.suite("standard", 4),
+    )  # fmt: skip
     verdict = _verdict(_done(tmp_path, small, compute), 19)
     assert "Only 19 images; a headline needs 20 or more." in verdict.reasons
     assert verdict.measure == "auto_attack_subset"
@@ -457,8 +465,9 @@ def test_a_failed_check_removes_the_headline_and_changes_the_name(tmp_path, subj
     model.eval().requires_grad_(False)
     model.logits.weight *= 1e4
     model.logits.bias *= 1e4
-    standard = dataclasses.replace(subject, model=model, suite=auto_attack.suite("standard", 4))
-    evaluation = _done(tmp_path, standard, compute, QUICK.model_copy(update={"auto_attack": "standard"}))
+    suite = auto_attack.suite("standard", 4)
+    steep = dataclasses.replace(subject, model=model, ball=SOON_BROKEN, suite=suite)
+    evaluation = _done(tmp_path, steep, compute, QUICK.model_copy(update={"auto_attack": "standard"}))
     verdict = _verdict(evaluation)
     assert verdict.measure == "auto_attack_unchecked"
     assert any("gradient" in reason for reason in verdict.reasons)

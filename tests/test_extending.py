@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from dmat import config
+from tests import fork_server
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -57,7 +58,7 @@ def test_the_steps_of_the_page_work(tmp_path, tiny_params):
         ["train-robust", "--arm", "real_only", "--seed", "1"],
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "cli.main", *arguments, *(["--json"] if arguments != ["lock"] else [])],
+            [fork_server.folder() / "dmat", *arguments, *(["--json"] if arguments != ["lock"] else [])],
             cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": "", "DMAT_TRACKING": "off"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip

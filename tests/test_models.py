@@ -1381,7 +1381,7 @@ def test_predict_never_overwrites_its_input(tmp_path, call, imported):
 # --- the page of the documentation
 
 
-def test_the_commands_of_the_page_work(tmp_path, call, root, monkeypatch):
+def test_the_commands_of_the_page_work(tmp_path, call, root, monkeypatch, put_store):
     """Every command of docs/models.md, in order, in a folder with the files that it names."""
     monkeypatch.chdir(tmp_path)
     published(tmp_path / "weights-best.pt")
@@ -1401,6 +1401,7 @@ def test_the_commands_of_the_page_work(tmp_path, call, root, monkeypatch):
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm-cifar10-32")
     np.save(tmp_path / "images.npy", images(4, 32, 32, 3))
     np.save(tmp_path / "labels.npy", np.zeros(4, np.int64))
+    put_store(tmp_path)
     client, experiment = stores.connect(tmp_path)
     sidecar = {"kind": "classifier", "image_shape": [8, 8, 1], "classes": 10}
     weights.save(tmp_path / "best.safetensors", network(1).state_dict(), sidecar)

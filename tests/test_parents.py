@@ -5,7 +5,6 @@ Run alone: pytest tests/test_parents.py
 
 import hashlib
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,20 +34,11 @@ with tracking.open_run(home, work, stage="mix_images", instance_name="one", sett
 """
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """An empty store, created once because MLflow takes seconds to create one."""
-    home = tmp_path_factory.mktemp("empty")
-    tracking.connect(home)
-    return home / "mlruns" / "mlflow.db"
-
-
 @pytest.fixture(autouse=True)
-def tracked(tmp_path, monkeypatch, empty_store):
+def tracked(tmp_path, monkeypatch, put_store):
     monkeypatch.setenv("DMAT_TRACKING", "on")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlruns").mkdir()
-    shutil.copy(empty_store, tmp_path / "mlruns")
+    put_store(tmp_path)
 
 
 @pytest.fixture

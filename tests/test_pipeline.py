@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from dmat import config, files
+from dmat.upkeep import doctor
+from dmat.workspace import find_workspace
 from tests import browser, fork_server, forked, servers
 
 pytestmark = pytest.mark.timeout(2000)  # a whole `dvc repro` on a machine that is busy with other work
@@ -50,13 +52,10 @@ class Project:
             )
 
     def start(self, *command: str, real: bool = False, **environment: str) -> subprocess.Popen:
-        """real: processes of `dmat` that start as they do for users, not as tests/fork_server.py starts them.
-
-        Tracked ones always do: tracking looks for `dvc` among the ancestors of a stage, and the server is none.
-        """
+        """real: processes of `dmat` that start as they do for users, not as tests/fork_server.py starts them."""
         bin_folder = Path(sys.executable).parent
         path = f"{bin_folder}:{os.environ['PATH']}"
-        if not real and environment.get("DMAT_TRACKING") != "on":
+        if not real:
             path = f"{fork_server.folder()}:{path}"
         return subprocess.Popen(
             [shutil.which(command[0], path=path), *command[1:]], cwd=self.folder, text=True,
@@ -77,9 +76,9 @@ class Project:
         assert process.returncode == code, text
         return text
 
-    def repro(self, **environment: str) -> list[str]:
+    def repro(self, *targets: str, real: bool = False, **environment: str) -> list[str]:
         """Names of the stages that ran."""
-        return self.ran(self.run("dvc", "repro", **environment))
+        return self.ran(self.run("dvc", "repro", *targets, real=real, **environment))
 
     @staticmethod
     def ran(text: str) -> list[str]:
@@ -129,7 +128,8 @@ def test_dmat_repro_gives_what_dvc_repro_gives(project, tmp_path_factory, tiny_p
     from tests.conftest import ROOT
 
     parallel = Project(tmp_path_factory.mktemp("parallel"), ROOT, tiny_params_once)
-    text = parallel.run("dmat", "repro", "--workers", "2", "--json", real=True, DMAT_TRACKING="on")
+    dmat = str(Path(sys.executable).with_name("dmat"))  # not that of the fork server, from which the stages come
+    text = parallel.run(dmat, "repro", "--workers", "2", "--json", DMAT_TRACKING="on")
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert sum(line["state"] == "done" for line in lines) == PIPELINE_STAGES
     open_instances, most = set(), 0
@@ -159,7 +159,7 @@ def test_dmat_repro_gives_what_dvc_repro_gives(project, tmp_path_factory, tiny_p
     assert len(runs) == PIPELINE_STAGES + 1
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert parallel.run("dvc", "status", "dvc.yaml").strip() == "Data and pipelines are up to date."
-    assert parallel.run("dmat", "repro", "--json", real=True).strip() == '{"instances": 0}'
+    assert parallel.run("dmat", "repro", "--json").strip() == '{"instances": 0}'
 
 
 def test_the_table_is_made_of_per_image_results(project):
@@ -255,7 +255,7 @@ def test_a_repro_links_restored_runs_and_a_run_can_be_reproduced(project, tmp_pa
     """Only the report reruns; its parent links the runs of all other stages. A training is then reproduced."""
     project.params["write_report"]["title"] = "Another title"
     project.write()
-    assert project.repro(DMAT_TRACKING="on") == ["write_report"]
+    assert project.repro(real=True, DMAT_TRACKING="on") == ["write_report"]
     project.run("dmat", "runs", "sync")
     from mlflow import MlflowClient
 
@@ -341,7 +341,8 @@ def test_a_clone_pulls_everything_that_was_pushed_and_compares_its_metrics(proje
 def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
     """The second repro names the process in the way. A stage that lost its dvc gets no second writer. A result that dvc
     could not record, as after a kill before it wrote its lock, is published and not computed again."""
-    project.params["arms"]["generated"] |= {"images_seen": 6400, "evaluate_every": 6400}
+    quicker = project.params["arms"]["generated"]
+    project.params["arms"]["generated"] = quicker | {"images_seen": 6400, "evaluate_every": 6400}
     project.write()
     folder, target = project.folder / "runs/train_robust", "train_robust@generated-1"
     before = set(folder.glob("generated-1-*/holder.json"))
@@ -354,13 +355,13 @@ def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
     stage = psutil.Process(json.loads((work / "holder.json").read_text())["pid"])
     stage.suspend()  # it stays at work for as long as the other commands take
 
-    second = project.start("dvc", "repro", target, real=True).communicate(timeout=1500)[0]
+    second = project.start("dvc", "repro", target).communicate(timeout=1500)[0]
     assert "is being blocked by" in second
     assert f"(PID {first.pid})" in second
 
     first.kill()
     first.wait()  # else it stays a zombie, which DVC treats as alive
-    third = project.start("dvc", "repro", target, real=True).communicate(timeout=1500)[0]
+    third = project.start("dvc", "repro", target).communicate(timeout=1500)[0]
     assert f"is being computed by process {stage.pid}" in third
     assert "Traceback" not in third
 
@@ -368,9 +369,11 @@ def test_two_repros_at_once_and_a_dvc_that_is_killed_alone(project):
     forked.until((work / "finished.json").exists)
     forked.until(lambda: not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE)
     stamp = (work / "finished.json").stat().st_mtime_ns
-    assert target in project.repro()
+    assert project.repro(target) == [target]
     assert (work / "finished.json").stat().st_mtime_ns == stamp
-    assert project.repro() == []
+    assert project.repro(target) == []
+    project.params["arms"]["generated"] = quicker
+    project.write()
 
 
 def test_a_changed_generator_leaves_the_real_arm_alone(project):
@@ -477,25 +480,22 @@ def test_a_dvc_lock_that_a_kill_emptied_can_be_repaired(project):
     path.write_bytes(before)
 
 
-def test_a_result_that_dvc_recorded_under_other_parameters_is_detected(project):
+def test_a_result_that_dvc_recorded_under_other_parameters_is_detected(project, monkeypatch):
     """As after an edit between the end of a stage and DVC's reading of params.yaml, which no stage can notice."""
+    monkeypatch.setattr(doctor, "CHECKS", {"dvc results": doctor.CHECKS["dvc results"]})
 
     def results():
-        return [check for check in json.loads(doctor_output(project)) if check["check"] == "dvc results"]
+        return [*doctor.examine(find_workspace(project.folder))]
 
-    def doctor_output(project):
-        process = project.start("dmat", "doctor", "--json")
-        return process.communicate(timeout=1500)[0]
-
-    assert [check["mark"] for check in results()] == ["ok"]
+    assert [finding.mark for finding in results()] == [doctor.OK]
     lock = project.folder / "dvc.lock"
     before = lock.read_text()
     content = yaml.safe_load(before)
     content["stages"]["evaluate_robust@generated-1"]["params"]["params.yaml"]["evaluate_robust"]["pgd_steps"] = 7
     lock.write_text(yaml.safe_dump(content, sort_keys=False))
     (wrong,) = results()
-    assert (wrong["mark"], wrong["found"]) == (
-        "PROBLEM", "evaluate_robust@generated-1 in dvc.lock: pgd_steps is 7 there and was 3",
+    assert (wrong.mark, wrong.found) == (
+        doctor.PROBLEM, "evaluate_robust@generated-1 in dvc.lock: pgd_steps is 7 there and was 3",
     )  # fmt: skip
     lock.write_text(before)
     entries = [
@@ -507,11 +507,11 @@ def test_a_result_that_dvc_recorded_under_other_parameters_is_detected(project):
     entry.write_text(wrong_entry)
     for name in (".written.tmp", "cut"):  # what a kill leaves
         entry.with_name(name).write_text("cmd: [")
-    assert "wrong entries of DVC's run cache: 1" in results()[0]["found"]
+    assert "wrong entries of DVC's run cache: 1" in results()[0].found
     assert "run cache had a result of evaluate_robust@" in project.run("dmat", "doctor", "--fix")
     assert not entry.exists()
     assert [path.read_text() for path in (project.folder / "runs").glob("run-cache-*")] == [wrong_entry]
-    assert [check["mark"] for check in results()] == ["ok"]
+    assert [finding.mark for finding in results()] == [doctor.OK]
     entry.write_text(right_entry)
 
 

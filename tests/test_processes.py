@@ -19,12 +19,16 @@ from tests import forked, servers
 from tests.projects import STAGE_OPTIONS
 
 
-@pytest.fixture
-def project(finished, tmp_path):
-    copy = finished.copy_without("train_robust", tmp_path / "project")
+def _untrained(finished, folder):
+    copy = finished.copy_without("train_robust", folder)
     copy.write({"train_robust": {"images_seen": 1280, "evaluate_every": 320, "synchronise_batch_norm": True}})
     copy.run("mix_images")
     return copy
+
+
+@pytest.fixture
+def project(finished, tmp_path):
+    return _untrained(finished, tmp_path / "project")
 
 
 def free_port():
@@ -83,19 +87,27 @@ def identical(first, second):
     return first[1] == second[1] and all(torch.equal(values, second[0][name]) for name, values in first[0].items())
 
 
-@pytest.fixture
-def single_process(project, tmp_path):
-    copy = project.copy_without("train_robust", tmp_path / "alone")
+@pytest.fixture(scope="module")
+def single_process(finished, tmp_path_factory):
+    """What one process computes in `project`."""
+    copy = _untrained(finished, tmp_path_factory.mktemp("single") / "project")
     copy.run("train_robust")
     return result(copy)
 
 
-def test_two_processes_compute_what_one_computes(project, single_process):
-    (_, text), (_, other_text) = run(project, 2)
-    assert_close(result(project), single_process)
+@pytest.fixture(scope="module")
+def two_processes(finished, tmp_path_factory):
+    """`project` after two processes trained in it, and what they printed."""
+    copy = _untrained(finished, tmp_path_factory.mktemp("two") / "project")
+    return copy, [text for _, text in run(copy, 2)]
+
+
+def test_two_processes_compute_what_one_computes(two_processes, single_process):
+    trained, (text, other_text) = two_processes
+    assert_close(result(trained), single_process)
     assert "best_validation_robust" in json.loads(text)
     assert other_text == ""  # only the main process writes and prints
-    provenance = json.loads((project.folder / "artifacts/provenance/train_robust/generated-1.json").read_text())
+    provenance = json.loads((trained.folder / "artifacts/provenance/train_robust/generated-1.json").read_text())
     assert provenance["compute"]["processes"] == 2
 
 
@@ -151,10 +163,8 @@ def test_a_run_resumes_onto_another_number_of_processes(project, tmp_path):
     assert_close(result(project), result(undisturbed))
 
 
-def test_torchrun_restarts_after_kill_9_of_one_process(project, tmp_path):
+def test_torchrun_restarts_after_kill_9_of_one_process(project, two_processes):
     """With compute.processes the command starts torchrun itself."""
-    undisturbed = project.copy_without("train_robust", tmp_path / "whole")
-    run(undisturbed, 2)
     project.write({"compute": {"processes": 2}})
     command = [sys.executable, "-m", "cli.main", "train-robust", *STAGE_OPTIONS["train_robust"], "--json"]
     environment = {**os.environ, "DMAT_TRACKING": "off"}
@@ -165,7 +175,7 @@ def test_torchrun_restarts_after_kill_9_of_one_process(project, tmp_path):
         text, _ = torchrun.communicate()
     assert torchrun.returncode == 0
     assert "best_validation_robust" in text
-    assert identical(result(project), result(undisturbed))
+    assert identical(result(project), result(two_processes[0]))
 
 
 def _kill_rank_1(project, torchrun):

@@ -13,6 +13,7 @@ import pytest
 
 from dmat import files
 from tests import forked
+from tests.projects import Project
 
 REMOVED, CUT, ALTERED, EMPTY = "removed", "cut", "altered", "an empty object"
 SPLITS, IMAGES = "artifacts/prepare_data", "artifacts/generate_images/edm18"
@@ -244,8 +245,8 @@ def test_a_read_only_disk_is_named(finished, tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )  # fmt: skip
-def test_a_wrong_command_is_answered(finished, arguments, fragments):
-    code, text = forked.run(finished.folder, *arguments)
+def test_a_wrong_command_is_answered(tiny_params, tmp_path, arguments, fragments):
+    code, text = forked.run(Project(tmp_path, tiny_params).folder, *arguments)
     assert code == 2
     assert all(fragment in text for fragment in fragments), text
     assert "Traceback" not in text

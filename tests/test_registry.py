@@ -260,10 +260,11 @@ def test_a_pair_is_written_completely_or_not_at_all(store, tmp_path, monkeypatch
 
 
 @pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning")  # of MLflow's own code
-def test_an_evaluation_registers_its_model(finished, tmp_path):
+def test_an_evaluation_registers_its_model(finished, tmp_path, put_store):
     """The stage with tracking on: version, tags, no champion without a headline, and `dmat models list` and `get`."""
     project = finished.copy_without("evaluate_robust", tmp_path / "project")
     project.write({"evaluate_robust": {"images": 10}})
+    put_store(project.folder)
     command = project.command("evaluate_robust", DMAT_TRACKING="on")
     assert command.wait()[0] == 0
     client, experiment = stores.connect(project.folder)

@@ -25,10 +25,10 @@ def _git(folder, *arguments):
 
 
 @pytest.fixture
-def project(tmp_path, tiny_params, monkeypatch):
+def project(tmp_path, tiny_params, monkeypatch, put_store):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "project"
-    folder.mkdir()
+    put_store(folder)
     (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params, sort_keys=False))
     (folder / ".gitignore").write_text("/mlruns/\n/runs/\n")
     _git(folder, "init", "-q")

@@ -4,8 +4,8 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from dmat.robust.losses import LOSSES, WITH_TWO_VIEWS, LossSettings
 from dmat.robust.networks import DataSpec, wide_resnet
 from dmat.training import classifier, denoiser, ema
 from dmat.training.long_run import LongRun, MetricsLog
-from tests import forked, servers
+from tests import forked
 
 
 @pytest.fixture
@@ -473,24 +473,22 @@ def test_metrics_are_finite_complete_lines_written_once(tmp_path):
     ]
 
 
-def test_requeue_signal_has_its_own_exit_code(tmp_path, compute):
-    script = f"""
-import sys, time
-from pathlib import Path
-from dmat import devices
-from dmat.errors import Interrupted
-from dmat.training.long_run import LongRun
-with LongRun(Path({str(tmp_path)!r}), devices.resolve("cpu", "fp32", 1), 10**9, quiet=True) as run:
-    print("ready", flush=True)
-    try:
-        for images in range(10**9):
-            run.checkpoint_if_due(images, lambda: {{"at": images}})
-            time.sleep(0.001)
-    except Interrupted as stop:
-        sys.exit(stop.exit_code)
-"""
-    with servers.running([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(forked.LIMIT) == 75
+def _work_until_stopped(folder):
+    with LongRun(folder, devices.resolve("cpu", "fp32", threads=1), 10**9, quiet=True) as run:
+        (folder / "begun").touch()
+        try:
+            for images in range(10**9):
+                run.checkpoint_if_due(images, lambda: {"at": images})  # noqa: B023 - called at once
+                time.sleep(0.001)
+        except Interrupted as stop:
+            sys.exit(stop.exit_code)
+
+
+def test_requeue_signal_has_its_own_exit_code(tmp_path):
+    process = forked._context.Process(target=_work_until_stopped, args=(tmp_path,))
+    process.start()
+    forked.until((tmp_path / "begun").exists)
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(forked.LIMIT)
+    assert process.exitcode == 75
     assert (tmp_path / "checkpoint.dmat").exists()

@@ -26,9 +26,10 @@ from tests import forked, senders
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, put_store):
     """Five runs, one after the other: two trainings, two evaluations, one that failed."""
     folder = tmp_path_factory.mktemp("home")
+    put_store(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DMAT_TRACKING", "on")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

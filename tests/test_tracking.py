@@ -22,12 +22,13 @@ from tests import forked, senders, servers
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(tmp_path, monkeypatch, put_store):
     monkeypatch.setenv("DMAT_TRACKING", "on")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(sender, "_start", senders.start_thread)
     monkeypatch.setattr(sender, "SEND_EVERY", 0.05)
     monkeypatch.setattr(runs, "_unreachable_stores", set())
+    put_store(tmp_path)
     return tmp_path
 
 
@@ -715,8 +716,9 @@ def test_damaged_markers_and_records_stop_nothing(home):
     ]
 
 
-def test_a_moved_project_keeps_its_run_and_gets_its_pictures_at_the_new_place(home):
+def test_a_moved_project_keeps_its_run_and_gets_its_pictures_at_the_new_place(home, put_store):
     old, new = home / "old", home / "new"
+    put_store(old)
     with pytest.raises(Interrupted), _open(old):
         _log(old, 10, loss=2.0)
         raise Interrupted(143, "stopped")

@@ -27,7 +27,7 @@ from dmat import config, files, tuning
 from dmat.errors import DmatError, Interrupted, Pruned
 from dmat.pipeline import code_identity
 from dmat.training.interruption import Interruption
-from dmat.tuning import storage, trials
+from dmat.tuning import report, storage, trials
 from dmat.tuning.driver import Driver
 from dmat.workspace import find_workspace
 from tests import forked, servers
@@ -145,8 +145,9 @@ def test_a_signal_saves_the_trial_and_the_command_resumes_it(finished, studied, 
     assert _table(project) == _table(studied)[:TRIALS]
 
 
-def test_a_diverged_trial_fails_with_its_reason_and_the_study_continues(finished, tmp_path):
+def test_a_diverged_trial_fails_with_its_reason_and_the_study_continues(finished, tmp_path, put_store):
     project = finished.copy_without("nothing", tmp_path / "wild")
+    put_store(project.folder)
     project.write({"tune": {"space": {"learning_rate": {"low": 1e18, "high": 1e20, "scale": "log"}}}})
     _study(project, 2, DMAT_TRACKING="on")
     assert [row["state"] for row in _table(project)] == ["FAIL", "FAIL"]
@@ -161,8 +162,9 @@ def _runs(project):
     return client.search_runs([client.get_experiment_by_name("dmat").experiment_id])
 
 
-def test_mlflow_has_a_run_for_each_trial_with_its_true_status_below_the_study(finished, studied, tmp_path):
+def test_mlflow_has_a_run_for_each_trial_with_its_true_status_below_the_study(finished, tmp_path, put_store):
     project = finished.copy_without("nothing", tmp_path / "tracked")
+    put_store(project.folder)
     _study(project, DMAT_TRACKING="on")
     (study,) = [run for run in _runs(project) if run.data.tags["dmat.stage"] == "tune"]
     trials = [run for run in _runs(project) if "optuna.trial" in run.data.tags]
@@ -210,7 +212,7 @@ def _value(values):
 
 
 def _quick_study(project, monkeypatch):
-    """Runs the study of a project in this process; its trials take no time."""
+    """Runs the study of a project in this process; its trials take no time, and its report has no pictures."""
     project.write({"tune": {"pruner": "none"}})
 
     def compute(context, values, folder, watcher):
@@ -219,6 +221,8 @@ def _quick_study(project, monkeypatch):
         return _value(values)
 
     monkeypatch.setattr(trials, "compute", compute)
+    monkeypatch.setattr(report, "_pictures", lambda *_: [])
+    monkeypatch.setattr(report, "_page", lambda *_: "")
 
     def run(total, fresh=False, url=None):
         params = config.load(project.folder / "params.yaml")
@@ -270,7 +274,7 @@ def test_a_trial_killed_while_it_is_created_stays_the_same_trial(small, fourteen
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_kill_around_the_report_that_a_trial_ended_loses_and_doubles_nothing(small, monkeypatch, when):
+def test_a_kill_around_the_report_that_a_trial_ended_loses_and_doubles_nothing(small, monkeypatch, put_store, when):
     small(5)
     undisturbed = _table(small.project), _curve(small.project)
     real, calls = optuna.Study.tell, []
@@ -284,6 +288,7 @@ def test_a_kill_around_the_report_that_a_trial_ended_loses_and_doubles_nothing(s
             raise SystemExit("killed")
 
     monkeypatch.setenv("DMAT_TRACKING", "on")
+    put_store(small.project.folder)
     with monkeypatch.context() as patch:
         patch.setattr(optuna.Study, "tell", tell)
         with pytest.raises(SystemExit):
@@ -314,8 +319,9 @@ def test_a_signal_while_a_trial_is_pruned_ends_the_command_after_it(small, monke
     assert [row["state"] for row in _table(small.project)] == ["COMPLETE", "COMPLETE", "PRUNED"]
 
 
-def test_a_study_with_nothing_left_to_do_is_not_tracked_again(small, monkeypatch):
+def test_a_study_with_nothing_left_to_do_is_not_tracked_again(small, monkeypatch, put_store):
     monkeypatch.setenv("DMAT_TRACKING", "on")
+    put_store(small.project.folder)
     small(3)
     before = {run.info.run_id: run.to_dictionary() for run in _runs(small.project)}
     summary = small(2)
@@ -655,8 +661,9 @@ def test_images_that_a_trial_changes_are_made_once_for_each_value(finished, tmp_
     assert len(list((project.folder / "runs/generate_images").iterdir())) == sets_before + 1
 
 
-def test_the_best_are_ranked_by_autoattack_on_validation_and_the_first_becomes_an_arm(finished, tmp_path):
+def test_the_best_are_ranked_by_autoattack_on_validation_and_the_first_becomes_an_arm(finished, tmp_path, put_store):
     project = finished.copy_without("nothing", tmp_path / "ranked")
+    put_store(project.folder)
     project.write({"tune": {"rerank": 2, "pruner": "none"}, "evaluate_robust": {"auto_attack": ["apgd-ce"]}})
     summary = json.loads(_study(project, 4, DMAT_TRACKING="on").splitlines()[-1])
     rows = {int(row["trial"]): row for row in _table(project)}

@@ -190,6 +190,9 @@ def test_stages_run_in_a_project_without_the_repository(installed, project):
 
 def _upgrade(installed: Installed, project: Path, stages: list[str]) -> None:
     """Another version of dmat reruns, after `dmat lock`, exactly the stages that it computes otherwise."""
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["compute"]["processes"] = 1  # no dependency of a stage, and less to import
+    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     module = Path(installed.ask("import dmat.modes; print(dmat.modes.__file__)"))
     before = module.read_text(encoding="utf-8")
     module.write_text(before + "\n# Of the next version.\n", encoding="utf-8")
