@@ -297,7 +297,7 @@ def test_a_cluster_with_tls_refuses_clients_and_workers_without_its_certificates
     for authority in (other.tls_ca_file, own["tls"]["ca_file"]):
         record = {**own, "tls": {"ca_file": authority, **certificates}}
         files.write_json(tmp_path / "cluster.json", record)
-        with pytest.raises(DmatError, match=r"; look at the address and the certificates$") as refused:
+        with pytest.raises(DmatError, match=r"; start it, or look at the address and the certificates$") as refused:
             clusters.join(EngineOptions(cluster=str(tmp_path / "cluster.json")))
         assert "TLS" in str(refused.value)
         security = Security(
