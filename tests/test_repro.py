@@ -172,7 +172,7 @@ def test_an_instance_waits_for_the_command_of_a_worker_that_was_killed(project):
     assert Path("begun").read_text("utf-8") == "x"
 
 
-def test_a_stage_finds_the_programs_of_the_interpreter_that_runs_it_last(project, monkeypatch):
+def test_a_stage_finds_the_programs_beside_its_interpreter(project, monkeypatch):
     """A worker that a service manager started has no PATH of an activated environment."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     states, _ = run(project(a=("import os, pathlib; pathlib.Path('a').write_text(os.environ['PATH'])",)))
