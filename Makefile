@@ -4,6 +4,8 @@ BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# Of `make fuzz`: how many files.
+INPUTS ?= 20000
 # Of `make worker`: how many workers; or the GPU that one worker of a CUDA image gets. PROJECT is where they compute.
 WORKERS ?= 1
 GPU ?=
@@ -43,7 +45,7 @@ test-robustbench: .venv-robustbench/ready
 
 # Damaged and hostile files for every reader, some ten minutes; tests/test_fuzzing.py is the short form.
 fuzz: .venv/ready
-	$(BIN)/python -m tests.fuzzing --inputs 20000 --out docs/results/fuzz.md
+	$(BIN)/python -m tests.fuzzing --inputs $(INPUTS) --out docs/results/fuzz.md
 
 # Damage to every kind of file of a finished project, then kills of a whole `dvc repro`; some ten minutes.
 torture: .venv/ready

@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     compute = devices.resolve(threads=int(os.environ.get("OMP_NUM_THREADS", "1")))
     validation = shards.open_shards(ARTIFACTS / "prepare_data/validation")
-    scorer, _ = load_classifier(ARTIFACTS / "train_scorer/scorer" / weights.BEST, validation, compute)
+    scorer, _ = load_classifier(ARTIFACTS / "train_scorer/scorer" / weights.BEST, validation.manifest, compute)
     records = [
         record
         for name in arguments.generators

@@ -205,6 +205,14 @@ class Services:
         self._closing.close()
 
 
+def kill_processes_in(folder: Path) -> None:
+    """Kills all processes that work in a folder: the command of a worker that was killed is no child of a test."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(folder):
+                process.kill()
+
+
 def _answers(url: str) -> bool:
     with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
         return response.status == 200

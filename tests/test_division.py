@@ -1,5 +1,6 @@
 """Shards of a stage in workers: the bytes of the process alone, and refusals of workers that would compute others."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -78,6 +79,27 @@ def test_a_model_that_no_stage_made_is_evaluated_in_workers(finished, tmp_path, 
     os.environ.pop(tasks.CLUSTER_VARIABLE)
     assert dmat(tmp_path, *options, "--first", "20", "--to", "alone")[0] == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "alone/work").glob("*.npz")} == shards
+
+
+def test_trials_on_a_cluster_are_those_of_one_process(finished, tmp_path, cluster, call, monkeypatch):
+    """Both are ranked, too. A driver that started with a cluster may end without."""
+    results = []
+    for name, options in (("cluster", ("--cluster", cluster.environment[tasks.CLUSTER_VARIABLE])), ("alone", ())):
+        study = finished.copy_without("nothing", tmp_path / name)
+        study.write({"tune": {"pruner": "none", "rerank": 1}, "evaluate_robust": {"auto_attack": ["apgd-ce"]}})
+        monkeypatch.chdir(study.folder)
+        code, out, err = call("tune", "start", "--trials", "2", "--json", *options)
+        assert code == 0, out + err
+        with (study.folder / "artifacts/tune/generated/trials.csv").open() as file:
+            rows = [{**row, "seconds": ""} for row in csv.DictReader(file)]
+        logs = sorted((study.folder / "runs/tune").glob("generated-*/trial-*/metrics.jsonl"))
+        results.append((rows, [path.read_text() for path in logs], json.loads(out)["ranked"]))
+    assert results[0] == results[1]
+    rows, logs, ranked = results[0]
+    assert [row["state"] for row in rows] == ["COMPLETE"] * 2
+    assert (len(logs), len(ranked)) == (2, 1)
+    code, out, err = call("tune", "start", "--trials", "3", "--json")
+    assert (code, json.loads(out)["complete"]) == (0, 3), err
 
 
 def test_an_error_in_a_worker_is_that_of_the_command(project, dmat):

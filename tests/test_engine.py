@@ -1,5 +1,6 @@
 """The engine: tasks in this process and in workers, their messages, errors, losses and stops."""
 
+import asyncio
 import json
 import os
 import signal
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from distributed.comm import connect
+from distributed.security import Security
 
-from dmat.engine import EngineOptions, Task, open_engine, tasks
+from dmat import files
+from dmat.engine import EngineOptions, Task, clusters, open_engine, tasks
 from dmat.errors import ConfigError, Diverged, DmatError, Interrupted, UnfitError
 from tests import engine_tasks, forked, servers
 
@@ -283,6 +287,29 @@ def test_clusters_that_are_refused(cluster_name, sentence, monkeypatch):
     with pytest.raises(DmatError) as raised, open_engine(EngineOptions(cluster=cluster_name)):
         pass
     assert sentence in str(raised.value)
+
+
+def test_a_cluster_with_tls_refuses_clients_and_workers_without_its_certificates(cluster, tmp_path):
+    """With none, with those of another authority, with that of another authority for a scheduler that they trust."""
+    own = json.loads(Path(cluster.environment[tasks.CLUSTER_VARIABLE]).read_text(encoding="utf-8"))
+    other = Security.temporary()
+    certificates = {"client_cert": other.tls_client_cert, "client_key": other.tls_client_key}
+    for authority in (other.tls_ca_file, own["tls"]["ca_file"]):
+        record = {**own, "tls": {"ca_file": authority, **certificates}}
+        files.write_json(tmp_path / "cluster.json", record)
+        with pytest.raises(DmatError, match=r"; start it, or look at the address and the certificates$") as refused:
+            clusters.join(EngineOptions(cluster=str(tmp_path / "cluster.json")))
+        assert "TLS" in str(refused.value)
+        security = Security(
+            tls_ca_file=authority, tls_worker_cert=other.tls_worker_cert, tls_worker_key=other.tls_worker_key
+        )
+        with pytest.raises(OSError, match="TLS"):
+            asyncio.run(connect(own["address"], **security.get_connection_args("worker")))
+    with pytest.raises(DmatError, match="names no certificates of a client"):
+        clusters.join(EngineOptions(cluster=own["address"]))
+    with pytest.raises(DmatError, match="no cluster answers at tcp://"):
+        clusters.join(EngineOptions(cluster=own["address"].replace("tls:", "tcp:")))
+    assert cluster.size == 2
 
 
 def test_no_dask_without_workers(root):

@@ -88,7 +88,7 @@ def test_planted_duplicates_are_counted(judge, splits):
 
 def test_agreement_and_distance_are_those_of_the_scorer(judge, splits, scorer_path):
     images, labels = splits["test"].all()
-    scorer, _ = load_classifier(scorer_path, splits["test"], COMPUTE)
+    scorer, _ = load_classifier(scorer_path, splits["test"].manifest, COMPUTE)
     with torch.no_grad():
         logits = scorer(to_float(images)).numpy()
         features = [scorer.features(to_float(x)).numpy() for x in (images, splits["validation"].all()[0])]

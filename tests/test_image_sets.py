@@ -3,8 +3,10 @@
 Run alone: pytest tests/test_image_sets.py
 """
 
+import dataclasses
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -235,6 +237,28 @@ def test_shards_of_an_array_of_jobs_are_those_of_one(project):
     run(project, "generate-images", "--image-set", "whole")
     whole, array = ((project.folder / "artifacts/generate_images" / name) for name in ("whole", "array"))
     assert files.sha256(whole / "manifest.json") == files.sha256(array / "manifest.json")
+
+
+def test_a_shard_is_scored_without_the_others(project, tmp_path):
+    """A set of a thousand shards costs a worker no more than a small one. What it opens, it compares."""
+    params, workspace = config.load(project.folder / "params.yaml"), Workspace(project.folder, project.folder)
+    plan = planning.plan(STAGES["score_images"], {"image_set": "edm18"}, params, workspace)
+    images = shutil.copytree(project.folder / plan.inputs["images"]["path"], tmp_path / "images")
+    for name in shards.ARRAYS:
+        (images / f"{name}-00000.npy").unlink()
+    work = tmp_path / "runs/score_images/edm18"
+    job = execution.new_job(plan, params, workspace, execution.resolve(params), work, quiet=True)
+    job = dataclasses.replace(job, inputs={**job.inputs, "images": images})
+    assert [*score_images.pending_shards(plan.settings, job)] == [0, 1]
+    score_images.run_shards(plan.settings, job, range(1, 2))
+    (scores,) = (tmp_path / "runs/pools").glob("*/scores-*.npy")
+    published = project.folder / plan.outputs["scores"] / scores.name.removeprefix("scores-")
+    assert scores.read_bytes() == published.read_bytes()
+    with pytest.raises(DmatError, match=r"images-00000\.npy does not exist"):
+        score_images.run_shards(plan.settings, job, range(2))
+    (images / "images-00000.npy").write_bytes((images / "images-00001.npy").read_bytes())
+    with pytest.raises(DmatError, match=r"images-00000\.npy has checksum .*; its manifest says"):
+        score_images.run_shards(plan.settings, job, range(1))
 
 
 @pytest.mark.parametrize(

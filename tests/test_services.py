@@ -5,34 +5,35 @@ is there twice. `make test-services` runs this file; it needs PostgreSQL's progr
 """
 
 import collections
+import concurrent.futures
 import contextlib
-import copy
 import json
-import subprocess
-import threading
-import time
 
 import optuna
 import pytest
 
 from dmat import files
 from dmat.pipeline import STAGES
+from tests import servers
 from tests.conftest import ROOT
 from tests.forked import until
-from tests.services import ADMIN, BUCKETS, PASSWORD, PATIENCE, Services, status
-from tests.test_pipeline import Project
+from tests.services import ADMIN, BUCKETS, PASSWORD, PATIENCE, Services, kill_processes_in, status
+from tests.test_pipeline import Clone, Project
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(5400)]
-STORE_AWAY = 30  # seconds
 INSTANCES = 11  # of one arm and one seed
 TRIALS = 4
 
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory):
-    running = Services(tmp_path_factory.mktemp("services"))
-    yield running
-    running.stop()
+    folder = tmp_path_factory.mktemp("services")
+    running = Services(folder)
+    try:
+        yield running
+    finally:
+        running.stop()
+        kill_processes_in(folder)
 
 
 @pytest.fixture(scope="module")
@@ -53,50 +54,74 @@ def project(services, tmp_path_factory, tiny_params_once):
         project.run("dvc", "remote", *arguments)
     project.run("dmat", "lock")  # whether code.yaml is stale is for tests/test_lock.py to say
     project.commit("the remote")
-    services.cluster.start_workers(2, _environment(services, project) | {"PYTHONPATH": str(project.folder)})
-    process = project.start(
-        "dmat", "repro", "--cluster", services.cluster.address, "--json", real=True, **_environment(services, project)
-    )
-    project.states, lines = collections.Counter(), []
+    services.cluster.start_workers(2, _environment(services) | {"PYTHONPATH": str(project.folder)})
+    try:
+        _reproduce_with_failures(services, project)
+        project.run("dmat", "runs", "sync", real=True, **_environment(services))
+        yield project
+    finally:
+        kill_processes_in(project.folder)
+
+
+def _reproduce_with_failures(services, project):
+    """`dmat repro` on the cluster. Each service fails while the instance that is named here runs."""
     failures = {
-        "train_scorer": lambda: _kill_worker(services, "train_scorer"),
-        "train_diffusion@edm": lambda: _away(services.store, STORE_AWAY),
-        "generate_images@edm18": lambda: _away(services.database, 5),
-        "train_robust@generated-1": lambda: _kill_worker(services, "train_robust@generated-1"),
-        "evaluate_robust@generated-1": lambda: _away(services.mlflow, 5),
+        "train_scorer": lambda: _kill_worker(services, process, "train_scorer"),
+        "train_diffusion@edm": lambda: _away(services.store, project, process, "train_diffusion/edm"),
+        "generate_images@edm18": lambda: _away(services.database, project, process, "generate_images/edm18"),
+        "train_robust@generated-1": lambda: _kill_worker(services, process, "train_robust@generated-1"),
+        "evaluate_robust@generated-1": lambda: _away(services.mlflow, project, process, "evaluate_robust/generated-1"),
     }
-    threads = []
-    for line in process.stdout:
-        lines.append(line)
-        if not line.startswith("{"):
-            continue
-        event = json.loads(line)
-        project.states[event["instance"], event["state"]] += 1
-        if event["state"] == "started" and (failure := failures.pop(event["instance"], None)):
-            threads.append(threading.Thread(target=failure))
-            threads[-1].start()
-    for thread in threads:
-        thread.join()
-    assert process.wait() == 0, "".join(lines)
+    project.states, lines = collections.Counter(), []
+    process = project.start(
+        "dmat", "repro", "--cluster", services.cluster.address, "--json", real=True, **_environment(services)
+    )
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        failing = []
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                if not line.startswith("{"):
+                    continue
+                event = json.loads(line)
+                project.states[event["instance"], event["state"]] += 1
+                if event["state"] == "started" and (failure := failures.pop(event["instance"], None)):
+                    failing.append(pool.submit(failure))
+            process.wait()
+        finally:
+            servers.kill(process)
+    for future in failing:
+        future.result()
+    assert process.returncode == 0, "".join(lines)
     assert not failures
-    project.run("dmat", "runs", "sync", real=True, **_environment(services, project))
-    return project
 
 
-def _environment(services, project):
+def _environment(services):
     return {**services.environment, "DVC_NO_ANALYTICS": "1"}
 
 
-def _away(service, seconds):
+def _away(service, project, process, work):
+    """Stops a service until a run notices, which its record says. work: start of the path of its work folder."""
     service.stop()
-    time.sleep(seconds)
+
+    def noticed():
+        return any(files.read_json(path)["problem"] for path in project.folder.glob(f"runs/{work}-*/tracking.json"))
+
+    until(lambda: noticed() or process.poll() is not None, PATIENCE)
     service.start()
 
 
-def _kill_worker(services, instance):
+def _kill_worker(services, process, instance):
     """Kills the worker that computes an instance, once its command runs."""
-    until(lambda: services.cluster.worker_of(f"--single-item {instance}"), PATIENCE)
-    services.cluster.worker_of(f"--single-item {instance}").kill()
+    workers = []
+
+    def computes():
+        workers.extend(filter(None, [services.cluster.worker_of(f"--single-item {instance}")]))
+        return workers or process.poll() is not None
+
+    until(computes, PATIENCE)
+    for worker in workers:
+        worker.kill()
 
 
 def test_mlflow_lets_only_users_in(services):
@@ -157,12 +182,10 @@ def test_artifacts_are_in_the_object_store(services, project, monkeypatch, tmp_p
 
 
 def test_a_second_clone_pulls_and_reruns_nothing(services, project, tmp_path):
-    environment = _environment(services, project)
+    environment = _environment(services)
     project.run("dvc", "push", **environment)
     project.commit("results")
-    clone = copy.copy(project)
-    clone.folder = tmp_path / "clone"
-    subprocess.run(["git", "clone", "-q", project.folder, clone.folder], check=True)
+    clone = Clone(tmp_path / "clone", project)
     clone.run("dvc", "pull", "dvc.yaml", **environment)
     text = clone.run("dmat", "repro", "--json", real=True, **environment)
     assert json.loads(text.splitlines()[-1]) == {"instances": 0}
@@ -171,9 +194,8 @@ def test_a_second_clone_pulls_and_reruns_nothing(services, project, tmp_path):
 
 
 def test_a_study_on_two_workers_survives_the_database_and_a_worker(services, project):
-    environment = _environment(services, project)
+    environment = _environment(services)
     command = ("dmat", "tune", "start", "--trials", str(TRIALS), "--cluster", services.cluster.address, "--json")
-    process = project.start(*command, real=True, **environment)
     storage = optuna.storages.RDBStorage(services.studies, engine_kwargs={"pool_pre_ping": True})
 
     def ended():
@@ -182,16 +204,17 @@ def test_a_study_on_two_workers_survives_the_database_and_a_worker(services, pro
             return sum(trial.state.is_finished() for trial in storage.get_all_trials(study._study_id))
         return 0
 
-    until(lambda: ended() or process.poll() is not None, PATIENCE)
-    services.cluster.worker_processes()[0].kill()
-    _away(services.database, 5)
-    text, _ = process.communicate(timeout=PATIENCE)
-    for _ in range(3):
-        if process.returncode == 0:
-            break
-        process = project.start(*command, real=True, **environment)
+    process = project.start(*command, real=True, **environment)
+    try:
+        until(lambda: ended() or process.poll() is not None, PATIENCE)
+        services.cluster.worker_processes()[0].kill()
+        services.database.stop()
         text, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, text
+    finally:
+        servers.kill(process)
+    services.database.start()
+    assert process.returncode == 2, text
+    project.run(*command, real=True, **environment)
     (study,) = storage.get_all_studies()
     trials = storage.get_all_trials(study._study_id)
     assert [trial.number for trial in trials] == [*range(TRIALS)]

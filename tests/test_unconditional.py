@@ -44,7 +44,7 @@ def test_a_label_is_the_class_that_the_scorer_finds_most_probable(project):
     images = shards.open_shards(artifacts(project, "generate_images/edm18"))
     scores, labels = read_scores(artifacts(project, "score_images/edm18"), images, "probability")
     compute = devices.resolve("cpu", "fp32", threads=1)
-    scorer, _ = load_classifier(artifacts(project, "train_scorer/scorer", weights.BEST), images, compute)
+    scorer, _ = load_classifier(artifacts(project, "train_scorer/scorer", weights.BEST), images.manifest, compute)
     with torch.no_grad():
         probabilities = scorer(to_float(images.all()[0])).softmax(1)
     assert labels.tolist() == probabilities.argmax(1).tolist()

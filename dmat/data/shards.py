@@ -9,7 +9,7 @@ Shapes: N images, B images of a batch, H height, W width, C channels.
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Required, cast
 
@@ -125,7 +125,7 @@ class Shards:
     @property
     def labelled(self) -> bool:
         """Whether the images have labels of their own."""
-        return not self.manifest.get("unlabelled", False)
+        return has_labels(self.manifest)
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [B, H, W, C] and labels int64 [B] at global indices [B], in the order of the indices."""
@@ -267,10 +267,15 @@ def _manifest_problems(manifest: Manifest) -> Iterator[str]:
         yield f"count is {manifest['count']}, and the shards have {count} images"
 
 
-def open_shards(folders: Path | Iterable[Path], verify: bool | Collection[int] = True) -> Shards:
+def has_labels(manifest: Manifest) -> bool:
+    """Whether the images of a set have labels of their own."""
+    return not manifest.get("unlabelled", False)
+
+
+def open_shards(folders: Path | Iterable[Path], verify: bool = True) -> Shards:
     """Opens one folder, or several folders as one set in the given order.
 
-    verify: compare every checksum, or those of the shards with these numbers.
+    verify: compare every checksum.
 
     Raises DmatError if a file is missing, altered or of another schema, or if the folders differ in image shape or
     classes.
@@ -280,13 +285,9 @@ def open_shards(folders: Path | Iterable[Path], verify: bool | Collection[int] =
     for folder in folders:
         manifest = read_manifest(folder)
         manifests.append(manifest)
-        for entry in manifest["shards"]:
-            compared = verify if isinstance(verify, bool) else entry["index"] in verify
-            if compared:
-                for name, checksum in ARRAYS.items():
-                    _expect_checksum(folder / entry[name], entry[checksum])
-            images.append(_open(folder / entry["images"], _IMAGES, (entry["count"], *manifest["shape"])))
-            labels.append(_open(folder / entry["labels"], _LABELS, (entry["count"],)))
+        for number in range(len(manifest["shards"])):
+            for arrays, array in zip((images, labels), open_shard(folder, manifest, number, verify), strict=True):
+                arrays.append(array)
     first = manifests[0]
     for folder, manifest in zip(folders, manifests, strict=True):
         if (manifest["shape"], manifest["class_names"]) != (first["shape"], first["class_names"]):
@@ -296,6 +297,21 @@ def open_shards(folders: Path | Iterable[Path], verify: bool | Collection[int] =
                 f"size and the same classes"
             )
     return Shards(first, tuple(images), tuple(labels))
+
+
+def open_shard(folder: Path, manifest: Manifest, number: int, verify: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Opens one shard of the set in a folder, and no other: images uint8 [N, H, W, C] and labels int64 [N], mapped.
+
+    verify: compare its checksums. Raises DmatError if a file is missing, altered or not what the manifest says.
+    """
+    entry = manifest["shards"][number]
+    if verify:
+        for name, checksum in ARRAYS.items():
+            _expect_checksum(folder / entry[name], entry[checksum])
+    return (
+        _open(folder / entry["images"], _IMAGES, (entry["count"], *manifest["shape"])),
+        _open(folder / entry["labels"], _LABELS, (entry["count"],)),
+    )
 
 
 def _expect_checksum(path: Path, manifest_checksum: str) -> None:

@@ -135,8 +135,8 @@ def join(options: EngineOptions, expect: Callable[[], None] | None = None) -> "D
         client = Client(address, security=security, timeout=_CONNECT_TIMEOUT)
     except (OSError, ValueError, RuntimeError) as error:
         raise DmatError(
-            f"no cluster answers at {address} ({first_line(error)}); expected a Dask scheduler; start it, or look at "
-            f"the address"
+            f"no cluster answers at {address} ({first_line(error)}); expected a Dask scheduler that takes this client; "
+            f"start it, or look at the address{' and the certificates' if address.startswith('tls') else ''}"
         ) from error
     return DaskEngine(client, options, expect)
 

@@ -157,7 +157,7 @@ def _models(job: Job) -> dict[str, tuple[Classifier, TrainedSidecar]]:
     """Name of the weights -> classifier in evaluation mode, and its sidecar, which was checked against the weights."""
     test = shards.open_shards(job.inputs["test"])
     return {
-        weights_name: load_classifier(_weights_path(job, weights_name), test, job.compute.exact())
+        weights_name: load_classifier(_weights_path(job, weights_name), test.manifest, job.compute.exact())
         for weights_name in WEIGHTS_FILES
     }
 

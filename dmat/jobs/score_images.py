@@ -20,7 +20,7 @@ from dmat.data import dvc_cache, shards
 from dmat.data.pixels import to_float
 from dmat.data.scores import SCORES, ScoreEntry, label_file, score_file
 from dmat.data.shard_pool import ShardPool, expect_numbers
-from dmat.data.shards import ArrayName, ShardRecord, Shards
+from dmat.data.shards import ArrayName, Manifest, ShardRecord
 from dmat.job import Job, Result
 from dmat.metrics import pictures
 from dmat.models.classifiers import load_classifier
@@ -33,9 +33,9 @@ from dmat.training.interruption import Interruption
 def run(settings: ScoreImages, job: Job) -> Result:
     """Scores the shards of the image set that have no scores yet, and writes the manifest of scores."""
     images = shards.open_shards(job.inputs["images"])
-    model, pool = _open(images, settings, job)
+    model, pool = _open(images.manifest, settings, job)
     shard_scores, shard_labels, entries = [], [], list[ScoreEntry]()
-    for number, record in _records(images, model, pool, settings, job, range(len(images.images))):
+    for number, record in _records(images.manifest, model, pool, settings, job, range(len(images.images))):
         entry = images.manifest["shards"][number]
         name = score_file(entry)
         pool.link(record, {"scores": job.result / "scores" / name})
@@ -74,24 +74,24 @@ def run(settings: ScoreImages, job: Job) -> Result:
 
 def pending_shards(settings: ScoreImages, job: Job) -> range:
     """Numbers of the shards that workers score. Those whose scores the pool has cost them no time."""
-    return range(len(shards.open_shards(job.inputs["images"], verify=False).images))
+    return range(len(shards.read_manifest(job.inputs["images"])["shards"]))
 
 
 def run_shards(settings: ScoreImages, job: Job, numbers: range) -> None:
-    """Scores some of the set's shards for the process that publishes the scores, which may run later.
+    """Scores some of the set's shards for the process that publishes the scores, which may run later. Opens no others.
 
     numbers: of the shards, from 0. Raises DmatError for numbers of shards that the set does not have.
     """
-    images = shards.open_shards(job.inputs["images"], verify=numbers)
-    expect_numbers(numbers, len(images.images), f"image set {job.instance['image_set']}")
-    model, pool = _open(images, settings, job)
-    for _ in _records(images, model, pool, settings, job, numbers):
+    manifest = shards.read_manifest(job.inputs["images"])
+    expect_numbers(numbers, len(manifest["shards"]), f"image set {job.instance['image_set']}")
+    model, pool = _open(manifest, settings, job)
+    for _ in _records(manifest, model, pool, settings, job, numbers):
         pass
 
 
-def _open(images: Shards, settings: ScoreImages, job: Job) -> tuple[Classifier, ShardPool]:
-    """The scorer and the pool of its scores."""
-    model, sidecar = load_classifier(job.inputs["scorer"] / weights.BEST, images, job.compute)
+def _open(manifest: Manifest, settings: ScoreImages, job: Job) -> tuple[Classifier, ShardPool]:
+    """The scorer, and the pool of its scores of the set with this manifest."""
+    model, sidecar = load_classifier(job.inputs["scorer"] / weights.BEST, manifest, job.compute)
     pool = job.pool(
         {
             "scorer_sha256": sidecar["sha256"],
@@ -99,23 +99,22 @@ def _open(images: Shards, settings: ScoreImages, job: Job) -> tuple[Classifier, 
             "precision": job.compute.precision,
             "device": job.compute.device.type,
         },
-        ("scores",) if images.labelled else ("scores", "labels"),
+        ("scores",) if shards.has_labels(manifest) else ("scores", "labels"),
     )
     _offer_cached_scores(pool, job.root)
     return model, pool
 
 
 def _records(
-    images: Shards, model: Classifier, pool: ShardPool, settings: ScoreImages, job: Job, numbers: range
+    manifest: Manifest, model: Classifier, pool: ShardPool, settings: ScoreImages, job: Job, numbers: range
 ) -> Iterator[tuple[int, ShardRecord]]:
     """Yields number and record of the scores of each of these shards, once the pool has them."""
-    entries = images.manifest["shards"]
+    entries = manifest["shards"]
     total = sum(entries[number]["count"] for number in numbers)
     bar = tqdm(total=total, unit=" images", desc=job.work.parent.name, disable=job.quiet, unit_scale=True)
     with Interruption() as interruption, bar:
         for number in numbers:
-            targets = images.labels[number] if images.labelled else None
-            make = functools.partial(_score_shard, images.images[number], targets, model, settings, job, interruption)
+            make = functools.partial(_score_shard, manifest, number, model, settings, job, interruption)
             entry = entries[number]
             name = Path(score_file(entry)).stem
             yield number, pool.obtain(name, entry["count"], make, interruption.raise_if_received)
@@ -133,26 +132,23 @@ def _offer_cached_scores(pool: ShardPool, root: Path) -> None:
 
 
 def _score_shard(
-    pixels: np.ndarray,
-    labels: np.ndarray | None,
-    model: Classifier,
-    settings: ScoreImages,
-    job: Job,
-    interruption: Interruption,
+    manifest: Manifest, number: int, model: Classifier, settings: ScoreImages, job: Job, interruption: Interruption
 ) -> dict[ArrayName, np.ndarray]:
-    """The S `SCORES`, float32 [N, S], of images uint8 [N, H, W, C] with labels int64 [N].
+    """The S `SCORES` of the N images of a shard, float32 [N, S].
 
-    Without labels, those of the scorer, int64 [N], are returned too.
+    If the images have no labels, those of the scorer, int64 [N], are returned too.
     """
+    pixels, labels = shards.open_shard(job.inputs["images"], manifest, number)
+    labelled = shards.has_labels(manifest)
     scores = np.empty((len(pixels), len(SCORES)), dtype=np.float32)
     targets = np.empty(len(pixels), dtype=np.int64)
     for start in range(0, len(pixels), settings.batch):
         interruption.raise_if_received()
         rows = slice(start, start + settings.batch)
         probabilities = prediction.logits(model, to_float(np.array(pixels[rows])), job.compute).softmax(1)
-        targets[rows] = probabilities.argmax(1).numpy() if labels is None else labels[rows]
+        targets[rows] = labels[rows] if labelled else probabilities.argmax(1).numpy()
         scores[rows] = _scores(probabilities, torch.from_numpy(targets[rows])).numpy()
-    return {"scores": scores} if labels is not None else {"scores": scores, "labels": targets}
+    return {"scores": scores} if labelled else {"scores": scores, "labels": targets}
 
 
 def _scores(probabilities: Tensor, targets: Tensor) -> Tensor:

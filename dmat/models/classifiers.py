@@ -5,7 +5,7 @@ from typing import Unpack, cast
 
 from dmat import plugins, seeds
 from dmat.config import Network
-from dmat.data.shards import Shards
+from dmat.data.shards import Manifest, Shards
 from dmat.devices import Compute
 from dmat.errors import DmatError
 from dmat.models.loading import open_classifier
@@ -45,13 +45,15 @@ def classifier_sidecar(
     return {**sidecar, **more}
 
 
-def load_classifier(path: Path, images: Shards, compute: Compute) -> tuple[Classifier, TrainedSidecar]:
+def load_classifier(path: Path, images: Manifest, compute: Compute) -> tuple[Classifier, TrainedSidecar]:
     """Loads a classifier of a stage, in evaluation mode without gradients, on the device of `compute`, and its sidecar.
 
-    Raises DmatError if the image shape or the number of classes of the classifier is not that of `images`.
+    images: manifest of the images to classify. Raises DmatError if the image shape or the number of classes of the
+    classifier is another.
     """
     sidecar = weights.read_sidecar(path, "classifier")
-    trained_on, requested = (sidecar["image_shape"], sidecar["classes"]), (list(images.shape), images.classes)
+    trained_on = sidecar["image_shape"], sidecar["classes"]
+    requested = images["shape"], len(images["class_names"])
     if trained_on != requested:
         raise DmatError(
             f"{path} is for images {trained_on[0]} of {trained_on[1]} classes, these images are {requested[0]} of "

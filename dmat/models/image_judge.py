@@ -61,7 +61,7 @@ class ImageJudge:
         seed: int = 1,
         quiet: bool = True,
     ):
-        scorer, _ = load_classifier(path, validation, compute)
+        scorer, _ = load_classifier(path, validation.manifest, compute)
         self._scorer = feature_networks.of_scorer(scorer, path, compute)
         self.network = _network(features, self._scorer, features_file, compute)
         self._train, _ = train.all()  # [M, H, W, C]

@@ -174,11 +174,14 @@ def run_instance(context: TaskContext, root: str, name: str, environment: Mappin
     """
     path = Path(root) / _LOGS / f"{name.replace('/', '-')}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **environment}
+    # A worker may have been started by its path, in no activated environment; the stages call `dmat`.
+    environment["PATH"] = os.pathsep.join([environment.get("PATH", os.defpath), str(Path(sys.executable).parent)])
     started = time.monotonic()
     while True:
         path.unlink(missing_ok=True)  # the command of a worker that was killed may still write to it
         with open(path, "w", encoding="utf-8") as log:
-            exit_code = _run_command(context, root, name, os.environ | environment, log.fileno(), path)
+            exit_code = _run_command(context, root, name, environment, log.fileno(), path)
         text = path.read_bytes()[-_MAX_TAIL:].decode(errors="replace")
         if exit_code == 0 or not any(sentence in text for sentence in _LOCKED):
             return _CommandEnd(exit_code, time.monotonic() - started, text)

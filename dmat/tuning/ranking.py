@@ -80,7 +80,7 @@ def rank(engine: TaskContext, context: TrialContext, path: Path, folder: Path) -
     plan, compute = context.plan, context.compute.exact()
     validation = shards.open_shards(context.workspace.at(plan.inputs["validation"]["path"]))
     settings = context.params.evaluate_robust
-    model, sidecar = load_classifier(path, validation, compute)
+    model, sidecar = load_classifier(path, validation.manifest, compute)
     images, labels = load_all(validation)
     by_standard = settings.auto_attack in ("none", "quick")  # ranks are called AutoAttack, which quick is not
     suite = auto_attack.suite("standard" if by_standard else settings.auto_attack, validation.classes)
