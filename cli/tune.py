@@ -77,16 +77,17 @@ def _start(
     storage: _STORAGE = "",
     params: _PARAMS = Path("params.yaml"),
 ) -> None:
-    from dmat import processes, tuning
-    from dmat.engine import EngineOptions
-    from dmat.pipeline import division
-
     loaded, workspace, study = _study(params, storage)
     total = trials or study.settings.trials
     local_workers = (0 if cluster else loaded.compute.workers) if workers is None else workers
     if dry_run:
         typer.echo(json.dumps({**study.describe(), "trials": total, "workers": local_workers}, indent=2))
         return
+    from dmat import processes, tuning  # not above: a dry run needs no torch
+    from dmat.engine import EngineOptions
+    from dmat.pipeline import division
+    from dmat.tuning import studies
+
     engine = EngineOptions(local_workers, cluster)
     if loaded.compute.processes > 1 and processes.torchrun_processes() == 1:
         if engine.has_workers:
@@ -96,8 +97,8 @@ def _start(
             )
         start_together(loaded.compute.processes)
     started = time.monotonic()
-    options = tuning.StudyOptions(total, engine, fresh, quiet=as_json)
-    summary = tuning.run(study, division.with_threads_divided(loaded, engine), workspace, options)
+    options = studies.StudyOptions(total, engine, fresh, quiet=as_json)
+    summary = studies.run(study, division.with_threads_divided(loaded, engine), workspace, options)
     if not processes.world().is_main_process:
         return
     if as_json:

@@ -10,10 +10,10 @@ import torch
 from pyautoattack import AutoAttack
 
 from cli import main
-from dmat import tuning
 from dmat.pipeline import STAGES, execution
+from dmat.tuning import studies
 
 for _stage_name in STAGES:
     importlib.import_module(f"dmat.jobs.{_stage_name}")
 torch.set_num_threads(1)
-LOADED = (plt, plotly.express, tuning, pyarrow, sklearn, AutoAttack, main, execution)
+LOADED = (plt, plotly.express, studies, pyarrow, sklearn, AutoAttack, main, execution)
