@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,3 +187,43 @@ def test_commands_that_read_the_configuration_load_no_torch_and_no_mlflow(root, 
     storage.begin(storage.connect(study.storage), study, NopPruner())
     commands = [["tune", "status"], ["tune", "start", "--dry-run"]]
     assert _loaded_by(commands, tmp_path) == {"optuna"}
+
+
+def _two_projects(tmp_path, root, tiny_params):
+    """A project with a plugin, and a folder beside it with a parameter file that names the plugin."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    (project / "plugins").mkdir(parents=True)
+    (project / "plugins/my_losses.py").write_text("def gentle(): ...\n")
+    shutil.copy(root / "code.yaml", project)
+    (project / "params.yaml").write_text(yaml.safe_dump(tiny_params))
+    elsewhere.mkdir()
+    values = config.merge(tiny_params, {"train_robust": {"loss": "my_losses:gentle"}, "prepare_data": {"train": 90}})
+    (elsewhere / "params.yaml").write_text(yaml.safe_dump(values))
+    return project, elsewhere
+
+
+def test_a_parameter_file_elsewhere_gives_values_to_the_project_here(call, root, tmp_path, tiny_params, monkeypatch):
+    """As git and DVC do, dmat takes the working folder as the project."""
+    project, elsewhere = _two_projects(tmp_path, root, tiny_params)
+    before = sorted(elsewhere.iterdir())
+    monkeypatch.chdir(project)
+    code, out, err = call("prepare-data", "--params", elsewhere / "params.yaml", "--dry-run")
+    assert code == 0, err
+    planned = json.loads(out)
+    assert planned["settings"]["train"] == 90
+    assert Path(planned["work"]).is_relative_to(project)
+    code, _, err = call("runs", "lineage", "generated-1", "--params", elsewhere / "params.yaml")
+    assert (code, f"{project}/artifacts/" in err, str(elsewhere) in err) == (2, True, False)
+    code, _, err = call("tune", "status", "--params", "../elsewhere/params.yaml")
+    assert (code, f"{project}/artifacts/" in err, str(elsewhere) in err) == (2, True, False)
+    assert sorted(elsewhere.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", [["prepare-data", "--dry-run"], ["tune", "status"], ["runs", "lineage", "real-1"]])
+def test_a_folder_without_a_project_takes_no_parameter_file_of_another(
+    call, root, tmp_path, tiny_params, monkeypatch, command
+):
+    project, _ = _two_projects(tmp_path, root, tiny_params)
+    monkeypatch.chdir(project / "plugins")
+    code, _, err = call(*command, "--params", "../params.yaml")
+    assert (code, "plugins is not a project" in err, "go to the folder of a project" in err) == (2, True, True), err

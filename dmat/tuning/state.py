@@ -43,14 +43,16 @@ def _process_of(trial: FrozenTrial, plan: Study) -> str:
     return "" if is_left else driver_identity.process_of(trial)
 
 
-def apply_best(path: Path, plan: Study, params: Params, name: str, seeds: list[int]) -> tuple[int, list[str]]:
-    """Writes the best trial as an arm into the file. Returns its number and the written keys."""
+def apply_best(
+    path: Path, plan: Study, params: Params, name: str, seeds: list[int], project: Path
+) -> tuple[int, list[str]]:
+    """Writes the best trial as an arm into the file. Returns its number and the written keys. project: its folder."""
     rdb = storage.connect(plan.storage)
     with explain_storage_errors(plan.storage):
         winner = ranking.best(plan, _begun(plan, rdb))
     if winner is None:
         raise DmatError(f"study {plan.name} has no complete trial; expected one; `dmat tune start` runs some")
-    return winner.number, applying.apply(path, plan, params, winner, name, seeds)
+    return winner.number, applying.apply(path, plan, params, winner, name, seeds, project)
 
 
 def _begun(plan: Study, rdb: RDBStorage) -> optuna.Study:
