@@ -6,7 +6,7 @@ from typing import Annotated, cast
 
 import typer
 
-from cli import stages
+from cli import parameter_file, stages
 from cli.completion import names_in
 from cli.models import offer_plugins
 from dmat.engine import EngineOptions
@@ -118,7 +118,7 @@ def _evaluate(
                 f"{', '.join(unexpected)} came with --arm; expected --model and --images; change params.yaml"
             )
         instance = cast(Instance, {"arm": arm, "seed": seed})  # both were given
-        path = params or Path("params.yaml")
+        path = params or parameter_file.DEFAULT
         stages.run(_STAGE, instance, path, fresh, dry_run, as_json, numbers, workers, cluster)
         return
     for name, value in model_options.items():
@@ -176,7 +176,7 @@ def _evaluate_model(
     from dmat.pipeline import direct_evaluation
     from dmat.workspace import find_workspace
 
-    base = config.load(params).evaluate_robust.plain() if params else {}
+    base = config.load(params, Path.cwd()).evaluate_robust.plain() if params else {}
     if not params:
         offer_plugins()
     in_project = Path("params.yaml").is_file()

@@ -15,7 +15,9 @@ from typing import Annotated
 
 import typer
 
+from cli import parameter_file
 from cli.completion import stage_names
+from cli.parameter_file import ParameterFile
 from dmat.errors import DmatError
 
 _POLL_SECONDS = 0.2  # between two looks whether the UI answers
@@ -196,14 +198,12 @@ def _lineage(
     result: Annotated[str, typer.Argument(metavar="RESULT", help="arm-seed, stage/instance, or a path in artifacts/.")],
     draw: Annotated[Path | None, typer.Option(help="Draw it to this .png file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
-    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
+    params: ParameterFile = parameter_file.DEFAULT,
 ) -> None:
-    from dmat import config
     from dmat.pipeline import results
     from dmat.report import lineage
-    from dmat.workspace import find_workspace
 
-    step = results.chain(result, config.load(params), find_workspace(params.resolve().parent))
+    step = results.chain(result, *parameter_file.load(params))
     if draw is not None and draw.suffix != ".png":
         raise DmatError(f"--draw is {draw}; expected a file whose name ends with .png")
     if draw is not None:

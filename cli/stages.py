@@ -13,10 +13,10 @@ from typing import Annotated
 
 import typer
 
-from cli import completion
+from cli import completion, parameter_file
 from dmat.errors import DmatError
 from dmat.pipeline import STAGES, Stage
-from dmat.workspace import Instance, Workspace
+from dmat.workspace import Instance
 
 _PLANNED_FINGERPRINT = "DMAT_PLANNED"  # environment variable: fingerprint of what several processes compute together
 SHARDS_HELP = "Compute only the shards A to B - 1, and publish nothing: for arrays of jobs that share runs/."
@@ -74,7 +74,7 @@ def _command(stage: Stage) -> Callable[..., None]:
         _keyword_parameter(
             "as_json", Annotated[bool, typer.Option("--json", help="No progress bar; the result as JSON.")], False
         ),
-        _keyword_parameter("params", Annotated[Path, typer.Option(help="Parameter file.")], Path("params.yaml")),
+        _keyword_parameter("params", parameter_file.ParameterFile, parameter_file.DEFAULT),
     ]
     command.__signature__ = inspect.Signature([*instance_options, *common_options])  # type: ignore[attr-defined]
     return command
@@ -96,9 +96,9 @@ def run(
     from dmat import tracking
     from dmat.workspace import find_workspace
 
-    workspace = find_workspace(path.resolve().parent)
+    workspace = find_workspace(Path.cwd())
     try:
-        _run(stage, instance, path, workspace, fresh, dry_run, as_json, shards, workers, cluster)
+        _run(stage, instance, path, fresh, dry_run, as_json, shards, workers, cluster)
     except Exception as error:
         with contextlib.suppress(Exception):  # the error must be shown even if recording it fails
             tracking.record_stage_error(workspace.home, error)
@@ -106,15 +106,15 @@ def run(
 
 
 def _run(
-    stage: Stage, instance: Instance, path: Path, workspace: Workspace, fresh: bool, dry_run: bool,
-    as_json: bool, shards: range | None, workers: int | None, cluster: str,
+    stage: Stage, instance: Instance, path: Path, fresh: bool, dry_run: bool, as_json: bool,
+    shards: range | None, workers: int | None, cluster: str,
 ) -> None:  # fmt: skip
-    from dmat import config, processes
+    from dmat import processes
     from dmat.engine import EngineOptions
     from dmat.evaluation.work import progress_lines
     from dmat.pipeline import division, execution, planning
 
-    params = config.load(path)
+    params, workspace = parameter_file.load(path)
     local_workers = (0 if cluster else params.compute.workers) if workers is None else workers
     options = EngineOptions(local_workers if stage.by_shards else 0, cluster)
     params = division.with_threads_divided(params, options)
@@ -146,7 +146,7 @@ def _run(
             workspace,
             fresh=fresh,
             quiet=as_json,
-            reload_params=lambda: config.load(path),
+            reload_params=lambda: parameter_file.load(path)[0],
             compute_shards=functools.partial(division.compute_shards, workspace=workspace, path=path, options=options)
             if stage.by_shards and options.has_workers
             else None,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli import parameter_file
+from cli.parameter_file import ParameterFile
 from cli.stages import start_together
 from dmat.errors import DmatError
 
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from dmat.tuning import Study
     from dmat.workspace import Workspace
 
-_PARAMS = Annotated[Path, typer.Option(help="Parameter file.")]
 _STORAGE = Annotated[
     str,
     typer.Option(
@@ -75,18 +76,19 @@ def _start(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="No progress bar; the result as JSON.")] = False,
     storage: _STORAGE = "",
-    params: _PARAMS = Path("params.yaml"),
+    params: ParameterFile = parameter_file.DEFAULT,
 ) -> None:
-    from dmat import processes, tuning
-    from dmat.engine import EngineOptions
-    from dmat.pipeline import division
-
     loaded, workspace, study = _study(params, storage)
     total = trials or study.settings.trials
     local_workers = (0 if cluster else loaded.compute.workers) if workers is None else workers
     if dry_run:
         typer.echo(json.dumps({**study.describe(), "trials": total, "workers": local_workers}, indent=2))
         return
+    from dmat import processes, tuning  # not above: a dry run needs no torch
+    from dmat.engine import EngineOptions
+    from dmat.pipeline import division
+    from dmat.tuning import studies
+
     engine = EngineOptions(local_workers, cluster)
     if loaded.compute.processes > 1 and processes.torchrun_processes() == 1:
         if engine.has_workers:
@@ -96,8 +98,8 @@ def _start(
             )
         start_together(loaded.compute.processes)
     started = time.monotonic()
-    options = tuning.StudyOptions(total, engine, fresh, quiet=as_json)
-    summary = tuning.run(study, division.with_threads_divided(loaded, engine), workspace, options)
+    options = studies.StudyOptions(total, engine, fresh, quiet=as_json)
+    summary = studies.run(study, division.with_threads_divided(loaded, engine), workspace, options)
     if not processes.world().is_main_process:
         return
     if as_json:
@@ -109,7 +111,7 @@ def _start(
     typer.echo(f"{_summary_line(study, summary)} ({time.monotonic() - started:.0f} s); {tuning.folder_of(study)}")
 
 
-def _status(storage: _STORAGE = "", as_json: _JSON = False, params: _PARAMS = Path("params.yaml")) -> None:
+def _status(storage: _STORAGE = "", as_json: _JSON = False, params: ParameterFile = parameter_file.DEFAULT) -> None:
     from dmat import tuning
 
     _, _, study = _study(params, storage)
@@ -123,7 +125,7 @@ def _status(storage: _STORAGE = "", as_json: _JSON = False, params: _PARAMS = Pa
     typer.echo(f"  study {study.name}; storage {study.describe()['storage']}")
 
 
-def _best(storage: _STORAGE = "", as_json: _JSON = False, params: _PARAMS = Path("params.yaml")) -> None:
+def _best(storage: _STORAGE = "", as_json: _JSON = False, params: ParameterFile = parameter_file.DEFAULT) -> None:
     from dmat import tuning
 
     _, _, study = _study(params, storage)
@@ -146,19 +148,19 @@ def _apply(
         list[int] | None, typer.Option(help="A seed to write to `seeds` of params.yaml; repeat it for several.")
     ] = None,
     storage: _STORAGE = "",
-    params: _PARAMS = Path("params.yaml"),
+    params: ParameterFile = parameter_file.DEFAULT,
 ) -> None:
     from dmat import tuning
 
-    loaded, _, study = _study(params, storage)
-    trial, keys_written = tuning.apply_best(params, study, loaded, name, seed or [])
+    loaded, workspace, study = _study(params, storage)
+    trial, keys_written = tuning.apply_best(params, study, loaded, name, seed or [], workspace.root)
     typer.echo(f"trial {trial} is in {params}: {', '.join(keys_written)}; `dvc repro` trains it at full length")
 
 
 def _dashboard(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 8080,
     storage: _STORAGE = "",
-    params: _PARAMS = Path("params.yaml"),
+    params: ParameterFile = parameter_file.DEFAULT,
 ) -> None:
     from dmat import tuning
     from dmat.tuning import dashboard
@@ -170,11 +172,9 @@ def _dashboard(
 
 
 def _study(path: Path, storage: str) -> "tuple[Params, Workspace, Study]":
-    from dmat import config, tuning
-    from dmat.workspace import find_workspace
+    from dmat import tuning
 
-    loaded = config.load(path)
-    workspace = find_workspace(path.resolve().parent)
+    loaded, workspace = parameter_file.load(path)
     return loaded, workspace, tuning.plan(loaded, workspace, storage or None)
 
 

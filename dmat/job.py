@@ -9,9 +9,7 @@ from dmat.data.shard_pool import ShardPool
 from dmat.data.shards import ArrayName
 from dmat.devices import Compute
 from dmat.training.long_run import LongRun, Watcher
-from dmat.workspace import PICTURES, RESULT, Instance
-
-POOLS = "pools"  # folder in runs/ for shards that several sets share
+from dmat.workspace import PICTURES, POOLS, RESULT, Instance
 
 Metrics = Mapping[str, float | Mapping[str, float]]  # name -> value; of the report: group -> measure -> value
 

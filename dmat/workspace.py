@@ -16,6 +16,7 @@ from dmat.errors import DmatError
 # provenance, and the checksum of every file).
 RESULT, PICTURES, METRICS = "result", "pictures", "metrics.json"
 FINISHED = "finished.json"
+POOLS = "pools"  # folder in runs/ for shards that several sets share
 EXPERIMENT_COPIES = "/.dvc/tmp/exps/"  # below this folder DVC runs queued experiments in copies of the project
 
 _SQLITE = "sqlite:///"

@@ -1,8 +1,10 @@
 """params.yaml: all problems of a file in one error with found and expected values; overrides; exact numbers."""
 
 import copy
+import math
 import re
 import shlex
+import types
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ import yaml
 
 from cli.main import main
 from dmat import config, recipes, yaml_file
-from dmat.config import WrittenNumber
+from dmat.config import WrittenNumber, names
 from dmat.errors import ConfigError, DmatError
 from dmat.robust.step_size import default_step
 
@@ -254,8 +256,30 @@ def _load(tmp_path, params):
     return config.load(path)
 
 
+def test_the_names_are_those_of_the_tables_of_functions():
+    """A name without a function would fail late; a function without a name could not be used."""
+    from dmat.data import augmentation, scores, sources
+    from dmat.diffusion import formulations, samplers
+    from dmat.diffusion.networks import NETWORKS as DENOISERS
+    from dmat.robust import attacks, auto_attack, losses, networks
+
+    tables = {
+        "NETWORKS": networks.NETWORKS, "ACTIVATIONS": networks.ACTIVATIONS, "LOSSES": losses.LOSSES,
+        "OBJECTIVES": attacks.OBJECTIVES, "ATTACKS": auto_attack.ATTACKS, "SCORES": scores.SCORES,
+        "AUGMENTATIONS": augmentation.AUGMENTATIONS, "SOURCES": sources.SOURCES, "DENOISERS": DENOISERS,
+        "FORMULATIONS": formulations.FORMULATIONS, "BETA_SCHEDULES": formulations.BETA_SCHEDULES,
+        "PREDICTION_TYPES": formulations.PREDICTION_TYPES, "SAMPLERS": samplers.SAMPLERS, "CHURNED": samplers.CHURNED,
+    }  # fmt: skip
+    settings = types.SimpleNamespace(sigma_data=0.5, p_mean=-1.2, p_std=1.2)
+    ranges = {name: of(settings).sigma_range for name, of in formulations.FORMULATIONS.items()}
+    tables["WITHOUT_LIMITS"] = [name for name, limits in ranges.items() if limits == (0, math.inf)]
+    listed = {name: value for name, value in vars(names).items() if isinstance(value, tuple)}
+    assert listed == {name: tuple(table) for name, table in tables.items()}
+    assert (names.MAX_STEPS, names.SEARCHED) == (samplers.MAX_STEPS, samplers.SEARCHED)
+
+
 def test_names_of_losses_in_the_checks_are_those_of_the_losses(root):
-    """The checks of `config` name losses, because it imports their table only to check a value."""
+    """The checks of `config` name losses, because it loads no table of functions."""
     from dmat.robust import losses
 
     section = yaml.safe_load((root / "params.yaml").read_text())["train_robust"]

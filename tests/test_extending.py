@@ -26,7 +26,7 @@ def _follow(folder: Path) -> None:
     for name in ("dmat", "cli"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     steps = list(STEP.finditer(PAGE))
-    assert len(steps) == PAGE.count("```python") == 8
+    assert len(steps) == PAGE.count("```python") == 9
     for step in steps:
         assert (folder / step["file"]).exists() == (step["how"] == "At the end of")
         with open(folder / step["file"], "a", encoding="utf-8") as file:

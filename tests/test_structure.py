@@ -59,6 +59,7 @@ HOMES = {  # package -> the only modules that import it
         "cli.images",
         "cli.lock",
         "cli.models",
+        "cli.parameter_file",
         "cli.plan",
         "cli.stages",
         "cli.project",

@@ -27,8 +27,9 @@ from dmat import config, files, tuning
 from dmat.errors import DmatError, Interrupted, Pruned
 from dmat.pipeline import code_identity
 from dmat.training.interruption import Interruption
-from dmat.tuning import report, storage, trials
+from dmat.tuning import report, storage, studies, trials
 from dmat.tuning.driver import Driver
+from dmat.tuning.plan import MAX_LOST_WORKERS
 from dmat.workspace import find_workspace
 from tests import forked, servers
 from tests.databases import STORES, database_url
@@ -227,8 +228,8 @@ def _quick_study(project, monkeypatch):
     def run(total, fresh=False, url=None):
         params = config.load(project.folder / "params.yaml")
         workspace = find_workspace(project.folder)
-        options = tuning.StudyOptions(total, fresh=fresh, quiet=True)
-        return tuning.run(tuning.plan(params, workspace, url), params, workspace, options)
+        options = studies.StudyOptions(total, fresh=fresh, quiet=True)
+        return studies.run(tuning.plan(params, workspace, url), params, workspace, options)
 
     run.project = project
     return run
@@ -399,7 +400,7 @@ def test_a_trial_that_kills_its_process_fails_with_that_reason(
         return real(context, values, folder, watcher)
 
     monkeypatch.setattr(trials, "compute", compute)
-    for _ in range(trials.MAX_LOST_WORKERS + 1):
+    for _ in range(MAX_LOST_WORKERS + 1):
         with pytest.raises(_Killed):
             small(3)
     small(3)
@@ -424,7 +425,7 @@ def test_a_trial_of_a_driver_that_was_killed_long_ago_keeps_its_number(small, mo
 
 
 def test_a_trial_that_is_stopped_often_is_not_one_that_kills_its_process(small, monkeypatch):
-    real, stops = trials.compute, [1] * (trials.MAX_LOST_WORKERS + 2)
+    real, stops = trials.compute, [1] * (MAX_LOST_WORKERS + 2)
 
     def compute(context, values, folder, watcher):
         if stops:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import Field
 
+from dmat.config import names
 from dmat.config.fields import (
     NOT_GIVEN,
     Count,
@@ -24,10 +25,10 @@ _Inside = Annotated[float, Field(gt=0, lt=1)]  # a fraction of a run, at neither
 class Network(Record):
     """Architecture of a classifier: a name of `robust.networks.NETWORKS` or an import path of the project's code."""
 
-    name: Annotated[str, named_in("dmat.robust.networks", "NETWORKS")]
+    name: Annotated[str, named_in(names.NETWORKS)]
     depth: Annotated[int, Field(ge=10, le=10_000)]
     width: Annotated[int, Field(ge=0, le=10_000)] = 0  # not of preact_resnet
-    activation: Annotated[str, named_in("dmat.robust.networks", "ACTIVATIONS", plugins_allowed=False)]
+    activation: Annotated[str, named_in(names.ACTIVATIONS, plugins_allowed=False)]
 
     @pydantic.model_validator(mode="after")
     def _depth_and_width_fit(self) -> Self:
@@ -50,7 +51,7 @@ class ClassifierTraining(Record):
     """
 
     network: Network
-    loss: Annotated[str, named_in("dmat.robust.losses", "LOSSES")]
+    loss: Annotated[str, named_in(names.LOSSES)]
     beta: NotNegative = 0.0
     alpha: NotNegative = 0.0  # of ikl and consistency
     temperature: Positive = 4.0  # of the predictions that ikl averages per class and consistency compares
@@ -81,7 +82,7 @@ class ClassifierTraining(Record):
     batch_norm_momentum: Share = 0.01
     first_batch_norm_momentum: Share = 1.0  # in the first step
     synchronise_batch_norm: bool = False  # over all processes; else each has its own statistics, as published
-    augmentation: Annotated[str, named_in("dmat.data.augmentation", "AUGMENTATIONS")]
+    augmentation: Annotated[str, named_in(names.AUGMENTATIONS)]
     cutmix: NotNegative = 0.0  # both parameters of its beta distribution; 0: off
     cutmix_copies: Count = 1  # of each drawn image in a batch, each with its own box
     evaluate_every: Count  # images between two evaluations

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import Field
 
+from dmat.config import names
 from dmat.config.fields import Positive, Record, named_in
 
 _Width = Annotated[int, Field(ge=1, le=100_000)]
@@ -55,8 +56,8 @@ class NoiseProcess(Record):
     steps: Annotated[int, Field(ge=2, le=100_000)]
     beta_start: Annotated[float, Field(gt=0, lt=1)]
     beta_end: Annotated[float, Field(gt=0, lt=1)]
-    beta_schedule: Annotated[str, named_in("dmat.diffusion.formulations", "BETA_SCHEDULES", plugins_allowed=False)]
-    prediction_type: Annotated[str, named_in("dmat.diffusion.formulations", "PREDICTION_TYPES", plugins_allowed=False)]
+    beta_schedule: Annotated[str, named_in(names.BETA_SCHEDULES, plugins_allowed=False)]
+    prediction_type: Annotated[str, named_in(names.PREDICTION_TYPES, plugins_allowed=False)]
 
     @pydantic.model_validator(mode="after")
     def _betas_rise(self) -> Self:

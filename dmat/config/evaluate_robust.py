@@ -4,17 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from dmat.config import names
 from dmat.config.fields import NOT_GIVEN, Count, Natural, Positive, Record, Seed, StepSize, named_in
 from dmat.robust.step_size import default_step
 
 
 def _attacks(value: object) -> object:
-    from dmat.robust.auto_attack import ATTACKS  # late: it loads torch
-
     if value in ("standard", "quick", "none"):
         return value
-    if not isinstance(value, list | tuple) or not value or any(name not in ATTACKS for name in value):
-        raise ValueError(f"expected 'standard', 'quick', 'none' or a list of some of {', '.join(ATTACKS)}")
+    if not isinstance(value, list | tuple) or not value or any(name not in names.ATTACKS for name in value):
+        raise ValueError(f"expected 'standard', 'quick', 'none' or a list of some of {', '.join(names.ATTACKS)}")
     if len(set(value)) < len(value):
         raise ValueError("expected each attack once")
     return tuple(value)
@@ -26,7 +25,7 @@ class EvaluateRobust(Record):
     images: Natural = 0  # number of images, the first of the test split; 0: all
     pgd_steps: Count = 40
     pgd_step_size: StepSize = NOT_GIVEN
-    pgd_loss: Annotated[str, named_in("dmat.robust.attacks", "OBJECTIVES")] = "cw"
+    pgd_loss: Annotated[str, named_in(names.OBJECTIVES)] = "cw"
     pgd_restarts: Count = 1
     pgd_seed: Seed = 1
     sweep: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.25, 0.5, 0.75, 1.5, 2.0)  # multiples of epsilon

@@ -1,6 +1,5 @@
 """Types of settings that several stages share: frozen records, numbers with limits, names."""
 
-import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -90,17 +89,13 @@ def _reference(value: str) -> str:
     return value
 
 
-def named_in(module: str, table: str, plugins_allowed: bool = True) -> AfterValidator:
-    """A validator: a value must be a key of a table or, if `plugins_allowed`, an import path of the project's code.
-
-    module, table: import path of the module and name of the mapping. Only the table holds the choices. It is imported
-    when a value is checked, because tables load torch.
-    """
+def named_in(names: tuple[str, ...], plugins_allowed: bool = True) -> AfterValidator:
+    """A validator: a value must be one of `names` or, if `plugins_allowed`, an import path of the project's code."""
 
     def check(value: str) -> str:
         if plugins_allowed and plugins.is_path(value):
             plugins.offer(value)
-        elif value not in (names := getattr(importlib.import_module(module), table)):
+        elif value not in names:
             *first, last = map(repr, names)
             raise ValueError(f"expected {', '.join(first)} or {last}")
         return value

@@ -6,6 +6,7 @@ import pydantic
 from pydantic import Field
 
 from dmat import NONE
+from dmat.config import names
 from dmat.config.fields import Count, Name, Natural, NotNegative, Positive, Record, Seed, Source, named_in
 
 
@@ -13,7 +14,7 @@ class Sampler(Record):
     """Settings of a sampler. Defaults: Karras et al. 2022, deterministic. Satisfies
     `diffusion.samplers.SamplerSettings`."""
 
-    name: Annotated[str, named_in("dmat.diffusion.samplers", "SAMPLERS")] = "heun"
+    name: Annotated[str, named_in(names.SAMPLERS)] = "heun"
     steps: Annotated[int, Field(ge=1, le=100_000)] = 18
     sigma_min: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.002
     sigma_max: Annotated[float, Field(ge=1e-6, le=1e6)] = 80.0
@@ -33,11 +34,10 @@ class Sampler(Record):
 
     @pydantic.model_validator(mode="after")
     def _options_have_an_effect(self) -> Self:
-        from dmat.diffusion.samplers import CHURNED, MAX_STEPS, SAMPLERS  # late, as it loads torch
-
-        if self.s_churn and self.name in SAMPLERS and self.name not in CHURNED:
+        if self.s_churn and self.name in names.SAMPLERS and self.name not in names.CHURNED:
             raise ValueError(
-                f"s_churn is {self.s_churn}; {self.name} has no churn; expected 0, or name: {' or '.join(CHURNED)}"
+                f"s_churn is {self.s_churn}; {self.name} has no churn; expected 0, or name: "
+                f"{' or '.join(names.CHURNED)}"
             )
         for name in ("s_min", "s_max", "s_noise"):
             if not self.s_churn and getattr(self, name) != type(self).model_fields[name].default:
@@ -53,7 +53,7 @@ class Sampler(Record):
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; the schedule {self.schedule} has none; leave it out"
                 )
-        if self.steps > (limit := MAX_STEPS.get(self.schedule, self.steps)):
+        if self.steps > (limit := names.MAX_STEPS.get(self.schedule, self.steps)):
             raise ValueError(
                 f"steps is {self.steps}; expected at most {limit} with the schedule {self.schedule}; take fewer"
             )

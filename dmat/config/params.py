@@ -102,8 +102,11 @@ SECTIONS: dict[str, type[Record]] = {  # sections of a file: those in Params, an
 _OVERRIDDEN = {kind.section for kind in LISTS.values() if kind.section}
 
 
-def load(path: Path) -> Params:
-    """Reads and checks a parameter file. Raises ConfigError with all problems, and DmatError if there is no file."""
+def load(path: Path, project: Path | None = None) -> Params:
+    """Reads and checks a parameter file. Raises ConfigError with all problems, and DmatError if there is no file.
+
+    project: the folder whose plugins/ the file may name; None: the folder of the file.
+    """
     try:
         document = yaml_file.read(path)
     except FileNotFoundError:
@@ -114,7 +117,7 @@ def load(path: Path) -> Params:
         raise ConfigError(str(path), [str(error)]) from None
     if not isinstance(document.value, dict):
         raise ConfigError(str(path), ["expected a mapping of sections; see docs/parameters.md"])
-    with plugins.of_project(path.resolve().parent):
+    with plugins.of_project(project or path.resolve().parent):
         params, problems = check(document.value)
     if problems or params is None:
         located = [(document.line_of(problem), problem) for problem in problems]

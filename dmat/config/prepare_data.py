@@ -7,7 +7,9 @@ import pydantic
 from pydantic import BeforeValidator, Field
 
 from dmat import NONE
+from dmat.config import names
 from dmat.config.fields import Count, Positive, Record, Seed, Share, named_in, source_problem
+from dmat.data.data_sets import NORMALISATIONS
 
 
 class Normalisation(Record):
@@ -21,17 +23,15 @@ def _normalisation(value: object) -> object:
     """Validates the form that is meant, because errors of the other one would only confuse."""
     if isinstance(value, Mapping):
         return Normalisation.model_validate(value)
-    from dmat.data.data_sets import NORMALISATIONS  # late, as the other tables
-
-    if value not in (names := ("measured", *NORMALISATIONS)):
-        raise ValueError(f"expected one of {', '.join(names)}, or a mapping of mean and std")
+    if value not in (choices := ("measured", *NORMALISATIONS)):
+        raise ValueError(f"expected one of {', '.join(choices)}, or a mapping of mean and std")
     return value
 
 
 class PrepareData(Record):
     """Where the real images come from and how they are split."""
 
-    source: Annotated[str, named_in("dmat.data.sources", "SOURCES")]
+    source: Annotated[str, named_in(names.SOURCES)]
     path: str  # of a file or folder below sources/; none for digits
     train: Count  # images
     validation: Count
@@ -44,9 +44,7 @@ class PrepareData(Record):
     def _files_lie_in_sources(self) -> Self:
         if self.source == "digits" and self.path != NONE:
             raise ValueError(f"path is {self.path!r} and source 'digits'; expected path: {NONE}, as it needs no files")
-        from dmat.data.sources import WITH_FILES
-
-        if self.source in WITH_FILES and self.path in ("", ".", NONE):
+        if self.source in names.SOURCES and self.source != "digits" and self.path in ("", ".", NONE):
             raise ValueError(
                 f"path is {self.path!r} and source {self.source!r}; expected the name of a file or folder in sources/"
             )

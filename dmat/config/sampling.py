@@ -6,6 +6,7 @@ What only the weights say, those of an imported generator for example, `generate
 from collections.abc import Iterator
 
 from dmat import NONE
+from dmat.config import names
 from dmat.config.generate_images import ImageSet
 from dmat.config.train_diffusion import Generator
 
@@ -29,11 +30,11 @@ def sampling_problems(name: str, image_set: ImageSet, generator: Generator) -> I
 
 def _level_problems(path: str, image_set: ImageSet, generator: Generator) -> Iterator[str]:
     """Noise levels of the sampler outside of those that the generator learns."""
-    from dmat.diffusion.formulations import FORMULATIONS  # late, as they load torch
-    from dmat.diffusion.samplers import SEARCHED, called_levels, noise_levels
-
-    if image_set.sampler.schedule == SEARCHED:
+    if image_set.sampler.schedule == names.SEARCHED or generator.formulation in names.WITHOUT_LIMITS:
         return
+    from dmat.diffusion.formulations import FORMULATIONS  # late, as they load torch
+    from dmat.diffusion.samplers import called_levels, noise_levels
+
     lowest, highest = FORMULATIONS[generator.formulation](generator).sigma_range
     called = called_levels(noise_levels(image_set.sampler).tolist(), image_set.sampler)
     if min(called) < lowest * (1 - _TOLERANCE) or max(called) > highest * (1 + _TOLERANCE):

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import Field
 
+from dmat.config import names
 from dmat.config.fields import Count, Natural, Positive, Record, Seed, Share, Source, named_in
 from dmat.config.measure_images import Measured
 
@@ -17,7 +18,7 @@ class DenoiserNetwork(Record):
     Satisfies `diffusion.networks.NetworkSettings`.
     """
 
-    name: Annotated[str, named_in("dmat.diffusion.networks", "NETWORKS")]
+    name: Annotated[str, named_in(names.DENOISERS)]
     channels: Annotated[int, Field(ge=8, le=100_000, multiple_of=8)]
     multipliers: Annotated[tuple[_Small, ...], Field(min_length=1, max_length=8, strict=False)]
     blocks: _Small  # residual blocks per resolution
@@ -41,7 +42,7 @@ class DenoiserTraining(Record):
     """
 
     network: DenoiserNetwork
-    formulation: Annotated[str, named_in("dmat.diffusion.formulations", "FORMULATIONS", plugins_allowed=False)] = "edm"
+    formulation: Annotated[str, named_in(names.FORMULATIONS, plugins_allowed=False)] = "edm"
     conditional: bool = True  # whether the model learns the labels of the images
     augment_probability: Share = 0.0  # of each transformation of the augmentation pipe
     sigma_data: Positive  # standard deviation of the images in [-1, 1]

@@ -102,7 +102,6 @@ SOURCES: dict[str, Callable[[Path | None], ImageSource]] = {
     "parquet": parquet,
     "shards": sharded,
 }
-WITH_FILES = tuple(name for name in SOURCES if name != "digits")  # sources that read files
 
 
 def load(name: str, path: Path | None) -> ImageSource:

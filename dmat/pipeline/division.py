@@ -154,7 +154,7 @@ def _compute_shard(context: TaskContext, request: _ShardRequest, number: int) ->
             f"a worker on {os.uname().nodename} finds no {path}; expected the folder of the project at the same path "
             f"on every machine; mount it there"
         )
-    params = config.load(path)
+    params = config.load(path, request.workspace.root)
     plan = planning.plan(stage, request.instance, params, request.workspace)
     if plan.fingerprint != request.fingerprint:
         raise DmatError(

@@ -3,18 +3,19 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmat import ARTIFACTS, config, files
 from dmat.config import Params
 from dmat.data import selections, set_inspection
 from dmat.data.shards import MANIFEST
 from dmat.errors import DmatError, did_you_mean
-from dmat.models import denoisers
 from dmat.pipeline.stages import STAGES
 from dmat.report import data_card
-from dmat.training import weights
-from dmat.training.weights import DenoiserSidecar
 from dmat.workspace import Workspace
+
+if TYPE_CHECKING:
+    from dmat.training.weights import DenoiserSidecar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,11 @@ def card(located: LocatedSet, workspace: Workspace, images: int | None = None, l
     )
 
 
-def _generator(params: Params | None, sha256: str | None, workspace: Workspace) -> DenoiserSidecar | None:
+def _generator(params: Params | None, sha256: str | None, workspace: Workspace) -> "DenoiserSidecar | None":
     """The sidecar of the project's generator with these weights; None without one."""
+    from dmat.models import denoisers  # not above: they load torch, which only a card needs
+    from dmat.training import weights
+
     for name in params.generators if params else ():
         path = workspace.at(f"{ARTIFACTS}/train_diffusion/{name}") / weights.DENOISER
         if path.with_suffix(".json").is_file() and (sidecar := denoisers.read_sidecar(path))["sha256"] == sha256:

@@ -5,7 +5,6 @@ from typing import Literal, Protocol, TypedDict, cast
 
 import numpy as np
 
-from dmat import seeds
 from dmat.metrics import intervals
 from dmat.metrics.intervals import ArmAccuracy, PairedDifference
 from dmat.report.costs import CostRecord
@@ -77,6 +76,8 @@ def compare(
     name in the table and is left out. runs_by_arm: arm -> its runs. tables: run -> columns of its per-image table,
     bool [N].
     """
+    from dmat import seeds  # not above: it loads torch, which `dmat plan` does not need
+
     measured = {
         arm: [measure for measure in MEASURES if all(measure in tables[run] for run in runs)]
         for arm, runs in runs_by_arm.items()

@@ -6,10 +6,13 @@ It says what the images are, under which licence and why, how they were generate
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from dmat.data import licences
 from dmat.data.set_inspection import SetDescription
-from dmat.training.weights import DenoiserSidecar
+
+if TYPE_CHECKING:  # importing it loads torch
+    from dmat.training.weights import DenoiserSidecar
 
 SHARDS = "shards"  # the layout of a set on disk, beside the formats of `data.image_export`
 _LOADING = {
@@ -50,7 +53,7 @@ def text(
     description: SetDescription,
     images: int,
     layout: str = SHARDS,
-    generator: DenoiserSidecar | None = None,
+    generator: "DenoiserSidecar | None" = None,
     measures: Mapping[str, Mapping[str, object]] | None = None,
 ) -> str:
     """The card as Markdown.
@@ -112,7 +115,7 @@ def _summary(description: SetDescription, images: int) -> str:
     return f"{part}{description['images']:,} {kind}, {height} x {width} pixels, {colour}, {labels}.{origin}"
 
 
-def _licence(description: SetDescription, generator: DenoiserSidecar | None) -> Iterator[str]:
+def _licence(description: SetDescription, generator: "DenoiserSidecar | None") -> Iterator[str]:
     """The licence of the images and, as far as it is recorded, from what they inherit it."""
     yield f"- The images: **{description['licence']}**."
     if generator is not None:
@@ -132,7 +135,7 @@ def _licence(description: SetDescription, generator: DenoiserSidecar | None) -> 
     yield ""
 
 
-def _generation(description: SetDescription, generator: DenoiserSidecar | None) -> Iterator[str]:
+def _generation(description: SetDescription, generator: "DenoiserSidecar | None") -> Iterator[str]:
     sampler = description["sampler"] or {}
     yield f"- Diffusion model: weights with SHA-256 `{description['generator_sha256']}`"
     if generator is not None:

@@ -14,11 +14,20 @@ from dmat.errors import ConfigError, DmatError
 from dmat.tuning.plan import Study
 
 
-def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: str, seeds: list[int]) -> list[str]:
+def apply(
+    path: Path,
+    plan: Study,
+    params: Params,
+    winner: FrozenTrial,
+    name: str,
+    seeds: list[int],
+    project: Path | None = None,
+) -> list[str]:
     """Writes arm `name` (and an image set and a selection of that name, if the winner changed them), and `seeds` unless
     empty. Returns the written keys. Raises ConfigError, and writes nothing, if the file would be invalid.
 
-    The arm gets the values of the winner, but not the `overrides` of the study, which are for short runs.
+    The arm gets the values of the winner, but not the `overrides` of the study, which are for short runs. project: as
+    in `config.load`.
     """
     document = YAML()  # keeps comments and order
     document.preserve_quotes, document.width = True, 120
@@ -52,7 +61,7 @@ def apply(path: Path, plan: Study, params: Params, winner: FrozenTrial, name: st
     trial = path.with_name(f".{path.name}.applied")
     files.write_text(trial, text.getvalue())
     try:
-        config.load(trial)  # reports every problem before the file is replaced
+        config.load(trial, project)  # reports every problem before the file is replaced
         trial.replace(path)
     except ConfigError as error:
         raise ConfigError(f"{path} with what is to be written", error.problems) from None

@@ -6,10 +6,7 @@ heartbeats: a trial without a sign of life is queued again under a new number.
 """
 
 import contextlib
-import os
-import platform
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,15 +16,13 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from tqdm import tqdm
-from typing_extensions import TypedDict
 
-from dmat import files
 from dmat.engine import Engine, Outcome, Task
 from dmat.errors import Interrupted
-from dmat.tuning import ranking, sampling, space, storage, trials
-from dmat.tuning.trials import MAX_LOST_WORKERS, TrialContext, TrialOutcome, TrialTask
+from dmat.tuning import driver_identity, rank_task, ranking, sampling, space, storage, trials
+from dmat.tuning.plan import MAX_LOST_WORKERS
+from dmat.tuning.trials import TrialContext, TrialOutcome, TrialTask
 
-_DRIVER = "driver"  # attribute of a trial: {"id": of the driver that computes it, "process": for people}
 _LOST = "workers_killed"  # attribute of a trial
 _LOOK_EVERY = 1.0  # seconds between two looks at the trials of other drivers
 
@@ -54,13 +49,12 @@ class Driver:
         self._context = context.for_workers
         self._in_process, self._on_trial_end = in_process, on_trial_end
         self._study_id = rdb.get_study_id_from_name(study.study_name)
-        self._identity = {
-            "id": _folder_identity(context.plan.folder, create=True),
-            "process": f"process {os.getpid()} of {platform.node()}",
-        }
+        self._identity = driver_identity.of_this_process(context.plan.folder)
         running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
         # Number -> trial; at first those that an earlier driver of this folder left. They wait in `_left`.
-        self._running = {trial.number: trial for trial in running if is_of_folder(trial, context.plan.folder)}
+        self._running = {
+            trial.number: trial for trial in running if driver_identity.is_of_folder(trial, context.plan.folder)
+        }
         self._left = list(self._running)
         self._lost: dict[int, int] = {}  # number -> killed workers
         self._others = set[int]()  # numbers of trials of other drivers
@@ -96,7 +90,7 @@ class Driver:
         trial = self._next_trial()
         if trial is None:
             return None
-        self._rdb.set_trial_user_attr(trial._trial_id, _DRIVER, self._identity)
+        self._rdb.set_trial_user_attr(trial._trial_id, driver_identity.ATTRIBUTE, self._identity)
         self._running[trial.number] = trial
         self._lost[trial.number] = lost_workers = trial.user_attrs.get(_LOST, 0)
         if self._in_process:  # in case that it kills this process
@@ -127,7 +121,7 @@ class Driver:
                     return self._rdb.get_trial(trial._trial_id)
         if len(storage.own_trials(current)) >= self._total:
             return None
-        template = create_trial(state=TrialState.RUNNING, user_attrs={_DRIVER: self._identity})
+        template = create_trial(state=TrialState.RUNNING, user_attrs={driver_identity.ATTRIBUTE: self._identity})
         trial_id = self._rdb.create_new_trial(self._study_id, template)
         self._rdb.record_heartbeat(trial_id)
         return self._rdb.get_trial(trial_id)
@@ -217,15 +211,18 @@ class Driver:
 
     def _rank(self, engine: Engine, check_interruption: Callable[[], None]) -> None:
         """Ranks the best trials whose weights are here."""
-        missing = ranking.missing(self._plan, self._study)
+        missing = rank_task.missing(self._plan, self._study)
         waiting = iter(missing)
 
         def next_task() -> Task | None:
             trial = next(waiting, None)
             if trial is None:
                 return None
-            path, folder = ranking.weights_of(self._plan, trial), self._plan.trial_folder(trial.number) / "auto_attack"
-            return Task(f"{trial.number}", ranking.rank, (self._context, path, folder))
+            path, folder = (
+                rank_task.weights_of(self._plan, trial),
+                self._plan.trial_folder(trial.number) / "auto_attack",
+            )
+            return Task(f"{trial.number}", rank_task.rank, (self._context, path, folder))
 
         def record(outcome: Outcome) -> None:
             if outcome.error is None:
@@ -243,30 +240,3 @@ class Driver:
 def _number_of(task: Task) -> int:
     number: int = task.arguments[1].number
     return number
-
-
-def is_of_folder(trial: FrozenTrial, folder: Path) -> bool:
-    """Whether a driver of this study folder computes the trial, or did when it was killed."""
-    return bool(trial.user_attrs.get(_DRIVER, {}).get("id") == _folder_identity(folder))
-
-
-def process_of(trial: FrozenTrial) -> str:
-    """The process that drives a trial, as it named itself."""
-    return str(trial.user_attrs.get(_DRIVER, {}).get("process", "another process"))
-
-
-class _FolderIdentity(TypedDict):
-    """Content of driver.json."""
-
-    id: str
-
-
-def _folder_identity(folder: Path, create: bool = False) -> str | None:
-    """Names the drivers of a study folder, which follow each other. A copy of the folder has another name.
-
-    None where no driver has run, unless create.
-    """
-    path = folder / "driver.json"
-    if create and not path.exists():
-        files.write_json(path, {"id": uuid.uuid4().hex})
-    return f"{files.read_record(path, _FolderIdentity)['id']}-{path.stat().st_ino}" if path.exists() else None

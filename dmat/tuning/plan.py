@@ -14,6 +14,8 @@ from dmat.workspace import InputRecord, Workspace, sqlite_path, sqlite_url
 
 STAGE_NAME = "tune"
 CODE_STAGES = ("mix_images", "train_robust")  # stages whose code a trial computes with
+OBJECTIVE = "validation_robust"  # of a trial: accuracy in [0, 1] of the EMA weights
+MAX_LOST_WORKERS = 5  # killed workers that a trial survives; with another one it counts as failed
 DATABASE = "studies.db"  # all studies of a project, where no other storage is named
 STORAGE_VARIABLE = "DMAT_STUDIES"  # environment: URL of the storage; may hold a password, so it is not in a file
 # Not part of the identity of a study: they influence which trials there are, not the result of a trial.

@@ -13,8 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dmat import config, files
 from dmat.metrics import study_pictures
 from dmat.tuning import ranking, space, storage
-from dmat.tuning.plan import Study
-from dmat.tuning.trials import OBJECTIVE
+from dmat.tuning.plan import OBJECTIVE, Study
 
 MINIMUM_FOR_IMPORTANCES = 4  # complete trials
 _SHOWN = 10  # trials in the description of the MLflow run

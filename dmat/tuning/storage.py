@@ -11,14 +11,14 @@ import optuna
 import sqlalchemy
 import sqlalchemy.exc
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.pruners import BasePruner
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from dmat import redaction
 from dmat.errors import DmatError, first_line
-from dmat.tuning import sampling, space
-from dmat.tuning.plan import Study
-from dmat.tuning.trials import MAX_LOST_WORKERS
+from dmat.tuning import space
+from dmat.tuning.plan import MAX_LOST_WORKERS, Study
 from dmat.workspace import sqlite_path
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -125,9 +125,8 @@ def find(storage: RDBStorage, name: str) -> optuna.Study | None:
     return optuna.load_study(study_name=name, storage=storage) if name in names else None
 
 
-def begin(storage: RDBStorage, plan: Study) -> optuna.Study:
+def begin(storage: RDBStorage, plan: Study, pruner: BasePruner) -> optuna.Study:
     """Opens the study; creates it if needed, with the trials of related studies that fit its space."""
-    pruner = sampling.pruner(plan.settings)
     try:
         study = optuna.create_study(storage=storage, study_name=plan.name, direction="maximize", pruner=pruner)
     except optuna.exceptions.DuplicatedStudyError:

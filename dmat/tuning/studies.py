@@ -1,16 +1,15 @@
-"""Runs and shows a study: the command around its driver, which has the MLflow run and writes the report."""
+"""Runs a study: the command around its driver, which has the MLflow run and writes the report."""
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from tqdm import tqdm
 
-from dmat import ARTIFACTS, files, processes, redaction, tracking
+from dmat import files, processes, redaction, tracking
 from dmat.config import Params
 from dmat.engine import EngineOptions, open_engine
 from dmat.errors import DmatError
@@ -18,10 +17,11 @@ from dmat.pipeline import code_identity, execution, work_folder
 from dmat.pipeline.division import WorkerCompute, gpu_environments
 from dmat.training.interruption import Interruption
 from dmat.training.long_run import MetricsLog
-from dmat.tuning import applying, driver, ranking, report, storage, trials
-from dmat.tuning.plan import CODE_STAGES, STAGE_NAME, Study, changes_images
+from dmat.tuning import driver, driver_identity, rank_task, ranking, report, sampling, storage, trials
+from dmat.tuning.plan import CODE_STAGES, MAX_LOST_WORKERS, STAGE_NAME, Study, changes_images
+from dmat.tuning.state import folder_of
 from dmat.tuning.storage import explain_storage_errors
-from dmat.tuning.trials import MAX_LOST_WORKERS, TrialContext
+from dmat.tuning.trials import TrialContext
 from dmat.workspace import Workspace
 
 
@@ -68,7 +68,7 @@ def run(plan: Study, params: Params, workspace: Workspace, options: StudyOptions
         rdb = storage.connect(plan.storage)
         if options.fresh:
             _start_over(plan, workspace, rdb)
-        study = storage.begin(rdb, plan)
+        study = storage.begin(rdb, plan, sampling.pruner(plan.settings))
         if not _finished(plan, study, options.total):
             _compute(context, study, rdb, options, interruption)
         files.publish(plan.folder / "result", workspace.at(str(folder_of(plan))))
@@ -126,10 +126,10 @@ def _start_over(plan: Study, workspace: Workspace, rdb: RDBStorage) -> None:
         return
     optuna.storages.fail_stale_trials(study)
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        if not driver.is_of_folder(trial, plan.folder):
+        if not driver_identity.is_of_folder(trial, plan.folder):
             raise DmatError(
-                f"trial {trial.number} of study {plan.name} is being computed by {driver.process_of(trial)}; expected "
-                f"nobody at work where --fresh sets it aside; stop that command first"
+                f"trial {trial.number} of study {plan.name} is being computed by {driver_identity.process_of(trial)}; "
+                f"expected nobody at work where --fresh sets it aside; stop that command first"
             )
     storage.set_aside(rdb, study)
     work_folder.set_aside(plan.folder, workspace.home)
@@ -141,51 +141,4 @@ def _finished(plan: Study, study: optuna.Study, total: int) -> bool:
     ended = storage.ended(study)
     current = {"trials": len(ended), "ranked": sorted(ranking.auto_attack_results(study))}
     reported = path.exists() and files.read_record(path, dict[str, object]).items() >= current.items()
-    return reported and total <= len(storage.own_trials(ended)) and not ranking.missing(plan, study)
-
-
-def folder_of(plan: Study) -> Path:
-    """Folder in which the report of a study is published."""
-    return Path(ARTIFACTS) / STAGE_NAME / plan.settings.arm
-
-
-def status(plan: Study) -> dict[str, Any]:
-    """The summary so far, and who computes each unfinished trial. Raises DmatError if the study does not exist."""
-    rdb = storage.connect(plan.storage)
-    with explain_storage_errors(plan.storage):
-        study = _begun(plan, rdb)
-        at_work = [
-            f"trial {trial.number}: {len(trial.intermediate_values)} reports, "
-            f"{_process_of(trial, plan) or 'no process; `dmat tune start` resumes it'}"
-            for trial in storage.current_trials(study)
-            if not trial.state.is_finished()
-        ]
-        return {**report.summary(plan, study), "at_work": at_work}
-
-
-def _process_of(trial: FrozenTrial, plan: Study) -> str:
-    """The process that drives a trial, as it named itself; "" if that has ended, as far as this folder shows."""
-    if trial.state != TrialState.RUNNING:
-        return ""
-    is_left = driver.is_of_folder(trial, plan.folder) and not work_folder.is_locked(plan.folder)
-    return "" if is_left else driver.process_of(trial)
-
-
-def apply_best(path: Path, plan: Study, params: Params, name: str, seeds: list[int]) -> tuple[int, list[str]]:
-    """Writes the best trial as an arm into the file. Returns its number and the written keys."""
-    rdb = storage.connect(plan.storage)
-    with explain_storage_errors(plan.storage):
-        winner = ranking.best(plan, _begun(plan, rdb))
-    if winner is None:
-        raise DmatError(f"study {plan.name} has no complete trial; expected one; `dmat tune start` runs some")
-    return winner.number, applying.apply(path, plan, params, winner, name, seeds)
-
-
-def _begun(plan: Study, rdb: RDBStorage) -> optuna.Study:
-    study = storage.find(rdb, plan.name)
-    if study is None:
-        raise DmatError(
-            f"study {plan.name} was not begun in {plan.describe()['storage']}; expected one of these settings and "
-            f"data; start it with `dmat tune start`, or say with --storage where it is"
-        )
-    return study
+    return reported and total <= len(storage.own_trials(ended)) and not rank_task.missing(plan, study)

@@ -28,12 +28,10 @@ from dmat.pipeline import code_identity, work_folder
 from dmat.pipeline.division import WorkerCompute
 from dmat.training.long_run import Watcher
 from dmat.tuning import images
-from dmat.tuning.plan import CODE_STAGES, Study, plugin_identities
+from dmat.tuning.plan import CODE_STAGES, MAX_LOST_WORKERS, OBJECTIVE, Study, plugin_identities
 from dmat.workspace import PICTURES, RESULT, Workspace
 
 VALUES_FILE = "trial.json"  # in the folder of a trial: its values
-OBJECTIVE = "validation_robust"  # accuracy in [0, 1] of the EMA weights
-MAX_LOST_WORKERS = 5  # killed workers that a trial survives; one more and it counts as failed
 CONTINUE, PRUNE, LOST = "continue", "prune", "lost"  # verdicts of the driver on a report
 NO_TRIAL = b"none"  # what the other processes get, before their patience ends, while there is nothing to train
 _LOCK_TIMEOUT = 120.0  # seconds for the process that computed a trial before to save and end

@@ -14,10 +14,9 @@ import psutil
 
 from dmat import files
 from dmat.errors import DmatError
-from dmat.job import POOLS
 from dmat.pipeline import STAGES, work_folder
 from dmat.pipeline.work_folder import Finished
-from dmat.workspace import FINISHED
+from dmat.workspace import FINISHED, POOLS
 
 _NAME = re.compile(r"(?P<instance>.+)-(?P<fingerprint>[0-9a-f]{12})")
 _SET_ASIDE_NAME = re.compile(r"before-\d{8}-\d{6}")
