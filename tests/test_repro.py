@@ -175,7 +175,7 @@ def test_an_instance_waits_for_the_command_of_a_worker_that_was_killed(project):
 def test_a_stage_finds_the_programs_beside_its_interpreter(project, monkeypatch):
     """A worker that a service manager started has no PATH of an activated environment."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    states, _ = run(project(a=("import os, pathlib; pathlib.Path('a').write_text(os.environ['PATH'], encoding='utf-8')",)))
+    states, _ = run(project(a=("import os; open('a', 'w', encoding='utf-8').write(os.environ['PATH'])",)))
     assert states[-1] == ("a", "done")
     assert Path("a").read_text(encoding="utf-8") == f"/usr/bin:/bin:{Path(sys.executable).parent}"
 
