@@ -177,7 +177,7 @@ def test_a_stage_finds_the_programs_beside_its_interpreter(project, monkeypatch)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     states, _ = run(project(a=("import os, pathlib; pathlib.Path('a').write_text(os.environ['PATH'])",)))
     assert states[-1] == ("a", "done")
-    assert Path("a").read_text() == f"/usr/bin:/bin:{Path(sys.executable).parent}"
+    assert Path("a").read_text(encoding="utf-8") == f"/usr/bin:/bin:{Path(sys.executable).parent}"
 
 
 def test_targets_that_dvc_does_not_have_are_refused(project):
