@@ -14,7 +14,7 @@ from tests import fork_server, slurm
 from tests.conftest import ROOT
 from tests.forked import until
 from tests.projects import STAGE_OPTIONS
-from tests.servers import free_port
+from tests.servers import free_port, kill
 
 JOB, RANK = ROOT / "slurm/job.sh", ROOT / "slurm/rank.sh"
 TRAINING = ["dmat", "train-robust", *STAGE_OPTIONS["train_robust"], "--json"]
@@ -36,19 +36,23 @@ while True:
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a command in a folder, with SLURM's on PATH, and `dmat` where the command names it."""
-    programs = slurm.install(tmp_path / "slurm-bin")
+    """Starts a command in a folder, with SLURM's on PATH, and `dmat` where it is named. It ends with the test."""
+    programs, started = slurm.install(tmp_path / "slurm-bin"), []
 
     def run(*command, folder=tmp_path, **environment):
         folders = [programs, *([fork_server.folder()] if "dmat" in command else [])]  # it takes a while to start
         path = ":".join(map(str, [*folders, os.environ["PATH"]]))
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(part) for part in command], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), **environment},
         )  # fmt: skip
+        started.append(process)
+        return process
 
     run.programs = programs
-    return run
+    yield run
+    for process in started:
+        kill(process)
 
 
 @pytest.mark.parametrize(("shards", "tasks"), [(10, 3), (1000, 64), (2, 5), (7, 7)])
