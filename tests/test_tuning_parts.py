@@ -3,7 +3,10 @@
 Run alone: pytest tests/test_tuning_parts.py
 """
 
+import contextlib
 import dataclasses
+import sqlite3
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -13,8 +16,10 @@ import yaml
 from optuna.trial import TrialState, create_trial
 
 from dmat import config
+from dmat.engine import InProcessEngine
 from dmat.errors import ConfigError, DmatError
-from dmat.tuning import applying, sampling, space, storage
+from dmat.tuning import applying, rank_task, ranking, sampling, space, storage
+from dmat.tuning.driver import Driver
 from dmat.tuning.plan import Study
 
 
@@ -335,6 +340,83 @@ def test_a_storage_that_cannot_be_used_is_one_message_without_its_password(url, 
         storage.connect(url)
     assert all(fragment in str(refused.value) for fragment in fragments), str(refused.value)
     assert "secret" not in str(refused.value)
+
+
+def _ranking_driver(root, tmp_path, monkeypatch, values, quiet):
+    """What ranks the best three trials of a study, whose AutoAttack accuracy is half of that under PGD."""
+    plan, *_ = _study(root, tmp_path, {"rerank": 3})
+    study = optuna.create_study(direction="maximize")
+    study.add_trials([create_trial(value=value) for value in values])
+    monkeypatch.setattr(rank_task, "_has_weights", lambda plan, trial: True)
+    monkeypatch.setattr(rank_task, "weights_of", lambda plan, trial: trial.value)
+    monkeypatch.setattr(rank_task, "rank", lambda engine, context, value, folder: {"value": value / 2})
+    return SimpleNamespace(_plan=plan, _study=study, _context=None, _quiet=quiet)
+
+
+def test_a_bar_shows_the_ranking_of_the_best_trials(root, tmp_path, monkeypatch, capsys):
+    """It counts the trials that are left to rank: a resumed ranking has fewer."""
+    driver = _ranking_driver(root, tmp_path, monkeypatch, [0.2, 0.5, 0.4, 0.3], quiet=False)
+    ranking.record(driver._study, 2, {"value": 0.1})
+    Driver._rank(driver, InProcessEngine(), lambda: None)
+    bar = capsys.readouterr().err
+    assert "rank by AutoAttack" in bar
+    assert "0/2 [" in bar
+    assert "2/2 [" in bar
+    assert ranking.auto_attack_results(driver._study) == {1: {"value": 0.25}, 2: {"value": 0.1}, 3: {"value": 0.15}}
+    Driver._rank(driver, InProcessEngine(), lambda: None)
+    assert capsys.readouterr().err == "", "nothing is left to rank"
+
+
+def test_a_quiet_ranking_shows_no_bar_and_a_failed_one_raises(root, tmp_path, monkeypatch, capsys):
+    driver = _ranking_driver(root, tmp_path, monkeypatch, [0.5], quiet=True)
+    Driver._rank(driver, InProcessEngine(), lambda: None)
+    assert capsys.readouterr().err == ""
+    assert ranking.auto_attack_results(driver._study) == {0: {"value": 0.25}}
+    driver = _ranking_driver(root, tmp_path, monkeypatch, [0.5], quiet=True)
+
+    def fail(*_):
+        raise DmatError("weights are damaged; expected those of the trial; restore them")
+
+    monkeypatch.setattr(rank_task, "rank", fail)
+    with pytest.raises(DmatError, match="weights are damaged"):
+        Driver._rank(driver, InProcessEngine(), lambda: None)
+
+
+def _storage_file(path, content):
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        (None, ["studies.db does not exist", "`dmat tune start`", "--storage"]),
+        (b"", ["studies.db has no study", "`dmat tune start`", "--storage"]),
+        (b"no database" * 50, ["file is not a database", "bring back a good copy", "--storage"]),
+        ("create table browser(page)", ["of another programme, with the table browser", "--storage"]),
+        ("create table studies(title)", ["of another programme, with the table studies", "--storage"]),
+    ],
+)
+def test_reading_a_study_writes_no_file_and_says_what_the_storage_is(tmp_path, content, fragments):
+    path = tmp_path / "folder/studies.db" if content is None else tmp_path / "studies.db"
+    _storage_file(path, content)
+    before = path.read_bytes() if path.exists() else None
+    with pytest.raises(DmatError) as refused:
+        storage.find(storage.connect(f"sqlite:///{path}", create=False), "study")
+    assert all(fragment in str(refused.value) for fragment in fragments), str(refused.value)
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert path.parent.exists() == (content is not None)
+
+
+def test_a_study_starts_in_an_empty_file_and_in_no_database_of_another_programme(tmp_path):
+    _storage_file(tmp_path / "empty.db", b"")
+    assert storage.find(storage.connect(f"sqlite:///{tmp_path}/empty.db"), "study") is None
+    _storage_file(tmp_path / "other.db", "create table browser(page)")
+    with pytest.raises(DmatError, match="of another programme"):
+        storage.connect(f"sqlite:///{tmp_path}/other.db")
 
 
 def test_a_storage_of_a_newer_optuna_is_refused(tmp_path):

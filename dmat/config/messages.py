@@ -29,6 +29,8 @@ def sentence(name: str, error_details: ErrorDetails, record: type[Record]) -> st
     message = message.replace("input should be", "expected").replace("tuple", "list")
     if error_details["type"] in ("model_type", "dict_type"):
         message = "expected a mapping of keys"
+    if error_details["type"] == "too_short" and isinstance(value, Mapping):
+        return f"{key_path} has {len(value)} entries; expected at least {error_details['ctx']['min_length']}"
     if isinstance(value, Mapping):  # a problem between keys; most begin with the one to change
         return f"{key_path}.{message}" if message.partition(" ")[0] in value else f"{key_path}: {message}"
     return f"{key_path} is {value!r}; {message}{_advice(error_details['type'], value)}"

@@ -324,13 +324,19 @@ class _Reader:
         arm = lists["arms"][study.arm]
         if arm is None:  # its problems are reported already
             return None
-        fixed = sorted(
-            name for name in {*study.space, *NOT_IN_A_SPACE} if contains(study.overrides, tuple(name.split(".")))
-        )
-        if fixed:
+        for names, owner in (
+            (NOT_IN_A_SPACE, "the study itself or the arm decides"),
+            (study.space, "tune.space varies"),
+        ):
+            fixed = sorted(name for name in names if contains(study.overrides, tuple(name.split("."))))
+            if fixed:
+                self.problems.append(f"tune.overrides gives {', '.join(fixed)}, which {owner}; leave it out")
+        if dotted := [name for name in study.overrides if "." in name]:
+            first, _, rest = dotted[0].partition(".")
             self.problems.append(
-                f"tune.overrides gives {', '.join(fixed)}, which the study itself or the arm decides; leave it out"
+                f"tune.overrides.{dotted[0]} has a dot; expected keys inside of keys; write {first}: {{{rest}: ...}}"
             )
+            return None
         length = {"images_seen": study.images_seen, "evaluate_every": study.evaluate_every, "patience": 0}
         arm_record: Arm | None = self._record(Arm, "tune.overrides", merge(arm.plain(), {**study.overrides, **length}))
         if arm_record is None:

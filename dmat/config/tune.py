@@ -75,9 +75,13 @@ class Choices(Record):
 
 def _range_or_choices(value: object) -> object:
     """Validates the record that is meant, because errors of the other one would only confuse."""
-    if isinstance(value, Mapping):
-        return (Choices if "choices" in value else Range).model_validate(value)
-    return value
+    if not isinstance(value, Mapping):
+        raise ValueError("expected {low: ..., high: ...}, or {choices: [...]}")
+    record = Choices if "choices" in value else Range
+    for key in value.keys() - record.model_fields.keys():
+        keys = [*Range.model_fields, *Choices.model_fields]
+        raise ValueError(f"{key} is not known; expected low, high and scale, or choices{did_you_mean(key, keys)}")
+    return record.model_validate(value)
 
 
 Dimension = Annotated[Range | Choices, BeforeValidator(_range_or_choices)]
@@ -131,14 +135,16 @@ class TrialSettings:
             reason = "has no generated images" if self.arm.images == NONE else "trains on a mixture"
             raise DmatError(f"{name} is not known: the arm {reason}; leave it out")
         value: Any = (record.with_step_sizes() if isinstance(record, TrainRobust) else record).plain()
+        path: list[str] = []
         for key in (rest if first in (IMAGE_SET, SELECTION) else name).split("."):
-            keys = sorted(value) if isinstance(value, Mapping) else []
-            if key not in keys:
-                raise DmatError(
-                    f"{name} is not known; expected one of {', '.join(keys)}{did_you_mean(key, keys)}"
-                    if keys
-                    else f"{name} is not known"
-                )
+            if not isinstance(value, Mapping):
+                raise DmatError(f"{name} is not known, as {'.'.join(path)} is a single value; name that alone")
+            if key not in value:
+                keys = sorted({*value} - {*NOT_IN_A_SPACE})
+                if record is self.arm and not path and self.image_set is not None:
+                    keys += [IMAGE_SET, SELECTION]
+                raise DmatError(f"{name} is not known; expected one of {', '.join(keys)}{did_you_mean(key, keys)}")
+            path.append(key)
             value = value[key]
         if isinstance(value, Mapping | list):
             raise DmatError(f"{name} is not a single value; name one below it, with dots")
@@ -244,7 +250,8 @@ def _point_problems(path: str, study: Tune, trial: TrialSettings, point: Mapping
     for name, value in point.items():
         dimension = study.space.get(name)
         if dimension is None:
-            yield f"{path}.{name} is not in the space; expected some of {name_list(study.space)}"
+            nearest = did_you_mean(name, study.space)
+            yield f"{path}.{name} is not in the space; expected some of {name_list(study.space)}{nearest}"
         elif isinstance(dimension, Choices) and not dimension.contains(value):
             yield f"{path}.{name} is {value!r}; expected {dimension.words}"
         elif isinstance(dimension, Range) and (

@@ -23,7 +23,7 @@ def folder_of(plan: Study) -> Path:
 
 def status(plan: Study) -> dict[str, Any]:
     """The summary so far, and who computes each unfinished trial. Raises DmatError if the study does not exist."""
-    rdb = storage.connect(plan.storage)
+    rdb = storage.connect(plan.storage, create=False)
     with explain_storage_errors(plan.storage):
         study = _begun(plan, rdb)
         at_work = [
@@ -47,7 +47,7 @@ def apply_best(
     path: Path, plan: Study, params: Params, name: str, seeds: list[int], project: Path
 ) -> tuple[int, list[str]]:
     """Writes the best trial as an arm into the file. Returns its number and the written keys. project: its folder."""
-    rdb = storage.connect(plan.storage)
+    rdb = storage.connect(plan.storage, create=False)
     with explain_storage_errors(plan.storage):
         winner = ranking.best(plan, _begun(plan, rdb))
     if winner is None:

@@ -5,6 +5,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -24,6 +25,7 @@ from dmat.workspace import sqlite_path
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 HEARTBEAT, GRACE = 20, 120  # seconds: between two signs of life of a running trial; without one it counts as lost
 _TRANSFER_KEY, _READY = "dmat.kin", "dmat.ready"  # attributes of a study
+_FIRST_TABLE, _FIRST_COLUMN = "studies", "study_id"  # that Optuna creates
 _WAIT = 60.0  # seconds for another process that writes to the same SQLite file
 _IMPORT_TIMEOUT = 10.0  # seconds for the process that created the study to import trials
 
@@ -38,7 +40,7 @@ def explain_storage_errors(url: str) -> Iterator[None]:
         if (path := sqlite_path(url)) is not None:
             raise DmatError(
                 f"{path} cannot be used as the storage of studies ({first}); bring back a good copy, or move it away: "
-                f"a new one is created and the study starts again"
+                f"a new one is created and the study starts again; or name another with --storage"
             ) from error
         raise DmatError(
             f"the storage of studies {redaction.address(url)} cannot be reached ({first}); expected a database that "
@@ -46,12 +48,13 @@ def explain_storage_errors(url: str) -> Iterator[None]:
         ) from error
 
 
-def connect(url: str) -> RDBStorage:
-    """Opens the storage; creates it if it does not exist. Raises DmatError if that fails."""
+def connect(url: str, create: bool = True) -> RDBStorage:
+    """Opens the storage; creates it if it does not exist. Raises DmatError if that fails.
+
+    create: False to raise DmatError, and to write no file, where no study was begun yet in a file of SQLite.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats have been called so since Optuna 2.9
-    if (path := sqlite_path(url)) is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         parsed = sqlalchemy.engine.make_url(url)
         dialect = parsed.get_backend_name()
@@ -66,6 +69,9 @@ def connect(url: str) -> RDBStorage:
         )
     if url.rstrip("/") in ("sqlite:", "sqlite"):
         raise DmatError("the storage of studies is a database in memory, which no other worker sees; expected a file")
+    if (path := sqlite_path(url)) is not None:
+        _expect_studies(url, path, create)
+        path.parent.mkdir(parents=True, exist_ok=True)
     options = {"connect_args": {"timeout": _WAIT}} if dialect == "sqlite" else {"pool_pre_ping": True}
     try:
         with explain_storage_errors(url):
@@ -85,6 +91,29 @@ def connect(url: str) -> RDBStorage:
             f"the storage of studies {redaction.address(url)} cannot be reached ({first_line(error, url)}); expected a "
             f"database whose driver is installed; pip install 'dmat[team]' brings postgresql+psycopg"
         ) from error
+
+
+def _expect_studies(url: str, path: Path, create: bool) -> None:
+    """Raises DmatError for the file of another programme, and for one without a study unless `create`."""
+    tables, columns = list[str](), list[str]()
+    if path.exists():
+        with explain_storage_errors(url):
+            engine = sqlalchemy.create_engine(url)
+            inspector = sqlalchemy.inspect(engine)
+            tables = inspector.get_table_names()
+            if _FIRST_TABLE in tables:
+                columns = [column["name"] for column in inspector.get_columns(_FIRST_TABLE)]
+            engine.dispose()
+    if tables and _FIRST_COLUMN not in columns:
+        raise DmatError(
+            f"{path} is the database of another programme, with the table {tables[0]}; expected one with studies, or a "
+            f"new file; name another with --storage"
+        )
+    if not tables and not create:
+        raise DmatError(
+            f"{path} {'has no study' if path.exists() else 'does not exist'}; expected the studies that `dmat tune "
+            f"start` writes there; start one, or say with --storage where it is"
+        )
 
 
 def _open(url: str, options: dict[str, Any]) -> RDBStorage:
