@@ -1,11 +1,18 @@
 """Secrets masked in addresses and in any text, by every name and in every form that libraries write them."""
 
+import subprocess
 import sys
+from urllib.parse import quote
 
 import pytest
 
+from cli.main import main
+from dmat import files
 from dmat.errors import first_line
 from dmat.redaction import RedactingStream, address, redacted
+from dmat.tracking import sender
+from tests import senders
+from tests.projects import Project
 
 
 @pytest.mark.parametrize(
@@ -121,3 +128,77 @@ def test_a_stream_hides_what_libraries_write():
     RedactingStream(stream).writelines(["a\n", "password=pw\n"])
     assert stream[1:] == ["a\n", "password=***\n"]
     assert RedactingStream(stream).encoding == "utf-8"
+
+
+PLANTED = {  # where -> a secret that is nowhere else
+    "address of MLflow": "planted-Tr4cking",
+    "MLFLOW_TRACKING_PASSWORD": "planted-M1flow",
+    "AWS_SECRET_ACCESS_KEY": "planted/S3+key",
+    "address of studies": "planted-Stud1es",
+    "remote of DVC": "planted-R3mote",
+}
+
+
+@pytest.fixture
+def project_with_secrets(tmp_path, tiny_params, monkeypatch):
+    """A project in git with changes, which is the present folder, and secrets in its settings and environment."""
+    for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, PLANTED[name])
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("DMAT_STUDIES", f"postgresql+psycopg://bob:{PLANTED['address of studies']}@127.0.0.1:1/studies")
+    monkeypatch.setenv("DMAT_TRACKING", "on")
+    monkeypatch.setattr(sender, "_start", senders.start_thread)
+    Project(tmp_path, tiny_params)
+    remote = f"[core]\n    remote = team\n['remote \"team\"']\n    url = https://carol:{PLANTED['remote of DVC']}@h/x\n"
+    files.write_text(tmp_path / ".dvc/config.local", remote)
+    files.write_text(tmp_path / ".dvc/.gitignore", "/config.local\n")
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    for arguments in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    with (tmp_path / "params.yaml").open("a") as file:
+        file.write("# changed since the commit\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_secrets_are_in_no_file_output_or_argument_of_a_process(project_with_secrets, monkeypatch, capfd):
+    """A tracked stage with the store of the project, then commands with a server that does not answer."""
+    arguments = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, args, *rest, **options):
+            arguments.append(args)
+            super().__init__(args, *rest, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    code = _dmat(monkeypatch, "prepare-data")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://alice:{PLANTED['address of MLflow']}@127.0.0.1:9")
+    _dmat(monkeypatch, "doctor")
+    _dmat(monkeypatch, "runs", "sync")
+    arguments.append(sender.popen_options(project_with_secrets)["args"])
+    shown = "".join(capfd.readouterr())
+    assert code == 0, shown
+    assert "alice:***@127.0.0.1:9" in shown
+    places = {"output": shown.encode(), "arguments": str(arguments).encode()}
+    for path in (path for path in project_with_secrets.rglob("*") if path.is_file() and path.name != "config.local"):
+        places[str(path.relative_to(project_with_secrets))] = path.read_bytes()
+    for part in ("mlruns/mlflow.db", "tracking.json", "git.patch", "provenance/prepare_data", "finished.json"):
+        assert [place for place in places if part in place], f"{part} would not be searched"
+    forms = {name: (secret.encode(), quote(secret, safe="").encode()) for name, secret in PLANTED.items()}
+    leaks = [
+        (name, place)
+        for place, text in places.items()
+        for name, written in forms.items()
+        if any(form in text for form in written)
+    ]
+    assert leaks == []
+    assert len(arguments) > 3
+
+
+def _dmat(monkeypatch, *arguments):
+    """Exit code of `dmat <arguments>` in this process."""
+    monkeypatch.setattr("sys.argv", ["dmat", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code

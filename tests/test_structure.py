@@ -75,7 +75,10 @@ HOMES = {  # package -> the only modules that import it
     "sklearn": {"dmat.data.sources"},
     "optuna": {
         f"dmat.tuning.{name}"
-        for name in ("applying", "driver", "ranking", "report", "sampling", "space", "storage", "studies", "trials")
+        for name in (
+            *("applying", "driver", "driver_identity", "rank_task", "ranking", "report", "sampling", "space", "state"),
+            *("storage", "studies", "trials"),
+        )
     },
     "optuna_dashboard": {"dmat.tuning.dashboard"},
     "sqlalchemy": {"dmat.tuning.storage"},
