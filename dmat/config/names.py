@@ -49,6 +49,7 @@ SOURCES: tuple[str, ...] = (  # of real images: dmat.data.sources
     "parquet",
     "shards",
 )
+SOURCES_WITH_FILES = tuple(name for name in SOURCES if name != "digits")  # those that need a path in sources/
 SCORES: tuple[str, ...] = ("probability", "margin", "certainty")  # of generated images: dmat.data.scores
 DENOISERS: tuple[str, ...] = ("unet", "ddpmpp", "ncsnpp", "adm")  # networks: dmat.diffusion.networks
 FORMULATIONS: tuple[str, ...] = ("edm", "vp", "ve", "ddpm", "iddpm")  # dmat.diffusion.formulations

@@ -44,7 +44,7 @@ class PrepareData(Record):
     def _files_lie_in_sources(self) -> Self:
         if self.source == "digits" and self.path != NONE:
             raise ValueError(f"path is {self.path!r} and source 'digits'; expected path: {NONE}, as it needs no files")
-        if self.source in names.SOURCES and self.source != "digits" and self.path in ("", ".", NONE):
+        if self.source in names.SOURCES_WITH_FILES and self.path in ("", ".", NONE):
             raise ValueError(
                 f"path is {self.path!r} and source {self.source!r}; expected the name of a file or folder in sources/"
             )
