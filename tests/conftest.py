@@ -42,6 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda test: positions.get(test.path.name, len(SLOWEST_FIRST)))  # keeps the order within a file
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Commands that run in the process of the tests set the number of threads for all that follow."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def root() -> Path:
     """The repository."""

@@ -568,7 +568,7 @@ def test_masked_gradients_are_found_by_a_black_box_attack(sound, heldout):
 def test_catastrophic_overfitting_is_found(digits):
     """Training with FGSM from the image itself, large steps and a large radius: catastrophic overfitting."""
     ball = Ball("linf", 0.3)
-    model = train_robustly(digits, ball, steps=150, rate=0.3, batch=64, attack_steps=1, step_size=0.3, random=0)
+    model = train_robustly(digits, ball, steps=200, rate=0.3, batch=64, attack_steps=1, step_size=0.3, random=0)
     heldout = tuple(part[:200] for part in digits)
     check = checks.fgsm_and_pgd(robust(model, heldout, ball, 1, 0.3), robust(model, heldout, ball, 20, 0.075))
     fires(check, "fgsm_and_pgd", "catastrophic overfitting")

@@ -1,8 +1,10 @@
 """Only what was computed is published: damaged work is computed again, and no result is published under settings or
 inputs other than its own."""
 
+import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -124,7 +126,8 @@ def test_an_unfinished_set_takes_its_shards_from_the_pool(half_generated):
 
 
 def _mix(project):
-    return stages.run(STAGES["mix_images"], {"arm": "generated"}, project.folder / "params.yaml", False, False, True)
+    with contextlib.chdir(project.folder):
+        return stages.run(STAGES["mix_images"], {"arm": "generated"}, Path("params.yaml"), False, False, True)
 
 
 def _during(monkeypatch, action):
