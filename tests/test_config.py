@@ -284,6 +284,7 @@ def test_the_names_are_those_of_the_tables_of_functions():
     settings = types.SimpleNamespace(sigma_data=0.5, p_mean=-1.2, p_std=1.2)
     ranges = {name: of(settings).sigma_range for name, of in formulations.FORMULATIONS.items()}
     tables["WITHOUT_LIMITS"] = [name for name, limits in ranges.items() if limits == (0, math.inf)]
+    tables["SOURCES_WITH_FILES"] = [name for name in sources.SOURCES if name != "digits"]
     listed = {name: value for name, value in vars(names).items() if isinstance(value, tuple)}
     assert listed == {name: tuple(table) for name, table in tables.items()}
     assert (names.MAX_STEPS, names.SEARCHED) == (samplers.MAX_STEPS, samplers.SEARCHED)
