@@ -11,7 +11,22 @@ from typing import Any, TextIO, cast
 
 import typer
 
-from cli import evaluate, images, lock, models, plan, project, recipes, repro, runs, sources, stages, tune, upkeep
+from cli import (
+    evaluate,
+    images,
+    interim,
+    lock,
+    models,
+    plan,
+    project,
+    recipes,
+    repro,
+    runs,
+    sources,
+    stages,
+    tune,
+    upkeep,
+)
 from dmat import __version__
 from dmat.errors import DmatError, Interrupted
 from dmat.redaction import RedactingStream
@@ -53,6 +68,7 @@ def _options(
 
 stages.add_to(app, specific_commands={"evaluate_robust": evaluate.add_to})
 repro.add_to(app)
+interim.add_to(app)
 tune.add_to(app)
 project.add_to(app)
 recipes.add_to(app)

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import sys
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,12 +19,6 @@ def add_to(app: typer.Typer) -> None:
         "reads is there. DVC decides what is out of date, and writes dvc.lock. What the stages write to the terminal "
         "is in .dvc/tmp/repro.\n\nExample: dmat repro --workers 2",
     )(_repro)
-    app.command(
-        "interim",
-        help="Compare the arms as far as they are computed, while `dmat repro` or others compute them.\n\nUnfinished "
-        "evaluations have bounds of their final accuracy, never a headline. Writes a page with the table and charts, "
-        "which reloads itself.\n\nExample: dmat interim",
-    )(_interim)
 
 
 def _repro(
@@ -72,28 +64,6 @@ def _repro(
         typer.echo(json.dumps({"instances": 0}) if as_json else "data and pipelines are up to date")
     if failure is not None:
         raise typer.Exit(failure.exit_code)
-
-
-def _interim(
-    out: Annotated[Path | None, typer.Option(help="The page. [default: runs/interim.html]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
-) -> None:
-    from dmat import config, files
-    from dmat.pipeline import interim
-    from dmat.report import interim as page
-    from dmat.workspace import current_workspace
-
-    workspace = current_workspace()
-    params = config.load(workspace.at("params.yaml"))
-    runs = interim.read(params, workspace)
-    path = out or workspace.home / "runs" / "interim.html"
-    written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    files.write_text(path, page.render(runs, params.write_report.title, written))
-    if as_json:
-        typer.echo(json.dumps({run.name: run.plain() for run in runs}, indent=2))
-        return
-    typer.echo(page.markdown(runs), nl=False)
-    typer.echo(f"\nAccuracies in per cent; bounds of what is unfinished, no results. The page: {path}")
 
 
 def _show(progress: "InstanceProgress", as_json: bool) -> None:

@@ -57,6 +57,7 @@ HOMES = {  # package -> the only modules that import it
         "cli.main",
         "cli.evaluate",
         "cli.images",
+        "cli.interim",
         "cli.lock",
         "cli.models",
         "cli.parameter_file",

@@ -2,7 +2,7 @@
 classifiers).
 
 It is a good model only where the trainings lie in one basin, as when they continue from the same weights. Trainings
-from different initial weights do not, and their average is no better than chance.
+from different initial weights do not, and their average is expected at chance level.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from dmat import NONE, files
 from dmat.config import Params
@@ -49,8 +48,8 @@ def _run(instance: Instance, params: Params, workspace: Workspace) -> InterimRun
         best = files.read_json(folder / SUMMARY)["best"]
         name = next((name for name in best if name == "auto_attack" or name.startswith("auto_attack_")), "pgd")
         return dataclasses.replace(run, result=best[name])
-    estimate: Any = execution.estimate(evaluated, params, workspace)
-    return dataclasses.replace(run, estimate=estimate)
+    monitor = execution.monitor(evaluated, params, workspace)
+    return dataclasses.replace(run, estimate=monitor.estimate() if monitor is not None else None)
 
 
 def _missing_inputs(stage: Stage, instance: Instance, params: Params, workspace: Workspace) -> list[str]:
